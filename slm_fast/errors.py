@@ -1,0 +1,21 @@
+"""The two things that can go wrong. Each message is one line that names the culprit and says what was expected."""
+
+from __future__ import annotations
+
+
+class SlmError(Exception):
+    """Base of every error this package raises on purpose. `status` is the command line's exit status."""
+
+    status = 1
+
+
+class InputError(SlmError, ValueError):
+    """The call as written cannot be right: a wrong shape, name, option or file."""
+
+    status = 2
+
+
+class WorkError(SlmError, RuntimeError):
+    """The call was right and the work failed: damaged data, a full disk, a number that is not finite."""
+
+    status = 1

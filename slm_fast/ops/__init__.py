@@ -1,0 +1,8 @@
+"""The three operators. Each is one public function, one plain PyTorch reference (its specification) and any number of
+faster backends that equal it. `ops.backends()` says which are present, `with ops.use_backend(name)` insists on one."""
+
+from slm_fast.ops.dispatch import Backend, backends, use_backend
+from slm_fast.ops.multi_lora import multi_lora
+from slm_fast.ops.retrieve import Route, key_loss, retrieve
+
+__all__ = ["Backend", "Route", "backends", "key_loss", "multi_lora", "retrieve", "use_backend"]

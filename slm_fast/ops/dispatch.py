@@ -1,0 +1,85 @@
+"""Which backend runs an operator on a device. This table chooses; nothing else does.
+
+A backend named `b` implements operator `o` as the torch operator `slm_fast::o_b`. Adding one is a row of `BACKENDS`
+and a place in `PREFERENCE`; the public functions, the autograd formulas and every caller stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from slm_fast.errors import InputError
+
+
+def _always() -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the operators. `why_not()` is None when it can be used here, else the reason it cannot."""
+
+    name: str
+    operators: tuple[str, ...]
+    devices: tuple[str, ...]
+    why_not: Callable[[], str | None] = _always
+
+    @property
+    def available(self) -> bool:
+        return self.why_not() is None
+
+
+BACKENDS = (Backend("reference", ("retrieve", "key_loss", "multi_lora"), ("cpu", "cuda")),)
+
+# For each device, the backends in the order they are tried.
+PREFERENCE = MappingProxyType({"cpu": ("reference",), "cuda": ("reference",)})
+
+
+class _Forced:
+    """The backend `use_backend` insists on, for the whole process. A plain attribute, because torch.compile guards on
+    one and recompiles when it changes; it neither traces context variables nor guards on thread-local ones."""
+
+    name: str | None = None
+
+
+_forced = _Forced()
+
+
+def backends(device: str | None = None) -> tuple[Backend, ...]:
+    """The backends known here; with `device` ("cpu", "cuda"), those usable on it, the preferred one first."""
+    if device is None:
+        return BACKENDS
+    by_name = {backend.name: backend for backend in BACKENDS}
+    return tuple(by_name[name] for name in PREFERENCE.get(device, ()) if by_name[name].available)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator on the named backend inside the block, in all threads.
+
+    Raises InputError when there is no such backend here, or when an operator or device it does not serve is called.
+    """
+    present = [backend.name for backend in BACKENDS if backend.available]
+    if name not in present:
+        raise InputError(f"backend: {name!r} is not available; present: {', '.join(present)}")
+    before, _forced.name = _forced.name, name
+    try:
+        yield
+    finally:
+        _forced.name = before
+
+
+def operator(stem: str, device: str) -> Any:
+    """The torch operator that runs `stem` on `device` now."""
+    for backend in backends(device):
+        if stem in backend.operators and _forced.name in (None, backend.name):
+            return getattr(torch.ops.slm_fast, f"{stem}_{backend.name}")
+    if _forced.name is not None:
+        raise InputError(f"backend: {_forced.name!r} does not run {stem} on {device}")
+    raise InputError(f"{stem}: no backend for device {device!r}; devices served: {', '.join(PREFERENCE)}")
