@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from slm_fast.backbones import Backbone
@@ -83,6 +84,11 @@ class ScalableLM:
     def tasks(self) -> list[str]:
         """Names of the tasks known, sorted."""
         return sorted(self._learned)
+
+    @property
+    def learned(self) -> Mapping[str, LearnedTask]:
+        """What is kept of each task, by name."""
+        return MappingProxyType(self._learned)
 
     def learn(
         self, task: Task, *, valid: Task | str | Path | None = None, progress: bool | None = None, **options: Any

@@ -176,7 +176,6 @@ class Store:
                     wrong.append(f"{self.file(name)}: holds task {task.name!r}, the manifest says {name!r}")
             except (InputError, WorkError) as error:
                 wrong.append(str(error))
-        wrong += [f"{path}: left over from an interrupted commit; the next one removes it" for path in self._orphans()]
         return wrong
 
     # Writing
@@ -222,14 +221,14 @@ class Store:
         content = {"format": FORMAT, "model": self.about, "tasks": tasks}
         _write(self.path / MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
         self.files = dict(files)
-        for orphan in self._orphans():
-            if orphan.is_dir():
-                shutil.rmtree(orphan, ignore_errors=True)
+        for path in self.leftovers():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                orphan.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
-    def _orphans(self) -> list[Path]:
-        """What lies in the store's folders and is not named by the manifest."""
+    def leftovers(self) -> list[Path]:
+        """What an interrupted commit left behind: it lies in the store and the manifest does not name it."""
         folder = self.path / "tasks"
         found = list(self.path.glob("*.part"))
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
