@@ -310,8 +310,8 @@ def _answers(slm: ScalableLM, source: IO[bytes], task: str | None, options: dict
                 rows.append(Row.parse(value))
             except UnicodeDecodeError:
                 record["error"] = "not UTF-8"
-            except json.JSONDecodeError as error:
-                record["error"] = f"not JSON: {error.msg} at column {error.colno}"
+            except (ValueError, RecursionError) as error:
+                record["error"] = f"not JSON: {error}"
             except WorkError as error:
                 record["error"] = str(error)
             records.append(record)

@@ -167,12 +167,11 @@ class ScalableLM:
     def save_pretrained(self, path: str | Path) -> None:
         """Write all tasks to a store; from then on learn and forget commit to it.
 
-        Raises InputError when the store there is of another model, or holds another task of the same name.
+        Raises InputError when the store there is of another model, or holds a task that this model does not.
         """
         store = Store.open(path) if Store.exists(path) else Store(path, self.model.about, {})
         check_same(store.about, self.model.about, str(path), "this model")
-        missing = [task for task in in_name_order(list(self._learned.values())) if task.name not in store.files]
-        store.commit(add=missing, remove=[name for name in store.files if name not in self._learned])
+        store.save(list(self._learned.values()))
         self.store = store
 
     def _set(self, tasks: Sequence[LearnedTask]) -> None:

@@ -437,10 +437,10 @@ def test_a_query_that_is_not_finite_is_named_by_its_row():
 def test_every_query_and_router_learns_routes_and_answers(name, query, router):
     encoder, groups = ("minilm", 6) if query == "sentence" else (None, 8)
     slm = make_slm(name, query=query, router=router, encoder=encoder, groups=groups)
-    tasks = {topic: toy_task(topic, rows=48) for topic in ("sea", "farm")}
+    tasks = {topic: toy_task(topic, rows=40) for topic in ("sea", "farm")}
     for task in tasks.values():
         slm.learn(task, epochs=1)
-    texts = texts_of(*(toy_task(topic, rows=16, seed=1) for topic in tasks))
+    texts = texts_of(*(toy_task(topic, rows=5, seed=1) for topic in tasks))
     k = 2 if router == "gaussian" else 4
     for answer in slm.predict(texts, max_new_tokens=3):
         assert answer.task in tasks
@@ -454,7 +454,7 @@ def test_every_query_and_router_learns_routes_and_answers(name, query, router):
             by_task[task] += weight
         assert answer.task == by_task.most_common(1)[0][0]
         assert (answer.label in ("no", "yes")) if name == "bert" else isinstance(answer.text, str)
-    found = slm.evaluate({topic: toy_task(topic, rows=32, seed=1) for topic in tasks}, max_new_tokens=3)
+    found = slm.evaluate({topic: toy_task(topic, rows=20, seed=1) for topic in tasks}, max_new_tokens=3)
     assert set(found.accuracy) == set(found.routing) == set(tasks)
     if router == "gaussian":
         assert sum(found.routing.values()) / 2 > 0.65  # chance is 0.5

@@ -34,6 +34,8 @@ from slm_fast import ScalableLM, Task
 from slm_fast.model import Passage
 from slm_fast.tasks import Row
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # PEFT asks, transformers complains
+
 SOME_TEXTS = ["sea1 sea2 good3", "farm1 farm2 farm3 farm4 word5 bad0 the question :", "sky9"]
 
 

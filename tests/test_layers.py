@@ -20,7 +20,7 @@ LAYERS = (
     ("slm", "demo"),
     ("learn", "evaluate", "infer", "report", "baselines"),
     ("model",),
-    ("query", "router", "pool", "store", "adapted", "backbones", "tasks"),
+    ("query", "router", "pool", "store", "adapted", "backbones", "linear", "tasks"),
     ("ops",),
 )
 LEAVES = ("errors", "progress")  # these import nothing of the package, and any module may import them

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +19,8 @@ from models import (
 )
 
 from slm_fast import InputError, ScalableLM, Task, WorkError
+from slm_fast.backbones import pad
+from slm_fast.model import Passage
 from slm_fast.store import task_to_bytes
 from slm_fast.tasks import LearnedTask
 
@@ -122,19 +123,19 @@ def test_answers_do_not_depend_on_the_order_of_learning_or_on_a_task_forgotten(o
     assert slm.predict(texts) == expected.predict(texts)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "threads"), [*((name, 1) for name in FAMILIES), ("bert", 2)])
 def test_learning_repeats_bit_for_bit(name, threads):
     torch.set_num_threads(threads)
     runs = []
     for seed in (1, 2):
         torch.manual_seed(seed)  # what happens to be in the global generator plays no part
         slm = make_slm(name)
-        slm.learn(toy_task("sea"), epochs=2)
+        slm.learn(toy_task("sea", rows=12), epochs=1)
         runs.append(saved(slm, "sea"))
     assert runs[0] == runs[1]
+    torch.set_num_threads(1)
     other = make_slm(name)
-    other.learn(toy_task("sea"), epochs=2, seed=1)
+    other.learn(toy_task("sea", rows=12), epochs=1, seed=1)
     assert saved(other, "sea") != runs[0]
 
 
@@ -178,19 +179,37 @@ def replace_options(data: bytes) -> bytes:
     return data[8 + int.from_bytes(data[:8], "little") :]  # the tensors, without the header that names the options
 
 
-def test_joint_training_with_foreign_slots_that_add_nothing_equals_shrinking_the_own_weights():
-    """Slots whose lora_b is zero only take weight away from the task's own, so the first loss is the bare one's."""
-    slm = make_slm("bert")
-    silent = random_task(slm, "city", topic="sea", scale=0.0)
-    knows(slm, silent)
-    slm.learn(toy_task("sea"), epochs=1, joint=True)
-    assert learned(slm, "city") is silent
-    alone = make_slm("bert")
-    alone.learn(toy_task("sea"), epochs=1)
-    module = slm.model.modules[0]
-    joint, own = learned(slm, "sea").values[module], learned(alone, "sea").values[module]
-    assert joint[0].shape == own[0].shape
-    assert not torch.equal(joint[1], own[1])
+@pytest.mark.parametrize("router", ["gaussian", "dtkr"])
+def test_a_joint_step_follows_the_gradient_through_the_whole_pool(router):
+    """One AdamW step from zero moves lora_b by -learning_rate * sign(gradient), and lora_a not at all."""
+    slm = make_slm("llama", router=router, groups=8, k=3)
+    # Names on both sides of "sea", several ranks, and a task ("word") that no route of three slots need reach.
+    others = [("city", "sea", 4), ("farm", "farm", 2), ("sky", "sea", 3), ("word", "word", 4)]
+    slots = 1 if router == "gaussian" else 2
+    knows(slm, *[random_task(slm, name, topic=topic, rank=rank, slots=slots) for name, topic, rank in others])
+    task = toy_task("sea", rows=16)
+    options = {"epochs": 1, "batch_size": 16, "weight_decay": 0.0, "learning_rate": 1e-3, "slots": slots}
+    slm.learn(task, joint=True, **options)
+    new = learned(slm, "sea")
+
+    model, backbone = slm.model, slm.model.backbone
+    route = model.find_route(model.queries(task.rows))
+    own = model.pool.slots_of("sea")
+    assert set(route.slot_ids.flatten().tolist()) - set(own.nonzero().flatten().tolist())  # foreign slots are reached
+    values = {name: (a, b.clone().requires_grad_(True)) for name, (a, b) in model.pool.values.items()}
+    for _, lora_b in values.values():
+        lora_b.data[own] = 0.0  # as it was before the step
+    prompts = [backbone.encode([row.prompt], 64).input_ids[0].tolist() for row in task.rows]
+    answers = backbone.encode_answers([row.target for row in task.rows], 64)
+    tokens, mask = pad([p + a for p, a in zip(prompts, answers, strict=True)], 0)
+    labels, _ = pad([[-100] * len(p) + a for p, a in zip(prompts, answers, strict=True)], -100)
+    with model.passing(Passage(mask), values, route):
+        backbone.model(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
+    for name, (_, lora_b) in values.items():
+        step, gradient = new.values[name][1], lora_b.grad[own][:, : new.values[name][1].shape[1]]
+        clear = gradient.abs() > 1e-3 * gradient.abs().max()
+        assert torch.equal(step[clear].sign(), -gradient[clear].sign())
+        assert step[clear].abs().mean() == pytest.approx(1e-3, rel=0.05)
 
 
 def test_the_first_task_is_the_same_joint_or_not():
@@ -227,14 +246,14 @@ def test_more_epochs_lower_the_training_loss(name):
     """The probability of the right answers, by the model's own score, rises with training."""
 
     def confidence(epochs: int) -> float:
-        slm = make_slm(name)
-        slm.learn(easy("sea"), batch_size=8, epochs=epochs, learning_rate=1e-2)
+        slm = make_slm(name, taps=(0,))
+        slm.learn(easy("sea"), batch_size=8, epochs=epochs, learning_rate=2e-2)
         answers = slm.predict([row.text for row in easy("sea").rows], max_new_tokens=2)
         return sum(a.score * (a.label == row.target) for a, row in zip(answers, easy("sea").rows, strict=True)) / len(
             answers
         )
 
-    assert confidence(6) > confidence(1) + 0.1
+    assert confidence(8) > confidence(1) + 0.1
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -273,7 +292,7 @@ def test_validation_keeps_the_epoch_that_did_best_on_it():
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_validation_of_a_generating_backbone_keeps_the_epoch_of_the_lowest_loss(name):
-    options = {"epochs": 8, "batch_size": 8, "learning_rate": 1e-2}
+    options = {"epochs": 5, "batch_size": 8, "learning_rate": 1e-2}
     wrong = Task("sea", [(row.text, "maybe" if i else "yes") for i, row in enumerate(easy("sea", seed=11).rows)])
     plain, kept, worst = (make_slm(name) for _ in range(3))
     plain.learn(easy("sea"), **options)
@@ -462,12 +481,3 @@ def test_forgetting_what_was_not_learned_is_refused():
     with pytest.raises(InputError, match="task 'sea': not learned; tasks: farm"):
         slm.forget("sea")
     assert slm.tasks == ["farm"]
-
-
-def test_a_task_of_another_shape_leaves_the_pool_as_it_was():
-    slm = make_slm("bert")
-    knows(slm, random_task(slm, "sea"))
-    stranger = replace(random_task(slm, "farm"), values={})
-    with pytest.raises((InputError, WorkError, StopIteration, KeyError, RuntimeError)):
-        knows(slm, stranger)
-    assert slm.model.pool.names == ["sea"]

@@ -217,11 +217,15 @@ def test_distance_is_measured_from_the_task_of_the_slot_given() -> None:
         assert torch.equal(limits[i], router.parts[task]["distance"])
 
 
-def test_distances_of_held_out_rows_are_larger_than_of_a_fit_to_themselves() -> None:
-    query = draw(40, 1)
-    part = GaussianRouter().fit(query, 1, seed=0)
+def test_the_distances_kept_of_a_task_are_those_of_each_half_of_its_rows_from_the_other() -> None:
+    query = draw(41, 1)
+    halves = query[0::2], query[1::2]
+    squared = [-2 * closed_form([fitted], held_out)[:, 0] for fitted, held_out in (halves, halves[::-1])]
+    expected = np.percentile(np.sqrt(np.concatenate(squared)), np.arange(101))
+    found = GaussianRouter().fit(query, 1, seed=0)["distance"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     own = np.sqrt(-2 * closed_form([query], query)[:, 0])
-    assert part["distance"][50] > np.median(own)
+    assert found[50] > np.median(own)  # a fit to the rows themselves would call new ones far
 
 
 def test_percentiles_are_those_of_numpy() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from test_store import become_nobody, finish, start
 
 from slm_fast.errors import InputError, SlmError, WorkError
 from slm_fast.tasks import Row, Task, check_name, name_seed
@@ -163,6 +166,23 @@ def test_a_missing_file_is_a_wrong_call(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     for name in ("missing.csv", "missing.jsonl.gz", "missing.parquet", "folder.csv"):
         refused(InputError, tmp_path / name, "no such file")
+
+
+@pytest.mark.parametrize("closed", ["file", "folder"])
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_a_file_that_may_not_be_read_is_one_line_that_names_it(name: str, closed: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / name, "text,label\na,b\n")
+        path.chmod(0 if closed == "file" else 0o644)
+        os.chmod(folder, 0 if closed == "folder" else 0o755)
+
+        def work() -> None:
+            become_nobody()
+            refused(WorkError, path, "cannot be read")
+
+        answer = finish(start(work))
+        os.chmod(folder, 0o755)
+        assert answer == (0, "done: None")
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t", "t.json", "t.gz", "t.parquet.gz", "csv"])
