@@ -97,6 +97,9 @@ PACKAGED = MappingProxyType(
 )
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True)
 class Encoded:
     """A tokenised batch: input_ids and attention_mask [B, T], and which texts were cut to fit."""
@@ -131,6 +134,9 @@ class Backbone:
         Raises:
             InputError: it cannot be found, or its family is not in `FAMILIES`. WorkError: its files are damaged.
         """
+        if dtype not in DTYPES:
+            raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        place = choose_device(device)
         path = resolve(name)
         try:
             with quiet():
@@ -144,7 +150,7 @@ class Backbone:
             raise InputError(f"backbone {name!r}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
         except Exception as error:
             raise WorkError(f"backbone {name!r}: damaged: {str(error).strip().splitlines()[0]}") from None
-        return cls(model.to(choose_device(device)), tokenizer, name)
+        return cls(model.to(place), tokenizer, name)
 
     @property
     def kind(self) -> str:
@@ -286,14 +292,19 @@ def resolve(name: str) -> str:
 
 
 def choose_device(device: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    try:
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise InputError(f"device: expected auto, cpu or cuda, got {device!r}") from None
 
 
 def fingerprint(model: nn.Module, tokenizer: Any) -> str:
     """SHA-256 over every tensor's name, shape and up to 1,024 evenly spaced elements (rounded to bfloat16, so the
     precision a model is loaded in does not matter), and over the vocabulary."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    # A model that is adapted already keeps its fingerprint: adapted layers hold their base under the name "base".
+    tensors = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in sorted(tensors.items()):
         if not isinstance(tensor, Tensor):  # packed parameters of a quantised layer
             continue
         flat = tensor.detach().reshape(-1)

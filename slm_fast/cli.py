@@ -117,7 +117,7 @@ def _task_files(parser: argparse.ArgumentParser, about: str) -> None:
 def _device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", help="hub name, local path or 'minilm'; a store remembers its own")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -230,7 +230,7 @@ def _learn(arguments: argparse.Namespace) -> int:
 
     # Everything that can be wrong with the call is found before anything is learned.
     tasks = [Task.from_file(name, path) for name, path in _named_files(arguments.tasks).items()]
-    valid = {name: Task.from_file(name, path) for name, path in _named_files(arguments.valid).items()}
+    valid = {name: Task.from_file(name, path, training=False) for name, path in _named_files(arguments.valid).items()}
     for name in valid:
         if name not in {task.name for task in tasks}:
             raise InputError(f"--valid {name!r}: no --task of that name")
@@ -354,7 +354,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from slm_fast.report import evaluation_table
     from slm_fast.tasks import Task
 
-    tasks = {name: Task.from_file(name, path) for name, path in _named_files(arguments.tasks).items()}
+    tasks = {name: Task.from_file(name, path, training=False) for name, path in _named_files(arguments.tasks).items()}
     slm = _open(arguments)
     evaluation = slm.evaluate(tasks, with_task_id=arguments.with_task_id, **_fields(arguments, PredictOptions))
     if arguments.json:

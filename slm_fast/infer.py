@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -69,6 +70,10 @@ class PredictOptions:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.head not in ("mixed", "winner"):
             raise InputError(f"head: expected 'mixed' or 'winner', got {self.head!r}")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"temperature: expected a positive number, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
         if not 0.0 <= float(self.abstain) <= 1.0:
             raise InputError(f"abstain: expected True, False or a share of 0 to 1, got {self.abstain}")
 
@@ -150,8 +155,10 @@ def _batch(
     passage = Passage(encoded.attention_mask, slot_mask, share)
     with model.passing(passage, model.pool.values, route):
         if generates:
-            torch.manual_seed(options.seed)
-            texts, scores = model.generate(encoded, options.generation())
+            with torch.random.fork_rng(enabled=options.sample):
+                if options.sample:
+                    torch.manual_seed(options.seed)
+                texts, scores = model.generate(encoded, options.generation())
         else:
             features = model.features(encoded)
     route = passage.route

@@ -52,8 +52,12 @@ class LearnOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: expected at least 1, got {value}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise InputError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+        if not 0 < self.learning_rate <= 1:
+            raise InputError(f"learning_rate: expected more than 0 and at most 1, got {self.learning_rate}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise InputError(f"weight_decay: expected a number not below 0, got {self.weight_decay}")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"warmup: expected a share of 0 to 1, got {self.warmup}")
 
     def epochs_for(self, rows: int) -> int:
         return self.epochs or max(3, min(20, math.ceil(120 / math.ceil(rows / self.batch_size))))
@@ -103,7 +107,10 @@ class _Trainer:
     def __init__(self, model: AdaptedModel, task: Task, options: LearnOptions) -> None:
         self.model, self.task, self.options = model, task, options
         self.device, self.dtype = model.backbone.device, model.backbone.dtype
-        self.max_length = options.max_length or model.config.max_length or 0
+        limit, length = model.backbone.longest(), options.max_length
+        self.max_length: int = (model.config.max_length or 0) if length is None else length
+        if length is not None and (length < 4 or (limit is not None and length > limit)):
+            raise InputError(f"max_length: expected 4..{limit or 'any'} for this backbone, got {length}")
 
     def allocate(self, slots: int, part: dict[str, Tensor], generator: torch.Generator) -> None:
         """New values (lora_b zero, so that nothing changes yet), a new head, and the router for the training rows."""
@@ -204,10 +211,7 @@ class _Trainer:
                 for rows in order.split(options.batch_size):
                     loss = self._loss(examples, rows)
                     value = loss.item()
-                    if not math.isfinite(value):
-                        raise WorkError(
-                            f"{self.task.name}: the loss is {value} in epoch {epoch + 1}; lower learning_rate"
-                        )
+                    self._check_finite(value, f"the loss is {value} in epoch {epoch + 1}")
                     optimizer.zero_grad()
                     loss.backward()
                     nn.utils.clip_grad_norm_(self.parameters(), 1.0)
@@ -216,10 +220,16 @@ class _Trainer:
                     advance(len(rows), note=f"loss {value:.3f}")
                 if valid_examples is not None and (score := self._score(valid_examples)) > best_score:
                     best, best_score = self._snapshot(), score
+        for parameter in self.parameters():
+            self._check_finite(float(parameter.detach().sum()), "the values are no longer numbers")
         if valid_examples is not None:
             with torch.no_grad():
                 for parameter, kept in zip(self.parameters(), best, strict=True):
                     parameter.copy_(kept)
+
+    def _check_finite(self, value: float, otherwise: str) -> None:
+        if not math.isfinite(value):
+            raise WorkError(f"{self.task.name}: {otherwise}; lower learning_rate")
 
     def _valid_examples(self, valid: Task) -> Examples:
         unknown = {row.target for row in valid.rows} - set(self.task.labels or []) if self.head is not None else set()

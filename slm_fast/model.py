@@ -6,6 +6,7 @@ the last tap the route is found, and the layers above it, the only ones that car
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from slm_fast.backbones import Backbone, Encoded
 from slm_fast.errors import InputError
 from slm_fast.ops import Route
 from slm_fast.pool import Pool
-from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, default_taps
+from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, check_taps, default_taps
 from slm_fast.router import DtkrRouter, GaussianRouter, Router
 from slm_fast.tasks import LearnedTask, Row
 
@@ -61,13 +62,19 @@ class Config:
             if getattr(self, name) not in choices:
                 raise InputError(f"{name}: expected {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
         layers, trunk = len(backbone.layers), self.query == "trunk"
-        taps = tuple(sorted(set(self.taps or default_taps(layers)))) if trunk else None
+        taps = check_taps(default_taps(layers) if self.taps is None else self.taps, layers) if trunk else None
         lowest = taps[-1] if taps else 0
         first_layer = self.first_layer if self.first_layer is not None else (lowest if taps else layers // 2)
         if not lowest <= first_layer < layers:
             raise InputError(
                 f"first_layer: expected {lowest}..{layers - 1} (not below the last tap), got {first_layer}"
             )
+        if not self.targets:
+            raise InputError(f"targets: expected at least one of {', '.join(backbone.family.linears)}, got none")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"temperature: expected a positive number, got {self.temperature}")
+        if self.groups < 1:
+            raise InputError(f"groups: expected at least 1, got {self.groups}")
         k = self.k if self.k is not None else (2 if self.router == "gaussian" else 4)
         if k < 1:
             raise InputError(f"k: expected at least 1, got {k}")
@@ -109,21 +116,21 @@ class AdaptedModel:
         self._passage: Passage | None = None
         self.query: TrunkQuery | SentenceQuery
         if self.config.taps is not None:
-            self.query = TrunkQuery(self.config.taps, len(backbone.layers), backbone.width, backbone.device)
-            for tap in self.query.taps:
-                backbone.layers[tap].register_forward_pre_hook(self._tap, with_kwargs=True)
+            self.query = TrunkQuery(self.config.taps, backbone.width, backbone.device)
         else:
             self.query = SentenceQuery(self.config.encoder or DEFAULT_ENCODER, backbone.device)
+        if self.config.router == "dtkr" and self.query.width % self.config.groups:
+            raise InputError(
+                f"groups: expected a divisor of the query width {self.query.width}, got {self.config.groups}"
+            )
         self.modules = backbone.find_linears(self.config.targets, self.config.first_layer or 0)
         self.widths = backbone.widths(self.modules)  # module name -> (in_features, out_features)
         for name in self.modules:
             parent, _, child = name.rpartition(".")
             base = backbone.model.get_submodule(name)
             setattr(backbone.model.get_submodule(parent), child, AdaptedLinear(base, name, self.adaptation))
-        if self.config.router == "dtkr" and self.query.width % self.config.groups:
-            raise InputError(
-                f"groups: expected a divisor of the query width {self.query.width}, got {self.config.groups}"
-            )
+        for tap in self.config.taps or ():
+            backbone.layers[tap].register_forward_pre_hook(self._tap, with_kwargs=True)
         self.set_tasks([])
 
     @property

@@ -26,6 +26,13 @@ def default_taps(layers: int) -> tuple[int, ...]:
     return tuple(sorted({round(layers / 6), layers // 2}))
 
 
+def check_taps(taps: Sequence[int], layers: int) -> tuple[int, ...]:
+    """The taps in rising order. Raises InputError unless they are layers' numbers."""
+    if not taps or min(taps) < 0 or max(taps) >= layers:
+        raise InputError(f"taps: expected layer numbers in 0..{layers - 1}, got {list(taps)}")
+    return tuple(sorted(set(taps)))
+
+
 class TrunkQuery:
     """The mean hidden state over real tokens after each of a few layers, concatenated.
 
@@ -37,10 +44,8 @@ class TrunkQuery:
 
     kind = "trunk"
 
-    def __init__(self, taps: Sequence[int], layers: int, width: int, device: torch.device) -> None:
-        self.taps = tuple(sorted(set(taps)))
-        if not self.taps or self.taps[0] < 0 or self.taps[-1] >= layers:
-            raise InputError(f"taps: expected layer numbers in 0..{layers - 1}, got {list(taps)}")
+    def __init__(self, taps: Sequence[int], width: int, device: torch.device) -> None:
+        self.taps = tuple(taps)
         full = width * len(self.taps)
         self.width = min(full, MAX_WIDTH)
         self.projection: Tensor | None = None

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from slm_fast.backbones import Backbone
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, WorkError
 from slm_fast.evaluate import Evaluation, evaluate
 from slm_fast.infer import Prediction, PredictOptions, predict, predict_stream
 from slm_fast.learn import LearnOptions, learn_task
@@ -113,7 +113,7 @@ class ScalableLM:
                 f"{sorted(unknown)[0]}: unknown option; options: {', '.join(LearnOptions.__dataclass_fields__)}"
             )
         if isinstance(valid, (str, Path)):
-            valid = Task.from_file(task.name, valid)
+            valid = Task.from_file(task.name, valid, training=False)
         learned = learn_task(self.model, task, LearnOptions(**options), valid=valid, progress=progress)
         if self.store is not None:
             self.store.commit(add=[learned])
@@ -146,11 +146,13 @@ class ScalableLM:
         """
         if isinstance(rows, (str, Mapping)):
             raise InputError("rows: expected a list of texts, got a single one")
-        return predict(self.model, [Row.parse(row) for row in rows], _options(options), task=task, progress=progress)
+        parsed = [_parse(number, row) for number, row in enumerate(rows, 1)]
+        return predict(self.model, parsed, _options(options), task=task, progress=progress)
 
     def predict_stream(self, rows: Iterable[Any], *, task: str | None = None, **options: Any) -> Iterator[Prediction]:
         """As `predict`, for inputs of any size: answers come in order and memory stays bounded."""
-        return predict_stream(self.model, (Row.parse(row) for row in rows), _options(options), task=task)
+        parsed = (_parse(number, row) for number, row in enumerate(rows, 1))
+        return predict_stream(self.model, parsed, _options(options), task=task)
 
     def evaluate(
         self,
@@ -188,9 +190,17 @@ def _options(options: Mapping[str, Any]) -> PredictOptions:
     return PredictOptions(**options)
 
 
+def _parse(number: int, row: Any) -> Row:
+    try:
+        return Row.parse(row)
+    except WorkError as error:
+        raise WorkError(f"row {number}: {error}") from None
+
+
 def _as_task(learned: LearnedTask | None, name: str, source: Any) -> Task:
     if isinstance(source, Task):
         return source
     if isinstance(source, (str, Path)):
-        return Task.from_file(name, source)
-    return Task(name, source, free_text=None if learned is None else learned.labels is None)
+        return Task.from_file(name, source, training=False)
+    free_text = None if learned is None else learned.labels is None
+    return Task(name, source, free_text=free_text, training=False)

@@ -99,12 +99,13 @@ class Task:
         name: letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit.
         rows: Rows, (text, label) pairs, or mappings with text,label or instruction,input,output.
         free_text: answers are text to generate. By default that is so when the rows come as instruction,input,output.
+        training: the task is to be learned, for which it needs two labels.
 
     Raises:
         InputError: a bad name. WorkError: no rows, a row without text or answer, a task with only one label.
     """
 
-    def __init__(self, name: str, rows: Iterable[Any], *, free_text: bool | None = None) -> None:
+    def __init__(self, name: str, rows: Iterable[Any], *, free_text: bool | None = None, training: bool = True) -> None:
         check_name(name)
         self.name = name
         raw = list(rows)
@@ -114,11 +115,11 @@ class Task:
         self.labels = None if free_text else sorted({row.target for row in self.rows if row.target is not None})
         if not self.rows:
             raise WorkError(f"{name}: the task has no rows")
-        if self.labels is not None and len(self.labels) < 2:
+        if training and self.labels is not None and len(self.labels) < 2:
             raise WorkError(f"{name}: a task needs at least two labels, got only {self.labels[0]!r}")
 
     @classmethod
-    def from_file(cls, name: str, path: str | Path) -> Task:
+    def from_file(cls, name: str, path: str | Path, *, training: bool = True) -> Task:
         """Read a task from csv, jsonl (both also .gz) or parquet; columns text,label or instruction,input,output.
 
         Integer labels are named by `labels.json`, a list of words, where one lies beside the file.
@@ -129,7 +130,7 @@ class Task:
         check_name(name)
         rows, free_text = read_rows(path)
         try:
-            return cls(name, rows, free_text=free_text)
+            return cls(name, rows, free_text=free_text, training=training)
         except WorkError as error:
             raise WorkError(f"{path}: {error}") from None
 

@@ -306,7 +306,7 @@ def test_a_trunk_query_is_the_mean_hidden_state_at_each_tap(name):
 
 
 def test_a_wide_query_is_projected_by_the_same_matrix_everywhere():
-    wide, again = (TrunkQuery((0, 1), 4, 600, torch.device("cpu")) for _ in range(2))
+    wide, again = (TrunkQuery((0, 1), 600, torch.device("cpu")) for _ in range(2))
     assert wide.width == MAX_WIDTH
     assert wide.projection.shape == (1200, 1024)
     assert torch.equal(wide.projection, again.projection)
@@ -320,7 +320,7 @@ def test_a_wide_query_is_projected_by_the_same_matrix_everywhere():
 
 
 def test_a_query_that_needs_no_projection_is_left_as_it_is():
-    narrow = TrunkQuery((0, 1), 4, 512, torch.device("cpu"))
+    narrow = TrunkQuery((0, 1), 512, torch.device("cpu"))
     assert (narrow.width, narrow.projection) == (1024, None)
 
 

@@ -337,6 +337,31 @@ def test_no_more_than_the_tokens_asked_for_are_generated(name):
     assert max(lengths) > 1
 
 
+def test_samples_come_from_the_whole_vocabulary():
+    slm = make_slm("llama")
+    answers = slm.predict(["sea1 sea2"] * 300, batch_size=300, sample=True, temperature=1000.0, max_new_tokens=1)
+    assert len({answer.text for answer in answers}) > 80  # of 191 all but equally likely
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_text_may_end_with_any_of_the_backbones_end_tokens(name):
+    """Instruction-tuned checkpoints list several; a row that has ended is filled up in a batch and not when alone."""
+    slm = make_slm(name)
+    knows(slm, *two_tasks(slm))
+    written = [answer.text.split(" ") for answer in slm.predict(mixed(8), max_new_tokens=8)]
+    stop = next(words[-3] for words in written if len(words) == 8 and words[-3] != "")
+    end = make_tokenizer(name).get_vocab()
+    slm.model.backbone.model.generation_config.eos_token_id = [end["</s>"], end[stop]]
+    answers = slm.predict(mixed(8), max_new_tokens=8)
+    shorter = 0
+    for text, answer, words in zip(mixed(8), answers, written, strict=True):
+        (alone,) = slm.predict([text], max_new_tokens=8)
+        assert answer.text == alone.text
+        assert answer.score == pytest.approx(alone.score, abs=1e-5)
+        shorter += len(answer.text.split(" ")) < len(words)
+    assert shorter
+
+
 # Scores
 
 
@@ -468,7 +493,7 @@ def test_an_unknown_option_of_a_stream_is_refused_when_it_is_made():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"words": "sea1"}, r"no 'text' \(nor 'instruction' and 'input'\); fields: words"),
+        ({"words": "sea1"}, r"no 'text' \(nor 'instruction' and 'input'\); fields: 'words'"),
         ({}, "fields: none"),
         ("", "empty text"),
         ("   ", "empty text"),
@@ -491,6 +516,15 @@ def test_a_bad_row_among_many_says_which_it_is():
     knows(slm, *two_tasks(slm))
     with pytest.raises(WorkError, match="row 3"):
         slm.predict(["sea1", "sea2", {"words": "sea3"}, "sea4"])
+
+
+def test_a_stream_gives_the_answers_before_a_bad_row():
+    slm = make_slm("bert")
+    knows(slm, *two_tasks(slm))
+    stream = slm.predict_stream(["sea1 sea2", "sea3 sea4", {"words": "sea5"}, "sea6"])
+    assert [next(stream).task, next(stream).task] == [answer.task for answer in slm.predict(["sea1 sea2", "sea3 sea4"])]
+    with pytest.raises(WorkError, match="row 3"):
+        next(stream)
 
 
 def test_a_single_text_is_not_taken_for_a_list_of_letters():

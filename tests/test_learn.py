@@ -20,6 +20,7 @@ from models import (
 
 from slm_fast import InputError, ScalableLM, Task, WorkError
 from slm_fast.backbones import pad
+from slm_fast.learn import LearnOptions
 from slm_fast.model import Passage
 from slm_fast.store import task_to_bytes
 from slm_fast.tasks import LearnedTask
@@ -339,6 +340,17 @@ def test_rank_and_slots_shape_what_is_learned(router, default):
     assert {task for answer in answers for task in answer.route.tasks} == {"farm", "sea"}
 
 
+def test_by_default_a_small_task_gets_more_epochs_and_a_large_one_three():
+    options = LearnOptions()
+    assert [options.epochs_for(rows) for rows in (2, 96, 160, 320, 640, 641, 100_000)] == [20, 20, 12, 6, 3, 3, 3]
+    assert LearnOptions(epochs=1).epochs_for(2) == 1
+    slm = make_slm("bert")
+    steps: list[int] = []
+    slm.model.backbone.layers[2].register_forward_hook(lambda *_: steps.append(1))
+    slm.learn(toy_task("sea", rows=2))
+    assert len(steps) == 20
+
+
 def test_a_smaller_rank_beside_a_larger_one_answers_as_it_did_alone():
     slm = make_slm("bert")
     slm.learn(toy_task("sea"), epochs=1, rank=2)
@@ -415,8 +427,8 @@ def test_a_sentence_encoder_reads_the_training_rows_once_whatever_the_epochs():
         ({"rank": 0}, "rank: expected at least 1, got 0"),
         ({"slots": 0}, "slots: expected at least 1, got 0"),
         ({"slots": 40}, "slots: 40 slots need at least as many rows, got 32"),
-        ({"learning_rate": 0.0}, r"learning_rate: expected a positive number, got 0\.0"),
-        ({"learning_rate": float("nan")}, "learning_rate: expected a positive number, got nan"),
+        ({"learning_rate": 0.0}, r"learning_rate: expected .* got 0\.0"),
+        ({"learning_rate": float("nan")}, r"learning_rate: expected .* got nan"),
         ({"warmup": -0.5}, r"warmup: expected .* got -0\.5"),
         ({"weight_decay": float("nan")}, r"weight_decay: expected .* got nan"),
         ({"epoch": 3}, "epoch: unknown option; options: epochs, batch_size"),
@@ -452,7 +464,7 @@ def test_an_encoder_refuses_free_text_before_it_does_anything():
 
 
 @pytest.mark.parametrize("rows", [8, 64])  # one step, after which no loss is computed, and several
-@pytest.mark.parametrize(("name", "rate"), [*((name, 1e30) for name in FAMILIES), ("bert", 1e4), ("bert", 1e39)])
+@pytest.mark.parametrize(("name", "rate"), [*((name, 1.0) for name in FAMILIES), ("bert", 1e4), ("bert", 1e39)])
 def test_an_absurd_learning_rate_is_refused_or_leaves_a_task_that_answers(name, rate, rows):
     slm = make_slm(name)
     slm.learn(toy_task("farm"), epochs=1)

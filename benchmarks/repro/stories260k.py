@@ -22,7 +22,7 @@ SIZES = (  # what the header holds, by Hugging Face's names
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "max_position_embeddings",
 )  # fmt: skip
-UNKNOWN, START, END = SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2; the file adds line breaks to two
+UNKNOWN, START, _ = SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2; the file adds line breaks to two
 
 
 def _layout(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -71,7 +71,8 @@ def _read_model(path: Path) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         pad_token_id=SPECIAL_TOKENS.index(UNKNOWN),
         bos_token_id=SPECIAL_TOKENS.index(START),
-        eos_token_id=SPECIAL_TOKENS.index(END),
+        # Its stories are parted by the start token, and the end token was never trained.
+        eos_token_id=SPECIAL_TOKENS.index(START),
     )
     layout = _layout(config)
     counts = [math.prod(shape) for shape in layout.values()]
@@ -130,8 +131,8 @@ def _build_tokenizer(pieces: list[tuple[str, float]], positions: int) -> PreTrai
         tokenizer_object=tokenizer,
         unk_token=UNKNOWN,
         bos_token=START,
-        eos_token=END,
-        pad_token=UNKNOWN,  # free, thanks to the byte tokens; padding with END would hide the real ends
+        eos_token=START,
+        pad_token=UNKNOWN,  # free, thanks to the byte tokens; padding with START would hide the real ends
         model_max_length=positions,
         clean_up_tokenization_spaces=False,
     )
