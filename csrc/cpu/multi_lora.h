@@ -1,0 +1,284 @@
+// The pieces that multi_lora's forward and backward share: a sample's rows, and the two products.
+#pragma once
+
+#include <algorithm>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "tile.h"
+
+namespace slm_fast::SLM_ISA {
+
+constexpr int64_t kTileTokens = 64;
+
+template <class T>
+inline T* at(const Rows& rows, int64_t b, int64_t t) {
+  return static_cast<T*>(rows.data) + b * rows.sample_stride + t * rows.token_stride;
+}
+
+template <class A>
+inline A weight_at(const MultiLora& op, int64_t pair) {
+  return op.weights_are_double ? static_cast<A>(static_cast<const double*>(op.weights)[pair])
+                               : static_cast<A>(static_cast<const float*>(op.weights)[pair]);
+}
+
+// Waking the other threads costs some microseconds; below this many flops one thread is sooner done.
+inline bool worth_threads(const MultiLora& op) {
+  const double flops = 2.0 * op.samples * op.tokens * op.picks * op.rank * (op.features_in + op.features_out);
+  return flops > 3e5;
+}
+
+// Tokens of a sample in equal tiles, whatever the number of threads.
+struct Tiling {
+  int64_t tiles, tile;
+  explicit Tiling(int64_t tokens) {
+    tiles = std::max<int64_t>(1, (tokens + kTileTokens - 1) / kTileTokens);
+    tile = std::max<int64_t>(8, ((tokens + tiles - 1) / tiles + 7) / 8 * 8);
+    tiles = std::max<int64_t>(1, (tokens + tile - 1) / tile);
+  }
+};
+
+// The R rows that act on a sample, in the order of its route; slots -1 left out.
+template <class T>
+struct SlotRows {
+  Buffer<const T*> a, b;
+  Buffer<double> weight;
+  Buffer<int64_t> pick;  // which k a row belongs to
+  int64_t count = 0;
+
+  explicit SlotRows(const MultiLora& op)
+      : a(op.picks * op.rank), b(op.picks * op.rank), weight(op.picks * op.rank), pick(op.picks * op.rank) {}
+  void of_sample(const MultiLora& op, int64_t sample) {
+    count = 0;
+    for (int64_t k = 0; k < op.picks; ++k) {
+      const int64_t slot = op.slot_ids[sample * op.picks + k];
+      if (slot < 0) continue;
+      for (int64_t j = 0; j < op.rank; ++j, ++count) {
+        a[count] = static_cast<const T*>(op.lora_a) + (slot * op.rank + j) * op.features_in;
+        b[count] = static_cast<const T*>(op.lora_b) + (slot * op.rank + j) * op.features_out;
+        weight[count] = weight_at<double>(op, sample * op.picks + k);
+        pick[count] = k;
+      }
+    }
+  }
+};
+
+// Rows of storage type T as the tile wants them: where they lie if the types agree, else converted into a buffer.
+template <class T, class P>
+struct Convert {
+  using E = typename P::Element;
+  Buffer<E> space;
+  int64_t used = 0;
+
+  void reserve(int64_t count) {
+    used = 0;
+    if constexpr (!std::is_same_v<T, E>) space.at_least(count);
+  }
+  const E* operator()(const T* row, int64_t length) {
+    if constexpr (std::is_same_v<T, E>) {
+      return row;
+    } else {
+      E* to = space.data() + used;
+      used += length;
+      int64_t i = 0;
+      for (; i + kLanes<E> <= length; i += kLanes<E>) store(to + i, load<E>(row + i));
+      for (; i < length; ++i) to[i] = widen<E>(row[i]);
+      return to;
+    }
+  }
+};
+
+// sums[n * tile + t] = x[t] . a[n]
+template <class T, class P>
+struct Shrink {
+  using A = typename P::Accumulator;
+  int64_t tile;
+  Buffer<A> sums;
+  Convert<T, P> convert;
+  Buffer<const typename P::Element*> x_rows, a_rows;
+
+  Shrink(const MultiLora& op, int64_t tile)
+      : tile(tile), sums(op.picks * op.rank * tile), x_rows(tile), a_rows(op.picks * op.rank) {}
+  A* operator()(const T* x, int64_t stride, int64_t tokens, const T* const* a, int64_t count, int64_t length) {
+    convert.reserve((tokens + count) * length);
+    for (int64_t t = 0; t < tokens; ++t) x_rows[t] = convert(x + t * stride, length);
+    for (int64_t n = 0; n < count; ++n) a_rows[n] = convert(a[n], length);
+    dot<P>(x_rows.data(), tokens, a_rows.data(), count, length, sums.data(), tile);
+    return sums.data();
+  }
+};
+
+// A column panel of `count` rows, as combine reads it: [n][kCombineV vectors], zeros beyond `columns`.
+template <class T, class P, class RowAt>
+inline void pack_panel(
+    typename P::Element* panel, const RowAt& row_at, [[maybe_unused]] int64_t count, int64_t columns) {
+  using A = typename P::Accumulator;
+  constexpr int L = kLanes<A>;
+  if constexpr (P::kPair == 1) {
+    for (int64_t n = 0; n < count; ++n, panel += kCombineV * L) {
+      const T* row = row_at(n);
+      if (columns == kCombineV * L) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kCombineV; ++v) store(panel + v * L, load<A>(row + v * L));
+      } else {
+        for (int64_t c = 0; c < columns; c += L) store(panel + c, load_first<A>(row + c, columns - c));
+      }
+    }
+#if defined(__AVX512BF16__)
+  } else {
+    const auto full = static_cast<uint64_t>(0xffff);
+    for (int64_t n = 0; n < count; n += 2, panel += kCombineV * 2 * L) {
+      const T *even = row_at(n), *odd = n + 1 < count ? row_at(n + 1) : nullptr;
+      for (int64_t c = 0; c < columns; c += L) {
+        const auto lanes = static_cast<__mmask16>(columns - c >= L ? full : (1u << (columns - c)) - 1);
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, even + c));
+        const __m512i high =
+            odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, odd + c)) : _mm512_setzero_si512();
+        _mm512_store_si512(panel + 2 * c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+    }
+#endif
+  }
+}
+
+// y[t] = base[t] + sum_n sums[n * tile + t] * b[n]
+template <class T, class P>
+struct Expand {
+  using A = typename P::Accumulator;
+  int64_t tile;
+  Buffer<typename P::Element> panel;
+  Buffer<typename P::Coefficient> pairs;
+
+  Expand(const MultiLora& op, int64_t tile) : tile(tile) {
+    const int64_t steps = (op.picks * op.rank + P::kPair - 1) / P::kPair;
+    panel.at_least(steps * kCombineV * kLanes<A> * P::kPair);
+    if (P::kPair == 2) pairs.at_least(steps * tile);
+  }
+
+  const typename P::Coefficient* coefficients(const A* sums, [[maybe_unused]] int64_t count) {
+    if constexpr (P::kPair == 1) {
+      return sums;
+#if defined(__AVX512BF16__)
+    } else {
+      const __m512 zero = _mm512_setzero_ps();
+      for (int64_t n = 0; n < count; n += 2)
+        for (int64_t t = 0; t < tile; t += 8) {
+          const __m256 even = _mm256_loadu_ps(sums + n * tile + t);
+          const __m256 odd = n + 1 < count ? _mm256_loadu_ps(sums + (n + 1) * tile + t) : _mm512_castps512_ps256(zero);
+          const __m256i low = _mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh(even));
+          const __m256i high = _mm256_cvtepu16_epi32((__m128i)_mm256_cvtneps_pbh(odd));
+          _mm256_storeu_si256(
+              reinterpret_cast<__m256i*>(pairs.data() + n / 2 * tile + t),
+              _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+        }
+      return pairs.data();
+#endif
+    }
+  }
+
+  void operator()(
+      const A* sums, const T* const* b, int64_t count, int64_t tokens, int64_t length, const T* base,
+      int64_t base_stride, T* y, int64_t y_stride) {
+    constexpr int64_t kColumns = kCombineV * kLanes<A>;
+    const int64_t steps = (count + P::kPair - 1) / P::kPair;
+    const auto* c = coefficients(sums, count);
+    for (int64_t column = 0; column < length; column += kColumns) {
+      const int64_t columns = std::min(kColumns, length - column);
+      pack_panel<T, P>(panel.data(), [&](int64_t n) { return b[n] + column; }, count, columns);
+      for (int64_t t = 0; t < tokens; t += kCombineM) {
+        // The rows of y are far apart, which hardware prefetching does not follow: ask for the next columns now.
+        for (int64_t m = t; m < std::min(t + kCombineM, tokens); ++m)
+          for (int64_t line = 0; line < kColumns * static_cast<int64_t>(sizeof(T)); line += 64) {
+            const auto offset = (column + kColumns) * static_cast<int64_t>(sizeof(T)) + line;
+            __builtin_prefetch(reinterpret_cast<const char*>(y + m * y_stride) + offset, 1);
+            if (base && base != y) __builtin_prefetch(reinterpret_cast<const char*>(base + m * base_stride) + offset);
+          }
+        combine<P>(
+            c + t, tile, 1, panel.data(), steps, std::min<int64_t>(kCombineM, tokens - t), columns,
+            [&](int64_t row, int64_t offset, int64_t lanes, Vec<A> sum) __attribute__((always_inline)) {
+              T* to = y + (t + row) * y_stride + column + offset;
+              const T* from = base ? base + (t + row) * base_stride + column + offset : nullptr;
+              if (lanes == kLanes<A>) {
+                store(to, from ? load<A>(from) + sum : sum);
+              } else {
+                store_first(to, from ? load_first<A>(from, lanes) + sum : sum, lanes);
+              }
+            });
+      }
+    }
+  }
+};
+
+// ---- few tokens a sample ----
+
+constexpr int64_t kRunPairs = 16;
+
+// The (sample, pick) pairs sorted by slot, cut into runs of one slot and at most kRunPairs pairs.
+struct SharedSlots {
+  int64_t count = 0, runs = 0, distinct = 0;
+  Buffer<int64_t> pairs;      // [count] b * K + k, sorted by slot
+  Buffer<int64_t> place;      // [B * K] of each pair in `pairs`, -1 for slot -1
+  Buffer<int64_t> run_begin;  // [runs + 1]
+
+  explicit SharedSlots(const MultiLora& op)
+      : pairs(op.samples * op.picks), place(op.samples * op.picks), run_begin(op.samples * op.picks + 1) {
+    const int64_t* slot = op.slot_ids;
+    for (int64_t pair = 0; pair < op.samples * op.picks; ++pair) {
+      place[pair] = -1;
+      if (slot[pair] >= 0) pairs[count++] = pair;
+    }
+    std::sort(pairs.data(), pairs.data() + count, [slot](int64_t p, int64_t q) {
+      return slot[p] != slot[q] ? slot[p] < slot[q] : p < q;
+    });
+    for (int64_t i = 0; i < count; ++i) {
+      place[pairs[i]] = i;
+      const bool other = i == 0 || slot[pairs[i]] != slot[pairs[i - 1]];
+      distinct += other;
+      if (other || i - run_begin[runs - 1] == kRunPairs) run_begin[runs++] = i;
+    }
+    run_begin[runs] = count;
+  }
+
+  // Columns of y that one thread passes over at a time.
+  int64_t column_piece(const MultiLora& op, int workers, int64_t element) const {
+    const int64_t even = (op.features_out + 2 * workers - 1) / (2 * workers);
+    const int64_t fits = (512 << 10) / std::max<int64_t>(1, distinct * op.rank * element);  // half an L2
+    const bool reused = distinct * 2 <= count;
+    const int64_t piece = reused ? std::min(even, fits) : even;
+    return std::max<int64_t>(256, (piece + 127) / 128 * 128);
+  }
+};
+
+// One row of output, V vectors wide from `column`: y = base + sum over the sample's slots of sums * b.
+template <class T, int V, class A>
+inline void add_rows(
+    const MultiLora& op, const SharedSlots& shared, const A* sums, int64_t b, int64_t t, int64_t column, int64_t lanes,
+    const T* base, T* y) {
+  constexpr int L = kLanes<A>;
+  const bool whole = lanes == V * L;
+  Vec<A> acc[V] = {};
+  for (int64_t k = 0; k < op.picks; ++k) {
+    const int64_t place = shared.place[b * op.picks + k];
+    if (place < 0) continue;
+    const int64_t slot = op.slot_ids[b * op.picks + k];
+    for (int64_t j = 0; j < op.rank; ++j) {
+      const Vec<A> c = broadcast(sums[(place * op.rank + j) * op.tokens + t]);
+      const T* row = static_cast<const T*>(op.lora_b) + (slot * op.rank + j) * op.features_out + column;
+      if (whole) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[v] = c * load<A>(row + v * L) + acc[v];
+      } else {
+        acc[0] = c * load_first<A>(row, lanes) + acc[0];
+      }
+    }
+  }
+  if (whole) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      store(y + column + v * L, base ? load<A>(base + column + v * L) + acc[v] : acc[v]);
+  } else {
+    store_first(y + column, base ? load_first<A>(base + column, lanes) + acc[0] : acc[0], lanes);
+  }
+}
+
+}  // namespace slm_fast::SLM_ISA

@@ -1,0 +1,190 @@
+// The two register tiles that every kernel here is made of.
+//
+//   dot:      S[n][m] += sum_i X[m][i] * A[n][i]          both operands lie along i; reduced across lanes at the end
+//   combine:  Y[m][c]  = sum_n C[n][m] * B[n][c]          a column panel of B lies in L1, C is broadcast
+//
+// Sizes are chosen so that accumulators and operands fill the registers and multiply-adds, not loads, set the pace.
+#pragma once
+
+#include "vec.h"
+
+namespace slm_fast::SLM_ISA {
+
+constexpr int kDotM = 4, kDotN = kRegisters == 32 ? 6 : 2;
+constexpr int kCombineM = kRegisters == 32 ? 8 : 4, kCombineV = 3;
+
+// How numbers are multiplied: Element is what X, A and panels hold, Coefficient what C holds, Accumulator what sums are.
+template <class A>
+struct Plain {
+  using Element = A;
+  using Coefficient = A;
+  using Accumulator = A;
+  static constexpr int kStep = kLanes<A>;  // elements of i a multiply-add consumes
+  static constexpr int kPair = 1;          // rows of B a multiply-add consumes
+  using Operand = Vec<A>;
+  static Operand load_operand(const A* from) { return load<A>(from); }
+  static Operand load_operand_first(const A* from, int64_t count) { return load_first<A>(from, count); }
+  static Operand spread(A coefficient) { return broadcast(coefficient); }
+  static Vec<A> multiply_add(Operand a, Operand b, Vec<A> sum) { return a * b + sum; }
+};
+
+#if defined(__AVX512BF16__)
+// Products of bfloat16 pairs, summed in float32: twice the multiply-adds an instruction.
+struct Bf16Pairs {
+  using Element = BFloat16;
+  using Coefficient = uint32_t;  // two bfloat16: rows 2n and 2n + 1
+  using Accumulator = float;
+  static constexpr int kStep = 32;
+  static constexpr int kPair = 2;
+  using Operand = __m512bh;
+  static Operand load_operand(const void* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static Operand load_operand_first(const BFloat16* from, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), from);
+  }
+  static Operand spread(uint32_t pair) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)); }
+  static Vec<float> multiply_add(Operand a, Operand b, Vec<float> sum) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, a, b);
+  }
+};
+#endif
+
+// ---- dot ----
+
+// sums[n * ld + m] += x[m] . a[n] over `length` elements, for M <= 4 rows x and N rows a.
+template <class P, int M, int N>
+inline void dot_tile(
+    const typename P::Element* const* x, const typename P::Element* const* a, int64_t length,
+    typename P::Accumulator* sums, int64_t ld) {
+  using A = typename P::Accumulator;
+  Vec<A> acc[N][4] = {};
+  auto step = [&](auto load_one) {
+    typename P::Operand x_i[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) x_i[m] = load_one(x[m]);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const typename P::Operand a_i = load_one(a[n]);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[n][m] = P::multiply_add(x_i[m], a_i, acc[n][m]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + P::kStep <= length; i += P::kStep) step([&](const auto* row) { return P::load_operand(row + i); });
+  if (i < length) step([&](const auto* row) { return P::load_operand_first(row + i, length - i); });
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) {
+    A sum[4];
+    sum_each_of_4<A>(acc[n], sum);
+    for (int m = 0; m < M; ++m) sums[n * ld + m] += sum[m];
+  }
+}
+
+template <class P, int M>
+inline void dot_rows(
+    const typename P::Element* const* x, const typename P::Element* const* a, int n, int64_t length,
+    typename P::Accumulator* sums, int64_t ld) {
+  switch (n) {
+    case 1: return dot_tile<P, M, 1>(x, a, length, sums, ld);
+    case 2: return dot_tile<P, M, 2>(x, a, length, sums, ld);
+#if defined(__AVX512F__) || defined(__aarch64__)
+    case 3: return dot_tile<P, M, 3>(x, a, length, sums, ld);
+    case 4: return dot_tile<P, M, 4>(x, a, length, sums, ld);
+    case 5: return dot_tile<P, M, 5>(x, a, length, sums, ld);
+    case 6: return dot_tile<P, M, 6>(x, a, length, sums, ld);
+#endif
+  }
+}
+
+// S[n * ld + m] = x[m] . a[n] for any numbers of rows. Long rows go in pieces that let kDotN rows of a stay in L1.
+template <class P>
+inline void dot(
+    const typename P::Element* const* x, int64_t rows_x, const typename P::Element* const* a, int64_t rows_a,
+    int64_t length, typename P::Accumulator* sums, int64_t ld) {
+  constexpr int64_t kPiece = 4096 / sizeof(typename P::Element);
+  for (int64_t n = 0; n < rows_a; ++n)
+    for (int64_t m = 0; m < rows_x; ++m) sums[n * ld + m] = 0;
+  const int64_t blocks = (rows_a + kDotN - 1) / kDotN;
+  for (int64_t begin = 0; begin < length; begin += kPiece) {
+    const int64_t piece = length - begin < kPiece ? length - begin : kPiece;
+    for (int64_t block = 0, n = 0; block < blocks; ++block) {
+      const int wide = static_cast<int>((rows_a - n + blocks - block - 1) / (blocks - block));  // 16 = 6 + 5 + 5
+      const typename P::Element* a_piece[kDotN];
+      for (int j = 0; j < wide; ++j) a_piece[j] = a[n + j] + begin;
+      int64_t m = 0;
+      for (; m + kDotM <= rows_x; m += kDotM) {
+        const typename P::Element* x_piece[kDotM];
+        for (int j = 0; j < kDotM; ++j) x_piece[j] = x[m + j] + begin;
+        dot_rows<P, kDotM>(x_piece, a_piece, wide, piece, sums + n * ld + m, ld);
+      }
+      for (; m < rows_x; ++m) {
+        const typename P::Element* x_piece[1] = {x[m] + begin};
+        dot_rows<P, 1>(x_piece, a_piece, wide, piece, sums + n * ld + m, ld);
+      }
+      n += wide;
+    }
+  }
+}
+
+// ---- combine ----
+
+// emit(m, v, vector) for the M x V tile of sum_n C[n * step + m * stride] * panel[n][v].
+template <class P, int M, int V, class Emit>
+inline void combine_tile(
+    const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
+    const Emit& emit) {
+  constexpr int kWide = kLanes<typename P::Accumulator> * P::kPair;
+  Vec<typename P::Accumulator> acc[M][V] = {};
+  for (int64_t n = 0; n < n_count; ++n) {
+    typename P::Operand b[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) b[v] = P::load_operand(panel + (n * kCombineV + v) * kWide);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const typename P::Operand c_m = P::spread(c[n * step + m * stride]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[m][v] = P::multiply_add(c_m, b[v], acc[m][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) emit(m, v, acc[m][v]);
+}
+
+template <class P, int M, class Emit>
+inline void combine_columns(
+    const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
+    int vectors, const Emit& emit) {
+  switch (vectors) {
+    case 1: return combine_tile<P, M, 1>(c, step, stride, panel, n_count, emit);
+    case 2: return combine_tile<P, M, 2>(c, step, stride, panel, n_count, emit);
+    case 3: return combine_tile<P, M, 3>(c, step, stride, panel, n_count, emit);
+  }
+}
+
+// For a panel of `columns` <= kCombineV vectors and `rows` rows of output: emit(row, first column, count, vector).
+template <class P, class Emit>
+inline void combine(
+    const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
+    int64_t rows, int64_t columns, const Emit& emit) {
+  using A = typename P::Accumulator;
+  constexpr int L = kLanes<A>;
+  const int vectors = static_cast<int>((columns + L - 1) / L);
+  int64_t row = 0;
+  auto emit_at = [&](int m, int v, Vec<A> value) __attribute__((always_inline)) {
+    const int64_t left = columns - v * L;
+    emit(row + m, v * L, left < L ? left : L, value);
+  };
+  for (; row + kCombineM <= rows; row += kCombineM)
+    combine_columns<P, kCombineM>(c + row * stride, step, stride, panel, n_count, vectors, emit_at);
+  if (kCombineM > 4 && row + 4 <= rows) {
+    combine_columns<P, 4>(c + row * stride, step, stride, panel, n_count, vectors, emit_at);
+    row += 4;
+  }
+  for (; row < rows; ++row)
+    combine_columns<P, 1>(c + row * stride, step, stride, panel, n_count, vectors, emit_at);
+}
+
+constexpr int64_t kPanelBytes = kCombineV * kVectorBytes;
+
+}  // namespace slm_fast::SLM_ISA
