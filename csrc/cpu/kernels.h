@@ -15,8 +15,8 @@ struct Pool {
   int workers;
   void (*run)(int workers, void (*body)(void* context, int worker), void* context);
 
-  // work(item) for each item, handed out one at a time, so that uneven items and a busy core cost little. Which thread
-  // gets an item never changes a result: no item's arithmetic depends on another's.
+  // work(item) for each item, handed out a few neighbours at a time, so that uneven items and a busy core cost little.
+  // Which thread gets an item never changes a result: no item's arithmetic depends on another's.
   template <class MakeWork>
   void for_each(int64_t items, bool worth_threads, const MakeWork& make_work) const {
     const int wanted = worth_threads && items > 1 ? static_cast<int>(items < workers ? items : workers) : 1;
@@ -27,17 +27,18 @@ struct Pool {
     }
     struct Shared {
       const MakeWork& make_work;
-      const int64_t items;
+      const int64_t items, few;
       std::atomic<int64_t> next{0};
-    } shared{make_work, items};
+    } shared{make_work, items, items / (wanted * 8) + 1};
     run(
         wanted,
         [](void* context, int) {
           Shared& s = *static_cast<Shared*>(context);
-          int64_t item = s.next++;
-          if (item >= s.items) return;
+          int64_t begin = s.next.fetch_add(s.few);
+          if (begin >= s.items) return;
           auto work = s.make_work();
-          for (; item < s.items; item = s.next++) work(item);
+          for (; begin < s.items; begin = s.next.fetch_add(s.few))
+            for (int64_t item = begin; item < begin + s.few && item < s.items; ++item) work(item);
         },
         &shared);
   }

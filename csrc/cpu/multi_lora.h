@@ -9,7 +9,9 @@
 
 namespace slm_fast::SLM_ISA {
 
-constexpr int64_t kTileTokens = 64;
+template <class T>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // elements of a cache line
+constexpr int64_t kTileTokens = 64, kTileBytes = 256 << 10;
 
 template <class T>
 inline T* at(const Rows& rows, int64_t b, int64_t t) {
@@ -28,11 +30,12 @@ inline bool worth_threads(const MultiLora& op) {
   return flops > 3e5;
 }
 
-// Tokens of a sample in equal tiles, whatever the number of threads.
+// Tokens of a sample in equal tiles that fit L2, whatever the number of threads.
 struct Tiling {
   int64_t tiles, tile;
-  explicit Tiling(int64_t tokens) {
-    tiles = std::max<int64_t>(1, (tokens + kTileTokens - 1) / kTileTokens);
+  Tiling(int64_t tokens, int64_t token_bytes) {
+    const int64_t fits = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, token_bytes), 16, kTileTokens);
+    tiles = std::max<int64_t>(1, (tokens + fits - 1) / fits);
     tile = std::max<int64_t>(8, ((tokens + tiles - 1) / tiles + 7) / 8 * 8);
     tiles = std::max<int64_t>(1, (tokens + tile - 1) / tile);
   }
@@ -141,18 +144,56 @@ inline void pack_panel(
   }
 }
 
+// Asks for the rows that are needed next, a few lines at a time, while arithmetic keeps the core busy.
+struct Ahead {
+  const char* rows = nullptr;
+  int64_t stride = 0, row_bytes = 0, count = 0;  // bytes, bytes, rows
+
+  template <class T>
+  static Ahead of(const T* rows, int64_t stride, int64_t length, int64_t count) {
+    constexpr auto size = static_cast<int64_t>(sizeof(T));
+    return {reinterpret_cast<const char*>(rows), stride * size, length * size, count};
+  }
+  int64_t lines() const { return count * ((row_bytes + 63) / 64); }
+  void ask(int64_t lines) {
+    for (; lines > 0 && count > 0; --lines) {
+      __builtin_prefetch(rows + done, 0, 2);
+      if ((done += 64) >= row_bytes) done = 0, rows += stride, --count;
+    }
+  }
+  int64_t done = 0;
+};
+
+// Where combine puts a sum: y = base + sum.
+template <class T>
+struct OntoBase {
+  T* y;
+  int64_t y_stride;
+  const T* base;  // or null
+  int64_t base_stride;
+
+  template <class V>
+  void add(int64_t row, int64_t column, V sum) const {
+    if (base) sum = load<LaneOf<V>>(base + row * base_stride + column) + sum;
+    store(y + row * y_stride + column, sum);
+  }
+  template <class V>
+  void add_first(int64_t row, int64_t column, V sum, int64_t lanes) const {
+    if (base) sum = load_first<LaneOf<V>>(base + row * base_stride + column, lanes) + sum;
+    store_first(y + row * y_stride + column, sum, lanes);
+  }
+};
+
 // y[t] = base[t] + sum_n sums[n * tile + t] * b[n]
 template <class T, class P>
 struct Expand {
   using A = typename P::Accumulator;
   int64_t tile;
-  Buffer<typename P::Element> panel;
+  Buffer<typename P::Element> panels;
   Buffer<typename P::Coefficient> pairs;
 
   Expand(const MultiLora& op, int64_t tile) : tile(tile) {
-    const int64_t steps = (op.picks * op.rank + P::kPair - 1) / P::kPair;
-    panel.at_least(steps * kCombineV * kLanes<A> * P::kPair);
-    if (P::kPair == 2) pairs.at_least(steps * tile);
+    if (P::kPair == 2) pairs.at_least((op.picks * op.rank + 1) / 2 * tile);
   }
 
   const typename P::Coefficient* coefficients(const A* sums, [[maybe_unused]] int64_t count) {
@@ -178,33 +219,37 @@ struct Expand {
 
   void operator()(
       const A* sums, const T* const* b, int64_t count, int64_t tokens, int64_t length, const T* base,
-      int64_t base_stride, T* y, int64_t y_stride) {
+      int64_t base_stride, T* y, int64_t y_stride, Ahead ahead) {
     constexpr int64_t kColumns = kCombineV * kLanes<A>;
-    const int64_t steps = (count + P::kPair - 1) / P::kPair;
+    const int64_t steps = (count + P::kPair - 1) / P::kPair, panel_size = steps * P::kPair * kColumns;
     const auto* c = coefficients(sums, count);
-    for (int64_t column = 0; column < length; column += kColumns) {
-      const int64_t columns = std::min(kColumns, length - column);
-      pack_panel<T, P>(panel.data(), [&](int64_t n) { return b[n] + column; }, count, columns);
-      for (int64_t t = 0; t < tokens; t += kCombineM) {
-        // The rows of y are far apart, which hardware prefetching does not follow: ask for the next columns now.
-        for (int64_t m = t; m < std::min(t + kCombineM, tokens); ++m)
-          for (int64_t line = 0; line < kColumns * static_cast<int64_t>(sizeof(T)); line += 64) {
-            const auto offset = (column + kColumns) * static_cast<int64_t>(sizeof(T)) + line;
-            __builtin_prefetch(reinterpret_cast<const char*>(y + m * y_stride) + offset, 1);
-            if (base && base != y) __builtin_prefetch(reinterpret_cast<const char*>(base + m * base_stride) + offset);
-          }
-        combine<P>(
-            c + t, tile, 1, panel.data(), steps, std::min<int64_t>(kCombineM, tokens - t), columns,
-            [&](int64_t row, int64_t offset, int64_t lanes, Vec<A> sum) __attribute__((always_inline)) {
-              T* to = y + (t + row) * y_stride + column + offset;
-              const T* from = base ? base + (t + row) * base_stride + column + offset : nullptr;
-              if (lanes == kLanes<A>) {
-                store(to, from ? load<A>(from) + sum : sum);
-              } else {
-                store_first(to, from ? load_first<A>(from, lanes) + sum : sum, lanes);
-              }
-            });
-      }
+    // As many packed panels as fit L2 beside the rows of y, which then are passed over as streams.
+    const int64_t most = std::clamp<int64_t>(
+        kTileBytes / std::max<int64_t>(1, panel_size * static_cast<int64_t>(sizeof(typename P::Element))), 1,
+        (length + kColumns - 1) / kColumns);
+    panels.at_least(most * panel_size);
+    const int64_t turns = (length + most * kColumns - 1) / (most * kColumns) * ((tokens + kCombineM - 1) / kCombineM);
+    const int64_t lines = ahead.lines() / std::max<int64_t>(1, turns * most) + 1;
+
+    for (int64_t first = 0; first < length; first += most * kColumns) {
+      const int64_t last = std::min(first + most * kColumns, length);
+      for (int64_t column = first; column < last; column += kColumns)
+        pack_panel<T, P>(
+            panels.data() + (column - first) / kColumns * panel_size, [&](int64_t n) { return b[n] + column; }, count,
+            std::min(kColumns, last - column));
+      for (int64_t t = 0; t < tokens; t += kCombineM)
+        for (int64_t column = first; column < last; column += kColumns) {
+          ahead.ask(lines);
+          for (int64_t m = t + kCombineM; m < std::min(t + 2 * kCombineM, tokens); ++m)  // the rows that come next
+            for (int64_t part = column; part < std::min(column + kColumns, last); part += kLine<T>) {
+              __builtin_prefetch(y + m * y_stride + part, 1);
+              if (base && base != y) __builtin_prefetch(base + m * base_stride + part);
+            }
+          combine<P>(
+              c, tile, 1, panels.data() + (column - first) / kColumns * panel_size, steps, t,
+              std::min<int64_t>(t + kCombineM, tokens), std::min(kColumns, last - column),
+              OntoBase<T>{y + column, y_stride, base ? base + column : nullptr, base_stride});
+        }
     }
   }
 };

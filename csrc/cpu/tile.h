@@ -127,17 +127,18 @@ inline void dot(
 
 // ---- combine ----
 
-// emit(m, v, vector) for the M x V tile of sum_n C[n * step + m * stride] * panel[n][v].
-template <class P, int M, int V, class Emit>
+// out.add(row, column, vector) or, in the last columns, out.add_first(row, column, vector, lanes), for the M x V tile of
+// sum_n C[n * step + m * stride] * panel[n][v].
+template <class P, int M, int V, bool kWhole, class Out>
 inline void combine_tile(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
-    const Emit& emit) {
-  constexpr int kWide = kLanes<typename P::Accumulator> * P::kPair;
+    int64_t row, int64_t columns, Out out) {
+  constexpr int L = kLanes<typename P::Accumulator>;
   Vec<typename P::Accumulator> acc[M][V] = {};
   for (int64_t n = 0; n < n_count; ++n) {
     typename P::Operand b[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) b[v] = P::load_operand(panel + (n * kCombineV + v) * kWide);
+    for (int v = 0; v < V; ++v) b[v] = P::load_operand(panel + (n * kCombineV + v) * L * P::kPair);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const typename P::Operand c_m = P::spread(c[n * step + m * stride]);
@@ -148,43 +149,40 @@ inline void combine_tile(
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) emit(m, v, acc[m][v]);
+    for (int v = 0; v < V; ++v) {
+      if constexpr (kWhole) {
+        out.add(row + m, v * L, acc[m][v]);
+      } else {
+        out.add_first(row + m, v * L, acc[m][v], columns - v * L);
+      }
+    }
 }
 
-template <class P, int M, class Emit>
-inline void combine_columns(
+template <class P, int M, class Out>
+inline void combine_rows(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
-    int vectors, const Emit& emit) {
-  switch (vectors) {
-    case 1: return combine_tile<P, M, 1>(c, step, stride, panel, n_count, emit);
-    case 2: return combine_tile<P, M, 2>(c, step, stride, panel, n_count, emit);
-    case 3: return combine_tile<P, M, 3>(c, step, stride, panel, n_count, emit);
-  }
+    int64_t row, int64_t columns, Out out) {
+  constexpr int L = kLanes<typename P::Accumulator>;
+  static_assert(kCombineV == 3);
+  if (columns == 3 * L) return combine_tile<P, M, 3, true>(c, step, stride, panel, n_count, row, columns, out);
+  if (columns > 2 * L) return combine_tile<P, M, 3, false>(c, step, stride, panel, n_count, row, columns, out);
+  if (columns > L) return combine_tile<P, M, 2, false>(c, step, stride, panel, n_count, row, columns, out);
+  return combine_tile<P, M, 1, false>(c, step, stride, panel, n_count, row, columns, out);
 }
 
-// For a panel of `columns` <= kCombineV vectors and `rows` rows of output: emit(row, first column, count, vector).
-template <class P, class Emit>
+// All rows of output from `first` on, against one panel of at most kCombineV vectors of columns.
+template <class P, class Out>
 inline void combine(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
-    int64_t rows, int64_t columns, const Emit& emit) {
-  using A = typename P::Accumulator;
-  constexpr int L = kLanes<A>;
-  const int vectors = static_cast<int>((columns + L - 1) / L);
-  int64_t row = 0;
-  auto emit_at = [&](int m, int v, Vec<A> value) __attribute__((always_inline)) {
-    const int64_t left = columns - v * L;
-    emit(row + m, v * L, left < L ? left : L, value);
-  };
-  for (; row + kCombineM <= rows; row += kCombineM)
-    combine_columns<P, kCombineM>(c + row * stride, step, stride, panel, n_count, vectors, emit_at);
-  if (kCombineM > 4 && row + 4 <= rows) {
-    combine_columns<P, 4>(c + row * stride, step, stride, panel, n_count, vectors, emit_at);
+    int64_t first, int64_t last, int64_t columns, Out out) {
+  int64_t row = first;
+  for (; row + kCombineM <= last; row += kCombineM)
+    combine_rows<P, kCombineM>(c + row * stride, step, stride, panel, n_count, row, columns, out);
+  if (kCombineM > 4 && row + 4 <= last) {
+    combine_rows<P, 4>(c + row * stride, step, stride, panel, n_count, row, columns, out);
     row += 4;
   }
-  for (; row < rows; ++row)
-    combine_columns<P, 1>(c + row * stride, step, stride, panel, n_count, vectors, emit_at);
+  for (; row < last; ++row) combine_rows<P, 1>(c + row * stride, step, stride, panel, n_count, row, columns, out);
 }
-
-constexpr int64_t kPanelBytes = kCombineV * kVectorBytes;
 
 }  // namespace slm_fast::SLM_ISA

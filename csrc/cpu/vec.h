@@ -143,20 +143,34 @@ inline void store(T* to, V value) {
   }
 }
 
-// The first `count` lanes only; the lanes beyond them read as zero.
+// The first `count` lanes only (all of them if count is larger); the lanes beyond them read as zero.
 template <class A, class T>
 inline Vec<A> load_first(const T* from, int64_t count) {
-  Vec<A> value{};
-  for (int i = 0; i < kLanes<A>; ++i)
-    if (i < count) value[i] = widen<A>(from[i]);
-  return value;
+  if (count >= kLanes<A>) return load<A>(from);
+#if defined(__AVX512F__)
+  const auto mask = static_cast<uint16_t>((1u << count) - 1);
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>) return (Vec<A>)_mm512_maskz_loadu_ps(mask, from);
+  if constexpr (sizeof(T) == 2) {
+    T whole[kLanes<A>];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole), _mm256_maskz_loadu_epi16(mask, from));
+    return load<A>(whole);
+  }
+#endif
+  T whole[kLanes<A>] = {};
+  std::memcpy(whole, from, static_cast<size_t>(count) * sizeof(T));
+  return load<A>(whole);
 }
 
 template <class T, class V>
 inline void store_first(T* to, V value, int64_t count) {
-  using A = LaneOf<V>;
-  for (int i = 0; i < kLanes<A>; ++i)
-    if (i < count) to[i] = narrow<T>(A(value[i]));
+  if (count >= kLanes<LaneOf<V>>) return store(to, value);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<LaneOf<V>, float> && std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(to, static_cast<uint16_t>((1u << count) - 1), (__m512)value);
+#endif
+  T whole[kLanes<LaneOf<V>>];
+  store(whole, value);
+  std::memcpy(to, whole, static_cast<size_t>(count) * sizeof(T));
 }
 
 // The sums of four vectors, each over its own lanes, always added in the same order.
