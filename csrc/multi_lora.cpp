@@ -93,4 +93,27 @@ void multi_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor
   kernels().multi_lora(op, pool());
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_backward(
+    Tensor grad, Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, std::vector<bool> needed) {
+  if (needed.size() != 4) fail("needed: expected 4 flags, got ", needed.size());
+  x = dense_rows(x), lora_a = dense(lora_a), lora_b = dense(lora_b), slot_ids = dense(slot_ids);
+  weights = dense(weights);
+  MultiLoraBackward op{};
+  op.forward = checked(x, lora_a, lora_b, slot_ids, weights);
+  check_like("grad", grad, x.scalar_type(), {op.forward.samples, op.forward.tokens, op.forward.features_out});
+  grad = dense_rows(grad);
+  op.grad = rows_of(grad);
+  auto wanted = [&](size_t which, const Tensor& like, void*& to) {
+    const auto sizes = like.sizes();
+    Tensor made = empty(
+        like.scalar_type(), needed[which] ? std::vector<int64_t>(sizes.begin(), sizes.end()) : std::vector<int64_t>{0});
+    to = needed[which] ? made.data_ptr() : nullptr;
+    return made;
+  };
+  Tensor grad_x = wanted(0, x, op.grad_x), grad_a = wanted(1, lora_a, op.grad_a);
+  Tensor grad_b = wanted(2, lora_b, op.grad_b), grad_weights = wanted(3, weights, op.grad_weights);
+  kernels().multi_lora_backward(op, pool());
+  return {grad_x, grad_a, grad_b, grad_weights};
+}
+
 }  // namespace slm_fast

@@ -4,10 +4,14 @@
 #include <cstdlib>
 #include <cstring>
 
-#define DECLARE(isa)                                                     \
-  namespace slm_fast::isa {                                              \
-  void multi_lora(const MultiLora&, const Pool&);                        \
-  constexpr Kernels kTable{#isa, multi_lora}; \
+#define DECLARE(isa)                                                                                         \
+  namespace slm_fast::isa {                                                                                  \
+  void multi_lora(const MultiLora&, const Pool&);                                                            \
+  void multi_lora_backward(const MultiLoraBackward&, const Pool&);                                           \
+  int64_t retrieve(const Retrieve&, const Pool&);                                                            \
+  void key_loss(KeyLoss&, const Pool&);                                                                      \
+  void key_loss_backward(const KeyLossBackward&, const Pool&);                                               \
+  constexpr Kernels kTable{#isa, multi_lora, multi_lora_backward, retrieve, key_loss, key_loss_backward};    \
   }
 
 DECLARE(portable)

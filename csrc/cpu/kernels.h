@@ -113,7 +113,7 @@ struct Kernels {
   const char* name;
   void (*multi_lora)(const MultiLora&, const Pool&);
   void (*multi_lora_backward)(const MultiLoraBackward&, const Pool&);
-  void (*retrieve)(const Retrieve&, const Pool&);
+  int64_t (*retrieve)(const Retrieve&, const Pool&);  // the first query that is not finite, or -1
   void (*key_loss)(KeyLoss&, const Pool&);
   void (*key_loss_backward)(const KeyLossBackward&, const Pool&);
 };

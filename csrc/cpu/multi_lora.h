@@ -144,26 +144,6 @@ inline void pack_panel(
   }
 }
 
-// Asks for the rows that are needed next, a few lines at a time, while arithmetic keeps the core busy.
-struct Ahead {
-  const char* rows = nullptr;
-  int64_t stride = 0, row_bytes = 0, count = 0;  // bytes, bytes, rows
-
-  template <class T>
-  static Ahead of(const T* rows, int64_t stride, int64_t length, int64_t count) {
-    constexpr auto size = static_cast<int64_t>(sizeof(T));
-    return {reinterpret_cast<const char*>(rows), stride * size, length * size, count};
-  }
-  int64_t lines() const { return count * ((row_bytes + 63) / 64); }
-  void ask(int64_t lines) {
-    for (; lines > 0 && count > 0; --lines) {
-      __builtin_prefetch(rows + done, 0, 2);
-      if ((done += 64) >= row_bytes) done = 0, rows += stride, --count;
-    }
-  }
-  int64_t done = 0;
-};
-
 // Where combine puts a sum: y = base + sum.
 template <class T>
 struct OntoBase {
@@ -254,31 +234,47 @@ struct Expand {
   }
 };
 
-// ---- few tokens a sample ----
+// The slots that a batch uses.
+struct UsedSlots {
+  int64_t count = 0, distinct = 0;
+  Buffer<int64_t> pairs;  // [count] b * K + k where there is a slot, sorted by slot
+  Buffer<int64_t> slots;  // [distinct], rising
+  Buffer<int64_t> index;  // [B * K] of the pair's slot in `slots`, -1 for slot -1
 
-constexpr int64_t kRunPairs = 16;
-
-// The (sample, pick) pairs sorted by slot, cut into runs of one slot and at most kRunPairs pairs.
-struct SharedSlots {
-  int64_t count = 0, runs = 0, distinct = 0;
-  Buffer<int64_t> pairs;      // [count] b * K + k, sorted by slot
-  Buffer<int64_t> place;      // [B * K] of each pair in `pairs`, -1 for slot -1
-  Buffer<int64_t> run_begin;  // [runs + 1]
-
-  explicit SharedSlots(const MultiLora& op)
-      : pairs(op.samples * op.picks), place(op.samples * op.picks), run_begin(op.samples * op.picks + 1) {
+  explicit UsedSlots(const MultiLora& op)
+      : pairs(op.samples * op.picks), slots(op.samples * op.picks), index(op.samples * op.picks) {
     const int64_t* slot = op.slot_ids;
     for (int64_t pair = 0; pair < op.samples * op.picks; ++pair) {
-      place[pair] = -1;
+      index[pair] = -1;
       if (slot[pair] >= 0) pairs[count++] = pair;
     }
     std::sort(pairs.data(), pairs.data() + count, [slot](int64_t p, int64_t q) {
       return slot[p] != slot[q] ? slot[p] < slot[q] : p < q;
     });
     for (int64_t i = 0; i < count; ++i) {
+      if (i == 0 || slot[pairs[i]] != slots[distinct - 1]) slots[distinct++] = slot[pairs[i]];
+      index[pairs[i]] = distinct - 1;
+    }
+  }
+  bool has(int64_t slot) const { return std::binary_search(slots.data(), slots.data() + distinct, slot); }
+};
+
+// ---- few tokens a sample ----
+
+constexpr int64_t kRunPairs = 16;
+
+// The (sample, pick) pairs sorted by slot, cut into runs of one slot and at most kRunPairs pairs.
+struct SharedSlots : UsedSlots {
+  int64_t runs = 0;
+  Buffer<int64_t> place;      // [B * K] of each pair in `pairs`, -1 for slot -1
+  Buffer<int64_t> run_begin;  // [runs + 1]
+
+  explicit SharedSlots(const MultiLora& op)
+      : UsedSlots(op), place(op.samples * op.picks), run_begin(op.samples * op.picks + 1) {
+    std::fill_n(place.data(), op.samples * op.picks, -1);
+    for (int64_t i = 0; i < count; ++i) {
       place[pairs[i]] = i;
-      const bool other = i == 0 || slot[pairs[i]] != slot[pairs[i - 1]];
-      distinct += other;
+      const bool other = i == 0 || index[pairs[i]] != index[pairs[i - 1]];
       if (other || i - run_begin[runs - 1] == kRunPairs) run_begin[runs++] = i;
     }
     run_begin[runs] = count;

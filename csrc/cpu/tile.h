@@ -185,4 +185,24 @@ inline void combine(
   for (; row < last; ++row) combine_rows<P, 1>(c + row * stride, step, stride, panel, n_count, row, columns, out);
 }
 
+// Asks for the rows that are needed next, a few lines at a time, while arithmetic keeps the core busy.
+struct Ahead {
+  const char* rows = nullptr;
+  int64_t stride = 0, row_bytes = 0, count = 0;  // bytes, bytes, rows
+
+  template <class T>
+  static Ahead of(const T* rows, int64_t stride, int64_t length, int64_t count) {
+    constexpr auto size = static_cast<int64_t>(sizeof(T));
+    return {reinterpret_cast<const char*>(rows), stride * size, length * size, count};
+  }
+  int64_t lines() const { return count * ((row_bytes + 63) / 64); }
+  void ask(int64_t lines) {
+    for (; lines > 0 && count > 0; --lines) {
+      __builtin_prefetch(rows + done, 0, 2);
+      if ((done += 64) >= row_bytes) done = 0, rows += stride, --count;
+    }
+  }
+  int64_t done = 0;
+};
+
 }  // namespace slm_fast::SLM_ISA
