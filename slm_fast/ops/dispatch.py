@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from types import MappingProxyType
 from typing import Any
 
@@ -27,15 +28,18 @@ class Backend:
 
     name: str
     operators: tuple[str, ...]
-    devices: tuple[str, ...]
     why_not: Callable[[], str | None] = _always
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(device for device, names in PREFERENCE.items() if self.name in names)
 
     @property
     def available(self) -> bool:
         return self.why_not() is None
 
 
-BACKENDS = (Backend("reference", ("retrieve", "key_loss", "multi_lora"), ("cpu", "cuda")),)
+BACKENDS = (Backend("reference", ("retrieve", "key_loss", "multi_lora")),)
 
 # For each device, the backends in the order they are tried.
 PREFERENCE = MappingProxyType({"cpu": ("reference",), "cuda": ("reference",)})
@@ -73,6 +77,17 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.name = before
+
+
+def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """For an implementation written in torch calls: autocast would lower the precision of what it accumulates."""
+
+    @wraps(implementation)
+    def run(first: torch.Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return implementation(first, *rest)
+
+    return run
 
 
 def operator(stem: str, device: str) -> Any:

@@ -9,6 +9,7 @@ Shape suffixes: B samples, T tokens, K slots a sample, P slots in all, r rank, I
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ def multi_lora(
         weights: [B, K] float32 (float64 goes with a float64 x).
         base: the frozen layer's output, shaped like the result, x's dtype; None means zeros.
 
-    Under autocast x, lora_a, lora_b and base are cast to the autocast dtype first, as a linear layer's inputs are.
+    Under autocast x, lora_a, lora_b and base are cast to the autocast dtype first (float64 is not), as a
+    linear layer's inputs are.
 
     Returns:
         [B, T, O] or [B, O] in x's dtype, accumulated in float32 (float64 for float64). Differentiable in x, lora_a,
@@ -40,17 +42,16 @@ def multi_lora(
     Raises:
         InputError: a shape, dtype, device or slot id does not fit; nothing is written.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
         base = None if base is None else base.to(dtype)
     _check(x, lora_a, lora_b, slot_ids, weights, base)
     routes, features_out = slot_ids.shape[0], lora_b.shape[2]
-    if routes == 0:
-        return x.new_zeros(*x.shape[:-1], features_out) if base is None else base.clone()
     # Rows that share a route are neighbours, so beams and tokens fold into one axis: [m*B, T, I] -> [B, m*T, I].
-    rows = x.reshape(routes, -1, x.shape[-1])
-    rows_base = None if base is None else base.reshape(routes, -1, features_out)
+    tokens = math.prod(x.shape[:-1]) // max(routes, 1)
+    rows = x.reshape(routes, tokens, x.shape[-1])
+    rows_base = None if base is None else base.reshape(routes, tokens, features_out)
     op = dispatch.operator("multi_lora", x.device.type)
     y: Tensor = op(rows, lora_a, lora_b, slot_ids, weights, rows_base)
     return y.view(*x.shape[:-1], features_out)
@@ -104,6 +105,7 @@ def _gather(lora: Tensor, slot_ids: Tensor, dtype: torch.dtype) -> Tensor:
     return padded[slot_ids]
 
 
+@dispatch.without_autocast
 def reference(
     x_BTI: Tensor,
     lora_a_PrI: Tensor,
@@ -117,12 +119,14 @@ def reference(
     b_BKrO = _gather(lora_b_PrO, slot_ids_BK, accumulate)
     shrunk_BTKr = torch.einsum("bti,bkri->btkr", x_BTI.to(accumulate), a_BKrI)
     scaled_BTKr = shrunk_BTKr * weights_BK[:, None, :, None].to(accumulate)
+    scaled_BTKr = scaled_BTKr.masked_fill((slot_ids_BK < 0)[:, None, :, None], 0.0)  # also where x or a weight is inf
     y_BTO = torch.einsum("btkr,bkro->bto", scaled_BTKr, b_BKrO)
     if base_BTO is not None:
         y_BTO = y_BTO + base_BTO.to(accumulate)
     return y_BTO.to(x_BTI.dtype).contiguous()
 
 
+@dispatch.without_autocast
 def reference_backward(
     grad_BTO: Tensor,
     x_BTI: Tensor,
@@ -137,12 +141,12 @@ def reference_backward(
     a_BKrI = _gather(lora_a_PrI, slot_ids_BK, accumulate)
     b_BKrO = _gather(lora_b_PrO, slot_ids_BK, accumulate)
     g_BTO, x = grad_BTO.to(accumulate), x_BTI.to(accumulate)
-    w_B1K1 = weights_BK[:, None, :, None].to(accumulate)
-    shrunk_BTKr = torch.einsum("bti,bkri->btkr", x, a_BKrI)
-    grad_scaled_BTKr = torch.einsum("bto,bkro->btkr", g_BTO, b_BKrO)
+    none_B1K1 = (slot_ids_BK < 0)[:, None, :, None]
+    w_B1K1 = weights_BK[:, None, :, None].to(accumulate).masked_fill(none_B1K1, 0.0)
+    shrunk_BTKr = torch.einsum("bti,bkri->btkr", x, a_BKrI).masked_fill(none_B1K1, 0.0)
+    grad_scaled_BTKr = torch.einsum("bto,bkro->btkr", g_BTO, b_BKrO).masked_fill(none_B1K1, 0.0)
     grad_shrunk_BTKr = grad_scaled_BTKr * w_B1K1
-    none = x_BTI.new_empty(0)
-    grad_x = grad_a = grad_b = grad_weights = none
+    grad_x, grad_a, grad_b, grad_weights = (x_BTI.new_empty(0) for _ in range(4))
     if needed[0]:
         grad_x = torch.einsum("btkr,bkri->bti", grad_shrunk_BTKr, a_BKrI).to(x_BTI.dtype).contiguous()
     if needed[1]:
@@ -156,8 +160,8 @@ def reference_backward(
 
 def _sum_by_slot(grad_BKrF: Tensor, slot_ids_BK: Tensor, like_PrF: Tensor) -> Tensor:
     """Sum the samples' gradients by slot. One product with a 0/1 matrix, because index_add_ uses atomics on a GPU."""
-    used_U, position = torch.unique(slot_ids_BK, return_inverse=True)
-    member = torch.nn.functional.one_hot(position.flatten(), len(used_U)).to(grad_BKrF.dtype)  # [B*K, U]
+    used_U = torch.unique(slot_ids_BK)
+    member = (slot_ids_BK.reshape(-1, 1) == used_U).to(grad_BKrF.dtype)  # [B*K, U]
     summed_UrF = (member.T @ grad_BKrF.flatten(0, 1).flatten(1)).view(len(used_U), *like_PrF.shape[1:])
     grad_PrF = torch.zeros_like(like_PrF)
     grad_PrF[used_U[used_U >= 0]] = summed_UrF[used_U >= 0].to(like_PrF.dtype)

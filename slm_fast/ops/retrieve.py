@@ -19,7 +19,7 @@ from torch import Tensor
 from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
 
-_EPSILON = 1e-12  # a vector shorter than this has cosine 0 with everything
+_EPSILON = 1e-12  # a vector no longer than this has cosine 0 with everything
 
 
 class Route(NamedTuple):
@@ -88,6 +88,7 @@ def retrieve(
         if tensor is not None and tensor.device != query.device:
             raise InputError(f"{name}: expected device {query.device} to match query, got {tensor.device}")
     op = dispatch.operator("retrieve", query.device.type)
+    query, keys, bias = query.detach(), keys.detach(), None if bias is None else bias.detach()
     slot_ids, weights = op(query, keys, k, groups, bias, mask, metric, aggregate, weighting, temperature)
     return Route(slot_ids, weights)
 
@@ -113,6 +114,7 @@ def key_loss(query: Tensor, keys: Tensor, k: int, *, groups: int, mask_prob: flo
     _check_pair(query, keys, k, groups)
     if not 0.0 <= mask_prob <= 1.0:
         raise InputError(f"mask_prob: expected 0 to 1, got {mask_prob}")
+    seed = (seed + 2**63) % 2**64 - 2**63  # the int64 with the same bits
     op = dispatch.operator("key_loss", query.device.type)
     loss: Tensor = op(query, keys, k, groups, mask_prob, seed)[0]
     return loss
@@ -140,8 +142,9 @@ def _check_pair(query: Tensor, keys: Tensor, k: int, groups: int) -> None:
 
 def _normalised_groups(rows: Tensor, groups: int) -> Tensor:
     """[N, D] -> [N, G, d], each group of unit length."""
-    grouped = rows.view(rows.shape[0], groups, -1)
-    return grouped / grouped.norm(dim=-1, keepdim=True).clamp(min=_EPSILON)
+    grouped = rows.unflatten(1, (groups, rows.shape[1] // groups))
+    length: Tensor = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
+    return torch.where(length > _EPSILON, grouped / length, 0.0)
 
 
 def _best(scores: Tensor, k: int) -> Tensor:
@@ -149,6 +152,7 @@ def _best(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+@dispatch.without_autocast
 def reference_retrieve(
     query_BD: Tensor,
     keys_PD: Tensor,
@@ -162,20 +166,23 @@ def reference_retrieve(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     B, P = query_BD.shape[0], keys_PD.shape[0]
-    query_BD, keys_PD = query_BD.float(), keys_PD.float()
     if query_BD.device.type == "cpu" and not bool(query_BD.isfinite().all()):
         row = int((~query_BD.isfinite().all(1)).nonzero()[0])
         raise InputError(f"query: row {row} holds a number that is not finite")
+    # Scores are rounded to float32 from float64. A float32 product gives equal keys scores that differ in the last bit,
+    # depending on where they stand, and the lower id would not come first.
+    query_BD, keys_PD = query_BD.double(), keys_PD.double()
     allowed_BP = torch.ones(B, P, dtype=torch.bool, device=query_BD.device) if mask is None else mask.expand(B, P)
 
     if metric == "dot":
         score_BP = query_BD @ keys_PD.T
         if bias_P is not None:
-            score_BP = score_BP + bias_P.float()
+            score_BP = score_BP + bias_P.double()
+        score_BP = score_BP.float()
     else:
         cosine_BGP = torch.einsum(
             "bgd,pgd->bgp", _normalised_groups(query_BD, groups), _normalised_groups(keys_PD, groups)
-        )
+        ).float()
         if aggregate == "vote":
             ranked_BGP = cosine_BGP.masked_fill(~allowed_BP[:, None], -torch.inf)
             kept_BGP = torch.zeros_like(cosine_BGP, dtype=torch.bool).scatter_(2, _best(ranked_BGP, k), True)
@@ -221,42 +228,43 @@ def hidden_slots(B: int, G: int, P: int, mask_prob: float, seed: int, device: to
     return (shift_right(h, 40).double() * 2.0**-24 < mask_prob).view(B, G, P)
 
 
+@dispatch.without_autocast
 def reference_key_loss(
     query_BD: Tensor, keys_PD: Tensor, k: int, groups: int, mask_prob: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     """The loss [] and the selected slots [B, G, min(k, P)], -1 where the mask left fewer."""
     accumulate = torch.float64 if keys_PD.dtype == torch.float64 else torch.float32
     B, P = query_BD.shape[0], keys_PD.shape[0]
-    cosine_BGP = torch.einsum(
-        "bgd,pgd->bgp",
-        _normalised_groups(query_BD.to(accumulate), groups),
-        _normalised_groups(keys_PD.to(accumulate), groups),
-    )
+    query_BGd, key_PGd = _normalised_groups(query_BD.double(), groups), _normalised_groups(keys_PD.double(), groups)
+    cosine_BGP = torch.einsum("bgd,pgd->bgp", query_BGd, key_PGd)
     hidden_BGP = hidden_slots(B, groups, P, mask_prob, seed, keys_PD.device)
     ids_BGK = _best(cosine_BGP.float().masked_fill(hidden_BGP, -torch.inf), k)
     found_BGK = ~hidden_BGP.gather(2, ids_BGK)
     total = (cosine_BGP.gather(2, ids_BGK) * found_BGK).sum()
-    loss = -total / found_BGK.sum().clamp(min=1)
+    loss = (-total / found_BGK.sum().clamp(min=1)).to(accumulate)
     return loss, ids_BGK.masked_fill(~found_BGK, -1)
 
 
+@dispatch.without_autocast
 def reference_key_loss_backward(grad: Tensor, query_BD: Tensor, keys_PD: Tensor, selected_BGK: Tensor) -> Tensor:
     """Gradient of the keys: d cos / d key = (query^ - cos * key^) / |key|, over the selected (b, g, k) only."""
     accumulate = torch.float64 if keys_PD.dtype == torch.float64 else torch.float32
     groups, P = selected_BGK.shape[1], keys_PD.shape[0]
     query_BGd = _normalised_groups(query_BD.to(accumulate), groups)
     key_PGd = _normalised_groups(keys_PD.to(accumulate), groups)
-    length_PG1 = keys_PD.to(accumulate).view(P, groups, -1).norm(dim=-1, keepdim=True)
+    length_PG1 = torch.linalg.vector_norm(
+        keys_PD.to(accumulate).unflatten(1, (groups, keys_PD.shape[1] // groups)), dim=-1, keepdim=True
+    )
     cosine_BGP = torch.einsum("bgd,pgd->bgp", query_BGd, key_PGd)
     # One column more than there are slots takes the -1s.
     picked_BGP = torch.zeros(*selected_BGK.shape[:2], P + 1, dtype=accumulate, device=keys_PD.device)
     picked_BGP = picked_BGP.scatter_(2, selected_BGK.where(selected_BGK >= 0, P), 1.0)[..., :P]
     towards_PGd = torch.einsum("bgp,bgd->pgd", picked_BGP, query_BGd)
     along_PG1 = (picked_BGP * cosine_BGP).sum(0).T[..., None]
-    direction_PGd = (towards_PGd - along_PG1 * key_PGd) / length_PG1.clamp(min=_EPSILON)
-    direction_PGd = direction_PGd * (length_PG1 > _EPSILON)
+    direction_PGd = torch.where(length_PG1 > _EPSILON, (towards_PGd - along_PG1 * key_PGd) / length_PG1, 0.0)
     scale = -grad.to(accumulate) / (selected_BGK >= 0).sum().clamp(min=1)
-    return (scale * direction_PGd).reshape(keys_PD.shape).to(keys_PD.dtype)
+    grad_keys_PD: Tensor = (scale * direction_PGd).reshape(keys_PD.shape).to(keys_PD.dtype)
+    return grad_keys_PD
 
 
 # Registration: the same fakes and autograd formula serve every backend.

@@ -1,0 +1,80 @@
+"""How well tasks are answered and told apart, and what learning more of them does to the earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from slm_fast.errors import InputError, WorkError
+from slm_fast.infer import PredictOptions, predict
+from slm_fast.model import AdaptedModel
+from slm_fast.tasks import Row, Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """accuracy and routing by task, shares of 0 to 1.
+
+    accuracy: rows answered with the right label, or with exactly the right text. routing: rows taken for the right
+    task. average: the mean accuracy over tasks.
+    """
+
+    accuracy: dict[str, float]
+    routing: dict[str, float]
+
+    @property
+    def average(self) -> float:
+        return sum(self.accuracy.values()) / len(self.accuracy)
+
+
+def evaluate(
+    model: AdaptedModel,
+    tasks: Mapping[str, Task],
+    options: PredictOptions,
+    *,
+    with_task_id: bool = False,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Answer the rows of all tasks as one mixed stream and count. `with_task_id` gives each row its task (SLM-TI).
+
+    Raises:
+        InputError: no tasks, or one that is not learned. WorkError: a row's label is not one of the task's.
+    """
+    if not tasks:
+        raise InputError("evaluate: no tasks given")
+    rows: list[Row] = []
+    names: list[str] = []
+    known = {task.name: task for task in model.pool.tasks}
+    for name, task in tasks.items():
+        if name not in known:
+            raise InputError(f"task {name!r}: not learned; tasks: {', '.join(known) or 'none'}")
+        labels = known[name].labels
+        for i, row in enumerate(task.rows, 1):
+            if labels is not None and row.target not in labels:
+                raise WorkError(f"{name}: row {i}: label {row.target!r} is not one of {', '.join(labels)}")
+        rows += task.rows
+        names += [name] * len(task.rows)
+    predictions = predict(model, rows, options, task=names if with_task_id else None, progress=progress)
+    right = dict.fromkeys(tasks, 0)
+    routed = dict.fromkeys(tasks, 0)
+    for name, row, prediction in zip(names, rows, predictions, strict=True):
+        answer = prediction.label if prediction.label is not None else prediction.text
+        right[name] += answer == row.target
+        routed[name] += prediction.task == name
+    counts = {name: len(task.rows) for name, task in tasks.items()}
+    return Evaluation(
+        {name: right[name] / counts[name] for name in tasks}, {name: routed[name] / counts[name] for name in tasks}
+    )
+
+
+def forgetting(history: Sequence[Mapping[str, float]]) -> list[float]:
+    """F_k = mean over j < k of (max over l < k of a[l, j]) - a[k, j], after each task k (Chaudhry et al. 2018).
+
+    history: the accuracy by task after each task was learned, in learning order; 0.0 for the first.
+    """
+    result = [0.0]
+    for k in range(1, len(history)):
+        before = [name for name in history[k] if any(name in past for past in history[:k])]
+        drops = [max(past[name] for past in history[:k] if name in past) - history[k][name] for name in before]
+        result.append(sum(drops) / len(drops))
+    return result

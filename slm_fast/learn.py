@@ -1,0 +1,282 @@
+"""Learning a task (Algorithm 1 of the paper): allocate slots, prepare keys, freeze them, fine-tune the values.
+
+Queries and routes of the training rows come from frozen weights, so they are computed once. By default the routes run
+over the task's own slots only, and everything random is drawn from a seed made of the task's name; then what is learned
+depends on the task, the backbone and the options alone, in whatever order and wherever tasks are learned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from slm_fast.adapted import Values
+from slm_fast.backbones import Encoded, pad
+from slm_fast.errors import InputError, WorkError
+from slm_fast.model import AdaptedModel, Passage
+from slm_fast.ops import Route
+from slm_fast.progress import bar
+from slm_fast.tasks import LearnedTask, Task, name_seed
+
+IGNORE = -100  # the label transformers' losses skip
+
+
+@dataclass(frozen=True)
+class LearnOptions:
+    """epochs and batch_size in rows; learning_rate is the peak of a linear warm-up and decay; rank r of the increments;
+    slots S of the task (None: 1 for the gaussian router, 4 for dtkr, as the paper); max_length in tokens (None: the
+    model's); joint: train on routes over all tasks' slots, as the paper does, rather than the task's own."""
+
+    epochs: int = 3
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    rank: int = 8
+    slots: int | None = None
+    seed: int = 0
+    max_length: int | None = None
+    joint: bool = False
+    weight_decay: float = 0.01
+    warmup: float = 0.06  # share of all steps
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "rank"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.slots is not None and self.slots < 1:
+            raise InputError(f"slots: expected at least 1, got {self.slots}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InputError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+
+
+def learn_task(
+    model: AdaptedModel,
+    task: Task,
+    options: LearnOptions,
+    *,
+    valid: Task | None = None,
+    progress: bool | None = None,
+) -> LearnedTask:
+    """Learn one task and return what is kept of it; the model is left as it was.
+
+    With `valid` the values of the epoch that did best on it are kept (accuracy for heads, loss for generation).
+
+    Raises:
+        InputError: the task does not fit the backbone. WorkError: the loss is no longer a number.
+    """
+    if model.backbone.kind == "encoder" and task.labels is None:
+        raise InputError(f"task {task.name!r}: an encoder-only backbone answers with labels, not with free text")
+    trainer = _Trainer(model, task, options)
+    with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
+        query = model.queries(task.rows, report=advance)
+    slots = options.slots or (1 if model.config.router == "gaussian" else 4)
+    seed = name_seed(task.name, options.seed)
+    part = model.new_router().fit(query, slots, seed)
+    trainer.allocate(slots, part, torch.Generator().manual_seed(seed))
+    trainer.fine_tune(trainer.examples(task, query), valid, progress)
+    return trainer.learned()
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised rows with their routes, made once."""
+
+    inputs: list[list[int]]
+    answers: list[list[int]]  # token ids; for heads one label index each
+    route: Route
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+class _Trainer:
+    def __init__(self, model: AdaptedModel, task: Task, options: LearnOptions) -> None:
+        self.model, self.task, self.options = model, task, options
+        self.device, self.dtype = model.backbone.device, model.backbone.dtype
+        self.max_length = options.max_length or model.config.max_length or 0
+
+    def allocate(self, slots: int, part: dict[str, Tensor], generator: torch.Generator) -> None:
+        """New values (lora_b zero, so that nothing changes yet), a new head, and the router for the training rows."""
+        self.part = part
+        self.params: dict[str, tuple[Tensor, Tensor]] = {}
+        for name in self.model.modules:
+            features_in, features_out = self.model.widths[name]
+            bound = 1 / features_in**0.5
+            lora_a = torch.empty(slots, self.options.rank, features_in).uniform_(-bound, bound, generator=generator)
+            lora_b = torch.zeros(slots, self.options.rank, features_out)
+            self.params[name] = (self._parameter(lora_a), self._parameter(lora_b))
+        self.head: tuple[Tensor, Tensor] | None = None
+        if self.model.backbone.kind == "encoder":
+            labels = self.task.labels or []
+            weight = torch.empty(len(labels), self.model.backbone.width).normal_(std=0.02, generator=generator)
+            self.head = (self._parameter(weight), self._parameter(torch.zeros(len(labels))))
+        self.shuffle = generator
+
+        others = (
+            [known for known in self.model.pool.tasks if known.name != self.task.name] if self.options.joint else []
+        )
+        mine = LearnedTask(
+            self.task.name, None, {k: (a.detach(), b.detach()) for k, (a, b) in self.params.items()}, part, None
+        )
+        tasks = sorted([*others, mine], key=lambda known: known.name)
+        self.router = self.model.new_router(tasks)
+        # Slot ids of the router -> the task's own slots first (0..S-1), then the other tasks' in their order.
+        owner = [known.name for known in tasks for _ in range(known.slots)]
+        own = [i for i, name in enumerate(owner) if name == self.task.name]
+        foreign = [i for i, name in enumerate(owner) if name != self.task.name]
+        self.renumber = torch.empty(len(owner) + 1, dtype=torch.int64, device=self.device)
+        self.renumber[own + foreign] = torch.arange(len(owner), device=self.device)
+        self.renumber[-1] = -1  # id -1 stays
+        self.slots = slots
+        self.foreign: Values = self.model.pool.values if foreign else {}
+
+    def _parameter(self, tensor: Tensor) -> Tensor:
+        return nn.Parameter(tensor.to(self.device))
+
+    def parameters(self) -> list[Tensor]:
+        return [p for pair in self.params.values() for p in pair] + list(self.head or ())
+
+    def values(self) -> Values:
+        """What the adapted layers use now: the task's own slots, then (joint) the frozen ones its routes reach."""
+        own = {name: (a.to(self.dtype), b.to(self.dtype)) for name, (a, b) in self.params.items()}
+        if not self.foreign:
+            return own
+
+        def join(mine: Tensor, theirs: Tensor) -> Tensor:
+            rank = max(mine.shape[1], theirs.shape[1])
+            return torch.cat([nn.functional.pad(part, (0, 0, 0, rank - part.shape[1])) for part in (mine, theirs)])
+
+        return {name: (join(a, self.foreign[name][0]), join(b, self.foreign[name][1])) for name, (a, b) in own.items()}
+
+    def keep_reached(self, route: Route) -> Route:
+        """Drop the other tasks' slots that no training row's route reaches, so that a step's cost does not grow with
+        the number of tasks, and renumber the route."""
+        if not self.foreign:
+            return route
+        reached = route.slot_ids[route.slot_ids >= self.slots].unique()
+        self.foreign = {
+            name: (a[reached - self.slots], b[reached - self.slots]) for name, (a, b) in self.foreign.items()
+        }
+        place = torch.searchsorted(reached, route.slot_ids) + self.slots
+        return Route(torch.where(route.slot_ids >= self.slots, place, route.slot_ids), route.weights)
+
+    def examples(self, task: Task, query: Tensor) -> Examples:
+        route = self.router.route(query)
+        return self._tokenised(task, Route(self.renumber[route.slot_ids], route.weights))
+
+    def _tokenised(self, task: Task, route: Route) -> Examples:
+        backbone = self.model.backbone
+        encoded = backbone.encode([row.prompt for row in task.rows], self.max_length)
+        lengths = encoded.attention_mask.sum(1).tolist()
+        inputs = [ids[:n] for ids, n in zip(encoded.input_ids.tolist(), lengths, strict=True)]
+        if self.head is not None:
+            index = {label: i for i, label in enumerate(self.task.labels or [])}
+            answers = [[index[row.target or ""]] for row in task.rows]
+        else:
+            answers = backbone.encode_answers([row.target or "" for row in task.rows], self.max_length)
+        return Examples(inputs, answers, route)
+
+    def fine_tune(self, examples: Examples, valid: Task | None, progress: bool | None) -> None:
+        options = self.options
+        examples = Examples(examples.inputs, examples.answers, self.keep_reached(examples.route))
+        valid_examples = None if valid is None else self._valid_examples(valid)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+        steps = options.epochs * math.ceil(len(examples) / options.batch_size)
+        warmup = max(1, round(options.warmup * steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        )
+        best, best_score = self._snapshot(), -math.inf
+        with bar(f"{self.task.name}: learning", options.epochs * len(examples), progress) as advance:
+            for epoch in range(options.epochs):
+                order = torch.randperm(len(examples), generator=self.shuffle)
+                for rows in order.split(options.batch_size):
+                    loss = self._loss(examples, rows)
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise WorkError(
+                            f"{self.task.name}: the loss is {value} in epoch {epoch + 1}; lower learning_rate"
+                        )
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+                    optimizer.step()
+                    scheduler.step()
+                    advance(len(rows), note=f"loss {value:.3f}")
+                if valid_examples is not None and (score := self._score(valid_examples)) > best_score:
+                    best, best_score = self._snapshot(), score
+        if valid_examples is not None:
+            with torch.no_grad():
+                for parameter, kept in zip(self.parameters(), best, strict=True):
+                    parameter.copy_(kept)
+
+    def _valid_examples(self, valid: Task) -> Examples:
+        unknown = {row.target for row in valid.rows} - set(self.task.labels or []) if self.head is not None else set()
+        if unknown:
+            raise WorkError(
+                f"{valid.name}: validation label {sorted(map(str, unknown))[0]!r} is not in the training rows"
+            )
+        # Over the task's own slots: which slots of other tasks training kept says nothing about these rows.
+        router = self.model.new_router([LearnedTask(self.task.name, None, self.params, self.part, None)])
+        return self._tokenised(valid, router.route(self.model.queries(valid.rows)))
+
+    def _snapshot(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters()]
+
+    @torch.no_grad()
+    def _score(self, examples: Examples) -> float:
+        """Accuracy with a head, minus the mean loss without."""
+        total = 0.0
+        for rows in torch.arange(len(examples)).split(2 * self.options.batch_size):
+            if self.head is None:
+                total -= float(self._loss(examples, rows)) * len(rows)
+            else:
+                answers = torch.tensor([examples.answers[i][0] for i in rows.tolist()], device=self.device)
+                total += int((self._logits(examples, rows).argmax(1) == answers).sum())
+        return total / len(examples)
+
+    def _encoded(self, sequences: Sequence[list[int]]) -> Encoded:
+        ids, mask = pad(sequences, self.model.backbone.tokenizer.pad_token_id)
+        return Encoded(ids.to(self.device), mask.to(self.device), [])
+
+    def _logits(self, examples: Examples, rows: Tensor) -> Tensor:
+        assert self.head is not None
+        encoded = self._encoded([examples.inputs[i] for i in rows.tolist()])
+        route = Route(examples.route.slot_ids[rows], examples.route.weights[rows])
+        with self.model.passing(Passage(encoded.attention_mask), self.values(), route):
+            return self.model.features(encoded) @ self.head[0].T + self.head[1]
+
+    def _loss(self, examples: Examples, rows: Tensor) -> Tensor:
+        answers = [examples.answers[i] for i in rows.tolist()]
+        if self.head is not None:
+            return cross_entropy(self._logits(examples, rows), torch.tensor(answers, device=self.device)[:, 0])
+        inputs = [examples.inputs[i] for i in rows.tolist()]
+        if self.model.backbone.kind == "causal":
+            encoded = self._encoded([x + y for x, y in zip(inputs, answers, strict=True)])
+            labels, _ = pad([[IGNORE] * len(x) + y for x, y in zip(inputs, answers, strict=True)], IGNORE)
+        else:
+            encoded = self._encoded(inputs)
+            labels, _ = pad(answers, IGNORE)
+        route = Route(examples.route.slot_ids[rows], examples.route.weights[rows])
+        with self.model.passing(Passage(encoded.attention_mask), self.values(), route):
+            loss: Tensor = self.model.backbone.model(
+                input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, labels=labels.to(self.device)
+            ).loss
+        return loss
+
+    def learned(self) -> LearnedTask:
+        def kept(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            return pair[0].detach().float().cpu(), pair[1].detach().float().cpu()
+
+        return LearnedTask(
+            name=self.task.name,
+            labels=None if self.task.labels is None else tuple(self.task.labels),
+            values={name: kept(pair) for name, pair in self.params.items()},
+            router={key: tensor.cpu() for key, tensor in self.part.items()},
+            head=None if self.head is None else kept(self.head),
+            options=asdict(self.options),
+        )

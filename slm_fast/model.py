@@ -1,0 +1,269 @@
+"""The adapted model: text -> query -> route -> the frozen backbone with that route's increments -> features or text.
+
+With `trunk` queries one forward pass does everything. Hooks on the tapped layers collect the query on the way up; at
+the last tap the route is found, and the layers above it, the only ones that carry increments, use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slm_fast.adapted import Adaptation, AdaptedLinear, Values
+from slm_fast.backbones import Backbone, Encoded
+from slm_fast.errors import InputError
+from slm_fast.ops import Route
+from slm_fast.pool import Pool
+from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, default_taps
+from slm_fast.router import DtkrRouter, GaussianRouter, Router
+from slm_fast.tasks import LearnedTask, Row
+
+Report = Callable[[int], None]  # told how many rows were just done
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one kind of adapted model is put together. It is part of a store and the same for all its tasks.
+
+    query: "trunk" or "sentence". router: "gaussian" or "dtkr". taps: layers the trunk query reads. encoder: the
+    sentence query's model. targets: linear layers that carry increments, in the words of the backbone's family.
+    first_layer: the lowest layer that does. k: slots retrieved. groups, aggregate: for dtkr. temperature: for gaussian.
+    route_on: "input" (an instruction does not help routing) or "prompt". max_length: tokens read of an input.
+    None means: chosen from the backbone.
+    """
+
+    query: str = "trunk"
+    router: str = "gaussian"
+    taps: tuple[int, ...] | None = None
+    encoder: str | None = None
+    targets: tuple[str, ...] = ("query", "value", "out", "up", "down")
+    first_layer: int | None = None
+    k: int | None = None
+    groups: int = 6
+    aggregate: str = "mean"
+    temperature: float = 4.0
+    route_on: str = "input"
+    max_length: int | None = None
+
+    def completed(self, backbone: Backbone) -> Config:
+        """This configuration with every choice made. Raises InputError for one that cannot be right."""
+        for name, choices in (
+            ("query", ("trunk", "sentence")),
+            ("router", ("gaussian", "dtkr")),
+            ("route_on", ("input", "prompt")),
+            ("aggregate", ("mean", "vote")),
+        ):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}: expected {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        layers, trunk = len(backbone.layers), self.query == "trunk"
+        taps = tuple(sorted(set(self.taps or default_taps(layers)))) if trunk else None
+        lowest = taps[-1] if taps else 0
+        first_layer = self.first_layer if self.first_layer is not None else (lowest if taps else layers // 2)
+        if not lowest <= first_layer < layers:
+            raise InputError(
+                f"first_layer: expected {lowest}..{layers - 1} (not below the last tap), got {first_layer}"
+            )
+        k = self.k if self.k is not None else (2 if self.router == "gaussian" else 4)
+        if k < 1:
+            raise InputError(f"k: expected at least 1, got {k}")
+        limit = backbone.longest()
+        max_length = self.max_length or min(256, limit or 256)
+        if max_length < 4 or (limit is not None and max_length > limit):
+            raise InputError(f"max_length: expected 4..{limit or 'any'} for this backbone, got {max_length}")
+        encoder = None if trunk else self.encoder or DEFAULT_ENCODER
+        targets = tuple(self.targets)
+        return replace(
+            self, taps=taps, encoder=encoder, targets=targets, first_layer=first_layer, k=k, max_length=max_length
+        )
+
+
+@dataclass
+class Passage:
+    """A batch on its way through: what the trunk's taps need and what they found."""
+
+    mask: Tensor  # [B, T] real tokens
+    slot_mask: Tensor | None = None  # [B, P] slots allowed
+    abstain: float | None = None
+    stop_at_query: bool = False
+    pooled: list[Tensor] | None = None
+    query: Tensor | None = None  # [B, D] once the last tap is passed
+    route: Route | None = None
+
+
+class _QueryFound(Exception):
+    """Ends a forward pass of which only the query was wanted."""
+
+
+class AdaptedModel:
+    """A backbone whose linear layers can carry increments, with the pool and router of the tasks it knows."""
+
+    def __init__(self, backbone: Backbone, config: Config) -> None:
+        self.backbone = backbone
+        self.config = config.completed(backbone)
+        self.adaptation = Adaptation()
+        self._passage: Passage | None = None
+        self.query: TrunkQuery | SentenceQuery
+        if self.config.taps is not None:
+            self.query = TrunkQuery(self.config.taps, len(backbone.layers), backbone.width, backbone.device)
+            for tap in self.query.taps:
+                backbone.layers[tap].register_forward_pre_hook(self._tap, with_kwargs=True)
+        else:
+            self.query = SentenceQuery(self.config.encoder or DEFAULT_ENCODER, backbone.device)
+        self.modules = backbone.find_linears(self.config.targets, self.config.first_layer or 0)
+        self.widths = backbone.widths(self.modules)  # module name -> (in_features, out_features)
+        for name in self.modules:
+            parent, _, child = name.rpartition(".")
+            base = backbone.model.get_submodule(name)
+            setattr(backbone.model.get_submodule(parent), child, AdaptedLinear(base, name, self.adaptation))
+        if self.config.router == "dtkr" and self.query.width % self.config.groups:
+            raise InputError(
+                f"groups: expected a divisor of the query width {self.query.width}, got {self.config.groups}"
+            )
+        self.set_tasks([])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a store of this model's tasks has in common; all but `backbone` must agree for it to be opened."""
+        config = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.config).items()}
+        about = {"backbone": self.backbone.name, "fingerprint": self.backbone.fingerprint, "config": config}
+        if isinstance(self.query, SentenceQuery):
+            about["encoder_fingerprint"] = self.query.fingerprint
+        return about
+
+    # Tasks
+
+    def set_tasks(self, tasks: Sequence[LearnedTask]) -> None:
+        self.pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
+        self.router = self.new_router(self.pool.tasks)
+
+    def new_router(self, tasks: Sequence[LearnedTask] = ()) -> Router:
+        """A router as the configuration says, over these tasks' slots."""
+        router: Router
+        if self.config.router == "gaussian":
+            router = GaussianRouter(k=self.config.k or 1, temperature=self.config.temperature)
+        else:
+            router = DtkrRouter(k=self.config.k or 1, groups=self.config.groups, aggregate=self.config.aggregate)
+        if tasks:
+            router.load([task.router for task in tasks], self.backbone.device)
+        return router
+
+    # From text to query and route
+
+    def encode(self, rows: Sequence[Row], *, padding_side: str = "right") -> Encoded:
+        return self.backbone.encode(
+            [row.prompt for row in rows], self.config.max_length or 0, padding_side=padding_side
+        )
+
+    @torch.no_grad()  # not inference_mode: training saves these queries for backward
+    def queries(self, rows: Sequence[Row], *, batch_size: int = 32, report: Report | None = None) -> Tensor:
+        """Queries [N, D] float32 of rows, without running the layers above the last tap."""
+        texts = [row.query_text(self.config.route_on) for row in rows]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        found = torch.empty(len(texts), self.query.width, device=self.backbone.device)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            found[chosen] = self._query_batch([texts[i] for i in chosen])
+            if report is not None:
+                report(len(chosen))
+        return found
+
+    def _query_batch(self, texts: Sequence[str]) -> Tensor:
+        if isinstance(self.query, SentenceQuery):
+            return self.query.encode(texts).to(self.backbone.device)
+        encoded = self.backbone.encode(texts, self.config.max_length or 0)
+        passage = Passage(encoded.attention_mask, stop_at_query=True)
+        with self.passing(passage, {}), suppress(_QueryFound):
+            self._run_trunk(encoded)
+        assert passage.query is not None
+        return passage.query
+
+    def find_route(self, query: Tensor, slot_mask: Tensor | None = None, abstain: float | None = None) -> Route:
+        """The route of queries [B, D]; with `abstain`, rows farther from the task found than that share of its own
+        training rows get an empty route (all ids -1)."""
+        route = self.router.route(query, slot_mask)
+        if abstain is None:
+            return route
+        distance, percentiles = self.router.distance(query, route.slot_ids[:, 0].clamp(min=0))
+        far = (distance > percentiles[:, round(100 * abstain)]).to(query.device)[:, None]
+        return Route(route.slot_ids.masked_fill(far, -1), route.weights.masked_fill(far, 0.0))
+
+    def empty_route(self, batch: int) -> Route:
+        """No increments at all: the bare backbone."""
+        device = self.backbone.device
+        return Route(torch.full((batch, 1), -1, device=device), torch.zeros(batch, 1, device=device))
+
+    def route_ahead(self, rows: Sequence[Row]) -> bool:
+        """Whether these rows need their query before the forward pass: a sentence encoder's always, the trunk's when an
+        instruction stands in the prompt, because in the pass itself the input's tokens attend to it."""
+        return isinstance(self.query, SentenceQuery) or any(
+            row.query_text(self.config.route_on) != row.prompt for row in rows
+        )
+
+    # Through the backbone
+
+    @contextmanager
+    def passing(self, passage: Passage, values: Values, route: Route | None = None) -> Iterator[None]:
+        """Adapt the forward passes inside the block; without a route the trunk's taps find it on the way."""
+        with self.adaptation.using(values, route):
+            self._passage = passage if route is None else None
+            passage.route = route
+            try:
+                yield
+            finally:
+                self._passage = None
+
+    def _tap(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        passage = self._passage
+        if passage is None or passage.query is not None or not isinstance(self.query, TrunkQuery):
+            return
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        beams = hidden.shape[0] // passage.mask.shape[0]  # generation repeats each row for its beams
+        passage.pooled = passage.pooled or []
+        passage.pooled.append(self.query.pool(hidden, passage.mask.repeat_interleave(beams, 0)))
+        if len(passage.pooled) < len(self.query.taps):
+            return
+        passage.query = self.query.join(passage.pooled)
+        if passage.stop_at_query:
+            raise _QueryFound
+        slot_mask = None if passage.slot_mask is None else passage.slot_mask.repeat_interleave(beams, 0)
+        passage.route = self.adaptation.route = self.find_route(passage.query, slot_mask, passage.abstain)
+
+    def _run_trunk(self, encoded: Encoded) -> Tensor:
+        model = self.backbone.model.get_encoder() if self.backbone.kind == "seq2seq" else self.backbone.model
+        if self.backbone.kind == "causal":
+            model = model.model  # without the vocabulary's output layer
+        hidden: Tensor = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
+        return hidden
+
+    def features(self, encoded: Encoded) -> Tensor:
+        """Encoder-only: mean last hidden state over real tokens [B, H] float32, adapted as `passing` says."""
+        return TrunkQuery.pool(self._run_trunk(encoded), encoded.attention_mask)
+
+    def generate(self, encoded: Encoded, options: Mapping[str, Any]) -> tuple[list[str], list[float]]:
+        """T5 and LLaMA: the generated texts and the mean probability of their tokens, adapted as `passing` says.
+
+        Prompts are padded on the left for causal backbones. `options` go to transformers' generate.
+        """
+        model, tokenizer = self.backbone.model, self.backbone.tokenizer
+        out = model.generate(
+            input_ids=encoded.input_ids,
+            attention_mask=encoded.attention_mask,
+            return_dict_in_generate=True,
+            output_logits=True,
+            pad_token_id=tokenizer.pad_token_id,
+            **options,
+        )
+        beams = getattr(out, "beam_indices", None)
+        log_probability = model.compute_transition_scores(out.sequences, out.logits, beams, normalize_logits=True)
+        steps = log_probability.shape[1]
+        tokens = out.sequences[:, -steps:] if self.backbone.kind == "causal" else out.sequences[:, 1 : 1 + steps]
+        ended = (tokens == tokenizer.eos_token_id).cumsum(1)
+        real = (ended == 0) | ((ended == 1) & (tokens == tokenizer.eos_token_id))
+        texts = tokenizer.batch_decode(tokens.masked_fill(~real, tokenizer.pad_token_id), skip_special_tokens=True)
+        probability = log_probability.exp().masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)
+        return [text.strip() for text in texts], probability.tolist()

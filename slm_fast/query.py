@@ -1,0 +1,85 @@
+"""Queries: one vector for one input, from frozen weights.
+
+`trunk` is ours: the backbone's own hidden states at a few early layers, so no second model and no second pass.
+`sentence` is the paper's: a frozen Sentence-BERT (Reimers & Gurevych 2019) beside the backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slm_fast.backbones import fingerprint, quiet, resolve
+from slm_fast.errors import InputError
+
+MAX_WIDTH = 1024  # wider queries are projected to this
+DEFAULT_ENCODER = "sentence-transformers/nli-mpnet-base-v2"  # the one in the paper's released code
+
+
+def default_taps(layers: int) -> tuple[int, ...]:
+    """One tap a sixth of the way up and one in the middle: (1, 3) of 6 layers, (2, 6) of 12, (5, 16) of 32."""
+    return tuple(sorted({round(layers / 6), layers // 2}))
+
+
+class TrunkQuery:
+    """The mean hidden state over real tokens after each of a few layers, concatenated.
+
+    Args:
+        taps: numbers of layers, 0 being the embeddings. The route is known after the last one.
+        width: of the hidden states. A query wider than 1,024 is projected by a fixed random matrix of +-1/sqrt(1024)
+            (Achlioptas 2003), the same on every machine.
+    """
+
+    kind = "trunk"
+
+    def __init__(self, taps: Sequence[int], layers: int, width: int, device: torch.device) -> None:
+        self.taps = tuple(sorted(set(taps)))
+        if not self.taps or self.taps[0] < 0 or self.taps[-1] >= layers:
+            raise InputError(f"taps: expected layer numbers in 0..{layers - 1}, got {list(taps)}")
+        full = width * len(self.taps)
+        self.width = min(full, MAX_WIDTH)
+        self.projection: Tensor | None = None
+        if full > MAX_WIDTH:
+            # numpy's legacy generator is frozen for good, so these bits never change.
+            signs = np.random.RandomState(0).randint(0, 2, (full, MAX_WIDTH), dtype=np.int8)
+            self.projection = (torch.from_numpy(signs).to(device).float() * 2 - 1) / MAX_WIDTH**0.5
+
+    @staticmethod
+    def pool(hidden: Tensor, mask: Tensor) -> Tensor:
+        """Mean over real tokens: hidden [B, T, H], mask [B, T] -> [B, H] float32."""
+        weight = mask.unsqueeze(-1).to(torch.float32)
+        return (hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+    def join(self, pooled: Sequence[Tensor]) -> Tensor:
+        """The pooled states of all taps, [B, H] each, lowest first -> query [B, D]."""
+        query = torch.cat(list(pooled), dim=-1)
+        return query if self.projection is None else query @ self.projection
+
+
+class SentenceQuery:
+    """A frozen sentence encoder, loaded from a path, a hub name or a packaged name."""
+
+    kind = "sentence"
+
+    def __init__(self, encoder: str, device: torch.device) -> None:
+        import sentence_transformers  # a slow import that only this query needs
+
+        try:
+            with quiet():
+                self.encoder: Any = sentence_transformers.SentenceTransformer(resolve(encoder), device=str(device))
+        except (OSError, ValueError) as error:
+            raise InputError(f"encoder {encoder!r}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        self.encoder.eval().requires_grad_(False)
+        self.width = int(self.encoder.get_embedding_dimension())
+        self.fingerprint = fingerprint(self.encoder, self.encoder.tokenizer)
+
+    def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+        """[B, D] float32."""
+        vectors: Tensor = self.encoder.encode(
+            list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
+        )
+        return vectors.float()

@@ -1,0 +1,270 @@
+"""The store: all tasks in a directory, one file each, and a manifest that says which of them count.
+
+    manifest.json                           what the store is, and the SHA-256 of each task's file
+    tasks/<name>/<digest>.safetensors       one task
+
+A commit writes the task's file, flushes it to disk and renames it into place, then does the same with the manifest.
+The manifest is the last thing that changes, so after a kill at any point the store is the old one or the new one.
+One process writes at a time (a file lock); any number read.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+
+from slm_fast.errors import InputError, WorkError
+from slm_fast.tasks import LearnedTask, check_name
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def task_to_bytes(task: LearnedTask) -> bytes:
+    """A task as one safetensors file: the same task always gives the same bytes."""
+    tensors = {f"router.{key}": tensor for key, tensor in task.router.items()}
+    for module, (lora_a, lora_b) in task.values.items():
+        tensors[f"values.{module}.lora_a"] = lora_a
+        tensors[f"values.{module}.lora_b"] = lora_b
+    if task.head is not None:
+        tensors["head.weight"], tensors["head.bias"] = task.head
+    about = {"labels": task.labels and list(task.labels), "name": task.name, "options": dict(task.options)}
+    # One entry: with several, safetensors writes them in an order that changes from run to run.
+    metadata = {"slm_fast": json.dumps(about, sort_keys=True, ensure_ascii=False)}
+    return safetensors.torch.save({key: t.cpu().contiguous() for key, t in sorted(tensors.items())}, metadata)
+
+
+def task_from_file(path: Path, digest: str) -> LearnedTask:
+    """Read a task back. Raises WorkError when the file is missing, cut short, or not what the manifest says."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise WorkError(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about = json.loads(header["__metadata__"]["slm_fast"])
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise WorkError(f"{path}: not a task file: {error}") from None
+    modules = sorted({key[len("values.") :].rsplit(".", 1)[0] for key in tensors if key.startswith("values.")})
+    return LearnedTask(
+        name=about["name"],
+        labels=None if about["labels"] is None else tuple(about["labels"]),
+        values={m: (tensors[f"values.{m}.lora_a"], tensors[f"values.{m}.lora_b"]) for m in modules},
+        router={key[len("router.") :]: tensor for key, tensor in tensors.items() if key.startswith("router.")},
+        head=(tensors["head.weight"], tensors["head.bias"]) if "head.weight" in tensors else None,
+        options=about["options"],
+    )
+
+
+class Store:
+    """A directory of tasks for one kind of model.
+
+    `about` is what its tasks have in common: the backbone's id and fingerprint and the model's configuration.
+    `files` maps each task's name to the SHA-256 of its file.
+    """
+
+    def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        self.path, self.about, self.files = Path(path), dict(about), dict(files)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Open a store that exists.
+
+        Raises:
+            InputError: there is none. WorkError: its manifest is damaged or of a newer format.
+        """
+        manifest = Path(path) / MANIFEST
+        if not manifest.is_file():
+            raise InputError(f"{path}: not a store (no {MANIFEST}); `slm-fast learn {path} ...` makes one")
+        try:
+            content = json.loads(manifest.read_text("utf-8"))
+            version, about, tasks = content["format"], content["model"], content["tasks"]
+            files = {name: entry["sha256"] for name, entry in tasks.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WorkError(f"{manifest}: damaged: {error}") from None
+        if version != FORMAT:
+            raise WorkError(f"{manifest}: format {version}; this version of slm_fast reads format {FORMAT}")
+        return cls(path, about, files)
+
+    @classmethod
+    def exists(cls, path: str | Path) -> bool:
+        return (Path(path) / MANIFEST).exists()
+
+    def file(self, name: str) -> Path:
+        return self.path / "tasks" / name / f"{self.files[name]}.safetensors"
+
+    def load(self) -> list[LearnedTask]:
+        """All tasks, by name. A reader whose task a writer takes away meanwhile starts again from the new manifest."""
+        for attempt in range(5):
+            try:
+                return [task_from_file(self.file(name), self.files[name]) for name in sorted(self.files)]
+            except WorkError:
+                now = Store.open(self.path)
+                if now.files == self.files or attempt == 4:
+                    raise
+                self.files = now.files
+        raise AssertionError("unreachable")
+
+    def commit(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
+        """Make a new version of the store: on disk it is there whole, or not at all.
+
+        Raises:
+            InputError: a task to add is there already, one to remove is not, or another process is writing.
+            WorkError: the disk is full or cannot be written; the store is as it was.
+        """
+        with self._writing():
+            for task in add:
+                if task.name in self.files:
+                    raise InputError(f"task {task.name!r}: already in {self.path}; forget it first to learn it anew")
+            for name in remove:
+                if name not in self.files:
+                    raise InputError(f"task {name!r}: not in {self.path}; tasks: {', '.join(self.files) or 'none'}")
+            files = {name: digest for name, digest in self.files.items() if name not in remove}
+            for task in add:
+                data = task_to_bytes(task)
+                files[task.name] = hashlib.sha256(data).hexdigest()
+                self._place(task.name, files[task.name], data)
+            self._finish(files)
+
+    def merge(self, sources: Sequence[Store]) -> None:
+        """Copy the tasks of other stores into this one.
+
+        Raises:
+            InputError: a source is of another backbone or configuration, or holds another task of the same name.
+            WorkError: a file is damaged, or cannot be written; the store is as it was.
+        """
+        with self._writing():
+            files, origin = dict(self.files), dict.fromkeys(self.files, self.path)
+            for source in sources:
+                check_same(source.about, self.about, str(source.path), str(self.path))
+                for name, digest in source.files.items():
+                    if files.get(name, digest) != digest:
+                        raise InputError(
+                            f"task {name!r}: {origin[name]} and {source.path} hold different tasks of this name"
+                        )
+                    if name not in files:
+                        data = source.file(name).read_bytes() if source.file(name).is_file() else b""
+                        if hashlib.sha256(data).hexdigest() != digest:
+                            raise WorkError(f"{source.file(name)}: missing or damaged")
+                        self._place(name, digest, data)
+                    files[name], origin[name] = digest, source.path
+            self._finish(files)
+
+    def verify(self) -> list[str]:
+        """Everything that is wrong with the store, a line each; an empty list when nothing is."""
+        wrong = []
+        for name in sorted(self.files):
+            try:
+                check_name(name)
+                task = task_from_file(self.file(name), self.files[name])
+                if task.name != name:
+                    wrong.append(f"{self.file(name)}: holds task {task.name!r}, the manifest says {name!r}")
+            except (InputError, WorkError) as error:
+                wrong.append(str(error))
+        wrong += [f"{path}: left over from an interrupted commit; the next one removes it" for path in self._orphans()]
+        return wrong
+
+    # Writing
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the store's lock, with what is on disk read anew."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise WorkError(f"{self.path}: cannot be written: {error.strerror}") from None
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{self.path}: another process is writing to this store; try again later") from None
+            if Store.exists(self.path):
+                now = Store.open(self.path)
+                check_same(now.about, self.about, str(self.path), "this model")
+                self.files = now.files
+            yield
+        except OSError as error:
+            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+            raise WorkError(f"{self.path}: cannot be written: {reason}; the store is as it was") from None
+        finally:
+            os.close(lock)  # lets the lock go
+
+    def _place(self, name: str, digest: str, data: bytes) -> None:
+        folder = self.path / "tasks" / name
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            for made in (folder.parent, self.path):
+                _flush_directory(made)
+        _write(folder / f"{digest}.safetensors", data)
+
+    def _finish(self, files: Mapping[str, str]) -> None:
+        """Commit the manifest, then clear away what it no longer names."""
+        tasks = {
+            name: {"file": f"tasks/{name}/{digest}.safetensors", "sha256": digest}
+            for name, digest in sorted(files.items())
+        }
+        content = {"format": FORMAT, "model": self.about, "tasks": tasks}
+        _write(self.path / MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        self.files = dict(files)
+        for orphan in self._orphans():
+            if orphan.is_dir():
+                shutil.rmtree(orphan, ignore_errors=True)
+            else:
+                orphan.unlink(missing_ok=True)
+
+    def _orphans(self) -> list[Path]:
+        """What lies in the store's folders and is not named by the manifest."""
+        folder = self.path / "tasks"
+        found = list(self.path.glob("*.part"))
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if path.name in self.files:
+                found += [inner for inner in sorted(path.iterdir()) if inner != self.file(path.name)]
+            else:
+                found.append(path)
+        return found
+
+
+def check_same(got: Mapping[str, Any], expected: Mapping[str, Any], got_from: str, expected_by: str) -> None:
+    """Raise InputError unless two stores, or a store and a model, are of one backbone and configuration."""
+    for key, ours in expected.items():
+        if key != "backbone" and got.get(key) != ours:  # where the backbone was loaded from may differ
+            raise InputError(f"{got_from}: {key} is {got.get(key)!r}, {expected_by} has {ours!r}")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, all of it or none: write beside it, flush to disk, rename, flush the directory."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    _flush_directory(path.parent)
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

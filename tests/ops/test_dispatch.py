@@ -1,0 +1,90 @@
+"""Which backend runs: the preference table, and `use_backend` over it."""
+
+from __future__ import annotations
+
+from threading import Thread
+from types import MappingProxyType
+
+import pytest
+import torch
+
+from slm_fast import ops
+from slm_fast.errors import InputError
+from slm_fast.ops import dispatch
+
+REFERENCE = torch.ops.slm_fast.retrieve_reference
+
+
+@pytest.fixture
+def probe(monkeypatch: pytest.MonkeyPatch):
+    """A table with two more rows: "probe" is preferred and serves retrieve only; "absent" cannot be used here."""
+    library = torch.library.Library("slm_fast", "FRAGMENT")
+    library.define("retrieve_probe() -> ()")
+    absent = ops.Backend("absent", ("retrieve", "key_loss"), lambda: "no compiler was found")
+    table = (*dispatch.BACKENDS, ops.Backend("probe", ("retrieve",)), absent)
+    monkeypatch.setattr(dispatch, "BACKENDS", table)
+    monkeypatch.setattr(dispatch, "PREFERENCE", MappingProxyType({"cpu": ("absent", "probe", "reference")}))
+    yield torch.ops.slm_fast.retrieve_probe
+    library._destroy()
+
+
+def test_the_first_usable_backend_that_serves_the_operator_runs_it(probe):
+    assert dispatch.operator("retrieve", "cpu") is probe
+    assert dispatch.operator("key_loss", "cpu") is torch.ops.slm_fast.key_loss_reference
+
+
+def test_a_forced_backend_overrides_the_preference_in_all_threads(probe):
+    seen = []
+    with ops.use_backend("reference"):
+        thread = Thread(target=lambda: seen.append(dispatch.operator("retrieve", "cpu")))
+        thread.start()
+        thread.join()
+        assert dispatch.operator("retrieve", "cpu") is REFERENCE
+    assert seen == [REFERENCE]
+    assert dispatch.operator("retrieve", "cpu") is probe
+
+
+def test_nested_blocks_restore_the_outer_backend(probe):
+    with ops.use_backend("reference"):
+        with ops.use_backend("probe"):
+            assert dispatch.operator("retrieve", "cpu") is probe
+        assert dispatch.operator("retrieve", "cpu") is REFERENCE
+
+
+def test_an_exception_in_the_block_restores_the_preference(probe):
+    with pytest.raises(KeyError), ops.use_backend("reference"):
+        raise KeyError
+    assert dispatch.operator("retrieve", "cpu") is probe
+
+
+def test_an_unknown_or_unusable_backend_is_an_error_that_lists_those_present(probe):
+    for name in ("nonesuch", "absent"):
+        with pytest.raises(InputError, match=rf"^backend: '{name}' .*present: reference.*, probe$"):  # noqa: SIM117
+            with ops.use_backend(name):
+                pass
+    assert dispatch.operator("retrieve", "cpu") is probe
+
+
+def test_a_forced_backend_that_does_not_serve_the_operator_is_an_error_not_a_fallback(probe):
+    with ops.use_backend("probe"), pytest.raises(InputError, match=r"^backend: 'probe' does not run key_loss on cpu$"):
+        ops.key_loss(torch.ones(1, 2), torch.ones(1, 2), 1, groups=1, mask_prob=0.0, seed=0)
+
+
+def test_a_device_without_a_backend_is_an_error_that_lists_the_devices_served():
+    tensor = torch.ones(1, 2, device="meta")
+    with pytest.raises(InputError, match=r"retrieve: no backend for device 'meta'; devices served: cpu, cuda"):
+        ops.retrieve(tensor, tensor, 1)
+
+
+def test_backends_of_a_device_are_those_usable_on_it_the_preferred_one_first(probe):
+    assert [b.name for b in ops.backends("cpu")] == ["probe", "reference"]
+    assert ops.backends("meta") == ()
+    assert {"reference", "probe", "absent"} <= {b.name for b in ops.backends()}
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_each_device_has_the_reference_and_every_backend_named_for_it_serves_it(device_type):
+    usable = ops.backends(device_type)
+    assert "reference" in [b.name for b in usable]
+    assert all(b.available and device_type in b.devices for b in usable)
+    assert set(dispatch.PREFERENCE[device_type]) <= {b.name for b in ops.backends()}

@@ -1,0 +1,297 @@
+"""multi_lora against each sample's own materialised increment in float64, and against the reference backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slm_fast import ops
+from slm_fast.errors import InputError
+from slm_fast.ops import dispatch
+
+NAMES = ("x", "lora_a", "lora_b", "weights", "base")
+
+
+def closed_form(x, lora_a, lora_b, slot_ids, weights, base=None):
+    """Row i of x times the sum of its route's w * A^T B, formed whole; differentiable, in float64."""
+    x, lora_a, lora_b, weights = (t.double() for t in (x, lora_a, lora_b, weights))
+    zero = x.new_zeros(x.shape[-1], lora_b.shape[2])
+    beams, rows = len(x) // max(len(slot_ids), 1), []
+    for i in range(len(x)):
+        route = zip(slot_ids[i // beams].tolist(), weights[i // beams], strict=True)
+        rows.append(x[i] @ sum((w * lora_a[s].T @ lora_b[s] for s, w in route if s >= 0), zero))
+    y = torch.stack(rows) if rows else x @ zero
+    return y if base is None else y + base.double()
+
+
+def example(device="cpu", dtype=torch.float32, *, B=3, beams=1, T=5, K=3, P=7, r=3, I=13, O=11, seed=0):
+    """Keyword arguments of one call. Where there is room: a slot twice in row 0, a -1 in the last row."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(device, dtype)
+
+    rows = (B * beams,) if T is None else (B * beams, T)
+    slot_ids = torch.randint(-1, P, (B, K), generator=random)
+    slot_ids[:1, :2] = min(P - 1, 1)
+    if slot_ids.numel() > 1:
+        slot_ids[-1, -1] = -1
+    weights = torch.rand(B, K, generator=random, dtype=torch.float64)
+    return {
+        "x": normal(*rows, I),
+        "lora_a": normal(P, r, I),
+        "lora_b": normal(P, r, O),
+        "slot_ids": slot_ids.to(device),
+        "weights": weights.to(device, torch.float64 if dtype == torch.float64 else torch.float32),
+        "base": normal(*rows, O),
+    }
+
+
+def gradients(function, call, wanted=NAMES):
+    """y of one call, and the gradient of a fixed projection of it for each wanted argument."""
+    call = call | {name: call[name].detach().clone().requires_grad_() for name in wanted if call[name] is not None}
+    y = function(**call)
+    random = torch.Generator().manual_seed(99)
+    projection = torch.randn(y.shape, generator=random, dtype=torch.float64).to(y.device, call["x"].dtype)
+    y.backward(projection.to(y.dtype))
+    return {"y": y.detach()} | {name: call[name].grad for name in NAMES if call[name] is not None}
+
+
+def assert_near(got, expected, tolerance):
+    assert (got.double() - expected.double()).norm() <= tolerance * expected.double().norm()
+
+
+SIZES = {
+    "odd": {},
+    "two-dimensional x": {"T": None},
+    "beams": {"beams": 3},
+    "beams of two-dimensional x": {"beams": 4, "T": None},
+    "all ones": {"B": 1, "T": 1, "K": 1, "P": 1, "r": 1, "I": 1, "O": 1},
+    "one sample and token": {"B": 1, "T": 1},
+    "rank one, one slot": {"P": 1, "r": 1},
+    "more places than slots": {"K": 6, "P": 2},
+    "multiples of a tile": {"B": 4, "T": 16, "K": 4, "P": 8, "r": 8, "I": 128, "O": 64},
+    "past a tile": {"B": 2, "T": 33, "r": 17, "I": 131, "O": 67},
+    "no token": {"T": 0},
+    "no slot": {"P": 0},
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("has_base", [True, False], ids=["base", "no base"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_result_and_gradients_equal_the_specification(device, nan_memory, dtype, has_base, sizes):
+    call = example(device, dtype, **sizes)
+    call["base"] = call["base"] if has_base else None
+    got = gradients(ops.multi_lora, call)
+    with ops.use_backend("reference"):
+        reference = gradients(ops.multi_lora, call)
+    on_cpu = {name: None if t is None else t.cpu() for name, t in call.items()}
+    for name, expected in gradients(closed_form, on_cpu).items():
+        like = call["x"] if name == "y" else call[name]
+        assert got[name].dtype == like.dtype
+        assert name == "y" or got[name].shape == like.shape
+        # Where no slot is used autograd leaves None, the operator gives zeros.
+        expected = torch.zeros(got[name].shape) if expected is None else expected
+        assert_near(got[name].cpu(), expected, TOLERANCE[dtype])
+        assert_near(got[name], reference[name], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"B": 0, "T": None}], ids=["tokens", "two-dimensional x"])
+def test_an_empty_batch_gives_an_empty_result(device, sizes):
+    call = example(device, torch.bfloat16, **sizes)
+    for base in (call["base"], None):
+        y = ops.multi_lora(**(call | {"base": base}))
+        assert y.shape == call["base"].shape
+        assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sizes", [{}, {"T": None, "beams": 2}], ids=["tokens", "beams"])
+def test_gradcheck_in_float64(device, sizes):
+    call = example(device, torch.float64, B=2, K=3, P=3, r=2, I=3, O=4, **({"T": 2} | sizes))
+    inputs = tuple(call[name].requires_grad_() for name in NAMES)
+    ids = call["slot_ids"]
+
+    def run(x, lora_a, lora_b, weights, base):
+        return ops.multi_lora(x, lora_a, lora_b, ids, weights, base)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert_near(run(*inputs), closed_form(*inputs[:3], ids, *inputs[3:]), 1e-12)
+
+
+def test_base_is_not_overwritten_and_not_aliased(device):
+    for sizes in ({}, {"B": 0}, {"P": 0}):
+        call = example(device, **sizes)
+        before = call["base"].clone()
+        y = ops.multi_lora(**call)
+        assert torch.equal(call["base"], before)
+        assert y.numel() == 0 or y.data_ptr() != call["base"].data_ptr()
+
+
+def test_non_contiguous_arguments_equal_contiguous_ones(device, nan_memory):
+    call = example(device)
+    strided = {name: t.repeat_interleave(2, -1)[..., ::2] for name, t in call.items()}
+    turned = {name: t.transpose(0, 1).contiguous().transpose(0, 1) for name, t in call.items()}
+
+    def run(call, projection):
+        leaves = [call[name].detach().requires_grad_() for name in NAMES]
+        y = ops.multi_lora(*leaves[:3], call["slot_ids"], *leaves[3:])
+        return y, *torch.autograd.grad(y, leaves, projection)
+
+    for other in (strided, turned):
+        for got, expected in zip(run(other, turned["base"]), run(call, call["base"]), strict=True):
+            assert_near(got, expected, 1e-6)
+
+
+def test_bfloat16_sums_over_features_and_tokens_are_accumulated_in_float32(device):
+    """Every number is 1: a bfloat16 sum of ones stops growing at 256."""
+    sizes = {"x": (4, 256, 1024), "lora_a": (1, 1, 1024), "lora_b": (1, 1, 512), "base": (4, 256, 512)}
+    call = {name: torch.ones(size, dtype=torch.bfloat16, device=device) for name, size in sizes.items()}
+    call |= {"slot_ids": torch.zeros(4, 1, dtype=torch.int64, device=device), "weights": torch.ones(4, 1).to(device)}
+    leaves = [call[name].requires_grad_() for name in NAMES[:4]]
+    y = ops.multi_lora(**(call | {"base": None}))
+    grads = torch.autograd.grad(y, leaves, call["base"])
+    for got, exact in zip((y, *grads), (1024, 512, 512 * 1024, 1024 * 1024, 512 * 256 * 1024), strict=True):
+        assert (got == exact).all()
+
+
+def test_a_sample_does_not_see_a_nan_of_another_sample_or_of_a_slot_it_does_not_use(device):
+    call = example(device, B=3, P=5)
+    call["slot_ids"] = torch.tensor([[0, 1, -1], [2, 2, 2], [3, 1, 0]], device=device)
+    clean = gradients(ops.multi_lora, call)
+    for name, index in (("x", 1), ("lora_a", 2), ("lora_b", 2), ("lora_a", 4), ("lora_b", 4), ("base", 1)):
+        dirty = call | {name: call[name].clone()}
+        dirty[name][index] = torch.nan
+        got = gradients(ops.multi_lora, dirty)
+        for result in ("y", "x", "weights"):
+            for sample in (0, 2):
+                assert_near(got[result][sample], clean[result][sample], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["x", "weights"])
+def test_a_place_without_a_slot_adds_nothing_whatever_stands_there(device, name):
+    call = example(device, B=2, K=2)
+    call["slot_ids"] = torch.tensor([[-1, -1], [0, -1]], device=device)
+    expected = ops.multi_lora(**call)
+    call[name] = call[name].clone()
+    call[name][0] = torch.inf
+    if name == "weights":
+        call[name][1, 1] = torch.nan
+    y = ops.multi_lora(**call)
+    assert torch.equal(y[0], call["base"][0])
+    assert_near(y[1], expected[1], 1e-6)
+
+
+def test_the_gradient_of_a_slot_that_no_sample_uses_is_exactly_zero(device, nan_memory):
+    call = example(device, P=9)
+    got = gradients(ops.multi_lora, call)
+    unused = sorted(set(range(9)) - set(call["slot_ids"].flatten().tolist()))
+    assert len(unused) >= 2
+    assert (got["lora_a"][unused] == 0).all()
+    assert (got["lora_b"][unused] == 0).all()
+
+
+@pytest.mark.parametrize("wanted", NAMES)
+def test_one_requested_gradient_equals_the_same_among_all_and_the_rest_are_not_computed(device, wanted):
+    call = example(device)
+    got = gradients(ops.multi_lora, call, (wanted,))
+    assert_near(got[wanted], gradients(ops.multi_lora, call)[wanted], 1e-6)
+    assert [name for name in NAMES if got[name] is not None] == [wanted]
+    if wanted != "base":
+        backward = getattr(torch.ops.slm_fast, dispatch.operator("multi_lora", device).__name__ + "_backward")
+        needed = [name == wanted for name in NAMES[:4]]
+        arguments = [call[name] for name in ("x", "lora_a", "lora_b", "slot_ids", "weights")]
+        assert [bool(t.numel()) for t in backward(call["base"], *arguments, needed)] == needed
+
+
+def test_backward_gives_the_same_bits_every_time(device):
+    call = example(device, B=32, T=8, K=4, P=3, r=8, I=64, O=48)
+    first = gradients(ops.multi_lora, call)
+    for _ in range(5):
+        again = gradients(ops.multi_lora, call)
+        assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_under_autocast_it_is_the_same_call_in_the_autocast_dtype(device):
+    call = example(device)
+    with torch.autocast(device, torch.bfloat16):
+        got = gradients(ops.multi_lora, call)
+    halved = {name: t.bfloat16() if name in ("x", "lora_a", "lora_b", "base") else t for name, t in call.items()}
+    expected = gradients(ops.multi_lora, halved)
+    assert got["y"].dtype == torch.bfloat16
+    assert torch.equal(got["y"], expected["y"])
+    for name in NAMES:
+        assert got[name].dtype == torch.float32
+        assert_near(got[name], expected[name], 2e-2)
+
+
+def test_inference_mode_gives_the_same_bits(device):
+    call = example(device)
+    with torch.inference_mode():
+        y = ops.multi_lora(**call)
+    assert torch.equal(y, ops.multi_lora(**call))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"beams": 2, "T": None}], ids=["tokens", "beams"])
+def test_it_compiles_into_one_graph_forward_and_backward(device, sizes):
+    call = example(device, **sizes)
+    compiled = torch.compile(lambda **c: 2 * ops.multi_lora(**c), fullgraph=True)
+    got, expected = gradients(compiled, call), gradients(lambda **c: 2 * ops.multi_lora(**c), call)
+    for name in expected:
+        assert_near(got[name], expected[name], 1e-6)
+
+
+def test_the_operator_is_well_formed(device):
+    call = example(device)
+    op = dispatch.operator("multi_lora", device)
+    for base in (call["base"].clone().requires_grad_(), None):
+        leaves = [call[name].clone().requires_grad_() for name in NAMES[:4]]
+        results = torch.library.opcheck(op, (*leaves[:3], call["slot_ids"], leaves[3], base))
+        assert set(results.values()) == {"SUCCESS"}
+
+
+ZEROS = torch.zeros
+CALL = {"x": ZEROS(4, 5, 6), "lora_a": ZEROS(3, 2, 6), "lora_b": ZEROS(3, 2, 7), "base": ZEROS(4, 5, 7)}
+CALL |= {"slot_ids": ZEROS(4, 2, dtype=torch.int64), "weights": ZEROS(4, 2)}
+ERRORS = [
+    ("x", {"x": ZEROS(6)}),
+    ("x", {"x": ZEROS(4, 1, 5, 6)}),
+    ("x", {"x": ZEROS(4, 5, 6, dtype=torch.int32)}),
+    ("lora_a", {"lora_a": ZEROS(3, 6)}),
+    ("lora_a", {"lora_a": ZEROS(3, 2, 5)}),
+    ("lora_a", {"lora_a": ZEROS(3, 2, 6).half()}),
+    ("lora_a", {"lora_a": ZEROS(3, 2, 6, device="meta")}),
+    ("lora_b", {"lora_b": ZEROS(2, 7)}),
+    ("lora_b", {"lora_b": ZEROS(2, 2, 7)}),
+    ("lora_b", {"lora_b": ZEROS(3, 1, 7)}),
+    ("lora_b", {"lora_b": ZEROS(3, 2, 7).half()}),
+    ("lora_b", {"lora_b": ZEROS(3, 2, 7, device="meta")}),
+    ("slot_ids", {"slot_ids": ZEROS(4, dtype=torch.int64)}),
+    ("slot_ids", {"slot_ids": ZEROS(4, 2, dtype=torch.int32)}),
+    ("slot_ids", {"slot_ids": ZEROS(3, 2, dtype=torch.int64), "weights": ZEROS(3, 2)}),
+    ("slot_ids", {"slot_ids": ZEROS(0, 2, dtype=torch.int64), "weights": ZEROS(0, 2)}),
+    ("slot_ids", {"slot_ids": ZEROS(4, 2, dtype=torch.int64, device="meta")}),
+    ("weights", {"weights": ZEROS(4, 3)}),
+    ("weights", {"weights": ZEROS(4, 2).half()}),
+    ("weights", {"weights": ZEROS(4, 2).double()}),
+    ("weights", {"weights": ZEROS(4, 2, device="meta")}),
+    ("base", {"base": ZEROS(4, 5, 6)}),
+    ("base", {"base": ZEROS(4, 7)}),
+    ("base", {"base": ZEROS(4, 5, 7).half()}),
+    ("base", {"base": ZEROS(4, 5, 7, device="meta")}),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), ERRORS)
+def test_each_wrong_argument_is_an_error_that_names_it(name, wrong):
+    with pytest.raises(InputError, match=rf"^{name}: "):
+        ops.multi_lora(**(CALL | wrong))
+
+
+@pytest.mark.parametrize("slot", [-2, 3])
+def test_a_slot_id_out_of_range_is_an_error_that_gives_the_range(device, slot):
+    call = {name: tensor.clone().to(device) for name, tensor in CALL.items()}
+    call["slot_ids"][1, 1] = slot
+    with pytest.raises(InputError, match=rf"^slot_ids: expected -1\.\.2, got .*{slot}"):
+        ops.multi_lora(**call)

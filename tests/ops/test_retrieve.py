@@ -1,0 +1,262 @@
+"""retrieve against DESIGN §3 written as Python loops, and against the reference backend."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from slm_fast import ops
+from slm_fast.errors import InputError
+from slm_fast.ops import dispatch
+
+SUPPRESSED = [HealthCheck.function_scoped_fixture]  # `device` is the same for every example
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def cosine(u, v):
+    lengths = math.hypot(*u) * math.hypot(*v)
+    return sum(a * b for a, b in zip(u, v, strict=True)) / lengths if lengths else 0.0
+
+
+def loops(query, keys, k, *, groups=1, bias=None, mask=None, metric="cosine", aggregate="mean", weighting="ratio",
+          temperature=1.0):  # fmt: skip
+    """The specification with Python numbers: one query, one group, one slot at a time."""
+    ids, weights = [], []
+    slots, d = range(len(keys)), query.shape[1] // groups
+    for b, q in enumerate(query.tolist()):
+        allowed = [p for p in slots if mask is None or mask.expand(len(query), -1)[b, p]]
+        score = dict.fromkeys(slots, 0.0)
+        if metric == "dot":
+            for p in slots:
+                score[p] = sum(u * v for u, v in zip(q, keys[p].tolist(), strict=True))
+                score[p] += 0.0 if bias is None else float(bias[p])
+        else:
+            kept = set()
+            for g in range(groups):
+                part = slice(g * d, (g + 1) * d)
+                near = {p: cosine(q[part], keys[p].tolist()[part]) for p in allowed}
+                top = sorted(allowed, key=lambda p: (-near[p], p))[: k if aggregate == "vote" else None]
+                kept.update(top)
+                for p in top:
+                    score[p] += near[p] / groups
+            allowed = sorted(kept)
+        found = sorted(allowed, key=lambda p: (-score[p], p))[:k]
+        if weighting == "softmax":
+            share = [math.exp((score[p] - score[found[0]]) / temperature) for p in found]
+        else:
+            share = [max(score[p], 0.0) for p in found]
+            share = share if any(share) else [1.0] * len(found)
+        ids.append(found + [-1] * (k - len(found)))
+        weights.append([s / sum(share) for s in share] + [0.0] * (k - len(found)))
+    shape = (len(query), k)
+    return torch.tensor(ids, dtype=torch.int64).view(shape), torch.tensor(weights, dtype=torch.float32).view(shape)
+
+
+def assert_same_route(route, expected, device, tolerance=2e-5):
+    assert route.slot_ids.dtype == torch.int64
+    assert route.weights.dtype == torch.float32
+    assert route.slot_ids.device.type == route.weights.device.type == device
+    assert torch.equal(route.slot_ids.cpu(), expected[0].cpu())
+    torch.testing.assert_close(route.weights.cpu(), expected[1].cpu(), rtol=tolerance, atol=tolerance)
+
+
+def check(query, keys, k, device, **options):
+    """One call equals the loops and the reference backend."""
+    moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    args = (query.to(device), keys.to(device), k)
+    route = ops.retrieve(*args, **moved)
+    assert_same_route(route, loops(query, keys, k, **options), device)
+    with ops.use_backend("reference"):
+        assert_same_route(route, ops.retrieve(*args, **moved), device)
+    return route
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+COSINE = {
+    "one group": {},
+    "mean over groups": {"groups": 3},
+    "vote over groups": {"groups": 3, "aggregate": "vote"},
+    "softmax": {"groups": 2, "weighting": "softmax", "temperature": 0.1},
+}
+DOT = {
+    "dot": {"metric": "dot"},
+    "dot with bias": {"metric": "dot", "bias": 9 * normal(11, seed=2)},
+    "dot with softmax": {"metric": "dot", "bias": normal(11, seed=2), "weighting": "softmax", "temperature": 3.0},
+}
+OPTIONS = COSINE | DOT
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("mask", [None, normal(11, seed=3) > 0, normal(5, 11, seed=4) > 0.5], ids=["", "P", "BP"])
+@pytest.mark.parametrize("k", [1, 3, 11, 14])
+def test_each_option_and_mask_equals_the_specification(device, nan_memory, options, mask, k):
+    check(normal(5, 42), normal(11, 42, seed=1), k, device, mask=mask, **options)
+
+
+@pytest.mark.parametrize("options", COSINE.values(), ids=COSINE.keys())
+@pytest.mark.parametrize(("B", "P", "D"), [(1, 1, 6), (1, 70, 384), (33, 67, 66), (2, 129, 1026), (0, 4, 6), (2, 0, 6)])
+def test_odd_sizes_and_empty_batch_and_pool_equal_the_specification(device, nan_memory, options, B, P, D):
+    check(normal(B, D), normal(P, D, seed=1), 5, device, **options)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", [{"groups": 3}, {"metric": "dot", "weighting": "softmax"}], ids=["cosine", "dot"])
+def test_every_float_type_equals_the_specification_on_the_same_numbers(device, dtype, options):
+    check(normal(4, 48).to(dtype), normal(20, 48, seed=1).to(dtype), 4, device, **options)
+
+
+def test_non_contiguous_query_and_keys_equal_the_specification(device):
+    check(normal(24, 4).T, normal(9, 48, seed=1)[:, ::2], 3, device, groups=2)
+
+
+@settings(
+    deadline=None, derandomize=True, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_shape_full_of_exact_ties_equals_the_specification(device, data):
+    """Entries -1 and 1, and some zero rows: every score is exact in float32, so ties are ties in any arithmetic."""
+    draw = data.draw
+    B, P, k = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.integers(1, 15))
+    groups, d = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 4, 16]))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    query, keys = (torch.randint(2, (rows, groups * d), generator=random) * 2.0 - 1 for rows in (B, P))
+    keys *= torch.randint(4, (P, 1), generator=random) > 0
+    options = {
+        "weighting": draw(st.sampled_from(["ratio", "softmax"])),
+        "temperature": draw(st.sampled_from([0.25, 1.0, 4.0])),
+        "mask": draw(
+            st.sampled_from([None, torch.rand(P, generator=random) > 0.4, torch.rand(B, P, generator=random) > 0.4])
+        ),
+    }
+    if draw(st.booleans()):
+        options |= {"groups": groups, "aggregate": draw(st.sampled_from(["mean", "vote"]))}
+    else:
+        options |= {"metric": "dot", "bias": torch.randint(-4, 5, (P,), generator=random) / 2}
+    route = check(query, keys, k, device, **options)
+    found = (route.slot_ids >= 0).any(1)
+    assert torch.allclose(route.weights.sum(1), found.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", COSINE.values(), ids=COSINE.keys())
+@pytest.mark.parametrize(("B", "P", "D"), [(6, 26, 156), (5, 55, 102), (1, 23, 150), (2, 29, 24)])
+def test_duplicated_keys_of_any_numbers_come_lower_id_first(device, options, B, P, D):
+    query, key = normal(B, D), normal(1, D, seed=1)
+    ids = ops.retrieve(query.to(device), key.repeat(P, 1).to(device), P, **options).slot_ids
+    assert torch.equal(ids.cpu(), torch.arange(P).expand(B, P))
+
+
+@pytest.mark.parametrize("options", COSINE.values(), ids=COSINE.keys())
+def test_cosine_does_not_depend_on_the_length_of_query_or_keys(device, options):
+    query, keys = normal(4, 24).to(device), normal(9, 24, seed=1).to(device)
+    lengths = torch.linspace(0.01, 300, 9, device=device)[:, None]
+    assert_same_route(ops.retrieve(query * 7e4, keys * lengths, 4, **options), ops.retrieve(query, keys, 4, **options),
+                      device, 1e-4)  # fmt: skip
+
+
+def test_a_query_of_length_zero_takes_the_lowest_ids_uniformly(device):
+    route = check(torch.zeros(2, 8), normal(5, 8), 4, device, groups=2)
+    assert route.slot_ids.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_ratio_is_uniform_when_no_score_is_positive(device):
+    query = torch.ones(1, 4)
+    route = check(query, -query * torch.tensor([[1.0], [2.0], [3.0]]), 3, device)
+    assert torch.allclose(route.weights.cpu(), torch.full((1, 3), 1 / 3))
+
+
+def test_vote_never_returns_a_slot_that_no_group_kept(device):
+    query = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    keys = torch.tensor([[1.0, 0.0, -1.0, 0.0], [-1.0, 0.0, 1.0, 0.0], [0.9, 0.1, 0.9, 0.1]])
+    assert check(query, keys, 1, device, groups=2).slot_ids.tolist() == [[2]]
+    assert check(query, keys, 1, device, groups=2, aggregate="vote").slot_ids.tolist() == [[0]]
+
+
+def test_a_fully_masked_row_gets_no_slot_and_no_weight(device):
+    mask = torch.tensor([[True] * 3, [False] * 3])
+    for options in COSINE.values():
+        route = check(normal(2, 6), normal(3, 6, seed=1), 2, device, mask=mask, **options)
+        assert route.slot_ids[1].tolist() == [-1, -1]
+        assert route.weights[1].tolist() == [0.0, 0.0]
+
+
+def test_no_gradient_flows_through_a_route(device):
+    route = ops.retrieve(normal(2, 6).to(device).requires_grad_(), normal(3, 6).to(device).requires_grad_(), 2)
+    assert not route.weights.requires_grad
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_autocast_does_not_change_a_route(device, options):
+    query, keys = normal(64, 384).to(device), normal(11, 384, seed=1).to(device)
+    options = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    expected = ops.retrieve(query, keys, 5, **options)
+    with torch.autocast(device, torch.bfloat16):
+        assert_same_route(ops.retrieve(query, keys, 5, **options), expected, device)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_query_that_is_not_finite_is_an_error_that_names_the_row(device, number):
+    if device != "cpu":
+        pytest.skip("on an accelerator the check would wait for the device")
+    query = torch.ones(3, 4)
+    query[1, 2] = number
+    with pytest.raises(InputError, match=r"^query: row 1 "):
+        ops.retrieve(query, torch.ones(2, 4), 1)
+
+
+ONES = torch.ones
+ERRORS = [
+    ("query", {"query": ONES(8)}),
+    ("query", {"query": ONES(2, 8, dtype=torch.int64)}),
+    ("keys", {"keys": ONES(8)}),
+    ("keys", {"keys": ONES(3, 7)}),
+    ("keys", {"keys": ONES(3, 8, dtype=torch.float64)}),
+    ("keys", {"keys": ONES(3, 8, device="meta")}),
+    ("k", {"k": 0}),
+    ("groups", {"groups": 3}),
+    ("groups", {"groups": 0}),
+    ("metric", {"metric": "euclid"}),
+    ("metric", {"metric": "dot", "groups": 2}),
+    ("metric", {"metric": "dot", "aggregate": "vote"}),
+    ("aggregate", {"aggregate": "max"}),
+    ("weighting", {"weighting": "none"}),
+    *(("temperature", {"temperature": t}) for t in (0.0, -1.0, math.nan, math.inf)),
+    ("bias", {"bias": ONES(3)}),
+    ("bias", {"metric": "dot", "bias": ONES(2)}),
+    ("bias", {"metric": "dot", "bias": ONES(3, device="meta")}),
+    ("mask", {"mask": ONES(2, dtype=torch.bool)}),
+    ("mask", {"mask": ONES(3, 2, dtype=torch.bool)}),
+    ("mask", {"mask": ONES(3)}),
+    ("mask", {"mask": ONES(3, dtype=torch.bool, device="meta")}),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), ERRORS)
+def test_each_wrong_argument_is_an_error_that_names_it(name, wrong):
+    call = {"query": ONES(2, 8), "keys": ONES(3, 8), "k": 2} | wrong
+    with pytest.raises(InputError, match=rf"^{name}: .*"):
+        ops.retrieve(**call)
+
+
+def test_the_operator_is_well_formed(device):
+    query, keys = normal(3, 8).to(device), normal(5, 8).to(device)
+    mask = torch.ones(3, 5, dtype=torch.bool, device=device)
+    op = dispatch.operator("retrieve", device)
+    for args in (
+        (2, None, mask, "cosine", "vote", "ratio"),
+        (1, keys[:, 0], None, "dot", "mean", "softmax"),
+    ):
+        results = torch.library.opcheck(op, (query, keys, 7, *args, 1.0))
+        assert set(results.values()) == {"SUCCESS"}
+
+
+def test_it_compiles_into_one_graph(device):
+    query, keys = normal(3, 8).to(device), normal(5, 8).to(device)
+    compiled = torch.compile(lambda q, p: ops.retrieve(q, p, 2, groups=2), fullgraph=True, backend="aot_eager")
+    assert_same_route(compiled(query, keys), ops.retrieve(query, keys, 2, groups=2), device)
