@@ -10,7 +10,13 @@
 
 namespace slm_fast::SLM_ISA {
 
-constexpr int kDotM = 4, kDotN = kRegisters == 32 ? 6 : 2;
+// float64 serves gradient checks: its tiles are of one row, which keeps the build short.
+template <class P>
+constexpr bool kTiled = !std::is_same_v<typename P::Accumulator, double>;
+template <class P>
+constexpr int kDotM = kTiled<P> ? 4 : 1;
+template <class P>
+constexpr int kDotN = !kTiled<P> ? 1 : kRegisters == 32 ? 6 : 2;
 constexpr int kCombineM = kRegisters == 32 ? 8 : 4, kCombineV = 3;
 
 // How numbers are multiplied: Element is what X, A and panels hold, Coefficient what C holds, Accumulator what sums are.
@@ -83,19 +89,18 @@ template <class P, int M>
 inline void dot_rows(
     const typename P::Element* const* x, const typename P::Element* const* a, int n, int64_t length,
     typename P::Accumulator* sums, int64_t ld) {
-  switch (n) {
-    case 1: return dot_tile<P, M, 1>(x, a, length, sums, ld);
-    case 2: return dot_tile<P, M, 2>(x, a, length, sums, ld);
-#if defined(__AVX512F__) || defined(__aarch64__)
-    case 3: return dot_tile<P, M, 3>(x, a, length, sums, ld);
-    case 4: return dot_tile<P, M, 4>(x, a, length, sums, ld);
-    case 5: return dot_tile<P, M, 5>(x, a, length, sums, ld);
-    case 6: return dot_tile<P, M, 6>(x, a, length, sums, ld);
-#endif
+  if (n == 1) return dot_tile<P, M, 1>(x, a, length, sums, ld);
+  if constexpr (kDotN<P> >= 2)
+    if (n == 2) return dot_tile<P, M, 2>(x, a, length, sums, ld);
+  if constexpr (kDotN<P> >= 6) {
+    if (n == 3) return dot_tile<P, M, 3>(x, a, length, sums, ld);
+    if (n == 4) return dot_tile<P, M, 4>(x, a, length, sums, ld);
+    if (n == 5) return dot_tile<P, M, 5>(x, a, length, sums, ld);
+    if (n == 6) return dot_tile<P, M, 6>(x, a, length, sums, ld);
   }
 }
 
-// S[n * ld + m] = x[m] . a[n] for any numbers of rows. Long rows go in pieces that let kDotN rows of a stay in L1.
+// S[n * ld + m] = x[m] . a[n] for any numbers of rows. Long rows go in pieces that let some rows of a stay in L1.
 template <class P>
 inline void dot(
     const typename P::Element* const* x, int64_t rows_x, const typename P::Element* const* a, int64_t rows_a,
@@ -103,20 +108,20 @@ inline void dot(
   constexpr int64_t kPiece = 4096 / sizeof(typename P::Element);
   for (int64_t n = 0; n < rows_a; ++n)
     for (int64_t m = 0; m < rows_x; ++m) sums[n * ld + m] = 0;
-  const int64_t blocks = (rows_a + kDotN - 1) / kDotN;
+  const int64_t blocks = (rows_a + kDotN<P> - 1) / kDotN<P>;
   for (int64_t begin = 0; begin < length; begin += kPiece) {
     const int64_t piece = length - begin < kPiece ? length - begin : kPiece;
     for (int64_t block = 0, n = 0; block < blocks; ++block) {
       const int wide = static_cast<int>((rows_a - n + blocks - block - 1) / (blocks - block));  // 16 = 6 + 5 + 5
-      const typename P::Element* a_piece[kDotN];
+      const typename P::Element* a_piece[kDotN<P>];
       for (int j = 0; j < wide; ++j) a_piece[j] = a[n + j] + begin;
       int64_t m = 0;
-      for (; m + kDotM <= rows_x; m += kDotM) {
-        const typename P::Element* x_piece[kDotM];
-        for (int j = 0; j < kDotM; ++j) x_piece[j] = x[m + j] + begin;
-        dot_rows<P, kDotM>(x_piece, a_piece, wide, piece, sums + n * ld + m, ld);
+      for (; m + kDotM<P> <= rows_x; m += kDotM<P>) {
+        const typename P::Element* x_piece[kDotM<P>];
+        for (int j = 0; j < kDotM<P>; ++j) x_piece[j] = x[m + j] + begin;
+        dot_rows<P, kDotM<P>>(x_piece, a_piece, wide, piece, sums + n * ld + m, ld);
       }
-      for (; m < rows_x; ++m) {
+      for (; kTiled<P> && m < rows_x; ++m) {
         const typename P::Element* x_piece[1] = {x[m] + begin};
         dot_rows<P, 1>(x_piece, a_piece, wide, piece, sums + n * ld + m, ld);
       }
@@ -176,11 +181,14 @@ inline void combine(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
     int64_t first, int64_t last, int64_t columns, Out out) {
   int64_t row = first;
-  for (; row + kCombineM <= last; row += kCombineM)
-    combine_rows<P, kCombineM>(c + row * stride, step, stride, panel, n_count, row, columns, out);
-  if (kCombineM > 4 && row + 4 <= last) {
-    combine_rows<P, 4>(c + row * stride, step, stride, panel, n_count, row, columns, out);
-    row += 4;
+  if constexpr (kTiled<P>) {
+    for (; row + kCombineM <= last; row += kCombineM)
+      combine_rows<P, kCombineM>(c + row * stride, step, stride, panel, n_count, row, columns, out);
+    constexpr int L = kLanes<typename P::Accumulator>;
+    if (kCombineM > 4 && row + 4 <= last && columns == kCombineV * L) {
+      combine_tile<P, 4, kCombineV, true>(c + row * stride, step, stride, panel, n_count, row, columns, out);
+      row += 4;
+    }
   }
   for (; row < last; ++row) combine_rows<P, 1>(c + row * stride, step, stride, panel, n_count, row, columns, out);
 }

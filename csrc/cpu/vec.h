@@ -98,29 +98,40 @@ inline T narrow(A value) {
 
 // ---- a vector of them ----
 
+// Element by element; apart, so that it is compiled once and not at each use.
+template <class A, class T>
+[[gnu::noinline]] Vec<A> load_each(const T* from) {
+  Vec<A> value;
+  for (int i = 0; i < kLanes<A>; ++i) value[i] = widen<A>(from[i]);
+  return value;
+}
+template <class T, class V>
+[[gnu::noinline]] void store_each(T* to, V value) {
+  for (int i = 0; i < kLanes<LaneOf<V>>; ++i) to[i] = narrow<T>(LaneOf<V>(value[i]));
+}
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
 template <class A, class T>
 inline Vec<A> load(const T* from) {
   if constexpr (std::is_same_v<A, T>) {
     Vec<A> value;
     std::memcpy(&value, from, sizeof value);
     return value;
-#if defined(__AVX512F__)
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Vec<float>)(__builtin_convertvector(halves, Words) << 16);
+#if defined(__AVX512F__)
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, Float16>) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__AVX2__)
-  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, Float16>) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #endif
   } else {
-    Vec<A> value;
-    for (int i = 0; i < kLanes<A>; ++i) value[i] = widen<A>(from[i]);
-    return value;
+    return load_each<A>(from);
   }
 }
 
@@ -131,15 +142,26 @@ inline void store(T* to, V value) {
     std::memcpy(to, &value, sizeof value);
 #if defined(__AVX512BF16__)
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {
-    const __m256bh half = _mm512_cvtneps_pbh((__m512)value);
-    std::memcpy(to, &half, sizeof half);
-#elif defined(__AVX512F__)
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+    std::memcpy(to, &halves, sizeof halves);
+#else
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {  // narrow(), on all lanes
+    const Words bits = (Words)value, kept = bits >> 16;
+    const Words nearest = (bits + 0x7fff + (kept & 1)) >> 16;
+    const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? kept | 0x40 : nearest, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+#endif
+#if defined(__AVX512F__)
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, Float16>) {
-    const __m256i half = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
-    std::memcpy(to, &half, sizeof half);
+    const __m256i halves = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(to, &halves, sizeof halves);
+#elif defined(__AVX2__)
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, Float16>) {
+    const __m128i halves = _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(to, &halves, sizeof halves);
 #endif
   } else {
-    for (int i = 0; i < kLanes<A>; ++i) to[i] = narrow<T>(A(value[i]));
+    store_each(to, value);
   }
 }
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,18 @@ from slm_fast.errors import InputError
 
 def _always() -> str | None:
     return None
+
+
+def _load_native() -> str | None:
+    """Load the C++ operators. None, or the reason they are missing."""
+    try:
+        import_module("slm_fast._C")
+    except ImportError as error:
+        return f"slm_fast._C did not load ({error}); build it with `pip install --no-build-isolation -e .`"
+    return None
+
+
+NATIVE_MISSING = _load_native()
 
 
 @dataclass(frozen=True)
@@ -39,10 +52,13 @@ class Backend:
         return self.why_not() is None
 
 
-BACKENDS = (Backend("reference", ("retrieve", "key_loss", "multi_lora")),)
+BACKENDS = (
+    Backend("reference", ("retrieve", "key_loss", "multi_lora")),
+    Backend("native", ("retrieve", "key_loss", "multi_lora"), lambda: NATIVE_MISSING),
+)
 
 # For each device, the backends in the order they are tried.
-PREFERENCE = MappingProxyType({"cpu": ("reference",), "cuda": ("reference",)})
+PREFERENCE = MappingProxyType({"cpu": ("native", "reference"), "cuda": ("reference",)})
 
 
 class _Forced:

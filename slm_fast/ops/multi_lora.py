@@ -53,7 +53,10 @@ def multi_lora(
     rows = x.reshape(routes, tokens, x.shape[-1])
     rows_base = None if base is None else base.reshape(routes, tokens, features_out)
     op = dispatch.operator("multi_lora", x.device.type)
-    y: Tensor = op(rows, lora_a, lora_b, slot_ids, weights, rows_base)
+    try:
+        y: Tensor = op(rows, lora_a, lora_b, slot_ids, weights, rows_base)
+    except ValueError as error:  # what only the backend sees, such as an id out of range
+        raise InputError(str(error)) from None
     return y.view(*x.shape[:-1], features_out)
 
 
@@ -216,3 +219,5 @@ torch.library.custom_op(
     "slm_fast::multi_lora_reference_backward", reference_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
 )
 register("reference")
+if dispatch.NATIVE_MISSING is None:
+    register("native")
