@@ -7,34 +7,32 @@ namespace slm_fast::SLM_ISA {
 
 // ---- retrieve ----
 
-// Vote: the sum, over the groups that kept a slot, of its cosines there. `votes` holds the groups' lists one after
-// another; slots come out sorted by id.
-int64_t add_votes(Candidate* votes, int64_t count, int64_t groups) {
+// Vote: a slot's score is the sum, over the groups that kept it, of its cosines there, divided by G. `votes` holds the
+// groups' lists one after another; the slots that come out are sorted.
+int64_t add_votes(Ranked* votes, int64_t count, int64_t groups) {
   // Stable, so that a slot's cosines are added in the order of groups.
-  std::stable_sort(votes, votes + count, [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+  std::stable_sort(votes, votes + count, [](Ranked a, Ranked b) { return slot_of(a) < slot_of(b); });
   int64_t slots = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const auto cosine = static_cast<float>(votes[i].score);
-    if (slots > 0 && votes[slots - 1].id == votes[i].id) {
-      votes[slots - 1].score = static_cast<float>(votes[slots - 1].score) + cosine;
-    } else {
-      votes[slots++] = {cosine, votes[i].id};
-    }
+  for (int64_t i = 0; i < count;) {
+    const int64_t slot = slot_of(votes[i]);
+    float sum = 0;
+    for (; i < count && slot_of(votes[i]) == slot; ++i) sum += score_of(votes[i]);
+    votes[slots++] = ranked(sum / static_cast<float>(groups), slot);
   }
-  for (int64_t i = 0; i < slots; ++i) votes[i].score = static_cast<float>(votes[i].score) / static_cast<float>(groups);
+  std::sort(votes, votes + slots, Better{});
   return slots;
 }
 
 // One query's output row: ids by falling score, their weights, then -1 and 0.
-void write_route(const Retrieve& op, const Candidate* best, int64_t count, int64_t query) {
+void write_route(const Retrieve& op, const Ranked* best, int64_t count, int64_t query) {
   int64_t* ids = op.slot_ids + query * op.k;
   float* weights = op.weights + query * op.k;
   float total = 0, highest = -std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < op.k; ++i) {
-    ids[i] = i < count ? best[i].id : -1;
+    ids[i] = i < count ? slot_of(best[i]) : -1;
     weights[i] = 0;
     if (i >= count) continue;
-    const auto score = static_cast<float>(best[i].score);
+    const float score = score_of(best[i]);
     // Not std::max: a NaN has to come through.
     weights[i] = op.softmax ? score / static_cast<float>(op.temperature) : score < 0 ? 0 : score;
     highest = weights[i] > highest || std::isnan(weights[i]) ? weights[i] : highest;
@@ -56,17 +54,16 @@ void retrieve_as(const Retrieve& op, const Pool& pool) {
   auto allowed = [mask = op.mask, row](int64_t query, int64_t, int64_t slot) {
     return !mask || mask[query * row + slot];
   };
-  Buffer<Candidate> votes(op.vote ? op.queries * op.groups * search.k : 0);
+  Buffer<Ranked> votes(op.vote ? op.queries * op.groups * search.k : 0);
   Buffer<int64_t> counts(op.queries);
   std::fill_n(counts.data(), op.queries, 0);
-  Searcher<T>(search, pool).run(allowed, [&](int64_t query, int64_t group, const Best& best) {
-    if (!op.vote) return write_route(op, best.kept, best.count, query);
-    Candidate* mine = votes.data() + query * op.groups * search.k;
-    std::copy_n(best.kept, best.count, mine + counts[query]);
-    counts[query] += best.count;
+  Searcher<T>(search, pool).run(allowed, [&](int64_t query, int64_t group, const Ranked* best, int64_t count) {
+    if (!op.vote) return write_route(op, best, count, query);
+    Ranked* mine = votes.data() + query * op.groups * search.k;
+    std::copy_n(best, count, mine + counts[query]);
+    counts[query] += count;
     if (group + 1 < op.groups) return;
     const int64_t slots = add_votes(mine, counts[query], op.groups);
-    std::sort(mine, mine + slots, better);
     write_route(op, mine, std::min(slots, op.k), query);
   });
 }
@@ -118,11 +115,15 @@ void key_loss_as(KeyLoss& op, const Pool& pool) {
   };
   Buffer<double> sums(op.queries * G);
   Buffer<int64_t> counts(op.queries * G);
-  Searcher<T>(search, pool).run(shown, [&](int64_t b, int64_t g, const Best& best) {
+  Searcher<T>(search, pool).run(shown, [&](int64_t b, int64_t g, const Ranked* best, int64_t count) {
+    const int64_t d = op.width / G;
+    const T* query = static_cast<const T*>(op.query) + b * op.width + g * d;
+    const double length = exact_length(query, d);
     double sum = 0;
-    for (int64_t i = 0; i < K; ++i) op.selected[(b * G + g) * K + i] = i < best.count ? best.kept[i].id : -1;
-    for (int64_t i = 0; i < best.count; ++i) sum += best.kept[i].score;
-    sums[b * G + g] = sum, counts[b * G + g] = best.count;
+    for (int64_t i = 0; i < K; ++i) op.selected[(b * G + g) * K + i] = i < count ? slot_of(best[i]) : -1;
+    for (int64_t i = 0; i < count; ++i)
+      sum += exact_cosine(query, length, static_cast<const T*>(op.keys) + slot_of(best[i]) * op.width + g * d, d);
+    sums[b * G + g] = sum, counts[b * G + g] = count;
   });
   double total = 0;
   int64_t found = 0;
@@ -153,18 +154,18 @@ void key_loss_backward_as(const KeyLossBackward& op, const Pool& pool) {
       std::fill_n(along.data(), P, 0.0);        // [P] sum of cosines
       for (int64_t b = 0; b < op.queries; ++b) {
         const T* query = static_cast<const T*>(op.query) + b * op.width + g * d;
-        const double length = std::sqrt(exact_dot(query, query, d)), inverse = length > kEpsilon ? 1 / length : 0;
+        const double length = exact_length(query, d), inverse = length > kEpsilon ? 1 / length : 0;
         for (int64_t i = 0; i < K; ++i) {
           const int64_t p = op.selected[(b * G + g) * K + i];
           if (p < 0) continue;
-          along[p] += exact_cosine(query, static_cast<const T*>(op.keys) + p * op.width + g * d, d);
+          along[p] += exact_cosine(query, length, static_cast<const T*>(op.keys) + p * op.width + g * d, d);
           for (int64_t j = 0; j < d; ++j) towards[p * d + j] += widen<double>(query[j]) * inverse;
         }
       }
       for (int64_t p = 0; p < P; ++p) {
         const T* key = static_cast<const T*>(op.keys) + p * op.width + g * d;
         T* to = static_cast<T*>(op.grad_keys) + p * op.width + g * d;
-        const double length = std::sqrt(exact_dot(key, key, d)), factor = length > kEpsilon ? scale / length : 0;
+        const double length = exact_length(key, d), factor = length > kEpsilon ? scale / length : 0;
         for (int64_t j = 0; j < d; ++j) {
           const double outward = length > kEpsilon ? along[p] * widen<double>(key[j]) / length : 0;
           to[j] = narrow<T>(factor * (towards[p * d + j] - outward));

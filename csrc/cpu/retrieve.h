@@ -18,38 +18,43 @@
 namespace slm_fast::SLM_ISA {
 
 constexpr double kEpsilon = 1e-12;  // a vector no longer than this has cosine 0 with everything
-constexpr int64_t kSpare = 8;       // slots kept beyond K
+constexpr int64_t kSpare = 4;       // slots kept beyond K
+constexpr int64_t kFew = 8;         // queries too few for lanes
 
-struct Candidate {
-  double score;
-  int64_t id;
+// A slot and its score as one number that ranks as they do: by score in float32, a NaN first, then the lower id.
+using Ranked = uint64_t;
+
+inline Ranked ranked(float score, int64_t slot) {
+  const uint32_t bits = float_to_bits(score + 0.0f);  // -0 becomes 0
+  const uint32_t rising = std::isnan(score) ? ~uint32_t{0} : bits ^ (bits >> 31 ? ~uint32_t{0} : uint32_t{1} << 31);
+  return uint64_t{rising} << 32 | static_cast<uint32_t>(~slot);
+}
+inline int64_t slot_of(Ranked one) { return static_cast<uint32_t>(~one); }
+inline float score_of(Ranked one) {
+  const auto rising = static_cast<uint32_t>(one >> 32);
+  return bits_to_float(rising ^ (rising >> 31 ? uint32_t{1} << 31 : ~uint32_t{0}));  // all ones is a NaN again
+}
+struct Better {
+  bool operator()(Ranked one, Ranked other) const { return one > other; }
 };
 
-// Ranked in float32; a NaN stands first, of equal scores the lower id.
-inline bool better(const Candidate& one, const Candidate& other) {
-  const auto a = static_cast<float>(one.score), b = static_cast<float>(other.score);
-  if (std::isnan(a) || std::isnan(b)) return std::isnan(a) != std::isnan(b) ? std::isnan(a) : one.id < other.id;
-  return a != b ? a > b : one.id < other.id;
-}
+// The `most` best so far, among the first `count` of `slots`; pruned when full, so that adding is cheap.
+struct Shortlist {
+  Ranked* slots;
+  int64_t count, most;
 
-// The k best so far, as a heap with the worst on top.
-struct Best {
-  Candidate* kept;
-  int64_t count, k;
-
-  void offer(Candidate candidate) {
-    if (count == k) {
-      if (!better(candidate, kept[0])) return;
-      std::pop_heap(kept, kept + count, better);
-      kept[count - 1] = candidate;
-    } else {
-      kept[count++] = candidate;
-    }
-    std::push_heap(kept, kept + count, better);
+  static int64_t capacity(int64_t most) { return most + std::max<int64_t>(16, most); }
+  // Returns true when pruned: from then on no score that is at most slots[most - 1]'s can enter.
+  bool add(Ranked one) {
+    slots[count++] = one;
+    if (count < capacity(most)) return false;
+    prune();
+    return true;
   }
-  // No score that is at most this can enter. NaN while there is room: nothing is at most NaN.
-  float threshold() const {
-    return count < k ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(kept[0].score);
+  void prune() {
+    if (count <= most) return;
+    std::nth_element(slots, slots + most - 1, slots + count, Better{});
+    count = most;
   }
 };
 
@@ -100,20 +105,27 @@ inline float inverse_length(float length) {
 
 template <class T>
 inline double exact_dot(const T* a, const T* b, int64_t d) {
-  double sums[16] = {};
+  constexpr int L = kLanes<double>;
+  Vec<double> sums[4] = {};
   int64_t i = 0;
-  for (; i + 16 <= d; i += 16)
-    for (int j = 0; j < 16; ++j) sums[j] += widen<double>(a[i + j]) * widen<double>(b[i + j]);
-  for (; i < d; ++i) sums[0] += widen<double>(a[i]) * widen<double>(b[i]);
-  double sum = 0;
-  for (int j = 0; j < 16; ++j) sum += sums[j];
-  return sum;
+  for (; i + 4 * L <= d; i += 4 * L)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] = load<double>(a + i + j * L) * load<double>(b + i + j * L) + sums[j];
+  for (; i < d; i += L) sums[0] = load_first<double>(a + i, d - i) * load_first<double>(b + i, d - i) + sums[0];
+  double parts[4];
+  sum_each_of_4<double>(sums, parts);
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
 }
 
 template <class T>
-inline double exact_cosine(const T* a, const T* b, int64_t d) {
-  const double length_a = std::sqrt(exact_dot(a, a, d)), length_b = std::sqrt(exact_dot(b, b, d));
-  return length_a <= kEpsilon || length_b <= kEpsilon ? 0 : exact_dot(a, b, d) / length_a / length_b;
+inline double exact_length(const T* row, int64_t d) {
+  return std::sqrt(exact_dot(row, row, d));
+}
+
+template <class T>
+inline double exact_cosine(const T* query, double query_length, const T* key, int64_t d) {
+  const double length = exact_length(key, d);
+  return query_length <= kEpsilon || length <= kEpsilon ? 0 : exact_dot(query, key, d) / query_length / length;
 }
 
 // What is asked of every slot.
@@ -131,22 +143,25 @@ class Searcher {
   Searcher(const Search& search, const Pool& pool)
       : s(search), pool(pool), d(s.width / s.groups), most(std::min(s.k + kSpare, s.slots)) {
     blocks = (s.queries + kQueries - 1) / kQueries;
-    // A thread takes some panels and a range of slots; ranges are long enough to be worth lists of their own.
-    panels_at_once = std::clamp<int64_t>((384 << 10) / (s.width * kQueries * 4 + 1), 1, std::max<int64_t>(1, blocks));
+    // A thread takes some panels, and a range of slots when panels are few: each range has lists of its own.
+    const int64_t turns = 2 * pool.workers, fits = (384 << 10) / (s.width * kQueries * 4 + 1);
+    panels_at_once = std::max<int64_t>(1, std::min(fits, blocks / turns));
     parts = (blocks + panels_at_once - 1) / panels_at_once;
-    const int64_t wanted = (4 * pool.workers + parts) / std::max<int64_t>(1, parts);
+    const int64_t wanted = parts >= turns ? 1 : (2 * turns + parts - 1) / std::max<int64_t>(1, parts);
     range = s.slots / std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, s.slots / 256));
     range = std::max<int64_t>(kKeys, (range + kKeys - 1) / kKeys * kKeys);
     ranges = (s.slots + range - 1) / range;
-    panels.at_least(blocks * s.width * kQueries);
+    few = s.queries <= kFew;
+    most_listed = Shortlist::capacity(most);
+    panels.at_least(blocks * s.width * (few ? kFew : kQueries));
     longest_query.at_least(blocks);
     longest_key.at_least(parts * ranges);
-    kept.at_least(ranges * s.lists() * s.queries * most);
+    kept.at_least(ranges * s.lists() * s.queries * most_listed);
     counts.at_least(ranges * s.lists() * s.queries);
     threads = 2.0 * static_cast<double>(s.queries) * s.slots * s.width > 3e5;
   }
 
-  // use(query, list, best) for each query, in no order, with the K best of each of its lists, the best first.
+  // use(query, list, best, count) for each query, in no order, with the K best of each of its lists, the best first.
   // allowed(query, list, slot) says whether a slot may be returned; it is asked only for slots that would be.
   template <class Allowed, class Use>
   void run(const Allowed& allowed, const Use& use) {
@@ -161,8 +176,13 @@ class Searcher {
       };
     });
     pool.for_each(s.queries, threads, [&] {
-      return [&, found = Buffer<Candidate>(most)](int64_t query) mutable {
-        for (int64_t list = 0; list < s.lists(); ++list) use(query, list, ranked(query, list, allowed, found.data()));
+      return [&, found = Buffer<Ranked>(std::max(ranges, int64_t{1}) * most_listed),
+              lengths = Buffer<double>(s.groups)](int64_t query) mutable {
+        for (int64_t g = 0; g < s.groups; ++g) lengths[g] = exact_length(query_row(query) + g * d, d);
+        for (int64_t list = 0; list < s.lists(); ++list) {
+          const int64_t count = rank(query, list, lengths.data(), allowed, found.data());
+          use(query, list, static_cast<const Ranked*>(found.data()), count);
+        }
       };
     });
   }
@@ -181,7 +201,7 @@ class Searcher {
   const T* key_row(int64_t p) const { return static_cast<const T*>(s.keys) + p * s.width; }
   int64_t list_at(int64_t r, int64_t list, int64_t query) const { return (r * s.lists() + list) * s.queries + query; }
 
-  // Queries, of unit length in each group when cosine, transposed; zeros beyond the last query.
+  // Queries, of unit length in each group when cosine; transposed unless they are few, zeros beyond the last query.
   void make_panel(int64_t block, float* rows, float* lengths) {
     const int64_t first = block * kQueries, count = std::min(kQueries, s.queries - first);
     float longest = 0;
@@ -196,6 +216,10 @@ class Searcher {
       }
     }
     longest_query[block] = longest;
+    if (few) {
+      std::copy_n(rows, count * s.width, panels.data());
+      return;
+    }
     float* panel = panels.data() + block * s.width * kQueries;
     for (int64_t i = 0; i < s.width; ++i, panel += kQueries)
       for (int64_t q = 0; q < kQueries; ++q) panel[q] = q < count ? rows[q * s.width + i] : 0;
@@ -265,13 +289,31 @@ class Searcher {
     const int64_t count = std::min(kQueries, s.queries - block * kQueries);
     float* scores = scratch.scores.data();
     for (int64_t g = 0; g < s.groups; ++g) {
-      const float* factor = s.cosine ? scratch.lengths.data() + first * s.groups + g : nullptr;
-      combine<Plain<float>>(
-          rows + first * s.width + g * d, 1, s.width, panel + g * d * kQueries, d, 0, last - first, count,
-          Scored{scores, factor, s.groups, g > 0 && !s.by_group});
+      const float* key_rows = rows + first * s.width + g * d;
+      const Scored out{scores, s.cosine ? scratch.lengths.data() + first * s.groups + g : nullptr, s.groups,
+                       g > 0 && !s.by_group};
+      if (few) {
+        score_few(key_rows, last - first, g, out);
+      } else {
+        combine<Plain<float>>(key_rows, 1, s.width, panel + g * d * kQueries, d, 0, last - first, count, out);
+      }
       if (s.by_group) offer(scores, first, last, block, count, chunk, r, g, thresholds + g * kQueries, allowed);
     }
     if (!s.by_group) offer(scores, first, last, block, count, chunk, r, 0, thresholds, allowed);
+  }
+
+  // Sums along the rows; its bits differ from combine's, which the float64 ranking makes good.
+  void score_few(const float* key_rows, int64_t keys, int64_t g, const Scored& out) const {
+    const float *queries[kFew], *rows[kCombineM];
+    float sums[kCombineM * kFew];
+    for (int64_t q = 0; q < s.queries; ++q) queries[q] = panels.data() + q * s.width + g * d;
+    for (int64_t key = 0; key < keys; ++key) rows[key] = key_rows + key * s.width;
+    dot<Plain<float>>(queries, s.queries, rows, keys, d, sums, kFew);
+    for (int64_t key = 0; key < keys; ++key)
+      for (int64_t q = 0; q < s.queries; ++q) {
+        float* to = out.scores + key * kQueries + q;
+        *to = (out.more ? *to : 0) + sums[key * kFew + q] * (out.factor ? out.factor[key * out.stride] : 1);
+      }
   }
 
   template <class Allowed>
@@ -292,22 +334,23 @@ class Searcher {
           const int64_t q = block * kQueries + column + lane;
           if (!allowed(q, list, id)) continue;
           const int64_t at = list_at(r, list, q);
-          Best best{kept.data() + at * most, counts[at], most};
-          best.offer({score[lane], id});
-          counts[at] = best.count;
-          thresholds[column + lane] = best.threshold();
+          Shortlist shortlist{kept.data() + at * most_listed, counts[at], most};
+          if (shortlist.add(ranked(score[lane], id)))
+            thresholds[column + lane] = score_of(shortlist.slots[most - 1]);
+          counts[at] = shortlist.count;
         }
       }
     }
   }
 
-  // The score that the reference gives: float64, each group rounded to float32.
-  double exact_score(int64_t query, int64_t list, int64_t slot) const {
+  // The score that the reference gives: float64 rounded to float32, each group by itself.
+  float exact_score(int64_t query, int64_t list, int64_t slot, const double* lengths) const {
     const T *q = query_row(query), *key = key_row(slot);
-    if (!s.cosine) return exact_dot(q, key, d) + (s.bias ? static_cast<double>(s.bias[slot]) : 0);
-    if (s.by_group) return exact_cosine(q + list * d, key + list * d, d);
+    if (!s.cosine) return static_cast<float>(exact_dot(q, key, d) + (s.bias ? static_cast<double>(s.bias[slot]) : 0));
+    if (s.by_group) return static_cast<float>(exact_cosine(q + list * d, lengths[list], key + list * d, d));
     float sum = 0;
-    for (int64_t g = 0; g < s.groups; ++g) sum += static_cast<float>(exact_cosine(q + g * d, key + g * d, d));
+    for (int64_t g = 0; g < s.groups; ++g)
+      sum += static_cast<float>(exact_cosine(q + g * d, lengths[g], key + g * d, d));
     return sum / static_cast<float>(s.groups);
   }
 
@@ -324,42 +367,47 @@ class Searcher {
     return unit * longest_query[block] * longest;
   }
 
+  // The K best into `found`, the best first; how many there are.
   template <class Allowed>
-  Best ranked(int64_t query, int64_t list, const Allowed& allowed, Candidate* found) const {
-    Best all{found, 0, most};
+  int64_t rank(int64_t query, int64_t list, const double* lengths, const Allowed& allowed, Ranked* found) const {
+    Shortlist all{found, 0, most};
     for (int64_t r = 0; r < ranges; ++r) {
       const int64_t at = list_at(r, list, query);
-      for (int64_t i = 0; i < counts[at]; ++i) all.offer(kept[at * most + i]);
+      std::copy_n(kept.data() + at * most_listed, counts[at], found + all.count);
+      all.count += counts[at];
     }
-    std::sort(found, found + all.count, better);
+    all.prune();
+    std::sort(found, found + all.count, Better{});
     const int64_t k = std::min(s.k, all.count);
-    const double bias = s.bias && k > 0 ? std::abs(found[k - 1].score) * 0x1p-22 : 0;
-    const double cutoff = k > 0 ? found[k - 1].score - 2 * margin(query) - bias : 0;
-    const bool all_kept = all.count < most || most == s.slots;
-    Best best{found, 0, s.k};
-    if (all_kept || (found[all.count - 1].score < cutoff && !std::isnan(found[0].score))) {
-      for (int64_t i = 0; i < all.count; ++i)
-        if (all_kept || found[i].score >= cutoff)
-          found[best.count++] = {exact_score(query, list, found[i].id), found[i].id};
-      std::sort(found, found + best.count, better);
-      best.count = std::min(best.count, s.k);
-    } else {
-      for (int64_t slot = 0; slot < s.slots; ++slot)
-        if (allowed(query, list, slot)) best.offer({exact_score(query, list, slot), slot});
-      std::sort(found, found + best.count, better);
+    if (k == 0) return 0;
+    const double bias = s.bias ? std::abs(score_of(found[k - 1])) * 0x1p-22 : 0;
+    const double cutoff = score_of(found[k - 1]) - 2 * margin(query) - bias;
+    const bool complete = all.count < most || most == s.slots;
+    const bool clear = complete || score_of(found[all.count - 1]) < cutoff;
+    if (clear && !std::isnan(score_of(found[0])) && !std::isnan(cutoff)) {
+      int64_t count = 0;
+      for (; count < all.count && score_of(found[count]) >= cutoff; ++count)
+        found[count] = ranked(exact_score(query, list, slot_of(found[count]), lengths), slot_of(found[count]));
+      std::sort(found, found + count, Better{});
+      return k;
     }
-    return best;
+    all.count = 0;
+    for (int64_t slot = 0; slot < s.slots; ++slot)
+      if (allowed(query, list, slot)) all.add(ranked(exact_score(query, list, slot, lengths), slot));
+    all.prune();
+    std::sort(found, found + all.count, Better{});
+    return k;
   }
 
   const Search s;
   const Pool& pool;
   const int64_t d, most;  // most: slots kept a list
-  int64_t blocks, panels_at_once, parts, range, ranges;
-  bool threads;
-  Buffer<float> panels;         // [block][D][kQueries]
+  int64_t most_listed, blocks, panels_at_once, parts, range, ranges;
+  bool threads, few;
+  Buffer<float> panels;         // [block][D][kQueries], or [B][D] where queries are few
   Buffer<float> longest_query;  // [block]
   Buffer<float> longest_key;    // [part][range]
-  Buffer<Candidate> kept;       // [range][list][B][most]
+  Buffer<Ranked> kept;       // [range][list][B][most_listed]
   Buffer<int64_t> counts;       // [range][list][B]
 };
 

@@ -123,6 +123,11 @@ inline Vec<A> load(const T* from) {
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
     return (Vec<float>)(__builtin_convertvector(halves, Words) << 16);
+  } else if constexpr (std::is_same_v<A, double> && std::is_same_v<T, float>) {
+    typedef float Floats __attribute__((vector_size(kVectorBytes / 2)));
+    Floats floats;
+    std::memcpy(&floats, from, sizeof floats);
+    return __builtin_convertvector(floats, Vec<double>);
 #if defined(__AVX512F__)
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, Float16>) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
