@@ -13,13 +13,6 @@ template <class T, class P>
 void forward_tiles(const MultiLora& op, const Pool& pool) {
   using A = typename P::Accumulator;
   const Tiling tiling(op.tokens, op.features_in * static_cast<int64_t>(sizeof(T)));
-  auto next_tile = [&](int64_t item) {
-    if (item >= op.samples * tiling.tiles) return Ahead{};
-    const int64_t first = item % tiling.tiles * tiling.tile;
-    return Ahead::of(
-        at<T>(op.x, item / tiling.tiles, first), op.x.token_stride, op.features_in,
-        std::min(tiling.tile, op.tokens - first));
-  };
   pool.for_each(op.samples * tiling.tiles, worth_threads(op), [&] {
     return [&, rows = SlotRows<T>(op), shrink = Shrink<T, P>(op, tiling.tile), expand = Expand<T, P>(op, tiling.tile)](
                int64_t item) mutable {
@@ -32,7 +25,7 @@ void forward_tiles(const MultiLora& op, const Pool& pool) {
       const T* base = op.base.data ? at<T>(op.base, b, first) : nullptr;
       expand(
           sums, rows.b.data(), rows.count, tokens, op.features_out, base, op.base.token_stride,
-          at<T>(op.y, b, first), op.y.token_stride, next_tile(item + 1));
+          at<T>(op.y, b, first), op.y.token_stride, tiling.ahead<T>(op, op.x, item + 1, 0, op.features_in));
     };
   });
 }

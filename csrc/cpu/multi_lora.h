@@ -30,14 +30,23 @@ inline bool worth_threads(const MultiLora& op) {
   return flops > 3e5;
 }
 
-// Tokens of a sample in equal tiles that fit L2, whatever the number of threads.
+// Tokens of a sample in equal tiles that fit L2, whatever the number of threads. Item i is tile i % tiles of sample
+// i / tiles.
 struct Tiling {
   int64_t tiles, tile;
   Tiling(int64_t tokens, int64_t token_bytes) {
     const int64_t fits = std::clamp<int64_t>(kTileBytes / std::max<int64_t>(1, token_bytes), 16, kTileTokens);
     tiles = std::max<int64_t>(1, (tokens + fits - 1) / fits);
-    tile = std::max<int64_t>(8, ((tokens + tiles - 1) / tiles + 7) / 8 * 8);
+    tile = std::max<int64_t>(16, ((tokens + tiles - 1) / tiles + 15) / 16 * 16);  // whole vectors and pairs
     tiles = std::max<int64_t>(1, (tokens + tile - 1) / tile);
+  }
+  // The item's rows of x or another [B, T, F], to be asked for ahead of their use; `columns` of them from `first` on.
+  template <class T>
+  Ahead ahead(const MultiLora& op, const Rows& rows, int64_t item, int64_t first, int64_t columns) const {
+    if (item >= op.samples * tiles) return {};
+    const int64_t token = item % tiles * tile;
+    return Ahead::of(
+        at<T>(rows, item / tiles, token) + first, rows.token_stride, columns, std::min(tile, op.tokens - token));
   }
 };
 

@@ -28,6 +28,7 @@ struct OntoSlots {
 template <class T, class P>
 class Backward {
   using A = typename P::Accumulator;
+  using E = typename P::Element;  // what w Q and w S are kept as
 
  public:
   Backward(const MultiLoraBackward& op, const Pool& pool)
@@ -63,23 +64,38 @@ class Backward {
           A* parts = weight_parts.data() + item * f.picks;
           std::fill_n(parts, f.picks, A(0));
           for (int64_t n = 0; n < rows.count; ++n)
-            for (int64_t t = 0; t < tokens; ++t) parts[rows.pick[n]] += s[n * tiling.tile + t] * q[n * tiling.tile + t];
+            parts[rows.pick[n]] += product(s + n * tiling.tile, q + n * tiling.tile, tokens);
         }
-        const int64_t at_item = item * most_rows * tiling.tile;
-        if (op.grad_b) scale(rows, s, tokens, scaled_s.data() + at_item);
-        if (op.grad_a || op.grad_x) scale(rows, q, tokens, op.grad_a ? scaled_q.data() + at_item : q);
+        const int64_t place = item * most_rows * tiling.tile;
+        if (op.grad_b) scale(rows, s, tokens, scaled_s.data() + place);
+        if (op.grad_a || op.grad_x) scale(rows, q, tokens, op.grad_a ? scaled_q.data() + place : nullptr);
         if (op.grad_x)
           expand(
-              op.grad_a ? scaled_q.data() + at_item : q, rows.a.data(), rows.count, tokens, f.features_in, nullptr, 0,
-              static_cast<T*>(op.grad_x) + (b * f.tokens + first) * f.features_in, f.features_in, Ahead{});
+              q, rows.a.data(), rows.count, tokens, f.features_in, nullptr, 0,
+              static_cast<T*>(op.grad_x) + (b * f.tokens + first) * f.features_in, f.features_in,
+              tiling.ahead<T>(f, f.x, item + 1, 0, f.features_in));
       };
     });
   }
 
-  void scale(const SlotRows<T>& rows, const A* from, int64_t tokens, A* to) const {
+  static A product(const A* s, const A* q, int64_t tokens) {
+    Vec<A> sums[4] = {};
+    for (int64_t t = 0; t < tokens; t += kLanes<A>)
+      sums[0] = load_first<A>(s + t, tokens - t) * load_first<A>(q + t, tokens - t) + sums[0];
+    A parts[4];
+    sum_each_of_4<A>(sums, parts);
+    return parts[0];
+  }
+
+  // Multiplies by the slots' weights, in place and, unless null, into `to`, with zeros up to a whole vector.
+  void scale(const SlotRows<T>& rows, A* sums, int64_t tokens, E* to) const {
     for (int64_t n = 0; n < rows.count; ++n)
-      for (int64_t t = 0; t < tokens; ++t)
-        to[n * tiling.tile + t] = static_cast<A>(rows.weight[n]) * from[n * tiling.tile + t];
+      for (int64_t t = 0; t < tokens; t += kLanes<A>) {
+        A* at_t = sums + n * tiling.tile + t;
+        const Vec<A> scaled = load_first<A>(at_t, tokens - t) * broadcast(static_cast<A>(rows.weight[n]));
+        store(at_t, scaled);
+        if (to) store(to + n * tiling.tile + t, scaled);
+      }
   }
 
   void add_weight_parts() {
@@ -94,7 +110,7 @@ class Backward {
   }
 
   // grad[slot, j, :] = sum over samples and tokens of scaled[b, (k, j), t] * rows[b, t, :]
-  void sweep_columns(const Rows& source, const A* scaled, int64_t length, T* grad) {
+  void sweep_columns(const Rows& source, const E* scaled, int64_t length, T* grad) {
     constexpr int64_t kColumns = kCombineV * kLanes<A>, kWide = 2 * kColumns;
     const int64_t slot_size = f.rank * length;
     pool.for_each(f.slots, threads, [&] {
@@ -103,24 +119,25 @@ class Backward {
       };
     });
     pool.for_each((length + kWide - 1) / kWide, threads, [&] {
-      return [&, sums = Buffer<A>(used.distinct * f.rank * kWide), panel = Buffer<A>(tiling.tile * kColumns),
-              row_of = Buffer<int64_t>(most_rows)](int64_t item) mutable {
-        const int64_t first = item * kWide, last = std::min(first + kWide, length);
+      return [&, sums = Buffer<A>(used.distinct * f.rank * kWide), row_of = Buffer<int64_t>(most_rows),
+              panel = Buffer<E>(tiling.tile * kColumns)](int64_t block) mutable {
+        const int64_t first = block * kWide, last = std::min(first + kWide, length);
         std::fill_n(sums.data(), used.distinct * f.rank * kWide, A(0));
-        for (int64_t b = 0; b < f.samples; ++b) {
-          int64_t count = 0;
-          for (int64_t k = 0; k < f.picks; ++k)
-            for (int64_t j = 0; j < f.rank && used.index[b * f.picks + k] >= 0; ++j)
-              row_of[count++] = used.index[b * f.picks + k] * f.rank + j;
-          for (int64_t t = 0; t < f.tokens; t += tiling.tile) {
-            const int64_t tokens = std::min(tiling.tile, f.tokens - t);
-            const A* c = scaled + (b * tiling.tiles + t / tiling.tile) * most_rows * tiling.tile;
-            for (int64_t column = first; column < last; column += kColumns) {
-              const int64_t columns = std::min(kColumns, last - column);
-              pack_panel<T, Plain<A>>(
-                  panel.data(), [&](int64_t n) { return at<T>(source, b, t + n) + column; }, tokens, columns);
-              combine<Plain<A>>(
-                  c, 1, tiling.tile, panel.data(), tokens, 0, count, columns,
+        for (int64_t item = 0; item < f.samples * tiling.tiles; ++item) {
+          const int64_t b = item / tiling.tiles, t = item % tiling.tiles * tiling.tile;
+          const int64_t tokens = std::min(tiling.tile, f.tokens - t), count = find_rows(b, row_of.data());
+          const auto* c = reinterpret_cast<const typename P::Coefficient*>(scaled + item * most_rows * tiling.tile);
+          Ahead ahead = tiling.ahead<T>(f, source, item + 1, first, last - first);
+          const int64_t lines = ahead.lines() / std::max<int64_t>(1, 2 * ((count + kCombineM - 1) / kCombineM)) + 1;
+          for (int64_t column = first; column < last; column += kColumns) {
+            const int64_t columns = std::min(kColumns, last - column);
+            pack_panel<T, P>(
+                panel.data(), [&](int64_t n) { return at<T>(source, b, t + n) + column; }, tokens, columns);
+            for (int64_t row = 0; row < count; row += kCombineM) {
+              ahead.ask(lines);
+              combine<P>(
+                  c, 1, tiling.tile / P::kPair, panel.data(), (tokens + P::kPair - 1) / P::kPair, row,
+                  std::min<int64_t>(row + kCombineM, count), columns,
                   OntoSlots<A>{sums.data() + (column - first), row_of.data(), kWide});
             }
           }
@@ -135,6 +152,16 @@ class Backward {
     });
   }
 
+  // Of each of a sample's R rows, its place among the rows of used slots. Returns their number.
+  int64_t find_rows(int64_t b, int64_t* row_of) const {
+    int64_t count = 0;
+    for (int64_t k = 0; k < f.picks; ++k) {
+      const int64_t slot = used.index[b * f.picks + k];
+      for (int64_t j = 0; slot >= 0 && j < f.rank; ++j) row_of[count++] = slot * f.rank + j;
+    }
+    return count;
+  }
+
   const MultiLoraBackward& op;
   const MultiLora& f;
   const Pool& pool;
@@ -142,7 +169,7 @@ class Backward {
   const Tiling tiling;
   const int64_t most_rows;  // R
   const bool threads;
-  Buffer<A> scaled_s, scaled_q;  // [sample, tile][R][token]: w S and w Q
+  Buffer<E> scaled_s, scaled_q;  // [sample, tile][R][token]: w S and w Q
   Buffer<A> weight_parts;        // [sample, tile][K]
 };
 

@@ -177,7 +177,7 @@ inline Vec<A> load_first(const T* from, int64_t count) {
 #if defined(__AVX512F__)
   const auto mask = static_cast<uint16_t>((1u << count) - 1);
   if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>) return (Vec<A>)_mm512_maskz_loadu_ps(mask, from);
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (std::is_same_v<A, float> && sizeof(T) == 2) {
     T whole[kLanes<A>];
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole), _mm256_maskz_loadu_epi16(mask, from));
     return load<A>(whole);
