@@ -108,9 +108,13 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 def operator(stem: str, device: str) -> Any:
     """The torch operator that runs `stem` on `device` now."""
-    for backend in backends(device):
-        if stem in backend.operators and _forced.name in (None, backend.name):
-            return getattr(torch.ops.slm_fast, f"{stem}_{backend.name}")
-    if _forced.name is not None:
-        raise InputError(f"backend: {_forced.name!r} does not run {stem} on {device}")
+    forced = _forced.name
+    for name in PREFERENCE.get(device, ()):
+        if forced is not None and name != forced:
+            continue
+        for backend in BACKENDS:
+            if backend.name == name and stem in backend.operators and backend.why_not() is None:
+                return getattr(torch.ops.slm_fast, f"{stem}_{name}")
+    if forced is not None:
+        raise InputError(f"backend: {forced!r} does not run {stem} on {device}")
     raise InputError(f"{stem}: no backend for device {device!r}; devices served: {', '.join(PREFERENCE)}")
