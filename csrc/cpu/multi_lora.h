@@ -92,9 +92,7 @@ struct Convert {
     } else {
       E* to = space.data() + used;
       used += length;
-      int64_t i = 0;
-      for (; i + kLanes<E> <= length; i += kLanes<E>) store(to + i, load<E>(row + i));
-      for (; i < length; ++i) to[i] = widen<E>(row[i]);
+      widen_all(row, to, length);
       return to;
     }
   }

@@ -46,18 +46,26 @@ void write_route(const Retrieve& op, const Ranked* best, int64_t count, int64_t 
     weights[i] = op.softmax || total > 0 ? weights[i] / total : 1 / static_cast<float>(count);
 }
 
+// Which slots a query may be given.
+struct All {
+  static constexpr bool kAsks = false;
+  bool operator()(int64_t, int64_t, int64_t) const { return true; }
+};
+struct Masked {
+  static constexpr bool kAsks = true;
+  const bool* mask;
+  int64_t row;  // P, or 0 when one mask serves all queries
+  bool operator()(int64_t query, int64_t, int64_t slot) const { return mask[query * row + slot]; }
+};
+
 template <class T>
 void retrieve_as(const Retrieve& op, const Pool& pool) {
   const Search search{op.queries, op.slots, op.width, op.groups, op.vote ? std::min(op.k, op.slots) : op.k,
                       op.query,   op.keys,  op.bias,  op.cosine, op.vote};
-  const int64_t row = op.mask_per_query ? op.slots : 0;
-  auto allowed = [mask = op.mask, row](int64_t query, int64_t, int64_t slot) {
-    return !mask || mask[query * row + slot];
-  };
   Buffer<Ranked> votes(op.vote ? op.queries * op.groups * search.k : 0);
   Buffer<int64_t> counts(op.queries);
   std::fill_n(counts.data(), op.queries, 0);
-  Searcher<T>(search, pool).run(allowed, [&](int64_t query, int64_t group, const Ranked* best, int64_t count) {
+  auto use = [&](int64_t query, int64_t group, const Ranked* best, int64_t count) {
     if (!op.vote) return write_route(op, best, count, query);
     Ranked* mine = votes.data() + query * op.groups * search.k;
     std::copy_n(best, count, mine + counts[query]);
@@ -65,7 +73,10 @@ void retrieve_as(const Retrieve& op, const Pool& pool) {
     if (group + 1 < op.groups) return;
     const int64_t slots = add_votes(mine, counts[query], op.groups);
     write_route(op, mine, std::min(slots, op.k), query);
-  });
+  };
+  Searcher<T> searcher(search, pool);
+  if (op.mask) searcher.run(Masked{op.mask, op.mask_per_query ? op.slots : 0}, use);
+  else searcher.run(All{}, use);
 }
 
 // The first query with a number that is not finite, or -1.
@@ -104,15 +115,24 @@ inline uint64_t splitmix64(uint64_t h) {
   return h ^ (h >> 31);
 }
 
+// The random mask of Eq. 7; see `hidden_slots` in the reference.
+struct Shown {
+  static constexpr bool kAsks = true;
+  int64_t groups, slots;
+  uint64_t seed;
+  double mask_prob;
+  bool operator()(int64_t b, int64_t g, int64_t p) const {
+    const auto index = static_cast<uint64_t>((b * groups + g) * slots + p);
+    const uint64_t h = splitmix64(seed + 0x9E3779B97F4A7C15 * (1 + index));
+    return !(static_cast<double>(h >> 40) * 0x1p-24 < mask_prob);
+  }
+};
+
 template <class T>
 void key_loss_as(KeyLoss& op, const Pool& pool) {
   const int64_t G = op.groups, P = op.slots, K = std::min(op.k, P);
   const Search search{op.queries, P, op.width, G, K, op.query, op.keys, nullptr, true, true};
-  auto shown = [G, P, seed = op.seed, mask_prob = op.mask_prob](int64_t b, int64_t g, int64_t p) {
-    const auto index = static_cast<uint64_t>((b * G + g) * P + p);
-    const uint64_t h = splitmix64(seed + 0x9E3779B97F4A7C15 * (1 + index));
-    return !(static_cast<double>(h >> 40) * 0x1p-24 < mask_prob);
-  };
+  const Shown shown{G, P, op.seed, op.mask_prob};
   Buffer<double> sums(op.queries * G);
   Buffer<int64_t> counts(op.queries * G);
   Searcher<T>(search, pool).run(shown, [&](int64_t b, int64_t g, const Ranked* best, int64_t count) {

@@ -20,6 +20,7 @@ namespace slm_fast::SLM_ISA {
 constexpr double kEpsilon = 1e-12;  // a vector no longer than this has cosine 0 with everything
 constexpr int64_t kSpare = 4;       // slots kept beyond K
 constexpr int64_t kFew = 8;         // queries too few for lanes
+constexpr int kSeeded = 16;         // the longest list whose threshold is found in registers
 
 // A slot and its score as one number that ranks as they do: by score in float32, a NaN first, then the lower id.
 using Ranked = uint64_t;
@@ -103,29 +104,46 @@ inline float inverse_length(float length) {
   return length < kEpsilon / 2 ? 0 : std::numeric_limits<float>::quiet_NaN();
 }
 
+// a . b and b . b in float64.
+struct ExactProducts {
+  double product, square;
+};
+
 template <class T>
-inline double exact_dot(const T* a, const T* b, int64_t d) {
+inline ExactProducts exact_products(const T* a, const T* b, int64_t d) {
   constexpr int L = kLanes<double>;
-  Vec<double> sums[4] = {};
+  Vec<double> products[2] = {}, squares[2] = {};
   int64_t i = 0;
-  for (; i + 4 * L <= d; i += 4 * L)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sums[j] = load<double>(a + i + j * L) * load<double>(b + i + j * L) + sums[j];
-  for (; i < d; i += L) sums[0] = load_first<double>(a + i, d - i) * load_first<double>(b + i, d - i) + sums[0];
-  double parts[4];
-  sum_each_of_4<double>(sums, parts);
-  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  auto step = [&](int j, Vec<double> a_i, Vec<double> b_i) {
+    products[j] = a_i * b_i + products[j];
+    squares[j] = b_i * b_i + squares[j];
+  };
+  for (; i + 2 * L <= d; i += 2 * L) {
+    step(0, load<double>(a + i), load<double>(b + i));
+    step(1, load<double>(a + i + L), load<double>(b + i + L));
+  }
+  for (; i < d; i += L) step(0, load_first<double>(a + i, d - i), load_first<double>(b + i, d - i));
+  double lanes[2][L];
+  store(lanes[0], products[0] + products[1]);
+  store(lanes[1], squares[0] + squares[1]);
+  for (int half = L / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; ++lane) {
+      lanes[0][lane] += lanes[0][lane + half];
+      lanes[1][lane] += lanes[1][lane + half];
+    }
+  return {lanes[0][0], lanes[1][0]};
 }
 
 template <class T>
 inline double exact_length(const T* row, int64_t d) {
-  return std::sqrt(exact_dot(row, row, d));
+  return std::sqrt(exact_products(row, row, d).square);
 }
 
 template <class T>
 inline double exact_cosine(const T* query, double query_length, const T* key, int64_t d) {
-  const double length = exact_length(key, d);
-  return query_length <= kEpsilon || length <= kEpsilon ? 0 : exact_dot(query, key, d) / query_length / length;
+  const ExactProducts of = exact_products(query, key, d);
+  const double length = std::sqrt(of.square);
+  return query_length <= kEpsilon || length <= kEpsilon ? 0 : of.product / query_length / length;
 }
 
 // What is asked of every slot.
@@ -162,7 +180,8 @@ class Searcher {
   }
 
   // use(query, list, best, count) for each query, in no order, with the K best of each of its lists, the best first.
-  // allowed(query, list, slot) says whether a slot may be returned; it is asked only for slots that would be.
+  // allowed(query, list, slot) says whether a slot may be returned; it is asked only for slots that would be, and it
+  // says no to some only if Allowed::kAsks.
   template <class Allowed, class Use>
   void run(const Allowed& allowed, const Use& use) {
     pool.for_each(blocks, threads, [&] {
@@ -191,7 +210,7 @@ class Searcher {
   struct Scratch {
     Buffer<float> keys, lengths, scores, thresholds;
     explicit Scratch(const Searcher& of)
-        : lengths(kKeys * of.s.groups), scores(kCombineM * kQueries),
+        : lengths(kKeys * of.s.groups), scores(kKeys * kQueries),
           thresholds(of.s.lists() * of.panels_at_once * kQueries) {
       if constexpr (!std::is_same_v<T, float>) keys.at_least(kKeys * of.s.width);
     }
@@ -263,43 +282,71 @@ class Searcher {
       if constexpr (std::is_same_v<T, float>) {
         rows = source;
       } else {
-        for (int64_t i = 0; i < keys * s.width; ++i) scratch.keys[i] = widen<float>(source[i]);
+        widen_all(source, scratch.keys.data(), keys * s.width);
         rows = scratch.keys.data();
       }
       const int64_t next = std::clamp<int64_t>(end - chunk - kKeys, 0, kKeys);
       Ahead ahead = Ahead::of(source + kKeys * s.width, s.width, s.width, next);
-      const int64_t lines = ahead.lines() / ((last_block - first_block) * ((keys + kCombineM - 1) / kCombineM)) + 1;
-      for (int64_t block = first_block; block < last_block; ++block) {
-        float* thresholds = scratch.thresholds.data() + (block - first_block) * s.lists() * kQueries;
-        for (int64_t key = 0; key < keys; key += kCombineM) {
-          ahead.ask(lines);
-          score(rows, scratch, block, key, std::min<int64_t>(key + kCombineM, keys), chunk, r, thresholds, allowed);
+      const int64_t turns = (last_block - first_block) * s.lists() * ((keys + kCombineM - 1) / kCombineM);
+      const int64_t lines = ahead.lines() / turns + 1;
+      for (int64_t block = first_block; block < last_block; ++block)
+        for (int64_t list = 0; list < s.lists(); ++list) {
+          for (int64_t key = 0; key < keys; key += kCombineM) {
+            ahead.ask(lines);
+            score(rows, scratch, block, key, std::min<int64_t>(key + kCombineM, keys), list);
+          }
+          finish(scratch.scores.data(), keys, chunk);
+          float* thresholds = scratch.thresholds.data() + ((block - first_block) * s.lists() + list) * kQueries;
+          if (chunk == begin && !Allowed::kAsks && most <= kSeeded && keys >= most)
+            seed(scratch.scores.data(), keys, thresholds);
+          offer(scratch.scores.data(), keys, block, chunk, r, list, thresholds, allowed);
         }
-      }
     }
     return longest;
   }
 
-  // Scores keys first..last-1 of a chunk against one panel and offers what may be among the best.
-  template <class Allowed>
-  void score(
-      const float* rows, Scratch& scratch, int64_t block, int64_t first, int64_t last, int64_t chunk, int64_t r,
-      float* thresholds, const Allowed& allowed) {
+  // Scores of keys first..last-1 of a chunk for one panel: of one group, or summed over all.
+  void score(const float* rows, Scratch& scratch, int64_t block, int64_t first, int64_t last, int64_t list) const {
     const float* panel = panels.data() + block * s.width * kQueries;
     const int64_t count = std::min(kQueries, s.queries - block * kQueries);
-    float* scores = scratch.scores.data();
-    for (int64_t g = 0; g < s.groups; ++g) {
+    const int64_t first_group = s.by_group ? list : 0, last_group = s.by_group ? list + 1 : s.groups;
+    for (int64_t g = first_group; g < last_group; ++g) {
       const float* key_rows = rows + first * s.width + g * d;
-      const Scored out{scores, s.cosine ? scratch.lengths.data() + first * s.groups + g : nullptr, s.groups,
-                       g > 0 && !s.by_group};
+      const float* factor = s.cosine ? scratch.lengths.data() + first * s.groups + g : nullptr;
+      const Scored out{scratch.scores.data() + first * kQueries, factor, s.groups, g > first_group};
       if (few) {
         score_few(key_rows, last - first, g, out);
       } else {
         combine<Plain<float>>(key_rows, 1, s.width, panel + g * d * kQueries, d, 0, last - first, count, out);
       }
-      if (s.by_group) offer(scores, first, last, block, count, chunk, r, g, thresholds + g * kQueries, allowed);
     }
-    if (!s.by_group) offer(scores, first, last, block, count, chunk, r, 0, thresholds, allowed);
+  }
+
+  // The mean over groups, and the bias.
+  void finish(float* scores, int64_t keys, int64_t chunk) const {
+    const float share = s.by_group ? 1 : 1 / static_cast<float>(s.groups);
+    if (share == 1 && !s.bias) return;
+    for (int64_t key = 0; key < keys; ++key)
+      for (int64_t q = 0; q < kQueries; ++q)
+        scores[key * kQueries + q] = scores[key * kQueries + q] * share + (s.bias ? s.bias[chunk + key] : 0.0f);
+  }
+
+  // Thresholds that leave the `most` best of the first chunk: so few are offered from the start.
+  void seed(const float* scores, int64_t keys, float* thresholds) const {
+    for (int64_t column = 0; column < kQueries; column += kLanes<float>) {
+      Vec<float> top[kSeeded];
+      std::fill_n(top, most, broadcast(-std::numeric_limits<float>::infinity()));
+      for (int64_t key = 0; key < keys; ++key) {
+        Vec<float> score = load<float>(scores + key * kQueries + column);
+        for (int64_t i = 0; i < most; ++i) {
+          const Vec<float> larger = score > top[i] ? score : top[i];
+          score = score > top[i] ? top[i] : score;
+          top[i] = larger;
+        }
+      }
+      for (int lane = 0; lane < kLanes<float>; ++lane)  // the largest number below: what equals the last is offered too
+        thresholds[column + lane] = std::nextafter(top[most - 1][lane], -std::numeric_limits<float>::infinity());
+    }
   }
 
   // Sums along the rows; its bits differ from combine's, which the float64 ranking makes good.
@@ -318,15 +365,14 @@ class Searcher {
 
   template <class Allowed>
   void offer(
-      const float* scores, int64_t first, int64_t last, int64_t block, int64_t count, int64_t chunk, int64_t r,
-      int64_t list, float* thresholds, const Allowed& allowed) {
+      const float* scores, int64_t keys, int64_t block, int64_t chunk, int64_t r, int64_t list, float* thresholds,
+      const Allowed& allowed) {
     constexpr int L = kLanes<float>;
-    const float share = s.by_group ? 1 : 1 / static_cast<float>(s.groups);
-    for (int64_t key = first; key < last; ++key) {
+    const int64_t count = std::min(kQueries, s.queries - block * kQueries);
+    for (int64_t key = 0; key < keys; ++key) {
       const int64_t id = chunk + key;
-      const Vec<float> bias = broadcast(s.bias ? s.bias[id] : 0.0f);
       for (int64_t column = 0; column < count; column += L) {
-        const Vec<float> score = load<float>(scores + (key - first) * kQueries + column) * broadcast(share) + bias;
+        const Vec<float> score = load<float>(scores + key * kQueries + column);
         uint32_t bits = lanes_not_at_most(score, load<float>(thresholds + column));
         if (count - column < L) bits &= (1u << (count - column)) - 1;
         for (; bits; bits &= bits - 1) {
@@ -346,7 +392,8 @@ class Searcher {
   // The score that the reference gives: float64 rounded to float32, each group by itself.
   float exact_score(int64_t query, int64_t list, int64_t slot, const double* lengths) const {
     const T *q = query_row(query), *key = key_row(slot);
-    if (!s.cosine) return static_cast<float>(exact_dot(q, key, d) + (s.bias ? static_cast<double>(s.bias[slot]) : 0));
+    if (!s.cosine) return static_cast<float>(
+        exact_products(q, key, d).product + (s.bias ? static_cast<double>(s.bias[slot]) : 0));
     if (s.by_group) return static_cast<float>(exact_cosine(q + list * d, lengths[list], key + list * d, d));
     float sum = 0;
     for (int64_t g = 0; g < s.groups; ++g)

@@ -200,6 +200,13 @@ inline void store_first(T* to, V value, int64_t count) {
   std::memcpy(to, whole, static_cast<size_t>(count) * sizeof(T));
 }
 
+template <class A, class T>
+inline void widen_all(const T* from, A* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) store(to + i, load<A>(from + i));
+  for (; i < count; ++i) to[i] = widen<A>(from[i]);
+}
+
 // The sums of four vectors, each over its own lanes, always added in the same order.
 template <class A>
 inline void sum_each_of_4(const Vec<A> (&v)[4], A (&sums)[4]) {
