@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from slm_fast.errors import InputError, WorkError
+from slm_fast.linear import quicken
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Backbone:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.family = _family(model.config.model_type)
         self.model.eval().requires_grad_(False)
+        quicken(self.model)
         if self.family.kind == "encoder":
             self.model.pooler = None  # answers come from the mean over tokens
         if tokenizer.pad_token_id is None:

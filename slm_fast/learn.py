@@ -28,11 +28,15 @@ IGNORE = -100  # the label transformers' losses skip
 
 @dataclass(frozen=True)
 class LearnOptions:
-    """epochs and batch_size in rows; learning_rate is the peak of a linear warm-up and decay; rank r of the increments;
-    slots S of the task (None: 1 for the gaussian router, 4 for dtkr, as the paper); max_length in tokens (None: the
-    model's); joint: train on routes over all tasks' slots, as the paper does, rather than the task's own."""
+    """How a task is learned.
 
-    epochs: int = 3
+    epochs: None means 3, and for a small task as many as make 120 steps, at most 20. batch_size: in rows.
+    learning_rate: the peak of a linear warm-up and decay. rank: r of the increments. slots: S of the task; None means 1
+    for the gaussian router and 4 for dtkr, as the paper. max_length: tokens read of an input; None means the model's.
+    joint: train on routes over all tasks' slots, as the paper does, rather than the task's own.
+    """
+
+    epochs: int | None = None
     batch_size: int = 16
     learning_rate: float = 1e-3
     rank: int = 8
@@ -44,13 +48,15 @@ class LearnOptions:
     warmup: float = 0.06  # share of all steps
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "rank"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.slots is not None and self.slots < 1:
-            raise InputError(f"slots: expected at least 1, got {self.slots}")
+        for name in ("epochs", "batch_size", "rank", "slots"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}: expected at least 1, got {value}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InputError(f"learning_rate: expected a positive number, got {self.learning_rate}")
+
+    def epochs_for(self, rows: int) -> int:
+        return self.epochs or max(3, min(20, math.ceil(120 / math.ceil(rows / self.batch_size))))
 
 
 def learn_task(
@@ -185,14 +191,15 @@ class _Trainer:
         examples = Examples(examples.inputs, examples.answers, self.keep_reached(examples.route))
         valid_examples = None if valid is None else self._valid_examples(valid)
         optimizer = torch.optim.AdamW(self.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-        steps = options.epochs * math.ceil(len(examples) / options.batch_size)
+        epochs = options.epochs_for(len(examples))
+        steps = epochs * math.ceil(len(examples) / options.batch_size)
         warmup = max(1, round(options.warmup * steps))
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         )
         best, best_score = self._snapshot(), -math.inf
-        with bar(f"{self.task.name}: learning", options.epochs * len(examples), progress) as advance:
-            for epoch in range(options.epochs):
+        with bar(f"{self.task.name}: learning", epochs * len(examples), progress) as advance:
+            for epoch in range(epochs):
                 order = torch.randperm(len(examples), generator=self.shuffle)
                 for rows in order.split(options.batch_size):
                     loss = self._loss(examples, rows)

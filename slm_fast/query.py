@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slm_fast.backbones import fingerprint, quiet, resolve
 from slm_fast.errors import InputError
+from slm_fast.linear import quicken
 
 MAX_WIDTH = 1024  # wider queries are projected to this
 DEFAULT_ENCODER = "sentence-transformers/nli-mpnet-base-v2"  # the one in the paper's released code
@@ -74,6 +75,7 @@ class SentenceQuery:
         except (OSError, ValueError) as error:
             raise InputError(f"encoder {encoder!r}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
         self.encoder.eval().requires_grad_(False)
+        quicken(self.encoder)
         self.width = int(self.encoder.get_embedding_dimension())
         self.fingerprint = fingerprint(self.encoder, self.encoder.tokenizer)
 

@@ -200,16 +200,17 @@ def _by_task(parts, task_of_slot, query, slot_ids, distance):  # type: ignore[no
 def _moments(query: Tensor, slots: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Count [S], mean [S, D] and the scatter within slots [D, D] of queries [N, D] float64."""
     if slots == 1:
-        assignment = torch.zeros(len(query), dtype=torch.int64)
+        assignment, centre = torch.zeros(len(query), dtype=torch.int64), torch.zeros(1, query.shape[1]).double()
     else:
         from sklearn.cluster import KMeans  # a slow import that only several slots a task need
 
         if len(query) < slots:
             raise InputError(f"slots: {slots} slots need at least as many rows, got {len(query)}")
         means = KMeans(slots, n_init=4, random_state=seed % 2**32).fit(query.numpy())
-        assignment = torch.from_numpy(means.labels_).long()
+        assignment, centre = torch.from_numpy(means.labels_).long(), torch.from_numpy(means.cluster_centers_)
     count = torch.bincount(assignment, minlength=slots).double()
     mean = torch.zeros(slots, query.shape[1], dtype=torch.float64).index_add_(0, assignment, query) / count[:, None]
+    mean = torch.where(count[:, None] > 0, mean, centre)  # fewer distinct rows than slots leave slots empty
     centred = query - mean[assignment]
     return count, mean, centred.T @ centred
 

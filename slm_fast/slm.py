@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from slm_fast.backbones import Backbone
@@ -84,6 +85,11 @@ class ScalableLM:
         """Names of the tasks known, sorted."""
         return sorted(self._learned)
 
+    @property
+    def learned(self) -> Mapping[str, LearnedTask]:
+        """What is kept of each task, by name."""
+        return MappingProxyType(self._learned)
+
     def learn(
         self, task: Task, *, valid: Task | str | Path | None = None, progress: bool | None = None, **options: Any
     ) -> None:
@@ -161,12 +167,11 @@ class ScalableLM:
     def save_pretrained(self, path: str | Path) -> None:
         """Write all tasks to a store; from then on learn and forget commit to it.
 
-        Raises InputError when the store there is of another model, or holds another task of the same name.
+        Raises InputError when the store there is of another model, or holds a task that this model does not.
         """
         store = Store.open(path) if Store.exists(path) else Store(path, self.model.about, {})
         check_same(store.about, self.model.about, str(path), "this model")
-        missing = [task for task in in_name_order(list(self._learned.values())) if task.name not in store.files]
-        store.commit(add=missing, remove=[name for name in store.files if name not in self._learned])
+        store.save(list(self._learned.values()))
         self.store = store
 
     def _set(self, tasks: Sequence[LearnedTask]) -> None:

@@ -15,9 +15,9 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from slm_fast.tasks import LearnedTask, check_name
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+TASK_FILE = re.compile(r"[0-9a-f]{64}\.safetensors(\.part)?")
 
 
 def task_to_bytes(task: LearnedTask) -> bytes:
@@ -57,9 +58,12 @@ def task_from_file(path: Path, digest: str) -> LearnedTask:
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        about = json.loads(header["__metadata__"]["slm_fast"])
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        return _task_from(tensors, json.loads(header["__metadata__"]["slm_fast"]))
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise WorkError(f"{path}: not a task file: {error}") from None
+
+
+def _task_from(tensors: Mapping[str, Any], about: Mapping[str, Any]) -> LearnedTask:
     modules = sorted({key[len("values.") :].rsplit(".", 1)[0] for key in tensors if key.startswith("values.")})
     return LearnedTask(
         name=about["name"],
@@ -89,36 +93,44 @@ class Store:
             InputError: there is none. WorkError: its manifest is damaged or of a newer format.
         """
         manifest = Path(path) / MANIFEST
-        if not manifest.is_file():
-            raise InputError(f"{path}: not a store (no {MANIFEST}); `slm-fast learn {path} ...` makes one")
         try:
-            content = json.loads(manifest.read_text("utf-8"))
-            version, about, tasks = content["format"], content["model"], content["tasks"]
-            files = {name: entry["sha256"] for name, entry in tasks.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            data = manifest.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path}: not a store (no {MANIFEST}); `slm-fast learn {path} ...` makes one") from None
+        except OSError as error:
+            raise WorkError(f"{manifest}: cannot be read: {error.strerror}") from None
+        try:
+            content = json.loads(data.decode())
+            version = content["format"]
+            if version != FORMAT:
+                raise WorkError(f"{manifest}: format {version}; this version of slm_fast reads format {FORMAT}")
+            files = {name: entry["sha256"] for name, entry in content["tasks"].items()}
+            for name in files:
+                check_name(name)  # it becomes a path
+            return cls(path, content["model"], files)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WorkError(f"{manifest}: damaged: {error}") from None
-        if version != FORMAT:
-            raise WorkError(f"{manifest}: format {version}; this version of slm_fast reads format {FORMAT}")
-        return cls(path, about, files)
 
     @classmethod
     def exists(cls, path: str | Path) -> bool:
-        return (Path(path) / MANIFEST).exists()
+        return os.path.exists(Path(path) / MANIFEST)
 
     def file(self, name: str) -> Path:
         return self.path / "tasks" / name / f"{self.files[name]}.safetensors"
 
     def load(self) -> list[LearnedTask]:
         """All tasks, by name. A reader whose task a writer takes away meanwhile starts again from the new manifest."""
-        for attempt in range(5):
+        manifest = self.path / MANIFEST
+        while True:
+            before = manifest.stat()
+            self.files = Store.open(self.path).files
             try:
                 return [task_from_file(self.file(name), self.files[name]) for name in sorted(self.files)]
             except WorkError:
-                now = Store.open(self.path)
-                if now.files == self.files or attempt == 4:
+                # Every commit is another file in the manifest's place, also one that takes a change back.
+                now = manifest.stat()
+                if (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns):
                     raise
-                self.files = now.files
-        raise AssertionError("unreachable")
 
     def commit(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
         """Make a new version of the store: on disk it is there whole, or not at all.
@@ -141,6 +153,26 @@ class Store:
                 self._place(task.name, files[task.name], data)
             self._finish(files)
 
+    def save(self, tasks: Sequence[LearnedTask]) -> None:
+        """Make the store hold exactly these tasks, of which it may already hold some.
+
+        Raises:
+            InputError: it holds a task that is not among them, or a different one of the same name.
+            WorkError: the disk is full or cannot be written; the store is as it was.
+        """
+        written = {task.name: task_to_bytes(task) for task in tasks}
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
+        with self._writing():
+            for name, digest in self.files.items():
+                if digests.get(name) != digest:
+                    what = "another task of this name" if name in digests else "it, and this model does not"
+                    raise InputError(
+                        f"task {name!r}: {self.path} holds {what}; save elsewhere, or forget it there first"
+                    )
+            for name in sorted(digests.keys() - self.files.keys()):
+                self._place(name, digests[name], written[name])
+            self._finish(digests)
+
     def merge(self, sources: Sequence[Store]) -> None:
         """Copy the tasks of other stores into this one.
 
@@ -157,12 +189,14 @@ class Store:
                         raise InputError(
                             f"task {name!r}: {origin[name]} and {source.path} hold different tasks of this name"
                         )
-                    if name not in files:
-                        data = source.file(name).read_bytes() if source.file(name).is_file() else b""
-                        if hashlib.sha256(data).hexdigest() != digest:
-                            raise WorkError(f"{source.file(name)}: missing or damaged")
-                        self._place(name, digest, data)
                     files[name], origin[name] = digest, source.path
+            for source in sources:
+                for name in sorted(source.files.keys() - self.files.keys()):
+                    if origin[name] == source.path:
+                        data = source.file(name).read_bytes() if source.file(name).is_file() else b""
+                        if hashlib.sha256(data).hexdigest() != files[name]:
+                            raise WorkError(f"{source.file(name)}: missing or damaged")
+                        self._place(name, files[name], data)
             self._finish(files)
 
     def verify(self) -> list[str]:
@@ -176,7 +210,6 @@ class Store:
                     wrong.append(f"{self.file(name)}: holds task {task.name!r}, the manifest says {name!r}")
             except (InputError, WorkError) as error:
                 wrong.append(str(error))
-        wrong += [f"{path}: left over from an interrupted commit; the next one removes it" for path in self._orphans()]
         return wrong
 
     # Writing
@@ -192,7 +225,7 @@ class Store:
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise InputError(f"{self.path}: another process is writing to this store; try again later") from None
             if Store.exists(self.path):
                 now = Store.open(self.path)
@@ -212,6 +245,7 @@ class Store:
             for made in (folder.parent, self.path):
                 _flush_directory(made)
         _write(folder / f"{digest}.safetensors", data)
+        _flush_directory(folder)
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """Commit the manifest, then clear away what it no longer names."""
@@ -222,21 +256,29 @@ class Store:
         content = {"format": FORMAT, "model": self.about, "tasks": tasks}
         _write(self.path / MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
         self.files = dict(files)
-        for orphan in self._orphans():
-            if orphan.is_dir():
-                shutil.rmtree(orphan, ignore_errors=True)
-            else:
-                orphan.unlink(missing_ok=True)
+        try:
+            _flush_directory(self.path)
+        except OSError as error:
+            raise WorkError(f"{self.path}: the change is made, but a power cut may undo it: {error.strerror}") from None
+        with suppress(OSError):  # the next commit tries again
+            for path in self.leftovers():
+                if path.is_dir():
+                    path.rmdir()
+                else:
+                    path.unlink(missing_ok=True)
 
-    def _orphans(self) -> list[Path]:
-        """What lies in the store's folders and is not named by the manifest."""
-        folder = self.path / "tasks"
-        found = list(self.path.glob("*.part"))
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.name in self.files:
-                found += [inner for inner in sorted(path.iterdir()) if inner != self.file(path.name)]
-            else:
-                found.append(path)
+    def leftovers(self) -> list[Path]:
+        """What an interrupted commit left behind: it lies in the store and the manifest does not name it."""
+        tasks, part = self.path / "tasks", self.path / f"{MANIFEST}.part"
+        found = [part] if part.exists() else []
+        for folder in sorted(tasks.iterdir()) if tasks.is_dir() else []:
+            if folder.is_dir():
+                files = list(folder.iterdir())
+                named = folder / f"{self.files.get(folder.name)}.safetensors"
+                ours = [file for file in files if TASK_FILE.fullmatch(file.name) and file != named]
+                found += sorted(ours)
+                if folder.name not in self.files and ours == files:
+                    found.append(folder)
         return found
 
 
@@ -259,7 +301,6 @@ def _write(path: Path, data: bytes) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
-    _flush_directory(path.parent)
 
 
 def _flush_directory(path: Path) -> None:

@@ -8,6 +8,8 @@ import hashlib
 import io
 import json
 import re
+import stat
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from slm_fast.errors import InputError, WorkError
 
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 FORMATS = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -57,7 +59,7 @@ class Row:
             target = _answer(value, "output")
         else:
             raise WorkError(
-                f"no 'text' (nor 'instruction' and 'input'); fields: {', '.join(map(str, value)) or 'none'}"
+                f"no 'text' (nor 'instruction' and 'input'); fields: {', '.join(map(repr, value)) or 'none'}"
             )
         if not (text or instruction):
             raise WorkError(f"empty {'text' if 'text' in value else 'input'}")
@@ -70,7 +72,15 @@ def _string(value: Mapping[str, Any], key: str) -> str:
         got = ""
     if not isinstance(got, str):
         raise WorkError(f"{key!r}: expected a string, got {got!r:.60}")
-    return got.strip()
+    return _whole(got, key).strip()
+
+
+def _whole(got: str, key: str) -> str:
+    try:
+        got.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no file and no tokenizer can hold
+        raise WorkError(f"{key!r}: holds half a character, got {got!a:.60}") from None
+    return got
 
 
 def _answer(value: Mapping[str, Any], key: str) -> str | None:
@@ -79,7 +89,7 @@ def _answer(value: Mapping[str, Any], key: str) -> str | None:
         return None
     if isinstance(got, bool) or not isinstance(got, (str, int)):
         raise WorkError(f"{key!r}: expected a word or an integer, got {got!r:.60}")
-    return str(got).strip() or None
+    return _whole(str(got), key).strip() or None
 
 
 class Task:
@@ -152,12 +162,22 @@ def read_rows(path: str | Path) -> tuple[list[Row], bool]:
     names = path.parent / "labels.json"
     labels = {record.get("label") for _, record in records}
     if rows and all(_is_index(label) for label in labels) and names.is_file():
-        words = json.loads(names.read_text("utf-8"))
+        words = _read_words(names)
         for (line, _), row in zip(records, rows, strict=True):
             if int(row.target or 0) >= len(words):
                 raise WorkError(f"{path}: line {line}: label {row.target}: {names} names only {len(words)}")
         rows = [Row(row.text, words[int(row.target or 0)], row.instruction) for row in rows]
     return rows, bool(records) and "text" not in records[0][1]
+
+
+def _read_words(path: Path) -> list[str]:
+    try:
+        words = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise WorkError(f"{path}: not a JSON list of words: {error}") from None
+    if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+        raise WorkError(f"{path}: expected a JSON list of words, got {str(words)!r:.60}")
+    return words
 
 
 def _is_index(label: Any) -> bool:
@@ -169,7 +189,13 @@ def read_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     if suffix not in FORMATS:
         raise InputError(f"{path}: unknown format; expected one of {', '.join(FORMATS)}")
-    if not path.is_file():
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_file = False
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
+    if not is_file:
         raise InputError(f"{path}: no such file")
     if suffix == ".parquet":
         yield from _read_parquet(path)
@@ -177,7 +203,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if suffix.endswith(".gz") else data
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise WorkError(f"{path}: cannot be read: {error}") from None
     try:
         text = data.decode("utf-8-sig")
@@ -185,19 +211,25 @@ def read_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         line = data[: error.start].count(b"\n") + 1
         raise WorkError(f"{path}: line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
     if ".csv" in suffix:
-        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="(more columns than the header)")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        limit = csv.field_size_limit(len(text) + 1)
         try:
-            for record in reader:
-                yield reader.line_num, record
+            records = [(reader.line_num, record) for record in reader]
         except csv.Error as error:
-            raise WorkError(f"{path}: line {reader.line_num}: {error}") from None
+            raise WorkError(f"{path}: line {reader.line_num + 1}: {error}") from None
+        finally:
+            csv.field_size_limit(limit)
+        for line, record in records:
+            if None in record:
+                raise WorkError(f"{path}: line {line}: more columns than the header; quote a text that holds a comma")
+            yield line, record
         return
     for number, line_text in enumerate(text.split("\n"), 1):
         if line_text.strip():
             try:
                 record = json.loads(line_text)
-            except json.JSONDecodeError as error:
-                raise WorkError(f"{path}: line {number}: not JSON: {error.msg} at column {error.colno}") from None
+            except (ValueError, RecursionError) as error:
+                raise WorkError(f"{path}: line {number}: not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise WorkError(f"{path}: line {number}: expected a JSON object, got {line_text:.60}")
             yield number, record

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from slm_fast import ops
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 

@@ -1,0 +1,73 @@
+"""What the baselines share: a classifier over a backbone, and the training loop they are compared under.
+
+The loop is that of slm_fast.learn (AdamW, linear warm-up and decay, clipping at 1), so that methods differ in what they
+train and not in how.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from slm_fast.backbones import Backbone
+from slm_fast.learn import LearnOptions
+from slm_fast.progress import bar
+from slm_fast.query import TrunkQuery
+from slm_fast.tasks import Row, Task, name_seed
+
+
+class Classifier(nn.Module):
+    """Mean last hidden state over real tokens, then one linear head over `labels`."""
+
+    def __init__(self, backbone: Backbone, labels: Sequence[str], max_length: int, seed: int) -> None:
+        super().__init__()
+        self.backbone, self.labels, self.max_length = backbone, list(labels), max_length
+        self.encoder = backbone.model
+        self.head = nn.Linear(backbone.width, len(self.labels))
+        nn.init.normal_(self.head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        encoded = self.backbone.encode(texts, self.max_length)
+        hidden = self.encoder(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
+        logits: Tensor = self.head(TrunkQuery.pool(hidden, encoded.attention_mask))
+        return logits
+
+    def fit(self, task: Task, options: LearnOptions, progress: bool | None = None) -> None:
+        """Train every parameter that requires a gradient on one task."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        rows, epochs = task.rows, options.epochs_for(len(task.rows))
+        steps = epochs * math.ceil(len(rows) / options.batch_size)
+        warmup = max(1, round(options.warmup * steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        )
+        generator = torch.Generator().manual_seed(name_seed(task.name, options.seed))
+        with bar(f"{task.name}: learning", epochs * len(rows), progress) as advance:
+            for _ in range(epochs):
+                for chosen in torch.randperm(len(rows), generator=generator).split(options.batch_size):
+                    batch = [rows[i] for i in chosen.tolist()]
+                    answers = torch.tensor([self.labels.index(row.target or "") for row in batch])
+                    loss = cross_entropy(self([row.prompt for row in batch]), answers.to(self.backbone.device))
+                    optimizer.zero_grad()
+                    loss.backward()
+                    nn.utils.clip_grad_norm_(parameters, 1.0)
+                    optimizer.step()
+                    scheduler.step()
+                    advance(len(batch), note=f"loss {loss.item():.3f}")
+
+    @torch.inference_mode()
+    def accuracy(self, rows: Sequence[Row], batch_size: int = 32) -> float:
+        """Share of rows answered with their label, the choice being among all `labels`."""
+        right = 0
+        ordered = sorted(rows, key=lambda row: len(row.prompt))
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            best = self([row.prompt for row in batch]).argmax(1).tolist()
+            right += sum(self.labels[i] == row.target for i, row in zip(best, batch, strict=True))
+        return right / len(rows)

@@ -1,0 +1,447 @@
+"""The command line: `slm-fast VERB ...`.
+
+Exit status: 0 done; 2 the call as written cannot be right; 1 anything found wrong after. An error is one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gzip
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
+
+from slm_fast.errors import InputError, SlmError, WorkError
+
+if TYPE_CHECKING:
+    from slm_fast.slm import ScalableLM
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except SlmError as error:
+        return _complain(str(error), error.status)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: say no more
+        return 1
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except (OSError, MemoryError) as error:
+        return _complain(f"{type(error).__name__}: {error}", 1)
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"slm-fast: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="slm-fast", description="One frozen language model that learns task after task and answers mixed batches."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    def verb(name: str, run: Any, about: str, *, store: bool = True) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        if store:
+            sub.add_argument("store", metavar="STORE", help="the directory that holds the tasks")
+        return sub
+
+    demo = verb("demo", _demo, "learn five small tasks and answer a batch that mixes them", store=False)
+    demo.add_argument("--store", help="keep the learned tasks in this directory")
+
+    learn = verb("learn", _learn, "learn one or more tasks, one after another, into a store")
+    _task_files(learn, "a training file: csv, jsonl, jsonl.gz or parquet with text,label or instruction,input,output")
+    learn.add_argument("--valid", action="append", default=[], metavar="NAME=FILE", help="a task's validation file")
+    _model_options(learn)
+    _learn_options(learn)
+
+    predict = verb("predict", _predict, "answer JSON Lines of any tasks in any order")
+    predict.add_argument("--input", default="-", help='lines of {"text": ...} or {"instruction": ..., "input": ...}')
+    predict.add_argument("--output", default="-", help="where the answers go, in the order of the input")
+    predict.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    predict.add_argument("--strict", action="store_true", help="stop at the first bad row")
+    predict.add_argument("--task", help="take every row for this task")
+    _predict_options(predict)
+
+    evaluate = verb(
+        "evaluate", _evaluate, "accuracy and routing accuracy on labelled files, answered as one mixed stream"
+    )
+    _task_files(evaluate, "a labelled file")
+    evaluate.add_argument("--with-task-id", action="store_true", help="tell the model each row's task")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    _predict_options(evaluate)
+
+    tasks = verb("tasks", _tasks, "list the tasks of a store")
+    tasks.add_argument("--json", action="store_true", help="print JSON")
+    forget = verb("forget", _forget, "remove a task exactly")
+    forget.add_argument("name", metavar="NAME")
+    merge = verb("merge", _merge, "copy the tasks of other stores into one", store=False)
+    merge.add_argument("store", metavar="DEST", help="the store that receives them; made if it is not there")
+    merge.add_argument("sources", metavar="SRC", nargs="+")
+    verb("verify", _verify, "check every file of a store against its manifest")
+    verb("doctor", _doctor, "show what this installation can use, and why something is not there", store=False)
+    return parser
+
+
+def _version() -> str:
+    from slm_fast import __version__
+
+    return f"slm-fast {__version__}"
+
+
+def _task_files(parser: argparse.ArgumentParser, about: str) -> None:
+    parser.add_argument("--task", action="append", required=True, metavar="NAME=FILE", dest="tasks", help=about)
+
+
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", help="hub name, local path or 'minilm'; a store remembers its own")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    _device_options(parser)
+    group = parser.add_argument_group("how a new store's model is put together")
+    group.add_argument("--query", choices=("trunk", "sentence"), help="trunk (default) or sentence (a second model)")
+    group.add_argument("--router", choices=("gaussian", "dtkr"), help="gaussian (default) or dtkr (the paper's)")
+    group.add_argument("--encoder", help="the sentence query's model")
+    group.add_argument("--taps", type=_numbers, metavar="L,L", help="layers the trunk query reads")
+    group.add_argument("--targets", type=_words, metavar="W,W", help="linear layers that carry increments")
+    group.add_argument("--first-layer", type=int, help="lowest layer that carries increments")
+    group.add_argument("--k", type=int, help="slots retrieved for an input")
+    group.add_argument("--groups", type=int, help="groups of the dtkr router")
+    group.add_argument("--aggregate", choices=("mean", "vote"), help="how the dtkr router joins its groups")
+    group.add_argument("--temperature", type=float, help="of the gaussian router's weights")
+    group.add_argument("--route-on", choices=("input", "prompt"), help="whether an instruction helps routing")
+    group.add_argument("--max-length", type=int, help="tokens read of an input")
+
+
+def _learn_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("how a task is learned")
+    group.add_argument("--epochs", type=int, help="default: 3, more for a small task")
+    group.add_argument("--batch-size", type=int, default=16)
+    group.add_argument("--learning-rate", type=float, default=1e-3)
+    group.add_argument("--rank", type=int, default=8)
+    group.add_argument("--slots", type=int, help="slots a task; default 1 (gaussian) or 4 (dtkr)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--joint", action="store_true", help="train on routes over all tasks' slots, as the paper does")
+
+
+def _predict_options(parser: argparse.ArgumentParser) -> None:
+    _device_options(parser)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of a generated answer")
+    parser.add_argument(
+        "--head", choices=("mixed", "winner"), default="mixed", help="weigh all tasks' heads or take one"
+    )
+    parser.add_argument(
+        "--abstain",
+        type=float,
+        nargs="?",
+        const=0.99,
+        default=False,
+        metavar="SHARE",
+        help="give no task to rows farther off than this share of the task's training rows (0.99)",
+    )
+    parser.add_argument("--bare", action="store_true", help="answer with the bare backbone")
+    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--sample", action="store_true", help="sample generated text")
+    parser.add_argument("--sample-temperature", dest="temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _fields(arguments: argparse.Namespace, options: type[Any]) -> dict[str, Any]:
+    """The arguments that are fields of an options dataclass."""
+    names = {field.name for field in dataclasses.fields(options)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _named_files(given: Sequence[str]) -> dict[str, str]:
+    from slm_fast.tasks import check_name
+
+    files: dict[str, str] = {}
+    for item in given:
+        name, equals, path = item.partition("=")
+        if not equals or not path:
+            raise InputError(f"{item!r}: expected NAME=FILE")
+        check_name(name)
+        if name in files:
+            raise InputError(f"task {name!r}: given twice")
+        files[name] = path
+    return files
+
+
+def _open(arguments: argparse.Namespace) -> ScalableLM:
+    from slm_fast.slm import ScalableLM
+
+    return ScalableLM.from_pretrained(
+        arguments.store, backbone=arguments.backbone, dtype=arguments.dtype, device=arguments.device
+    )
+
+
+# The verbs
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from slm_fast import demo
+
+    demo.run(arguments.store)
+    return 0
+
+
+def _learn(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from slm_fast.learn import LearnOptions
+    from slm_fast.model import Config
+    from slm_fast.slm import ScalableLM
+    from slm_fast.store import Store
+    from slm_fast.tasks import Task
+
+    # Everything that can be wrong with the call is found before anything is learned.
+    tasks = [Task.from_file(name, path) for name, path in _named_files(arguments.tasks).items()]
+    valid = {name: Task.from_file(name, path) for name, path in _named_files(arguments.valid).items()}
+    for name in valid:
+        if name not in {task.name for task in tasks}:
+            raise InputError(f"--valid {name!r}: no --task of that name")
+    given = {name: value for name, value in _fields(arguments, Config).items() if value is not None}
+    if Store.exists(arguments.store):
+        store = Store.open(arguments.store)
+        for name, value in given.items():
+            kept = store.about["config"].get(name)
+            if (list(value) if isinstance(value, tuple) else value) != kept:
+                raise InputError(f"--{name.replace('_', '-')}: {arguments.store} was made with {kept!r}")
+        for task in tasks:
+            if task.name in store.files:
+                raise InputError(f"task {task.name!r}: already in {arguments.store}; forget it first to learn it anew")
+        slm = _open(arguments)
+    else:
+        if arguments.backbone is None:
+            raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
+        slm = ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
+        slm.save_pretrained(arguments.store)
+    options = _fields(arguments, LearnOptions)
+    console = Console(stderr=True)
+    for task in tasks:
+        slm.learn(task, valid=valid.get(task.name), **options)
+        console.print(f"learned {task.name} from {len(task.rows)} rows; {arguments.store} holds {len(slm.tasks)}")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from slm_fast.infer import PredictOptions
+    from slm_fast.progress import bar
+
+    if arguments.output != "-" and Path(arguments.output).exists() and not arguments.overwrite:
+        raise InputError(f"{arguments.output}: is there already; --overwrite replaces it")
+    if arguments.input != "-" and not Path(arguments.input).is_file():
+        raise InputError(f"{arguments.input}: no such file")
+    options = _fields(arguments, PredictOptions)
+    failed = 0
+    slm = _open(arguments)
+    with ExitStack() as stack:
+        source = sys.stdin.buffer if arguments.input == "-" else stack.enter_context(_open_bytes(arguments.input))
+        sink = (
+            sys.stdout
+            if arguments.output == "-"
+            else stack.enter_context(open(arguments.output, "w", encoding="utf-8"))
+        )
+        advance = stack.enter_context(bar("predicting", None))
+        for record in _answers(slm, source, arguments.task, options):
+            failed += "error" in record
+            sink.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if "error" in record and arguments.strict:
+                raise WorkError(f"{arguments.input}: row {record['id']}: {record['error']}")
+            advance(1)
+    if failed:
+        return _complain(f"{failed} row{'s' * (failed > 1)} failed; each is marked with its error in the output", 1)
+    return 0
+
+
+def _open_bytes(path: str) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb"))
+
+
+def _answers(slm: ScalableLM, source: IO[bytes], task: str | None, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """An answer or an error for each line, in order, holding one window of rows at a time."""
+    from slm_fast.infer import WINDOW
+    from slm_fast.tasks import Row
+
+    lines = ((number, line) for number, line in enumerate(source, 1) if line.strip())
+    while window := list(islice(lines, WINDOW)):
+        records: list[dict[str, Any]] = []
+        rows: list[Row] = []
+        for number, line in window:
+            record: dict[str, Any] = {"id": number}
+            try:
+                value = json.loads(line.decode("utf-8"))
+                if isinstance(value, dict):
+                    record["id"] = value.get("id", number)
+                rows.append(Row.parse(value))
+            except UnicodeDecodeError:
+                record["error"] = "not UTF-8"
+            except (ValueError, RecursionError) as error:
+                record["error"] = f"not JSON: {error}"
+            except WorkError as error:
+                record["error"] = str(error)
+            records.append(record)
+        answered = iter(_predict_each(slm, rows, task, options))
+        for record in records:
+            yield record if "error" in record else record | next(answered)
+
+
+def _predict_each(slm: ScalableLM, rows: list[Any], task: str | None, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Answers as JSON objects; when a row makes its batch fail, it is found by answering the rows one at a time."""
+    try:
+        return [_as_json(prediction) for prediction in slm.predict(rows, task=task, **options)]
+    except WorkError as error:
+        if len(rows) == 1:
+            return [{"error": str(error)}]
+        return [answer for row in rows for answer in _predict_each(slm, [row], task, options)]
+
+
+def _as_json(prediction: Any) -> dict[str, Any]:
+    answer = (
+        {"text": prediction.text}
+        if prediction.label is None and prediction.text is not None
+        else {"label": prediction.label}
+    )
+    route = prediction.route
+    taken = zip(route.tasks, route.slots, route.weights, strict=True)
+    record = {
+        "task": prediction.task,
+        **answer,
+        "score": round(prediction.score, 6),
+        "route": [{"task": task, "slot": slot, "weight": round(weight, 6)} for task, slot, weight in taken],
+    }
+    return record | ({"truncated": True} if prediction.truncated else {})
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from slm_fast.infer import PredictOptions
+    from slm_fast.report import evaluation_table
+    from slm_fast.tasks import Task
+
+    tasks = {name: Task.from_file(name, path) for name, path in _named_files(arguments.tasks).items()}
+    slm = _open(arguments)
+    evaluation = slm.evaluate(tasks, with_task_id=arguments.with_task_id, **_fields(arguments, PredictOptions))
+    if arguments.json:
+        result = {"accuracy": evaluation.accuracy, "routing": evaluation.routing, "average": evaluation.average}
+        print(json.dumps(result))
+    else:
+        Console().print(evaluation_table(evaluation))
+    return 0
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from slm_fast.report import tasks_table
+    from slm_fast.store import Store
+
+    tasks = Store.open(arguments.store).load()
+    if arguments.json:
+        labels = {task.name: {"labels": task.labels, "slots": task.slots, "options": task.options} for task in tasks}
+        print(json.dumps(labels))
+    else:
+        Console().print(tasks_table(tasks))
+    return 0
+
+
+def _forget(arguments: argparse.Namespace) -> int:
+    from slm_fast.store import Store
+
+    Store.open(arguments.store).commit(remove=[arguments.name])
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from slm_fast.store import Store
+
+    sources = [Store.open(path) for path in arguments.sources]
+    exists = Store.exists(arguments.store)
+    store = Store.open(arguments.store) if exists else Store(arguments.store, sources[0].about, {})
+    store.merge(sources)
+    print(f"{arguments.store} holds {len(store.files)} tasks: {', '.join(sorted(store.files))}", file=sys.stderr)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from slm_fast.store import Store
+
+    store = Store.open(arguments.store)
+    for path in store.leftovers():
+        print(f"{path}: left over from an interrupted commit; the next one removes it", file=sys.stderr)
+    wrong = store.verify()
+    for line in wrong:
+        print(f"slm-fast: error: {line}", file=sys.stderr)
+    if not wrong:
+        print(f"{arguments.store}: {len(store.files)} tasks, all as the manifest says")
+    return 1 if wrong else 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    import platform
+    from importlib import metadata
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from slm_fast.backbones import PACKAGED, resolve
+    from slm_fast.ops import backends
+
+    table = Table(show_header=False)
+    table.add_row("slm_fast", metadata.version("slm-fast"))
+    table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("torch", "transformers", "sentence-transformers", "safetensors"):
+        table.add_row(package, metadata.version(package))
+    table.add_row("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    table.add_row("GPU", gpu)
+    for backend in backends():
+        table.add_row(f"backend {backend.name}", backend.why_not() or f"ready on {', '.join(backend.devices)}")
+    for name in PACKAGED:
+        try:
+            resolve(name)
+            table.add_row(f"backbone {name}", "ready, weights are those expected")
+        except SlmError as error:
+            table.add_row(f"backbone {name}", str(error))
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What people look at: tables of accuracies, answers and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from slm_fast.evaluate import Evaluation, forgetting
+from slm_fast.infer import Prediction
+from slm_fast.tasks import LearnedTask
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def accuracy_matrix(history: Sequence[Mapping[str, float]], title: str) -> Table:
+    """Accuracy (%) of every task seen so far, after each task. history: accuracy by task, in learning order.
+
+    The columns are the tasks' numbers, so that the table fits a narrow terminal.
+    """
+    names = list(history[-1])
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        caption="accuracy in % on task 1, 2, ...",
+        caption_justify="left",
+    )
+    table.add_column("after learning", no_wrap=True)
+    for number in range(1, len(names) + 1):
+        table.add_column(str(number), justify="right")
+    table.add_column("average", justify="right", style="bold")
+    table.add_column("forgetting", justify="right", no_wrap=True)
+    for number, (name, row, lost) in enumerate(zip(names, history, forgetting(history), strict=True), 1):
+        cells = [percent(row[other]) if other in row else "" for other in names]
+        table.add_row(f"{number} {name}", *cells, percent(sum(row.values()) / len(row)), percent(lost))
+    return table
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    table = Table()
+    table.add_column("task")
+    table.add_column("accuracy %", justify="right")
+    table.add_column("routed to it %", justify="right")
+    for name in evaluation.accuracy:
+        table.add_row(name, percent(evaluation.accuracy[name]), percent(evaluation.routing[name]))
+    table.add_section()
+    routing = sum(evaluation.routing.values()) / len(evaluation.routing)
+    table.add_row("average", percent(evaluation.average), percent(routing), style="bold")
+    return table
+
+
+def answers_table(
+    texts: Sequence[str], expected: Sequence[str], predictions: Sequence[Prediction], title: str
+) -> Table:
+    """Inputs with their answers and routes; a wrong answer is marked with what was expected."""
+    table = Table(title=title, title_justify="left", show_lines=True)
+    table.add_column("input", ratio=3)
+    table.add_column("answer", ratio=1)
+    table.add_column("route", ratio=2)
+    for text, right, prediction in zip(texts, expected, predictions, strict=True):
+        answer = prediction.label or prediction.text or "(no task)"
+        cell = Text(f"{answer}  {percent(prediction.score)} %")
+        if answer == right:
+            cell.stylize("green")
+        else:
+            cell.append(f"\nexpected {right}", style="red")
+        route = prediction.route
+        lines = [f"{task} {percent(w)} %" for task, w in zip(route.tasks, route.weights, strict=True) if w >= 0.0005]
+        table.add_row(text, cell, "\n".join(lines))
+    return table
+
+
+def tasks_table(tasks: Sequence[LearnedTask]) -> Table:
+    table = Table()
+    table.add_column("task")
+    table.add_column("slots", justify="right")
+    table.add_column("rank", justify="right")
+    table.add_column("values", justify="right")
+    table.add_column("answers")
+    for task in tasks:
+        size = sum(a.numel() + b.numel() for a, b in task.values.values())
+        rank = next(iter(task.values.values()))[0].shape[1]
+        answers = "free text" if task.labels is None else ", ".join(task.labels)
+        table.add_row(task.name, str(task.slots), str(rank), f"{size:,}", answers)
+    return table

@@ -1,0 +1,222 @@
+"""Tiny random backbones, toy tasks and random learned tasks: everything the model tests are made of, all seeded."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+
+from slm_fast import ScalableLM, Task
+from slm_fast.infer import RouteTaken
+from slm_fast.ops import Route
+from slm_fast.tasks import LearnedTask, Row, name_seed
+
+WIDTH, LAYERS, POSITIONS = 32, 3, 128
+TOPICS = ("sea", "farm", "city", "sky")
+CUES = {"yes": "good", "no": "bad"}  # label -> the stem of the words that give it away
+WORDS = (
+    [f"{topic}{i}" for topic in TOPICS for i in range(20)]
+    + [f"{stem}{i}" for stem in CUES.values() for i in range(4)]
+    + [f"word{i}" for i in range(80)]
+    + ["yes", "no", "maybe", "answer", "the", "question", ":", "\n"]
+)
+DEMO = Path(__file__).parents[1] / "slm_fast" / "demo"
+DEMO_TASKS = ("gadget_reviews", "help_desk", "news_desk", "recipe_steps", "restaurant_reviews")
+
+# A model type -> its kind, its class, and what its small configuration has of its own.
+BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("encoder", "BertModel", {"initializer_range": 0.2}),
+    "roberta": ("encoder", "RobertaModel", {"initializer_range": 0.2}),
+    "t5": ("seq2seq", "T5ForConditionalGeneration", {}),
+    "t5-gated": (
+        "seq2seq",
+        "T5ForConditionalGeneration",
+        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "mt5": ("seq2seq", "MT5ForConditionalGeneration", {"tie_word_embeddings": False}),
+    "llama": ("causal", "LlamaForCausalLM", {"initializer_range": 0.2}),
+    "mistral": ("causal", "MistralForCausalLM", {"initializer_range": 0.2, "sliding_window": 64}),
+    "qwen2": ("causal", "Qwen2ForCausalLM", {"initializer_range": 0.2}),
+}
+FAMILIES = ("bert", "t5", "llama")  # one of each kind
+GENERATORS = ("t5", "llama")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small only lose time to a second thread. A test module imports this to have it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def _tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
+    specials = {
+        "encoder": ["<pad>", "<unk>", "<cls>", "<sep>"],
+        "seq2seq": ["<pad>", "</s>", "<unk>"],
+        "causal": ["<unk>", "<s>", "</s>"],  # no padding token, as with LLaMA
+    }[kind]
+    vocabulary = {word: i for i, word in enumerate([*specials, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    template = {"encoder": "<cls> $A <sep>", "seq2seq": "$A </s>", "causal": "<s> $A"}[kind]
+    used = [(token, vocabulary[token]) for token in template.split() if token in vocabulary]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    roles = {
+        "encoder": {"pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<cls>", "sep_token": "<sep>"},
+        "seq2seq": {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"},
+        "causal": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+    }[kind]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+
+def make_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
+    """A word-level tokenizer over `WORDS` with the special tokens of the model's kind."""
+    return copy.deepcopy(_tokenizer(BACKBONES[name][0]))
+
+
+@functools.cache
+def _model(name: str, seed: int) -> transformers.PreTrainedModel:
+    kind, class_name, own = BACKBONES[name]
+    words = _tokenizer(kind).get_vocab()
+    sizes: dict[str, Any] = {"vocab_size": len(words), "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    if kind == "seq2seq":
+        special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+        sizes = {"vocab_size": len(words), "num_layers": LAYERS, "num_decoder_layers": 2, "num_heads": 4}
+        sizes |= {"d_model": WIDTH, "d_kv": 8, "d_ff": 48}
+    elif kind == "causal":
+        special = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+        sizes |= {"num_key_value_heads": 2}
+    else:
+        special = {"pad_token_id": 0}
+    if kind != "seq2seq":
+        sizes |= {"hidden_size": WIDTH, "intermediate_size": 48, "max_position_embeddings": POSITIONS}
+    model_class = getattr(transformers, class_name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(model_class.config_class(**sizes, **special, **own))
+        for parameter in model.parameters():  # biases and norms start constant; a test must see them too
+            if parameter.dim() == 1:
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+        if kind != "encoder":
+            model.lm_head.weight.data[special["eos_token_id"]] *= 2.5  # so that some texts end before others
+    return model.eval().requires_grad_(False)
+
+
+def make_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """A tiny random model of this type, the same for the same seed."""
+    return copy.deepcopy(_model(name, seed))
+
+
+def make_slm(name: str, seed: int = 0, **config: Any) -> ScalableLM:
+    """A ScalableLM over `make_model`, which knows no tasks."""
+    return ScalableLM.from_backbone(make_model(name, seed), tokenizer=make_tokenizer(name), **config)
+
+
+def sentence(topic: str, rng: random.Random, *, cue: str | None = None, words: int | None = None) -> str:
+    """Words of one topic, two cues among them if a label is to be recognised."""
+    chosen = [f"{topic}{rng.randrange(20)}" for _ in range(words or rng.randint(3, 14))]
+    for _ in range(2 if cue else 0):
+        chosen.insert(rng.randrange(len(chosen) + 1), f"{cue}{rng.randrange(4)}")
+    return " ".join(chosen)
+
+
+def toy_task(name: str, topic: str | None = None, rows: int = 32, seed: int = 0, *, instruction: str = "") -> Task:
+    """Texts of one topic, labelled yes or no by the cue words in them (or as text to write, with an instruction)."""
+    rng = random.Random(f"{name}/{seed}")
+    pairs = []
+    for i in range(rows):
+        label = tuple(CUES)[i % len(CUES)]
+        pairs.append((sentence(topic or name, rng, cue=CUES[label]), label))
+    if not instruction:
+        return Task(name, pairs)
+    return Task(name, [{"instruction": instruction, "input": text, "output": label} for text, label in pairs])
+
+
+def texts_of(*tasks: Task) -> list[str]:
+    """The texts of all rows, tasks taken in turn so that they mix."""
+    most = max(len(task.rows) for task in tasks)
+    return [task.rows[i].text for i in range(most) for task in tasks if i < len(task.rows)]
+
+
+def random_task(
+    slm: ScalableLM,
+    name: str,
+    *,
+    topic: str | None = None,
+    slots: int = 1,
+    rank: int = 4,
+    labels: Sequence[str] | None = ("no", "yes"),
+    scale: float = 1.0,
+) -> LearnedTask:
+    """A task with random non-zero increments and head, that the router knows by texts of its topic."""
+    generator = torch.Generator().manual_seed(name_seed(name, 0))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    rng = random.Random(name)
+    rows = [Row(sentence(topic or name, rng)) for _ in range(24)]
+    values = {}
+    for module, (features_in, features_out) in slm.model.widths.items():
+        lora_a = draw(slots, rank, features_in) / features_in**0.5
+        values[module] = (lora_a, scale * draw(slots, rank, features_out) / rank**0.5)
+    head = None
+    if slm.model.backbone.kind == "encoder":
+        assert labels is not None
+        head = (draw(len(labels), slm.model.backbone.width), draw(len(labels)))
+    part = slm.model.new_router().fit(slm.model.queries(rows), slots, name_seed(name, 0))
+    return LearnedTask(name, None if labels is None else tuple(labels), values, part, head)
+
+
+def knows(slm: ScalableLM, *tasks: LearnedTask) -> ScalableLM:
+    """`slm` with these tasks and no others."""
+    slm._set(tasks)
+    return slm
+
+
+def pool_values(tasks: Sequence[LearnedTask], module: str) -> list[tuple[Tensor, Tensor]]:
+    """(lora_a [r, I], lora_b [r, O]) of each slot of the pool: tasks in name order, slots in theirs."""
+    return [
+        (a, b) for task in sorted(tasks, key=lambda task: task.name) for a, b in zip(*task.values[module], strict=True)
+    ]
+
+
+@torch.no_grad()
+def merge(model: nn.Module, tasks: Sequence[LearnedTask], route: RouteTaken) -> nn.Module:
+    """A copy of the bare model with a route's increments added to its weights: W += sum_k w_k (A_k' B_k)'."""
+    merged = copy.deepcopy(model)
+    for module in tasks[0].values:
+        slots = pool_values(tasks, module)
+        weight = merged.get_submodule(module).weight
+        for slot, share in zip(route.slots, route.weights, strict=True):
+            lora_a, lora_b = slots[slot]
+            weight += share * (lora_a.T @ lora_b).T
+    return merged
+
+
+def route_of(ids: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -> Route:
+    return Route(torch.tensor(ids), torch.tensor(weights, dtype=torch.float32))
+
+
+@functools.cache
+def demo_slm() -> ScalableLM:
+    """MiniLM with the first rows of the five demo tasks learned for one epoch. Shared by tests: look, don't teach."""
+    slm = ScalableLM.from_backbone("minilm")
+    for name in DEMO_TASKS:
+        rows = Task.from_file(name, DEMO / f"{name}.train.csv").rows
+        slm.learn(Task(name, rows[:40]), epochs=1)
+    return slm
