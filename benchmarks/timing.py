@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import functools
 import os
-import platform
 import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from benchmarks.machine import describe
 
 Result = TypeVar("Result")
 RESULTS = Path(__file__).parent / "results"
@@ -105,22 +106,6 @@ def undisturbed(measure: Callable[[], Result], *, patience: float) -> tuple[Resu
     return best
 
 
-def machine() -> dict[str, str]:
-    """What a number was measured on."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "cpu": model,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "load": f"{os.getloadavg()[0]:.1f}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 # ---- floors ----
 
 
@@ -157,7 +142,8 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        for name, value in machine().items():
+        measured = {"threads": str(torch.get_num_threads()), "date": time.strftime("%Y-%m-%d")}
+        for name, value in (describe() | measured).items():
             file.write(f"# {name}: {value}\n")
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -99,7 +99,7 @@ def materialised(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tens
 
 
 def loop_over_slots_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """PEFT's mixed-batch forward (tuners/lora/layer.py): for each adapter its rows, two products, added where they lie."""
+    """PEFT's mixed-batch forward (tuners/lora/layer.py): for each adapter its rows, two products, added in place."""
     for slot in ids.unique():
         rows, k = (ids == slot).nonzero(as_tuple=True)
         shrunk = torch.nn.functional.linear(x[rows], lora_a[slot]) * weights[rows, k].to(x.dtype)[:, None, None]
@@ -215,8 +215,14 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = {"native": "slm_fast", "gather bmm": "gather + baddbmm_", "loop over slots": "loop over slots (PEFT)",
-             "dense": "all slots dense", "materialised": "materialised ΔW (paper's code)", "linear": "the frozen linear"}  # fmt: skip
+    names = {
+        "native": "slm_fast",
+        "gather bmm": "gather + baddbmm_",
+        "loop over slots": "loop over slots (PEFT)",
+        "dense": "all slots dense",
+        "materialised": "materialised ΔW (paper's code)",
+        "linear": "the frozen linear",
+    }
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130)
     for way, label in names.items():
         points = sorted(
@@ -241,7 +247,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also torch.compile the strongest alternative (slow)")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each way and shape")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the shapes to run")
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait, for each shape, for a quiet machine")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine, each shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()

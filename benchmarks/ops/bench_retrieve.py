@@ -74,9 +74,8 @@ def gemm_topk_onednn(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> t
 
 
 def vote_by_topk(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> tuple[Tensor, Tensor]:
-    cosine = torch.bmm(
-        unit(query, groups).unflatten(1, (groups, -1)).transpose(0, 1), unit_keys.unflatten(1, (groups, -1)).permute(1, 2, 0)
-    )  # [G, B, P]
+    query_GBd = unit(query, groups).unflatten(1, (groups, -1)).transpose(0, 1)
+    cosine = torch.bmm(query_GBd, unit_keys.unflatten(1, (groups, -1)).permute(1, 2, 0))  # [G, B, P]
     top, ids = cosine.topk(k)
     return finish(torch.zeros_like(cosine).scatter_(2, ids, top).sum(0) / groups, k)
 
@@ -134,7 +133,7 @@ def lines(shape: Shape, seconds: float, patience: float) -> list[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each way and shape")
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait, for each shape, for a quiet machine")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine, each shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the shapes to run")
     parser.add_argument("--output", type=Path, default=RESULTS / "retrieve.csv")

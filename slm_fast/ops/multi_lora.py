@@ -66,9 +66,7 @@ def multi_lora(
     return y.view(*x.shape[:-1], features_out)
 
 
-def _plain(
-    x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None
-) -> bool:
+def _plain(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> bool:
     """A route for each row of [B, T, I], all on one device: what an operator that checks its arguments can be given."""
     device = x.device
     return (

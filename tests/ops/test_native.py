@@ -163,9 +163,7 @@ def test_every_instruction_set_this_processor_has_passes_the_operator_tests(name
     here = os.path.dirname(__file__)
     files = [os.path.join(here, f"test_{stem}.py") for stem in ("multi_lora", "retrieve", "key_loss")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native and not compile", *files]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"SLM_FAST_CPU": name}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"SLM_FAST_CPU": name})
     assert done.returncode == 0, done.stdout[-3000:]
 
 
