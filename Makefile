@@ -6,7 +6,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 # version this project is tested with.
 HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u; print(1 if u.find_spec('torch') else '')" 2>/dev/null)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint setup sanitize clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m slm_fast.cli demo
@@ -21,11 +21,25 @@ lint: $(VENV)/.ready
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/cpu/*)
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools $(if $(HAS_TORCH),,-c constraints.txt torch)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools cmake ninja pybind11 $(if $(HAS_TORCH),,-c constraints.txt torch)
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation $(if $(HAS_TORCH),,-c constraints.txt) -e ".[dev]"
 	touch $@
+
+# The operator tests against a build with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize. The
+# sanitizers have to be in the process before Python is, and libstdc++ with them, for exceptions to be caught.
+SANITIZED := $(CURDIR)/build/sanitize
+preload = $(shell $(CXX) -print-file-name=$(1))
+sanitize: $(VENV)/.ready
+	$(VENV)/bin/cmake -S . -B build/sanitize-objects -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python \
+	  -DSLM_FAST_SANITIZE=address,undefined -DSLM_FAST_OUTPUT=$(SANITIZED)/slm_fast
+	$(VENV)/bin/cmake --build build/sanitize-objects
+	cd slm_fast && find . -name '*.py' -exec cp --parents {} $(SANITIZED)/slm_fast/ \;
+	cd $(SANITIZED) && LD_PRELOAD=$(call preload,libasan.so):$(call preload,libubsan.so):$(call preload,libstdc++.so) \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc \
+	  $(CURDIR)/$(VENV)/bin/python -m pytest -p no:cacheprovider -k "native and not compile and not instruction_set" \
+	  $(CURDIR)/tests/ops
 
 clean:
 	rm -rf $(VENV) build *.egg-info

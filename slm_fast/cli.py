@@ -414,7 +414,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _doctor(_: argparse.Namespace) -> int:
     import platform
-    from importlib import metadata
+    from importlib import import_module, metadata
 
     import torch
     from rich.console import Console
@@ -422,6 +422,7 @@ def _doctor(_: argparse.Namespace) -> int:
 
     from slm_fast.backbones import PACKAGED, resolve
     from slm_fast.ops import backends
+    from slm_fast.ops.dispatch import NATIVE_MISSING
 
     table = Table(show_header=False)
     table.add_row("slm_fast", metadata.version("slm-fast"))
@@ -433,6 +434,10 @@ def _doctor(_: argparse.Namespace) -> int:
     table.add_row("GPU", gpu)
     for backend in backends():
         table.add_row(f"backend {backend.name}", backend.why_not() or f"ready on {', '.join(backend.devices)}")
+    if NATIVE_MISSING is None:
+        info = import_module("slm_fast._C").build_info()
+        sets = ", ".join(info["instruction_sets"])
+        table.add_row("native kernels", f"{info['instruction_set']} of {sets}; {info['compiler']}")
     for name in PACKAGED:
         try:
             resolve(name)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,18 @@ from slm_fast.errors import InputError
 
 def _always() -> str | None:
     return None
+
+
+def _load_native() -> str | None:
+    """Load the C++ operators. None, or the reason they are missing."""
+    try:
+        import_module("slm_fast._C")
+    except ImportError as error:
+        return f"slm_fast._C did not load ({error}); build it with `pip install --no-build-isolation -e .`"
+    return None
+
+
+NATIVE_MISSING = _load_native()
 
 
 @dataclass(frozen=True)
@@ -39,10 +52,13 @@ class Backend:
         return self.why_not() is None
 
 
-BACKENDS = (Backend("reference", ("retrieve", "key_loss", "multi_lora")),)
+BACKENDS = (
+    Backend("reference", ("retrieve", "key_loss", "multi_lora")),
+    Backend("native", ("retrieve", "key_loss", "multi_lora"), lambda: NATIVE_MISSING),
+)
 
 # For each device, the backends in the order they are tried.
-PREFERENCE = MappingProxyType({"cpu": ("reference",), "cuda": ("reference",)})
+PREFERENCE = MappingProxyType({"cpu": ("native", "reference"), "cuda": ("reference",)})
 
 
 class _Forced:
@@ -92,9 +108,13 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 def operator(stem: str, device: str) -> Any:
     """The torch operator that runs `stem` on `device` now."""
-    for backend in backends(device):
-        if stem in backend.operators and _forced.name in (None, backend.name):
-            return getattr(torch.ops.slm_fast, f"{stem}_{backend.name}")
-    if _forced.name is not None:
-        raise InputError(f"backend: {_forced.name!r} does not run {stem} on {device}")
+    forced = _forced.name
+    for name in PREFERENCE.get(device, ()):
+        if forced is not None and name != forced:
+            continue
+        for backend in BACKENDS:
+            if backend.name == name and stem in backend.operators and backend.why_not() is None:
+                return getattr(torch.ops.slm_fast, f"{stem}_{name}")
+    if forced is not None:
+        raise InputError(f"backend: {forced!r} does not run {stem} on {device}")
     raise InputError(f"{stem}: no backend for device {device!r}; devices served: {', '.join(PREFERENCE)}")

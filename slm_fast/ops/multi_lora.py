@@ -42,19 +42,39 @@ def multi_lora(
     Raises:
         InputError: a shape, dtype, device or slot id does not fit; nothing is written.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
         base = None if base is None else base.to(dtype)
+    op = dispatch.operator("multi_lora", device)
+    if op is _NATIVE and _plain(x, lora_a, lora_b, slot_ids, weights, base):
+        try:
+            return op(x, lora_a, lora_b, slot_ids, weights, base)  # it checks the rest itself
+        except ValueError:
+            pass  # said below, in the words that every backend shares
     _check(x, lora_a, lora_b, slot_ids, weights, base)
     routes, features_out = slot_ids.shape[0], lora_b.shape[2]
     # Rows that share a route are neighbours, so beams and tokens fold into one axis: [m*B, T, I] -> [B, m*T, I].
     tokens = math.prod(x.shape[:-1]) // max(routes, 1)
     rows = x.reshape(routes, tokens, x.shape[-1])
     rows_base = None if base is None else base.reshape(routes, tokens, features_out)
-    op = dispatch.operator("multi_lora", x.device.type)
-    y: Tensor = op(rows, lora_a, lora_b, slot_ids, weights, rows_base)
+    try:
+        y: Tensor = op(rows, lora_a, lora_b, slot_ids, weights, rows_base)
+    except ValueError as error:  # what only the backend sees, such as an id out of range
+        raise InputError(str(error)) from None
     return y.view(*x.shape[:-1], features_out)
+
+
+def _plain(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> bool:
+    """A route for each row of [B, T, I], all on one device: what an operator that checks its arguments can be given."""
+    device = x.device
+    return (
+        x.dim() == 3
+        and len(slot_ids) == len(x)
+        and lora_a.device == lora_b.device == slot_ids.device == weights.device == device
+        and (base is None or base.device == device)
+    )
 
 
 def _check(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> None:
@@ -216,3 +236,7 @@ torch.library.custom_op(
     "slm_fast::multi_lora_reference_backward", reference_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
 )
 register("reference")
+_NATIVE: Any = None
+if dispatch.NATIVE_MISSING is None:
+    register("native")
+    _NATIVE = torch.ops.slm_fast.multi_lora_native

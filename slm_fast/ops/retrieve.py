@@ -89,7 +89,10 @@ def retrieve(
             raise InputError(f"{name}: expected device {query.device} to match query, got {tensor.device}")
     op = dispatch.operator("retrieve", query.device.type)
     query, keys, bias = query.detach(), keys.detach(), None if bias is None else bias.detach()
-    slot_ids, weights = op(query, keys, k, groups, bias, mask, metric, aggregate, weighting, temperature)
+    try:
+        slot_ids, weights = op(query, keys, k, groups, bias, mask, metric, aggregate, weighting, temperature)
+    except ValueError as error:  # what only the backend sees, such as a number that is not finite
+        raise InputError(str(error)) from None
     return Route(slot_ids, weights)
 
 
@@ -321,3 +324,5 @@ for _stem, _function, _schema in (
 ):
     torch.library.custom_op(f"slm_fast::{_stem}", _function, mutates_args=(), schema=_schema)
 register("reference")
+if dispatch.NATIVE_MISSING is None:
+    register("native")

@@ -1,0 +1,68 @@
+// The choice of an instruction set, made once, at load.
+#include "kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#define DECLARE(isa)                                                                                         \
+  namespace slm_fast::isa {                                                                                  \
+  void multi_lora(const MultiLora&, const Pool&);                                                            \
+  void multi_lora_backward(const MultiLoraBackward&, const Pool&);                                           \
+  int64_t retrieve(const Retrieve&, const Pool&);                                                            \
+  void key_loss(KeyLoss&, const Pool&);                                                                      \
+  void key_loss_backward(const KeyLossBackward&, const Pool&);                                               \
+  constexpr Kernels kTable{#isa, multi_lora, multi_lora_backward, retrieve, key_loss, key_loss_backward};    \
+  }
+
+DECLARE(portable)
+#if defined(__x86_64__)
+DECLARE(avx2)
+DECLARE(avx512)
+DECLARE(avx512_bf16)
+#endif
+
+namespace slm_fast {
+namespace {
+
+struct Candidate {
+  const Kernels* table;
+  bool usable;
+};
+
+// The best first.
+std::vector<Candidate> candidates() {
+  std::vector<Candidate> all;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  all.push_back({&avx512_bf16::kTable, avx512 && __builtin_cpu_supports("avx512bf16")});
+  all.push_back({&avx512::kTable, avx512});
+  all.push_back({&avx2::kTable, avx2});
+#endif
+  all.push_back({&portable::kTable, true});
+  return all;
+}
+
+const Kernels* choose() {
+  const char* wanted = std::getenv("SLM_FAST_CPU");
+  for (const Candidate& candidate : candidates())
+    if (candidate.usable && (!wanted || !std::strcmp(wanted, candidate.table->name))) return candidate.table;
+  return &portable::kTable;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = choose();
+  return *chosen;
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Candidate& candidate : candidates()) names.push_back(candidate.table->name);
+  return names;
+}
+
+}  // namespace slm_fast

@@ -1,0 +1,189 @@
+// multi_lora backward, for g = d loss / d y and the R rows A, B of a sample's slots:
+//
+//   S = x . A^T    Q = g . B^T                       [tokens, R]
+//   d weights[k] = sum over k's rows of S Q          d x = (w Q) . A
+//   d A[s] += (w Q)^T . x                            d B[s] += (w S)^T . g
+//
+// Two sweeps. The first goes over tiles of tokens and keeps w Q and w S, R numbers a token. The second goes over blocks of
+// columns: one thread owns a block of d A (or d B) for all slots and adds the samples in their order, so sums need no
+// atomics and come out the same for any number of threads.
+#include "multi_lora.h"
+
+namespace slm_fast::SLM_ISA {
+
+// Where combine puts a slot's share: the slot's own row of a block of columns.
+template <class A>
+struct OntoSlots {
+  A* block;
+  const int64_t* row_of;  // of each of the sample's R rows
+  int64_t width;
+
+  void add(int64_t row, int64_t column, Vec<A> sum) const {
+    A* to = block + row_of[row] * width + column;
+    store(to, load<A>(to) + sum);
+  }
+  void add_first(int64_t row, int64_t column, Vec<A> sum, int64_t) const { add(row, column, sum); }  // it is padded
+};
+
+template <class T, class P>
+class Backward {
+  using A = typename P::Accumulator;
+  using E = typename P::Element;  // what w Q and w S are kept as
+
+ public:
+  Backward(const MultiLoraBackward& op, const Pool& pool)
+      : op(op), f(op.forward), pool(pool), used(f),
+        tiling(f.tokens, std::max(f.features_in, f.features_out) * static_cast<int64_t>(sizeof(T))),
+        most_rows(f.picks * f.rank), threads(worth_threads(f)) {}
+
+  void run() {
+    const int64_t items = f.samples * tiling.tiles, size = items * most_rows * tiling.tile;
+    if (op.grad_b) scaled_s.at_least(size);
+    if (op.grad_a) scaled_q.at_least(size);
+    if (op.grad_weights) weight_parts.at_least(items * f.picks);
+    if (op.grad_x || op.grad_a || op.grad_b || op.grad_weights) sweep_tokens(items);
+    if (op.grad_weights) add_weight_parts();
+    if (op.grad_a) sweep_columns(f.x, scaled_q.data(), f.features_in, static_cast<T*>(op.grad_a));
+    if (op.grad_b) sweep_columns(op.grad, scaled_s.data(), f.features_out, static_cast<T*>(op.grad_b));
+  }
+
+ private:
+  void sweep_tokens(int64_t items) {
+    pool.for_each(items, threads, [&] {
+      return [&, rows = SlotRows<T>(f), shrink_s = Shrink<T, P>(f, tiling.tile), shrink_q = Shrink<T, P>(f, tiling.tile),
+              expand = Expand<T, P>(f, tiling.tile)](int64_t item) mutable {
+        const int64_t b = item / tiling.tiles, first = item % tiling.tiles * tiling.tile;
+        const int64_t tokens = std::min(tiling.tile, f.tokens - first);
+        rows.of_sample(f, b);
+        A *s = nullptr, *q = nullptr;
+        if (op.grad_b || op.grad_weights)
+          s = shrink_s(at<T>(f.x, b, first), f.x.token_stride, tokens, rows.a.data(), rows.count, f.features_in);
+        if (op.grad_x || op.grad_a || op.grad_weights)
+          q = shrink_q(at<T>(op.grad, b, first), op.grad.token_stride, tokens, rows.b.data(), rows.count, f.features_out);
+        if (op.grad_weights) {
+          A* parts = weight_parts.data() + item * f.picks;
+          std::fill_n(parts, f.picks, A(0));
+          for (int64_t n = 0; n < rows.count; ++n)
+            parts[rows.pick[n]] += product(s + n * tiling.tile, q + n * tiling.tile, tokens);
+        }
+        const int64_t place = item * most_rows * tiling.tile;
+        if (op.grad_b) scale(rows, s, tokens, scaled_s.data() + place);
+        if (op.grad_a || op.grad_x) scale(rows, q, tokens, op.grad_a ? scaled_q.data() + place : nullptr);
+        if (op.grad_x)
+          expand(
+              q, rows.a.data(), rows.count, tokens, f.features_in, nullptr, 0,
+              static_cast<T*>(op.grad_x) + (b * f.tokens + first) * f.features_in, f.features_in,
+              tiling.ahead<T>(f, f.x, item + 1, 0, f.features_in));
+      };
+    });
+  }
+
+  static A product(const A* s, const A* q, int64_t tokens) {
+    Vec<A> sums[4] = {};
+    for (int64_t t = 0; t < tokens; t += kLanes<A>)
+      sums[0] = load_first<A>(s + t, tokens - t) * load_first<A>(q + t, tokens - t) + sums[0];
+    A parts[4];
+    sum_each_of_4<A>(sums, parts);
+    return parts[0];
+  }
+
+  // Multiplies by the slots' weights, in place and, unless null, into `to`, with zeros up to a whole vector.
+  void scale(const SlotRows<T>& rows, A* sums, int64_t tokens, E* to) const {
+    for (int64_t n = 0; n < rows.count; ++n)
+      for (int64_t t = 0; t < tokens; t += kLanes<A>) {
+        A* at_t = sums + n * tiling.tile + t;
+        const Vec<A> scaled = load_first<A>(at_t, tokens - t) * broadcast(static_cast<A>(rows.weight[n]));
+        store(at_t, scaled);
+        if (to) store(to + n * tiling.tile + t, scaled);
+      }
+  }
+
+  void add_weight_parts() {
+    for (int64_t b = 0; b < f.samples; ++b)
+      for (int64_t k = 0; k < f.picks; ++k) {
+        A sum = 0;
+        for (int64_t tile = 0; tile < tiling.tiles; ++tile)
+          sum += weight_parts[(b * tiling.tiles + tile) * f.picks + k];
+        if (f.weights_are_double) static_cast<double*>(op.grad_weights)[b * f.picks + k] = static_cast<double>(sum);
+        else static_cast<float*>(op.grad_weights)[b * f.picks + k] = static_cast<float>(sum);
+      }
+  }
+
+  // grad[slot, j, :] = sum over samples and tokens of scaled[b, (k, j), t] * rows[b, t, :]
+  void sweep_columns(const Rows& source, const E* scaled, int64_t length, T* grad) {
+    constexpr int64_t kColumns = kCombineV * kLanes<A>, kWide = 2 * kColumns;
+    const int64_t slot_size = f.rank * length;
+    pool.for_each(f.slots, threads, [&] {
+      return [&](int64_t slot) {
+        if (!used.has(slot)) std::memset(static_cast<void*>(grad + slot * slot_size), 0, slot_size * sizeof(T));
+      };
+    });
+    pool.for_each((length + kWide - 1) / kWide, threads, [&] {
+      return [&, sums = Buffer<A>(used.distinct * f.rank * kWide), row_of = Buffer<int64_t>(most_rows),
+              panel = Buffer<E>(tiling.tile * kColumns)](int64_t block) mutable {
+        const int64_t first = block * kWide, last = std::min(first + kWide, length);
+        std::fill_n(sums.data(), used.distinct * f.rank * kWide, A(0));
+        for (int64_t item = 0; item < f.samples * tiling.tiles; ++item) {
+          const int64_t b = item / tiling.tiles, t = item % tiling.tiles * tiling.tile;
+          const int64_t tokens = std::min(tiling.tile, f.tokens - t), count = find_rows(b, row_of.data());
+          const auto* c = reinterpret_cast<const typename P::Coefficient*>(scaled + item * most_rows * tiling.tile);
+          Ahead ahead = tiling.ahead<T>(f, source, item + 1, first, last - first);
+          const int64_t lines = ahead.lines() / std::max<int64_t>(1, 2 * ((count + kCombineM - 1) / kCombineM)) + 1;
+          for (int64_t column = first; column < last; column += kColumns) {
+            const int64_t columns = std::min(kColumns, last - column);
+            pack_panel<T, P>(
+                panel.data(), [&](int64_t n) { return at<T>(source, b, t + n) + column; }, tokens, columns);
+            for (int64_t row = 0; row < count; row += kCombineM) {
+              ahead.ask(lines);
+              combine<P>(
+                  c, 1, tiling.tile / P::kPair, panel.data(), (tokens + P::kPair - 1) / P::kPair, row,
+                  std::min<int64_t>(row + kCombineM, count), columns,
+                  OntoSlots<A>{sums.data() + (column - first), row_of.data(), kWide});
+            }
+          }
+        }
+        for (int64_t row = 0; row < used.distinct * f.rank; ++row) {
+          T* to = grad + used.slots[row / f.rank] * slot_size + row % f.rank * length + first;
+          const A* from = sums.data() + row * kWide;
+          for (int64_t i = 0; i < last - first; i += kLanes<A>)
+            store_first(to + i, load<A>(from + i), last - first - i);
+        }
+      };
+    });
+  }
+
+  // Of each of a sample's R rows, its place among the rows of used slots. Returns their number.
+  int64_t find_rows(int64_t b, int64_t* row_of) const {
+    int64_t count = 0;
+    for (int64_t k = 0; k < f.picks; ++k) {
+      const int64_t slot = used.index[b * f.picks + k];
+      for (int64_t j = 0; slot >= 0 && j < f.rank; ++j) row_of[count++] = slot * f.rank + j;
+    }
+    return count;
+  }
+
+  const MultiLoraBackward& op;
+  const MultiLora& f;
+  const Pool& pool;
+  const UsedSlots used;
+  const Tiling tiling;
+  const int64_t most_rows;  // R
+  const bool threads;
+  Buffer<E> scaled_s, scaled_q;  // [sample, tile][R][token]: w S and w Q
+  Buffer<A> weight_parts;        // [sample, tile][K]
+};
+
+void multi_lora_backward(const MultiLoraBackward& op, const Pool& pool) {
+  switch (op.forward.type) {
+    case Type::float32: return Backward<float, Plain<float>>(op, pool).run();
+    case Type::float64: return Backward<double, Plain<double>>(op, pool).run();
+    case Type::float16: return Backward<Float16, Plain<float>>(op, pool).run();
+#if defined(__AVX512BF16__)
+    case Type::bfloat16: return Backward<BFloat16, Bf16Pairs>(op, pool).run();
+#else
+    case Type::bfloat16: return Backward<BFloat16, Plain<float>>(op, pool).run();
+#endif
+  }
+}
+
+}  // namespace slm_fast::SLM_ISA

@@ -1,0 +1,241 @@
+// One vector type for every instruction set, over the compiler's own vector extensions, so that each kernel is written
+// once. The build compiles each kernel file once per instruction set with SLM_ISA naming it; everything here lives in
+// that namespace, because the linker must never merge code compiled for different processors.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace slm_fast::SLM_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kRegisters = 16;
+#endif
+
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename VectorOf<A>::type;
+template <class V>
+using LaneOf = std::remove_cv_t<std::remove_reference_t<decltype(V{}[0])>>;
+template <class A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+template <class A>
+inline Vec<A> broadcast(A value) {
+  return value - Vec<A>{};
+}
+
+// ---- one number of storage type T as the accumulation type A, and back ----
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+template <class A, class T>
+inline A widen(T value) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return static_cast<A>(bits_to_float(static_cast<uint32_t>(value.bits) << 16));
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16, rest = value.bits & 0x7fff;
+    // The exponent is rebased by a multiplication, which is exact and also turns subnormals into normal numbers.
+    const float scaled = bits_to_float(rest << 13) * 0x1p112f;
+    const uint32_t special = rest >= 0x7c00 ? 0x7f800000u | (rest << 13) : float_to_bits(scaled);
+    return static_cast<A>(bits_to_float(sign | special));
+  } else {
+    return static_cast<A>(value);
+  }
+}
+
+template <class T, class A>
+inline T narrow(A value) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t bits = float_to_bits(static_cast<float>(value));
+    if ((bits & 0x7fffffff) > 0x7f800000) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest, ties to even
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    const float number = static_cast<float>(value);
+    const uint32_t bits = float_to_bits(number), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+    if (rest >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and above round to infinity
+    if (rest < 0x38800000) {  // a subnormal half: adding 0.5 leaves its bits, correctly rounded, at the bottom
+      const float shifted = bits_to_float(rest) + 0.5f;
+      return {static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000))};
+    }
+    return {static_cast<uint16_t>(sign | ((rest + 0xfff + ((rest >> 13) & 1) - 0x38000000) >> 13))};
+  } else {
+    return static_cast<T>(value);
+  }
+}
+
+// ---- a vector of them ----
+
+// Element by element; apart, so that it is compiled once and not at each use.
+template <class A, class T>
+[[gnu::noinline]] Vec<A> load_each(const T* from) {
+  Vec<A> value;
+  for (int i = 0; i < kLanes<A>; ++i) value[i] = widen<A>(from[i]);
+  return value;
+}
+template <class T, class V>
+[[gnu::noinline]] void store_each(T* to, V value) {
+  for (int i = 0; i < kLanes<LaneOf<V>>; ++i) to[i] = narrow<T>(LaneOf<V>(value[i]));
+}
+
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+
+template <class A, class T>
+inline Vec<A> load(const T* from) {
+  if constexpr (std::is_same_v<A, T>) {
+    Vec<A> value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Vec<float>)(__builtin_convertvector(halves, Words) << 16);
+  } else if constexpr (std::is_same_v<A, double> && std::is_same_v<T, float>) {
+    typedef float Floats __attribute__((vector_size(kVectorBytes / 2)));
+    Floats floats;
+    std::memcpy(&floats, from, sizeof floats);
+    return __builtin_convertvector(floats, Vec<double>);
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, Float16>) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, Float16>) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+  } else {
+    return load_each<A>(from);
+  }
+}
+
+template <class T, class V>
+inline void store(T* to, V value) {
+  using A = LaneOf<V>;
+  if constexpr (std::is_same_v<A, T>) {
+    std::memcpy(to, &value, sizeof value);
+#if defined(__AVX512BF16__)
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
+    std::memcpy(to, &halves, sizeof halves);
+#else
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {  // narrow(), on all lanes
+    const Words bits = (Words)value, kept = bits >> 16;
+    const Words nearest = (bits + 0x7fff + (kept & 1)) >> 16;
+    const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? kept | 0x40 : nearest, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+#endif
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, Float16>) {
+    const __m256i halves = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(to, &halves, sizeof halves);
+#elif defined(__AVX2__)
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, Float16>) {
+    const __m128i halves = _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(to, &halves, sizeof halves);
+#endif
+  } else {
+    store_each(to, value);
+  }
+}
+
+// The first `count` lanes only (all of them if count is larger); the lanes beyond them read as zero.
+template <class A, class T>
+inline Vec<A> load_first(const T* from, int64_t count) {
+  if (count >= kLanes<A>) return load<A>(from);
+#if defined(__AVX512F__)
+  const auto mask = static_cast<uint16_t>((1u << count) - 1);
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>) return (Vec<A>)_mm512_maskz_loadu_ps(mask, from);
+  if constexpr (std::is_same_v<A, float> && sizeof(T) == 2) {
+    T whole[kLanes<A>];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole), _mm256_maskz_loadu_epi16(mask, from));
+    return load<A>(whole);
+  }
+#endif
+  T whole[kLanes<A>] = {};
+  std::memcpy(whole, from, static_cast<size_t>(count) * sizeof(T));
+  return load<A>(whole);
+}
+
+template <class T, class V>
+inline void store_first(T* to, V value, int64_t count) {
+  if (count >= kLanes<LaneOf<V>>) return store(to, value);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<LaneOf<V>, float> && std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(to, static_cast<uint16_t>((1u << count) - 1), (__m512)value);
+#endif
+  T whole[kLanes<LaneOf<V>>];
+  store(whole, value);
+  std::memcpy(to, whole, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <class A, class T>
+inline void widen_all(const T* from, A* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) store(to + i, load<A>(from + i));
+  for (; i < count; ++i) to[i] = widen<A>(from[i]);
+}
+
+// The sums of four vectors, each over its own lanes, always added in the same order.
+template <class A>
+inline void sum_each_of_4(const Vec<A> (&v)[4], A (&sums)[4]) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) {
+    const __m512 ab = _mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]);  // a02 b02 a13 b13
+    const __m512 cd = _mm512_unpacklo_ps(v[2], v[3]) + _mm512_unpackhi_ps(v[2], v[3]);
+    const __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    const __m512 abcd = (__m512)low + (__m512)high;
+    const __m256 half = _mm512_castps512_ps256(abcd) + (__m256)_mm512_extractf64x4_pd((__m512d)abcd, 1);
+    const __m128 quarter = _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+    _mm_storeu_ps(sums, quarter);
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<A, float>) {
+    const __m256 ab = _mm256_unpacklo_ps(v[0], v[1]) + _mm256_unpackhi_ps(v[0], v[1]);
+    const __m256 cd = _mm256_unpacklo_ps(v[2], v[3]) + _mm256_unpackhi_ps(v[2], v[3]);
+    const __m256d low = _mm256_unpacklo_pd((__m256d)ab, (__m256d)cd), high = _mm256_unpackhi_pd((__m256d)ab, (__m256d)cd);
+    const __m256 abcd = (__m256)low + (__m256)high;
+    _mm_storeu_ps(sums, _mm256_castps256_ps128(abcd) + _mm256_extractf128_ps(abcd, 1));
+    return;
+  }
+#endif
+  for (int i = 0; i < 4; ++i) {
+    A sum = 0;
+    for (int lane = 0; lane < kLanes<A>; ++lane) sum += v[i][lane];
+    sums[i] = sum;
+  }
+}
+
+}  // namespace slm_fast::SLM_ISA

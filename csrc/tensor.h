@@ -1,0 +1,108 @@
+// Tensors as the kernels' arguments: the checks, in the words of the Python reference, and new outputs.
+// Everything goes through PyTorch's stable ABI, so one build serves every torch from 2.10 on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace slm_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A ValueError in Python; the public functions raise it again as InputError.
+template <class... Parts>
+[[noreturn]] inline void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (const int64_t size : tensor.sizes()) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+inline std::string name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "torch.float32";
+    case ScalarType::Double: return "torch.float64";
+    case ScalarType::BFloat16: return "torch.bfloat16";
+    case ScalarType::Half: return "torch.float16";
+    case ScalarType::Long: return "torch.int64";
+    case ScalarType::Bool: return "torch.bool";
+    default: return torch::headeronly::toString(type);
+  }
+}
+
+inline Type type_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::Double: return Type::float64;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: fail(name, ": expected a floating dtype, got ", name_of(tensor.scalar_type()));
+  }
+}
+
+inline void check_like(const char* name, const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> sizes) {
+  const bool shaped = tensor.dim() == static_cast<int64_t>(sizes.size()) &&
+                      std::equal(sizes.begin(), sizes.end(), tensor.sizes().begin());
+  if (shaped && tensor.scalar_type() == type && tensor.is_cpu()) return;
+  std::string expected;
+  for (const int64_t size : sizes) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
+  fail(
+      name, ": expected ", name_of(type), " [", expected, "] on cpu, got ", name_of(tensor.scalar_type()), " ",
+      shape_of(tensor), tensor.is_cpu() ? "" : " elsewhere");
+}
+
+inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+inline Tensor dense_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline int32_t aoti_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Long: return aoti_torch_dtype_int64();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
+inline Tensor empty(ScalarType type, const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes[i]);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), aoti_type(type), aoti_torch_device_type_cpu(),
+      0, &handle));
+  return Tensor(handle);
+}
+
+// torch's own threads. Inside another parallel region torch runs this in the calling thread, so cores are never
+// oversubscribed.
+inline Pool pool() {
+  return {
+      static_cast<int>(torch::stable::get_num_threads()),
+      [](int workers, void (*body)(void*, int), void* context) {
+        torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+          for (int64_t worker = begin; worker < end; ++worker) body(context, static_cast<int>(worker));
+        });
+      }};
+}
+
+}  // namespace slm_fast

@@ -1,0 +1,238 @@
+"""What only the native CPU backend promises: threads, strides, odd sizes, its in-place form, its instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slm_fast import ops
+from slm_fast.errors import InputError
+from slm_fast.ops import dispatch
+
+pytestmark = pytest.mark.skipif(dispatch.NATIVE_MISSING is not None, reason=str(dispatch.NATIVE_MISSING))
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+SETTINGS = settings(max_examples=60, deadline=None)
+
+
+@pytest.fixture(autouse=True)
+def _native():
+    with ops.use_backend("native"):
+        yield
+
+
+@st.composite
+def calls(draw, most_tokens=70):
+    """A call of multi_lora with sizes around every tile's edge, -1 slots and a slot twice in a row."""
+    size = st.one_of(st.integers(1, 20), st.sampled_from([31, 47, 48, 49, 63, 64, 65, 97, 130]))
+    B, T, I, O = draw(st.integers(0, 5)), draw(st.integers(0, most_tokens)), draw(size), draw(size)
+    P, K, r = draw(st.integers(1, 6)), draw(st.integers(0, 5)), draw(st.integers(0, 9))
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+
+    call = {"x": normal(B, T, I), "lora_a": normal(P, r, I), "lora_b": normal(P, r, O)}
+    call["slot_ids"] = torch.randint(-1, P, (B, K), generator=random)
+    call["weights"] = torch.rand(B, K, generator=random)
+    call["base"] = normal(B, T, O) if draw(st.booleans()) else None
+    if draw(st.booleans()):  # rows that are not neighbours in memory
+        call["x"] = call["x"].transpose(0, 1).contiguous().transpose(0, 1)
+        if call["base"] is not None:
+            call["base"] = torch.cat([call["base"]] * 2, -1)[..., :O]
+    return call
+
+
+def doubled(call, of=lambda number: number):
+    return {n: of(t.double()) if t is not None and t.is_floating_point() else t for n, t in call.items()}
+
+
+def assert_near(got, expected, magnitude, tolerance):
+    """`magnitude` is the same result of the numbers' absolute values: a sum may cancel, its rounding does not."""
+    assert got.shape == expected.shape
+    tolerance = max(tolerance, TOLERANCE[got.dtype])
+    assert (got.double() - expected).norm() <= tolerance * magnitude.norm()
+
+
+def assert_equals_the_specification(call):
+    with ops.use_backend("reference"):
+        expected, magnitude = (ops.multi_lora(**doubled(call, of)) for of in (torch.clone, torch.abs))
+    assert_near(ops.multi_lora(**call), expected, magnitude, TOLERANCE[call["x"].dtype])
+
+
+@given(calls())
+@SETTINGS
+def test_any_shape_equals_the_specification_in_float64(call):
+    assert_equals_the_specification(call)
+
+
+@given(calls(most_tokens=3))
+@SETTINGS
+def test_any_shape_of_few_tokens_equals_the_specification_in_float64(call):
+    assert_equals_the_specification(call)
+
+
+@given(calls())
+@SETTINGS
+def test_gradients_of_any_shape_equal_the_specification_in_float64(call):
+    names = [name for name in ("x", "lora_a", "lora_b", "weights", "base") if call[name] is not None]
+
+    def gradients(call, backend):
+        leaves = {name: call[name].detach().clone().requires_grad_() for name in names}
+        with ops.use_backend(backend):
+            y = ops.multi_lora(**(call | leaves))
+            return torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+
+    expected, magnitude = (gradients(doubled(call, of), "reference") for of in (torch.clone, torch.abs))
+    for results in zip(gradients(call, "native"), expected, magnitude, strict=True):
+        assert_near(*results, TOLERANCE[call["x"].dtype])
+
+
+@given(calls())
+@SETTINGS
+def test_the_in_place_form_gives_the_same_bits_and_touches_nothing_beside_base(call):
+    if call["base"] is None:
+        return
+    O = call["base"].shape[-1]
+    wide = torch.full((*call["base"].shape[:2], O + 3), 7.0, dtype=call["base"].dtype)
+    inside = wide[..., 1 : O + 1]
+    inside.copy_(call["base"])
+    expected = ops.multi_lora(**call)
+    torch.ops.slm_fast.multi_lora_native_(**(call | {"base": inside}))
+    assert torch.equal(inside, expected)
+    assert (wide[..., 0] == 7).all()
+    assert (wide[..., O + 1 :] == 7).all()
+
+
+THREADS = """
+import torch
+from slm_fast import ops
+torch.manual_seed(0)
+def bits(B, T, I, O, P, K, r, dtype):
+    x, a, b, base = torch.randn(B, T, I), torch.randn(P, r, I), torch.randn(P, r, O), torch.randn(B, T, O)
+    leaves = [t.to(dtype).requires_grad_() for t in (x, a, b, base)]
+    weights, ids = torch.rand(B, K).requires_grad_(), torch.randint(-1, P, (B, K))
+    y = ops.multi_lora(*leaves[:3], ids, weights, leaves[3])
+    return y, *torch.autograd.grad(y, [*leaves, weights], torch.randn(y.shape).to(dtype))
+for dtype in (torch.float32, torch.bfloat16):
+    for shape in ((9, 70, 96, 100, 5, 4, 12), (40, 1, 256, 260, 3, 2, 8)):
+        torch.manual_seed(1)
+        torch.set_num_threads(1)
+        one = bits(*shape, dtype)
+        for threads in (2, 3, 5):
+            torch.manual_seed(1)
+            torch.set_num_threads(threads)
+            assert all(torch.equal(p, q) for p, q in zip(one, bits(*shape, dtype), strict=True)), (shape, threads)
+query, keys = torch.randn(60, 48), torch.randn(700, 48)
+torch.set_num_threads(1)
+one = ops.retrieve(query, keys, 5, groups=3), ops.key_loss(query, keys, 3, groups=3, mask_prob=0.3, seed=1)
+torch.set_num_threads(4)
+more = ops.retrieve(query, keys, 5, groups=3), ops.key_loss(query, keys, 3, groups=3, mask_prob=0.3, seed=1)
+assert all(torch.equal(p, q) for p, q in zip((*one[0], one[1]), (*more[0], more[1]), strict=True))
+"""
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+
+
+def test_forward_and_gradients_have_the_same_bits_for_any_number_of_threads():
+    done = run(THREADS)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2", "portable"])
+def test_every_instruction_set_this_processor_has_passes_the_operator_tests(name):
+    from slm_fast import _C
+
+    if name not in _C.build_info()["instruction_sets"]:
+        pytest.skip("not compiled for this architecture")
+    show = "from slm_fast import _C; print(_C.build_info()['instruction_set'])"
+    if run(show, SLM_FAST_CPU=name).stdout.strip() != name:
+        pytest.skip("this processor does not have it")
+    if name == _C.build_info()["instruction_set"]:
+        return  # that is what the other tests run
+    here = os.path.dirname(__file__)
+    files = [os.path.join(here, f"test_{stem}.py") for stem in ("multi_lora", "retrieve", "key_loss")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native and not compile", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"SLM_FAST_CPU": name})
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def in_place_call():
+    zeros = torch.zeros
+    call = {"x": zeros(2, 3, 6), "lora_a": zeros(3, 2, 6), "lora_b": zeros(3, 2, 6), "base": zeros(2, 3, 6)}
+    return call | {"slot_ids": zeros(2, 2, dtype=torch.int64), "weights": zeros(2, 2)}
+
+
+def test_an_output_that_overlaps_an_input_or_itself_is_an_error_before_anything_is_written():
+    call, op = in_place_call(), torch.ops.slm_fast.multi_lora_native_
+    op(**call)
+    with pytest.raises(ValueError, match=r"^base: overlaps x in memory"):
+        op(**(call | {"base": call["x"]}))
+    shared = torch.zeros(40)
+    with pytest.raises(ValueError, match=r"^base: overlaps lora_b in memory"):
+        op(**(call | {"base": shared[:36].view(2, 3, 6), "lora_b": shared[4:].view(3, 2, 6)}))
+    with pytest.raises(ValueError, match=r"^base: rows overlap in memory"):
+        op(**(call | {"base": torch.zeros(6).expand(2, 3, 6)}))
+    with pytest.raises(ValueError, match=r"^base: expected a dense last axis"):
+        op(**(call | {"base": torch.zeros(2, 6, 3).transpose(1, 2)}))
+
+
+@pytest.mark.parametrize("name", ["x", "lora_a", "lora_b", "weights", "base"])
+def test_the_operator_itself_checks_dtypes_and_shapes(name):
+    call, op = in_place_call(), torch.ops.slm_fast.multi_lora_native
+    for wrong in (call[name].to(torch.int32), call[name][..., :-1]):
+        with pytest.raises(ValueError, match=r"^(x|lora_a|lora_b|slot_ids|weights|base): "):
+            op(**(call | {name: wrong}))
+    with pytest.raises(ValueError, match=r"^slot_ids: expected -1\.\.2, got 0\.\.3"):
+        op(**(call | {"slot_ids": torch.tensor([[0, 3], [0, 0]])}))
+
+
+@given(st.integers(1, 60), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32))
+@SETTINGS
+def test_retrieved_routes_equal_the_specification_among_near_and_exact_ties(B, P, k, seed):
+    """Keys that repeat, that are multiples of each other, and that differ by one unit in the last place."""
+    random = torch.Generator().manual_seed(seed)
+    query, kinds = torch.randn(B, 24, generator=random), torch.randn(4, 24, generator=random)
+    keys = kinds[torch.randint(4, (P,), generator=random)]
+    keys = keys * torch.tensor([1.0, 3.0, 0.7])[torch.randint(3, (P, 1), generator=random)]
+    nudged = torch.rand(P, 24, generator=random) > 0.9
+    keys = torch.where(nudged, torch.nextafter(keys, keys + 1), keys)
+    for options in ({"groups": 3}, {"groups": 3, "aggregate": "vote"}, {"metric": "dot"}):
+        got = ops.retrieve(query, keys, k, **options)
+        with ops.use_backend("reference"):
+            expected = ops.retrieve(query, keys, k, **options)
+        assert torch.equal(got.slot_ids, expected.slot_ids)
+        torch.testing.assert_close(got.weights, expected.weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_pool_gives_the_route_of_the_specification():
+    query, keys = torch.randn(40, 32), torch.randn(50_000, 32)
+    got = ops.retrieve(query, keys, 10, groups=2)
+    with ops.use_backend("reference"):
+        assert torch.equal(got.slot_ids, ops.retrieve(query, keys, 10, groups=2).slot_ids)
+
+
+def test_bad_arguments_become_input_errors_that_name_them():
+    call = in_place_call()
+    with pytest.raises(InputError, match=r"^lora_a: expected \[P, r, 6\] to match x, got \[3, 2, 5\]$"):
+        ops.multi_lora(**(call | {"lora_a": torch.zeros(3, 2, 5)}))
+
+
+def test_build_info_names_the_compiler_and_the_instruction_set_in_use():
+    from slm_fast import _C
+
+    info = _C.build_info()
+    assert set(info) == {"compiler", "instruction_sets", "instruction_set", "cuda"}
+    assert info["instruction_set"] in info["instruction_sets"]
+    assert info["instruction_sets"][-1] == "portable"
+    assert info["compiler"].split()[0] in ("GNU", "Clang", "AppleClang")
