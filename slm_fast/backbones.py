@@ -242,6 +242,13 @@ class Backbone:
         )["input_ids"]
         return [[*row, self.tokenizer.eos_token_id] for row in rows]
 
+    def end_tokens(self) -> Tensor:
+        """Ids of the tokens that end a generated text: the tokenizer's, and any others the model itself stops at."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        others = ends if isinstance(ends, list) else [ends]
+        known = {end for end in (self.tokenizer.eos_token_id, *others) if end is not None}
+        return torch.tensor(sorted(known), dtype=torch.int64, device=self.device)
+
     def longest(self) -> int | None:
         """The most positions the backbone can hold, where its positions are learned; else None."""
         limit = getattr(self.model.config, "max_position_embeddings", None)

@@ -87,7 +87,7 @@ class PredictOptions:
             "num_beams": self.beams,
             "do_sample": self.sample,
         }
-        return options | ({"temperature": self.temperature, "top_p": self.top_p} if self.sample else {})
+        return options | ({"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.sample else {})
 
 
 def predict(
@@ -120,8 +120,18 @@ def predict_stream(
 ) -> Iterator[Prediction]:
     """Answers in the order of the rows, holding no more than a window of them."""
     rows = iter(rows)
-    while window := list(islice(rows, WINDOW)):
+    failed: Exception | None = None
+    while failed is None:
+        window: list[Row] = []
+        try:
+            for row in islice(rows, WINDOW):
+                window.append(row)
+        except Exception as error:  # what was read before it is answered first
+            failed = error
+        if not window and failed is None:
+            return
         yield from _window(model, window, options, task)
+    raise failed
 
 
 @torch.inference_mode()

@@ -232,7 +232,8 @@ class _Trainer:
             raise WorkError(f"{self.task.name}: {otherwise}; lower learning_rate")
 
     def _valid_examples(self, valid: Task) -> Examples:
-        unknown = {row.target for row in valid.rows} - set(self.task.labels or []) if self.head is not None else set()
+        known = self.task.labels
+        unknown = set() if known is None else {row.target for row in valid.rows} - set(known)
         if unknown:
             raise WorkError(
                 f"{valid.name}: validation label {sorted(map(str, unknown))[0]!r} is not in the training rows"

@@ -269,8 +269,9 @@ class AdaptedModel:
         log_probability = model.compute_transition_scores(out.sequences, out.logits, beams, normalize_logits=True)
         steps = log_probability.shape[1]
         tokens = out.sequences[:, -steps:] if self.backbone.kind == "causal" else out.sequences[:, 1 : 1 + steps]
-        ended = (tokens == tokenizer.eos_token_id).cumsum(1)
-        real = (ended == 0) | ((ended == 1) & (tokens == tokenizer.eos_token_id))
+        is_end = torch.isin(tokens, self.backbone.end_tokens())
+        ended = is_end.cumsum(1)
+        real = (ended == 0) | ((ended == 1) & is_end)
         texts = tokenizer.batch_decode(tokens.masked_fill(~real, tokenizer.pad_token_id), skip_special_tokens=True)
         probability = log_probability.exp().masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)
         return [text.strip() for text in texts], probability.tolist()

@@ -93,8 +93,7 @@ def test_learning_leaves_the_answers_of_other_tasks_to_the_route_alone(name):
     assert [a.score for a in after] == pytest.approx([b.score for b in before], abs=1e-6)
 
 
-@pytest.mark.parametrize("router", ["gaussian", "dtkr"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "router"), [*((name, "gaussian") for name in FAMILIES), ("bert", "dtkr")])
 def test_a_tasks_bytes_do_not_depend_on_what_else_was_learned_or_when(name, router):
     tasks = {topic: toy_task(topic) for topic in ("sea", "farm", "city")}
 
@@ -160,8 +159,7 @@ def test_two_names_draw_different_slots_from_the_same_rows():
 # Joint routes
 
 
-@pytest.mark.parametrize("router", ["gaussian", "dtkr"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "router"), [*((name, "gaussian") for name in FAMILIES), ("bert", "dtkr")])
 def test_joint_training_runs_through_the_other_tasks_slots_and_own_routes_do_not(name, router):
     def learn(scale: float, joint: bool) -> bytes:
         slm = make_slm(name, router=router, groups=8)
@@ -173,7 +171,6 @@ def test_joint_training_runs_through_the_other_tasks_slots_and_own_routes_do_not
 
     assert learn(1.0, joint=False) == learn(0.5, joint=False)
     assert learn(1.0, joint=True) != learn(0.5, joint=True)
-    assert learn(1.0, joint=True) == learn(1.0, joint=True)
 
 
 def replace_options(data: bytes) -> bytes:
@@ -248,11 +245,11 @@ def test_more_epochs_lower_the_training_loss(name):
 
     def confidence(epochs: int) -> float:
         slm = make_slm(name, taps=(0,))
-        slm.learn(easy("sea"), batch_size=8, epochs=epochs, learning_rate=2e-2)
-        answers = slm.predict([row.text for row in easy("sea").rows], max_new_tokens=2)
-        return sum(a.score * (a.label == row.target) for a, row in zip(answers, easy("sea").rows, strict=True)) / len(
-            answers
-        )
+        task = easy("sea", rows=40)
+        slm.learn(task, batch_size=8, epochs=epochs, learning_rate=2e-2)
+        answers = slm.predict([row.text for row in task.rows], max_new_tokens=2)
+        right = [a.score * (a.label == row.target) for a, row in zip(answers, task.rows, strict=True)]
+        return sum(right) / len(right)
 
     assert confidence(8) > confidence(1) + 0.1
 
@@ -293,7 +290,7 @@ def test_validation_keeps_the_epoch_that_did_best_on_it():
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_validation_of_a_generating_backbone_keeps_the_epoch_of_the_lowest_loss(name):
-    options = {"epochs": 5, "batch_size": 8, "learning_rate": 1e-2}
+    options = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2}
     wrong = Task("sea", [(row.text, "maybe" if i else "yes") for i, row in enumerate(easy("sea", seed=11).rows)])
     plain, kept, worst = (make_slm(name) for _ in range(3))
     plain.learn(easy("sea"), **options)

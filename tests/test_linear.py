@@ -1,0 +1,81 @@
+"""OneDnnLinear is nn.Linear: same weights, same results, same gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from slm_fast.linear import OneDnnLinear, quicken
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+def pair(features_in: int = 24, features_out: int = 40, bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
+    torch.manual_seed(0)
+    plain = nn.Linear(features_in, features_out, bias=bias)
+    quick = copy.deepcopy(plain)
+    quick.__class__ = OneDnnLinear
+    return plain, quick
+
+
+@pytest.mark.parametrize("shape", [(3, 17, 24), (40, 24), (2, 24), (0, 24), (1, 1, 24), (16, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_result_is_that_of_linear(shape, bias):
+    plain, quick = pair(bias=bias)
+    x = torch.randn(shape)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            torch.testing.assert_close(quick(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_strided_input_is_read_as_it_lies():
+    plain, quick = pair()
+    x = torch.randn(32, 48)[:, ::2]
+    torch.testing.assert_close(quick(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradients_are_those_of_linear_and_a_frozen_weight_gets_none(trained):
+    plain, quick = pair()
+    grad = torch.randn(3, 17, 40)
+    inputs = []
+    for layer in (plain, quick):
+        layer.requires_grad_(trained)
+        torch.manual_seed(1)
+        x = torch.randn(3, 17, 24, requires_grad=True)
+        layer(x).backward(grad)
+        inputs.append(x.grad)
+    torch.testing.assert_close(inputs[1], inputs[0], rtol=1e-5, atol=1e-5)
+    if trained:
+        torch.testing.assert_close(quick.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(quick.bias.grad, plain.bias.grad, rtol=1e-5, atol=1e-5)
+    else:
+        assert quick.weight.grad is None
+        assert quick.bias.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_and_autocast_go_the_usual_way(dtype):
+    plain, quick = pair()
+    x = torch.randn(20, 24, dtype=dtype)
+    assert torch.equal(quick.to(dtype)(x), plain.to(dtype)(x))
+    plain, quick = pair()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quick(x.float()).dtype == plain(x.float()).dtype == torch.bfloat16
+
+
+def test_quickening_a_model_leaves_its_weights_names_and_other_layers(monkeypatch):
+    monkeypatch.setattr("slm_fast.linear.prefers_onednn", lambda: True)
+
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.Linear(4, 4), Special(4, 4), nn.LayerNorm(4))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    quicken(model)
+    assert [type(layer) for layer in model] == [OneDnnLinear, Special, nn.LayerNorm]
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
