@@ -11,9 +11,8 @@ import gzip
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
 
@@ -260,6 +259,7 @@ def _learn(arguments: argparse.Namespace) -> int:
 
 def _predict(arguments: argparse.Namespace) -> int:
     from slm_fast.infer import PredictOptions
+    from slm_fast.jsonlines import answer_lines
     from slm_fast.progress import bar
 
     if arguments.output != "-" and Path(arguments.output).exists() and not arguments.overwrite:
@@ -277,7 +277,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             else stack.enter_context(open(arguments.output, "w", encoding="utf-8"))
         )
         advance = stack.enter_context(bar("predicting", None))
-        for record in _answers(slm, source, arguments.task, options):
+        for record in answer_lines(slm, source, arguments.task, options):
             failed += "error" in record
             sink.write(json.dumps(record, ensure_ascii=False) + "\n")
             if "error" in record and arguments.strict:
@@ -290,61 +290,6 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 def _open_bytes(path: str) -> IO[bytes]:
     return cast("IO[bytes]", gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb"))
-
-
-def _answers(slm: ScalableLM, source: IO[bytes], task: str | None, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """An answer or an error for each line, in order, holding one window of rows at a time."""
-    from slm_fast.infer import WINDOW
-    from slm_fast.tasks import Row
-
-    lines = ((number, line) for number, line in enumerate(source, 1) if line.strip())
-    while window := list(islice(lines, WINDOW)):
-        records: list[dict[str, Any]] = []
-        rows: list[Row] = []
-        for number, line in window:
-            record: dict[str, Any] = {"id": number}
-            try:
-                value = json.loads(line.decode("utf-8"))
-                if isinstance(value, dict):
-                    record["id"] = value.get("id", number)
-                rows.append(Row.parse(value))
-            except UnicodeDecodeError:
-                record["error"] = "not UTF-8"
-            except (ValueError, RecursionError) as error:
-                record["error"] = f"not JSON: {error}"
-            except WorkError as error:
-                record["error"] = str(error)
-            records.append(record)
-        answered = iter(_predict_each(slm, rows, task, options))
-        for record in records:
-            yield record if "error" in record else record | next(answered)
-
-
-def _predict_each(slm: ScalableLM, rows: list[Any], task: str | None, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Answers as JSON objects; when a row makes its batch fail, it is found by answering the rows one at a time."""
-    try:
-        return [_as_json(prediction) for prediction in slm.predict(rows, task=task, **options)]
-    except WorkError as error:
-        if len(rows) == 1:
-            return [{"error": str(error)}]
-        return [answer for row in rows for answer in _predict_each(slm, [row], task, options)]
-
-
-def _as_json(prediction: Any) -> dict[str, Any]:
-    answer = (
-        {"text": prediction.text}
-        if prediction.label is None and prediction.text is not None
-        else {"label": prediction.label}
-    )
-    route = prediction.route
-    taken = zip(route.tasks, route.slots, route.weights, strict=True)
-    record = {
-        "task": prediction.task,
-        **answer,
-        "score": round(prediction.score, 6),
-        "route": [{"task": task, "slot": slot, "weight": round(weight, 6)} for task, slot, weight in taken],
-    }
-    return record | ({"truncated": True} if prediction.truncated else {})
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

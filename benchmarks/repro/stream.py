@@ -9,7 +9,6 @@ Each method runs in a process of its own, for its peak memory. Results: benchmar
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import random
@@ -24,7 +23,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import describe
+from benchmarks.timing import write_csv
 from slm_fast import ScalableLM, SlmError, Task
 from slm_fast.baselines.finetune import Finetune
 from slm_fast.baselines.separate import Separate
@@ -49,18 +48,6 @@ METHODS = {
     "separate": "Separate LoRA, task-ID given",
     "finetune": "Finetune, one model in sequence",
 }
-COLUMNS = (
-    "order",
-    "method",
-    "after",
-    "task",
-    "accuracy",
-    "routing",
-    "forgetting",
-    "seconds",
-    "peak_mib",
-    "sha256",
-)
 
 
 class Method(Protocol):
@@ -208,7 +195,6 @@ def main() -> int:
         return 0
 
     output = arguments.output or Path(__file__).parents[1] / "results" / f"stream_order{arguments.order}.csv"
-    machine = describe()
     records: list[dict[str, Any]] = []
     for method in arguments.methods:
         command = [sys.executable, "-m", "benchmarks.repro.stream", *sys.argv[1:], "--records", "--methods", method]
@@ -216,10 +202,7 @@ def main() -> int:
         if done.returncode:
             return done.returncode  # it has said why
         records += json.loads(done.stdout)
-        with output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *machine])
-            writer.writeheader()
-            writer.writerows(record | machine for record in records)
+        write_csv(output, records)
     show(records, Console())
     print(f"saved to {output}")
     return 0
