@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, WorkError, one_line
 from slm_fast.linear import quicken
 
 
@@ -97,7 +97,7 @@ PACKAGED = MappingProxyType(
 )
 
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ class Backbone:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         except InputError:
             raise
-        except (OSError, ValueError) as error:
-            raise InputError(f"backbone {name!r}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        except (OSError, ValueError, ImportError) as error:
+            raise InputError(f"backbone {name!r}: cannot be loaded: {one_line(error)}") from None
         except Exception as error:
-            raise WorkError(f"backbone {name!r}: damaged: {str(error).strip().splitlines()[0]}") from None
+            raise WorkError(f"backbone {name!r}: damaged: {one_line(error)}") from None
         return cls(model.to(place), tokenizer, name)
 
     @property
@@ -198,7 +198,7 @@ class Backbone:
             if not matches:
                 raise InputError(f"targets: {word!r} matches no layer from {first_layer} on in this {self.kind} model")
             found += matches
-        return sorted(found)
+        return sorted(set(found))
 
     def widths(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of linear modules, seen from one token passing through when they do not say."""
@@ -300,9 +300,14 @@ def resolve(name: str) -> str:
 
 def choose_device(device: str) -> torch.device:
     try:
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError:
-        raise InputError(f"device: expected auto, cpu or cuda, got {device!r}") from None
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise InputError(f"device: expected auto, cpu or cuda, got {device!r}")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device!r}: torch can use no GPU here")
+    return place
 
 
 def fingerprint(model: nn.Module, tokenizer: Any) -> str:

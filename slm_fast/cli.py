@@ -116,7 +116,7 @@ def _task_files(parser: argparse.ArgumentParser, about: str) -> None:
 def _device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", help="hub name, local path or 'minilm'; a store remembers its own")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +178,10 @@ def _fields(arguments: argparse.Namespace, options: type[Any]) -> dict[str, Any]
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,3, got {text!r}") from None
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -219,9 +222,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _learn(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from slm_fast.learn import LearnOptions
+    from slm_fast.learn import LearnOptions, check_task
     from slm_fast.model import Config
     from slm_fast.slm import ScalableLM
     from slm_fast.store import Store
@@ -233,6 +234,8 @@ def _learn(arguments: argparse.Namespace) -> int:
     for name in valid:
         if name not in {task.name for task in tasks}:
             raise InputError(f"--valid {name!r}: no --task of that name")
+    options = _fields(arguments, LearnOptions)
+    LearnOptions(**options)
     given = {name: value for name, value in _fields(arguments, Config).items() if value is not None}
     if Store.exists(arguments.store):
         store = Store.open(arguments.store)
@@ -248,12 +251,14 @@ def _learn(arguments: argparse.Namespace) -> int:
         if arguments.backbone is None:
             raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
         slm = ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
+    for task in tasks:
+        check_task(slm.model, task, valid.get(task.name))
+    if slm.store is None:
         slm.save_pretrained(arguments.store)
-    options = _fields(arguments, LearnOptions)
-    console = Console(stderr=True)
     for task in tasks:
         slm.learn(task, valid=valid.get(task.name), **options)
-        console.print(f"learned {task.name} from {len(task.rows)} rows; {arguments.store} holds {len(slm.tasks)}")
+        held = f"{arguments.store} holds {len(slm.tasks)}"
+        print(f"learned {task.name} from {len(task.rows)} rows; {held}", file=sys.stderr)
     return 0
 
 
@@ -262,20 +267,26 @@ def _predict(arguments: argparse.Namespace) -> int:
     from slm_fast.jsonlines import answer_lines
     from slm_fast.progress import bar
 
-    if arguments.output != "-" and Path(arguments.output).exists() and not arguments.overwrite:
-        raise InputError(f"{arguments.output}: is there already; --overwrite replaces it")
-    if arguments.input != "-" and not Path(arguments.input).is_file():
+    # The output is opened, and so emptied, only when nothing is wrong with the call.
+    options = PredictOptions(**_fields(arguments, PredictOptions))
+    source_path, sink_path = Path(arguments.input), Path(arguments.output)
+    if arguments.input != "-" and not source_path.is_file():
         raise InputError(f"{arguments.input}: no such file")
-    options = _fields(arguments, PredictOptions)
-    failed = 0
+    if arguments.output != "-":
+        if not sink_path.parent.is_dir():
+            raise InputError(f"{arguments.output}: no such folder")
+        if sink_path.exists():
+            if arguments.input != "-" and sink_path.samefile(source_path):
+                raise InputError(f"{arguments.output}: is the input")
+            if not arguments.overwrite:
+                raise InputError(f"{arguments.output}: is there already; --overwrite replaces it")
     slm = _open(arguments)
+    if arguments.task is not None and arguments.task not in slm.tasks:
+        raise InputError(f"task {arguments.task!r}: not learned; tasks: {', '.join(slm.tasks) or 'none'}")
+    failed = 0
     with ExitStack() as stack:
-        source = sys.stdin.buffer if arguments.input == "-" else stack.enter_context(_open_bytes(arguments.input))
-        sink = (
-            sys.stdout
-            if arguments.output == "-"
-            else stack.enter_context(open(arguments.output, "w", encoding="utf-8"))
-        )
+        source = sys.stdin.buffer if arguments.input == "-" else stack.enter_context(_open_file(source_path, "rb"))
+        sink = sys.stdout if arguments.output == "-" else stack.enter_context(_open_file(sink_path, "wt"))
         advance = stack.enter_context(bar("predicting", None))
         for record in answer_lines(slm, source, arguments.task, options):
             failed += "error" in record
@@ -288,8 +299,9 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _open_bytes(path: str) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb"))
+def _open_file(path: Path, mode: str) -> IO[Any]:
+    encoding = "utf-8" if "t" in mode else None
+    return cast("IO[Any]", (gzip.open if path.suffix == ".gz" else open)(path, mode, encoding=encoding))
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,11 @@ class SlmError(Exception):
     status = 1
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of what an error of another library says, or its name when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class InputError(SlmError, ValueError):
     """The call as written cannot be right: a wrong shape, name, option or file."""
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, WorkError
 from slm_fast.model import AdaptedModel, Passage
 from slm_fast.ops import Route
 from slm_fast.progress import bar
+from slm_fast.router import NotFinite
 from slm_fast.tasks import Row
 
 WINDOW = 1024  # rows sorted by length together: what bounds the memory of a stream
@@ -97,8 +98,11 @@ def predict(
     *,
     task: str | Sequence[str] | None = None,
     progress: bool | None = False,
+    offset: int = 0,
 ) -> list[Prediction]:
     """Answer rows of any tasks. `task` (one name, or one for each row) masks the pool to that task: a given task-ID.
+
+    `offset` is how many rows of the same input were answered before these.
 
     Raises:
         InputError: an unknown task, or no task learned yet. WorkError: a row's query is not finite.
@@ -109,8 +113,8 @@ def predict(
         found: list[Prediction] = []
         for start in range(0, len(rows), WINDOW):
             names = task[start : start + WINDOW] if isinstance(task, (list, tuple)) else task
-            for batch in _window(model, rows[start : start + WINDOW], options, names):
-                found.append(batch)
+            for prediction in _window(model, rows[start : start + WINDOW], options, names, offset + start):
+                found.append(prediction)
                 advance(1)
     return found
 
@@ -121,6 +125,7 @@ def predict_stream(
     """Answers in the order of the rows, holding no more than a window of them."""
     rows = iter(rows)
     failed: Exception | None = None
+    offset = 0
     while failed is None:
         window: list[Row] = []
         try:
@@ -130,27 +135,37 @@ def predict_stream(
             failed = error
         if not window and failed is None:
             return
-        yield from _window(model, window, options, task)
+        yield from _window(model, window, options, task, offset)
+        offset += len(window)
     raise failed
 
 
 @torch.inference_mode()
 def _window(
-    model: AdaptedModel, rows: Sequence[Row], options: PredictOptions, task: str | Sequence[str] | None
+    model: AdaptedModel, rows: Sequence[Row], options: PredictOptions, task: str | Sequence[str] | None, offset: int
 ) -> list[Prediction]:
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     found: list[Prediction | None] = [None] * len(rows)
     for start in range(0, len(order), options.batch_size):
         chosen = order[start : start + options.batch_size]
         names = [task[i] for i in chosen] if isinstance(task, (list, tuple)) else task
-        answers = _batch(model, [rows[i] for i in chosen], options, names)
+        try:
+            # Each batch samples from a seed of its own, or all would draw the same.
+            answers = _batch(model, [rows[i] for i in chosen], options, names, options.seed + offset + chosen[0])
+        except NotFinite as error:
+            row = offset + chosen[error.row % len(chosen)] + 1
+            raise WorkError(f"row {row}: its query holds a number that is not finite") from None
         for i, prediction in zip(chosen, answers, strict=True):
             found[i] = prediction
     return [prediction for prediction in found if prediction is not None]
 
 
 def _batch(
-    model: AdaptedModel, rows: Sequence[Row], options: PredictOptions, task: str | Sequence[str] | None
+    model: AdaptedModel,
+    rows: Sequence[Row],
+    options: PredictOptions,
+    task: str | Sequence[str] | None,
+    seed: int,
 ) -> list[Prediction]:
     generates = model.backbone.kind != "encoder"
     if model.pool.slots == 0 and not generates:
@@ -167,7 +182,7 @@ def _batch(
         if generates:
             with torch.random.fork_rng(enabled=options.sample):
                 if options.sample:
-                    torch.manual_seed(options.seed)
+                    torch.manual_seed(seed)
                 texts, scores = model.generate(encoded, options.generation())
         else:
             features = model.features(encoded)
@@ -236,9 +251,8 @@ def _as_label(model: AdaptedModel, name: str | None, text: str) -> str | None:
 
 def _taken(model: AdaptedModel, ids: Sequence[int], weights: Sequence[float]) -> RouteTaken:
     used = [(slot, weight) for slot, weight in zip(ids, weights, strict=True) if slot >= 0]
-    owner = model.pool.slot_task.tolist()
     return RouteTaken(
         tuple(slot for slot, _ in used),
-        tuple(model.pool.names[owner[slot]] for slot, _ in used),
+        tuple(model.pool.slot_names[slot] for slot, _ in used),
         tuple(weight for _, weight in used),
     )

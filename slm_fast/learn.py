@@ -21,6 +21,7 @@ from slm_fast.errors import InputError, WorkError
 from slm_fast.model import AdaptedModel, Passage
 from slm_fast.ops import Route
 from slm_fast.progress import bar
+from slm_fast.router import NotFinite
 from slm_fast.tasks import LearnedTask, Task, name_seed
 
 IGNORE = -100  # the label transformers' losses skip
@@ -78,17 +79,41 @@ def learn_task(
     Raises:
         InputError: the task does not fit the backbone. WorkError: the loss is no longer a number.
     """
-    if model.backbone.kind == "encoder" and task.labels is None:
-        raise InputError(f"task {task.name!r}: an encoder-only backbone answers with labels, not with free text")
+    check_task(model, task, valid)
     trainer = _Trainer(model, task, options)
     with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
         query = model.queries(task.rows, report=advance)
     slots = options.slots or (1 if model.config.router == "gaussian" else 4)
     seed = name_seed(task.name, options.seed)
-    part = model.new_router().fit(query, slots, seed)
+    try:
+        part = model.new_router().fit(query, slots, seed)
+    except NotFinite as error:
+        raise WorkError(f"{task.name}: row {error.row + 1}: its query holds a number that is not finite") from None
     trainer.allocate(slots, part, torch.Generator().manual_seed(seed))
     trainer.fine_tune(trainer.examples(task, query), valid, progress)
     return trainer.learned()
+
+
+def check_task(model: AdaptedModel, task: Task, valid: Task | None = None) -> None:
+    """Raise unless this model can learn the task: what can be known before anything is computed."""
+    if model.backbone.kind == "encoder" and task.labels is None:
+        raise InputError(f"task {task.name!r}: an encoder-only backbone answers with labels, not with free text")
+    if valid is not None and task.labels is not None:
+        unknown = {row.target for row in valid.rows} - set(task.labels)
+        if unknown:
+            raise WorkError(f"{valid.name}: validation label {min(map(str, unknown))!r} is not in the training rows")
+
+
+def optimizer_and_schedule(
+    parameters: Sequence[Tensor], options: LearnOptions, rows: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW, with a linear warm-up and decay over all steps."""
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    steps = options.epochs_for(rows) * math.ceil(rows / options.batch_size)
+    warmup = max(1, round(options.warmup * steps))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+    )
 
 
 @dataclass(frozen=True)
@@ -197,13 +222,8 @@ class _Trainer:
         options = self.options
         examples = Examples(examples.inputs, examples.answers, self.keep_reached(examples.route))
         valid_examples = None if valid is None else self._valid_examples(valid)
-        optimizer = torch.optim.AdamW(self.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+        optimizer, scheduler = optimizer_and_schedule(self.parameters(), options, len(examples))
         epochs = options.epochs_for(len(examples))
-        steps = epochs * math.ceil(len(examples) / options.batch_size)
-        warmup = max(1, round(options.warmup * steps))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        )
         best, best_score = self._snapshot(), -math.inf
         with bar(f"{self.task.name}: learning", epochs * len(examples), progress) as advance:
             for epoch in range(epochs):
@@ -232,12 +252,6 @@ class _Trainer:
             raise WorkError(f"{self.task.name}: {otherwise}; lower learning_rate")
 
     def _valid_examples(self, valid: Task) -> Examples:
-        known = self.task.labels
-        unknown = set() if known is None else {row.target for row in valid.rows} - set(known)
-        if unknown:
-            raise WorkError(
-                f"{valid.name}: validation label {sorted(map(str, unknown))[0]!r} is not in the training rows"
-            )
         # Over the task's own slots: which slots of other tasks training kept says nothing about these rows.
         router = self.model.new_router([LearnedTask(self.task.name, None, self.params, self.part, None)])
         return self._tokenised(valid, router.route(self.model.queries(valid.rows)))

@@ -45,7 +45,7 @@ class Config:
     targets: tuple[str, ...] = ("query", "value", "out", "up", "down")
     first_layer: int | None = None
     k: int | None = None
-    groups: int = 6
+    groups: int | None = None
     aggregate: str = "mean"
     temperature: float = 4.0
     route_on: str = "input"
@@ -73,13 +73,15 @@ class Config:
             raise InputError(f"targets: expected at least one of {', '.join(backbone.family.linears)}, got none")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise InputError(f"temperature: expected a positive number, got {self.temperature}")
-        if self.groups < 1:
-            raise InputError(f"groups: expected at least 1, got {self.groups}")
         k = self.k if self.k is not None else (2 if self.router == "gaussian" else 4)
         if k < 1:
             raise InputError(f"k: expected at least 1, got {k}")
         limit = backbone.longest()
-        max_length = self.max_length or min(256, limit or 256)
+        max_length = min(256, limit or 256) if self.max_length is None else self.max_length
+        if self.encoder is not None and trunk:
+            raise InputError(f"encoder: goes with query='sentence', got query='trunk' and encoder {self.encoder!r}")
+        if self.taps is not None and not trunk:
+            raise InputError(f"taps: go with query='trunk', got query='sentence' and taps {list(self.taps)}")
         if max_length < 4 or (limit is not None and max_length > limit):
             raise InputError(f"max_length: expected 4..{limit or 'any'} for this backbone, got {max_length}")
         encoder = None if trunk else self.encoder or DEFAULT_ENCODER
@@ -119,10 +121,12 @@ class AdaptedModel:
             self.query = TrunkQuery(self.config.taps, backbone.width, backbone.device)
         else:
             self.query = SentenceQuery(self.config.encoder or DEFAULT_ENCODER, backbone.device)
-        if self.config.router == "dtkr" and self.query.width % self.config.groups:
-            raise InputError(
-                f"groups: expected a divisor of the query width {self.query.width}, got {self.config.groups}"
-            )
+        width, groups = self.query.width, self.config.groups
+        if groups is None:  # six, as the paper, where the width allows it
+            groups = next(g for g in (6, 5, 4, 3, 2, 1) if width % g == 0)
+        if groups < 1 or width % groups:
+            raise InputError(f"groups: expected a divisor of the query width {width}, got {groups}")
+        self.config = replace(self.config, groups=groups)
         self.modules = backbone.find_linears(self.config.targets, self.config.first_layer or 0)
         self.widths = backbone.widths(self.modules)  # module name -> (in_features, out_features)
         for name in self.modules:
@@ -154,7 +158,7 @@ class AdaptedModel:
         if self.config.router == "gaussian":
             router = GaussianRouter(k=self.config.k or 1, temperature=self.config.temperature)
         else:
-            router = DtkrRouter(k=self.config.k or 1, groups=self.config.groups, aggregate=self.config.aggregate)
+            router = DtkrRouter(k=self.config.k or 1, groups=self.config.groups or 1, aggregate=self.config.aggregate)
         if tasks:
             router.load([task.router for task in tasks], self.backbone.device)
         return router
@@ -243,7 +247,7 @@ class AdaptedModel:
     def _run_trunk(self, encoded: Encoded) -> Tensor:
         model = self.backbone.model.get_encoder() if self.backbone.kind == "seq2seq" else self.backbone.model
         if self.backbone.kind == "causal":
-            model = model.model  # without the vocabulary's output layer
+            model = model.base_model  # without the vocabulary's output layer
         hidden: Tensor = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
         return hidden
 

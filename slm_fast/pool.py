@@ -24,6 +24,8 @@ class Pool:
     def __init__(self, tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype) -> None:
         self.tasks = in_name_order(tasks)
         owner = [i for i, task in enumerate(self.tasks) for _ in range(task.slots)]
+        self.names = [task.name for task in self.tasks]
+        self.slot_names = [self.names[i] for i in owner]  # the task of each slot
         self.slot_task = torch.tensor(owner, dtype=torch.int64, device=device)
         self.values: Values = _stack_values(self.tasks, device, dtype)
         self.heads = Heads.of(self.tasks, device) if self.tasks and self.tasks[0].head is not None else None
@@ -31,10 +33,6 @@ class Pool:
     @property
     def slots(self) -> int:
         return len(self.slot_task)
-
-    @property
-    def names(self) -> list[str]:
-        return [task.name for task in self.tasks]
 
     def slots_of(self, name: str) -> Tensor:
         """[P] bool: the slots of one task."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.backbones import fingerprint, quiet, resolve
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, one_line
 from slm_fast.linear import quicken
 
 MAX_WIDTH = 1024  # wider queries are projected to this
@@ -42,8 +42,6 @@ class TrunkQuery:
             (Achlioptas 2003), the same on every machine.
     """
 
-    kind = "trunk"
-
     def __init__(self, taps: Sequence[int], width: int, device: torch.device) -> None:
         self.taps = tuple(taps)
         full = width * len(self.taps)
@@ -69,24 +67,22 @@ class TrunkQuery:
 class SentenceQuery:
     """A frozen sentence encoder, loaded from a path, a hub name or a packaged name."""
 
-    kind = "sentence"
-
     def __init__(self, encoder: str, device: torch.device) -> None:
         import sentence_transformers  # a slow import that only this query needs
 
         try:
             with quiet():
                 self.encoder: Any = sentence_transformers.SentenceTransformer(resolve(encoder), device=str(device))
-        except (OSError, ValueError) as error:
-            raise InputError(f"encoder {encoder!r}: cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        except (OSError, ValueError, ImportError) as error:
+            raise InputError(f"encoder {encoder!r}: cannot be loaded: {one_line(error)}") from None
         self.encoder.eval().requires_grad_(False)
         quicken(self.encoder)
         self.width = int(self.encoder.get_embedding_dimension())
         self.fingerprint = fingerprint(self.encoder, self.encoder.tokenizer)
 
-    def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+    def encode(self, texts: Sequence[str]) -> Tensor:
         """[B, D] float32."""
         vectors: Tensor = self.encoder.encode(
-            list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=False
+            list(texts), batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False
         )
         return vectors.float()

@@ -71,7 +71,7 @@ def answers_table(
             cell.append(f"\nexpected {right}", style="red")
         route = prediction.route
         lines = [f"{task} {percent(w)} %" for task, w in zip(route.tasks, route.weights, strict=True) if w >= 0.0005]
-        table.add_row(text, cell, "\n".join(lines))
+        table.add_row(Text(text), cell, "\n".join(lines))
     return table
 
 
@@ -86,5 +86,5 @@ def tasks_table(tasks: Sequence[LearnedTask]) -> Table:
         size = sum(a.numel() + b.numel() for a, b in task.values.values())
         rank = next(iter(task.values.values()))[0].shape[1]
         answers = "free text" if task.labels is None else ", ".join(task.labels)
-        table.add_row(task.name, str(task.slots), str(rank), f"{size:,}", answers)
+        table.add_row(task.name, str(task.slots), str(rank), f"{size:,}", Text(answers))
     return table

@@ -23,8 +23,6 @@ PERCENTILES = 101
 
 
 class Router(Protocol):
-    kind: str
-
     def fit(self, query: Tensor, slots: int, seed: int) -> dict[str, Tensor]:
         """A task's part from its training queries [N, D]."""
 
@@ -39,10 +37,18 @@ class Router(Protocol):
         distance [B] and percentiles [B, 101]."""
 
 
+class NotFinite(WorkError):
+    """A query that is not a number, `row` of those given, counted from 0."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"query: row {row} holds a number that is not finite")
+        self.row = row
+
+
 def check_finite(query: Tensor) -> None:
     bad = (~query.isfinite().all(1)).nonzero()
     if len(bad):
-        raise WorkError(f"query: row {int(bad[0])} holds a number that is not finite")
+        raise NotFinite(int(bad[0]))
 
 
 @dataclass
@@ -61,8 +67,6 @@ class DtkrRouter:
     steps: int = 150
     learning_rate: float = 1e-3
     batch_size: int = 32
-
-    kind = "dtkr"
 
     def fit(self, query: Tensor, slots: int, seed: int) -> dict[str, Tensor]:
         check_finite(query)
@@ -127,8 +131,6 @@ class GaussianRouter:
 
     k: int = 2
     temperature: float = 4.0
-
-    kind = "gaussian"
 
     def fit(self, query: Tensor, slots: int, seed: int) -> dict[str, Tensor]:
         check_finite(query)

@@ -38,7 +38,7 @@ class ScalableLM:
         Args:
             backbone: a hub name, a local path, "minilm" (the packaged all-MiniLM-L6-v2), or a transformers model
                 (quantised ones too), which then needs its `tokenizer`. It is frozen and given adapted layers in place.
-            dtype: "float32", "bfloat16" or "float16". device: "auto", "cpu", "cuda".
+            dtype: "float32" or "bfloat16". device: "auto", "cpu", "cuda". Both only for a backbone that is loaded here.
             config: fields of `Config`, such as query="trunk" | "sentence" and router="gaussian" | "dtkr".
 
         Raises:
@@ -47,13 +47,7 @@ class ScalableLM:
         unknown = set(config) - set(Config.__dataclass_fields__)
         if unknown:
             raise InputError(f"{sorted(unknown)[0]}: unknown option; options: {', '.join(Config.__dataclass_fields__)}")
-        if isinstance(backbone, (str, Path)):
-            loaded = Backbone.load(str(backbone), dtype=dtype, device=device)
-        elif tokenizer is None:
-            raise InputError("tokenizer: needed beside a backbone that is given as a model")
-        else:
-            loaded = Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))
-        return cls(loaded, Config(**config))
+        return cls(_load(backbone, tokenizer, dtype, device), Config(**config))
 
     @classmethod
     def from_pretrained(
@@ -71,10 +65,16 @@ class ScalableLM:
             InputError: there is no store, or the backbone is not the one it was made with. WorkError: it is damaged.
         """
         store = Store.open(path)
-        config = {key: tuple(v) if isinstance(v, list) else v for key, v in store.about["config"].items()}
-        slm = cls.from_backbone(
-            backbone or store.about["backbone"], tokenizer=tokenizer, dtype=dtype, device=device, **config
-        )
+        config: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in store.about["config"].items()
+        }
+        loaded = _load(backbone or store.about["backbone"], tokenizer, dtype, device)
+        expected = store.about["fingerprint"]
+        if loaded.fingerprint != expected:
+            raise InputError(
+                f"backbone {loaded.name!r}: its fingerprint is {loaded.fingerprint}, store {path} has {expected}"
+            )
+        slm = cls(loaded, Config(**config))
         check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {path}")
         slm._set(store.load())
         slm.store = store
@@ -105,7 +105,8 @@ class ScalableLM:
             InputError: the name is taken, or an option does not fit. WorkError: training or the commit failed; all that
             was learned before is still there.
         """
-        if task.name in self._learned:
+        kept = Store.open(self.store.path).files if self.store is not None else {}
+        if task.name in self._learned or task.name in kept:
             raise InputError(f"task {task.name!r}: already learned; forget it first to learn it anew")
         unknown = set(options) - set(LearnOptions.__dataclass_fields__)
         if unknown:
@@ -179,6 +180,18 @@ class ScalableLM:
     def _set(self, tasks: Sequence[LearnedTask]) -> None:
         self._learned = {task.name: task for task in in_name_order(tasks)}
         self.model.set_tasks(list(self._learned.values()))
+
+
+def _load(backbone: Any, tokenizer: Any, dtype: str, device: str) -> Backbone:
+    if isinstance(backbone, (str, Path)):
+        if tokenizer is not None:
+            raise InputError("tokenizer: goes with a backbone given as a model; a path or name brings its own")
+        return Backbone.load(str(backbone), dtype=dtype, device=device)
+    if tokenizer is None:
+        raise InputError("tokenizer: needed beside a backbone that is given as a model")
+    if dtype != "float32" or device != "auto":
+        raise InputError("dtype, device: a backbone given as a model keeps its own")
+    return Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))
 
 
 def _options(options: Mapping[str, Any]) -> PredictOptions:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,7 +35,7 @@ TASK_FILE = re.compile(r"[0-9a-f]{64}\.safetensors(\.part)?")
 
 def task_to_bytes(task: LearnedTask) -> bytes:
     """A task as one safetensors file: the same task always gives the same bytes."""
-    tensors = {f"router.{key}": tensor for key, tensor in task.router.items()}
+    tensors = dict(task.router)
     for module, (lora_a, lora_b) in task.values.items():
         tensors[f"values.{module}.lora_a"] = lora_a
         tensors[f"values.{module}.lora_b"] = lora_b
@@ -69,7 +70,7 @@ def _task_from(tensors: Mapping[str, Any], about: Mapping[str, Any]) -> LearnedT
         name=about["name"],
         labels=None if about["labels"] is None else tuple(about["labels"]),
         values={m: (tensors[f"values.{m}.lora_a"], tensors[f"values.{m}.lora_b"]) for m in modules},
-        router={key[len("router.") :]: tensor for key, tensor in tensors.items() if key.startswith("router.")},
+        router={key: tensor for key, tensor in tensors.items() if not key.startswith(("values.", "head."))},
         head=(tensors["head.weight"], tensors["head.bias"]) if "head.weight" in tensors else None,
         options=about["options"],
     )
@@ -81,6 +82,8 @@ class Store:
     `about` is what its tasks have in common: the backbone's id and fingerprint and the model's configuration.
     `files` maps each task's name to the SHA-256 of its file.
     """
+
+    patience = 30.0  # seconds a writer waits for another one, whose commit takes far less
 
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
         self.path, self.about, self.files = Path(path), dict(about), dict(files)
@@ -136,8 +139,8 @@ class Store:
         """Make a new version of the store: on disk it is there whole, or not at all.
 
         Raises:
-            InputError: a task to add is there already, one to remove is not, or another process is writing.
-            WorkError: the disk is full or cannot be written; the store is as it was.
+            InputError: a task to add is there already, or one to remove is not.
+            WorkError: the disk is full, cannot be written, or another process keeps it; the store is as it was.
         """
         with self._writing():
             for task in add:
@@ -223,10 +226,7 @@ class Store:
         except OSError as error:
             raise WorkError(f"{self.path}: cannot be written: {error.strerror}") from None
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.path}: another process is writing to this store; try again later") from None
+            self._lock(lock)
             if Store.exists(self.path):
                 now = Store.open(self.path)
                 check_same(now.about, self.about, str(self.path), "this model")
@@ -237,6 +237,16 @@ class Store:
             raise WorkError(f"{self.path}: cannot be written: {reason}; the store is as it was") from None
         finally:
             os.close(lock)  # lets the lock go
+
+    def _lock(self, lock: int) -> None:
+        until = time.monotonic() + self.patience
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise WorkError(f"{self.path}: another process is writing to this store; try again later") from None
+                time.sleep(0.05)
 
     def _place(self, name: str, digest: str, data: bytes) -> None:
         folder = self.path / "tasks" / name

@@ -485,8 +485,14 @@ def test_both_aggregations_of_dtkr_route(aggregate):
         assert sum(answer.route.weights) == pytest.approx(1, abs=1e-5)
 
 
+def test_the_number_of_groups_follows_from_the_width_of_the_query():
+    encoder = {"query": "sentence", "encoder": "minilm", "router": "dtkr"}
+    assert make_slm("bert", **encoder).model.config.groups == 6  # of 384
+    assert make_slm("bert", router="dtkr").model.config.groups == 4  # of 64, which 6 and 5 do not divide
+
+
 def test_the_configuration_records_every_choice_made():
     config = make_slm("bert").model.config
     assert config == Config(
-        taps=(0, 1), targets=("query", "value", "out", "up", "down"), first_layer=1, k=2, max_length=128
+        taps=(0, 1), targets=("query", "value", "out", "up", "down"), first_layer=1, k=2, groups=4, max_length=128
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -119,6 +121,38 @@ def test_predict_does_not_overwrite_unless_told_to(store: Path, tmp_path: Path):
     assert output.read_text() == "precious\n"
     assert slm_fast("predict", store, "--output", output, "--overwrite", stdin='{"text": "Fry."}\n').returncode == 0
     assert json.loads(output.read_text())["task"] == "recipe_steps"
+
+
+@pytest.mark.parametrize("wrong", [("--batch-size", "0"), ("--abstain", "7"), ("--task", "nonesuch"), ("--top-p", "2")])
+def test_a_wrong_option_leaves_the_output_that_is_there(wrong: tuple[str, str], store: Path, tmp_path: Path):
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious\n")
+    done = slm_fast("predict", store, "--output", output, "--overwrite", *wrong, stdin='{"text": "Fry."}\n')
+    one_line(done, 2)
+    assert output.read_text() == "precious\n"
+
+
+def test_an_input_that_is_the_output_is_refused(store: Path, tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "Fry."}\n')
+    one_line(slm_fast("predict", store, "--input", path, "--output", path, "--overwrite"), 2, "is the input")
+    assert path.read_text() == '{"text": "Fry."}\n'
+
+
+def test_a_compressed_input_that_breaks_off_is_answered_up_to_there(store: Path, tmp_path: Path):
+    source, output = tmp_path / "in.jsonl.gz", tmp_path / "out.jsonl"
+    rng = random.Random(0)
+    lines = [json.dumps({"id": i, "text": f"Fry {rng.random()}"}) for i in range(40)]
+    source.write_bytes(gzip.compress("\n".join(lines).encode())[:-40])
+    one_line(slm_fast("predict", store, "--input", source, "--output", output), 1, "breaks off")
+    ids = [json.loads(line)["id"] for line in output.read_text().splitlines()]
+    assert ids == list(range(len(ids)))
+
+
+def test_an_id_that_cannot_be_written_is_an_error_of_its_row(store: Path):
+    done = slm_fast("predict", store, stdin='{"id": "\\ud800", "text": "Fry."}\n{"id": NaN, "text": "Fry."}\n')
+    assert done.returncode == 1
+    assert ["error" in json.loads(line) for line in done.stdout.splitlines()] == [True, True]
 
 
 def test_a_long_text_is_truncated_and_says_so(store: Path):

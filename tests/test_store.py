@@ -265,7 +265,8 @@ def test_a_commit_removes_nothing_that_no_store_wrote(tmp_path: Path) -> None:
     assert {name for name in mine if not (tmp_path / name).exists()} == set()
 
 
-def test_a_second_writer_is_refused_while_the_first_is_in_its_commit(tmp_path: Path) -> None:
+def test_a_second_writer_is_refused_while_the_first_is_in_its_commit(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Store, "patience", 0.2)
     store_of(tmp_path, A)
     (told, tell), (hear, say) = os.pipe(), os.pipe()
 
@@ -275,7 +276,7 @@ def test_a_second_writer_is_refused_while_the_first_is_in_its_commit(tmp_path: P
 
     child = start(slow_commit)
     os.read(told, 1)  # now it is about to rename its first file
-    with pytest.raises(InputError, match="another process is writing") as caught:
+    with pytest.raises(WorkError, match="another process is writing") as caught:
         Store.open(tmp_path).commit(add=[C])
     assert str(tmp_path) in str(caught.value)
     assert version(tmp_path) == contents([A])

@@ -3,7 +3,7 @@
     python -m benchmarks.repro.stream --data DIR --order 4 --train 1500 --test 500
 
 DIR holds a folder a task (ag_news, yelp, amazon, dbpedia, yahoo) with train.jsonl.gz, test.jsonl.gz and labels.json.
-Each method runs in a process of its own, for its peak memory. Results: benchmarks/results/stream_order<N>.csv.
+Each method runs in a process of its own, for its peak memory. Results: benchmarks/results/stream_order<N>.csv and .png.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -41,12 +41,6 @@ ORDERS = {
     5: ("yelp", "yahoo", "amazon", "dbpedia", "ag_news"),
     6: ("dbpedia", "yahoo", "ag_news", "amazon", "yelp"),
     7: ("yelp", "ag_news", "dbpedia", "amazon", "yahoo"),
-}
-METHODS = {
-    "slm": "SLM, trunk + gaussian (the default)",
-    "slm-paper": "SLM, sentence + dtkr (as the paper)",
-    "separate": "Separate LoRA, task-ID given",
-    "finetune": "Finetune, one model in sequence",
 }
 
 
@@ -88,19 +82,28 @@ class Slm:
         return rerouted, change
 
 
-def make(method: str, train: Mapping[str, Task], max_length: int, options: LearnOptions) -> Method:
-    if method == "slm":
-        return Slm(options, max_length=max_length)
-    if method == "slm-paper":
-        return Slm(options, max_length=max_length, query="sentence", router="dtkr", encoder="minilm")
-    if method == "separate":
-        return Separate("minilm", max_length, options)
-    return Finetune("minilm", train, max_length, options)
+class Entry(NamedTuple):
+    title: str
+    make: Callable[[Mapping[str, Task], int, LearnOptions], Method]  # (training tasks, max_length, options)
+
+
+METHODS = {
+    "slm": Entry("SLM, trunk + gaussian (the default)", lambda _, length, options: Slm(options, max_length=length)),
+    "slm-paper": Entry(
+        "SLM, sentence + dtkr (as the paper)",
+        lambda _, length, options: Slm(options, max_length=length, query="sentence", router="dtkr", encoder="minilm"),
+    ),
+    "separate": Entry("Separate LoRA, task-ID given", lambda _, length, options: Separate("minilm", length, options)),
+    "finetune": Entry(
+        "Finetune, one model in sequence", lambda train, length, options: Finetune("minilm", train, length, options)
+    ),
+}
 
 
 def load(data: Path, name: str, split: str, rows: int) -> Task:
-    task = Task.from_file(name, data / name / f"{split}.jsonl.gz")
-    return Task(name, task.rows[:rows], free_text=False)
+    training = split == "train"
+    task = Task.from_file(name, data / name / f"{split}.jsonl.gz", training=training)
+    return Task(name, task.rows[:rows], free_text=False, training=training)
 
 
 def run(method: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -108,7 +111,9 @@ def run(method: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     names = ORDERS[arguments.order]
     train = {name: load(arguments.data, name, "train", arguments.train) for name in names}
     test = {name: load(arguments.data, name, "test", arguments.test) for name in names}
-    learner = make(method, train, arguments.max_length, LearnOptions(epochs=arguments.epochs, seed=arguments.seed))
+    learner = METHODS[method].make(
+        train, arguments.max_length, LearnOptions(epochs=arguments.epochs, seed=arguments.seed)
+    )
     history: list[dict[str, float]] = []
     records: list[dict[str, Any]] = []
     for number, name in enumerate(names, 1):
@@ -153,12 +158,12 @@ def show(records: list[dict[str, Any]], console: Console) -> None:
         own = [record for record in records if record["method"] == method]
         after = list(dict.fromkeys(record["after"] for record in own))
         history = [{r["task"]: float(r["accuracy"]) for r in own if r["after"] == name} for name in after]
-        console.print(accuracy_matrix(history, METHODS[method]))
+        console.print(accuracy_matrix(history, METHODS[method].title))
         last = [record for record in own if record["after"] == after[-1]]
         routing = [float(record["routing"]) for record in last if record["routing"] != ""]
         seconds = {record["after"]: float(record["seconds"]) for record in own}
         summary.add_row(
-            METHODS[method],
+            METHODS[method].title,
             f"{100 * sum(history[-1].values()) / len(history[-1]):.2f}",
             f"{100 * float(last[0]['forgetting']):.2f}",
             f"{100 * sum(routing) / len(routing):.2f}" if routing else "",
@@ -166,6 +171,32 @@ def show(records: list[dict[str, Any]], console: Console) -> None:
             f"{max(float(record['peak_mib']) for record in own):.0f}",
         )
     console.print(summary)
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """What is left of the first task, and the average over all tasks seen, as more are learned."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    after = list(dict.fromkeys(record["after"] for record in records))
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    for method in dict.fromkeys(record["method"] for record in records):
+        rows = [[r for r in records if r["method"] == method and r["after"] == name] for name in after]
+        first = [next(100 * float(r["accuracy"]) for r in row if r["task"] == after[0]) for row in rows]
+        average = [100 * sum(float(r["accuracy"]) for r in row) / len(row) for row in rows]
+        for panel, values in zip(panels, (first, average), strict=True):
+            panel.plot(after, values, marker="o", label=METHODS[method].title)
+    panels[0].set_title(f"accuracy on {after[0]}, the first task", fontsize=10)
+    panels[1].set_title("average over the tasks seen so far", fontsize=10)
+    panels[0].set_ylabel("%")
+    panels[0].set_ylim(bottom=0)
+    for panel in panels:
+        panel.set_xlabel("after learning")
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=140)
 
 
 def main() -> int:
@@ -204,7 +235,8 @@ def main() -> int:
         records += json.loads(done.stdout)
         write_csv(output, records)
     show(records, Console())
-    print(f"saved to {output}")
+    plot(records, output.with_suffix(".png"))
+    print(f"saved to {output} and {output.with_suffix('.png')}")
     return 0
 
 

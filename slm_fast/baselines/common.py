@@ -6,7 +6,6 @@ train and not in how.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slm_fast.backbones import Backbone
-from slm_fast.learn import LearnOptions
+from slm_fast.learn import LearnOptions, optimizer_and_schedule
 from slm_fast.progress import bar
 from slm_fast.query import TrunkQuery
 from slm_fast.tasks import Row, Task, name_seed
@@ -40,13 +39,8 @@ class Classifier(nn.Module):
     def fit(self, task: Task, options: LearnOptions, progress: bool | None = None) -> None:
         """Train every parameter that requires a gradient on one task."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
         rows, epochs = task.rows, options.epochs_for(len(task.rows))
-        steps = epochs * math.ceil(len(rows) / options.batch_size)
-        warmup = max(1, round(options.warmup * steps))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        )
+        optimizer, scheduler = optimizer_and_schedule(parameters, options, len(rows))
         generator = torch.Generator().manual_seed(name_seed(task.name, options.seed))
         with bar(f"{task.name}: learning", epochs * len(rows), progress) as advance:
             for _ in range(epochs):
