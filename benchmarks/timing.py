@@ -2,7 +2,7 @@
 
 Candidates are called in turns, round after round, so that a slow moment of the machine meets them all. What is reported
 is the 20th, 50th and 80th percentile over rounds; ratios are of medians within one run. A call during which the kernel
-gave one of our cores to somebody else is left out, for every candidate alike, as long as ten undisturbed ones remain.
+gave one of our cores to somebody else is left out, for every candidate alike, as long as five undisturbed ones remain.
 """
 
 from __future__ import annotations
@@ -35,28 +35,32 @@ class Times:
 
 
 def time_together(
-    candidates: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, least: int = 10, most: int = 400
+    candidates: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, least: int = 5, most: int = 400
 ) -> dict[str, Times]:
-    """Calls every candidate in turn until each has had about `seconds`, `least` rounds at the least."""
-    rounds: dict[str, list[tuple[bool, float]]] = {name: [] for name in candidates}
+    """Calls the candidates in turns until each has had about `seconds`, and `least` calls at the least."""
+    calls: dict[str, list[tuple[bool, float]]] = {name: [] for name in candidates}
+    spent = dict.fromkeys(candidates, 0.0)
     for call in candidates.values():
         call()
-    began, done = time.perf_counter(), 0
-    while done < least or (done < most and time.perf_counter() - began < seconds * len(candidates)):
-        for name, call in candidates.items():
+    waiting = list(candidates)
+    while waiting:
+        for name in waiting:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
             start = time.perf_counter()
-            call()
-            milliseconds = (time.perf_counter() - start) * 1e3
+            candidates[name]()
+            took = time.perf_counter() - start
             disturbed = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw != before
-            rounds[name].append((disturbed, milliseconds))
-        done += 1
-    return {name: _percentiles(times) for name, times in rounds.items()}
+            calls[name].append((disturbed, took * 1e3))
+            spent[name] += took
+        waiting = [
+            name for name in waiting if len(calls[name]) < least or (len(calls[name]) < most and spent[name] < seconds)
+        ]
+    return {name: _percentiles(timed) for name, timed in calls.items()}
 
 
 def _percentiles(calls: list[tuple[bool, float]]) -> Times:
     quiet = [milliseconds for disturbed, milliseconds in calls if not disturbed]
-    ordered = sorted(quiet if len(quiet) >= 10 else [milliseconds for _, milliseconds in calls])
+    ordered = sorted(quiet if len(quiet) >= 5 else [milliseconds for _, milliseconds in calls])
     p20, p50, p80 = (ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8))
     return Times(p20, p50, p80)
 
