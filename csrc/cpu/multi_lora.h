@@ -158,10 +158,10 @@ struct OntoBase {
   int64_t y_stride;
   const T* base;  // or null
   int64_t base_stride;
-  const char* next;  // what is needed later, and how many bytes of it to ask for at each step
-  int64_t next_step;
+  const char* next;  // what is needed later, or null; where in it this tile is, and the bytes of it a step asks for
+  int64_t next_offset, next_step;
 
-  void ahead(int64_t n) const { __builtin_prefetch(next + n * next_step, 0, 2); }
+  void ahead(int64_t n) const { ask_for(next, next_offset + n * next_step); }
   template <class V>
   void add(int64_t row, int64_t column, V sum) const {
     if (base) sum = load<LaneOf<V>>(base + row * base_stride + column) + sum;
@@ -221,7 +221,7 @@ struct Expand {
     const int64_t turns = (length + most * kColumns - 1) / (most * kColumns) * ((tokens + kCombineM - 1) / kCombineM);
     // The next tile's rows are asked for a little at each step: in one go they would be more than can be on their way.
     const int64_t next_step = ahead.bytes() / std::max<int64_t>(1, turns * most * steps) + 1;
-    const char* next = ahead.rows;
+    int64_t next_offset = 0;
 
     for (int64_t first = 0; first < length; first += most * kColumns) {
       const int64_t last = std::min(first + most * kColumns, length);
@@ -239,8 +239,9 @@ struct Expand {
           combine<P>(
               c, tile, 1, panels.data() + (column - first) / kColumns * panel_size, steps, t,
               std::min<int64_t>(t + kCombineM, tokens), std::min(kColumns, last - column),
-              OntoBase<T>{y + column, y_stride, base ? base + column : nullptr, base_stride, next, next_step});
-          next += steps * next_step;
+              OntoBase<T>{
+                  y + column, y_stride, base ? base + column : nullptr, base_stride, ahead.rows, next_offset, next_step});
+          next_offset += steps * next_step;
         }
     }
   }

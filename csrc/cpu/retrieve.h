@@ -249,8 +249,9 @@ class Searcher {
     const float* factor;  // of a key in this group, or null
     int64_t stride;
     bool more;
-    const char* next;  // rows that come later: a step asks for as many of their bytes as it uses of these rows
-    void ahead(int64_t n) const { __builtin_prefetch(next + n * kCombineM * static_cast<int64_t>(sizeof(T)), 0, 2); }
+    const T* next;  // rows that come later: a step asks for as much of them as it uses of these rows
+    int64_t offset;
+    void ahead(int64_t n) const { ask_for(next, (offset + n * kCombineM) * static_cast<int64_t>(sizeof(T))); }
     void add(int64_t key, int64_t column, Vec<float> sum) const {
       float* to = scores + key * kQueries + column;
       if (factor) sum = sum * broadcast(factor[key * stride]);
@@ -291,8 +292,10 @@ class Searcher {
         for (int64_t list = 0; list < s.lists(); ++list) {
           for (int64_t key = 0; key < keys; key += kCombineM) {
             // The first panel's pass fetches the next chunk, the others find it there.
-            const T* next = source + (block == first_block ? kKeys + key : key) * s.width;
-            score(rows, scratch, block, key, std::min<int64_t>(key + kCombineM, keys), list, next);
+            const bool fetch = block == first_block && chunk + kKeys + key < end;
+            score(
+                rows, scratch, block, key, std::min<int64_t>(key + kCombineM, keys), list,
+                source + (fetch ? kKeys + key : key) * s.width);
           }
           finish(scratch.scores.data(), keys, chunk);
           float* thresholds = scratch.thresholds.data() + ((block - first_block) * s.lists() + list) * kQueries;
@@ -315,7 +318,7 @@ class Searcher {
       const float* key_rows = rows + first * s.width + g * d;
       const float* factor = s.cosine ? scratch.lengths.data() + first * s.groups + g : nullptr;
       const Scored out{scratch.scores.data() + first * kQueries, factor, s.groups, g > first_group,
-                       reinterpret_cast<const char*>(next + g * d * kCombineM)};
+                       next, g * d * kCombineM};
       if (few) {
         score_few(key_rows, last - first, g, out);
       } else {

@@ -194,6 +194,12 @@ inline void combine(
   for (; row < last; ++row) combine_rows<P, 1>(c + row * stride, step, stride, panel, n_count, row, columns, out);
 }
 
+// Asks for the line at an offset from an address that may be null or past its array's end: a hint, never an access.
+inline void ask_for(const void* from, int64_t offset) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(offset);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+}
+
 // Asks for the rows that are needed next, a few lines at a time, while arithmetic keeps the core busy.
 struct Ahead {
   const char* rows = nullptr;
