@@ -158,7 +158,10 @@ struct OntoBase {
   int64_t y_stride;
   const T* base;  // or null
   int64_t base_stride;
+  const char* next;  // what is needed later, or null; where in it this tile is, and the bytes of it a step asks for
+  int64_t next_offset, next_step;
 
+  void ahead(int64_t n) const { ask_for(next, next_offset + n * next_step); }
   template <class V>
   void add(int64_t row, int64_t column, V sum) const {
     if (base) sum = load<LaneOf<V>>(base + row * base_stride + column) + sum;
@@ -216,7 +219,9 @@ struct Expand {
         (length + kColumns - 1) / kColumns);
     panels.at_least(most * panel_size);
     const int64_t turns = (length + most * kColumns - 1) / (most * kColumns) * ((tokens + kCombineM - 1) / kCombineM);
-    const int64_t lines = ahead.lines() / std::max<int64_t>(1, turns * most) + 1;
+    // The next tile's rows are asked for a little at each step: in one go they would be more than can be on their way.
+    const int64_t next_step = ahead.bytes() / std::max<int64_t>(1, turns * most * steps) + 1;
+    int64_t next_offset = 0;
 
     for (int64_t first = 0; first < length; first += most * kColumns) {
       const int64_t last = std::min(first + most * kColumns, length);
@@ -226,7 +231,6 @@ struct Expand {
             std::min(kColumns, last - column));
       for (int64_t t = 0; t < tokens; t += kCombineM)
         for (int64_t column = first; column < last; column += kColumns) {
-          ahead.ask(lines);
           for (int64_t m = t + kCombineM; m < std::min(t + 2 * kCombineM, tokens); ++m)  // the rows that come next
             for (int64_t part = column; part < std::min(column + kColumns, last); part += kLine<T>) {
               __builtin_prefetch(y + m * y_stride + part, 1);
@@ -235,7 +239,9 @@ struct Expand {
           combine<P>(
               c, tile, 1, panels.data() + (column - first) / kColumns * panel_size, steps, t,
               std::min<int64_t>(t + kCombineM, tokens), std::min(kColumns, last - column),
-              OntoBase<T>{y + column, y_stride, base ? base + column : nullptr, base_stride});
+              OntoBase<T>{
+                  y + column, y_stride, base ? base + column : nullptr, base_stride, ahead.rows, next_offset, next_step});
+          next_offset += steps * next_step;
         }
     }
   }

@@ -249,6 +249,9 @@ class Searcher {
     const float* factor;  // of a key in this group, or null
     int64_t stride;
     bool more;
+    const T* next;  // rows that come later: a step asks for as much of them as it uses of these rows
+    int64_t offset;
+    void ahead(int64_t n) const { ask_for(next, (offset + n * kCombineM) * static_cast<int64_t>(sizeof(T))); }
     void add(int64_t key, int64_t column, Vec<float> sum) const {
       float* to = scores + key * kQueries + column;
       if (factor) sum = sum * broadcast(factor[key * stride]);
@@ -285,15 +288,14 @@ class Searcher {
         widen_all(source, scratch.keys.data(), keys * s.width);
         rows = scratch.keys.data();
       }
-      const int64_t next = std::clamp<int64_t>(end - chunk - kKeys, 0, kKeys);
-      Ahead ahead = Ahead::of(source + kKeys * s.width, s.width, s.width, next);
-      const int64_t turns = (last_block - first_block) * s.lists() * ((keys + kCombineM - 1) / kCombineM);
-      const int64_t lines = ahead.lines() / turns + 1;
       for (int64_t block = first_block; block < last_block; ++block)
         for (int64_t list = 0; list < s.lists(); ++list) {
           for (int64_t key = 0; key < keys; key += kCombineM) {
-            ahead.ask(lines);
-            score(rows, scratch, block, key, std::min<int64_t>(key + kCombineM, keys), list);
+            // The first panel's pass fetches the next chunk, the others find it there.
+            const bool fetch = block == first_block && chunk + kKeys + key < end;
+            score(
+                rows, scratch, block, key, std::min<int64_t>(key + kCombineM, keys), list,
+                source + (fetch ? kKeys + key : key) * s.width);
           }
           finish(scratch.scores.data(), keys, chunk);
           float* thresholds = scratch.thresholds.data() + ((block - first_block) * s.lists() + list) * kQueries;
@@ -306,14 +308,17 @@ class Searcher {
   }
 
   // Scores of keys first..last-1 of a chunk for one panel: of one group, or summed over all.
-  void score(const float* rows, Scratch& scratch, int64_t block, int64_t first, int64_t last, int64_t list) const {
+  void score(
+      const float* rows, Scratch& scratch, int64_t block, int64_t first, int64_t last, int64_t list,
+      const T* next) const {
     const float* panel = panels.data() + block * s.width * kQueries;
     const int64_t count = std::min(kQueries, s.queries - block * kQueries);
     const int64_t first_group = s.by_group ? list : 0, last_group = s.by_group ? list + 1 : s.groups;
     for (int64_t g = first_group; g < last_group; ++g) {
       const float* key_rows = rows + first * s.width + g * d;
       const float* factor = s.cosine ? scratch.lengths.data() + first * s.groups + g : nullptr;
-      const Scored out{scratch.scores.data() + first * kQueries, factor, s.groups, g > first_group};
+      const Scored out{scratch.scores.data() + first * kQueries, factor, s.groups, g > first_group,
+                       next, g * d * kCombineM};
       if (few) {
         score_few(key_rows, last - first, g, out);
       } else {

@@ -133,7 +133,7 @@ inline void dot(
 // ---- combine ----
 
 // out.add(row, column, vector) or, in the last columns, out.add_first(row, column, vector, lanes), for the M x V tile of
-// sum_n C[n * step + m * stride] * panel[n][v].
+// sum_n C[n * step + m * stride] * panel[n][v]. An `out` that has ahead(n) asks for memory needed later, at each step.
 template <class P, int M, int V, bool kWhole, class Out>
 inline void combine_tile(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
@@ -141,6 +141,7 @@ inline void combine_tile(
   constexpr int L = kLanes<typename P::Accumulator>;
   Vec<typename P::Accumulator> acc[M][V] = {};
   for (int64_t n = 0; n < n_count; ++n) {
+    if constexpr (requires { out.ahead(n); }) out.ahead(n);
     typename P::Operand b[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) b[v] = P::load_operand(panel + (n * kCombineV + v) * L * P::kPair);
@@ -193,6 +194,12 @@ inline void combine(
   for (; row < last; ++row) combine_rows<P, 1>(c + row * stride, step, stride, panel, n_count, row, columns, out);
 }
 
+// Asks for the line at an offset from an address that may be null or past its array's end: a hint, never an access.
+inline void ask_for(const void* from, int64_t offset) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(offset);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
+}
+
 // Asks for the rows that are needed next, a few lines at a time, while arithmetic keeps the core busy.
 struct Ahead {
   const char* rows = nullptr;
@@ -203,6 +210,7 @@ struct Ahead {
     constexpr auto size = static_cast<int64_t>(sizeof(T));
     return {reinterpret_cast<const char*>(rows), stride * size, length * size, count};
   }
+  int64_t bytes() const { return stride == row_bytes ? count * row_bytes : 0; }  // of rows that follow each other
   int64_t lines() const { return count * ((row_bytes + 63) / 64); }
   void ask(int64_t lines) {
     for (; lines > 0 && count > 0; --lines) {
