@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
-# Where the interpreter already has torch (a GPU machine, say), that one is used. Elsewhere torch is installed, at the
-# version this project is tested with.
-HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u; print(1 if u.find_spec('torch') else '')" 2>/dev/null)
+# Where the interpreter already has torch 2.10 or newer (a GPU machine, say), that one is used. Elsewhere torch is
+# installed, at the version this project is tested with.
+HAS_TORCH := $(shell $(PYTHON) -c "from importlib.metadata import version as v; \
+  print('1' if tuple(map(int, v('torch').split('.')[:2])) >= (2, 10) else '')" 2>/dev/null)
 
 .PHONY: demo test lint setup sanitize clean
 
