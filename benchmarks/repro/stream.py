@@ -181,7 +181,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     after = list(dict.fromkeys(record["after"] for record in records))
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     for method in dict.fromkeys(record["method"] for record in records):
         rows = [[r for r in records if r["method"] == method and r["after"] == name] for name in after]
         first = [next(100 * float(r["accuracy"]) for r in row if r["task"] == after[0]) for row in rows]
@@ -195,7 +195,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     for panel in panels:
         panel.set_xlabel("after learning")
         panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8, loc="lower left")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=140)
 
 
