@@ -15,8 +15,8 @@ struct Pool {
   int workers;
   void (*run)(int workers, void (*body)(void* context, int worker), void* context);
 
-  // work(item) for each item, handed out a few neighbours at a time, so that uneven items and a busy core cost little.
-  // Which thread gets an item never changes a result: no item's arithmetic depends on another's.
+  // work(item) for each item, handed out in runs of neighbours that get shorter towards the end, so that uneven items and
+  // a busy core cost little. Which thread gets an item never changes a result: no item's arithmetic depends on another's.
   template <class MakeWork>
   void for_each(int64_t items, bool worth_threads, const MakeWork& make_work) const {
     const int wanted = worth_threads && items > 1 ? static_cast<int>(items < workers ? items : workers) : 1;
@@ -27,18 +27,25 @@ struct Pool {
     }
     struct Shared {
       const MakeWork& make_work;
-      const int64_t items, few;
+      const int64_t items, share;
       std::atomic<int64_t> next{0};
-    } shared{make_work, items, items / (wanted * 8) + 1};
+      // The next run's first item; `end` is one past its last.
+      int64_t take(int64_t& end) {
+        int64_t begin = next.load(std::memory_order_relaxed);
+        do end = begin + (items - begin + share - 1) / share;
+        while (begin < items && !next.compare_exchange_weak(begin, end));
+        return begin;
+      }
+    } shared{make_work, items, 4 * wanted};
     run(
         wanted,
         [](void* context, int) {
           Shared& s = *static_cast<Shared*>(context);
-          int64_t begin = s.next.fetch_add(s.few);
+          int64_t end, begin = s.take(end);
           if (begin >= s.items) return;
           auto work = s.make_work();
-          for (; begin < s.items; begin = s.next.fetch_add(s.few))
-            for (int64_t item = begin; item < begin + s.few && item < s.items; ++item) work(item);
+          for (; begin < s.items; begin = s.take(end))
+            for (int64_t item = begin; item < end; ++item) work(item);
         },
         &shared);
   }

@@ -10,24 +10,52 @@ namespace slm_fast::SLM_ISA {
 
 // Many tokens a sample: tiles of tokens, each against all R rows of its sample.
 template <class T, class P>
-void forward_tiles(const MultiLora& op, const Pool& pool) {
+class ForwardTile {
   using A = typename P::Accumulator;
-  const Tiling tiling(op.tokens, op.features_in * static_cast<int64_t>(sizeof(T)));
-  pool.for_each(op.samples * tiling.tiles, worth_threads(op), [&] {
-    return [&, rows = SlotRows<T>(op), shrink = Shrink<T, P>(op, tiling.tile), expand = Expand<T, P>(op, tiling.tile)](
-               int64_t item) mutable {
-      const int64_t b = item / tiling.tiles, first = item % tiling.tiles * tiling.tile;
-      const int64_t tokens = std::min(tiling.tile, op.tokens - first);
-      rows.of_sample(op, b);
-      A* sums = shrink(at<T>(op.x, b, first), op.x.token_stride, tokens, rows.a.data(), rows.count, op.features_in);
-      for (int64_t n = 0; n < rows.count; ++n)
-        for (int64_t t = 0; t < tokens; ++t) sums[n * tiling.tile + t] *= A(rows.weight[n]);
-      const T* base = op.base.data ? at<T>(op.base, b, first) : nullptr;
-      expand(
-          sums, rows.b.data(), rows.count, tokens, op.features_out, base, op.base.token_stride,
-          at<T>(op.y, b, first), op.y.token_stride, tiling.ahead<T>(op, op.x, item + 1, 0, op.features_in));
-    };
-  });
+
+ public:
+  ForwardTile(const MultiLora& op, const Tiling& tiling)
+      : op(op), tiling(tiling), rows(op), shrink(op, tiling.tile), across(op, tiling.tile), expand(op, tiling.tile) {}
+
+  void operator()(int64_t item) {
+    const int64_t b = item / tiling.tiles, first = item % tiling.tiles * tiling.tile;
+    const int64_t tokens = std::min(tiling.tile, op.tokens - first);
+    rows.of_sample(op, b);
+    const Coefficients<P> c = shrunk(b, at<T>(op.x, b, first), tokens);
+    const T* base = op.base.data ? at<T>(op.base, b, first) : nullptr;
+    expand(
+        c, rows.b.data(), b, rows.count, tokens, op.features_out, base, op.base.token_stride, at<T>(op.y, b, first),
+        op.y.token_stride, tiling.ahead<T>(op, op.x, item + 1, 0, op.features_in));
+  }
+
+ private:
+  Coefficients<P> shrunk(int64_t b, const T* x, int64_t tokens) {
+    if constexpr (P::kPair == 2)
+      if (across.serves(op.tokens, rows.count)) {
+        across.pack(b, rows.a.data(), rows.weight.data(), rows.count, op.features_in);
+        return across(x, op.x.token_stride, tokens, rows.count, op.features_in);
+      }
+    A* sums = shrink(x, op.x.token_stride, tokens, rows.a.data(), rows.count, op.features_in);
+    for (int64_t n = 0; n < rows.count; ++n)
+      for (int64_t t = 0; t < tokens; ++t) sums[n * tiling.tile + t] *= A(rows.weight[n]);
+    return expand.coefficients(sums, rows.count);
+  }
+
+  const MultiLora& op;
+  const Tiling& tiling;
+  SlotRows<T> rows;
+  Shrink<T, P> shrink;
+  ShrinkAcross<P> across;
+  Expand<T, P> expand;
+};
+
+template <class T, class P>
+void forward_tiles(const MultiLora& op, const Pool& pool) {
+  // Larger tiles use packed rows more often; they are wanted where they leave the threads something to share out.
+  const int64_t larger = op.samples >= 4 * pool.workers ? 2 : 1;
+  const Tiling tiling(
+      op.tokens, op.features_in * static_cast<int64_t>(sizeof(T)), larger * kTileTokens, larger * kTileBytes);
+  pool.for_each(op.samples * tiling.tiles, worth_threads(op), [&] { return ForwardTile<T, P>(op, tiling); });
 }
 
 // Few tokens a sample (decoding): the work is reading slots, so each slot is read once for all samples that share it.
@@ -36,7 +64,7 @@ void forward_rows(const MultiLora& op, const Pool& pool) {
   using A = typename P::Accumulator;
   const int64_t rank = op.rank, per_pair = op.tokens;
   const SharedSlots shared(op);
-    Buffer<A> sums(shared.count * rank * per_pair);  // [pair][r][token], weights folded in
+  Buffer<A> sums(shared.count * rank * per_pair);  // [pair][r][token], weights folded in
 
   pool.for_each(shared.runs, worth_threads(op), [&] {
     using Row = const typename P::Element*;

@@ -12,12 +12,17 @@
 namespace slm_fast::SLM_ISA {
 
 // Where combine puts a slot's share: the slot's own row of a block of columns.
-template <class A>
-struct OntoSlots {
+template <class P, class A = typename P::Accumulator>
+struct OntoSlots : Layout<P> {
   A* block;
   const int64_t* row_of;  // of each of the sample's R rows
   int64_t width;
 
+  OntoSlots(A* block, const int64_t* row_of, int64_t width) : block(block), row_of(row_of), width(width) {}
+  void add_pair(int64_t row, int64_t column, Vec<A> even, Vec<A> odd, int64_t) const {
+    add(row, column, even);
+    add(row, column + kLanes<A>, odd);
+  }
   void add(int64_t row, int64_t column, Vec<A> sum) const {
     A* to = block + row_of[row] * width + column;
     store(to, load<A>(to) + sum);
@@ -71,7 +76,7 @@ class Backward {
         if (op.grad_a || op.grad_x) scale(rows, q, tokens, op.grad_a ? scaled_q.data() + place : nullptr);
         if (op.grad_x)
           expand(
-              q, rows.a.data(), rows.count, tokens, f.features_in, nullptr, 0,
+              expand.coefficients(q, rows.count), rows.a.data(), b, rows.count, tokens, f.features_in, nullptr, 0,
               static_cast<T*>(op.grad_x) + (b * f.tokens + first) * f.features_in, f.features_in,
               tiling.ahead<T>(f, f.x, item + 1, 0, f.features_in));
       };
@@ -111,7 +116,7 @@ class Backward {
 
   // grad[slot, j, :] = sum over samples and tokens of scaled[b, (k, j), t] * rows[b, t, :]
   void sweep_columns(const Rows& source, const E* scaled, int64_t length, T* grad) {
-    constexpr int64_t kColumns = kCombineV * kLanes<A>, kWide = 2 * kColumns;
+    constexpr int64_t kColumns = kPanelColumns<P>, kWide = 2 * kColumns;
     const int64_t slot_size = f.rank * length;
     pool.for_each(f.slots, threads, [&] {
       return [&](int64_t slot) {
@@ -128,25 +133,32 @@ class Backward {
           const int64_t tokens = std::min(tiling.tile, f.tokens - t), count = find_rows(b, row_of.data());
           const auto* c = reinterpret_cast<const typename P::Coefficient*>(scaled + item * most_rows * tiling.tile);
           Ahead ahead = tiling.ahead<T>(f, source, item + 1, first, last - first);
-          const int64_t lines = ahead.lines() / std::max<int64_t>(1, 2 * ((count + kCombineM - 1) / kCombineM)) + 1;
+          const int64_t lines = ahead.lines() / std::max<int64_t>(1, 2 * ((count + kCombineM<P> - 1) / kCombineM<P>)) + 1;
           for (int64_t column = first; column < last; column += kColumns) {
             const int64_t columns = std::min(kColumns, last - column);
             pack_panel<T, P>(
                 panel.data(), [&](int64_t n) { return at<T>(source, b, t + n) + column; }, tokens, columns);
-            for (int64_t row = 0; row < count; row += kCombineM) {
+            for (int64_t row = 0; row < count; row += kCombineM<P>) {
               ahead.ask(lines);
               combine<P>(
                   c, 1, tiling.tile / P::kPair, panel.data(), (tokens + P::kPair - 1) / P::kPair, row,
-                  std::min<int64_t>(row + kCombineM, count), columns,
-                  OntoSlots<A>{sums.data() + (column - first), row_of.data(), kWide});
+                  std::min<int64_t>(row + kCombineM<P>, count), columns,
+                  OntoSlots<P>{sums.data() + (column - first), row_of.data(), kWide});
             }
           }
         }
         for (int64_t row = 0; row < used.distinct * f.rank; ++row) {
           T* to = grad + used.slots[row / f.rank] * slot_size + row % f.rank * length + first;
           const A* from = sums.data() + row * kWide;
-          for (int64_t i = 0; i < last - first; i += kLanes<A>)
-            store_first(to + i, load<A>(from + i), last - first - i);
+          const int64_t columns = last - first;
+          if constexpr (P::kPair == 2) {
+#if defined(__AVX512BF16__)
+            for (int64_t i = 0; i < columns; i += 32)
+              store_even_odd(to + i, {load<A>(from + i), load<A>(from + i + 16)}, columns - i);
+#endif
+          } else {
+            for (int64_t i = 0; i < columns; i += kLanes<A>) store_first(to + i, load<A>(from + i), columns - i);
+          }
         }
       };
     });

@@ -72,7 +72,8 @@ inline uint32_t lanes_not_at_most(Vec<float> a, Vec<float> b) {
 #endif
 }
 
-constexpr int64_t kQueries = kCombineV * kLanes<float>;  // of a panel
+constexpr int kCombineKeys = kCombineM<Plain<float>>;
+constexpr int64_t kQueries = kPanelColumns<Plain<float>>;  // of a panel
 constexpr int64_t kKeys = 64;                            // of a chunk: it stays in L2 while all panels pass over it
 
 // The length of each group of a row, in float32.
@@ -251,7 +252,7 @@ class Searcher {
     bool more;
     const T* next;  // rows that come later: a step asks for as much of them as it uses of these rows
     int64_t offset;
-    void ahead(int64_t n) const { ask_for(next, (offset + n * kCombineM) * static_cast<int64_t>(sizeof(T))); }
+    void ahead(int64_t n) const { ask_for(next, (offset + n * kCombineKeys) * static_cast<int64_t>(sizeof(T))); }
     void add(int64_t key, int64_t column, Vec<float> sum) const {
       float* to = scores + key * kQueries + column;
       if (factor) sum = sum * broadcast(factor[key * stride]);
@@ -290,11 +291,11 @@ class Searcher {
       }
       for (int64_t block = first_block; block < last_block; ++block)
         for (int64_t list = 0; list < s.lists(); ++list) {
-          for (int64_t key = 0; key < keys; key += kCombineM) {
+          for (int64_t key = 0; key < keys; key += kCombineKeys) {
             // The first panel's pass fetches the next chunk, the others find it there.
             const bool fetch = block == first_block && chunk + kKeys + key < end;
             score(
-                rows, scratch, block, key, std::min<int64_t>(key + kCombineM, keys), list,
+                rows, scratch, block, key, std::min<int64_t>(key + kCombineKeys, keys), list,
                 source + (fetch ? kKeys + key : key) * s.width);
           }
           finish(scratch.scores.data(), keys, chunk);
@@ -318,7 +319,7 @@ class Searcher {
       const float* key_rows = rows + first * s.width + g * d;
       const float* factor = s.cosine ? scratch.lengths.data() + first * s.groups + g : nullptr;
       const Scored out{scratch.scores.data() + first * kQueries, factor, s.groups, g > first_group,
-                       next, g * d * kCombineM};
+                       next, g * d * kCombineKeys};
       if (few) {
         score_few(key_rows, last - first, g, out);
       } else {
@@ -356,8 +357,8 @@ class Searcher {
 
   // Sums along the rows; its bits differ from combine's, which the float64 ranking makes good.
   void score_few(const float* key_rows, int64_t keys, int64_t g, const Scored& out) const {
-    const float *queries[kFew], *rows[kCombineM];
-    float sums[kCombineM * kFew];
+    const float *queries[kFew], *rows[kCombineKeys];
+    float sums[kCombineKeys * kFew];
     for (int64_t q = 0; q < s.queries; ++q) queries[q] = panels.data() + q * s.width + g * d;
     for (int64_t key = 0; key < keys; ++key) rows[key] = key_rows + key * s.width;
     dot<Plain<float>>(queries, s.queries, rows, keys, d, sums, kFew);

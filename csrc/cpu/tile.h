@@ -17,7 +17,12 @@ template <class P>
 constexpr int kDotM = kTiled<P> ? 4 : 1;
 template <class P>
 constexpr int kDotN = !kTiled<P> ? 1 : kRegisters == 32 ? 6 : 2;
-constexpr int kCombineM = kRegisters == 32 ? 8 : 4, kCombineV = 3;
+template <class P>
+constexpr int kCombineM = kRegisters == 16 ? 4 : P::kPair == 2 ? 6 : 8;
+template <class P>
+constexpr int kCombineV = P::kPair == 2 ? 4 : 3;
+template <class P>
+constexpr int64_t kPanelColumns = kCombineV<P> * kLanes<typename P::Accumulator>;
 
 // How numbers are multiplied: Element is what X, A and panels hold, Coefficient what C holds, Accumulator what sums are.
 template <class A>
@@ -38,7 +43,7 @@ struct Plain {
 // Products of bfloat16 pairs, summed in float32: twice the multiply-adds an instruction.
 struct Bf16Pairs {
   using Element = BFloat16;
-  using Coefficient = uint32_t;  // two bfloat16: rows 2n and 2n + 1
+  typedef uint32_t Coefficient __attribute__((may_alias, aligned(2)));  // two bfloat16: rows 2n and 2n + 1
   using Accumulator = float;
   static constexpr int kStep = 32;
   static constexpr int kPair = 2;
@@ -133,7 +138,12 @@ inline void dot(
 // ---- combine ----
 
 // out.add(row, column, vector) or, in the last columns, out.add_first(row, column, vector, lanes), for the M x V tile of
-// sum_n C[n * step + m * stride] * panel[n][v]. An `out` that has ahead(n) asks for memory needed later, at each step.
+// sum_n C[n * step + m * stride] * panel[n][v]. Where a panel's vectors hold the even and the odd columns in turn, `out`
+// says so by a type named Interleaved and takes add_pair(row, column, even, odd, lanes) instead. An `out` that has ahead(n) asks for memory
+// needed later, at each step.
+template <class Out>
+constexpr bool kInterleaved = requires { typename Out::Interleaved; };
+
 template <class P, int M, int V, bool kWhole, class Out>
 inline void combine_tile(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
@@ -144,7 +154,7 @@ inline void combine_tile(
     if constexpr (requires { out.ahead(n); }) out.ahead(n);
     typename P::Operand b[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) b[v] = P::load_operand(panel + (n * kCombineV + v) * L * P::kPair);
+    for (int v = 0; v < V; ++v) b[v] = P::load_operand(panel + (n * kCombineV<P> + v) * L * P::kPair);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const typename P::Operand c_m = P::spread(c[n * step + m * stride]);
@@ -155,8 +165,10 @@ inline void combine_tile(
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      if constexpr (kWhole) {
+    for (int v = 0; v < V; v += kInterleaved<Out> ? 2 : 1) {
+      if constexpr (kInterleaved<Out>) {
+        out.add_pair(row + m, v * L, acc[m][v], acc[m][v + 1], kWhole ? 2 * L : columns - v * L);
+      } else if constexpr (kWhole) {
         out.add(row + m, v * L, acc[m][v]);
       } else {
         out.add_first(row + m, v * L, acc[m][v], columns - v * L);
@@ -168,28 +180,35 @@ template <class P, int M, class Out>
 inline void combine_rows(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
     int64_t row, int64_t columns, Out out) {
-  constexpr int L = kLanes<typename P::Accumulator>;
-  static_assert(kCombineV == 3);
-  if (columns == 3 * L) return combine_tile<P, M, 3, true>(c, step, stride, panel, n_count, row, columns, out);
-  if (columns > 2 * L) return combine_tile<P, M, 3, false>(c, step, stride, panel, n_count, row, columns, out);
-  if (columns > L) return combine_tile<P, M, 2, false>(c, step, stride, panel, n_count, row, columns, out);
-  return combine_tile<P, M, 1, false>(c, step, stride, panel, n_count, row, columns, out);
+  constexpr int L = kLanes<typename P::Accumulator>, V = kCombineV<P>;
+  if (columns == V * L) return combine_tile<P, M, V, true>(c, step, stride, panel, n_count, row, columns, out);
+  if constexpr (kInterleaved<Out>) {
+    static_assert(V == 4);
+    if (columns > 2 * L) return combine_tile<P, M, 4, false>(c, step, stride, panel, n_count, row, columns, out);
+    return combine_tile<P, M, 2, false>(c, step, stride, panel, n_count, row, columns, out);
+  } else {
+    if (V == 4 && columns > 3 * L)
+      return combine_tile<P, M, V, false>(c, step, stride, panel, n_count, row, columns, out);
+    if (columns > 2 * L) return combine_tile<P, M, 3, false>(c, step, stride, panel, n_count, row, columns, out);
+    if (columns > L) return combine_tile<P, M, 2, false>(c, step, stride, panel, n_count, row, columns, out);
+    return combine_tile<P, M, 1, false>(c, step, stride, panel, n_count, row, columns, out);
+  }
 }
 
-// All rows of output from `first` on, against one panel of at most kCombineV vectors of columns.
-template <class P, class Out>
+// All rows of output from `first` on, against one panel of at most kPanelColumns columns.
+template <class P, int M = kCombineM<P>, class Out>
 inline void combine(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
     int64_t first, int64_t last, int64_t columns, Out out) {
   int64_t row = first;
   if constexpr (kTiled<P>) {
-    for (; row + kCombineM <= last; row += kCombineM)
-      combine_rows<P, kCombineM>(c + row * stride, step, stride, panel, n_count, row, columns, out);
-    constexpr int L = kLanes<typename P::Accumulator>;
-    if (kCombineM > 4 && row + 4 <= last && columns == kCombineV * L) {
-      combine_tile<P, 4, kCombineV, true>(c + row * stride, step, stride, panel, n_count, row, columns, out);
-      row += 4;
-    }
+    for (; row + M <= last; row += M)
+      combine_rows<P, M>(c + row * stride, step, stride, panel, n_count, row, columns, out);
+    if constexpr (M > 4)
+      if (row + 4 <= last) {
+        combine_rows<P, 4>(c + row * stride, step, stride, panel, n_count, row, columns, out);
+        row += 4;
+      }
   }
   for (; row < last; ++row) combine_rows<P, 1>(c + row * stride, step, stride, panel, n_count, row, columns, out);
 }
