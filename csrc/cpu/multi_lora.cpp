@@ -2,9 +2,7 @@
 //
 // The K slots of a sample act as one matrix of R = K r rows, read where they lie. x is read once, y is read and written
 // once, and the [R, tokens] intermediate never leaves the nearest cache. 4 N R H multiply-adds' flops for N = B T rows.
-#include "multi_lora.h"
-
-#include <algorithm>
+#include "products.h"
 
 namespace slm_fast::SLM_ISA {
 
@@ -56,6 +54,67 @@ void forward_tiles(const MultiLora& op, const Pool& pool) {
   const Tiling tiling(
       op.tokens, op.features_in * static_cast<int64_t>(sizeof(T)), larger * kTileTokens, larger * kTileBytes);
   pool.for_each(op.samples * tiling.tiles, worth_threads(op), [&] { return ForwardTile<T, P>(op, tiling); });
+}
+
+constexpr int64_t kRunPairs = 16;
+
+// The (sample, pick) pairs sorted by slot, cut into runs of one slot and at most kRunPairs pairs.
+struct SharedSlots : UsedSlots {
+  int64_t runs = 0;
+  Buffer<int64_t> place;      // [B * K] of each pair in `pairs`, -1 for slot -1
+  Buffer<int64_t> run_begin;  // [runs + 1]
+
+  explicit SharedSlots(const MultiLora& op)
+      : UsedSlots(op), place(op.samples * op.picks), run_begin(op.samples * op.picks + 1) {
+    std::fill_n(place.data(), op.samples * op.picks, -1);
+    for (int64_t i = 0; i < count; ++i) {
+      place[pairs[i]] = i;
+      const bool other = i == 0 || index[pairs[i]] != index[pairs[i - 1]];
+      if (other || i - run_begin[runs - 1] == kRunPairs) run_begin[runs++] = i;
+    }
+    run_begin[runs] = count;
+  }
+
+  // Columns of y that one thread passes over at a time.
+  int64_t column_piece(const MultiLora& op, int workers, int64_t element) const {
+    const int64_t even = (op.features_out + 2 * workers - 1) / (2 * workers);
+    const int64_t fits = (512 << 10) / std::max<int64_t>(1, distinct * op.rank * element);  // half an L2
+    const bool reused = distinct * 2 <= count;
+    const int64_t piece = reused ? std::min(even, fits) : even;
+    return std::max<int64_t>(256, (piece + 127) / 128 * 128);
+  }
+};
+
+// One row of output, V vectors wide from `column`: y = base + sum over the sample's slots of sums * b.
+template <class T, int V, class A>
+inline void add_rows(
+    const MultiLora& op, const SharedSlots& shared, const A* sums, int64_t b, int64_t t, int64_t column, int64_t lanes,
+    const T* base, T* y) {
+  constexpr int L = kLanes<A>;
+  const bool whole = lanes == V * L;
+  Vec<A> acc[V] = {};
+  for (int64_t k = 0; k < op.picks; ++k) {
+    const int64_t place = shared.place[b * op.picks + k];
+    if (place < 0) continue;
+    const int64_t slot = op.slot_ids[b * op.picks + k];
+    for (int64_t j = 0; j < op.rank; ++j) {
+      const Vec<A> c = broadcast(sums[(place * op.rank + j) * op.tokens + t]);
+      const T* row = static_cast<const T*>(op.lora_b) + (slot * op.rank + j) * op.features_out + column;
+      if (whole) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[v] = c * load<A>(row + v * L) + acc[v];
+      } else {
+        acc[0] = c * load_first<A>(row, lanes) + acc[0];
+      }
+    }
+  }
+  if (whole) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v)
+      store(y + column + v * L, base ? load<A>(base + column + v * L) + acc[v] : acc[v]);
+  } else {
+    store_first(y + column, base ? load_first<A>(base + column, lanes) + acc[0] : acc[0], lanes);
+  }
 }
 
 // Few tokens a sample (decoding): the work is reading slots, so each slot is read once for all samples that share it.

@@ -7,7 +7,7 @@
 // Two sweeps. The first goes over tiles of tokens and keeps w Q and w S, R numbers a token. The second goes over blocks of
 // columns: one thread owns a block of d A (or d B) for all slots and adds the samples in their order, so sums need no
 // atomics and come out the same for any number of threads.
-#include "multi_lora.h"
+#include "products.h"
 
 namespace slm_fast::SLM_ISA {
 

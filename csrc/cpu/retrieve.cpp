@@ -1,7 +1,5 @@
 // retrieve, key_loss and its gradient. See slm_fast/ops/retrieve.py for what they compute.
-#include "retrieve.h"
-
-#include <limits>
+#include "search.h"
 
 namespace slm_fast::SLM_ISA {
 
@@ -60,23 +58,22 @@ struct Masked {
 
 template <class T>
 void retrieve_as(const Retrieve& op, const Pool& pool) {
-  const Search search{op.queries, op.slots, op.width, op.groups, op.vote ? std::min(op.k, op.slots) : op.k,
+  const Search asked{op.queries, op.slots, op.width, op.groups, op.vote ? std::min(op.k, op.slots) : op.k,
                       op.query,   op.keys,  op.bias,  op.cosine, op.vote};
-  Buffer<Ranked> votes(op.vote ? op.queries * op.groups * search.k : 0);
+  Buffer<Ranked> votes(op.vote ? op.queries * op.groups * asked.k : 0);
   Buffer<int64_t> counts(op.queries);
-  std::fill_n(counts.data(), op.queries, 0);
   auto use = [&](int64_t query, int64_t group, const Ranked* best, int64_t count) {
     if (!op.vote) return write_route(op, best, count, query);
-    Ranked* mine = votes.data() + query * op.groups * search.k;
+    Ranked* mine = votes.data() + query * op.groups * asked.k;
+    if (group == 0) counts[query] = 0;
     std::copy_n(best, count, mine + counts[query]);
     counts[query] += count;
     if (group + 1 < op.groups) return;
     const int64_t slots = add_votes(mine, counts[query], op.groups);
     write_route(op, mine, std::min(slots, op.k), query);
   };
-  Searcher<T> searcher(search, pool);
-  if (op.mask) searcher.run(Masked{op.mask, op.mask_per_query ? op.slots : 0}, use);
-  else searcher.run(All{}, use);
+  if (op.mask) search<T>(asked, pool, Masked{op.mask, op.mask_per_query ? op.slots : 0}, use);
+  else search<T>(asked, pool, All{}, use);
 }
 
 // The first query with a number that is not finite, or -1.
@@ -85,9 +82,14 @@ int64_t not_finite(const Retrieve& op) {
   using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
   for (int64_t q = 0; q < op.queries; ++q) {
     const T* row = static_cast<const T*>(op.query) + q * op.width;
-    int found = 0;
-    for (int64_t i = 0; i < op.width; ++i) found |= !(widen<A>(row[i]) * 0 == 0);
-    if (found) return q;
+    constexpr int L = kLanes<A>;
+    Vec<A> sums[2] = {};  // of zeros, or NaN
+    int64_t i = 0;
+    for (; i + 2 * L <= op.width; i += 2 * L)
+      for (int j = 0; j < 2; ++j) sums[j] = sums[j] + load<A>(row + i + j * L) * broadcast(A(0));
+    for (; i < op.width; i += L) sums[0] = sums[0] + load_first<A>(row + i, op.width - i) * broadcast(A(0));
+    for (int lane = 0; lane < L; ++lane)
+      if (sums[0][lane] + sums[1][lane] != 0) return q;
   }
   return -1;
 }
@@ -131,11 +133,11 @@ struct Shown {
 template <class T>
 void key_loss_as(KeyLoss& op, const Pool& pool) {
   const int64_t G = op.groups, P = op.slots, K = std::min(op.k, P);
-  const Search search{op.queries, P, op.width, G, K, op.query, op.keys, nullptr, true, true};
+  const Search asked{op.queries, P, op.width, G, K, op.query, op.keys, nullptr, true, true};
   const Shown shown{G, P, op.seed, op.mask_prob};
   Buffer<double> sums(op.queries * G);
   Buffer<int64_t> counts(op.queries * G);
-  Searcher<T>(search, pool).run(shown, [&](int64_t b, int64_t g, const Ranked* best, int64_t count) {
+  search<T>(asked, pool, shown, [&](int64_t b, int64_t g, const Ranked* best, int64_t count) {
     const int64_t d = op.width / G;
     const T* query = static_cast<const T*>(op.query) + b * op.width + g * d;
     const double length = exact_length(query, d);

@@ -119,6 +119,11 @@ inline Vec<A> load(const T* from) {
     Vec<A> value;
     std::memcpy(&value, from, sizeof value);
     return value;
+#if defined(__AVX512F__)  // the compiler makes three instructions of the conversion below
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {
+    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return (Vec<float>)_mm512_slli_epi32(words, 16);
+#endif
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
@@ -129,6 +134,11 @@ inline Vec<A> load(const T* from) {
     std::memcpy(&floats, from, sizeof floats);
     return __builtin_convertvector(floats, Vec<double>);
 #if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<A, double> && std::is_same_v<T, BFloat16>) {
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)));
+  } else if constexpr (std::is_same_v<A, double> && std::is_same_v<T, Float16>) {
+    return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, Float16>) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__AVX2__)
@@ -200,14 +210,18 @@ inline void store_first(T* to, V value, int64_t count) {
   std::memcpy(to, whole, static_cast<size_t>(count) * sizeof(T));
 }
 
+#if defined(__AVX512F__)
+// A mask of the first of 32 lanes.
+inline __mmask32 first_lanes(int64_t count) {
+  return count >= 32 ? ~uint32_t{0} : count <= 0 ? 0 : static_cast<uint32_t>((uint64_t{1} << count) - 1);
+}
+#endif
+
 #if defined(__AVX512BF16__)
 // 32 bfloat16 numbers, the even and the odd ones apart: that takes a shift and a mask instead of two conversions.
 struct EvenOdd {
   Vec<float> even, odd;
 };
-inline __mmask32 first_lanes(int64_t count) {
-  return count >= 32 ? ~uint32_t{0} : static_cast<uint32_t>((uint64_t{1} << count) - 1);
-}
 inline EvenOdd load_even_odd(const BFloat16* from, int64_t count) {
   const __m512i both = _mm512_maskz_loadu_epi16(first_lanes(count), from);
   return {(Vec<float>)_mm512_slli_epi32(both, 16), (Vec<float>)_mm512_and_si512(both, _mm512_set1_epi32(~0xffff))};
@@ -226,6 +240,19 @@ inline void widen_all(const T* from, A* to, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes<A> <= count; i += kLanes<A>) store(to + i, load<A>(from + i));
   for (; i < count; ++i) to[i] = widen<A>(from[i]);
+}
+
+// The sum of all lanes, in an order of its own.
+inline double sum_lanes(Vec<double> v) {
+#if defined(__AVX512F__)
+  const __m256d half = _mm512_castpd512_pd256(v) + _mm512_extractf64x4_pd(v, 1);
+  const __m128d quarter = _mm256_castpd256_pd128(half) + _mm256_extractf128_pd(half, 1);
+  return quarter[0] + quarter[1];
+#else
+  double sum = 0;
+  for (int lane = 0; lane < kLanes<double>; ++lane) sum += v[lane];
+  return sum;
+#endif
 }
 
 // The sums of four vectors, each over its own lanes, always added in the same order.

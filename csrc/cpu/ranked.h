@@ -1,0 +1,82 @@
+// Slots in the order that the reference ranks them, and short lists of the best.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "vec.h"
+
+namespace slm_fast::SLM_ISA {
+
+// A slot and its score as one number that ranks as they do: by score in float32, a NaN first, then the lower id.
+using Ranked = uint64_t;
+
+inline Ranked ranked(float score, int64_t slot) {
+  const uint32_t bits = float_to_bits(score + 0.0f);  // -0 becomes 0
+  const uint32_t rising = std::isnan(score) ? ~uint32_t{0} : bits ^ (bits >> 31 ? ~uint32_t{0} : uint32_t{1} << 31);
+  return uint64_t{rising} << 32 | static_cast<uint32_t>(~slot);
+}
+inline int64_t slot_of(Ranked one) { return static_cast<uint32_t>(~one); }
+inline float score_of(Ranked one) {
+  const auto rising = static_cast<uint32_t>(one >> 32);
+  return bits_to_float(rising ^ (rising >> 31 ? uint32_t{1} << 31 : ~uint32_t{0}));  // all ones is a NaN again
+}
+struct Better {
+  bool operator()(Ranked one, Ranked other) const { return one > other; }
+};
+
+// The `most` best so far, among the first `count` of `slots`; pruned when full, so that adding is cheap.
+struct Shortlist {
+  Ranked* slots;
+  int64_t count, most;
+
+  static int64_t capacity(int64_t most) { return most + std::max<int64_t>(16, most); }
+  // Returns true when pruned: from then on no score that is at most slots[most - 1]'s can enter.
+  bool add(Ranked one) {
+    slots[count++] = one;
+    if (count < capacity(most)) return false;
+    prune();
+    return true;
+  }
+  void prune() {
+    if (count <= most) return;
+    std::nth_element(slots, slots + most - 1, slots + count, Better{});
+    count = most;
+  }
+};
+
+// A bit for each lane where !(a <= b).
+inline uint32_t lanes_not_at_most(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ)));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes<float>; ++lane) bits |= static_cast<uint32_t>(!(a[lane] <= b[lane])) << lane;
+  return bits;
+#endif
+}
+
+constexpr int kSeeded = 24;  // the longest list whose threshold is found in registers
+
+// Thresholds that leave the `most` best of scores[key][query]: so few are offered from the start.
+inline void seed_thresholds(const float* scores, int64_t keys, int64_t queries, int64_t most, float* thresholds) {
+  for (int64_t column = 0; column < queries; column += kLanes<float>) {
+    Vec<float> top[kSeeded];
+    std::fill_n(top, most, broadcast(-std::numeric_limits<float>::infinity()));
+    for (int64_t key = 0; key < keys; ++key) {
+      Vec<float> score = load<float>(scores + key * queries + column);
+      for (int64_t i = 0; i < most; ++i) {
+        const Vec<float> larger = score > top[i] ? score : top[i];
+        score = score > top[i] ? top[i] : score;
+        top[i] = larger;
+      }
+    }
+    for (int lane = 0; lane < kLanes<float>; ++lane)  // the largest number below: what equals the last is offered too
+      thresholds[column + lane] = std::nextafter(top[most - 1][lane], -std::numeric_limits<float>::infinity());
+  }
+}
+
+}  // namespace slm_fast::SLM_ISA

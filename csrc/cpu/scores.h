@@ -1,0 +1,133 @@
+// What is searched for; lengths and rounded rows for the fast pass; the float64 scores that ranks are made of.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "vec.h"
+
+namespace slm_fast::SLM_ISA {
+
+constexpr double kEpsilon = 1e-12;  // a vector no longer than this has cosine 0 with everything
+
+// What is asked of every slot.
+struct Search {
+  int64_t queries, slots, width, groups, k;
+  const void *query, *keys;
+  const float* bias;
+  bool cosine, by_group;  // by_group: each group ranks its own slots, else the mean over groups is ranked
+  int64_t lists() const { return by_group ? groups : 1; }
+};
+
+// The length of each group of a row, in float32.
+template <class T>
+inline void group_lengths(const T* row, int64_t groups, int64_t d, float* lengths) {
+  constexpr int L = kLanes<float>;
+  for (int64_t g = 0; g < groups; ++g, row += d) {
+    Vec<float> sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * L <= d; i += 4 * L)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const Vec<float> value = load<float>(row + i + j * L);
+        sums[j] = value * value + sums[j];
+      }
+    for (; i < d; i += L) {
+      const Vec<float> value = load_first<float>(row + i, d - i);
+      sums[0] = value * value + sums[0];
+    }
+    float parts[4];
+    sum_each_of_4<float>(sums, parts);
+    lengths[g] = std::sqrt((parts[0] + parts[1]) + (parts[2] + parts[3]));
+  }
+}
+
+// 1 / length; 0 for a zero vector; NaN where float32 cannot tell, which leaves the case to float64.
+inline float inverse_length(float length) {
+  if (length > 2 * kEpsilon && length < 1e18f) return 1 / length;
+  return length < kEpsilon / 2 ? 0 : std::numeric_limits<float>::quiet_NaN();
+}
+
+// A row with each group of unit length in bfloat16, padded with zeros to `padded` numbers a group. Returns the length of
+// what rounding took away: from the group that lost most, or, where groups' mean is ranked, the mean over groups.
+template <class T>
+inline float round_row(const Search& s, const T* from, int64_t padded, BFloat16* to, float* lengths) {
+  constexpr int L = kLanes<float>;
+  const int64_t d = s.width / s.groups;
+  group_lengths(from, s.groups, d, lengths);
+  float slack = 0;
+  for (int64_t g = 0; g < s.groups; ++g, from += d, to += padded) {
+    const Vec<float> factor = broadcast(inverse_length(lengths[g]));
+    Vec<float> lost[4] = {};
+    auto round = [&](int64_t i, int64_t count, int64_t wide, Vec<float>& sum) {
+      const Vec<float> value = load_first<float>(from + i, count) * factor;
+      store_first(to + i, value, wide);  // the lanes beyond count are zero
+      const Vec<float> rest = value - load_first<float>(to + i, wide);
+      sum = rest * rest + sum;
+    };
+    int64_t i = 0;
+    for (; i + 2 * L <= d; i += 2 * L) round(i, L, L, lost[0]), round(i + L, L, L, lost[1]);
+    for (; i < d; i += L) round(i, d - i, padded - i, lost[2]);
+    float parts[4];
+    sum_each_of_4<float>(lost, parts);
+    const float here = std::sqrt(parts[0] + parts[1] + parts[2]);
+    if (s.by_group) slack = here <= slack ? slack : here;
+    else slack += here / static_cast<float>(s.groups);
+  }
+  return slack;
+}
+
+// a . b and b . b in float64.
+struct ExactProducts {
+  double product, square;
+};
+
+template <class Q, class T>
+inline ExactProducts exact_products(const Q* a, const T* b, int64_t d) {
+  constexpr int L = kLanes<double>;
+  Vec<double> products[2] = {}, squares[2] = {};
+  int64_t i = 0;
+  auto step = [&](int j, Vec<double> a_i, Vec<double> b_i) {
+    products[j] = a_i * b_i + products[j];
+    squares[j] = b_i * b_i + squares[j];
+  };
+  for (; i + 2 * L <= d; i += 2 * L) {
+    step(0, load<double>(a + i), load<double>(b + i));
+    step(1, load<double>(a + i + L), load<double>(b + i + L));
+  }
+  for (; i < d; i += L) step(0, load_first<double>(a + i, d - i), load_first<double>(b + i, d - i));
+  return {sum_lanes(products[0] + products[1]), sum_lanes(squares[0] + squares[1])};
+}
+
+template <class T>
+inline double exact_length(const T* row, int64_t d) {
+  return std::sqrt(exact_products(row, row, d).square);
+}
+
+template <class Q, class T>
+inline double exact_cosine(const Q* query, double query_length, const T* key, int64_t d) {
+  const ExactProducts of = exact_products(query, key, d);
+  const double length = std::sqrt(of.square);
+  return query_length <= kEpsilon || length <= kEpsilon ? 0 : of.product / query_length / length;
+}
+
+// The score that the reference gives: float64 rounded to float32, each group by itself.
+template <class T>
+struct ExactScore {
+  const Search& s;
+  const double *query, *lengths;  // [D], [G]
+  float operator()(int64_t list, int64_t slot) const {
+    const int64_t d = s.width / s.groups;
+    const T* key = static_cast<const T*>(s.keys) + slot * s.width;
+    if (!s.cosine)
+      return static_cast<float>(
+          exact_products(query, key, d).product + (s.bias ? static_cast<double>(s.bias[slot]) : 0));
+    if (s.by_group) return static_cast<float>(exact_cosine(query + list * d, lengths[list], key + list * d, d));
+    float sum = 0;
+    for (int64_t g = 0; g < s.groups; ++g)
+      sum += static_cast<float>(exact_cosine(query + g * d, lengths[g], key + g * d, d));
+    return sum / static_cast<float>(s.groups);
+  }
+};
+
+}  // namespace slm_fast::SLM_ISA
