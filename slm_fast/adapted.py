@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slm_fast import ops
-from slm_fast.ops import Route
+from slm_fast.linear import OneDnnLinear
+from slm_fast.ops import Route, multi_lora
+from slm_fast.ops.multi_lora import multi_lora_
 
 Values = Mapping[str, tuple[Tensor, Tensor]]  # module name -> (lora_a [P, r, I], lora_b [P, r, O])
 
@@ -58,4 +59,10 @@ class AdaptedLinear(nn.Module):
         if route is None or values is None or route.slot_ids.shape[1] == 0 or self.name not in values:
             return y
         lora_a, lora_b = values[self.name]
-        return ops.multi_lora(x, lora_a, lora_b, route.slot_ids, route.weights, base=y)
+        add = multi_lora_ if self._output_is_ours() else multi_lora
+        return add(x, lora_a, lora_b, route.slot_ids, route.weights, y)
+
+    def _output_is_ours(self) -> bool:
+        """Whether nobody else holds what the base returned, so that it may be overwritten. Of a plain linear layer
+        without hooks that is known; another module may return its input, or something that it keeps."""
+        return type(self.base) in (nn.Linear, OneDnnLinear) and not self.base._forward_hooks

@@ -37,11 +37,17 @@ NATIVE_MISSING = _load_native()
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the operators. `why_not()` is None when it can be used here, else the reason it cannot."""
+    """One way to run the operators. `why_not()` is None when it can be used here, else the reason it cannot.
+
+    checks_arguments: `multi_lora` raises ValueError for whatever does not fit, before it touches memory.
+    in_place: it also has `slm_fast::multi_lora_<name>_`, which overwrites `base`.
+    """
 
     name: str
     operators: tuple[str, ...]
     why_not: Callable[[], str | None] = _always
+    checks_arguments: bool = False
+    in_place: bool = False
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -54,7 +60,13 @@ class Backend:
 
 BACKENDS = (
     Backend("reference", ("retrieve", "key_loss", "multi_lora")),
-    Backend("native", ("retrieve", "key_loss", "multi_lora"), lambda: NATIVE_MISSING),
+    Backend(
+        "native",
+        ("retrieve", "key_loss", "multi_lora"),
+        lambda: NATIVE_MISSING,
+        checks_arguments=True,
+        in_place=True,
+    ),
 )
 
 # For each device, the backends in the order they are tried.
@@ -106,15 +118,20 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def operator(stem: str, device: str) -> Any:
-    """The torch operator that runs `stem` on `device` now."""
+def chosen(stem: str, device: str) -> Backend:
+    """The backend that runs `stem` on `device` now."""
     forced = _forced.name
     for name in PREFERENCE.get(device, ()):
         if forced is not None and name != forced:
             continue
         for backend in BACKENDS:
             if backend.name == name and stem in backend.operators and backend.why_not() is None:
-                return getattr(torch.ops.slm_fast, f"{stem}_{name}")
+                return backend
     if forced is not None:
         raise InputError(f"backend: {forced!r} does not run {stem} on {device}")
     raise InputError(f"{stem}: no backend for device {device!r}; devices served: {', '.join(PREFERENCE)}")
+
+
+def operator(stem: str, device: str) -> Any:
+    """The torch operator that runs `stem` on `device` now."""
+    return getattr(torch.ops.slm_fast, f"{stem}_{chosen(stem, device).name}")

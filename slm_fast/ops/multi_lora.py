@@ -47,8 +47,9 @@ def multi_lora(
         dtype = torch.get_autocast_dtype(device)
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
         base = None if base is None else base.to(dtype)
-    op = dispatch.operator("multi_lora", device)
-    if op is _NATIVE and _plain(x, lora_a, lora_b, slot_ids, weights, base):
+    backend = dispatch.chosen("multi_lora", device)
+    op = getattr(torch.ops.slm_fast, f"multi_lora_{backend.name}")
+    if backend.checks_arguments and _plain(x, lora_a, lora_b, slot_ids, weights, base):
         try:
             return op(x, lora_a, lora_b, slot_ids, weights, base)  # it checks the rest itself
         except ValueError:
@@ -64,6 +65,30 @@ def multi_lora(
     except ValueError as error:  # what only the backend sees, such as an id out of range
         raise InputError(str(error)) from None
     return y.view(*x.shape[:-1], features_out)
+
+
+def multi_lora_(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor) -> Tensor:
+    """`multi_lora` onto a `base` that the caller gives up: the result may overwrite it, and is returned either way.
+
+    It does where the backend can, nothing records gradients and torch.compile, which finds that out itself, is not
+    tracing. A `base` that shares memory with another argument is left as it is.
+    """
+    device = x.device.type
+    backend = dispatch.chosen("multi_lora", device)
+    if (
+        backend.in_place
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(device)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, lora_a, lora_b, weights, base)))
+        and _plain(x, lora_a, lora_b, slot_ids, weights, base)
+    ):
+        try:
+            getattr(torch.ops.slm_fast, f"multi_lora_{backend.name}_")(x, lora_a, lora_b, slot_ids, weights, base)
+        except ValueError:
+            pass  # nothing was written: shared memory, or an error that the other form puts into words
+        else:
+            return base
+    return multi_lora(x, lora_a, lora_b, slot_ids, weights, base)
 
 
 def _plain(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> bool:
@@ -236,7 +261,5 @@ torch.library.custom_op(
     "slm_fast::multi_lora_reference_backward", reference_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
 )
 register("reference")
-_NATIVE: Any = None
 if dispatch.NATIVE_MISSING is None:
     register("native")
-    _NATIVE = torch.ops.slm_fast.multi_lora_native

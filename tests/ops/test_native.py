@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from slm_fast import ops
 from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
+from slm_fast.ops.multi_lora import multi_lora_
 
 pytestmark = pytest.mark.skipif(dispatch.NATIVE_MISSING is not None, reason=str(dispatch.NATIVE_MISSING))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -220,6 +221,30 @@ def test_a_large_pool_gives_the_route_of_the_specification():
     got = ops.retrieve(query, keys, 10, groups=2)
     with ops.use_backend("reference"):
         assert torch.equal(got.slot_ids, ops.retrieve(query, keys, 10, groups=2).slot_ids)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("aggregate", ["mean", "vote"])
+def test_groups_of_odd_width_and_keys_of_all_lengths_give_the_route_of_the_specification(dtype, aggregate):
+    query, keys = torch.randn(70, 33).to(dtype), torch.randn(500, 33).to(dtype)
+    keys *= torch.tensor([1e-3, 1.0, 1e3], dtype=dtype).repeat(167)[:500, None]
+    keys[7] = 0
+    got = ops.retrieve(query, keys, 5, groups=3, aggregate=aggregate)
+    with ops.use_backend("reference"):
+        assert torch.equal(got.slot_ids, ops.retrieve(query, keys, 5, groups=3, aggregate=aggregate).slot_ids)
+
+
+def test_the_form_that_may_overwrite_base_leaves_shared_memory_alone():
+    call = in_place_call()
+    call |= {"lora_a": torch.randn(3, 2, 6), "lora_b": torch.randn(3, 2, 6), "weights": torch.ones(2, 2)}
+    call["x"] = torch.randn(2, 3, 6)
+    expected = ops.multi_lora(**call)
+    assert multi_lora_(**call) is call["base"]
+    assert torch.equal(call["base"], expected)
+    before = call["x"].clone()
+    y = multi_lora_(**(call | {"base": call["x"]}))
+    assert torch.equal(call["x"], before)
+    assert torch.equal(y, ops.multi_lora(**(call | {"base": before})))
 
 
 def test_bad_arguments_become_input_errors_that_name_them():
