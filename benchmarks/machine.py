@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -15,10 +16,10 @@ def describe() -> dict[str, str]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+        # Family and model, too: the name a virtual machine gives may stand for several generations of processor.
+        about = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", info.read_text(), re.MULTILINE))
+        if "cpu family" in about:
+            cpu = f"{about['model name']} (family {about['cpu family']}, model {about['model']})"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "peft")}
     return {

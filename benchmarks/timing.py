@@ -12,7 +12,7 @@ import functools
 import os
 import resource
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,16 +35,28 @@ class Times:
 
 
 def time_together(
-    candidates: Mapping[str, Callable[[], object]], *, seconds: float = 1.0, least: int = 5, most: int = 400
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    least: int = 5,
+    most: int = 400,
+    apart: Collection[str] = (),
 ) -> dict[str, Times]:
-    """Calls the candidates in turns until each has had about `seconds`, and `least` calls at the least."""
+    """Calls the candidates in turns until each has had about `seconds`, and `least` calls at the least.
+
+    Those `apart` have threads of their own. A pause before and after them lets the threads of the last call, which wait
+    for more work by spinning, come to rest.
+    """
     calls: dict[str, list[tuple[bool, float]]] = {name: [] for name in candidates}
     spent = dict.fromkeys(candidates, 0.0)
     for call in candidates.values():
         call()
-    waiting = list(candidates)
+    waiting, last = list(candidates), ""
     while waiting:
         for name in waiting:
+            if name in apart or (last in apart and name != last):
+                time.sleep(0.02)
+            last = name
             before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
             start = time.perf_counter()
             candidates[name]()

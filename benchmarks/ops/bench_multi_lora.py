@@ -11,15 +11,19 @@ same run). `native` and `gather bmm` write in place, as an adapted layer without
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import Tensor
 
-from benchmarks.timing import RESULTS, Times, floor_ms, read_csv, table, time_together, undisturbed, write_csv
+from benchmarks.ops.command import Ways, dtype_name, measure, plot_times, run, times_of
+from benchmarks.timing import floor_ms
 from slm_fast import ops
 
 
@@ -49,11 +53,11 @@ TARGETS += [replace(shape, dtype=torch.bfloat16) for shape in TARGETS]
 TARGETS += [Shape(backward=True), Shape(H=384, backward=True), Shape(dtype=torch.bfloat16, backward=True)]
 
 SWEEP = [
-    *(Shape(H=H) for H in (384, 768, 1024, 4096)),
+    *(Shape(B=B, T=T) for B, T in ((1, 1), (32, 1), (256, 1), (1, 128), (32, 128), (256, 128), (32, 512))),
+    Shape(B=31, T=97, H=1000, P=19, K=3, r=7),  # ragged: nothing divides by a tile
+    *(Shape(H=H) for H in (384, 1024, 4096)),
     *(Shape(K=K, r=r) for K, r in ((2, 8), (4, 8), (4, 16))),
     *(Shape(P=P) for P in (1000, 100_000)),
-    *(Shape(B=B) for B in (1, 256)),
-    *(Shape(T=T) for T in (1, 512)),
     *(Shape(P=1000, slots=slots) for slots in ("same", "zipf", "distinct")),
     *(Shape(B=B, T=1, H=4096, P=1000, K=2, r=8) for B in (1, 32, 256)),
     *(Shape(T=1, H=4096, P=1000, K=2, r=8, slots=slots) for slots in ("same", "zipf", "distinct")),
@@ -78,6 +82,8 @@ def route(shape: Shape) -> tuple[Tensor, Tensor]:
 
 # ---- the alternatives; each returns or overwrites y [B, T, H] ----
 
+IN_PLACE = ("gather bmm", "gather bmm compiled", "peft mixed")  # not for who needs the base output again
+
 
 def gather_bmm_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     a = lora_a[ids].flatten(1, 2)  # [B, K r, H]
@@ -98,21 +104,52 @@ def materialised(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tens
     return torch.baddbmm(y, x, increment)
 
 
-def loop_over_slots_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """PEFT's mixed-batch forward (tuners/lora/layer.py): for each adapter its rows, two products, added in place."""
-    for slot in ids.unique():
-        rows, k = (ids == slot).nonzero(as_tuple=True)
-        shrunk = torch.nn.functional.linear(x[rows], lora_a[slot]) * weights[rows, k].to(x.dtype)[:, None, None]
-        y.index_add_(0, rows, shrunk @ lora_b[slot])
-    return y
+def peft_layer(lora_a: Tensor, lora_b: Tensor) -> Any:
+    """PEFT's LoRA layer with the slots as its adapters, named "0", "1", ..., and nothing to do for its base."""
+    config = peft.LoraConfig(r=lora_a.shape[1], lora_alpha=lora_a.shape[1])
+    layer: Any = peft.tuners.lora.layer.Linear(
+        torch.nn.Linear(lora_a.shape[2], lora_b.shape[2], dtype=lora_a.dtype), "0", config, r=config.r,
+        lora_alpha=config.lora_alpha, init_lora_weights=False,
+    )  # fmt: skip
+    for slot in range(1, len(lora_a)):
+        layer.update_layer(str(slot), r=config.r, lora_alpha=config.lora_alpha, config=config, init_lora_weights=False)
+    for slot in range(len(lora_a)):
+        for lora, weight in ((layer.lora_A, lora_a[slot]), (layer.lora_B, lora_b[slot].T.contiguous())):
+            lora[str(slot)].weight = torch.nn.Parameter(weight, requires_grad=False)
+    return layer.eval()
 
 
-def arrow(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """PEFT Arrow (tuners/lora/arrow.py): every adapter's output for every token, [B, T, P, H], then their sum."""
-    share = torch.zeros(len(ids), len(lora_a), dtype=x.dtype).scatter_add_(1, ids, weights.to(x.dtype))  # [B, P]
-    shrunk = torch.einsum("bti,pri->btpr", x, lora_a)
-    outputs = torch.einsum("btpr,pro->btpo", shrunk, lora_b)
-    return y + torch.einsum("btpo,bp->bto", outputs, share)
+class Given(torch.nn.Module):
+    """In the place of a base layer: its output, computed already."""
+
+    def __init__(self, y: Tensor) -> None:
+        super().__init__()
+        self.y = y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.y
+
+
+def peft_mixed(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Ways:
+    """PEFT's mixed-batch forward, its own code. It takes one adapter a row and no weights, so it is called K times,
+    and the rows' weights are left out, which spares it work."""
+    layer = peft_layer(lora_a, lora_b)
+    layer.base_layer = Given(y)
+    names = [[str(slot) for slot in column] for column in ids.T.tolist()]
+    return {"peft mixed": lambda: [layer(x, adapter_names=column) for column in names][-1]}
+
+
+def arrow(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Ways:
+    """PEFT Arrow, its own code: every adapter's output for every token, [B T, P, H], and their weighted sum. It routes
+    for itself, token by token (one [B T, H] x [H, P] product)."""
+    layer = peft_layer(lora_a, lora_b)
+    names = [str(slot) for slot in range(len(lora_a))]
+    config = peft.ArrowConfig(top_k=ids.shape[1])
+    config.task_adapter_names = names
+    router = ArrowLoraLinearLayer(x.shape[-1], config)
+    router.build_prototypes(layer.lora_A, layer.lora_B)
+    keep, scaling = torch.nn.Identity(), dict.fromkeys(names, 1.0)
+    return {"arrow": lambda: y + router(x, layer.lora_A, layer.lora_B, keep, scaling)}
 
 
 def dense(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -123,7 +160,7 @@ def dense(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, wei
     return torch.addmm(y.flatten(0, 1), shrunk.view(-1, P * r), lora_b.flatten(0, 1)).view(y.shape)
 
 
-def candidates(shape: Shape, compiled: bool) -> dict[str, Callable[[], object]]:
+def candidates(shape: Shape, compiled: bool) -> Ways:
     """Every way that this case's memory allows, ready to be called."""
     torch.manual_seed(0)
     B, T, H, P, r, size = shape.B, shape.T, shape.H, shape.P, shape.r, shape.dtype.itemsize
@@ -135,10 +172,14 @@ def candidates(shape: Shape, compiled: bool) -> dict[str, Callable[[], object]]:
     linear = torch.nn.Linear(H, H, dtype=shape.dtype)
     if shape.backward:
         return {"linear": lambda: linear(x)} | _backward_candidates(y, *arguments)
-    native_ = torch.ops.slm_fast.multi_lora_native_
-    calls: dict[str, Callable[[], object]] = {
+
+    def native_in_place() -> Tensor:
+        torch.ops.slm_fast.multi_lora_native_(*arguments, y)
+        return y
+
+    calls: Ways = {
         "linear": lambda: linear(x),
-        "native": lambda: native_(*arguments, y),
+        "native": native_in_place,
         "native new": lambda: ops.multi_lora(*arguments, base=y),
         "gather bmm": lambda: gather_bmm_(y, *arguments),
         "gather bmm new": lambda: gather_bmm(y, *arguments),
@@ -146,11 +187,11 @@ def candidates(shape: Shape, compiled: bool) -> dict[str, Callable[[], object]]:
     if B * H * H * size <= 1 << 30:
         calls["materialised"] = lambda: materialised(y, *arguments)
     if P <= 1000:
-        calls["loop over slots"] = lambda: loop_over_slots_(y, *arguments)
+        calls |= peft_mixed(y, *arguments)
     if B * T * P * r * size <= 1 << 28 and P * r <= 4096:
         calls["dense"] = lambda: dense(y, *arguments)
-    if B * T * P * H * size <= 1 << 29:
-        calls["arrow"] = lambda: arrow(y, *arguments)
+    if B * T * P * H * size <= 1 << 29 and shape.K <= P:
+        calls |= arrow(y, *arguments)
     if compiled:
         in_place, new = torch.compile(gather_bmm_), torch.compile(gather_bmm)
         calls["gather bmm compiled"] = lambda: in_place(y, *arguments)
@@ -158,9 +199,7 @@ def candidates(shape: Shape, compiled: bool) -> dict[str, Callable[[], object]]:
     return calls
 
 
-def _backward_candidates(
-    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor
-) -> dict[str, Callable[[], object]]:
+def _backward_candidates(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Ways:
     leaves = [tensor.requires_grad_() for tensor in (x, lora_a, lora_b, weights)]
     grad = torch.randn_like(y)
 
@@ -182,92 +221,53 @@ def floor(shape: Shape) -> float:
     return floor_ms(flops, moved, shape.dtype)
 
 
-def lines(shape: Shape, compiled: bool, seconds: float, patience: float) -> list[dict[str, Any]]:
+def lines(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
     low = floor(shape)
     with torch.inference_mode(not shape.backward):
-        calls = candidates(shape, compiled)
-        times, others_share = undisturbed(lambda: time_together(calls, seconds=seconds), patience=patience)
+        times, others_share = measure(candidates(shape, options.compiled), options)
     others = {name: t.p50 for name, t in times.items() if name not in ("native", "native new", "linear")}
-    in_place = ("gather bmm", "gather bmm compiled", "loop over slots")  # not for who needs the base output again
-    kept = {name: t for name, t in others.items() if name not in in_place} or others
+    kept = {name: t for name, t in others.items() if name not in IN_PLACE} or others
     best = {False: min(others.values()), True: min(kept.values())}
-
-    def line(name: str, t: Times) -> dict[str, Any]:
-        return {
+    return [
+        {
             "way": name,
             "B": shape.B, "T": shape.T, "H": shape.H, "P": shape.P, "K": shape.K, "r": shape.r,
-            "dtype": str(shape.dtype).removeprefix("torch."), "slots": shape.slots,
+            "dtype": dtype_name(shape.dtype), "slots": shape.slots,
             "pass": "backward" if shape.backward else "forward",
-            "p20_ms": f"{t.p20:.3f}", "p50_ms": f"{t.p50:.3f}", "p80_ms": f"{t.p80:.3f}",
-            "to_best_alternative": f"{t.p50 / best[name.endswith('new')]:.2f}",
+            **times_of(t, best[name.endswith("new")], low),
             "to_linear": f"{t.p50 / times['linear'].p50:.2f}",
-            "to_floor": f"{t.p50 / low:.2f}",
             "other_load": f"{others_share:.2f}",
-        }  # fmt: skip
-
-    return [line(name, t) for name, t in times.items()]
+        }
+        for name, t in times.items()
+    ]  # fmt: skip
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Time against tokens a batch, log-log: one line a way, at the first target's shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = {
+    """Time against tokens a batch at the first target's width and slots."""
+    shown = [
+        row
+        for row in rows
+        if (row["H"], row["P"], row["K"], row["r"], row["slots"]) == ("768", "20", "4", "12", "uniform")
+    ]
+    labels = {
         "native": "slm_fast",
         "gather bmm": "gather + baddbmm_",
-        "loop over slots": "loop over slots (PEFT)",
+        "gather bmm compiled": "gather + baddbmm_, compiled",
+        "peft mixed": "PEFT mixed batch, once for each of the K",
+        "arrow": "PEFT Arrow",
         "dense": "all slots dense",
-        "materialised": "materialised ΔW (paper's code)",
-        "linear": "the frozen linear",
+        "materialised": "materialised ΔW (the paper's code)",
+        "linear": "the frozen linear itself",
     }
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130)
-    for way, label in names.items():
-        points = sorted(
-            (int(row["B"]) * int(row["T"]), float(row["p50_ms"]))
-            for row in rows
-            if row["way"] == way and (row["H"], row["P"], row["K"], row["r"]) == ("768", "20", "4", "12")
-            and row["dtype"] == "float32" and row["slots"] == "uniform" and row["pass"] == "forward"
-        )  # fmt: skip
-        style = {"linewidth": 2.4} if way == "native" else {"linewidth": 1.2, "alpha": 0.9}
-        axes.plot(*zip(*dict(points).items(), strict=True), marker="o", markersize=4, label=label, **style)
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the batch", ylabel="milliseconds (median)")
-    axes.set_title("Adding 4 of 20 rank-12 slots to a 768-wide layer, float32, 2 cores", fontsize=10)
-    axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="every axis around the targets, and the plot")
-    parser.add_argument("--compiled", action="store_true", help="also torch.compile the strongest alternative (slow)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each way and shape")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of the shapes to run")
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine, each shape")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=None)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    shapes = SWEEP if options.sweep else TARGETS
-    rows: list[dict[str, Any]] = []
-    seen = set()
-    for number, shape in enumerate(shapes):
-        if astuple(shape) in seen or (options.only is not None and number not in options.only):
-            continue
-        seen.add(astuple(shape))
-        found = lines(shape, options.compiled, options.seconds, options.patience)
-        print(table(found), flush=True)
-        rows += found
-    name = "multi_lora_sweep" if options.sweep else "multi_lora"
-    output = options.output or RESULTS / f"{name}.csv"
-    write_csv(output, rows)
-    if options.sweep:
-        plot(read_csv(output), output.with_suffix(".png"))
+    plot_times(
+        shown,
+        lambda row: int(row["B"]) * int(row["T"]),
+        labels,
+        path,
+        title="Adding 4 of 20 slots of rank 12 to a 768-wide layer, float32",
+        axis="tokens in the batch",
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(__doc__, "multi_lora", TARGETS, SWEEP, lines, plot))

@@ -1,6 +1,7 @@
 """retrieve beside every alternative a user has, on a CPU.
 
-    python -m benchmarks.ops.bench_retrieve            # all shapes; a million slots take 2 GB and some minutes
+    python -m benchmarks.ops.bench_retrieve            # the cases of the targets; a million slots take some 5 GB
+    python -m benchmarks.ops.bench_retrieve --sweep    # slots from 20 to a million, with the plot
 
 Each line: p20/p50/p80 of one way, its ratio to the best alternative and to the floor (all in the same run). The GEMM
 alternatives are given keys that are normalised already; `native` normalises on the way and caches nothing.
@@ -9,15 +10,17 @@ alternatives are given keys that are normalised already; `native` normalises on 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import faiss
 import torch
 from torch import Tensor
 
-from benchmarks.timing import RESULTS, Times, floor_ms, table, time_together, undisturbed, write_csv
+from benchmarks.ops.command import Ways, dtype_name, measure, plot_times, run, times_of
+from benchmarks.timing import floor_ms
 from slm_fast import ops
 
 
@@ -34,16 +37,21 @@ class Shape:
     dtype: torch.dtype = torch.float32
 
 
-SHAPES = [
+MILLION = Shape(B=32, P=1_000_000, D=384, G=1)
+TARGETS = [
     Shape(),
     Shape(B=32),
     Shape(B=1),
     *(Shape(B=B, P=20) for B in (1, 32, 256)),
     Shape(vote=True),
     Shape(dtype=torch.bfloat16),
-    *(Shape(B=B, P=100_000) for B in (1, 32, 256)),
-    Shape(B=32, P=1_000_000, D=384, G=1),
-    Shape(B=1, P=1_000_000, D=384, G=1),
+    MILLION,
+]
+SWEEP = [
+    *(Shape(B=B, P=P) for P in (20, 100, 1000, 10_000, 100_000) for B in (1, 32, 256)),
+    *(replace(MILLION, B=B) for B in (1, 256)),
+    *(Shape(K=K) for K in (1, 16)),
+    Shape(B=31, P=997, D=774, K=3),  # ragged: nothing divides by a tile
 ]
 
 
@@ -80,73 +88,80 @@ def vote_by_topk(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> tuple
     return finish(torch.zeros_like(cosine).scatter_(2, ids, top).sum(0) / groups, k)
 
 
-def candidates(shape: Shape) -> dict[str, Callable[[], object]]:
+def faiss_flat(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> Ways:
+    """FAISS's exact index by inner product. Its threads are not torch's."""
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatIP(unit_keys.shape[1])
+    index.add(unit_keys.numpy())
+
+    def search() -> tuple[Tensor, Tensor]:
+        scores, ids = index.search(unit(query, groups).numpy(), k)
+        positive = torch.from_numpy(scores).clamp(min=0)
+        return torch.from_numpy(ids), positive / positive.sum(1, keepdim=True)
+
+    return {"faiss flat": search}
+
+
+def candidates(shape: Shape, compiled: bool) -> Ways:
     torch.manual_seed(0)
     query, keys = torch.randn(shape.B, shape.D).to(shape.dtype), torch.randn(shape.P, shape.D).to(shape.dtype)
     unit_keys = unit(keys, shape.G)
     arguments = (query, unit_keys, shape.G, shape.K)
     aggregate = "vote" if shape.vote else "mean"
-    calls: dict[str, Callable[[], object]] = {
-        "native": lambda: ops.retrieve(query, keys, shape.K, groups=shape.G, aggregate=aggregate)
-    }
+    calls: Ways = {"native": lambda: ops.retrieve(query, keys, shape.K, groups=shape.G, aggregate=aggregate)}
     if shape.vote:
         return calls | {"bmm + topk a group": lambda: vote_by_topk(*arguments)}
     calls["gemm + topk"] = lambda: gemm_topk(*arguments)
     if shape.dtype == torch.float32:
         calls["onednn gemm + topk"] = lambda: gemm_topk_onednn(*arguments)
-        try:
-            import faiss  # type: ignore[import-not-found]
-
-            index = faiss.IndexFlatIP(shape.D)
-            index.add(unit_keys.numpy())
-            calls["faiss flat"] = lambda: index.search(unit(query, shape.G).numpy(), shape.K)
-        except ImportError:
-            pass
+        calls |= faiss_flat(query, unit_keys, shape.G, shape.K)
+    if compiled:
+        fast = torch.compile(gemm_topk)
+        calls["gemm + topk compiled"] = lambda: fast(*arguments)
     if shape.B * shape.P * shape.D <= 1 << 28:
         calls["expanded cosine"] = lambda: expanded_cosine(query, keys, shape.G, shape.K)
     return calls
 
 
-def lines(shape: Shape, seconds: float, patience: float) -> list[dict[str, Any]]:
+def lines(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
     # The larger of reading the keys once and the same product at the measured rate.
     size = shape.dtype.itemsize
     low = floor_ms(2.0 * shape.B * shape.P * shape.D, (shape.P + shape.B) * shape.D * size, torch.float32)
     with torch.inference_mode():
-        calls = candidates(shape)
-        times, others_share = undisturbed(lambda: time_together(calls, seconds=seconds), patience=patience)
+        times, others_share = measure(candidates(shape, options.compiled), options, apart=("faiss flat",))
     best = min(t.p50 for name, t in times.items() if name != "native")
-
-    def line(name: str, t: Times) -> dict[str, Any]:
-        return {
+    return [
+        {
             "way": name,
             "B": shape.B, "P": shape.P, "D": shape.D, "G": shape.G, "K": shape.K,
-            "aggregate": "vote" if shape.vote else "mean", "dtype": str(shape.dtype).removeprefix("torch."),
-            "p20_ms": f"{t.p20:.3f}", "p50_ms": f"{t.p50:.3f}", "p80_ms": f"{t.p80:.3f}",
-            "to_best_alternative": f"{t.p50 / best:.2f}",
-            "to_floor": f"{t.p50 / low:.2f}",
+            "aggregate": "vote" if shape.vote else "mean", "dtype": dtype_name(shape.dtype),
+            **times_of(t, best, low),
             "other_load": f"{others_share:.2f}",
-        }  # fmt: skip
+        }
+        for name, t in times.items()
+    ]  # fmt: skip
 
-    return [line(name, t) for name, t in times.items()]
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each way and shape")
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine, each shape")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of the shapes to run")
-    parser.add_argument("--output", type=Path, default=RESULTS / "retrieve.csv")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows: list[dict[str, Any]] = []
-    for number, shape in enumerate(SHAPES):
-        if options.only is None or number in options.only:
-            found = lines(shape, options.seconds, options.patience)
-            print(table(found), flush=True)
-            rows += found
-    write_csv(options.output, rows)
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Time against slots, for a batch of 32."""
+    shown = [row for row in rows if (row["B"], row["D"], row["K"]) == ("32", "768", "4")]
+    labels = {
+        "native": "slm_fast",
+        "onednn gemm + topk": "oneDNN product + topk",
+        "gemm + topk": "MKL product + topk",
+        "gemm + topk compiled": "product + topk, compiled",
+        "faiss flat": "FAISS flat",
+        "expanded cosine": "expanded cosine (the paper's code)",
+    }
+    plot_times(
+        shown,
+        lambda row: int(row["P"]),
+        labels,
+        path,
+        title="The 4 best slots of 32 queries, 6 groups of 128, float32",
+        axis="slots",
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(__doc__, "retrieve", TARGETS, SWEEP, lines, plot))
