@@ -195,39 +195,40 @@ class _Row:
 
 
 class _Columns:
-    """One layer's keys and values [places, heads, columns, width], as transformers' attention layers see them: those of
-    the rows that run, from the first column still in use to the one written now. With `width` (T5's keys and values of
-    the input) nothing is written any more."""
+    """One layer's keys and values, [places, heads, columns, width] each: of what is written, or (T5) of what was read.
 
-    is_sliding = is_compileable = False
-    is_initialized = True
+    `serve` lets a layer of transformers' cache give attention what is used of them: the rows that run, from the first
+    column still in use to the one written now.
+    """
 
-    def __init__(self, loop: _Loop, keys: Tensor, values: Tensor, columns: int, *, written: bool) -> None:
+    def __init__(self, loop: _Loop, layer: Any, columns: int, *, written: bool) -> None:
         self.loop, self.written = loop, written
+        keys, values = layer.keys, layer.values
         self.buffers = [part.new_zeros(loop.at_once, part.shape[1], columns, part.shape[3]) for part in (keys, values)]
 
+    @property
+    def used(self) -> slice:
+        return slice(self.loop.first, self.loop.end) if self.written else slice(self.loop.input_width)
+
+    def serve(self, layer: Any) -> None:
+        layer.update, layer.get_seq_length, layer.get_mask_sizes = self.update, self.length, self.mask_sizes
+        layer.keys, layer.values = self.view(self.used)
+
+    def view(self, columns: slice) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[: len(self.loop.rows), :, columns] for buffer in self.buffers)
+        return keys, values
+
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        live, end = len(self.loop.rows), self.loop.end
+        end = self.loop.end
         for buffer, new in zip(self.buffers, (keys, values), strict=True):
-            buffer[:live, :, end : end + 1] = new
-        return self.view(0, end + 1), self.view(1, end + 1)
+            buffer[: len(new), :, end : end + 1] = new
+        return self.view(slice(self.loop.first, end + 1))
 
-    def view(self, which: int, end: int) -> Tensor:
-        return self.buffers[which][: len(self.loop.rows), :, self.loop.first : end]
+    def length(self) -> int:
+        return self.used.stop - (self.used.start or 0)
 
-    @property
-    def keys(self) -> Tensor:
-        return self.buffers[0][: len(self.loop.rows), :, : self.loop.input_width]
-
-    @property
-    def values(self) -> Tensor:
-        return self.buffers[1][: len(self.loop.rows), :, : self.loop.input_width]
-
-    def get_seq_length(self) -> int:
-        return self.loop.end - self.loop.first
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+    def mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length() + query_length, 0
 
     def join(self, place: int, column: int, keys: Tensor, values: Tensor) -> None:
         """Put the keys and values of new rows, [B, heads, T, width], from a place and a column on."""
@@ -235,9 +236,8 @@ class _Columns:
             buffer[place : place + new.shape[0], :, column : column + new.shape[2]] = new
 
     def replace(self, place: int, last: int) -> None:
-        used = slice(self.loop.first, self.loop.end) if self.written else slice(self.loop.input_width)
         for buffer in self.buffers:
-            buffer[place, :, used] = buffer[last, :, used]
+            buffer[place, :, self.used] = buffer[last, :, self.used]
 
     def move(self, by: int) -> None:
         live, first, end = len(self.loop.rows), self.loop.first, self.loop.end
@@ -259,8 +259,7 @@ class _Loop:
         self.capacity = self.widest + self.widest // 2  # so that columns are moved back only now and then
         self.rows: list[_Row] = []
         self.first = self.end = self.input_width = 0
-        self.own: list[_Columns] = []
-        self.inputs: list[_Columns] = []  # T5's
+        self.layers: list[_Columns] = []
         self.cache: Any = None
         self.tokens = torch.zeros(self.at_once, dtype=torch.int64, device=self.device)  # the last of each row
         self.route = self.model.empty_route(0)
@@ -301,14 +300,11 @@ class _Loop:
             self.first, self.end = 0, width
         elif width > self.end:
             self._move(width - self.end)
-        own, inputs = self._layers(out.past_key_values)
         if self.cache is None:
             self._allocate(out.past_key_values)
         place = len(self.rows)
-        for mine, new in zip(self.own, own, strict=True):
-            mine.join(place, self.end - width, new.keys, new.values)
-        for mine, new in zip(self.inputs, inputs, strict=True):
-            mine.join(place, 0, new.keys, new.values)
+        for columns, layer in zip(self.layers, self._layers(out.past_key_values), strict=True):
+            columns.join(place, self.end - width if columns.written else 0, layer.keys, layer.values)
         if not self.causal:
             self.input_mask[place : place + len(numbers)] = torch.finfo(self.input_mask.dtype).min
             self.input_mask[place : place + len(numbers), ..., : ids.shape[1]].masked_fill_(
@@ -327,24 +323,20 @@ class _Loop:
         self._look_again()
         self._note(out.logits[:, -1], place)
 
-    def _layers(self, past: Any) -> tuple[list[Any], list[Any]]:
-        """The layers of transformers' cache: of what is written, and (T5) of what was read."""
-        return (
-            (past.layers, []) if self.causal else (past.self_attention_cache.layers, past.cross_attention_cache.layers)
-        )
+    def _layers(self, past: Any) -> list[Any]:
+        """The layers of transformers' cache: those of what is written, then (T5) those of what was read."""
+        if self.causal:
+            return list(past.layers)
+        return [*past.self_attention_cache.layers, *past.cross_attention_cache.layers]
 
     def _allocate(self, past: Any) -> None:
-        """Buffers like the keys and values of a first prefill, in the cache object that hands them to the layers."""
-        own, inputs = self._layers(past)
-        widest = max(self.queue.lengths)
-        self.own = [_Columns(self, new.keys, new.values, self.capacity, written=True) for new in own]
-        self.inputs = [_Columns(self, new.keys, new.values, widest, written=False) for new in inputs]
+        """Buffers like the keys and values of a first prefill; its cache object hands them to the model from now on."""
+        layers, widest = self._layers(past), max(self.queue.lengths)
+        own = len(layers) if self.causal else len(layers) // 2
+        self.layers = [_Columns(self, layer, self.capacity, written=True) for layer in layers[:own]]
+        self.layers += [_Columns(self, layer, widest, written=False) for layer in layers[own:]]
         self.input_mask = torch.zeros(self.at_once, 1, 1, widest, dtype=self.lm.dtype, device=self.device)
         self.cache = past
-        if self.causal:
-            past.layers = self.own
-        else:
-            past.self_attention_cache.layers, past.cross_attention_cache.layers = self.own, self.inputs
 
     def _step(self) -> None:
         """One token more for each row that runs."""
@@ -410,7 +402,7 @@ class _Loop:
         for place in reversed(places):
             last = len(self.rows) - 1
             if place != last:
-                for layer in (*self.own, *self.inputs):
+                for layer in self.layers:
                     layer.replace(place, last)
                 order[place], self.rows[place] = order[last], self.rows[last]
                 if not self.causal:
@@ -426,11 +418,14 @@ class _Loop:
         if self.rows:
             self.first = min(row.start for row in self.rows)
             self.input_width = 0 if self.causal else max(self.queue.lengths[row.number] for row in self.rows)
+            for columns, layer in zip(self.layers, self._layers(self.cache), strict=True):
+                columns.serve(layer)
 
     def _move(self, by: int) -> None:
         """Move all columns in use to the right, or to the left."""
-        for layer in self.own:
-            layer.move(by)
+        for layer in self.layers:
+            if layer.written:
+                layer.move(by)
         self.first, self.end = self.first + by, self.end + by
         for row in self.rows:
             row.start += by
