@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from slm_fast.backbones import Encoded, pad
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
+from slm_fast.query import TrunkQuery
 from slm_fast.tasks import Task
 
 STATES_BYTES = 2 << 30  # hidden states of more than this are not kept; the lower layers then run in every step
@@ -75,7 +76,8 @@ def prepare(
     if not fits(model, sequences):
         return examples, model.queries(rows, report=report)
     # The pass that finds the states finds the queries too, unless these come from other text or another model.
-    shared = max_length == model.config.max_length and not model.route_ahead(rows)
+    alike = all(row.query_text(model.config.route_on) == row.prompt for row in rows)
+    shared = alike and max_length == model.config.max_length and isinstance(model.query, TrunkQuery)
     queries = torch.empty(len(rows), model.query.width, device=backbone.device)
     states: list[Tensor] = [queries] * len(rows)
     for batch in examples.lengths.argsort(stable=True).split(32):

@@ -105,8 +105,8 @@ class Passage:
     route: Route | None = None
 
 
-class _Found(Exception):
-    """Ends a forward pass of which only the query or the states were wanted."""
+class _QueryFound(Exception):
+    """Ends a forward pass of which only the query, or what enters the increments, was wanted."""
 
 
 class _Known(torch.nn.Module):
@@ -206,7 +206,7 @@ class AdaptedModel:
             return self.query.encode(texts).to(self.backbone.device)
         encoded = self.backbone.encode(texts, self.config.max_length or 0)
         passage = Passage(encoded.attention_mask, stop="query")
-        with self.passing(passage, {}), suppress(_Found):
+        with self.passing(passage, {}), suppress(_QueryFound):
             self.run_trunk(encoded)
         assert passage.query is not None
         return passage.query
@@ -258,7 +258,7 @@ class AdaptedModel:
             return
         passage.query = self.query.join(passage.pooled)
         if passage.stop == "query":
-            raise _Found
+            raise _QueryFound
         if passage.stop == "states":
             return
         slot_mask = None if passage.slot_mask is None else passage.slot_mask.repeat_interleave(beams, 0)
@@ -268,14 +268,14 @@ class AdaptedModel:
         passage = self._passage
         if passage is not None and passage.stop == "states":
             passage.states = args[0] if args else kwargs["hidden_states"]
-            raise _Found
+            raise _QueryFound
 
     @torch.no_grad()
     def trunk_states(self, encoded: Encoded, query_mask: Tensor) -> tuple[Tensor, Tensor | None]:
         """What enters the lowest layer with increments, [B, T, H], and, with `trunk` queries, the queries [B, D] pooled
         over `query_mask` [B, T] on the way."""
         passage = Passage(query_mask, stop="states")
-        with self.passing(passage, {}), suppress(_Found):
+        with self.passing(passage, {}), suppress(_QueryFound):
             self.run_trunk(encoded)
         assert passage.states is not None
         return passage.states, passage.query
