@@ -186,8 +186,15 @@ def main() -> int:
     methods = Methods(loaded, prompts, arguments.batch_size, arguments.new_tokens, arguments.alone)
     calls: dict[str, Callable[[], int]] = {method: getattr(methods, method) for method in TITLES}
     rates: dict[str, list[float]] = {method: [] for method in TITLES}
+    order = list(calls)
+    methods.new_tokens = 2
+    for call in calls.values():  # a first time to warm up
+        call()
+    methods.new_tokens = arguments.new_tokens
     for _ in range(arguments.rounds):
-        for method, call in calls.items():
+        order = order[1:] + order[:1]
+        for method in order:
+            call = calls[method]
             start = time.perf_counter()
             tokens = call()
             rates[method].append(tokens / (time.perf_counter() - start))

@@ -222,6 +222,8 @@ def main() -> int:
         return 0
     kept: list[dict[str, Any]] = list(read_csv(arguments.output)) if arguments.output.exists() else []
     if arguments.memory:
+        if not any(row["shape"] == arguments.shape for row in kept):
+            parser.error(f"--memory: {arguments.output} has no rows of {arguments.shape}; time it first")
         for row in kept:
             if row["shape"] == arguments.shape:
                 row["peak_mib"] = peak(row["method"], arguments)

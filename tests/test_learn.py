@@ -548,6 +548,7 @@ def test_a_sentence_encoder_reads_the_training_rows_once_whatever_the_epochs():
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"batch_size": -1}, "batch_size: expected at least 1, got -1"),
         ({"rank": 0}, "rank: expected at least 1, got 0"),
+        ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
         ({"slots": 0}, "slots: expected at least 1, got 0"),
         ({"slots": 40}, "slots: 40 slots need at least as many rows, got 32"),
         ({"learning_rate": 0.0}, r"learning_rate: expected .* got 0\.0"),
