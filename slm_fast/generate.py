@@ -273,6 +273,7 @@ class _Loop:
                 self._join([self.queue.waiting.popleft() for _ in range(min(free, len(self.queue.waiting)))])
             else:
                 self._step()
+        self.layers, self.cache = [], None  # they refer to this loop, which would keep the buffers alive
 
     def _join(self, numbers: list[int]) -> None:
         """Prefill rows that were waiting and let them run with the others."""

@@ -243,7 +243,7 @@ class _Trainer:
             raise WorkError(f"{self.task.name}: {otherwise}; lower learning_rate")
 
     def _valid_examples(self, valid: Task) -> Examples:
-        # Over the task's own slots: which slots of other tasks training kept says nothing about these rows.
+        # Over the task's own slots, joint or not: it is the task's own values that are chosen.
         router = self.model.new_router([LearnedTask(self.task.name, None, self.params, self.part, None)])
         examples, query = prepare(self.model, valid, self.task.labels, self.max_length)
         route = router.route(query)
@@ -291,22 +291,21 @@ class _Trainer:
         with self._passing(examples, rows, encoded.attention_mask):
             if backbone.kind == "causal":
                 # The output layer sees only the tokens before those of an answer.
-                ends = encoded.attention_mask.sum(1).tolist()
-                before = [range(end - len(answer) - 1, end - 1) for end, answer in zip(ends, answers, strict=True)]
+                ends = [len(examples.sequences[i]) - 1 for i in rows]
+                before = [range(end - len(answer), end) for end, answer in zip(ends, answers, strict=True)]
                 row = torch.tensor([i for i, places in enumerate(before) for _ in places], device=self.device)
                 place = torch.tensor([t for places in before for t in places], device=self.device)
                 logits = backbone.model.get_output_embeddings()(self.model.run_trunk(encoded)[row, place])
             else:
-                labels, mask = pad(answers, IGNORE)
-                given = backbone.model.prepare_decoder_input_ids_from_labels(labels.to(self.device))
+                labels = pad(answers, IGNORE)[0].to(self.device)
                 out = backbone.model(
                     input_ids=encoded.input_ids,
                     attention_mask=encoded.attention_mask,
-                    decoder_input_ids=given,
+                    decoder_input_ids=backbone.model.prepare_decoder_input_ids_from_labels(labels),
                     use_cache=False,
                 )
-                logits = out.logits[mask.bool().to(self.device)]
-        return cross_entropy(logits.float(), target, reduction="sum")
+                logits, target = out.logits.flatten(0, 1), labels.flatten()
+        return cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
 
     def learned(self) -> LearnedTask:
         def kept(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

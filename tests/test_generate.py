@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
+import weakref
 
 import pytest
 import torch
@@ -146,6 +148,28 @@ def test_what_is_sampled_for_a_row_depends_on_its_number_alone(name):
     assert [a.text for a in slm.predict_stream(iter(texts), batch_size=5, **options)] == [a.text for a in answers]
     beside = slm.predict([*texts[:7], *rows_of(7, seed=9)], batch_size=14, **options)
     assert [a.text for a in beside[:7]] == [a.text for a in answers[:7]]
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_buffers_are_given_back_when_all_is_written(name):
+    slm = make_slm(name)
+    two_tasks(slm)
+    made: list[weakref.ref] = []
+    init = generate_module._Columns.__init__
+
+    def noted(self, *args, **options):
+        init(self, *args, **options)
+        made.append(weakref.ref(self))
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generate_module._Columns, "__init__", noted)
+            slm.predict(rows_of(6), batch_size=3, max_new_tokens=5)
+        assert made
+        assert [buffer for buffer in made if buffer() is not None] == []
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", GENERATORS)
