@@ -10,7 +10,8 @@ place to the last one, and when enough places are free, waiting rows are prefill
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,13 @@ _HONOURED = {
 
 @dataclass(frozen=True)
 class Written:
-    """Texts, the mean probability of each one's tokens, and the routes [N, K] they were written on."""
+    """Texts, the mean probability of each one's tokens, and the routes [N, K] they were written on. failed: rows whose
+    query is not finite; their texts and routes are empty."""
 
     texts: list[str]
     scores: list[float]
     route: Route
+    failed: list[int]
 
 
 @torch.inference_mode()
@@ -69,17 +72,14 @@ def generate(
         seeds: one for each row, so that what is sampled for it does not depend on the rows it runs with.
         at_once: how many rows run together.
         route: [N, K] found ahead; None: found in the prefill, among `slot_mask` [N, P], with `abstain`.
-
-    Raises:
-        NotFinite: a row's query, by the row's number.
     """
     queue = _Queue(model, encoded, options, seeds, route, slot_mask, abstain)
     if options["num_beams"] == 1 and _is_plain(model, encoded.input_ids.shape[1] + options["max_new_tokens"]):
         _Loop(queue, at_once).run()
     else:
-        order = list(queue.waiting)
-        for start in range(0, len(order), at_once):
-            queue.write(order[start : start + at_once])
+        while rows := queue.take(at_once):
+            with queue.putting_back(rows):
+                queue.write(rows)
     return queue.written()
 
 
@@ -111,9 +111,24 @@ class _Queue:
         self.ahead, self.slot_mask, self.abstain = route, slot_mask, abstain
         self.lengths: list[int] = encoded.attention_mask.sum(1).tolist()
         self.waiting = deque(sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i]))
+        self.failed: list[int] = []
         self.tokens: list[list[int]] = [[] for _ in self.lengths]
         self.probability = [0.0] * len(self.lengths)  # summed over tokens
-        self.routes: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(self.lengths)
+        self.routes: list[tuple[Tensor, Tensor] | None] = [None] * len(self.lengths)
+
+    def take(self, most: int) -> list[int]:
+        return [self.waiting.popleft() for _ in range(min(most, len(self.waiting)))]
+
+    @contextmanager
+    def putting_back(self, rows: list[int]) -> Iterator[None]:
+        """A row that fails inside the block is noted, and the others wait again."""
+        try:
+            yield
+        except NotFinite as error:
+            beams = self.options["num_beams"] if self.model.backbone.kind == "causal" else 1  # T5's encoder knows none
+            failed = rows[error.row // beams]
+            self.failed.append(failed)
+            self.waiting.extendleft(row for row in reversed(rows) if row != failed)
 
     def inputs(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Token ids and mask of rows, [B, T] with T their longest."""
@@ -128,11 +143,8 @@ class _Queue:
         passage = Passage(mask, None if self.slot_mask is None else self.slot_mask[rows], self.abstain)
         route = self.ahead and Route(self.ahead.slot_ids[rows], self.ahead.weights[rows])
         lm, call = self.model.backbone.model, inputs.pop("call", None)
-        try:
-            with self.model.passing(passage, self.model.pool.values, route):
-                out = (call or lm)(**inputs)
-        except NotFinite as error:
-            raise NotFinite(rows[error.row % len(rows)]) from None
+        with self.model.passing(passage, self.model.pool.values, route):
+            out = (call or lm)(**inputs)
         found = passage.route
         assert found is not None
         beams = len(found.slot_ids) // len(rows)
@@ -178,11 +190,14 @@ class _Queue:
     def written(self) -> Written:
         texts = self.model.backbone.tokenizer.batch_decode(self.tokens, skip_special_tokens=True)
         scores = [total / max(len(words), 1) for total, words in zip(self.probability, self.tokens, strict=True)]
+        empty = self.model.empty_route(1)
+        known = next((route for route in self.routes if route is not None), (empty.slot_ids[0], empty.weights[0]))
+        none = torch.full_like(known[0], -1), torch.zeros_like(known[1])
+        routes = [route or none for route in self.routes]
         route = self.model.empty_route(0)
-        if self.routes:
-            ids, weights = zip(*self.routes, strict=True)
-            route = Route(torch.stack(ids), torch.stack(weights))
-        return Written([text.strip() for text in texts], scores, route)
+        if routes:
+            route = Route(torch.stack([ids for ids, _ in routes]), torch.stack([weights for _, weights in routes]))
+        return Written([text.strip() for text in texts], scores, route, sorted(self.failed))
 
 
 @dataclass
@@ -270,7 +285,9 @@ class _Loop:
             free = self.at_once - len(self.rows)
             # Prefilling a few rows reads all weights, as a step of all rows does, so it waits until it pays.
             if self.queue.waiting and (not self.rows or 4 * free >= self.at_once):
-                self._join([self.queue.waiting.popleft() for _ in range(min(free, len(self.queue.waiting)))])
+                rows = self.queue.take(free)
+                with self.queue.putting_back(rows):
+                    self._join(rows)
             else:
                 self._step()
         self.layers, self.cache = [], None  # they refer to this loop, which would keep the buffers alive

@@ -192,6 +192,8 @@ def _batch(
             slot_mask=slot_mask,
             abstain=share,
         )
+        if written.failed:
+            raise NotFinite(written.failed[0])
         route, texts, scores = written.route, written.texts, written.scores
     else:
         passage = Passage(encoded.attention_mask, slot_mask, share)

@@ -22,7 +22,7 @@ from models import (
     sentence,
 )
 
-from slm_fast import ScalableLM
+from slm_fast import ScalableLM, WorkError
 from slm_fast import generate as generate_module
 from slm_fast.tasks import LearnedTask, Row
 
@@ -126,7 +126,9 @@ def test_columns_move_when_the_buffer_is_full_or_a_prompt_is_too_long_and_nothin
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate_module._Loop, "_move", spied)
         # Short prompts first, so that longer ones must join later.
-        patch.setattr(generate_module, "sorted", lambda rows, key: sorted(rows, key=lambda i: -key(i)), raising=False)
+        patch.setattr(
+            generate_module, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False
+        )
         answers = slm.predict(texts, batch_size=3, max_new_tokens=20)
     assert min(moves) < 0 < max(moves)
     for text, answer in zip(texts, answers, strict=True):
@@ -253,3 +255,23 @@ def test_instructions_abstaining_and_task_ids_go_with_rows_that_take_turns(name)
         assert [(a.task, a.text, a.route.slots) for a in turns] == [(a.task, a.text, a.route.slots) for a in whole]
         if "task" in options and "abstain" not in options:
             assert [a.task for a in turns] == names
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_rows_whose_query_is_not_finite_are_named_and_the_others_written(beams):
+    slm = make_slm("llama")
+    two_tasks(slm)
+    texts = rows_of(9)
+    expected = [answer.text for answer in slm.predict(texts, max_new_tokens=5, beams=beams)]
+    bad = slm.model.backbone.tokenizer.get_vocab()["word79"]
+    slm.model.backbone.model.get_input_embeddings().weight.data[bad] = torch.nan
+    mixed = [*texts[:4], "sea1 word79", *texts[4:], "word79"]
+    encoded = slm.model.encode([Row(text) for text in mixed], padding_side="left")
+    options = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False}
+    written = generate_module.generate(slm.model, encoded, options, seeds=range(11), at_once=4)
+    assert written.failed == [4, 10]
+    assert [written.texts[4], written.texts[10]] == ["", ""]
+    assert [text for i, text in enumerate(written.texts) if i not in (4, 10)] == expected
+    assert written.route.slot_ids[[4, 10]].tolist() == [[-1, -1]] * 2
+    with pytest.raises(WorkError, match=r"row (5|11): its query holds a number that is not finite"):
+        slm.predict(mixed, max_new_tokens=5, beams=beams)
