@@ -149,7 +149,7 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
         for bar, row in zip(bars, own, strict=True):
             bar.set_color("tab:blue" if row["method"] == "slm_fast" else "tab:gray")
         panel.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
-        panel.set_title(f"{name}, {own[0]['dtype']}, batch {own[0]['batch_size']}", fontsize=10)
+        panel.set_title(f"{name}, {own[0]['dtype']}, batch {own[-1]['batch_size']}", fontsize=10)
         panel.set_xlabel("tokens a second")
         panel.tick_params(labelsize=8)
         panel.margins(x=0.12)
