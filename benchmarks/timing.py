@@ -67,12 +67,16 @@ def time_together(
         waiting = [
             name for name in waiting if len(calls[name]) < least or (len(calls[name]) < most and spent[name] < seconds)
         ]
-    return {name: _percentiles(timed) for name, timed in calls.items()}
+    return {name: _undisturbed(timed) for name, timed in calls.items()}
 
 
-def _percentiles(calls: list[tuple[bool, float]]) -> Times:
+def _undisturbed(calls: list[tuple[bool, float]]) -> Times:
     quiet = [milliseconds for disturbed, milliseconds in calls if not disturbed]
-    ordered = sorted(quiet if len(quiet) >= 5 else [milliseconds for _, milliseconds in calls])
+    return percentiles(quiet if len(quiet) >= 5 else [milliseconds for _, milliseconds in calls])
+
+
+def percentiles(milliseconds: list[float]) -> Times:
+    ordered = sorted(milliseconds)
     p20, p50, p80 = (ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8))
     return Times(p20, p50, p80)
 

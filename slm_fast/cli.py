@@ -144,6 +144,8 @@ def _learn_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank", type=int, default=8)
     group.add_argument("--slots", type=int, help="slots a task; default 1 (gaussian) or 4 (dtkr)")
     group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--accumulate", type=int, default=1, help="compute a step's gradients in this many parts")
+    group.add_argument("--autocast", action="store_true", help="compute in bfloat16 though the weights are float32")
     group.add_argument("--joint", action="store_true", help="train on routes over all tasks' slots, as the paper does")
 
 

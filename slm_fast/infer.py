@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.errors import InputError, WorkError
+from slm_fast.generate import generate
 from slm_fast.model import AdaptedModel, Passage
 from slm_fast.ops import Route
 from slm_fast.progress import bar
@@ -146,12 +147,15 @@ def _window(
 ) -> list[Prediction]:
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     found: list[Prediction | None] = [None] * len(rows)
-    for start in range(0, len(order), options.batch_size):
-        chosen = order[start : start + options.batch_size]
+    # Texts are written by as many rows at once as a batch holds, out of a queue of all of them.
+    size = options.batch_size if model.backbone.kind == "encoder" else len(order)
+    for start in range(0, len(order), max(size, 1)):
+        chosen = order[start : start + size]
         names = [task[i] for i in chosen] if isinstance(task, (list, tuple)) else task
         try:
-            # Each batch samples from a seed of its own, or all would draw the same.
-            answers = _batch(model, [rows[i] for i in chosen], options, names, options.seed + offset + chosen[0])
+            # Each row samples from a seed of its own, so that it does not matter which rows run beside it.
+            seeds = [options.seed + offset + i for i in chosen]
+            answers = _batch(model, [rows[i] for i in chosen], options, names, seeds)
         except NotFinite as error:
             row = offset + chosen[error.row % len(chosen)] + 1
             raise WorkError(f"row {row}: its query holds a number that is not finite") from None
@@ -165,7 +169,7 @@ def _batch(
     rows: Sequence[Row],
     options: PredictOptions,
     task: str | Sequence[str] | None,
-    seed: int,
+    seeds: Sequence[int],
 ) -> list[Prediction]:
     generates = model.backbone.kind != "encoder"
     if model.pool.slots == 0 and not generates:
@@ -176,21 +180,27 @@ def _batch(
     if options.bare or model.pool.slots == 0:
         route = model.empty_route(len(rows))
     elif model.route_ahead(rows):
-        route = model.find_route(model.queries(rows, batch_size=len(rows)), slot_mask, share)
-    passage = Passage(encoded.attention_mask, slot_mask, share)
-    with model.passing(passage, model.pool.values, route):
-        if generates:
-            with torch.random.fork_rng(enabled=options.sample):
-                if options.sample:
-                    torch.manual_seed(seed)
-                texts, scores = model.generate(encoded, options.generation())
-        else:
+        route = model.find_route(model.queries(rows, batch_size=options.batch_size), slot_mask, share)
+    if generates:
+        written = generate(
+            model,
+            encoded,
+            options.generation(),
+            seeds=seeds,
+            at_once=options.batch_size,
+            route=route,
+            slot_mask=slot_mask,
+            abstain=share,
+        )
+        if written.failed:
+            raise NotFinite(written.failed[0])
+        route, texts, scores = written.route, written.texts, written.scores
+    else:
+        passage = Passage(encoded.attention_mask, slot_mask, share)
+        with model.passing(passage, model.pool.values, route):
             features = model.features(encoded)
-    route = passage.route
+        route = passage.route
     assert route is not None
-    route = Route(
-        route.slot_ids[:: len(route.slot_ids) // len(rows)], route.weights[:: len(route.weights) // len(rows)]
-    )
     tasks = _tasks(model, route)
     if generates:
         labels = [_as_label(model, name, text) for name, text in zip(tasks, texts, strict=True)]

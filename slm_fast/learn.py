@@ -8,16 +8,18 @@ depends on the task, the backbone and the options alone, in whatever order and w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slm_fast.adapted import Values
-from slm_fast.backbones import Encoded, pad
+from slm_fast.backbones import pad
 from slm_fast.errors import InputError, WorkError
+from slm_fast.examples import Examples, batches, prepare
 from slm_fast.model import AdaptedModel, Passage
 from slm_fast.ops import Route
 from slm_fast.progress import bar
@@ -25,16 +27,19 @@ from slm_fast.router import NotFinite
 from slm_fast.tasks import LearnedTask, Task, name_seed
 
 IGNORE = -100  # the label transformers' losses skip
+LOOK = 16  # steps between looks at the loss
 
 
 @dataclass(frozen=True)
 class LearnOptions:
     """How a task is learned.
 
-    epochs: None means 3, and for a small task as many as make 120 steps, at most 20. batch_size: in rows.
+    epochs: None means 3, and for a small task as many as make 120 steps, at most 20. batch_size: rows of one step;
+    accumulate: in how many parts their gradients are computed, which saves memory and changes nothing but rounding.
     learning_rate: the peak of a linear warm-up and decay. rank: r of the increments. slots: S of the task; None means 1
     for the gaussian router and 4 for dtkr, as the paper. max_length: tokens read of an input; None means the model's.
-    joint: train on routes over all tasks' slots, as the paper does, rather than the task's own.
+    joint: train on routes over all tasks' slots, as the paper does, rather than the task's own. autocast: compute in
+    bfloat16 though the weights are float32; queries, values and optimiser keep their precision.
     """
 
     epochs: int | None = None
@@ -47,9 +52,11 @@ class LearnOptions:
     joint: bool = False
     weight_decay: float = 0.01
     warmup: float = 0.06  # share of all steps
+    accumulate: int = 1
+    autocast: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "rank", "slots"):
+        for name in ("epochs", "batch_size", "accumulate", "rank", "slots"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name}: expected at least 1, got {value}")
@@ -82,7 +89,7 @@ def learn_task(
     check_task(model, task, valid)
     trainer = _Trainer(model, task, options)
     with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
-        query = model.queries(task.rows, report=advance)
+        examples, query = prepare(model, task, task.labels, trainer.max_length, advance)
     slots = options.slots or (1 if model.config.router == "gaussian" else 4)
     seed = name_seed(task.name, options.seed)
     try:
@@ -90,7 +97,7 @@ def learn_task(
     except NotFinite as error:
         raise WorkError(f"{task.name}: row {error.row + 1}: its query holds a number that is not finite") from None
     trainer.allocate(slots, part, torch.Generator().manual_seed(seed))
-    trainer.fine_tune(trainer.examples(task, query), valid, progress)
+    trainer.fine_tune(trainer.routed(examples, query), valid, progress)
     return trainer.learned()
 
 
@@ -108,7 +115,7 @@ def optimizer_and_schedule(
     parameters: Sequence[Tensor], options: LearnOptions, rows: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW, with a linear warm-up and decay over all steps."""
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
     steps = options.epochs_for(rows) * math.ceil(rows / options.batch_size)
     warmup = max(1, round(options.warmup * steps))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
@@ -116,16 +123,10 @@ def optimizer_and_schedule(
     )
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Tokenised rows with their routes, made once."""
-
-    inputs: list[list[int]]
-    answers: list[list[int]]  # token ids; for heads one label index each
-    route: Route
-
-    def __len__(self) -> int:
-        return len(self.inputs)
+def _join(mine: Tensor, theirs: Tensor) -> Tensor:
+    """Slots [S, r, F] above others, the smaller rank filled up with zeros."""
+    rank = max(mine.shape[1], theirs.shape[1])
+    return torch.cat([nn.functional.pad(part, (0, 0, 0, rank - part.shape[1])) for part in (mine, theirs)])
 
 
 class _Trainer:
@@ -166,8 +167,8 @@ class _Trainer:
         owner = [known.name for known in tasks for _ in range(known.slots)]
         own = [i for i, name in enumerate(owner) if name == self.task.name]
         foreign = [i for i, name in enumerate(owner) if name != self.task.name]
-        self.renumber = torch.empty(len(owner) + 1, dtype=torch.int64, device=self.device)
-        self.renumber[own + foreign] = torch.arange(len(owner), device=self.device)
+        self.renumber = torch.empty(len(owner) + 1, dtype=torch.int64)
+        self.renumber[own + foreign] = torch.arange(len(owner))
         self.renumber[-1] = -1  # id -1 stays
         self.slots = slots
         self.foreign: Values = self.model.pool.values if foreign else {}
@@ -178,66 +179,46 @@ class _Trainer:
     def parameters(self) -> list[Tensor]:
         return [p for pair in self.params.values() for p in pair] + list(self.head or ())
 
-    def values(self) -> Values:
-        """What the adapted layers use now: the task's own slots, then (joint) the frozen ones its routes reach."""
+    def values(self, route: Route) -> tuple[Values, Route]:
+        """What the adapted layers use for a batch: the task's own slots, then (joint) those of other tasks that the
+        batch's route reaches, so that a step costs the same however many tasks there are. And the route to them."""
         own = {name: (a.to(self.dtype), b.to(self.dtype)) for name, (a, b) in self.params.items()}
-        if not self.foreign:
-            return own
+        foreign = route.slot_ids >= self.slots
+        if foreign.any():
+            reached, place = route.slot_ids[foreign].unique(return_inverse=True)
+            ids = route.slot_ids.masked_scatter(foreign, place + self.slots)
+            route, reached = Route(ids, route.weights), (reached - self.slots).to(self.device)
+            own = {
+                name: (_join(a, self.foreign[name][0][reached]), _join(b, self.foreign[name][1][reached]))
+                for name, (a, b) in own.items()
+            }
+        return own, Route(route.slot_ids.to(self.device), route.weights.to(self.device))
 
-        def join(mine: Tensor, theirs: Tensor) -> Tensor:
-            rank = max(mine.shape[1], theirs.shape[1])
-            return torch.cat([nn.functional.pad(part, (0, 0, 0, rank - part.shape[1])) for part in (mine, theirs)])
-
-        return {name: (join(a, self.foreign[name][0]), join(b, self.foreign[name][1])) for name, (a, b) in own.items()}
-
-    def keep_reached(self, route: Route) -> Route:
-        """Drop the other tasks' slots that no training row's route reaches, so that a step's cost does not grow with
-        the number of tasks, and renumber the route."""
-        if not self.foreign:
-            return route
-        reached = route.slot_ids[route.slot_ids >= self.slots].unique()
-        self.foreign = {
-            name: (a[reached - self.slots], b[reached - self.slots]) for name, (a, b) in self.foreign.items()
-        }
-        place = torch.searchsorted(reached, route.slot_ids) + self.slots
-        return Route(torch.where(route.slot_ids >= self.slots, place, route.slot_ids), route.weights)
-
-    def examples(self, task: Task, query: Tensor) -> Examples:
+    def routed(self, examples: Examples, query: Tensor) -> Examples:
         route = self.router.route(query)
-        return self._tokenised(task, Route(self.renumber[route.slot_ids], route.weights))
-
-    def _tokenised(self, task: Task, route: Route) -> Examples:
-        backbone = self.model.backbone
-        encoded = backbone.encode([row.prompt for row in task.rows], self.max_length)
-        lengths = encoded.attention_mask.sum(1).tolist()
-        inputs = [ids[:n] for ids, n in zip(encoded.input_ids.tolist(), lengths, strict=True)]
-        if self.head is not None:
-            index = {label: i for i, label in enumerate(self.task.labels or [])}
-            answers = [[index[row.target or ""]] for row in task.rows]
-        else:
-            answers = backbone.encode_answers([row.target or "" for row in task.rows], self.max_length)
-        return Examples(inputs, answers, route)
+        return replace(examples, route=Route(self.renumber[route.slot_ids.cpu()], route.weights.cpu()))
 
     def fine_tune(self, examples: Examples, valid: Task | None, progress: bool | None) -> None:
         options = self.options
-        examples = Examples(examples.inputs, examples.answers, self.keep_reached(examples.route))
         valid_examples = None if valid is None else self._valid_examples(valid)
         optimizer, scheduler = optimizer_and_schedule(self.parameters(), options, len(examples))
-        epochs = options.epochs_for(len(examples))
+        epochs, lengths = options.epochs_for(len(examples)), examples.lengths
         best, best_score = self._snapshot(), -math.inf
         with bar(f"{self.task.name}: learning", epochs * len(examples), progress) as advance:
             for epoch in range(epochs):
-                order = torch.randperm(len(examples), generator=self.shuffle)
-                for rows in order.split(options.batch_size):
-                    loss = self._loss(examples, rows)
-                    value = loss.item()
-                    self._check_finite(value, f"the loss is {value} in epoch {epoch + 1}")
+                losses: list[Tensor] = []
+                for step, rows in enumerate(plan := batches(lengths, options.batch_size, self.shuffle), 1):
                     optimizer.zero_grad()
-                    loss.backward()
+                    losses.append(self._backward(examples, rows.tolist()))
                     nn.utils.clip_grad_norm_(self.parameters(), 1.0)
                     optimizer.step()
                     scheduler.step()
-                    advance(len(rows), note=f"loss {value:.3f}")
+                    note = None
+                    if step % LOOK == 0 or step == len(plan):  # a look at the loss waits for a GPU to finish
+                        value = float(torch.stack(losses).mean())
+                        self._check_finite(value, f"the loss is {value} in epoch {epoch + 1}")
+                        losses, note = [], f"loss {value:.3f}"
+                    advance(len(rows), note=note)
                 if valid_examples is not None and (score := self._score(valid_examples)) > best_score:
                     best, best_score = self._snapshot(), score
         for parameter in self.parameters():
@@ -247,14 +228,26 @@ class _Trainer:
                 for parameter, kept in zip(self.parameters(), best, strict=True):
                     parameter.copy_(kept)
 
+    def _backward(self, examples: Examples, rows: list[int]) -> Tensor:
+        """Add the gradient of the mean loss of a step's rows, part by part; the loss."""
+        loss, size = torch.zeros((), device=self.device), math.ceil(len(rows) / self.options.accumulate)
+        answers = sum(len(examples.answers[i]) for i in rows)
+        for start in range(0, len(rows), size):
+            part = self._loss(examples, rows[start : start + size]) / answers
+            part.backward()
+            loss += part.detach()
+        return loss
+
     def _check_finite(self, value: float, otherwise: str) -> None:
         if not math.isfinite(value):
             raise WorkError(f"{self.task.name}: {otherwise}; lower learning_rate")
 
     def _valid_examples(self, valid: Task) -> Examples:
-        # Over the task's own slots: which slots of other tasks training kept says nothing about these rows.
+        # Over the task's own slots, joint or not: it is the task's own values that are chosen.
         router = self.model.new_router([LearnedTask(self.task.name, None, self.params, self.part, None)])
-        return self._tokenised(valid, router.route(self.model.queries(valid.rows)))
+        examples, query = prepare(self.model, valid, self.task.labels, self.max_length)
+        route = router.route(query)
+        return replace(examples, route=Route(route.slot_ids.cpu(), route.weights.cpu()))
 
     def _snapshot(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters()]
@@ -263,42 +256,56 @@ class _Trainer:
     def _score(self, examples: Examples) -> float:
         """Accuracy with a head, minus the mean loss without."""
         total = 0.0
-        for rows in torch.arange(len(examples)).split(2 * self.options.batch_size):
+        for batch in examples.lengths.argsort(stable=True).split(2 * self.options.batch_size):
+            rows = batch.tolist()
             if self.head is None:
-                total -= float(self._loss(examples, rows)) * len(rows)
+                total -= float(self._loss(examples, rows))
             else:
-                answers = torch.tensor([examples.answers[i][0] for i in rows.tolist()], device=self.device)
+                answers = torch.tensor([examples.answers[i][0] for i in rows], device=self.device)
                 total += int((self._logits(examples, rows).argmax(1) == answers).sum())
-        return total / len(examples)
+        return total / sum(map(len, examples.answers))
 
-    def _encoded(self, sequences: Sequence[list[int]]) -> Encoded:
-        ids, mask = pad(sequences, self.model.backbone.tokenizer.pad_token_id)
-        return Encoded(ids.to(self.device), mask.to(self.device), [])
+    @contextmanager
+    def _passing(self, examples: Examples, rows: list[int], mask: Tensor) -> Iterator[None]:
+        """Passes of these rows, with their routes and this task's values, above what is frozen."""
+        assert examples.route is not None
+        values, route = self.values(Route(examples.route.slot_ids[rows], examples.route.weights[rows]))
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast)
+        with self.model.above(examples.states_of(rows)), self.model.passing(Passage(mask), values, route), autocast:
+            yield
 
-    def _logits(self, examples: Examples, rows: Tensor) -> Tensor:
+    def _logits(self, examples: Examples, rows: list[int]) -> Tensor:
         assert self.head is not None
-        encoded = self._encoded([examples.inputs[i] for i in rows.tolist()])
-        route = Route(examples.route.slot_ids[rows], examples.route.weights[rows])
-        with self.model.passing(Passage(encoded.attention_mask), self.values(), route):
-            return self.model.features(encoded) @ self.head[0].T + self.head[1]
+        encoded = examples.encoded(self.model, rows)
+        with self._passing(examples, rows, encoded.attention_mask):
+            features = self.model.features(encoded)
+        return features @ self.head[0].T + self.head[1]
 
-    def _loss(self, examples: Examples, rows: Tensor) -> Tensor:
-        answers = [examples.answers[i] for i in rows.tolist()]
+    def _loss(self, examples: Examples, rows: list[int]) -> Tensor:
+        """The summed loss of rows' labels, or of the tokens of their answers."""
+        answers = [examples.answers[i] for i in rows]
+        target = torch.tensor([token for answer in answers for token in answer], device=self.device)
         if self.head is not None:
-            return cross_entropy(self._logits(examples, rows), torch.tensor(answers, device=self.device)[:, 0])
-        inputs = [examples.inputs[i] for i in rows.tolist()]
-        if self.model.backbone.kind == "causal":
-            encoded = self._encoded([x + y for x, y in zip(inputs, answers, strict=True)])
-            labels, _ = pad([[IGNORE] * len(x) + y for x, y in zip(inputs, answers, strict=True)], IGNORE)
-        else:
-            encoded = self._encoded(inputs)
-            labels, _ = pad(answers, IGNORE)
-        route = Route(examples.route.slot_ids[rows], examples.route.weights[rows])
-        with self.model.passing(Passage(encoded.attention_mask), self.values(), route):
-            loss: Tensor = self.model.backbone.model(
-                input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, labels=labels.to(self.device)
-            ).loss
-        return loss
+            return cross_entropy(self._logits(examples, rows), target, reduction="sum")
+        backbone, encoded = self.model.backbone, examples.encoded(self.model, rows)
+        with self._passing(examples, rows, encoded.attention_mask):
+            if backbone.kind == "causal":
+                # The output layer sees only the tokens before those of an answer.
+                ends = [len(examples.sequences[i]) - 1 for i in rows]
+                before = [range(end - len(answer), end) for end, answer in zip(ends, answers, strict=True)]
+                row = torch.tensor([i for i, places in enumerate(before) for _ in places], device=self.device)
+                place = torch.tensor([t for places in before for t in places], device=self.device)
+                logits = backbone.model.get_output_embeddings()(self.model.run_trunk(encoded)[row, place])
+            else:
+                labels = pad(answers, IGNORE)[0].to(self.device)
+                out = backbone.model(
+                    input_ids=encoded.input_ids,
+                    attention_mask=encoded.attention_mask,
+                    decoder_input_ids=backbone.model.prepare_decoder_input_ids_from_labels(labels),
+                    use_cache=False,
+                )
+                logits, target = out.logits.flatten(0, 1), labels.flatten()
+        return cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
 
     def learned(self) -> LearnedTask:
         def kept(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

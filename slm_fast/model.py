@@ -98,14 +98,30 @@ class Passage:
     mask: Tensor  # [B, T] real tokens
     slot_mask: Tensor | None = None  # [B, P] slots allowed
     abstain: float | None = None
-    stop_at_query: bool = False
+    stop: str | None = None  # "query" or "states": end the pass once they are known
     pooled: list[Tensor] | None = None
     query: Tensor | None = None  # [B, D] once the last tap is passed
+    states: Tensor | None = None  # [B, T, H] that enter the lowest layer with increments, if asked for
     route: Route | None = None
 
 
 class _QueryFound(Exception):
-    """Ends a forward pass of which only the query was wanted."""
+    """Ends a forward pass of which only the query, or what enters the increments, was wanted."""
+
+
+class _Known(torch.nn.Module):
+    """Stands in the place of layers whose output is known already. With a `layer`, that layer runs all the same, for
+    what it returns beside the hidden states."""
+
+    def __init__(self, states: Tensor, layer: torch.nn.Module | None) -> None:
+        super().__init__()
+        self.states, self.layer = states, layer
+        self.beside: tuple[Any, ...] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.layer is not None and self.beside is None:
+            self.beside = self.layer(*args, **kwargs)[1:]
+        return self.states if self.beside is None else (self.states, *self.beside)
 
 
 class AdaptedModel:
@@ -135,6 +151,8 @@ class AdaptedModel:
             setattr(backbone.model.get_submodule(parent), child, AdaptedLinear(base, name, self.adaptation))
         for tap in self.config.taps or ():
             backbone.layers[tap].register_forward_pre_hook(self._tap, with_kwargs=True)
+        entrance = backbone.layers[self.config.first_layer or 0]
+        entrance.register_forward_pre_hook(self._enter, with_kwargs=True)  # after the tap that may be there
         self.set_tasks([])
 
     @property
@@ -187,9 +205,9 @@ class AdaptedModel:
         if isinstance(self.query, SentenceQuery):
             return self.query.encode(texts).to(self.backbone.device)
         encoded = self.backbone.encode(texts, self.config.max_length or 0)
-        passage = Passage(encoded.attention_mask, stop_at_query=True)
+        passage = Passage(encoded.attention_mask, stop="query")
         with self.passing(passage, {}), suppress(_QueryFound):
-            self._run_trunk(encoded)
+            self.run_trunk(encoded)
         assert passage.query is not None
         return passage.query
 
@@ -239,43 +257,59 @@ class AdaptedModel:
         if len(passage.pooled) < len(self.query.taps):
             return
         passage.query = self.query.join(passage.pooled)
-        if passage.stop_at_query:
+        if passage.stop == "query":
             raise _QueryFound
+        if passage.stop == "states":
+            return
         slot_mask = None if passage.slot_mask is None else passage.slot_mask.repeat_interleave(beams, 0)
         passage.route = self.adaptation.route = self.find_route(passage.query, slot_mask, passage.abstain)
 
-    def _run_trunk(self, encoded: Encoded) -> Tensor:
-        model = self.backbone.model.get_encoder() if self.backbone.kind == "seq2seq" else self.backbone.model
-        if self.backbone.kind == "causal":
-            model = model.base_model  # without the vocabulary's output layer
-        hidden: Tensor = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
+    def _enter(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        passage = self._passage
+        if passage is not None and passage.stop == "states":
+            passage.states = args[0] if args else kwargs["hidden_states"]
+            raise _QueryFound
+
+    @torch.no_grad()
+    def trunk_states(self, encoded: Encoded, query_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What enters the lowest layer with increments, [B, T, H], and, with `trunk` queries, the queries [B, D] pooled
+        over `query_mask` [B, T] on the way."""
+        passage = Passage(query_mask, stop="states")
+        with self.passing(passage, {}), suppress(_QueryFound):
+            self.run_trunk(encoded)
+        assert passage.states is not None
+        return passage.states, passage.query
+
+    @contextmanager
+    def above(self, states: Tensor | None) -> Iterator[None]:
+        """Passes inside the block begin at the lowest layer with increments: `states` [B, T, H] enter it, as
+        `trunk_states` gave them. None: they begin at the bottom, as always."""
+        if states is None:
+            yield
+            return
+        layers, lower = self.backbone.layers, range(self.config.first_layer or 0)
+        replaced = [layers[i] for i in lower]
+        # T5's layers hand on the position bias that the first of them makes.
+        known = _Known(states, replaced[0] if self.backbone.kind == "seq2seq" else None)
+        try:
+            for i in lower:
+                layers[i] = known
+            yield
+        finally:
+            for i, layer in zip(lower, replaced, strict=True):
+                layers[i] = layer
+
+    def run_trunk(self, encoded: Encoded) -> Tensor:
+        """The trunk's last hidden states [B, T, H], adapted as `passing` says."""
+        model, options = self.backbone.model, {}
+        if self.backbone.kind == "seq2seq":
+            model = model.get_encoder()
+        elif self.backbone.kind == "causal":
+            model, options = model.base_model, {"use_cache": False}  # without the vocabulary's output layer
+        out = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, **options)
+        hidden: Tensor = out.last_hidden_state
         return hidden
 
     def features(self, encoded: Encoded) -> Tensor:
         """Encoder-only: mean last hidden state over real tokens [B, H] float32, adapted as `passing` says."""
-        return TrunkQuery.pool(self._run_trunk(encoded), encoded.attention_mask)
-
-    def generate(self, encoded: Encoded, options: Mapping[str, Any]) -> tuple[list[str], list[float]]:
-        """T5 and LLaMA: the generated texts and the mean probability of their tokens, adapted as `passing` says.
-
-        Prompts are padded on the left for causal backbones. `options` go to transformers' generate.
-        """
-        model, tokenizer = self.backbone.model, self.backbone.tokenizer
-        out = model.generate(
-            input_ids=encoded.input_ids,
-            attention_mask=encoded.attention_mask,
-            return_dict_in_generate=True,
-            output_logits=True,
-            pad_token_id=tokenizer.pad_token_id,
-            **options,
-        )
-        beams = getattr(out, "beam_indices", None)
-        log_probability = model.compute_transition_scores(out.sequences, out.logits, beams, normalize_logits=True)
-        steps = log_probability.shape[1]
-        tokens = out.sequences[:, -steps:] if self.backbone.kind == "causal" else out.sequences[:, 1 : 1 + steps]
-        is_end = torch.isin(tokens, self.backbone.end_tokens())
-        ended = is_end.cumsum(1)
-        real = (ended == 0) | ((ended == 1) & is_end)
-        texts = tokenizer.batch_decode(tokens.masked_fill(~real, tokenizer.pad_token_id), skip_special_tokens=True)
-        probability = log_probability.exp().masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)
-        return [text.strip() for text in texts], probability.tolist()
+        return TrunkQuery.pool(self.run_trunk(encoded), encoded.attention_mask)

@@ -19,6 +19,7 @@ LAYERS = (
     ("cli",),
     ("slm", "jsonlines", "demo"),
     ("learn", "evaluate", "infer", "report", "baselines"),
+    ("examples", "generate"),
     ("model",),
     ("query", "router", "pool", "store", "adapted", "backbones", "linear", "tasks"),
     ("ops",),

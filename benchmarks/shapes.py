@@ -1,0 +1,56 @@
+"""Backbones of well-known shapes with random weights, and texts of real lengths, for timing without a network."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from slm_fast import Task
+from slm_fast.backbones import Backbone
+
+WORDS = "the of a to and in is was for on as with by he at from his an were are which this also be had or has"
+# Shape -> model class, its configuration for a number of layers.
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert-base": ("BertModel", {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}),
+    "t5-large": ("T5ForConditionalGeneration", {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_heads": 16}),
+    "llama-2-7b": ("LlamaForCausalLM", {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008}),
+}
+FULL = {"minilm": 6, "bert-base": 12, "t5-large": 24, "llama-2-7b": 32}
+
+
+def backbone(shape: str, layers: int, dtype: torch.dtype = torch.float32) -> Backbone:
+    """MiniLM as it is, or a random model of `layers` layers of this shape that reads MiniLM's vocabulary."""
+    small = Backbone.load("minilm", dtype=str(dtype).partition(".")[2])
+    if shape == "minilm":
+        return small
+    class_name, sizes = SHAPES[shape]
+    model_class = getattr(transformers, class_name)
+    tokenizer = small.tokenizer
+    tokenizer.eos_token = tokenizer.sep_token
+    special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": 102}
+    if shape == "t5-large":
+        special |= {"decoder_start_token_id": 0, "num_layers": layers, "num_decoder_layers": layers}
+    else:
+        special |= {"num_hidden_layers": layers}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            model = model_class(model_class.config_class(**sizes, **special))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return Backbone(model, tokenizer, f"{shape}, {layers} layers")
+
+
+def task(data: Path | None, name: str, rows: int) -> Task:
+    """The first rows of a real classification task, or generated text of like lengths where there is none."""
+    if data is not None and (data / name / "train.jsonl.gz").is_file():
+        found = Task.from_file(name, data / name / "train.jsonl.gz")
+        return Task(name, found.rows[:rows], free_text=False)
+    rng = random.Random(name)
+    lengths = [min(120, max(4, round(rng.lognormvariate(4, 0.7)))) for _ in range(rows)]
+    return Task(name, [(" ".join(rng.choices(WORDS.split(), k=n)), str(i % 10)) for i, n in enumerate(lengths)])

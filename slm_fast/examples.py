@@ -1,0 +1,117 @@
+"""Training rows made ready once: token ids, and what the frozen layers below the increments make of them.
+
+Nothing below the lowest layer with increments ever changes, so its output for a training row is computed once, in the
+pass that finds the row's query, and kept for all epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from slm_fast.backbones import Encoded, pad
+from slm_fast.model import AdaptedModel, Report
+from slm_fast.ops import Route
+from slm_fast.query import TrunkQuery
+from slm_fast.tasks import Task
+
+STATES_BYTES = 2 << 30  # hidden states of more than this are not kept; the lower layers then run in every step
+WINDOW = 16  # batches whose rows are sorted by length together
+
+
+@dataclass(frozen=True)
+class Examples:
+    """N training rows.
+
+    sequences: the token ids that the trunk reads; a causal backbone's end with the answer. answers: token ids of the
+    answers, for heads one label index each. states: for each row [T, H], what enters the lowest layer with increments,
+    on the backbone's device; None when they are not kept. route: [N, K] on the CPU, once it is known.
+    """
+
+    sequences: list[list[int]]
+    answers: list[list[int]]
+    states: list[Tensor] | None
+    route: Route | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([len(sequence) for sequence in self.sequences])
+
+    def encoded(self, model: AdaptedModel, rows: Sequence[int]) -> Encoded:
+        """Token ids and mask [B, T] of some rows, padded on the right."""
+        ids, mask = pad([self.sequences[i] for i in rows], model.backbone.tokenizer.pad_token_id)
+        return Encoded(ids.to(model.backbone.device), mask.to(model.backbone.device), [])
+
+    def states_of(self, rows: Sequence[int]) -> Tensor | None:
+        """[B, T, H], zeros after a row's end."""
+        return None if self.states is None else pad_sequence([self.states[i] for i in rows], batch_first=True)
+
+
+def prepare(
+    model: AdaptedModel, task: Task, labels: Sequence[str] | None, max_length: int, report: Report | None = None
+) -> tuple[Examples, Tensor]:
+    """Tokenise a task's rows and run the frozen lower layers on them: the examples and their queries [N, D].
+
+    labels: of an encoder-only backbone's head. max_length: tokens read of an input.
+    """
+    backbone, rows = model.backbone, task.rows
+    encoded = backbone.encode([row.prompt for row in rows], max_length)
+    lengths = encoded.attention_mask.sum(1).tolist()
+    prompts = [ids[:n] for ids, n in zip(encoded.input_ids.tolist(), lengths, strict=True)]
+    if backbone.kind == "encoder":
+        index = {label: i for i, label in enumerate(labels or ())}
+        answers = [[index[row.target or ""]] for row in rows]
+    else:
+        answers = backbone.encode_answers([row.target or "" for row in rows], max_length)
+    causal = backbone.kind == "causal"
+    sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)] if causal else prompts
+    examples = Examples(sequences, answers, None)
+    if not fits(model, sequences):
+        return examples, model.queries(rows, report=report)
+    # The pass that finds the states finds the queries too, unless these come from other text or another model.
+    alike = all(row.query_text(model.config.route_on) == row.prompt for row in rows)
+    shared = alike and max_length == model.config.max_length and isinstance(model.query, TrunkQuery)
+    queries = torch.empty(len(rows), model.query.width, device=backbone.device)
+    states: list[Tensor] = [queries] * len(rows)
+    for batch in examples.lengths.argsort(stable=True).split(32):
+        chosen = batch.tolist()
+        together = examples.encoded(model, chosen)
+        read = torch.tensor([len(prompts[i]) for i in chosen], device=backbone.device)
+        prompt_mask = torch.arange(together.input_ids.shape[1], device=backbone.device) < read[:, None]
+        entering, query = model.trunk_states(together, prompt_mask)
+        for i, state in zip(chosen, entering, strict=True):
+            states[i] = state[: len(sequences[i])].clone()
+        if shared:
+            assert query is not None
+            queries[chosen] = query
+            if report is not None:
+                report(len(chosen))
+    if not shared:
+        queries = model.queries(rows, report=report)
+    return Examples(sequences, answers, states), queries
+
+
+def fits(model: AdaptedModel, sequences: Sequence[Sequence[int]]) -> bool:
+    """Whether there are frozen layers to save, and their output is small enough to keep. It does not depend on the
+    memory that happens to be free, so that a run repeats bit for bit."""
+    size = sum(map(len, sequences)) * model.backbone.width * model.backbone.dtype.itemsize
+    return bool(model.config.first_layer) and size <= STATES_BYTES
+
+
+def batches(lengths: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
+    """Row numbers in shuffled batches of rows of like lengths.
+
+    The rows are shuffled, sorted by length within windows of a few batches (at least four windows where there are
+    enough rows, so that a row meets others in the next epoch), cut into batches, and the batches shuffled.
+    """
+    rows = torch.randperm(len(lengths), generator=generator)
+    window = size * max(1, min(WINDOW, len(rows) // (4 * size)))
+    found = [batch for part in rows.split(window) for batch in part[lengths[part].argsort(stable=True)].split(size)]
+    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]
