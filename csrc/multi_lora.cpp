@@ -104,9 +104,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_backward(
   grad = dense_rows(grad);
   op.grad = rows_of(grad);
   auto wanted = [&](size_t which, const Tensor& like, void*& to) {
-    const auto sizes = like.sizes();
-    Tensor made = empty(
-        like.scalar_type(), needed[which] ? std::vector<int64_t>(sizes.begin(), sizes.end()) : std::vector<int64_t>{0});
+    const auto shape = like.sizes();
+    std::vector<int64_t> sizes(needed[which] ? shape.size() : 1);  // [0] where no gradient is wanted
+    if (needed[which]) std::copy(shape.begin(), shape.end(), sizes.begin());
+    Tensor made = empty(like.scalar_type(), sizes);
     to = needed[which] ? made.data_ptr() : nullptr;
     return made;
   };
