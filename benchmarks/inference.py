@@ -44,7 +44,7 @@ from slm_fast.backbones import Encoded, quiet, resolve
 from slm_fast.infer import plan
 from slm_fast.linear import quicken
 from slm_fast.model import Passage
-from slm_fast.query import TrunkQuery
+from slm_fast.query import SentenceQuery, TrunkQuery
 from slm_fast.tasks import LearnedTask, Row, Task, name_seed
 
 TASKS = ("ag_news", "amazon", "dbpedia", "yahoo", "yelp")
@@ -249,6 +249,8 @@ class Ways:
 
     def learned(self, quick: Any, copies: int = 1, **config: Any) -> ScalableLM:
         slm = ScalableLM.from_backbone(quick, tokenizer=copy.deepcopy(self.tokenizer), max_length=256, **config)
+        if isinstance(slm.model.query, SentenceQuery):
+            slm.model.query.encoder.to(self.dtype)
         slm._set(make_tasks(slm, self.train, copies))
         return slm
 
@@ -308,11 +310,8 @@ class Ways:
 
         def with_adapters() -> None:
             for batch, names in zip(self.batches, self.names, strict=True):
-                if kind == "seq2seq":  # PEFT tells its layers which row is whose in hooks of the whole model
-                    with self.peft._enable_peft_forward_hooks(adapter_names=names):
-                        run_trunk(self.peft.base_model.model, kind, batch)
-                else:
-                    self.peft(input_ids=batch.input_ids, attention_mask=batch.attention_mask, adapter_names=names)
+                with self.peft._enable_peft_forward_hooks(adapter_names=names):  # as its forward does
+                    run_trunk(self.peft.base_model.model, kind, batch)
 
         def encoder_first(batch: Encoded) -> None:
             self.paper.model.query.encode_tokens(batch)

@@ -444,7 +444,7 @@ def _doctor(_: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from slm_fast.backbones import PACKAGED, resolve
+    from slm_fast.backbones import PACKAGED, choose_device, choose_dtype, resolve
     from slm_fast.ops import backends
     from slm_fast.ops.dispatch import NATIVE_MISSING
 
@@ -456,6 +456,7 @@ def _doctor(_: argparse.Namespace) -> int:
     table.add_row("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     table.add_row("GPU", gpu)
+    table.add_row("dtype auto", str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch."))
     for backend in backends():
         table.add_row(f"backend {backend.name}", backend.why_not() or f"ready on {', '.join(backend.devices)}")
     if NATIVE_MISSING is None:

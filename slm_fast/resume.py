@@ -60,7 +60,7 @@ class Output:
                 raise WorkError(f"{path}: another process is writing it") from None
             if overwrite:
                 self._file.truncate(0)
-            if self._file.tell() and path.stat().st_size:
+            if path.stat().st_size:
                 check_resumable(path, about)
                 self._keep_whole_rows()
             elif about is None:
