@@ -433,7 +433,6 @@ def user(options: argparse.Namespace, layers: int) -> list[dict[str, Any]]:
         "slm_fast, batches of 32 in arrival order": lambda: in_arrival_order(full),
         "slm_fast": lambda: full.predict(rows),
         "slm_fast --dtype auto": lambda: auto.predict(rows),
-        "slm_fast --dtype auto, batches of 32 in arrival order": lambda: in_arrival_order(auto),
     }
     chosen = str(auto.model.backbone.dtype).removeprefix("torch.")
     dtypes = {name: chosen if "auto" in name else "float32" for name in calls}
@@ -513,7 +512,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="of a backbone with random weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--ways", help="only ways with this in their names (and no ratios to others)")
-    parser.add_argument("--rows", type=int, default=300, help="of the section user")
+    parser.add_argument("--rows", type=int, default=200, help="of the section user")
     parser.add_argument("--rounds", type=int, default=5, help="calls of each way")
     parser.add_argument("--label", help="put into the name of a profile")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
