@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from slm_fast.errors import InputError, WorkError, one_line
-from slm_fast.linear import quicken
+from slm_fast.linear import has_bfloat16, quicken
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ PACKAGED = MappingProxyType(
 )
 
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,17 @@ class Encoded:
     attention_mask: Tensor
     truncated: list[bool]
 
+    def to(self, device: torch.device) -> Encoded:
+        if self.input_ids.device == device:
+            return self
+        ids, mask = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.attention_mask))
+        return Encoded(ids, mask, self.truncated)
+
 
 class Backbone:
     """A frozen model with its tokenizer. Nothing in it is ever trained or written to."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, known_fingerprint: str | None = None) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.family = _family(model.config.model_type)
         self.model.eval().requires_grad_(False)
@@ -121,7 +129,9 @@ class Backbone:
             self.model.pooler = None  # answers come from the mean over tokens
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.fingerprint = fingerprint(model, tokenizer)
+        self.fingerprint = known_fingerprint or fingerprint(model, tokenizer)
+        # For rows on the way in: a tokenizer's settings cannot be changed while another thread is decoding with it.
+        self._reader = copy.deepcopy(tokenizer)
         # Tells a causal model that the prompt ends here and the answer begins.
         self.separator: list[int] = (
             tokenizer("\n", add_special_tokens=False)["input_ids"] if self.kind == "causal" else []
@@ -131,26 +141,37 @@ class Backbone:
     def load(cls, name: str, *, dtype: str = "float32", device: str = "auto") -> Backbone:
         """Load a backbone by hub name, local path, or a name of `PACKAGED`.
 
+        Args:
+            dtype: "auto" is bfloat16 where the processor or GPU multiplies it, else float32. "float16" reads the files
+                twice: numbers rounded to float16 would give another fingerprint.
+
         Raises:
-            InputError: it cannot be found, or its family is not in `FAMILIES`. WorkError: its files are damaged.
+            InputError: it cannot be found, its family is not in `FAMILIES`, or it cannot run in this dtype.
+            WorkError: its files are damaged.
         """
-        if dtype not in DTYPES:
-            raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         place = choose_device(device)
+        number = choose_dtype(dtype, place)
         path = resolve(name)
+        known = None
         try:
             with quiet():
                 config = transformers.AutoConfig.from_pretrained(path)
                 auto_class = getattr(transformers, _family(config.model_type).auto_class)
-                model = auto_class.from_pretrained(path, dtype=getattr(torch, dtype))
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+                if number == torch.float16:
+                    first = auto_class.from_pretrained(path, dtype=torch.bfloat16)
+                    if getattr(first, "_keep_in_fp32_modules", None):
+                        raise InputError(f"dtype: float16 overflows in {config.model_type} models; use bfloat16")
+                    known = fingerprint(first, tokenizer)
+                    del first
+                model = auto_class.from_pretrained(path, dtype=number)
         except InputError:
             raise
         except (OSError, ValueError, ImportError) as error:
             raise InputError(f"backbone {name!r}: cannot be loaded: {one_line(error)}") from None
         except Exception as error:
             raise WorkError(f"backbone {name!r}: damaged: {one_line(error)}") from None
-        return cls(model.to(place), tokenizer, name)
+        return cls(model.to(place), tokenizer, name, known)
 
     @property
     def kind(self) -> str:
@@ -226,14 +247,49 @@ class Backbone:
 
     def encode(self, texts: Sequence[str], max_length: int, *, padding_side: str = "right") -> Encoded:
         """Tokenise, cut to `max_length` tokens (the separator of causal models included) and pad to the longest."""
+        ids, cut = self.tokenise(texts, max_length)
+        return self.collate(ids, cut, padding_side).to(self.device)
+
+    def tokenise(self, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
+        """The tokens of each text, cut to `max_length` (the separator of causal models included), and which were cut.
+
+        May be called by one thread while another uses the model.
+        """
+        if not texts:
+            return [], []
         room = max_length - len(self.separator)
-        rows = self.tokenizer(list(texts), truncation=True, max_length=room, verbose=False)["input_ids"]
-        cut = [len(ids) >= room and self._longer_than(text, room) for text, ids in zip(texts, rows, strict=True)]
-        ids, mask = pad([row + self.separator for row in rows], self.tokenizer.pad_token_id, padding_side)
-        return Encoded(ids.to(self.device), mask.to(self.device), cut)
+        read = self._reader(
+            list(texts),
+            truncation=True,
+            max_length=room,
+            verbose=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        rows: list[list[int]] = read["input_ids"]
+        if read.encodings is not None:
+            cut = [len(row) >= room and bool(e.overflowing) for row, e in zip(rows, read.encodings, strict=True)]
+        else:
+            cut = [len(row) >= room and self._longer_than(text, room) for text, row in zip(texts, rows, strict=True)]
+        return [row + self.separator for row in rows] if self.separator else rows, cut
+
+    def shorten(self, row: list[int], length: int) -> list[int]:
+        """A tokenised text as it would be if cut to `length` tokens: what ends a text stands at its end again."""
+        if len(row) <= length:
+            return row
+        marks: list[int] = self._reader("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        ending = marks[::-1].index(0)
+        return row[: length - ending] + row[len(row) - ending :]
+
+    def collate(self, rows: Sequence[Sequence[int]], truncated: list[bool], padding_side: str = "right") -> Encoded:
+        """Rows of tokens as one batch, still in the processor's memory (pinned where a GPU will read it)."""
+        ids, mask = pad(rows, self.tokenizer.pad_token_id, padding_side)
+        if self.device.type == "cuda":
+            ids, mask = ids.pin_memory(), mask.pin_memory()
+        return Encoded(ids, mask, truncated)
 
     def _longer_than(self, text: str, length: int) -> bool:
-        return len(self.tokenizer(text, truncation=True, max_length=length + 1)["input_ids"]) > length
+        return len(self._reader(text, truncation=True, max_length=length + 1)["input_ids"]) > length
 
     def encode_answers(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Token ids of answers, with the token that ends them."""
@@ -260,14 +316,13 @@ class Backbone:
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:
     """Rows of token ids -> ids [B, T] padded with `value`, and their mask [B, T]."""
-    width = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), width), value, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[i, place] = torch.tensor(row, dtype=torch.int64)
-        mask[i, place] = 1
-    return ids, mask
+    length = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    width = int(length.max(initial=0))
+    place = np.arange(width)
+    mask = place < length[:, None] if side == "right" else place >= width - length[:, None]
+    ids = np.full((len(rows), width), value, dtype=np.int64)
+    ids[mask] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64, count=int(length.sum()))
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
 def _family(model_type: str) -> Family:
@@ -308,6 +363,17 @@ def choose_device(device: str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {device!r}: torch can use no GPU here")
     return place
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype that a name of `DTYPES` means on this device."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype != "auto":
+        found: torch.dtype = getattr(torch, dtype)
+        return found
+    quick = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bfloat16()
+    return torch.bfloat16 if quick else torch.float32
 
 
 def fingerprint(model: nn.Module, tokenizer: Any) -> str:

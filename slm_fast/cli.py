@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gzip
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from slm_fast.bench import BENCHMARKS
+from slm_fast.bench import run as run_benchmark
 from slm_fast.errors import InputError, SlmError, WorkError
 
 if TYPE_CHECKING:
@@ -77,8 +79,10 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = verb("predict", _predict, "answer JSON Lines of any tasks in any order")
     predict.add_argument("--input", default="-", help='lines of {"text": ...} or {"instruction": ..., "input": ...}')
-    predict.add_argument("--output", default="-", help="where the answers go, in the order of the input")
-    predict.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+    predict.add_argument(
+        "--output", default="-", help="where the answers go, in the order of the input; the same call again resumes"
+    )
+    predict.add_argument("--overwrite", action="store_true", help="replace an output that is there, do not resume")
     predict.add_argument("--strict", action="store_true", help="stop at the first bad row")
     predict.add_argument("--task", help="take every row for this task")
     _predict_options(predict)
@@ -99,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("store", metavar="DEST", help="the store that receives them; made if it is not there")
     merge.add_argument("sources", metavar="SRC", nargs="+")
     verb("verify", _verify, "check every file of a store against its manifest")
+    bench = verb("bench", _bench, "run a benchmark of the repository; what follows its name goes to it", store=False)
+    bench.add_argument("name", choices=list(BENCHMARKS), help="; ".join(f"{n}: {b[1]}" for n, b in BENCHMARKS.items()))
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="such as --help")
     verb("doctor", _doctor, "show what this installation can use, and why something is not there", store=False)
     return parser
 
@@ -113,14 +120,19 @@ def _task_files(parser: argparse.ArgumentParser, about: str) -> None:
     parser.add_argument("--task", action="append", required=True, metavar="NAME=FILE", dest="tasks", help=about)
 
 
-def _device_options(parser: argparse.ArgumentParser) -> None:
+def _device_options(parser: argparse.ArgumentParser, dtype: str) -> None:
     parser.add_argument("--backbone", help="hub name, local path or 'minilm'; a store remembers its own")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    parser.add_argument(
+        "--dtype",
+        default=dtype,
+        help="float32, bfloat16, float16, or auto: bfloat16 where the processor or GPU has it",
+    )
+    parser.add_argument("--threads", type=int, help="processor threads; default: as torch chooses")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    _device_options(parser)
+    _device_options(parser, "float32")
     group = parser.add_argument_group("how a new store's model is put together")
     group.add_argument("--query", choices=("trunk", "sentence"), help="trunk (default) or sentence (a second model)")
     group.add_argument("--router", choices=("gaussian", "dtkr"), help="gaussian (default) or dtkr (the paper's)")
@@ -150,8 +162,11 @@ def _learn_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict_options(parser: argparse.ArgumentParser) -> None:
-    _device_options(parser)
-    parser.add_argument("--batch-size", type=int, default=32)
+    _device_options(parser, "auto")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="tokens of a batch, padding included; default: what suits the device"
+    )
+    parser.add_argument("--batch-size", type=int, help="rows of a batch at most")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of a generated answer")
     parser.add_argument(
         "--head", choices=("mixed", "winner"), default="mixed", help="weigh all tasks' heads or take one"
@@ -208,9 +223,19 @@ def _named_files(given: Sequence[str]) -> dict[str, str]:
 def _open(arguments: argparse.Namespace) -> ScalableLM:
     from slm_fast.slm import ScalableLM
 
+    _set_threads(arguments.threads)
     return ScalableLM.from_pretrained(
         arguments.store, backbone=arguments.backbone, dtype=arguments.dtype, device=arguments.device
     )
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads: expected at least 1, got {threads}")
+        torch.set_num_threads(threads)
 
 
 # The verbs
@@ -252,6 +277,7 @@ def _learn(arguments: argparse.Namespace) -> int:
     else:
         if arguments.backbone is None:
             raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
+        _set_threads(arguments.threads)
         slm = ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
     for task in tasks:
         check_task(slm.model, task, valid.get(task.name))
@@ -268,42 +294,79 @@ def _predict(arguments: argparse.Namespace) -> int:
     from slm_fast.infer import PredictOptions
     from slm_fast.jsonlines import answer_lines
     from slm_fast.progress import bar
+    from slm_fast.resume import Output, check_resumable, open_input, survey
 
     # The output is opened, and so emptied, only when nothing is wrong with the call.
     options = PredictOptions(**_fields(arguments, PredictOptions))
-    source_path, sink_path = Path(arguments.input), Path(arguments.output)
-    if arguments.input != "-" and not source_path.is_file():
-        raise InputError(f"{arguments.input}: no such file")
-    if arguments.output != "-":
+    source_path = None if arguments.input == "-" else Path(arguments.input)
+    sink_path = None if arguments.output == "-" else Path(arguments.output)
+    if source_path is not None and not source_path.is_file():
+        raise InputError(f"{source_path}: no such file")
+    if sink_path is not None:
         if not sink_path.parent.is_dir():
-            raise InputError(f"{arguments.output}: no such folder")
+            raise InputError(f"{sink_path}: no such folder")
         if sink_path.exists():
-            if arguments.input != "-" and sink_path.samefile(source_path):
-                raise InputError(f"{arguments.output}: is the input")
-            if not arguments.overwrite:
-                raise InputError(f"{arguments.output}: is there already; --overwrite replaces it")
+            if source_path is not None and sink_path.samefile(source_path):
+                raise InputError(f"{sink_path}: is the input")
+            if not arguments.overwrite and sink_path.stat().st_size:
+                if source_path is None:
+                    raise InputError(f"{sink_path}: is there already; --overwrite replaces it")
+                check_resumable(sink_path)
     slm = _open(arguments)
     if arguments.task is not None and arguments.task not in slm.tasks:
         raise InputError(f"task {arguments.task!r}: not learned; tasks: {', '.join(slm.tasks) or 'none'}")
-    failed = 0
+    about, rows, failed = None, None, 0
+    if source_path is not None:
+        digest, rows = survey(source_path)
+        about = {"input": digest, "task": arguments.task} | _run_of(slm, options)
     with ExitStack() as stack:
-        source = sys.stdin.buffer if arguments.input == "-" else stack.enter_context(_open_file(source_path, "rb"))
-        sink = sys.stdout if arguments.output == "-" else stack.enter_context(_open_file(sink_path, "wt"))
-        advance = stack.enter_context(bar("predicting", None))
-        for record in answer_lines(slm, source, arguments.task, options):
-            failed += "error" in record
-            sink.write(json.dumps(record, ensure_ascii=False) + "\n")
-            if "error" in record and arguments.strict:
-                raise WorkError(f"{arguments.input}: row {record['id']}: {record['error']}")
-            advance(1)
+        source = sys.stdin.buffer if source_path is None else stack.enter_context(open_input(source_path))
+        output: Output | None = None
+        if sink_path is not None and (sink_path.is_file() or not sink_path.exists()):
+            output = stack.enter_context(Output(sink_path, about, overwrite=arguments.overwrite))
+        stream = sys.stdout if sink_path is None or output else stack.enter_context(sink_path.open("w"))
+        done = output.rows if output else 0
+        if output and output.bad:
+            failed = output.failed
+            _stop_if_strict(arguments, output.bad)
+        advance = stack.enter_context(bar("predicting", rows, done=done))
+        for records in answer_lines(slm, source, arguments.task, options, done=done, rows=rows, report=advance):
+            bad = [i for i, record in enumerate(records) if "error" in record]
+            failed += len(bad)
+            if arguments.strict and bad:
+                records = records[: bad[0] + 1]
+            if output:
+                output.write(records)
+            else:
+                stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            if bad:
+                _stop_if_strict(arguments, records[bad[0]])
     if failed:
         return _complain(f"{failed} row{'s' * (failed > 1)} failed; each is marked with its error in the output", 1)
     return 0
 
 
-def _open_file(path: Path, mode: str) -> IO[Any]:
-    encoding = "utf-8" if "t" in mode else None
-    return cast("IO[Any]", (gzip.open if path.suffix == ".gz" else open)(path, mode, encoding=encoding))
+def _stop_if_strict(arguments: argparse.Namespace, bad: dict[str, Any]) -> None:
+    if arguments.strict:
+        raise WorkError(f"{arguments.input}: row {bad['id']}: {bad['error']}")
+
+
+def _run_of(slm: ScalableLM, options: Any) -> dict[str, Any]:
+    """What, beside the input, decides every byte that `predict` writes: the store, the options and the precision."""
+    from slm_fast import __version__
+    from slm_fast.infer import batch_tokens
+
+    assert slm.store is not None
+    about = {key: value for key, value in slm.model.about.items() if key != "backbone"}  # where it lies does not count
+    backbone = slm.model.backbone
+    return {
+        "store": hashlib.sha256(json.dumps([about, slm.store.files], sort_keys=True).encode()).hexdigest(),
+        "version": __version__,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "device": backbone.device.type,
+        **dataclasses.asdict(options),
+        "batch_tokens": batch_tokens(slm.model, options),
+    }
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -371,6 +434,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    return run_benchmark(arguments.name, arguments.arguments)
+
+
 def _doctor(_: argparse.Namespace) -> int:
     import platform
     from importlib import import_module, metadata
@@ -379,7 +446,7 @@ def _doctor(_: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from slm_fast.backbones import PACKAGED, resolve
+    from slm_fast.backbones import PACKAGED, choose_device, choose_dtype, resolve
     from slm_fast.ops import backends
     from slm_fast.ops.dispatch import NATIVE_MISSING
 
@@ -391,6 +458,7 @@ def _doctor(_: argparse.Namespace) -> int:
     table.add_row("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     table.add_row("GPU", gpu)
+    table.add_row("dtype auto", str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch."))
     for backend in backends():
         table.add_row(f"backend {backend.name}", backend.why_not() or f"ready on {', '.join(backend.devices)}")
     if NATIVE_MISSING is None:

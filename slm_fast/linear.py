@@ -1,7 +1,8 @@
-"""float32 linear layers through oneDNN on processors where its products are faster than MKL's.
+"""Linear layers on a CPU straight through oneDNN, where that is faster than the way torch takes.
 
-torch sends float32 products on a CPU to MKL, which on AMD processors reaches less than half of what oneDNN does; both
-are part of torch. Which one is used follows from the processor alone, so that runs repeat bit for bit on one machine.
+torch sends float32 products to MKL, which on AMD processors is slower than oneDNN; both are part of torch. bfloat16
+products go to oneDNN anyway, but torch writes the bias to the result first and reads it back. Which way is taken
+follows from the processor alone, so that runs repeat bit for bit on one machine.
 """
 
 from __future__ import annotations
@@ -14,13 +15,26 @@ import torch
 from torch import Tensor, nn
 
 _FEWEST_ROWS = 16  # below this a product only waits for the weight to be read, and MKL waits better
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 @cache
-def prefers_onednn() -> bool:
-    """Whether float32 products go to oneDNN here."""
+def processor() -> str:
+    """What Linux says of the processor, or nothing elsewhere."""
     info = Path("/proc/cpuinfo")
-    return torch.backends.mkldnn.is_available() and info.exists() and "AuthenticAMD" in info.read_text()
+    return info.read_text() if info.exists() else ""
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself."""
+    return any(f" {flag}" in processor() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def prefers_onednn(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype go straight to oneDNN here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return {torch.float32: "AuthenticAMD" in processor(), torch.bfloat16: has_bfloat16()}.get(dtype, False)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,10 +64,10 @@ class _Product(torch.autograd.Function):
 
 
 class OneDnnLinear(nn.Linear):
-    """nn.Linear, through oneDNN when what passes is float32 on a CPU."""
+    """nn.Linear, through oneDNN when what passes is float32 or bfloat16 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu"
+        plain = x.dtype == self.weight.dtype in _DTYPES and x.device.type == "cpu"
         elsewhere = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()  # the compiler has its own way
         if not plain or elsewhere or x.numel() < _FEWEST_ROWS * x.shape[-1]:
             return super().forward(x)
@@ -65,7 +79,6 @@ class OneDnnLinear(nn.Linear):
 
 def quicken(model: nn.Module) -> None:
     """Let every plain nn.Linear of a model use oneDNN where that is faster. Weights, names and hooks stay."""
-    if prefers_onednn():
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = OneDnnLinear
+    for module in model.modules():
+        if type(module) is nn.Linear and prefers_onednn(module.weight.dtype):
+            module.__class__ = OneDnnLinear

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,6 +105,19 @@ class Passage:
     route: Route | None = None
 
 
+class Reading(NamedTuple):
+    """A row as the model reads it: the tokens of its prompt, and whether they were cut to fit.
+
+    ahead: what its query has to be found from before the forward pass (tokens, or the text for an encoder with a
+    tokenizer of its own); None where it is found on the way. A sentence encoder's query always goes ahead, the trunk's
+    when an instruction stands in the prompt, because in the pass itself the input's tokens attend to it.
+    """
+
+    ids: list[int]
+    truncated: bool
+    ahead: list[int] | str | None
+
+
 class _QueryFound(Exception):
     """Ends a forward pass of which only the query, or what enters the increments, was wanted."""
 
@@ -137,6 +150,7 @@ class AdaptedModel:
             self.query = TrunkQuery(self.config.taps, backbone.width, backbone.device)
         else:
             self.query = SentenceQuery(self.config.encoder or DEFAULT_ENCODER, backbone.device)
+        self._shared = isinstance(self.query, SentenceQuery) and self.query.shares(backbone)
         width, groups = self.query.width, self.config.groups
         if groups is None:  # six, as the paper, where the width allows it
             groups = next(g for g in (6, 5, 4, 3, 2, 1) if width % g == 0)
@@ -188,6 +202,35 @@ class AdaptedModel:
             [row.prompt for row in rows], self.config.max_length or 0, padding_side=padding_side
         )
 
+    def read(self, rows: Sequence[Row]) -> list[Reading]:
+        """Rows as tokens, each text tokenised once. May be called by one thread while another uses the model."""
+        longest = self.config.max_length or 0
+        texts, queries = [row.prompt for row in rows], [row.query_text(self.config.route_on) for row in rows]
+        if isinstance(self.query, SentenceQuery) and self._shared and texts == queries:
+            encoder_longest = self.query.longest or longest
+            ids, cut = self.backbone.tokenise(texts, max(longest, encoder_longest))
+            return [
+                Reading(self.backbone.shorten(row, longest), lost or len(row) > longest, shared)
+                for row, lost, shared in zip(
+                    ids, cut, (self.backbone.shorten(row, encoder_longest) for row in ids), strict=True
+                )
+            ]
+        ahead: dict[int, list[int] | str]
+        if isinstance(self.query, SentenceQuery):
+            ahead = dict(enumerate(queries))
+        else:
+            other = [i for i, text in enumerate(texts) if queries[i] != text]
+            ahead = dict(zip(other, self.backbone.tokenise([queries[i] for i in other], longest)[0], strict=True))
+        ids, cut = self.backbone.tokenise(texts, longest)
+        return [Reading(row, lost, ahead.get(i)) for i, (row, lost) in enumerate(zip(ids, cut, strict=True))]
+
+    def query_ahead(self, texts: Sequence[list[int] | str]) -> Tensor:
+        """Queries [B, D] of what `read` says has to be seen before the forward pass."""
+        if isinstance(texts[0], str):
+            return self._query_batch([text for text in texts if isinstance(text, str)])
+        tokens = [ids for ids in texts if not isinstance(ids, str)]
+        return self._query_tokens(self.backbone.collate(tokens, []).to(self.backbone.device))
+
     @torch.no_grad()  # not inference_mode: training saves these queries for backward
     def queries(self, rows: Sequence[Row], *, batch_size: int = 32, report: Report | None = None) -> Tensor:
         """Queries [N, D] float32 of rows, without running the layers above the last tap."""
@@ -204,7 +247,11 @@ class AdaptedModel:
     def _query_batch(self, texts: Sequence[str]) -> Tensor:
         if isinstance(self.query, SentenceQuery):
             return self.query.encode(texts).to(self.backbone.device)
-        encoded = self.backbone.encode(texts, self.config.max_length or 0)
+        return self._query_tokens(self.backbone.encode(texts, self.config.max_length or 0))
+
+    def _query_tokens(self, encoded: Encoded) -> Tensor:
+        if isinstance(self.query, SentenceQuery):
+            return self.query.encode_tokens(encoded)
         passage = Passage(encoded.attention_mask, stop="query")
         with self.passing(passage, {}), suppress(_QueryFound):
             self.run_trunk(encoded)
@@ -225,13 +272,6 @@ class AdaptedModel:
         """No increments at all: the bare backbone."""
         device = self.backbone.device
         return Route(torch.full((batch, 1), -1, device=device), torch.zeros(batch, 1, device=device))
-
-    def route_ahead(self, rows: Sequence[Row]) -> bool:
-        """Whether these rows need their query before the forward pass: a sentence encoder's always, the trunk's when an
-        instruction stands in the prompt, because in the pass itself the input's tokens attend to it."""
-        return isinstance(self.query, SentenceQuery) or any(
-            row.query_text(self.config.route_on) != row.prompt for row in rows
-        )
 
     # Through the backbone
 

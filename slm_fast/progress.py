@@ -7,14 +7,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 Advance = Callable[..., None]  # advance(n, note="loss 0.3")
 
 
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} rows/s" if speed >= 10 else f"{speed:.1f} rows/s")
+
+
 @contextmanager
-def bar(title: str, total: int | None, show: bool | None = None) -> Iterator[Advance]:
-    """A bar with a count and the time left. `show=None` shows it on a terminal only."""
+def bar(title: str, total: int | None, show: bool | None = None, *, done: int = 0) -> Iterator[Advance]:
+    """A bar with a count, rows a second and the time left. `show=None` shows it on a terminal only; `done` rows were
+    done before."""
     enabled = sys.stderr.isatty() if show is None else show
     columns = (
         SpinnerColumn(),
@@ -22,10 +39,11 @@ def bar(title: str, total: int | None, show: bool | None = None) -> Iterator[Adv
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
+        _Speed(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not enabled) as progress:
-        task = progress.add_task(title, total=total, note="")
+        task = progress.add_task(title, total=total, completed=done, note="")
 
         def advance(n: int = 1, note: str | None = None) -> None:
             if note is None:

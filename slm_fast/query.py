@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slm_fast.backbones import fingerprint, quiet, resolve
+from slm_fast.backbones import Backbone, Encoded, fingerprint, quiet, resolve
 from slm_fast.errors import InputError, one_line
 from slm_fast.linear import quicken
 
@@ -55,8 +56,9 @@ class TrunkQuery:
     @staticmethod
     def pool(hidden: Tensor, mask: Tensor) -> Tensor:
         """Mean over real tokens: hidden [B, T, H], mask [B, T] -> [B, H] float32."""
-        weight = mask.unsqueeze(-1).to(torch.float32)
-        return (hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
+        real = mask.unsqueeze(-1)
+        total = hidden.masked_fill(real == 0, 0.0).sum(1, dtype=torch.float32)
+        return total / real.sum(1).clamp(min=1)
 
     def join(self, pooled: Sequence[Tensor]) -> Tensor:
         """The pooled states of all taps, [B, H] each, lowest first -> query [B, D]."""
@@ -78,7 +80,30 @@ class SentenceQuery:
         self.encoder.eval().requires_grad_(False)
         quicken(self.encoder)
         self.width = int(self.encoder.get_embedding_dimension())
+        self.longest: int | None = self.encoder.max_seq_length  # tokens it reads of a text
         self.fingerprint = fingerprint(self.encoder, self.encoder.tokenizer)
+
+    def shares(self, backbone: Backbone) -> bool:
+        """Whether a text's tokens are the same for the encoder as for this backbone, so that they need be found once.
+
+        Only between encoder-only models with fast tokenizers, and where nothing is put before the encoder's texts.
+        """
+        tokenizers = [model.tokenizer for model in (self.encoder, backbone)]
+        if backbone.kind != "encoder" or not all(hasattr(t, "backend_tokenizer") for t in tokenizers):
+            return False
+        if self.encoder.default_prompt_name or self.encoder.truncate_dim is not None or self.longest is None:
+            return False
+        mine, theirs = (json.loads(t.backend_tokenizer.to_str()) for t in tokenizers)
+        settings = ("truncation", "padding")  # of the last call, not of the tokenizer
+        return {k: v for k, v in mine.items() if k not in settings} == {
+            k: v for k, v in theirs.items() if k not in settings
+        }
+
+    def encode_tokens(self, encoded: Encoded) -> Tensor:
+        """Queries [B, D] float32 of texts tokenised already."""
+        features = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
+        vectors: Tensor = self.encoder(features)["sentence_embedding"]
+        return vectors.float()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """[B, D] float32."""

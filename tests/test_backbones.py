@@ -74,6 +74,32 @@ def test_a_backbone_loads_in_bfloat16_and_is_known_by_the_same_fingerprint(saved
     assert narrow.fingerprint == Backbone.load(path).fingerprint
 
 
+def test_float16_is_known_by_the_same_fingerprint_and_answers_alike(saved):
+    path = str(saved("llama"))
+    half = Backbone.load(path, dtype="float16")
+    assert half.dtype == torch.float16
+    assert half.fingerprint == Backbone.load(path).fingerprint
+    answers = []
+    for dtype in ("float32", "float16"):
+        slm = ScalableLM.from_backbone(path, dtype=dtype)
+        slm._set([random_task(make_slm("llama"), topic) for topic in ("farm", "sea")])
+        answers.append(slm.predict(["sea1 sea2 sea3", "farm1 farm2"], max_new_tokens=1))
+    for exact, found in zip(*answers, strict=True):
+        assert found.task == exact.task
+        assert found.score == pytest.approx(exact.score, abs=0.02)
+
+
+def test_float16_is_refused_where_it_overflows(saved):
+    with pytest.raises(InputError, match="dtype: float16 overflows in t5 models; use bfloat16"):
+        Backbone.load(str(saved("t5")), dtype="float16")
+
+
+@pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_the_processor_has_it(has, expected, saved, monkeypatch):
+    monkeypatch.setattr("slm_fast.backbones.has_bfloat16", lambda: has)
+    assert Backbone.load(str(saved("bert")), dtype="auto", device="cpu").dtype == expected
+
+
 def test_a_learned_task_answers_in_bfloat16_too(saved):
     slm = ScalableLM.from_backbone(str(saved("llama")), dtype="bfloat16")
     slm.learn(toy_task("sea"), epochs=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -27,8 +28,8 @@ from models import (
 )
 from torch import nn
 
-from slm_fast import InputError, ScalableLM, Task, WorkError
-from slm_fast.infer import WINDOW, Prediction, RouteTaken
+from slm_fast import InputError, ScalableLM, Task, WorkError, infer
+from slm_fast.infer import WINDOW, Prediction, PredictOptions, RouteTaken, plan, windows_of
 from slm_fast.tasks import LearnedTask, Row
 
 FAR = " ".join(["word7"] * 12)  # like nothing the random tasks were made of
@@ -104,6 +105,102 @@ def test_strings_rows_and_mappings_may_be_mixed():
     first, *others = slm.predict(rows)
     for other in others:
         assert (other.task, other.label) == (first.task, first.label)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("most", [None, 1, 3, 50])
+@pytest.mark.parametrize("budget", [1, 7, 40, 1000])
+def test_a_plan_holds_every_row_once_longest_first_within_its_budget(budget, most):
+    lengths = [random.Random(0).randrange(1, 30) for _ in range(57)] + [0, 29, 1]
+    batches = plan(lengths, budget, most)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    for batch, width in zip(batches, longest, strict=True):
+        assert len(batch) == 1 or len(batch) * width <= budget
+        assert len(batch) <= (most or len(lengths))
+    for batch, following, width in zip(batches, batches[1:], longest, strict=False):
+        full = len(batch) + 1 > (most or len(lengths)) or (len(batch) + 1) * width > budget
+        assert full, (batch, following)
+    assert plan([], budget, most) == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_batches_are_padded_to_no_more_than_their_tokens(name):
+    slm = make_slm(name)
+    knows(slm, *two_tasks(slm))
+    shapes = []
+    slm.model.backbone.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append((args[0] if args else kwargs["hidden_states"]).shape[:2]),
+        with_kwargs=True,
+    )
+    answers = slm.predict(mixed(20), batch_tokens=60, max_new_tokens=1)
+    assert max(rows * tokens for rows, tokens in shapes) <= 60
+    assert max(rows for rows, _ in shapes) > 1
+    expected = slm.predict(mixed(20), batch_size=1, max_new_tokens=1)
+    assert [(a.task, a.label, a.text) for a in answers] == [(e.task, e.label, e.text) for e in expected]
+
+
+def test_rows_are_tokenised_once_each_in_a_thread_of_their_own():
+    slm = make_slm("bert")
+    knows(slm, *two_tasks(slm))
+    backbone, seen, threads = slm.model.backbone, [], set()
+
+    def reader(texts, **options):
+        seen.extend(texts)
+        threads.add(threading.current_thread())
+        return make_tokenizer("bert")(texts, **options)
+
+    backbone._reader = reader
+    texts = [*mixed(8), " ".join(["sea1"] * 300)]
+    assert slm.predict(texts)[-1].truncated
+    assert seen == texts
+    assert threading.main_thread() not in threads
+
+
+def test_an_encoder_with_the_backbones_tokenizer_shares_its_tokens(monkeypatch):
+    slm = ScalableLM.from_backbone("minilm", query="sentence", router="dtkr", encoder="minilm", max_length=32)
+    texts = ["Fry the onions.", "A long text " * 30, "My laptop does not start at all. " * 60]
+    readings = slm.model.read([Row(text) for text in texts])
+    alone, _ = slm.model.backbone.tokenise(texts, 32)
+    assert [reading.ids for reading in readings] == alone
+    assert [reading.truncated for reading in readings] == [False, True, True]
+    found = slm.model.query_ahead([reading.ahead for reading in readings])
+    monkeypatch.setattr(slm.model.query, "encode_tokens", None)
+    expected = slm.model.queries([Row(text) for text in texts])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert max(len(reading.ahead) for reading in readings) == 256
+
+
+# Rows that fail
+
+
+def with_a_row_that_fails() -> tuple[ScalableLM, list[str], int]:
+    model = make_model("bert")
+    model.embeddings.word_embeddings.weight[make_tokenizer("bert").get_vocab()["word79"]] = torch.nan
+    slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer("bert"))
+    knows(slm, *two_tasks(slm))
+    texts = mixed(8)
+    texts[5] += " word79"
+    return slm, texts, 5
+
+
+def test_a_row_whose_query_is_not_finite_is_named():
+    slm, texts, _ = with_a_row_that_fails()
+    with pytest.raises(WorkError, match="row 6: its query holds a number that is not finite"):
+        slm.predict(texts)
+
+
+def test_a_row_that_fails_does_not_take_its_batch_with_it():
+    slm, texts, bad = with_a_row_that_fails()
+    (answers,) = infer.answer(slm.model, windows_of([Row(text) for text in texts], None), PredictOptions())
+    assert [isinstance(found, WorkError) for found in answers] == [i == bad for i in range(len(texts))]
+    expected = slm.predict(texts[:bad] + texts[bad + 1 :])
+    for found, alone in zip(answers[:bad] + answers[bad + 1 :], expected, strict=True):
+        assert (found.task, found.label) == (alone.task, alone.label)
+        assert found.score == pytest.approx(alone.score, abs=1e-5)
 
 
 # Heads
@@ -457,7 +554,7 @@ def test_the_instruction_counts_towards_the_length():
 # Streams
 
 
-def test_a_stream_reads_no_more_than_a_window_ahead():
+def test_a_stream_reads_no_more_than_two_windows_ahead():
     slm = make_slm("bert")
     knows(slm, *two_tasks(slm))
     read = itertools.count()
@@ -470,7 +567,7 @@ def test_a_stream_reads_no_more_than_a_window_ahead():
     stream = slm.predict_stream(endless(), batch_size=256)
     assert next(read) == 0  # nothing is read before the first answer is asked for
     first = [next(stream) for _ in range(5)]
-    assert next(read) <= WINDOW + 1
+    assert next(read) <= 2 * WINDOW + 1
     expected = slm.predict([f"sea{i} sea{(i * 3) % 20}" for i in range(5)])
     assert [(a.task, a.label) for a in first] == [(a.task, a.label) for a in expected]
 
@@ -539,6 +636,7 @@ def test_a_single_text_is_not_taken_for_a_list_of_letters():
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"batch_tokens": 0}, "batch_tokens: expected at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
         ({"beams": 0}, "beams: expected at least 1, got 0"),
         ({"head": "both"}, "head: expected 'mixed' or 'winner', got 'both'"),

@@ -17,7 +17,7 @@ PACKAGE = Path(slm_fast.__file__).parent
 # From the top down. A module, or a folder of them, may import what stands in its own row or below.
 LAYERS = (
     ("cli",),
-    ("slm", "jsonlines", "demo"),
+    ("slm", "jsonlines", "resume", "bench", "demo"),
     ("learn", "evaluate", "infer", "report", "baselines"),
     ("examples", "generate"),
     ("model",),

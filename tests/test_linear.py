@@ -57,18 +57,38 @@ def test_gradients_are_those_of_linear_and_a_frozen_weight_gets_none(trained):
         assert quick.bias.grad is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_and_autocast_go_the_usual_way(dtype):
+def test_bfloat16_is_rounded_once_from_the_exact_product():
     plain, quick = pair()
-    x = torch.randn(20, 24, dtype=dtype)
-    assert torch.equal(quick.to(dtype)(x), plain.to(dtype)(x))
+    x = torch.randn(40, 24, dtype=torch.bfloat16)
+    plain.bfloat16().double()
+    exact = plain(x.double())
+    error = (quick.bfloat16()(x).double() - exact).abs()
+    assert bool((error <= exact.abs() * 2**-8 + 1e-5).all())
+
+
+def test_bfloat16_gradients_are_those_of_linear():
+    plain, quick = pair()
+    grads = []
+    for layer in (plain.bfloat16(), quick.bfloat16()):
+        torch.manual_seed(1)
+        x = torch.randn(3, 17, 24, dtype=torch.bfloat16, requires_grad=True)
+        layer(x).float().square().sum().backward()
+        grads.append([x.grad, layer.weight.grad, layer.bias.grad])
+    for got, expected in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.05, atol=0.1)
+
+
+def test_other_dtypes_and_autocast_go_the_usual_way():
+    plain, quick = pair()
+    x = torch.randn(20, 24, dtype=torch.float64)
+    assert torch.equal(quick.double()(x), plain.double()(x))
     plain, quick = pair()
     with torch.autocast("cpu", torch.bfloat16):
         assert quick(x.float()).dtype == plain(x.float()).dtype == torch.bfloat16
 
 
 def test_quickening_a_model_leaves_its_weights_names_and_other_layers(monkeypatch):
-    monkeypatch.setattr("slm_fast.linear.prefers_onednn", lambda: True)
+    monkeypatch.setattr("slm_fast.linear.prefers_onednn", lambda dtype: True)
 
     class Special(nn.Linear):
         pass

@@ -1,0 +1,33 @@
+"""`slm-fast bench`: runs the benchmarks of the repository, which are not part of the installed package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from slm_fast.errors import InputError
+
+BENCHMARKS = MappingProxyType(
+    {
+        "inference": ("benchmarks.inference", "mixed-task batches beside the bare backbone, PEFT and the paper's way"),
+        "training": ("benchmarks.training", "learning a task beside the paper's procedure and PEFT"),
+    }
+)
+
+
+def run(name: str, arguments: Sequence[str], root: Path | None = None) -> int:
+    """Run a benchmark of `BENCHMARKS` in a process of its own and return its exit status.
+
+    Raises InputError when there is no repository around the package (`root`), and says what to do.
+    """
+    root = root or Path(__file__).parents[1]
+    module = BENCHMARKS[name][0]
+    if not (root / f"{module.replace('.', '/')}.py").is_file():
+        raise InputError(
+            f"bench {name}: {root} has no {module.replace('.', '/')}.py; benchmarks come with the repository: "
+            "clone it, `pip install -e '.[demo,bench]'` there, and run this again"
+        )
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=root).returncode

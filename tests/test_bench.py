@@ -1,0 +1,35 @@
+"""`slm-fast bench` runs what the repository has, and says what to do where there is no repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_cli import one_line, slm_fast
+
+from slm_fast import InputError
+from slm_fast.bench import BENCHMARKS, run
+
+
+def test_a_benchmark_gets_its_arguments_and_gives_its_status(capfd, tmp_path):
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "inference.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
+    assert run("inference", ["--rows", "7"], tmp_path) == 3
+    assert capfd.readouterr().out == "['--rows', '7']\n"
+
+
+def test_without_the_repository_it_says_where_the_benchmarks_are(tmp_path):
+    for name in BENCHMARKS:
+        with pytest.raises(InputError, match=f"bench {name}: .*clone") as caught:
+            run(name, [], tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_benchmark_is_a_wrong_call():
+    one_line(slm_fast("bench", "nonesuch"), 2, "nonesuch", "inference")
+
+
+def test_the_inference_benchmark_is_here():
+    assert (Path(__file__).parents[1] / "benchmarks" / "inference.py").is_file()

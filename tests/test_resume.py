@@ -1,0 +1,160 @@
+"""An interrupted `slm-fast predict`: the same call again gives, byte for byte, what an undisturbed one does."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import make_model, make_tokenizer, one_thread, random_task, sentence  # noqa: F401
+from test_cli import one_line, slm_fast
+
+from slm_fast import ScalableLM, cli
+from slm_fast.infer import WINDOW
+from slm_fast.resume import run_file
+
+ROWS = 2 * WINDOW + 200
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    make_model("bert").save_pretrained(folder / "bert")
+    make_tokenizer("bert").save_pretrained(folder / "bert")
+    slm = ScalableLM.from_backbone(str(folder / "bert"))
+    slm._set([random_task(slm, topic, labels=(topic, "no", "yes")) for topic in ("farm", "sea")])
+    slm.save_pretrained(folder / "store")
+    return folder / "store"
+
+
+@pytest.fixture(scope="module")
+def source(store: Path) -> Path:
+    """Lines of all lengths, blank ones and bad ones among them."""
+    rng = random.Random(0)
+    lines = []
+    for i in range(ROWS):
+        row: Any = {"id": f"row-{i}", "text": sentence(rng.choice(("sea", "farm")), rng, words=rng.randint(1, 20))}
+        lines.append("not json" if i % 500 == 70 else json.dumps(row if i % 3 else {"text": row["text"]}))
+        lines += [""] * (i % 700 == 5)
+    path = store.parent / "in.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(store: Path, source: Path) -> bytes:
+    output = store.parent / "whole.jsonl"
+    done = predict(store, source, output)
+    one_line(done, 1, "5 rows failed")
+    assert len(output.read_bytes().splitlines()) == ROWS
+    return output.read_bytes()
+
+
+def arguments(store: Path, source: Path, output: Path, *more: object) -> list[str]:
+    return [str(a) for a in ("predict", store, "--input", source, "--output", output, "--threads", 1, *more)]
+
+
+def predict(store: Path, source: Path, output: Path, *more: object):
+    return slm_fast(*arguments(store, source, output, *more))
+
+
+def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(store, source, whole, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    slow_imports = ["transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert"]
+    context.set_forkserver_preload(["slm_fast.jsonlines", "slm_fast.resume", "slm_fast.cli", *slow_imports])
+    rng, sizes = random.Random(1), set()
+    for point in range(20):
+        output = tmp_path / f"{point}.jsonl"
+        process = context.Process(target=cli.main, args=(arguments(store, source, output),))
+        process.start()
+        enough = rng.choice((0, 1, len(whole) // 3, len(whole) // 2))
+        while process.is_alive() and not (run_file(output).exists() and output.stat().st_size >= enough):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2))  # not only when a window has just been written
+        process.kill()
+        process.join()
+        sizes.add(output.stat().st_size)
+        assert predict(store, source, output).returncode == 1
+        assert output.read_bytes() == whole
+    assert len(sizes - {0, len(whole)}) >= 2
+
+
+def test_cut_off_anywhere_it_goes_on_behind_the_last_whole_row(store, source, whole, tmp_path):
+    rng, output = random.Random(2), tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.run").write_bytes(run_file(store.parent / "whole.jsonl").read_bytes())
+    for size in (0, 1, len(whole) - 1, len(whole), *(rng.randrange(len(whole)) for _ in range(6))):
+        output.write_bytes(whole[:size])
+        one_line(predict(store, source, output), 1, "5 rows failed")
+        assert output.read_bytes() == whole
+
+
+def test_a_compressed_output_is_resumed_too(store, source, whole, tmp_path):
+    output, rng = tmp_path / "out.jsonl.gz", random.Random(3)
+    assert predict(store, source, output).returncode == 1
+    data = output.read_bytes()
+    assert gzip.decompress(data) == whole
+    for size in (5, len(data) - 3, len(data), *(rng.randrange(len(data)) for _ in range(3))):
+        output.write_bytes(data[:size])
+        assert predict(store, source, output).returncode == 1
+        assert output.read_bytes() == data
+
+
+def test_a_finished_run_is_left_as_it_is(store, source, whole, tmp_path):
+    output = tmp_path / "out.jsonl"
+    predict(store, source, output)
+    before = output.stat().st_mtime_ns
+    one_line(predict(store, source, output), 1, "5 rows failed")
+    assert (output.stat().st_mtime_ns, output.read_bytes()) == (before, whole)
+
+
+def test_another_call_is_refused_and_says_what_differs_and_overwrite_starts_afresh(store, source, whole, tmp_path):
+    output, other = tmp_path / "out.jsonl", tmp_path / "other.jsonl"
+    other.write_text('{"text": "sea1 sea2"}\n')
+    predict(store, source, output)
+    one_line(predict(store, other, output), 2, "out.jsonl", "another input", "--overwrite")
+    one_line(predict(store, source, output, "--head", "winner"), 2, "head 'mixed', not 'winner'")
+    one_line(predict(store, source, output, "--batch-tokens", 99), 2, "batch_tokens 2048, not 99")
+    one_line(predict(store, source, output, "--task", "sea"), 2, "task None, not 'sea'")
+    assert slm_fast("merge", tmp_path / "fewer", store).returncode == 0
+    assert slm_fast("forget", tmp_path / "fewer", "sea").returncode == 0
+    one_line(predict(tmp_path / "fewer", source, output), 2, "another store")
+    assert output.read_bytes() == whole
+    assert predict(store, other, output, "--overwrite").returncode == 0
+    assert len(output.read_bytes().splitlines()) == 1
+    one_line(predict(store, source, output), 2, "another input")
+
+
+def test_an_output_that_is_no_runs_is_not_touched(store, source, tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_text('{"precious": 1}\n')
+    one_line(predict(store, source, output), 2, "out.jsonl", "--overwrite")
+    assert output.read_text() == '{"precious": 1}\n'
+
+
+def test_two_at_once_do_not_write_one_output(store, source, tmp_path):
+    from slm_fast.resume import Output
+
+    output = tmp_path / "out.jsonl"
+    with Output(output, {"input": "x"}, overwrite=False):
+        one_line(predict(store, source, output), 1, "out.jsonl", "another process")
+    assert output.read_bytes() == b""
+
+
+def test_strict_stops_at_the_same_row_when_it_is_run_again(store, source, whole, tmp_path):
+    output = tmp_path / "out.jsonl"
+    for _ in range(2):
+        one_line(predict(store, source, output, "--strict"), 1, "not JSON")
+        assert output.read_bytes() == b"".join(whole.splitlines(keepends=True)[:71])
+
+
+def test_standard_input_cannot_be_resumed_and_says_so(store, tmp_path):
+    output = tmp_path / "out.jsonl"
+    run = ("predict", store, "--output", output)
+    assert slm_fast(*run, stdin='{"text": "sea1"}\n').returncode == 0
+    assert not run_file(output).exists()
+    one_line(slm_fast(*run, stdin='{"text": "sea1"}\n'), 2, "--overwrite")
