@@ -12,8 +12,13 @@ from slm_fast.errors import InputError
 
 BENCHMARKS = MappingProxyType(
     {
+        "ops": (
+            "benchmarks.ops",
+            "multi_lora and retrieve beside gather + bmm, PEFT, Arrow, a product and topk, FAISS",
+        ),
         "inference": ("benchmarks.inference", "mixed-task batches beside the bare backbone, PEFT and the paper's way"),
         "training": ("benchmarks.training", "learning a task beside the paper's procedure and PEFT"),
+        "generation": ("benchmarks.generation", "writing texts beside the bare model and the paper's way"),
     }
 )
 
@@ -25,9 +30,10 @@ def run(name: str, arguments: Sequence[str], root: Path | None = None) -> int:
     """
     root = root or Path(__file__).parents[1]
     module = BENCHMARKS[name][0]
-    if not (root / f"{module.replace('.', '/')}.py").is_file():
+    path = Path(*module.split("."))
+    if not any((root / file).is_file() for file in (path.with_suffix(".py"), path / "__main__.py")):
         raise InputError(
-            f"bench {name}: {root} has no {module.replace('.', '/')}.py; benchmarks come with the repository: "
+            f"bench {name}: {root} has no {path}; benchmarks come with the repository: "
             "clone it, `pip install -e '.[demo,bench]'` there, and run this again"
         )
     return subprocess.run([sys.executable, "-m", module, *arguments], cwd=root).returncode

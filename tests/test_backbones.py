@@ -403,7 +403,10 @@ def test_the_query_found_on_the_way_is_the_one_that_queries_gives(name):
             if BACKBONES[name][0] == "encoder":
                 slm.model.features(encoded)
             else:
-                slm.model.generate(encoded, {"max_new_tokens": 2, "do_sample": False, **options})
+                ids, mask = encoded.input_ids, encoded.attention_mask
+                slm.model.backbone.model.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False, **options
+                )
         beams = len(passage.query) // len(rows)
         expected = slm.model.queries(rows).repeat_interleave(beams, 0)
         torch.testing.assert_close(passage.query, expected, rtol=1e-4, atol=1e-4)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from test_cli import one_line, slm_fast
 
@@ -31,5 +29,7 @@ def test_an_unknown_benchmark_is_a_wrong_call():
     one_line(slm_fast("bench", "nonesuch"), 2, "nonesuch", "inference")
 
 
-def test_the_inference_benchmark_is_here():
-    assert (Path(__file__).parents[1] / "benchmarks" / "inference.py").is_file()
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_is_here_and_says_how_it_is_called(name, capfd):
+    assert run(name, ["--help"]) == 0
+    assert "usage:" in capfd.readouterr().out

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,5 +164,9 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     )
 
 
+def main(arguments: Sequence[str]) -> int:
+    return run(__doc__, "retrieve", TARGETS, SWEEP, lines, plot, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run(__doc__, "retrieve", TARGETS, SWEEP, lines, plot))
+    sys.exit(main(sys.argv[1:]))

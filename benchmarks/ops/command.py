@@ -42,7 +42,7 @@ def run(
     sweep: Sequence[Case],
     lines: Callable[[Case, argparse.Namespace], list[dict[str, Any]]],
     plot: Callable[[list[dict[str, str]], Path], None],
-    arguments: Sequence[str] | None = None,
+    arguments: Sequence[str],
 ) -> int:
     """The whole command: measure the cases asked for, print and save what `lines` says of each."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
