@@ -47,7 +47,7 @@ def multi_lora(
         dtype = torch.get_autocast_dtype(device)
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
         base = None if base is None else base.to(dtype)
-    op = dispatch.operator("multi_lora", device)
+    op = dispatch.operator("multi_lora", device, "" if device == "cpu" else _size(x, lora_a, lora_b, slot_ids))
     if op is _NATIVE and _plain(x, lora_a, lora_b, slot_ids, weights, base):
         try:
             return op(x, lora_a, lora_b, slot_ids, weights, base)  # it checks the rest itself
@@ -64,6 +64,16 @@ def multi_lora(
     except ValueError as error:  # what only the backend sees, such as an id out of range
         raise InputError(str(error)) from None
     return y.view(*x.shape[:-1], features_out)
+
+
+def _size(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor) -> str:
+    """What dispatch chooses by: "decode" is one row a route, as many as a block of threads has room for, in whole
+    16-byte pieces."""
+    features_in, features_out = x.shape[-1:].numel(), lora_b.shape[-1:].numel()
+    one_row = x.numel() == slot_ids.shape[:1].numel() * features_in
+    rank = lora_a.shape[1:2].numel() * slot_ids.shape[-1:].numel()
+    whole = features_in % 8 == 0 and features_out % 8 == 0 and 0 < rank <= 256
+    return "decode" if one_row and whole and x.dtype != torch.float64 else "tokens"
 
 
 def _plain(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> bool:
@@ -240,3 +250,11 @@ _NATIVE: Any = None
 if dispatch.NATIVE_MISSING is None:
     register("native")
     _NATIVE = torch.ops.slm_fast.multi_lora_native
+if dispatch.TRITON_MISSING is None:
+    from slm_fast.ops.triton import multi_lora as in_triton
+
+    torch.library.custom_op("slm_fast::multi_lora_triton", in_triton.forward, mutates_args=(), schema=_SCHEMA)
+    torch.library.custom_op(
+        "slm_fast::multi_lora_triton_backward", in_triton.backward, mutates_args=(), schema=_BACKWARD_SCHEMA
+    )
+    register("triton")
