@@ -20,6 +20,7 @@ from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
 
 _EPSILON = 1e-12  # a vector no longer than this has cosine 0 with everything
+_MOST_PICKED = 1024  # K up to which a GPU keeps the best in registers
 
 
 class Route(NamedTuple):
@@ -87,7 +88,8 @@ def retrieve(
     for name, tensor in (("bias", bias), ("mask", mask)):
         if tensor is not None and tensor.device != query.device:
             raise InputError(f"{name}: expected device {query.device} to match query, got {tensor.device}")
-    op = dispatch.operator("retrieve", query.device.type)
+    size = "" if query.device.type == "cpu" and not dispatch.INTERPRETED else _size(query, keys, k, groups, aggregate)
+    op = dispatch.operator("retrieve", query.device.type, size)
     query, keys, bias = query.detach(), keys.detach(), None if bias is None else bias.detach()
     try:
         slot_ids, weights = op(query, keys, k, groups, bias, mask, metric, aggregate, weighting, temperature)
@@ -118,9 +120,20 @@ def key_loss(query: Tensor, keys: Tensor, k: int, *, groups: int, mask_prob: flo
     if not 0.0 <= mask_prob <= 1.0:
         raise InputError(f"mask_prob: expected 0 to 1, got {mask_prob}")
     seed = (seed + 2**63) % 2**64 - 2**63  # the int64 with the same bits
-    op = dispatch.operator("key_loss", query.device.type)
+    op = dispatch.operator("key_loss", query.device.type, "wide" if min(k, len(keys)) > _MOST_PICKED else "")
     loss: Tensor = op(query, keys, k, groups, mask_prob, seed)[0]
     return loss
+
+
+def _size(query: Tensor, keys: Tensor, k: int, groups: int, aggregate: str) -> str:
+    """What dispatch chooses by: "few" and "many" slots where a warp keeps the K best, "wide" for very large K."""
+    slots, width = keys.shape
+    picked = min(k, slots)
+    if picked > (128 if aggregate == "vote" else _MOST_PICKED):
+        return "wide"
+    if picked > 32 or aggregate == "vote" or width > 3072:
+        return "other"
+    return "few" if slots <= 4096 else "many"
 
 
 def _check_pair(query: Tensor, keys: Tensor, k: int, groups: int) -> None:
@@ -326,3 +339,15 @@ for _stem, _function, _schema in (
 register("reference")
 if dispatch.NATIVE_MISSING is None:
     register("native")
+if dispatch.TRITON_MISSING is None:
+    from slm_fast.ops.triton import retrieve as in_triton
+
+    torch.library.custom_op("slm_fast::retrieve_triton", in_triton.retrieve, mutates_args=(), schema=_RETRIEVE_SCHEMA)
+    torch.library.custom_op("slm_fast::key_loss_triton", in_triton.key_loss, mutates_args=(), schema=_KEY_LOSS_SCHEMA)
+    torch.library.custom_op(
+        "slm_fast::key_loss_triton_backward",
+        in_triton.key_loss_backward,
+        mutates_args=(),
+        schema=_KEY_LOSS_BACKWARD_SCHEMA,
+    )
+    register("triton")
