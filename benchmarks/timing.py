@@ -60,7 +60,11 @@ def time_together(
 
 def _percentiles(calls: list[tuple[bool, float]]) -> Times:
     quiet = [milliseconds for disturbed, milliseconds in calls if not disturbed]
-    ordered = sorted(quiet if len(quiet) >= 5 else [milliseconds for _, milliseconds in calls])
+    return percentiles(quiet if len(quiet) >= 5 else [milliseconds for _, milliseconds in calls])
+
+
+def percentiles(milliseconds: list[float]) -> Times:
+    ordered = sorted(milliseconds)
     p20, p50, p80 = (ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.5, 0.8))
     return Times(p20, p50, p80)
 

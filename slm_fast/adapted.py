@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slm_fast import ops
-from slm_fast.ops import Route
+from slm_fast.ops import Route, dispatch
 
 Values = Mapping[str, tuple[Tensor, Tensor]]  # module name -> (lora_a [P, r, I], lora_b [P, r, O])
 
@@ -53,9 +54,27 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
         route, values = self.adaptation.route, self.adaptation.values
         if route is None or values is None or route.slot_ids.shape[1] == 0 or self.name not in values:
+            y: Tensor = self.base(x)
             return y
         lora_a, lora_b = values[self.name]
+        if self._in_one_kernel(x, lora_a, route):
+            y = torch.ops.slm_fast.adapted_linear_triton(
+                x, self.base.weight, self.base.bias, lora_a, lora_b, route.slot_ids, route.weights
+            )
+            return y
+        y = self.base(x)
         return ops.multi_lora(x, lora_a, lora_b, route.slot_ids, route.weights, base=y)
+
+    def _in_one_kernel(self, x: Tensor, lora_a: Tensor, route: Route) -> bool:
+        """Whether a kernel that has the base's product in it may run, and was measured to win."""
+        base = self.base
+        if type(base) is not nn.Linear or not dispatch.fused_wins(
+            x.device.type, "narrow" if max(base.in_features, base.out_features) <= 2048 else "wide"
+        ):
+            return False
+        watched = base._forward_hooks or base._forward_pre_hooks or torch.is_autocast_enabled(x.device.type)
+        same = x.dtype == base.weight.dtype == lora_a.dtype and x.dim() == 3 and len(x) == len(route.slot_ids)
+        fits = 0 < route.slot_ids.shape[1] * lora_a.shape[1] <= 256 // x.dtype.itemsize and x.dtype != torch.float64
+        return not (watched or torch.is_grad_enabled()) and same and fits

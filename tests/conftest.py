@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     # Triton's kernels run as NumPy on CPU tensors. Read when they are defined, so it stands before the package.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from slm_fast import ops  # noqa: E402
+from slm_fast import ops
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 

@@ -20,7 +20,7 @@ from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
 
 _EPSILON = 1e-12  # a vector no longer than this has cosine 0 with everything
-_MOST_PICKED = 1024  # K up to which a GPU keeps the best in registers
+_MOST_PICKED = 128  # K up to which a GPU keeps the best in registers
 
 
 class Route(NamedTuple):
@@ -128,10 +128,10 @@ def key_loss(query: Tensor, keys: Tensor, k: int, *, groups: int, mask_prob: flo
 def _size(query: Tensor, keys: Tensor, k: int, groups: int, aggregate: str) -> str:
     """What dispatch chooses by: "few" and "many" slots where a warp keeps the K best, "wide" for very large K."""
     slots, width = keys.shape
-    picked = min(k, slots)
-    if picked > (128 if aggregate == "vote" else _MOST_PICKED):
+    if min(k, slots) > _MOST_PICKED:
         return "wide"
-    if picked > 32 or aggregate == "vote" or width > 3072:
+    padded = groups * -(-width // groups // 64) * 64  # a group's numbers as they lie in shared memory
+    if k > 32 or aggregate == "vote" or padded > 3072 or query.dtype == torch.float64:
         return "other"
     return "few" if slots <= 4096 else "many"
 
@@ -313,7 +313,10 @@ def _remember_key_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def register(backend: str) -> None:
-    """Attach the fake kernels and autograd formulas to `slm_fast::{retrieve,key_loss}_<backend>`."""
+    """Attach the fake kernels and autograd formulas to those of `slm_fast::{retrieve,key_loss}_<backend>` there are."""
+    torch.library.register_fake(f"slm_fast::retrieve_{backend}", _fake_retrieve)
+    if not any(b.name == backend and b.serves("key_loss") for b in dispatch.BACKENDS):
+        return
 
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_keys = None
@@ -321,7 +324,6 @@ def register(backend: str) -> None:
             grad_keys = getattr(torch.ops.slm_fast, f"key_loss_{backend}_backward")(grad, *ctx.saved_tensors)
         return None, grad_keys, None, None, None, None
 
-    torch.library.register_fake(f"slm_fast::retrieve_{backend}", _fake_retrieve)
     torch.library.register_fake(f"slm_fast::key_loss_{backend}", _fake_key_loss)
     torch.library.register_fake(
         f"slm_fast::key_loss_{backend}_backward",
@@ -351,3 +353,5 @@ if dispatch.TRITON_MISSING is None:
         schema=_KEY_LOSS_BACKWARD_SCHEMA,
     )
     register("triton")
+if dispatch.CUDA_MISSING is None:
+    register("cuda")

@@ -25,8 +25,6 @@ from slm_fast.ops.triton import INTERPRETED, blocks, by_slot, on, power_of_two, 
 # float32 products of three tf32 ones, which are accurate to float32; float16 ones of values that may have grown past
 # float16's range keep float32's exponent and float16's digits.
 _PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32"}
-_WIDEST = 128  # columns of R at once; more go in turns
-_ALL_SLOTS = 256  # P r up to which all slots may be used at once
 
 
 @triton.jit
@@ -39,7 +37,7 @@ def _dot(p, q, sums, PRECISION: tl.constexpr):
 
 @triton.jit
 def _route_rows(ids, weights, sample, first, P, K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr):
-    """The rows of lora_a and lora_b behind columns first .. first + RP - 1 of a sample's R: which, if any, and weights."""
+    """Behind columns first .. first + RP - 1 of a sample's R: whether there is a slot, its row of A and B, its weight."""
     column = first + tl.arange(0, RP)
     inside = column < K * RANK
     place = sample.to(tl.int64) * K + column // RANK
@@ -164,7 +162,7 @@ def _slot_gradient(
     K: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, DOUBLE: tl.constexpr,
     KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """gradient[p] [r, F] = sum over pairs (b, k) of slot p and tokens t: weights[b, k] coefficient[b, t, k] rows[b, t]^T."""
+    """gradient[p] [r, F] = the sum over p's pairs (b, k) and tokens t of weight . coefficient[b, t, k] rows[b, t]^T."""
     slot = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * RB + tl.arange(0, RB)
     f = tl.program_id(2) * BF + tl.arange(0, BF)
@@ -197,7 +195,7 @@ def _linear(
     sample = (tl.program_id(1) // tiles).to(tl.int64)
     t = ((tl.program_id(1) % tiles) * BT + tl.arange(0, BT)).to(tl.int64)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
-    column, valid, row, weight = _route_rows(ids, weights, sample, 0, P, K, RANK, RP)
+    _, valid, row, weight = _route_rows(ids, weights, sample, 0, P, K, RANK, RP)
     x_row, a_row = x + sample * x_sample + t[:, None] * x_token, a + (row * I)[None, :]
     w_row = matrix + o.to(tl.int64)[None, :] * I
     h, sums = tl.zeros([BT, RP], tl.float32), tl.zeros([BT, BO], tl.float32)
@@ -238,10 +236,19 @@ def _arithmetic(dtype: torch.dtype) -> dict[str, object]:
     }
 
 
-def _token_block(samples: int, tokens: int, device: torch.device) -> int:
+class _Tiles:
+    """Block sizes that fit an A100's registers and shared memory: by bytes, so halved for numbers twice as wide."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.most_tokens = self.outputs = self.widest = 256 // dtype.itemsize  # widest: columns of R at once
+        self.inputs = max(16, 128 // dtype.itemsize)
+        self.all_slots = 512 // dtype.itemsize  # P r up to which all slots may be used at once
+
+
+def _token_block(samples: int, tokens: int, most: int, device: torch.device) -> int:
     """As many tokens a program as leave a program for each multiprocessor: A and B are read once a program."""
     for block in (128, 64, 32):
-        if tokens > block // 2 and samples * blocks(tokens, block) >= processors(device):
+        if block <= most and tokens > block // 2 and samples * blocks(tokens, block) >= processors(device):
             return block
     return min(32, power_of_two(tokens, 16))
 
@@ -258,13 +265,13 @@ def _run_adapt(
     """y, or an empty tensor when b is None; the scaled sums go to y, the plain ones to `shrunk` [B, T, K r]."""
     (B, T, I), (P, r, _), K = x.shape, a.shape, slot_ids.shape[1]
     O = 0 if b is None else b.shape[2]
-    turns = range(0, K * r, _WIDEST)
+    tiles = _Tiles(x.dtype)
+    turns = range(0, K * r, tiles.widest)
     last = len(turns) - 1
     y = x.new_empty(B, T, O) if b is not None else x.new_empty(0)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
-    RP = power_of_two(min(K * r, _WIDEST), 16)
-    BT = _token_block(B, T, x.device)
-    BI, BO = 64, (128 if O > 64 else power_of_two(O, 16))
+    RP, BO = (power_of_two(min(n, most), 16) for n, most in ((K * r, tiles.widest), (O, tiles.outputs)))
+    BT = _token_block(B, T, tiles.most_tokens, x.device)
     programs = B * blocks(T, BT)
     shares = min(blocks(O, BO), max(1, processors(x.device) // programs)) if O else 1
     for turn, first in enumerate(turns):
@@ -273,9 +280,9 @@ def _run_adapt(
         _adapt[(programs, shares)](
             x, a, a if b is None else b, slot_ids, weights, base, result, shrunk,
             x.stride(0), x.stride(1), *((0, 0) if base is None else base.stride()[:2]), P, T, I, O, first,
-            K=K, RANK=r, RP=RP, BT=BT, BI=BI, BO=BO,
+            K=K, RANK=r, RP=RP, BT=BT, BI=tiles.inputs, BO=BO,
             HAS_BASE=base is not None, EXPAND=b is not None, STORE=shrunk is not None, **_arithmetic(x.dtype),
-            num_warps=8 if BT * max(RP, BO) >= 128 * 128 else 4,
+            num_warps=8 if BT >= 64 else 4,
         )  # fmt: skip
         base = result
     return y
@@ -286,23 +293,25 @@ def _run_dense(
 ) -> None:
     (B, T, I), (P, r, O), K = x.shape, b.shape, slot_ids.shape[1]
     N, Q = B * T, P * r
-    QP, BN, BO = power_of_two(Q, 16), 16 if N <= 16 else 32, 64
+    BI = _Tiles(x.dtype).inputs
+    QP, BN, BO = power_of_two(Q, 16), 16 if N <= 16 else 32, BI
     tiles = blocks(N, BN)
     span = power_of_two(blocks(I, max(1, processors(x.device) // (2 * tiles))), 64)
     parts = blocks(I, span)
     partial = x.new_empty(parts, N, Q, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     arithmetic = _arithmetic(x.dtype)
     shrink = {name: arithmetic[name] for name in ("DOUBLE", "PRECISION")}
-    _dense_shrink[(tiles, parts)](x, a, partial, N, Q, I, BN=BN, QP=QP, BI=64, SPAN=span, **shrink)
+    _dense_shrink[(tiles, parts)](x, a, partial, N, Q, I, BN=BN, QP=QP, BI=BI, SPAN=span, **shrink)
     _dense_expand[(tiles, blocks(O, BO))](
         partial, b, slot_ids, weights, base, y, N, Q, O, T, parts,
         K=K, RANK=r, BN=BN, QP=QP, BO=BO, HAS_BASE=base is not None, **arithmetic,
     )  # fmt: skip
 
 
-def shares_slots(samples: int, tokens: int, picks: int, slots: int, rank: int) -> bool:
+def shares_slots(x: Tensor, picks: int, slots: int, rank: int) -> bool:
     """Whether to decode with all slots at once: few rows in all, each used by several samples."""
-    return tokens <= 4 and 0 < slots * rank <= _ALL_SLOTS and samples * picks >= 4 * slots
+    samples, tokens, _ = x.shape
+    return tokens <= 4 and 0 < slots * rank <= _Tiles(x.dtype).all_slots and samples * picks >= 4 * slots
 
 
 def forward(
@@ -316,7 +325,7 @@ def forward(
     x, lora_a, lora_b = _dense_rows(x), lora_a.contiguous(), lora_b.contiguous()
     slot_ids, weights, base = slot_ids.contiguous(), weights.contiguous(), None if base is None else _dense_rows(base)
     with on(x.device):
-        if shares_slots(B, T, K, P, r):
+        if shares_slots(x, K, P, r):
             y = x.new_empty(B, T, O)
             base = None if base is None else base.contiguous()
             _run_dense(x.contiguous(), lora_a, lora_b, slot_ids, weights, base, y)
@@ -366,7 +375,8 @@ def _sum_by_slot(
     P, r, F = like.shape
     T, K = rows.shape[1], weights.shape[1]
     gradient = torch.empty_like(like)
-    RB, BF, BT = min(64, power_of_two(r, 16)), min(128, power_of_two(F, 16)), min(64, power_of_two(T, 16))
+    tiles = _Tiles(rows.dtype)
+    RB, BF, BT = (power_of_two(min(n, most), 16) for n, most in ((r, 64), (F, tiles.outputs), (T, tiles.inputs)))
     _slot_gradient[(P, blocks(r, RB), blocks(F, BF))](
         gradient, coefficient, weights, rows, order, begin, rows.stride(0), rows.stride(1), T, F,
         K=K, RANK=r, RB=RB, BT=BT, BF=BF, **_arithmetic(rows.dtype),
@@ -379,20 +389,22 @@ def adapted_linear(
 ) -> Tensor:
     """x . weight^T + bias + the increments of multi_lora in one kernel, without a gradient: [B, T, I] -> [B, T, O]."""
     (B, T, I), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
-    if x.dtype == torch.float64 or not 0 < K * r <= _WIDEST:
-        raise ValueError(f"adapted_linear: expected up to {_WIDEST} rows of rank and at most float32, got {K * r}, {x.dtype}")
+    tiles = _Tiles(x.dtype)
+    if x.dtype == torch.float64 or not 0 < K * r <= tiles.widest:
+        raise ValueError(f"adapted_linear: expected K r of 1..{tiles.widest}, not float64, got {K * r}, {x.dtype}")
     _check_ids(slot_ids, P)
     y = x.new_empty(B, T, O)
     if min(y.numel(), P) == 0:
         return y.copy_(torch.nn.functional.linear(x, weight, bias))
-    x, BT, BO = _dense_rows(x), _token_block(B, T, x.device), 128 if O > 64 else power_of_two(O, 16)
+    x, BT = _dense_rows(x), _token_block(B, T, tiles.most_tokens, x.device)
+    BO = power_of_two(min(O, tiles.outputs), 16)
     arithmetic = _arithmetic(x.dtype)
     with on(x.device):
         _linear[(blocks(O, BO), B * blocks(T, BT))](
             x, weight.contiguous(), bias, lora_a.contiguous(), lora_b.contiguous(), slot_ids.contiguous(),
             weights.contiguous(), y, x.stride(0), x.stride(1), P, T, I, O,
-            K=K, RANK=r, RP=power_of_two(K * r, 16), BT=BT, BI=64, BO=BO, HAS_BIAS=bias is not None,
+            K=K, RANK=r, RP=power_of_two(K * r, 16), BT=BT, BI=tiles.inputs, BO=BO, HAS_BIAS=bias is not None,
             KEEP_RANGE=arithmetic["KEEP_RANGE"], PRECISION=arithmetic["PRECISION"],
-            num_warps=8 if BT * BO >= 128 * 128 else 4, num_stages=3,
+            num_warps=8 if BT >= 64 else 4,
         )  # fmt: skip
     return y

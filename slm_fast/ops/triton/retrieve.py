@@ -23,12 +23,6 @@ _NONE = tl.constexpr(-(2**63))  # sorts behind every slot
 
 
 @triton.jit
-def _wide(values):
-    """float64 of any float type (the interpreter knows bfloat16 only from float32)."""
-    return values.to(tl.float32).to(tl.float64) if values.dtype.primitive_bitwidth < 32 else values.to(tl.float64)
-
-
-@triton.jit
 def _pack(score, slot):
     """Sorts by falling score, then by rising slot; both zeros are one."""
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
@@ -50,11 +44,9 @@ def _slot_of(packed):
 
 @triton.jit
 def _merge(best, more):
-    """The best, sorted, of a list [N, KP] and of more [N, M], M >= KP."""
+    """The best, sorted, of a list [N, KP] and of more [N, M]."""
     rows: tl.constexpr = best.shape[0]
     width: tl.constexpr = best.shape[1]
-    if width > 16:
-        return tl.topk(tl.reshape(tl.join(best, tl.topk(more, width)), [rows, 2 * width]), width)
     result = tl.full([rows, width], _NONE, tl.int64)
     for i in range(width):  # no two slots are equal, so that each turn takes one
         top = tl.maximum(tl.max(best, 1), tl.max(more, 1))[:, None]
@@ -85,8 +77,8 @@ def _cosines(query, keys, b, p, B, P, D, group, d_size, BB: tl.constexpr, BP: tl
     for d0 in range(0, d_size, BD):
         d = d0 + tl.arange(0, BD)
         inside = (d < d_size)[None, :]
-        q = _wide(tl.load(query_row + d[None, :], mask=(b < B)[:, None] & inside, other=0.0))
-        key = _wide(tl.load(key_row + d[None, :], mask=(p < P)[:, None] & inside, other=0.0))
+        q = tl.load(query_row + d[None, :], mask=(b < B)[:, None] & inside, other=0.0).to(tl.float64)
+        key = tl.load(key_row + d[None, :], mask=(p < P)[:, None] & inside, other=0.0).to(tl.float64)
         products = tl.dot(q, tl.trans(key), products, out_dtype=tl.float64)
         if COSINE:
             query_square += tl.sum(q * q, 1)
@@ -146,7 +138,7 @@ def _rank(
             for g in range(G):
                 product = _cosines(query, keys, b, p, B, P, D, g, D // G, BB, BP, BD, COSINE)
                 if HAS_BIAS:
-                    product += _wide(tl.load(bias + p, mask=p < P, other=0.0))[None, :]
+                    product += tl.load(bias + p, mask=p < P, other=0.0).to(tl.float64)[None, :]
                 score += product.to(tl.float32)
             score = tl.div_rn(score, tl.zeros_like(score) + G)
         allowed = (b < B)[:, None] & (p < end)[None, :]
@@ -241,9 +233,9 @@ def _selected_cosines(query, keys, selected, sums, D, G, K, KP: tl.constexpr, BD
     for d0 in range(0, D // G, BD):
         d = d0 + tl.arange(0, BD)
         inside = d < D // G
-        q = _wide(tl.load(query + sample * D + group * (D // G) + d, mask=inside, other=0.0))[None, :]
+        q = tl.load(query + sample * D + group * (D // G) + d, mask=inside, other=0.0).to(tl.float64)[None, :]
         address = tl.where(found, slot, 0)[:, None] * D + group * (D // G) + d[None, :]
-        key = _wide(tl.load(keys + address, mask=found[:, None] & inside[None, :], other=0.0))
+        key = tl.load(keys + address, mask=found[:, None] & inside[None, :], other=0.0).to(tl.float64)
         products += tl.sum(q * key, 1)
         query_square += tl.sum(q * q, 1)
         key_square += tl.sum(key * key, 1)
@@ -264,14 +256,14 @@ def _key_gradient(
     slot, group = row // G, row % G
     d = tl.arange(0, BD)
     inside = d < d_size
-    key = _wide(tl.load(keys + slot * D + group * d_size + d, mask=inside, other=0.0))
+    key = tl.load(keys + slot * D + group * d_size + d, mask=inside, other=0.0).to(tl.float64)
     length = tl.sqrt(tl.sum(key * key, 0))
     usable = length > _EPSILON
     key = tl.where(usable, key / tl.where(usable, length, 1.0), 0.0)
     towards = tl.zeros([BD], tl.float64)
     for n in range(tl.load(begin + row), tl.load(begin + row + 1)):
         sample = tl.load(order + n) // (G * K)
-        q = _wide(tl.load(query + sample * D + group * d_size + d, mask=inside, other=0.0))
+        q = tl.load(query + sample * D + group * d_size + d, mask=inside, other=0.0).to(tl.float64)
         query_length = tl.sqrt(tl.sum(q * q, 0))
         towards += tl.where(query_length > _EPSILON, q / tl.where(query_length > _EPSILON, query_length, 1.0), 0.0)
     # cos is linear in the query, so that the sum of cosines is the cosine with the sum.
@@ -284,6 +276,11 @@ def _key_gradient(
 
 
 # ---- from tensors to launches ----
+
+
+def _readable(rows: Tensor) -> Tensor:
+    """Dense, in float32 or float64: Triton cannot compile a float64 product of 16-bit numbers."""
+    return (rows if rows.dtype.itemsize >= 4 else rows.float()).contiguous()
 
 
 def _launch_rank(
@@ -322,7 +319,7 @@ def _launch_rank(
             B, P, D, groups, slot_ids.shape[-1], 0 if mask is None or mask.dim() == 1 else P, span,
             BB=BB, BP=BP, BD=min(32, power_of_two(D // groups, 16)), KP=KP, SPLITS=splits,
             COSINE=cosine, LISTS=in_lists, VOTE=vote, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
-            HIDE=mask_prob > 0, SOFTMAX=softmax, BR=max(1, min(BB, 8192 // KP**2)), num_warps=4 if KP <= 64 else 8,
+            HIDE=mask_prob > 0, SOFTMAX=softmax, BR=max(1, min(BB, 8192 // KP**2)),
         )  # fmt: skip
 
 
@@ -350,8 +347,8 @@ def retrieve(
         weights = query.new_empty(B, k, dtype=torch.float32)
     if min(B, P) > 0:
         _launch_rank(
-            query.contiguous(), keys.contiguous(), k, groups,
-            None if bias is None else bias.contiguous(), None if mask is None else mask.contiguous().view(torch.uint8),
+            _readable(query), _readable(keys), k, groups,
+            None if bias is None else _readable(bias), None if mask is None else mask.contiguous().view(torch.uint8),
             slot_ids, weights, cosine=metric == "cosine", vote=aggregate == "vote", softmax=weighting == "softmax",
             temperature=temperature,
         )  # fmt: skip
@@ -365,7 +362,7 @@ def key_loss(query: Tensor, keys: Tensor, k: int, groups: int, mask_prob: float,
     selected = query.new_empty(B, groups, min(k, P), dtype=torch.int64)
     if selected.numel() == 0:
         return query.new_zeros((), dtype=accumulate), selected
-    query, keys = query.contiguous(), keys.contiguous()
+    query, keys = _readable(query), _readable(keys)
     _launch_rank(
         query, keys, k, groups, None, None, selected, None, cosine=True, vote=False, mask_prob=mask_prob, seed=seed
     )
@@ -380,7 +377,7 @@ def key_loss(query: Tensor, keys: Tensor, k: int, groups: int, mask_prob: float,
 
 def key_loss_backward(grad: Tensor, query: Tensor, keys: Tensor, selected: Tensor) -> Tensor:
     """As the reference: the gradient of the keys."""
-    (B, G, K), (P, D) = selected.shape, keys.shape
+    (_, G, K), (P, D) = selected.shape, keys.shape
     gradient = torch.empty_like(keys, memory_format=torch.contiguous_format)
     if selected.numel() == 0 or D == 0:
         return gradient.zero_()
@@ -389,7 +386,7 @@ def key_loss_backward(grad: Tensor, query: Tensor, keys: Tensor, selected: Tenso
     order, begin = by_slot(slices, P * G)
     with on(keys.device):
         _key_gradient[(P * G,)](
-            gradient, grad, (selected >= 0).sum().double(), query.contiguous(), keys.contiguous(), order, begin, D, G, K,
+            gradient, grad, (selected >= 0).sum().double(), _readable(query), _readable(keys), order, begin, D, G, K,
             BD=power_of_two(D // G, 16), d_size=D // G, DOUBLE=keys.dtype == torch.float64,
         )  # fmt: skip
     return gradient
