@@ -11,7 +11,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 if not torch.cuda.is_available():
     # Triton's kernels run as NumPy on CPU tensors. Read when they are defined, so it stands before the package.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from slm_fast import ops
 

@@ -37,7 +37,7 @@ def _dot(p, q, sums, PRECISION: tl.constexpr):
 
 @triton.jit
 def _route_rows(ids, weights, sample, first, P, K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr):
-    """Behind columns first .. first + RP - 1 of a sample's R: whether there is a slot, its row of A and B, its weight."""
+    """Columns first .. first + RP - 1 of a sample's R: whether there is a slot, its row of A and B, its weight."""
     column = first + tl.arange(0, RP)
     inside = column < K * RANK
     place = sample.to(tl.int64) * K + column // RANK
