@@ -347,7 +347,8 @@ def preference(rows: list[dict[str, Any]], operator: str) -> list[dict[str, str]
 
 
 def tiny(shape: Shape) -> Shape:
-    return replace(shape, B=min(shape.B, 3), T=min(shape.T, 3), H=24, out=16 if shape.out else 0, P=5, r=2)
+    most = min(shape.most, 1.0)
+    return replace(shape, B=3, T=min(shape.T, 3), H=24, out=16 if shape.out else 0, P=5, r=2, slots="same", most=most)
 
 
 def main() -> None:

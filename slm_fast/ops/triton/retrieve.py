@@ -118,7 +118,7 @@ def _rank(
     B, P, D, G, K, mask_row, span,
     BB: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr,
     COSINE: tl.constexpr, LISTS: tl.constexpr, VOTE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
-    HIDE: tl.constexpr, SOFTMAX: tl.constexpr, BR: tl.constexpr,
+    HIDE: tl.constexpr, SOFTMAX: tl.constexpr, BR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The best slots of a block of queries in a span of the pool, and their join.
 
@@ -155,9 +155,9 @@ def _rank(
     place = tl.arange(0, KP)[None, :]
     lists = tl.num_programs(1)
     rows = b.to(tl.int64)[:, None]
-    kept = (b < B)[:, None] & (place < KP)
+    in_batch = (b < B)[:, None]
     if SPLITS > 1 or LISTS:
-        tl.store(parts + ((split * lists + group) * B + rows) * KP + place, best, mask=kept)
+        tl.store(parts + ((split * lists + group) * B + rows) * KP + place, best, mask=in_batch)
         # What all threads have stored, then the ticket: the last to draw one sees every list.
         tl.debug_barrier()
         ticket = tl.atomic_add(tickets + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
@@ -168,13 +168,13 @@ def _rank(
     if last:
         if LISTS:
             for g in range(G):
-                joined = _joined(parts, rows, place, kept, g, G, B, BB, KP, SPLITS)
+                joined = _joined(parts, rows, in_batch, g, G, B, BB, KP, SPLITS, CHUNK)
                 if VOTE:
-                    tl.store(parts + (g * B + rows) * KP + place, joined, mask=kept)
+                    tl.store(parts + (g * B + rows) * KP + place, joined, mask=in_batch)
                 else:
                     found = (joined != _NONE) & (place < K)
                     address = (rows * G + g) * K + place
-                    tl.store(slot_ids + address, tl.where(found, _slot_of(joined), -1), mask=kept & (place < K))
+                    tl.store(slot_ids + address, tl.where(found, _slot_of(joined), -1), mask=in_batch & (place < K))
             if VOTE:
                 tl.debug_barrier()
                 for b0 in range(0, BB, BR):
@@ -183,17 +183,22 @@ def _rank(
                     _write_route(elected, some, some < B, slot_ids, weights, K, KP, SOFTMAX, temperature)
         else:
             if SPLITS > 1:
-                best = _joined(parts, rows, place, kept, 0, 1, B, BB, KP, SPLITS)
+                best = _joined(parts, rows, in_batch, 0, 1, B, BB, KP, SPLITS, CHUNK)
             _write_route(best, b, b < B, slot_ids, weights, K, KP, SOFTMAX, temperature)
 
 
 @triton.jit
-def _joined(parts, rows, place, kept, group, lists, B, BB: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr):
-    """The best of what the splits kept in one group: [BB, KP]. Other multiprocessors wrote it, so past the L1 cache."""
+def _joined(parts, rows, in_batch, group, lists, B, BB: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr,
+            CHUNK: tl.constexpr):  # fmt: skip
+    """The best of what the splits kept in one group, CHUNK splits at once: [BB, KP]. Other multiprocessors wrote it, so
+    it is read past the L1 cache."""
     best = tl.full([BB, KP], _NONE, tl.int64)
-    for split in range(SPLITS):
-        address = parts + ((split * lists + group) * B + rows) * KP + place
-        best = _merge(best, tl.load(address, mask=kept, other=_NONE, cache_modifier=".cg"))
+    column = tl.arange(0, CHUNK * KP)[None, :]
+    for first in range(0, SPLITS, CHUNK):
+        split = first + column // KP
+        address = parts + ((split * lists + group) * B + rows) * KP + column % KP
+        lists_of_chunk = tl.load(address, mask=in_batch & (split < SPLITS), other=_NONE, cache_modifier=".cg")
+        best = _merge(best, lists_of_chunk)
     return best
 
 
@@ -320,6 +325,7 @@ def _launch_rank(
             BB=BB, BP=BP, BD=min(32, power_of_two(D // groups, 16)), KP=KP, SPLITS=splits,
             COSINE=cosine, LISTS=in_lists, VOTE=vote, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
             HIDE=mask_prob > 0, SOFTMAX=softmax, BR=max(1, min(BB, 8192 // KP**2)),
+            CHUNK=max(1, min(128 // KP, power_of_two(splits, 1))),
         )  # fmt: skip
 
 
