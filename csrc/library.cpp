@@ -6,9 +6,6 @@
 #include "cpu/kernels.h"
 #include "cuda/launch.h"
 #include "operators.h"
-#if defined(SLM_FAST_CUDA)
-#include "cuda/operators.h"
-#endif
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   // clang-format off

@@ -1,6 +1,6 @@
 // The operators on a GPU: check every argument, then hand device pointers and torch's stream to the launchers.
 #define USE_CUDA  // declares the stream and the guard in torch's stable header
-#include "cuda/operators.h"
+#include "operators.h"
 
 #include "cuda/kernels.h"
 #include "cuda/launch.h"

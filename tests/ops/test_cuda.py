@@ -1,8 +1,14 @@
-"""The CUDA operators: how launches cut the work, anywhere; their results, where there is a GPU.
-
-The operator tests of this folder run on them too, as backend "preferred"."""
+"""The CUDA operators: how launches cut the work and what the kernels' code computes, anywhere (cuda_on_host.h runs it
+on a CPU); their results, where there is a GPU. There the operator tests of this folder run on them too, as "preferred".
+"""
 
 from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +73,141 @@ def test_whatever_dispatch_sends_to_cuda_fits_a_blocks_shared_memory():
                 for vector in (1, 4, 8):
                     widest = max(widest, _C.retrieve_cut(1, 5, width, groups, vector, 132)[3])
     assert 96 << 10 < widest <= 160 << 10
+
+
+ENTRIES = {
+    "multi_lora": """
+extern "C" int run(int type, int clusters, const int64_t* n, const void** in, const int64_t* ids, const float* weights,
+                   void* y, float* partial) {
+  cuda::Decode op{};
+  op.type = static_cast<Type>(type), op.rows = n[0], op.picks = n[1], op.slots = n[2], op.rank = n[3];
+  op.features_in = n[4], op.features_out = n[5], op.blocks = n[6];
+  op.x = in[0], op.lora_a = in[1], op.lora_b = in[2], op.base = in[3], op.y = y;
+  op.slot_ids = ids, op.weights = weights, op.partial = partial;
+  return cuda::decode(op, clusters, nullptr);
+}
+""",
+    "retrieve": """
+extern "C" int run(int type, const int64_t* n, const void* query, const void* keys, const float* bias, const bool* mask,
+                   double temperature, int64_t* ids, float* weights, int64_t* parts) {
+  cuda::RetrieveOnDevice on{};
+  Retrieve& op = on.call;
+  op.type = static_cast<Type>(type), op.queries = n[0], op.slots = n[1], op.width = n[2], op.groups = n[3], op.k = n[4];
+  op.query = query, op.keys = keys, op.bias = bias, op.mask = mask, op.mask_per_query = n[5], op.cosine = n[6];
+  op.softmax = n[7], op.temperature = temperature, op.slot_ids = ids, op.weights = weights;
+  const auto cut = cuda::cut_retrieve(n[0], n[1], n[2], n[3], n[8], static_cast<int>(n[9]));
+  on.parts = parts, on.vector = n[8], on.tiles = cut.tiles, on.splits = cut.splits, on.span = cut.span;
+  on.shared = cut.shared;
+  return cuda::retrieve(on, nullptr);
+}
+""",
+}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory):
+    """The kernels compiled for the host: CUDA's headers replaced, launches rewritten."""
+    compiler, root = shutil.which("g++"), Path(__file__).parents[2]
+    if compiler is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    for header in ("cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h", "cooperative_groups.h"):
+        (folder / header).write_text('#include "cuda_on_host.h"\n')
+    include = [f"-I{path}" for path in (folder, root / "tests/ops", root / "csrc/cuda", root / "csrc")]
+    libraries = {}
+    for stem, entry in ENTRIES.items():
+        source = (root / f"csrc/cuda/{stem}.cu").read_text()
+        source = re.sub(r"([\w]+(?:<[^<>;]*>)?)<<<(.*?)>>>\((\w+)\);", r"on_host::launch(\2)([&] { \1(\3); });", source)
+        source = source.replace("extern __shared__ double shared[];", "double* shared = on_host::shared_memory;")
+        source = source.replace('#include "kernels.h"', '#include "cuda/kernels.h"')
+        (folder / f"{stem}.cpp").write_text(source + "using namespace slm_fast;" + entry)
+        library = folder / f"{stem}.so"
+        command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-w", *include]
+        subprocess.run([*command, str(folder / f"{stem}.cpp"), "-o", str(library)], check=True)
+        libraries[stem] = ctypes.CDLL(str(library)).run
+    return libraries
+
+
+def numbers(*values):
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+@pytest.mark.parametrize("clusters", [True, False], ids=["clusters", "two launches"])
+@pytest.mark.parametrize(
+    ("dtype", "B", "P", "K", "r", "I", "O", "blocks"),
+    [
+        (torch.float32, 1, 1, 1, 1, 8, 8, 1),
+        (torch.float32, 3, 7, 4, 12, 40, 1032, 4),
+        (torch.bfloat16, 2, 5, 2, 8, 1024, 520, 8),
+        (torch.float16, 2, 3, 2, 128, 264, 2064, 2),
+        (torch.bfloat16, 2, 5, 2, 8, 16, 24, 8),
+    ],
+)
+def test_the_decode_kernels_code_equals_the_specification(on_host, clusters, dtype, B, P, K, r, I, O, blocks):
+    random = torch.Generator().manual_seed(0)
+    x, a, b, base = (
+        torch.randn(shape, generator=random).to(dtype) for shape in ((B, 1, I), (P, r, I), (P, r, O), (B, 1, O))
+    )
+    ids, weights = torch.randint(-1, P + 1, (B, K), generator=random), torch.rand(B, K, generator=random)
+    known = torch.where(ids < P, ids, -1)  # an id that is no slot's adds nothing
+    for given in (base, None):
+        y = torch.full_like(base, torch.nan)
+        partial = torch.full((B * blocks * K * r,), torch.nan)
+        tensors = (ctypes.c_void_p * 4)(*(pointer(t) for t in (x, a, b, given)))
+        sizes = numbers(B, K, P, r, I, O, blocks)
+        status = on_host["multi_lora"](
+            TYPES[dtype], clusters, sizes, tensors, pointer(ids), pointer(weights), pointer(y), pointer(partial)
+        )
+        assert status == 0
+        with ops.use_backend("reference"):
+            wide = [t if t is None else t.double() for t in (x, a, b, given)]
+            expected = ops.multi_lora(*wide[:3], known, weights, wide[3])
+        assert (y.double() - expected).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * expected.norm()
+
+
+@pytest.mark.parametrize("weighting", ["ratio", "softmax"])
+@pytest.mark.parametrize(
+    ("dtype", "B", "P", "D", "groups", "k", "vector", "processors"),
+    [
+        (torch.float32, 1, 1, 1, 1, 1, 1, 132),
+        (torch.float32, 5, 70, 48, 3, 4, 4, 1),
+        (torch.float32, 5, 100, 66, 3, 32, 1, 8),
+        (torch.bfloat16, 3, 40, 40, 1, 7, 8, 132),
+        (torch.float16, 4, 33, 24, 3, 2, 8, 1),
+    ],
+)
+def test_the_retrieve_kernels_code_gives_the_route_of_the_specification(
+    on_host, weighting, dtype, B, P, D, groups, k, vector, processors
+):
+    from slm_fast import _C
+
+    random = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(B, D, generator=random).to(dtype), torch.randn(P, D, generator=random).to(dtype)
+    keys[-1] = keys[0]  # equal keys: the lower id first
+    bias, masks = torch.randn(P, generator=random), torch.rand(B, P, generator=random) > 0.3
+    parts = torch.full((_C.retrieve_cut(B, P, D, groups, vector, processors)[1] * B * k,), 7)
+    for cosine, mask in ((True, None), (True, masks), (False, masks[0]), (False, torch.zeros_like(masks))):
+        if not cosine and groups > 1:
+            continue
+        ids, weights = torch.full((B, k), 99), torch.full((B, k), torch.nan)
+        per_query = mask is not None and mask.dim() == 2
+        status = on_host["retrieve"](
+            TYPES[dtype],
+            numbers(B, P, D, groups, k, per_query, cosine, weighting == "softmax", vector, processors),
+            pointer(query), pointer(keys), pointer(None if cosine else bias), pointer(mask), ctypes.c_double(0.5),
+            pointer(ids), pointer(weights), pointer(parts),
+        )  # fmt: skip
+        assert status == 0
+        options = {"groups": groups} if cosine else {"metric": "dot", "bias": bias}
+        with ops.use_backend("reference"):
+            expected = ops.retrieve(query, keys, k, mask=mask, weighting=weighting, temperature=0.5, **options)
+        assert torch.equal(ids, expected.slot_ids)
+        torch.testing.assert_close(weights, expected.weights, rtol=2e-5, atol=2e-5)
 
 
 @no_gpu
