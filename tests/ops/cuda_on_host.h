@@ -178,8 +178,13 @@ T __shfl_up_sync(unsigned, T value, int step) {
   return on_host::exchange(value, lane < step ? lane : lane - step);
 }
 inline unsigned __ballot_sync(unsigned, bool vote) {
+  on_host::Block& block = *on_host::block;
+  const int thread = threadIdx.x, warp = thread / 32;
+  block.lanes[thread] = vote;
+  block.meet(1 + warp, 32, [] {});
   unsigned votes = 0;
-  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(on_host::exchange<int>(vote, lane)) << lane;
+  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(block.lanes[warp * 32 + lane]) << lane;
+  block.meet(1 + warp, 32, [] {});
   return votes;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
