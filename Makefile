@@ -42,11 +42,12 @@ sanitize: $(VENV)/.ready
 	  $(CURDIR)/$(VENV)/bin/python -m pytest -p no:cacheprovider -k "native and not compile and not instruction_set" \
 	  $(CURDIR)/tests/ops
 
-# The CUDA operators, compiled only: needs nvcc, but neither a GPU nor a torch that has CUDA.
+# The CUDA operators, and Triton's, compiled only: needs nvcc and triton, but neither a GPU nor a torch that has CUDA.
 cuda: $(VENV)/.ready
 	$(VENV)/bin/cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python -DSLM_FAST_CUDA=compile \
 	  -DSLM_FAST_WERROR=ON
 	$(VENV)/bin/cmake --build build/cuda --target kernels_cuda
+	PYTHONPATH=$(CURDIR) $(VENV)/bin/python tests/ops/compile_triton.py bfloat16
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -42,17 +42,17 @@ def capture(calls: Calls) -> Callable[[], object] | None:
     return replay
 
 
+def _call_all(calls: Calls) -> None:
+    for call in calls:
+        call()
+
+
 def time_on_gpu(candidates: Mapping[str, Calls], *, graph: bool, seconds: float, most: int = 200) -> dict[str, Times]:
     """Milliseconds of one call, by events, the candidates in turns; a graph leaves out what cannot be captured."""
     runs: dict[str, Callable[[], object]] = {}
     for name, calls in candidates.items():
         if not graph:
-
-            def run(calls: Calls = calls) -> None:
-                for call in calls:
-                    call()
-
-            runs[name] = run
+            runs[name] = functools.partial(_call_all, calls)
         elif replay := capture(calls):
             runs[name] = replay
     for run in runs.values():

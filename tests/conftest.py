@@ -52,6 +52,12 @@ def device(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def interpreted(request: pytest.FixtureRequest) -> bool:
+    """Whether this run is Triton's on a CPU, a thousand times as slow."""
+    return "[triton-cpu" in request.node.nodeid
+
+
+@pytest.fixture
 def nan_memory():
     """Uninitialised memory reads as NaN, so an element that a kernel forgets to write cannot pass."""
     torch.use_deterministic_algorithms(True, warn_only=True)

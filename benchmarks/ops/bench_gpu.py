@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,10 @@ def inputs(shape: Shape, device: str, seed: int) -> dict[str, Tensor]:
     }
 
 
+def _onto_linear(op: Callable[..., Tensor], arguments: tuple[Tensor, ...], matrix: Tensor) -> Tensor:
+    return op(*arguments, torch.nn.functional.linear(arguments[0], matrix))
+
+
 def forward_ways(shape: Shape, given: dict[str, Tensor], compiled: Callable[..., Tensor] | None) -> Ways:
     """Each is the whole adapted layer: the frozen linear, then the increments."""
     x, matrix, lora_a, lora_b, ids, weights = given.values()
@@ -156,7 +161,7 @@ def forward_ways(shape: Shape, given: dict[str, Tensor], compiled: Callable[...,
     calls: Ways = {"linear": lambda: linear(x, matrix)}
     for name in backends_of("multi_lora", shape.size, device):
         op = getattr(torch.ops.slm_fast, f"multi_lora_{name}")
-        calls[name] = lambda op=op: op(*arguments, linear(x, matrix))
+        calls[name] = partial(_onto_linear, op, arguments, matrix)
     widest = 256 // size
     if dispatch.TRITON_MISSING is None and max(shape.H, shape.features_out) <= 2048 and shape.K * shape.r <= widest:
         fused = torch.ops.slm_fast.adapted_linear_triton
@@ -200,7 +205,7 @@ def search_ways(shape: Search, device: str, seed: int) -> Ways:
     for name in backends_of("retrieve", "other" if shape.vote else shape.size, device):
         op = getattr(torch.ops.slm_fast, f"retrieve_{name}")
         arguments = (query, keys, shape.K, shape.G, None, None, "cosine", aggregate, "ratio", 1.0)
-        calls[name] = lambda op=op, arguments=arguments: op(*arguments)
+        calls[name] = partial(op, *arguments)
     if shape.vote:
         calls["bmm + topk a group"] = lambda: bench_retrieve.vote_by_topk(query, unit_keys, shape.G, shape.K)
     else:
@@ -295,7 +300,7 @@ def retrieve_lines(shape: Search, device: str, seconds: float) -> list[dict[str,
         all_ways = [search_ways(shape, device, seed) for seed in range(sets)]
         agree(all_ways[0], 1e-4)
         timed = measure(all_ways, device, seconds)
-    case = {"B": shape.B, "P": shape.P, "D": shape.D, "G": shape.G, "K": shape.K}
+    case: dict[str, Any] = {"B": shape.B, "P": shape.P, "D": shape.D, "G": shape.G, "K": shape.K}
     case |= {"aggregate": "vote" if shape.vote else "mean", "size": "other" if shape.vote else shape.size}
     return lines(case | {"target": shape.most or "-"}, timed, low)
 
@@ -347,8 +352,8 @@ def preference(rows: list[dict[str, Any]], operator: str) -> list[dict[str, str]
 
 
 def tiny(shape: Shape) -> Shape:
-    most = min(shape.most, 1.0)
-    return replace(shape, B=3, T=min(shape.T, 3), H=24, out=16 if shape.out else 0, P=5, r=2, slots="same", most=most)
+    out = 16 if shape.out else 0
+    return replace(shape, B=2, T=min(shape.T, 3), H=24, out=out, P=5, K=2, r=2, slots="same", most=1.0)
 
 
 def main() -> None:
@@ -363,7 +368,7 @@ def main() -> None:
     shapes, searches = SHAPES, SEARCHES
     if options.dry_run:
         shapes = list(dict.fromkeys(tiny(shape) for shape in SHAPES))
-        searches = [replace(search, B=3, P=min(search.P, 70), D=24) for search in SEARCHES[:1] + SEARCHES[-1:]]
+        searches = [replace(search, B=2, P=40, D=24, G=2) for search in SEARCHES[:1] + SEARCHES[-1:]]
     compiled = None if options.dry_run or options.no_compile else torch.compile(cpu.gather_bmm_, dynamic=False)
     torch.set_float32_matmul_precision("highest")
     began, preferences, judged = time.perf_counter(), [], []

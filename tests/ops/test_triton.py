@@ -65,6 +65,20 @@ def test_more_columns_than_fit_at_once_equal_the_specification(nan_memory, dtype
     assert_equals_the_specification(example(dtype, B=2, T=5, K=5, r=29), TOLERANCE[dtype])
 
 
+def test_gradients_of_more_columns_than_fit_at_once_equal_the_specification(nan_memory):
+    call = example(B=2, T=5, K=5, r=29)
+    names = [name for name in call if name != "slot_ids"]
+
+    def gradients(backend, call):
+        leaves = {name: call[name].clone().requires_grad_() for name in names}
+        with ops.use_backend(backend):
+            y = ops.multi_lora(**(call | leaves))
+            return torch.autograd.grad(y, list(leaves.values()), call["base"])
+
+    for got, expected in zip(gradients("triton", call), gradients("reference", doubled(call)), strict=True):
+        assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_of_all_slots_at_once_one_that_is_not_finite_reaches_only_samples_that_use_it(number):
     call = example(B=19)

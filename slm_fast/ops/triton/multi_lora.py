@@ -284,7 +284,7 @@ def _run_adapt(
             HAS_BASE=base is not None, EXPAND=b is not None, STORE=shrunk is not None, **_arithmetic(x.dtype),
             num_warps=8 if BT >= 64 else 4,
         )  # fmt: skip
-        base = result
+        base = None if b is None else result
     return y
 
 
@@ -365,6 +365,7 @@ def backward(
                 grad_b = _sum_by_slot(shrunk, weights, grad, order, begin, lora_b)
         if needed[3]:
             assert shrunk is not None
+            assert grad_shrunk is not None
             grad_weights = (shrunk * grad_shrunk).view(B, T, K, r).sum((1, 3)).to(weights.dtype)
     return grad_x, grad_a, grad_b, grad_weights
 
