@@ -53,12 +53,12 @@ SLM_BOTH constexpr int64_t padded_group(int64_t width, int64_t vector) {
 constexpr RetrieveCut cut_retrieve(
     int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t vector, int multiprocessors) {
   const int64_t tiles = blocks_of(queries, kQueries);
-  const int64_t most = blocks_of(slots, kKeysAtOnce);
+  const int64_t most = std::max<int64_t>(1, blocks_of(slots, kKeysAtOnce));
   const int64_t wanted = std::clamp<int64_t>(blocks_of(2 * multiprocessors, tiles), 1, std::min<int64_t>(most, 65535));
-  const int64_t span = blocks_of(blocks_of(slots, wanted), kKeysAtOnce) * kKeysAtOnce;
+  const int64_t span = std::max<int64_t>(1, blocks_of(blocks_of(slots, wanted), kKeysAtOnce)) * kKeysAtOnce;
   const int64_t numbers = kQueries * groups * (padded_group(width / groups, vector) + 1);  // and a length a group
   const int64_t lists = kRetrieveThreads / 32 * kQueries * kMostPicks;
-  return {static_cast<int>(tiles), static_cast<int>(blocks_of(slots, span)), span, 8 * (numbers + lists)};
+  return {static_cast<int>(tiles), static_cast<int>(std::max<int64_t>(1, blocks_of(slots, span))), span, 8 * (numbers + lists)};
 }
 
 }  // namespace slm_fast::cuda

@@ -46,7 +46,7 @@ def test_decode_uses_the_whole_card_for_few_rows_and_one_block_a_row_for_many():
 
 
 @no_extension
-@pytest.mark.parametrize("slots", [1, 31, 32, 33, 512, 4096, 100_000, 2_000_003])
+@pytest.mark.parametrize("slots", [0, 1, 31, 32, 33, 512, 4096, 100_000, 2_000_003])
 @pytest.mark.parametrize("queries", [1, 4, 5, 32, 256, 4097])
 def test_retrieve_parts_cover_every_query_and_slot_once(queries, slots):
     from slm_fast import _C
@@ -54,7 +54,7 @@ def test_retrieve_parts_cover_every_query_and_slot_once(queries, slots):
     for processors in (1, 108, 132):
         tiles, parts, span, shared = _C.retrieve_cut(queries, slots, 768, 6, 4, processors)
         assert (tiles - 1) * 4 < queries <= tiles * 4
-        assert (parts - 1) * span < slots <= parts * span
+        assert (parts - 1) * span < max(slots, 1) <= parts * span
         assert span % 32 == 0
         assert parts <= 65535
         assert parts == 1 or tiles * parts < 4 * processors + tiles
@@ -175,6 +175,7 @@ def test_the_decode_kernels_code_equals_the_specification(on_host, clusters, dty
     ("dtype", "B", "P", "D", "groups", "k", "vector", "processors"),
     [
         (torch.float32, 1, 1, 1, 1, 1, 1, 132),
+        (torch.float32, 2, 0, 8, 2, 3, 4, 132),
         (torch.float32, 5, 70, 48, 3, 4, 4, 1),
         (torch.float32, 5, 100, 66, 3, 32, 1, 8),
         (torch.bfloat16, 3, 40, 40, 1, 7, 8, 132),
@@ -188,7 +189,7 @@ def test_the_retrieve_kernels_code_gives_the_route_of_the_specification(
 
     random = torch.Generator().manual_seed(0)
     query, keys = torch.randn(B, D, generator=random).to(dtype), torch.randn(P, D, generator=random).to(dtype)
-    keys[-1] = keys[0]  # equal keys: the lower id first
+    keys[-1:] = keys[:1]  # equal keys: the lower id first
     bias, masks = torch.randn(P, generator=random), torch.rand(B, P, generator=random) > 0.3
     parts = torch.full((_C.retrieve_cut(B, P, D, groups, vector, processors)[1] * B * k,), 7)
     for cosine, mask in ((True, None), (True, masks), (False, masks[0]), (False, torch.zeros_like(masks))):
