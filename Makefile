@@ -7,7 +7,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 HAS_TORCH := $(shell $(PYTHON) -c "from importlib.metadata import version as v; \
   print('1' if tuple(map(int, v('torch').split('.')[:2])) >= (2, 10) else '')" 2>/dev/null)
 
-.PHONY: demo test lint setup sanitize clean
+.PHONY: demo test lint setup sanitize cuda clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m slm_fast.cli demo
@@ -22,7 +22,7 @@ lint: $(VENV)/.ready
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/cpu/*)
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools cmake ninja pybind11 $(if $(HAS_TORCH),,-c constraints.txt torch)
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation $(if $(HAS_TORCH),,-c constraints.txt) -e ".[dev]"
@@ -41,6 +41,13 @@ sanitize: $(VENV)/.ready
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc \
 	  $(CURDIR)/$(VENV)/bin/python -m pytest -p no:cacheprovider -k "native and not compile and not instruction_set" \
 	  $(CURDIR)/tests/ops
+
+# The CUDA operators, and Triton's, compiled only: needs nvcc and triton, but neither a GPU nor a torch that has CUDA.
+cuda: $(VENV)/.ready
+	$(VENV)/bin/cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python -DSLM_FAST_CUDA=compile \
+	  -DSLM_FAST_WERROR=ON
+	$(VENV)/bin/cmake --build build/cuda --target kernels_cuda
+	PYTHONPATH=$(CURDIR) $(VENV)/bin/python tests/ops/compile_triton.py bfloat16
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -20,6 +20,7 @@ class BuildWithCMake(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        configure += [f"-DSLM_FAST_CUDA={os.environ.get('SLM_FAST_CUDA', 'auto')}"]
         configure += [f"-DSLM_FAST_OUTPUT={output}", *os.environ.get("CMAKE_ARGS", "").split()]
         for command in (configure, ["cmake", "--build", str(build)]):
             try:

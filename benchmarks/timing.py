@@ -166,12 +166,13 @@ def floor_ms(flops: float, moved: float, dtype: torch.dtype) -> float:
 # ---- results ----
 
 
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], notes: Mapping[str, str] | None = None) -> None:
+    """Rows under a head that says what they were measured on, and `notes` ({name: value}) that belong to them."""
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         measured = {"threads": str(torch.get_num_threads()), "date": time.strftime("%Y-%m-%d")}
-        for name, value in (describe() | measured).items():
+        for name, value in (describe() | measured | dict(notes or {})).items():
             file.write(f"# {name}: {value}\n")
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/kernels.h"
+#include "cuda/launch.h"
 #include "operators.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
@@ -14,8 +15,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   library.def("retrieve_native(Tensor query, Tensor keys, SymInt k, SymInt groups, Tensor? bias, Tensor? mask, str metric, str aggregate, str weighting, float temperature) -> (Tensor, Tensor)");
   library.def("key_loss_native(Tensor query, Tensor keys, SymInt k, SymInt groups, float mask_prob, SymInt seed) -> (Tensor, Tensor)");
   library.def("key_loss_native_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected) -> Tensor");
+#if defined(SLM_FAST_CUDA)
+  library.def("multi_lora_cuda(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor? base) -> Tensor");
+  library.def("retrieve_cuda(Tensor query, Tensor keys, SymInt k, SymInt groups, Tensor? bias, Tensor? mask, str metric, str aggregate, str weighting, float temperature) -> (Tensor, Tensor)");
+#endif
   // clang-format on
 }
+
+#if defined(SLM_FAST_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(slm_fast, CUDA, library) {
+  library.impl("multi_lora_cuda", TORCH_BOX(&slm_fast::cuda::multi_lora));
+  library.impl("retrieve_cuda", TORCH_BOX(&slm_fast::cuda::retrieve));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(slm_fast, CPU, library) {
   library.impl("multi_lora_native", TORCH_BOX(&slm_fast::multi_lora));
@@ -34,8 +46,33 @@ PYBIND11_MODULE(_C, module) {
         info["compiler"] = SLM_FAST_COMPILER;
         info["instruction_sets"] = slm_fast::instruction_sets();
         info["instruction_set"] = slm_fast::kernels().name;
+#if defined(SLM_FAST_CUDA)
+        info["cuda"] = SLM_FAST_CUDA;
+#else
         info["cuda"] = false;
+#endif
         return info;
       },
-      "The compiler, the instruction sets compiled in, the one chosen for this processor, and whether CUDA was built.");
+      "The compiler, the instruction sets compiled in, the one chosen for this processor, and the CUDA compiler and\n"
+      "architectures, or False.");
+  module.def(
+      "decode_cut",
+      [](int64_t rows, int64_t features_in, int64_t features_out, int multiprocessors) {
+        const int blocks = slm_fast::cuda::decode_blocks(rows, features_in, features_out, multiprocessors);
+        std::vector<std::pair<int64_t, int64_t>> in, out;
+        for (int block = 0; block < blocks; ++block) {
+          const auto i = slm_fast::cuda::share_of(features_in, blocks, block);
+          const auto o = slm_fast::cuda::share_of(features_out, blocks, block);
+          in.emplace_back(i.begin, i.end), out.emplace_back(o.begin, o.end);
+        }
+        return std::make_pair(in, out);
+      },
+      "How the CUDA decode kernel shares out a row: the spans of in-features and of out-features, one a block.");
+  module.def(
+      "retrieve_cut",
+      [](int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t vector, int multiprocessors) {
+        const auto cut = slm_fast::cuda::cut_retrieve(queries, slots, width, groups, vector, multiprocessors);
+        return std::make_tuple(cut.tiles, cut.splits, cut.span, cut.shared);
+      },
+      "How the CUDA retrieve kernel cuts its work: blocks of queries, parts of the pool, slots a part, shared bytes.");
 }

@@ -25,4 +25,13 @@ std::tuple<Tensor, Tensor> key_loss(
     Tensor query, Tensor keys, int64_t k, int64_t groups, double mask_prob, int64_t seed);
 Tensor key_loss_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected);
 
+// On a GPU: csrc/cuda/operators.cpp.
+namespace cuda {
+Tensor multi_lora(
+    Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, std::optional<Tensor> base);
+std::tuple<Tensor, Tensor> retrieve(
+    Tensor query, Tensor keys, int64_t k, int64_t groups, std::optional<Tensor> bias, std::optional<Tensor> mask,
+    std::string metric, std::string aggregate, std::string weighting, double temperature);
+}  // namespace cuda
+
 }  // namespace slm_fast

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slm_fast.linear import OneDnnLinear
-from slm_fast.ops import Route, multi_lora
+from slm_fast.ops import Route, dispatch, multi_lora
 from slm_fast.ops.multi_lora import multi_lora_
 
+PLAIN = (nn.Linear, OneDnnLinear)  # whose product is known: other modules may do anything
 Values = Mapping[str, tuple[Tensor, Tensor]]  # module name -> (lora_a [P, r, I], lora_b [P, r, O])
 
 
@@ -54,15 +56,33 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
         route, values = self.adaptation.route, self.adaptation.values
         if route is None or values is None or route.slot_ids.shape[1] == 0 or self.name not in values:
+            y: Tensor = self.base(x)
             return y
         lora_a, lora_b = values[self.name]
+        if self._in_one_kernel(x, lora_a, route):
+            y = torch.ops.slm_fast.adapted_linear_triton(
+                x, self.base.weight, self.base.bias, lora_a, lora_b, route.slot_ids, route.weights
+            )
+            return y
+        y = self.base(x)
         add = multi_lora_ if self._output_is_ours() else multi_lora
         return add(x, lora_a, lora_b, route.slot_ids, route.weights, y)
 
     def _output_is_ours(self) -> bool:
         """Whether nobody else holds what the base returned, so that it may be overwritten. Of a plain linear layer
         without hooks that is known; another module may return its input, or something that it keeps."""
-        return type(self.base) in (nn.Linear, OneDnnLinear) and not self.base._forward_hooks
+        return type(self.base) in PLAIN and not self.base._forward_hooks
+
+    def _in_one_kernel(self, x: Tensor, lora_a: Tensor, route: Route) -> bool:
+        """Whether a kernel that has the base's product in it may run, and was measured to win."""
+        base: Any = self.base
+        if type(base) not in PLAIN or not dispatch.fused_wins(
+            x.device.type, "narrow" if max(base.in_features, base.out_features) <= 2048 else "wide"
+        ):
+            return False
+        watched = base._forward_hooks or base._forward_pre_hooks or torch.is_autocast_enabled(x.device.type)
+        same = x.dtype == base.weight.dtype == lora_a.dtype and x.dim() == 3 and len(x) == len(route.slot_ids)
+        fits = 0 < route.slot_ids.shape[1] * lora_a.shape[1] <= 256 // x.dtype.itemsize and x.dtype != torch.float64
+        return not (watched or torch.is_grad_enabled()) and same and fits

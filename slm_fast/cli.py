@@ -465,6 +465,7 @@ def _doctor(_: argparse.Namespace) -> int:
         info = import_module("slm_fast._C").build_info()
         sets = ", ".join(info["instruction_sets"])
         table.add_row("native kernels", f"{info['instruction_set']} of {sets}; {info['compiler']}")
+        table.add_row("CUDA kernels", info["cuda"] or "not built")
     for name in PACKAGED:
         try:
             resolve(name)

@@ -17,9 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import Tensor
 
 from benchmarks.ops.command import Ways, dtype_name, measure, plot_times, run, times_of
@@ -104,44 +102,51 @@ def materialised(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tens
     return torch.baddbmm(y, x, increment)
 
 
-def peft_layer(lora_a: Tensor, lora_b: Tensor) -> Any:
-    """PEFT's LoRA layer with the slots as its adapters, named "0", "1", ..., and nothing to do for its base."""
-    config = peft.LoraConfig(r=lora_a.shape[1], lora_alpha=lora_a.shape[1])
-    layer: Any = peft.tuners.lora.layer.Linear(
-        torch.nn.Linear(lora_a.shape[2], lora_b.shape[2], dtype=lora_a.dtype), "0", config, r=config.r,
-        lora_alpha=config.lora_alpha, init_lora_weights=False,
-    )  # fmt: skip
-    for slot in range(1, len(lora_a)):
-        layer.update_layer(str(slot), r=config.r, lora_alpha=config.lora_alpha, config=config, init_lora_weights=False)
-    for slot in range(len(lora_a)):
-        for lora, weight in ((layer.lora_A, lora_a[slot]), (layer.lora_B, lora_b[slot].T.contiguous())):
-            lora[str(slot)].weight = torch.nn.Parameter(weight, requires_grad=False)
-    return layer.eval()
-
-
 class Given(torch.nn.Module):
     """In the place of a base layer: its output, computed already."""
 
-    def __init__(self, y: Tensor) -> None:
-        super().__init__()
-        self.y = y
+    y: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return self.y
 
 
-def peft_mixed(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Ways:
-    """PEFT's mixed-batch forward, its own code. It takes one adapter a row and no weights, so it is called K times,
-    and the rows' weights are left out, which spares it work."""
+def peft_layer(lora_a: Tensor, lora_b: Tensor) -> Any:
+    """PEFT's LoRA layer with the slots as its adapters, named "0", "1", ..., and nothing to do for its base."""
+    import peft
+
+    config = peft.LoraConfig(r=lora_a.shape[1], lora_alpha=lora_a.shape[1])
+    base = torch.nn.Linear(lora_a.shape[2], lora_b.shape[2], dtype=lora_a.dtype, device=lora_a.device)
+    options = {"r": config.r, "lora_alpha": config.lora_alpha, "init_lora_weights": False}
+    layer: Any = peft.tuners.lora.layer.Linear(base, "0", config, **options)
+    for slot in range(1, len(lora_a)):
+        layer.update_layer(str(slot), config=config, **options)
+    for slot in range(len(lora_a)):
+        for lora, weight in ((layer.lora_A, lora_a[slot]), (layer.lora_B, lora_b[slot].T.contiguous())):
+            lora[str(slot)].weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.base_layer = Given()
+    return layer.eval()
+
+
+def peft_mixed(x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """PEFT's mixed-batch forward, its own code, onto y. It takes one adapter a row and no weights, so it is called K
+    times, and the rows' weights are left out, which spares it work."""
     layer = peft_layer(lora_a, lora_b)
-    layer.base_layer = Given(y)
     names = [[str(slot) for slot in column] for column in ids.T.tolist()]
-    return {"peft mixed": lambda: [layer(x, adapter_names=column) for column in names][-1]}
+
+    def add(y: Tensor) -> Tensor:
+        layer.base_layer.y = y
+        return [layer(x, adapter_names=column) for column in names][-1]
+
+    return add
 
 
-def arrow(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Ways:
-    """PEFT Arrow, its own code: every adapter's output for every token, [B T, P, H], and their weighted sum. It routes
-    for itself, token by token (one [B T, H] x [H, P] product)."""
+def arrow(x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """PEFT Arrow, its own code, added to y: every adapter's output for every token, [B T, P, H], and their weighted
+    sum. It routes for itself, token by token (one [B T, H] x [H, P] product)."""
+    import peft
+    from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+
     layer = peft_layer(lora_a, lora_b)
     names = [str(slot) for slot in range(len(lora_a))]
     config = peft.ArrowConfig(top_k=ids.shape[1])
@@ -149,7 +154,7 @@ def arrow(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, wei
     router = ArrowLoraLinearLayer(x.shape[-1], config)
     router.build_prototypes(layer.lora_A, layer.lora_B)
     keep, scaling = torch.nn.Identity(), dict.fromkeys(names, 1.0)
-    return {"arrow": lambda: y + router(x, layer.lora_A, layer.lora_B, keep, scaling)}
+    return lambda y: y + router(x, layer.lora_A, layer.lora_B, keep, scaling)
 
 
 def dense(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -187,11 +192,13 @@ def candidates(shape: Shape, compiled: bool) -> Ways:
     if B * H * H * size <= 1 << 30:
         calls["materialised"] = lambda: materialised(y, *arguments)
     if P <= 1000:
-        calls |= peft_mixed(y, *arguments)
+        mixed = peft_mixed(x, lora_a, lora_b, ids)
+        calls["peft mixed"] = lambda: mixed(y)
     if B * T * P * r * size <= 1 << 28 and P * r <= 4096:
         calls["dense"] = lambda: dense(y, *arguments)
     if B * T * P * H * size <= 1 << 29 and shape.K <= P:
-        calls |= arrow(y, *arguments)
+        routed = arrow(x, lora_a, lora_b, ids)
+        calls["arrow"] = lambda: routed(y)
     if compiled:
         in_place, new = torch.compile(gather_bmm_), torch.compile(gather_bmm)
         calls["gather bmm compiled"] = lambda: in_place(y, *arguments)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import faiss
 import torch
 from torch import Tensor
 
@@ -91,6 +90,8 @@ def vote_by_topk(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> tuple
 
 def faiss_flat(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> Ways:
     """FAISS's exact index by inner product. Its threads are not torch's."""
+    import faiss
+
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatIP(unit_keys.shape[1])
     index.add(unit_keys.numpy())

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import write_csv
+from benchmarks.timing import read_csv, write_csv
 from slm_fast import ScalableLM, SlmError, Task
 from slm_fast.baselines.finetune import Finetune
 from slm_fast.baselines.separate import Separate
@@ -209,7 +209,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
     parser.add_argument("--invariance", type=int, default=1000, help="rows answered twice to compare batches; 0: none")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="the others' lines are kept"
+    )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/stream_order<N>.csv")
     parser.add_argument("--records", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -226,14 +228,17 @@ def main() -> int:
         return 0
 
     output = arguments.output or Path(__file__).parents[1] / "results" / f"stream_order{arguments.order}.csv"
-    records: list[dict[str, Any]] = []
+    # What was measured of other methods stays, and the head says so.
+    records = [row for row in read_csv(output) if row["method"] not in arguments.methods] if output.exists() else []
+    kept = ", ".join(dict.fromkeys(row["method"] for row in records))
     for method in arguments.methods:
         command = [sys.executable, "-m", "benchmarks.repro.stream", *sys.argv[1:], "--records", "--methods", method]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             return done.returncode  # it has said why
         records += json.loads(done.stdout)
-        write_csv(output, records)
+        records.sort(key=lambda row: list(METHODS).index(row["method"]))
+        write_csv(output, records, {"kept from an earlier run": kept} if kept else None)
     show(records, Console())
     plot(records, output.with_suffix(".png"))
     print(f"saved to {output} and {output.with_suffix('.png')}")

@@ -2,15 +2,22 @@
 
 A backend named `b` implements operator `o` as the torch operator `slm_fast::o_b`. Adding one is a row of `BACKENDS`
 and a place in `PREFERENCE`; the public functions, the autograd formulas and every caller stay as they are.
+
+A backend may serve only some sizes of an operator, listed as `operator:size`. preference.csv beside this file, where
+there is one, holds what was measured (benchmarks/gpu.sh writes it) and goes before `PREFERENCE`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import csv
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -32,13 +39,37 @@ def _load_native() -> str | None:
     return None
 
 
+def _find_triton() -> str | None:
+    """None, or the reason the Triton operators are missing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton`"
+    if torch.version.cuda is None and not INTERPRETED:
+        return "this torch was built without CUDA (TRITON_INTERPRET=1 runs Triton on a CPU, for tests)"
+    return None
+
+
+def _find_cuda() -> str | None:
+    """None, or the reason the CUDA operators are missing."""
+    if NATIVE_MISSING is not None:
+        return NATIVE_MISSING
+    if not import_module("slm_fast._C").build_info()["cuda"]:
+        return "slm_fast._C was built without CUDA; install again with SLM_FAST_CUDA=on"
+    return None
+
+
+# Triton's interpreter: its kernels as NumPy, on CPU tensors. Triton reads the same variable when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 NATIVE_MISSING = _load_native()
+CUDA_MISSING = _find_cuda()
+TRITON_MISSING = _find_triton()
 
 
 @dataclass(frozen=True)
 class Backend:
     """One way to run the operators. `why_not()` is None when it can be used here, else the reason it cannot.
 
+    operators: names ("retrieve"), or names with the one size that is served ("multi_lora:decode").
+    leaves_out: sizes that are not served of operators that otherwise are.
     checks_arguments: `multi_lora` raises ValueError for whatever does not fit, before it touches memory.
     in_place: it also has `slm_fast::multi_lora_<name>_`, which overwrites `base`.
     """
@@ -46,8 +77,13 @@ class Backend:
     name: str
     operators: tuple[str, ...]
     why_not: Callable[[], str | None] = _always
+    leaves_out: tuple[str, ...] = ()
     checks_arguments: bool = False
     in_place: bool = False
+
+    def serves(self, stem: str, size: str = "") -> bool:
+        sized = f"{stem}:{size}"
+        return (stem in self.operators and sized not in self.leaves_out) or sized in self.operators
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -67,10 +103,35 @@ BACKENDS = (
         checks_arguments=True,
         in_place=True,
     ),
+    Backend(
+        "triton",
+        ("retrieve", "key_loss", "multi_lora", "adapted_linear"),
+        lambda: TRITON_MISSING,
+        ("retrieve:wide", "key_loss:wide"),
+    ),
+    Backend("cuda", ("retrieve:few", "retrieve:many", "multi_lora:decode"), lambda: CUDA_MISSING),
 )
 
 # For each device, the backends in the order they are tried.
-PREFERENCE = MappingProxyType({"cpu": ("native", "reference"), "cuda": ("reference",)})
+PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "cpu": ("native", "reference", "triton") if INTERPRETED else ("native", "reference"),
+        "cuda": ("cuda", "triton", "reference"),
+    }
+)
+
+
+def read_measured(path: Path) -> Mapping[tuple[str, str, str], tuple[str, ...]]:
+    """(device, operator, size) -> backends, the fastest first. Lines that begin with # say what it was measured on."""
+    if not path.exists():
+        return MappingProxyType({})
+    with path.open(newline="") as file:
+        rows = csv.DictReader(line for line in file if not line.startswith("#"))
+        found = {(row["device"], row["operator"], row["size"]): tuple(row["backends"].split()) for row in rows}
+    return MappingProxyType(found)
+
+
+MEASURED = read_measured(Path(__file__).with_name("preference.csv"))
 
 
 class _Forced:
@@ -118,20 +179,31 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def chosen(stem: str, device: str) -> Backend:
-    """The backend that runs `stem` on `device` now."""
+def chosen(stem: str, device: str, size: str = "") -> Backend:
+    """The backend that runs `stem` on `device` now, for the size that its public function calls `size`."""
     forced = _forced.name
-    for name in PREFERENCE.get(device, ()):
+    for name in _order(stem, device, size):
         if forced is not None and name != forced:
             continue
         for backend in BACKENDS:
-            if backend.name == name and stem in backend.operators and backend.why_not() is None:
+            if backend.name == name and backend.serves(stem, size) and backend.why_not() is None:
                 return backend
     if forced is not None:
-        raise InputError(f"backend: {forced!r} does not run {stem} on {device}")
+        raise InputError(f"backend: {forced!r} does not run {stem}{f' ({size})' if size else ''} on {device}")
     raise InputError(f"{stem}: no backend for device {device!r}; devices served: {', '.join(PREFERENCE)}")
 
 
-def operator(stem: str, device: str) -> Any:
-    """The torch operator that runs `stem` on `device` now."""
-    return getattr(torch.ops.slm_fast, f"{stem}_{chosen(stem, device).name}")
+def operator(stem: str, device: str, size: str = "") -> Any:
+    """The torch operator of the backend that is `chosen`."""
+    return getattr(torch.ops.slm_fast, f"{stem}_{chosen(stem, device, size).name}")
+
+
+def _order(stem: str, device: str, size: str) -> tuple[str, ...]:
+    preferred = PREFERENCE.get(device, ())
+    measured = MEASURED.get((device, stem, size), ())
+    return (*measured, *preferred) if measured else preferred
+
+
+def fused_wins(device: str, size: str) -> bool:
+    """Whether measurement says that the base's product and the increments belong in one kernel (adapted_linear)."""
+    return MEASURED.get((device, "adapted_linear", size), ("",))[0] == "triton" and _forced.name in (None, "triton")

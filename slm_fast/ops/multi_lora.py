@@ -47,7 +47,7 @@ def multi_lora(
         dtype = torch.get_autocast_dtype(device)
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
         base = None if base is None else base.to(dtype)
-    backend = dispatch.chosen("multi_lora", device)
+    backend = dispatch.chosen("multi_lora", device, "" if device == "cpu" else _size(x, lora_a, lora_b, slot_ids))
     op = getattr(torch.ops.slm_fast, f"multi_lora_{backend.name}")
     if backend.checks_arguments and _plain(x, lora_a, lora_b, slot_ids, weights, base):
         try:
@@ -74,7 +74,7 @@ def multi_lora_(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, wei
     tracing. A `base` that shares memory with another argument is left as it is.
     """
     device = x.device.type
-    backend = dispatch.chosen("multi_lora", device)
+    backend = dispatch.chosen("multi_lora", device, "" if device == "cpu" else _size(x, lora_a, lora_b, slot_ids))
     if (
         backend.in_place
         and not torch.compiler.is_compiling()
@@ -89,6 +89,16 @@ def multi_lora_(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, wei
         else:
             return base
     return multi_lora(x, lora_a, lora_b, slot_ids, weights, base)
+
+
+def _size(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor) -> str:
+    """What dispatch chooses by: "decode" is one row a route, as many as a block of threads has room for, in whole
+    16-byte pieces."""
+    features_in, features_out = x.shape[-1:].numel(), lora_b.shape[-1:].numel()
+    one_row = x.numel() == slot_ids.shape[:1].numel() * features_in
+    rank = lora_a.shape[1:2].numel() * slot_ids.shape[-1:].numel()
+    whole = features_in % 8 == 0 and features_out % 8 == 0 and 0 < rank <= 256 and len(x) <= 65535
+    return "decode" if one_row and whole and x.dtype != torch.float64 else "tokens"
 
 
 def _plain(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> bool:
@@ -220,6 +230,9 @@ _BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, bool[] needed)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_LINEAR_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights) -> Tensor"
+)
 
 
 def _fake(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> Tensor:
@@ -238,21 +251,25 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, lora_a, lora_b, slot_ids, weights)
 
 
-def register(backend: str) -> None:
-    """Attach the fake kernels and the autograd formula to `slm_fast::multi_lora_<backend>` and its backward."""
+def register(backend: str, backward_of: str | None = None) -> None:
+    """Attach the fake kernels and the autograd formula to `slm_fast::multi_lora_<backend>` and its backward.
+
+    backward_of: another backend whose backward a backend without one uses.
+    """
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
         wanted = [needed[0], needed[1], needed[2], needed[4]]
         grads: tuple[Tensor | None, ...] = (None,) * 4
         if any(wanted):
-            op = getattr(torch.ops.slm_fast, f"multi_lora_{backend}_backward")
+            op = getattr(torch.ops.slm_fast, f"multi_lora_{backward_of or backend}_backward")
             computed = op(grad.contiguous(), *ctx.saved_tensors, wanted)
             grads = tuple(g if want else None for g, want in zip(computed, wanted, strict=True))
         return grads[0], grads[1], grads[2], None, grads[3], grad if needed[5] else None
 
     torch.library.register_fake(f"slm_fast::multi_lora_{backend}", _fake)
-    torch.library.register_fake(f"slm_fast::multi_lora_{backend}_backward", _fake_backward)
+    if backward_of is None:
+        torch.library.register_fake(f"slm_fast::multi_lora_{backend}_backward", _fake_backward)
     torch.library.register_autograd(f"slm_fast::multi_lora_{backend}", backward, setup_context=_remember)
 
 
@@ -263,3 +280,20 @@ torch.library.custom_op(
 register("reference")
 if dispatch.NATIVE_MISSING is None:
     register("native")
+if dispatch.TRITON_MISSING is None:
+    from slm_fast.ops.triton import multi_lora as in_triton
+
+    torch.library.custom_op("slm_fast::multi_lora_triton", in_triton.forward, mutates_args=(), schema=_SCHEMA)
+    torch.library.custom_op(
+        "slm_fast::multi_lora_triton_backward", in_triton.backward, mutates_args=(), schema=_BACKWARD_SCHEMA
+    )
+    register("triton")
+    torch.library.custom_op(
+        "slm_fast::adapted_linear_triton", in_triton.adapted_linear, mutates_args=(), schema=_LINEAR_SCHEMA
+    )
+    torch.library.register_fake(
+        "slm_fast::adapted_linear_triton",
+        lambda x, weight, bias, lora_a, lora_b, slot_ids, weights: x.new_empty(*x.shape[:2], lora_b.shape[2]),
+    )
+if dispatch.CUDA_MISSING is None:
+    register("cuda", backward_of="triton" if dispatch.TRITON_MISSING is None else "reference")

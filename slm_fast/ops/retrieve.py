@@ -20,6 +20,7 @@ from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
 
 _EPSILON = 1e-12  # a vector no longer than this has cosine 0 with everything
+_MOST_PICKED = 128  # K up to which a GPU keeps the best in registers
 
 
 class Route(NamedTuple):
@@ -87,7 +88,8 @@ def retrieve(
     for name, tensor in (("bias", bias), ("mask", mask)):
         if tensor is not None and tensor.device != query.device:
             raise InputError(f"{name}: expected device {query.device} to match query, got {tensor.device}")
-    op = dispatch.operator("retrieve", query.device.type)
+    size = "" if query.device.type == "cpu" and not dispatch.INTERPRETED else _size(query, keys, k, groups, aggregate)
+    op = dispatch.operator("retrieve", query.device.type, size)
     query, keys, bias = query.detach(), keys.detach(), None if bias is None else bias.detach()
     try:
         slot_ids, weights = op(query, keys, k, groups, bias, mask, metric, aggregate, weighting, temperature)
@@ -118,9 +120,20 @@ def key_loss(query: Tensor, keys: Tensor, k: int, *, groups: int, mask_prob: flo
     if not 0.0 <= mask_prob <= 1.0:
         raise InputError(f"mask_prob: expected 0 to 1, got {mask_prob}")
     seed = (seed + 2**63) % 2**64 - 2**63  # the int64 with the same bits
-    op = dispatch.operator("key_loss", query.device.type)
+    op = dispatch.operator("key_loss", query.device.type, "wide" if min(k, len(keys)) > _MOST_PICKED else "")
     loss: Tensor = op(query, keys, k, groups, mask_prob, seed)[0]
     return loss
+
+
+def _size(query: Tensor, keys: Tensor, k: int, groups: int, aggregate: str) -> str:
+    """What dispatch chooses by: "few" and "many" slots where a warp keeps the K best, "wide" for very large K."""
+    slots, width = keys.shape
+    if min(k, slots) > _MOST_PICKED:
+        return "wide"
+    padded = groups * -(-width // groups // 64) * 64  # a group's numbers as they lie in shared memory
+    if k > 32 or aggregate == "vote" or padded > 3072 or query.dtype == torch.float64:
+        return "other"
+    return "few" if slots <= 4096 else "many"
 
 
 def _check_pair(query: Tensor, keys: Tensor, k: int, groups: int) -> None:
@@ -300,7 +313,10 @@ def _remember_key_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def register(backend: str) -> None:
-    """Attach the fake kernels and autograd formulas to `slm_fast::{retrieve,key_loss}_<backend>`."""
+    """Attach the fake kernels and autograd formulas to those of `slm_fast::{retrieve,key_loss}_<backend>` there are."""
+    torch.library.register_fake(f"slm_fast::retrieve_{backend}", _fake_retrieve)
+    if not any(b.name == backend and b.serves("key_loss") for b in dispatch.BACKENDS):
+        return
 
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_keys = None
@@ -308,7 +324,6 @@ def register(backend: str) -> None:
             grad_keys = getattr(torch.ops.slm_fast, f"key_loss_{backend}_backward")(grad, *ctx.saved_tensors)
         return None, grad_keys, None, None, None, None
 
-    torch.library.register_fake(f"slm_fast::retrieve_{backend}", _fake_retrieve)
     torch.library.register_fake(f"slm_fast::key_loss_{backend}", _fake_key_loss)
     torch.library.register_fake(
         f"slm_fast::key_loss_{backend}_backward",
@@ -326,3 +341,17 @@ for _stem, _function, _schema in (
 register("reference")
 if dispatch.NATIVE_MISSING is None:
     register("native")
+if dispatch.TRITON_MISSING is None:
+    from slm_fast.ops.triton import retrieve as in_triton
+
+    torch.library.custom_op("slm_fast::retrieve_triton", in_triton.retrieve, mutates_args=(), schema=_RETRIEVE_SCHEMA)
+    torch.library.custom_op("slm_fast::key_loss_triton", in_triton.key_loss, mutates_args=(), schema=_KEY_LOSS_SCHEMA)
+    torch.library.custom_op(
+        "slm_fast::key_loss_triton_backward",
+        in_triton.key_loss_backward,
+        mutates_args=(),
+        schema=_KEY_LOSS_BACKWARD_SCHEMA,
+    )
+    register("triton")
+if dispatch.CUDA_MISSING is None:
+    register("cuda")

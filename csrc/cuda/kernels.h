@@ -1,0 +1,35 @@
+// What the CUDA operators ask of the launchers: device pointers, sizes and a stream. No torch here.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+namespace slm_fast::cuda {
+
+// y[b] = base[b] + sum_k weights[b, k] * (x[b] . lora_a[s]^T) . lora_b[s], s = slot_ids[b, k]: one row a route.
+// All dense and on 16-byte addresses; a slot id that is no slot's adds nothing.
+struct Decode {
+  Type type;  // float32, bfloat16 or float16
+  int64_t rows, picks, slots, rank, features_in, features_out;
+  const void *x, *lora_a, *lora_b, *base;  // base null for zeros
+  const int64_t* slot_ids;
+  const float* weights;
+  void* y;
+  float* partial;  // [rows, blocks, picks * rank] scratch, used where the card has no clusters
+  int blocks;      // a row
+};
+cudaError_t decode(const Decode&, bool clusters, cudaStream_t stream);
+
+struct RetrieveOnDevice {
+  slm_fast::Retrieve call;
+  int64_t* parts;  // [splits, B, K] scratch where splits > 1
+  int vector;      // numbers of a key that one lane reads at once
+  int tiles, splits;
+  int64_t span, shared;
+};
+cudaError_t retrieve(const RetrieveOnDevice&, cudaStream_t stream);
+
+}  // namespace slm_fast::cuda

@@ -1,0 +1,411 @@
+"""multi_lora in Triton. The specification is slm_fast/ops/multi_lora.py.
+
+`_adapt`: one program has a sample, a block of its tokens, and (few tokens) a share of the output features. Its K slots
+stand side by side as one R-wide matrix, R = K r: shrink x [BT, I] . A [I, R], scale the R columns by their weights,
+expand [BT, R] . B [R, O] onto the base. The R-vector never leaves the registers, x is read once, and no plan of the
+batch is needed. A program that has only a share of the features shrinks all the same: reading R rows of A again costs
+less than a second launch.
+
+`_dense_shrink`, `_dense_expand`: decoding with a small pool that most samples share. All P r rows at once for many
+samples, those that a sample does not use scaled by zero.
+
+Backward: `_adapt` with A and B exchanged gives the gradient of x; it leaves both R-vectors in memory, from which
+`_slot_gradient` sums each slot's gradient over the pairs that use it, in their order, without atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slm_fast.ops.triton import INTERPRETED, blocks, by_slot, on, power_of_two, processors
+
+# float32 products of three tf32 ones, which are accurate to float32; float16 ones of values that may have grown past
+# float16's range keep float32's exponent and float16's digits.
+_PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32"}
+
+
+@triton.jit
+def _dot(p, q, sums, PRECISION: tl.constexpr):
+    """sums + p . q, in the type of sums. (The interpreter's bfloat16 cannot be multiplied.)"""
+    if INTERPRETED:
+        p, q = p.to(sums.dtype), q.to(sums.dtype)
+    return tl.dot(p, q, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+
+
+@triton.jit
+def _route_rows(ids, weights, sample, first, P, K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr):
+    """Columns first .. first + RP - 1 of a sample's R: whether there is a slot, its row of A and B, its weight."""
+    column = first + tl.arange(0, RP)
+    inside = column < K * RANK
+    place = sample.to(tl.int64) * K + column // RANK
+    slot = tl.load(ids + place, mask=inside, other=-1)
+    valid = (slot >= 0) & (slot < P)
+    row = tl.where(valid, slot * RANK + column % RANK, 0)
+    return column, valid, row, tl.load(weights + place, mask=valid, other=0.0)
+
+
+@triton.jit
+def _shrink(x, x_mask, a_row, valid, I, h, BI: tl.constexpr, PRECISION: tl.constexpr):
+    """h [BT, RP] += x [BT, I] . A [I, RP]; `x` [BT, 1] and `a_row` [1, RP] point at the rows' first elements."""
+    for i0 in range(0, I, BI):
+        i = i0 + tl.arange(0, BI)
+        x_block = tl.load(x + i[None, :], mask=x_mask & (i < I)[None, :], other=0.0)
+        a_block = tl.load(a_row + i[:, None], mask=valid[None, :] & (i < I)[:, None], other=0.0)
+        h = _dot(x_block, a_block, h, PRECISION)
+    return h
+
+
+@triton.jit
+def _expand(h, b_row, valid, o, O, sums, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + h [BT, RP] . B [RP, BO] of the columns o; `b_row` [RP, 1] points at the rows' first elements."""
+    b_block = tl.load(b_row + o[None, :], mask=valid[:, None] & (o < O)[None, :], other=0.0)
+    if KEEP_RANGE:
+        b_block = b_block.to(h.dtype)
+    return _dot(h.to(b_block.dtype), b_block, sums, PRECISION)
+
+
+@triton.jit
+def _adapt(
+    x, a, b, ids, weights, base, y, shrunk,
+    x_sample, x_token, base_sample, base_token, P, T, I, O, first,
+    K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
+    HAS_BASE: tl.constexpr, EXPAND: tl.constexpr, STORE: tl.constexpr, DOUBLE: tl.constexpr,
+    KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T, BT)
+    sample, share = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)
+    t = (tl.program_id(0) % tiles) * BT + tl.arange(0, BT)
+    t_mask = (t < T)[:, None]
+    column, valid, row, weight = _route_rows(ids, weights, sample, first, P, K, RANK, RP)
+
+    h = tl.zeros([BT, RP], tl.float64 if DOUBLE else tl.float32)
+    x_row = x + sample * x_sample + t.to(tl.int64)[:, None] * x_token
+    h = _shrink(x_row, t_mask, a + (row * I)[None, :], valid, I, h, BI, PRECISION)
+    h = tl.where(valid[None, :], h, 0.0)  # also where x is not finite
+    y_row = sample * T + t.to(tl.int64)[:, None]
+    if STORE and share == 0:
+        tl.store(shrunk + y_row * (K * RANK) + column[None, :], h, mask=t_mask & (column < K * RANK)[None, :])
+    if EXPAND:
+        h = tl.where(valid[None, :], h * weight.to(h.dtype)[None, :], 0.0)
+        for o0 in range(share * BO, O, tl.num_programs(1) * BO):
+            o = o0 + tl.arange(0, BO)
+            mask = t_mask & (o < O)[None, :]
+            sums = tl.zeros([BT, BO], h.dtype)
+            if HAS_BASE:
+                base_row = base + sample * base_sample + t.to(tl.int64)[:, None] * base_token
+                sums += tl.load(base_row + o[None, :], mask=mask, other=0.0)
+            sums = _expand(h, b + (row * O)[:, None], valid, o, O, sums, KEEP_RANGE, PRECISION)
+            tl.store(y + y_row * O + o[None, :], sums, mask=mask)
+
+
+@triton.jit
+def _dense_shrink(
+    x, a, partial, N, Q, I, BN: tl.constexpr, QP: tl.constexpr, BI: tl.constexpr, SPAN: tl.constexpr,
+    DOUBLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial[s, n] [Q] = x[n] . A^T [Q, I] over the s-th span of features, for all Q = P r rows."""
+    n, q = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, QP)
+    part = tl.program_id(1).to(tl.int64)
+    begin = part * SPAN
+    h = tl.zeros([BN, QP], tl.float64 if DOUBLE else tl.float32)
+    x_row, a_row = x + n.to(tl.int64)[:, None] * I + begin, a + q.to(tl.int64)[None, :] * I + begin
+    h = _shrink(x_row, (n < N)[:, None], a_row, q < Q, tl.minimum(I - begin, SPAN), h, BI, PRECISION)
+    tl.store(partial + ((part * N + n[:, None]) * Q + q[None, :]), h, mask=(n < N)[:, None] & (q < Q)[None, :])
+
+
+@triton.jit
+def _dense_expand(
+    partial, b, ids, weights, base, y, N, Q, O, T, PARTS,
+    K: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, QP: tl.constexpr, BO: tl.constexpr, HAS_BASE: tl.constexpr,
+    DOUBLE: tl.constexpr, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[n] = base[n] + the parts' sum, each row of it scaled by the sample's weight of its slot, . B [Q, O]."""
+    n, q = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, QP)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    n_mask = (n < N)[:, None]
+    h = tl.zeros([BN, QP], tl.float64 if DOUBLE else tl.float32)
+    for part in range(PARTS):  # in this order, always
+        address = (part * N + n.to(tl.int64)[:, None]) * Q + q[None, :]
+        h += tl.load(partial + address, mask=n_mask & (q < Q)[None, :], other=0.0)
+    scale = tl.zeros([BN, QP], h.dtype)
+    used = tl.zeros([BN, QP], tl.int1)
+    for k in range(K):
+        place = (n // T).to(tl.int64) * K + k
+        slot = tl.load(ids + place, mask=n < N, other=-1)
+        here = (slot[:, None] == (q // RANK)[None, :]) & (q < Q)[None, :]
+        scale += tl.where(here, tl.load(weights + place, mask=n < N, other=0.0).to(h.dtype)[:, None], 0.0)
+        used = used | here
+    h = tl.where(used, h * scale, 0.0)
+
+    # A number of a slot that is not finite must not reach samples that do not use the slot, and 0 . inf is NaN. Such
+    # numbers are left out of the product, and make NaN of what does use them.
+    b_block = tl.load(b + q.to(tl.int64)[:, None] * O + o[None, :], mask=(q < Q)[:, None] & (o < O)[None, :], other=0.0)
+    broken = b_block.to(h.dtype) - b_block.to(h.dtype) != 0
+    b_block = tl.where(broken, 0.0, b_block.to(h.dtype)).to(h.dtype if KEEP_RANGE else b_block.dtype)
+    sums = _dot(h.to(b_block.dtype), b_block, tl.zeros([BN, BO], h.dtype), PRECISION)
+    if tl.max(tl.max(broken.to(tl.int32), 1), 0) > 0:
+        reached = tl.dot(used.to(tl.float16), broken.to(tl.float16), out_dtype=tl.float32)
+        sums = tl.where(reached > 0, float("nan"), sums)
+    mask = n_mask & (o < O)[None, :]
+    y_address = n.to(tl.int64)[:, None] * O + o[None, :]
+    if HAS_BASE:
+        sums += tl.load(base + y_address, mask=mask, other=0.0)
+    tl.store(y + y_address, sums, mask=mask)
+
+
+@triton.jit
+def _slot_gradient(
+    gradient, coefficient, weights, rows, order, begin, row_sample, row_token, T, F,
+    K: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, DOUBLE: tl.constexpr,
+    KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """gradient[p] [r, F] = the sum over p's pairs (b, k) and tokens t of weight . coefficient[b, t, k] rows[b, t]^T."""
+    slot = tl.program_id(0).to(tl.int64)
+    j = tl.program_id(1) * RB + tl.arange(0, RB)
+    f = tl.program_id(2) * BF + tl.arange(0, BF)
+    sums = tl.zeros([RB, BF], tl.float64 if DOUBLE else tl.float32)
+    for n in range(tl.load(begin + slot), tl.load(begin + slot + 1)):
+        pair = tl.load(order + n)
+        sample, k = pair // K, pair % K
+        weight = tl.load(weights + pair).to(sums.dtype)
+        for t0 in range(0, T, BT):
+            t = (t0 + tl.arange(0, BT)).to(tl.int64)
+            c_address = (sample * T + t)[None, :] * (K * RANK) + k * RANK + j[:, None]
+            c = weight * tl.load(coefficient + c_address, mask=(j < RANK)[:, None] & (t < T)[None, :], other=0.0)
+            row_address = sample * row_sample + t[:, None] * row_token + f[None, :]
+            block = tl.load(rows + row_address, mask=(t < T)[:, None] & (f < F)[None, :], other=0.0)
+            if KEEP_RANGE:
+                block = block.to(sums.dtype)
+            sums = _dot(c.to(block.dtype), block, sums, PRECISION)
+    mask = (j < RANK)[:, None] & (f < F)[None, :]
+    tl.store(gradient + (slot * RANK + j[:, None]) * F + f[None, :], sums, mask=mask)
+
+
+@triton.jit
+def _linear(
+    x, matrix, bias, a, b, ids, weights, y, x_sample, x_token, P, T, I, O,
+    K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
+    HAS_BIAS: tl.constexpr, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = x . W^T + bias + increments: x is read once for the base's product and for the shrink."""
+    tiles = tl.cdiv(T, BT)
+    sample = (tl.program_id(1) // tiles).to(tl.int64)
+    t = ((tl.program_id(1) % tiles) * BT + tl.arange(0, BT)).to(tl.int64)
+    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    _, valid, row, weight = _route_rows(ids, weights, sample, 0, P, K, RANK, RP)
+    x_row, a_row = x + sample * x_sample + t[:, None] * x_token, a + (row * I)[None, :]
+    w_row = matrix + o.to(tl.int64)[None, :] * I
+    h, sums = tl.zeros([BT, RP], tl.float32), tl.zeros([BT, BO], tl.float32)
+    for i0 in range(0, I, BI):
+        i = i0 + tl.arange(0, BI)
+        x_block = tl.load(x_row + i[None, :], mask=(t < T)[:, None] & (i < I)[None, :], other=0.0)
+        a_block = tl.load(a_row + i[:, None], mask=valid[None, :] & (i < I)[:, None], other=0.0)
+        w_block = tl.load(w_row + i[:, None], mask=(o < O)[None, :] & (i < I)[:, None], other=0.0)
+        h = _dot(x_block, a_block, h, PRECISION)
+        sums = _dot(x_block, w_block, sums, PRECISION)
+    h = tl.where(valid[None, :], h * weight[None, :], 0.0)
+    sums = _expand(h, b + (row * O)[:, None], valid, o, O, sums, KEEP_RANGE, PRECISION)
+    if HAS_BIAS:
+        sums += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + (sample * T + t)[:, None] * O + o[None, :], sums, mask=(t < T)[:, None] & (o < O)[None, :])
+
+
+# ---- from tensors to launches ----
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _check_ids(slot_ids: Tensor, slots: int) -> None:
+    """Only where nobody waits: see the head of slm_fast/ops/triton."""
+    if slot_ids.device.type == "cpu" and slot_ids.numel():
+        lowest, highest = slot_ids.aminmax()
+        if lowest < -1 or highest >= slots:
+            raise ValueError(f"slot_ids: expected -1..{slots - 1}, got {int(lowest)}..{int(highest)}")
+
+
+def _arithmetic(dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "DOUBLE": dtype == torch.float64,
+        "KEEP_RANGE": dtype == torch.float16,
+        "PRECISION": _PRECISION.get(dtype, "ieee"),
+    }
+
+
+class _Tiles:
+    """Block sizes that fit an A100's registers and shared memory: by bytes, so halved for numbers twice as wide."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.most_tokens = self.outputs = self.widest = 256 // dtype.itemsize  # widest: columns of R at once
+        self.inputs = max(16, 128 // dtype.itemsize)
+        self.all_slots = 512 // dtype.itemsize  # P r up to which all slots may be used at once
+
+
+def _token_block(samples: int, tokens: int, most: int, device: torch.device) -> int:
+    """As many tokens a program as leave a program for each multiprocessor: A and B are read once a program."""
+    for block in (128, 64, 32):
+        if block <= most and tokens > block // 2 and samples * blocks(tokens, block) >= processors(device):
+            return block
+    return min(32, power_of_two(tokens, 16))
+
+
+def _run_adapt(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    slot_ids: Tensor,
+    weights: Tensor,
+    base: Tensor | None,
+    shrunk: Tensor | None,
+) -> Tensor:
+    """y, or an empty tensor when b is None; the scaled sums go to y, the plain ones to `shrunk` [B, T, K r]."""
+    (B, T, I), (P, r, _), K = x.shape, a.shape, slot_ids.shape[1]
+    O = 0 if b is None else b.shape[2]
+    tiles = _Tiles(x.dtype)
+    turns = range(0, K * r, tiles.widest)
+    last = len(turns) - 1
+    y = x.new_empty(B, T, O) if b is not None else x.new_empty(0)
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    RP, BO = (power_of_two(min(n, most), 16) for n, most in ((K * r, tiles.widest), (O, tiles.outputs)))
+    BT = _token_block(B, T, tiles.most_tokens, x.device)
+    programs = B * blocks(T, BT)
+    shares = min(blocks(O, BO), max(1, processors(x.device) // programs)) if O else 1
+    for turn, first in enumerate(turns):
+        # Between turns the sum is kept in the accumulator's precision.
+        result = y if turn == last else y.new_empty(y.shape, dtype=accumulator)
+        _adapt[(programs, shares)](
+            x, a, a if b is None else b, slot_ids, weights, base, result, shrunk,
+            x.stride(0), x.stride(1), *((0, 0) if base is None else base.stride()[:2]), P, T, I, O, first,
+            K=K, RANK=r, RP=RP, BT=BT, BI=tiles.inputs, BO=BO,
+            HAS_BASE=base is not None, EXPAND=b is not None, STORE=shrunk is not None, **_arithmetic(x.dtype),
+            num_warps=8 if BT >= 64 else 4,
+        )  # fmt: skip
+        base = None if b is None else result
+    return y
+
+
+def _run_dense(
+    x: Tensor, a: Tensor, b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None, y: Tensor
+) -> None:
+    (B, T, I), (P, r, O), K = x.shape, b.shape, slot_ids.shape[1]
+    N, Q = B * T, P * r
+    BI = _Tiles(x.dtype).inputs
+    QP, BN, BO = power_of_two(Q, 16), 16 if N <= 16 else 32, BI
+    tiles = blocks(N, BN)
+    span = power_of_two(blocks(I, max(1, processors(x.device) // (2 * tiles))), 64)
+    parts = blocks(I, span)
+    partial = x.new_empty(parts, N, Q, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    arithmetic = _arithmetic(x.dtype)
+    shrink = {name: arithmetic[name] for name in ("DOUBLE", "PRECISION")}
+    _dense_shrink[(tiles, parts)](x, a, partial, N, Q, I, BN=BN, QP=QP, BI=BI, SPAN=span, **shrink)
+    _dense_expand[(tiles, blocks(O, BO))](
+        partial, b, slot_ids, weights, base, y, N, Q, O, T, parts,
+        K=K, RANK=r, BN=BN, QP=QP, BO=BO, HAS_BASE=base is not None, **arithmetic,
+    )  # fmt: skip
+
+
+def shares_slots(x: Tensor, picks: int, slots: int, rank: int) -> bool:
+    """Whether to decode with all slots at once: few rows in all, each used by several samples."""
+    samples, tokens, _ = x.shape
+    return tokens <= 4 and 0 < slots * rank <= _Tiles(x.dtype).all_slots and samples * picks >= 4 * slots
+
+
+def forward(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None
+) -> Tensor:
+    """As the reference: x [B, T, I] -> [B, T, O]."""
+    (B, T, _), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
+    _check_ids(slot_ids, P)
+    if min(B * T * O, P * r, K) == 0:
+        return x.new_zeros(B, T, O) if base is None else base.clone(memory_format=torch.contiguous_format)
+    x, lora_a, lora_b = _dense_rows(x), lora_a.contiguous(), lora_b.contiguous()
+    slot_ids, weights, base = slot_ids.contiguous(), weights.contiguous(), None if base is None else _dense_rows(base)
+    with on(x.device):
+        if shares_slots(x, K, P, r):
+            y = x.new_empty(B, T, O)
+            base = None if base is None else base.contiguous()
+            _run_dense(x.contiguous(), lora_a, lora_b, slot_ids, weights, base, y)
+            return y
+        return _run_adapt(x, lora_a, lora_b, slot_ids, weights, base, None)
+
+
+def backward(
+    grad: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, needed: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As the reference: gradients of x, lora_a, lora_b and weights, an empty tensor where none is wanted."""
+    (B, T, I), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
+    _check_ids(slot_ids, P)
+    if min(B * T, P * r, K, I, O) == 0:
+        shaped = zip((x, lora_a, lora_b, weights), needed, strict=True)
+        zeros = [t.new_zeros(t.shape) if wanted else x.new_empty(0) for t, wanted in shaped]
+        return zeros[0], zeros[1], zeros[2], zeros[3]
+    x, grad, lora_a, lora_b = _dense_rows(x), _dense_rows(grad), lora_a.contiguous(), lora_b.contiguous()
+    slot_ids, weights = slot_ids.contiguous(), weights.contiguous()
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shrunk = grad_shrunk = None
+    if needed[2] or needed[3]:
+        shrunk = x.new_empty(B, T, K * r, dtype=accumulator)
+    if needed[1] or needed[3]:
+        grad_shrunk = torch.empty_like(shrunk) if shrunk is not None else x.new_empty(B, T, K * r, dtype=accumulator)
+    grad_x, grad_a, grad_b, grad_weights = (x.new_empty(0) for _ in range(4))
+    with on(x.device):
+        if shrunk is not None:
+            _run_adapt(x, lora_a, None, slot_ids, weights, None, shrunk)
+        if needed[0] or grad_shrunk is not None:
+            grad_x = _run_adapt(grad, lora_b, lora_a if needed[0] else None, slot_ids, weights, None, grad_shrunk)
+        if needed[1] or needed[2]:
+            order, begin = by_slot(slot_ids, P)
+            if needed[1]:
+                grad_a = _sum_by_slot(grad_shrunk, weights, x, order, begin, lora_a)
+            if needed[2]:
+                grad_b = _sum_by_slot(shrunk, weights, grad, order, begin, lora_b)
+        if needed[3]:
+            assert shrunk is not None
+            assert grad_shrunk is not None
+            grad_weights = (shrunk * grad_shrunk).view(B, T, K, r).sum((1, 3)).to(weights.dtype)
+    return grad_x, grad_a, grad_b, grad_weights
+
+
+def _sum_by_slot(
+    coefficient: Tensor | None, weights: Tensor, rows: Tensor, order: Tensor, begin: Tensor, like: Tensor
+) -> Tensor:
+    P, r, F = like.shape
+    T, K = rows.shape[1], weights.shape[1]
+    gradient = torch.empty_like(like)
+    tiles = _Tiles(rows.dtype)
+    RB, BF, BT = (power_of_two(min(n, most), 16) for n, most in ((r, 64), (F, tiles.outputs), (T, tiles.inputs)))
+    _slot_gradient[(P, blocks(r, RB), blocks(F, BF))](
+        gradient, coefficient, weights, rows, order, begin, rows.stride(0), rows.stride(1), T, F,
+        K=K, RANK=r, RB=RB, BT=BT, BF=BF, **_arithmetic(rows.dtype),
+    )  # fmt: skip
+    return gradient
+
+
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor
+) -> Tensor:
+    """x . weight^T + bias + the increments of multi_lora in one kernel, without a gradient: [B, T, I] -> [B, T, O]."""
+    (B, T, I), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
+    tiles = _Tiles(x.dtype)
+    if x.dtype == torch.float64 or not 0 < K * r <= tiles.widest:
+        raise ValueError(f"adapted_linear: expected K r of 1..{tiles.widest}, not float64, got {K * r}, {x.dtype}")
+    _check_ids(slot_ids, P)
+    y = x.new_empty(B, T, O)
+    if min(y.numel(), P) == 0:
+        return y.copy_(torch.nn.functional.linear(x, weight, bias))
+    x, BT = _dense_rows(x), _token_block(B, T, tiles.most_tokens, x.device)
+    BO = power_of_two(min(O, tiles.outputs), 16)
+    arithmetic = _arithmetic(x.dtype)
+    with on(x.device):
+        _linear[(blocks(O, BO), B * blocks(T, BT))](
+            x, weight.contiguous(), bias, lora_a.contiguous(), lora_b.contiguous(), slot_ids.contiguous(),
+            weights.contiguous(), y, x.stride(0), x.stride(1), P, T, I, O,
+            K=K, RANK=r, RP=power_of_two(K * r, 16), BT=BT, BI=tiles.inputs, BO=BO, HAS_BIAS=bias is not None,
+            KEEP_RANGE=arithmetic["KEEP_RANGE"], PRECISION=arithmetic["PRECISION"],
+            num_warps=8 if BT >= 64 else 4,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,242 @@
+// Enough of CUDA to run csrc/cuda/*.cu on a CPU, for tests: each thread of a block is a fiber, each block a host thread,
+// so that the kernels' own code is checked, barriers and shuffles included. It shows neither races nor speed.
+// test_cuda.py puts it in the place of CUDA's headers and rewrites kernel<<<...>>>(...) as on_host::launch.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __CUDA_ARCH__ 900
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ thread_local
+#define __launch_bounds__(...)
+
+using std::max;
+using std::min;
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  dim3(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct __half {
+  _Float16 value;
+  __half() = default;
+  explicit __half(float from) : value(from) {}
+  explicit operator float() const { return value; }
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+  __nv_bfloat16() = default;
+  explicit __nv_bfloat16(float from) {
+    uint32_t wide;
+    std::memcpy(&wide, &from, 4);
+    bits = from != from ? 0x7fc0 : (wide + 0x7fff + (wide >> 16 & 1)) >> 16;
+  }
+  explicit operator float() const {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+  }
+};
+
+inline thread_local dim3 threadIdx, blockIdx;
+
+namespace on_host {
+
+constexpr int64_t kShared = 160 << 10;
+inline thread_local double shared_memory[kShared / 8];
+
+struct Cluster {
+  std::barrier<> barrier;
+  std::vector<char*> blocks;  // where each block's thread-local memory lies
+};
+
+struct Block {
+  ucontext_t scheduler;
+  std::vector<ucontext_t> fibers;
+  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<bool> done;
+  std::vector<int> arrived;  // at the block's barrier ([0]), at each warp's
+  std::vector<int> turn;
+  std::vector<uint64_t> lanes;
+  int running = 0;
+  const std::function<void()>* kernel = nullptr;
+  Cluster* cluster = nullptr;
+  int rank = 0;
+
+  void yield() { swapcontext(&fibers[running], &scheduler); }
+  // Waits until `count` fibers have come; the last to come runs `at_last`.
+  template <class AtLast>
+  void meet(int where, int count, const AtLast& at_last) {
+    const int mine = turn[where];
+    if (++arrived[where] == count) {
+      arrived[where] = 0;
+      at_last();
+      ++turn[where];
+    }
+    while (turn[where] == mine) yield();
+  }
+  void run(int threads) {
+    fibers.resize(threads), done.assign(threads, false), lanes.resize(threads);
+    arrived.assign(1 + threads / 32, 0), turn.assign(1 + threads / 32, 0);
+    for (int t = 0; t < threads; ++t) {
+      stacks.emplace_back(new char[64 << 10]);
+      getcontext(&fibers[t]);
+      fibers[t].uc_stack.ss_sp = stacks[t].get(), fibers[t].uc_stack.ss_size = 64 << 10;
+      fibers[t].uc_link = &scheduler;
+      makecontext(&fibers[t], reinterpret_cast<void (*)()>(&Block::enter), 0);
+    }
+    for (bool any = true; any;) {
+      any = false;
+      for (running = 0; running < threads; ++running) {
+        if (done[running]) continue;
+        any = true, threadIdx = dim3(running);
+        swapcontext(&scheduler, &fibers[running]);
+      }
+    }
+  }
+  static void enter();
+};
+inline thread_local Block* block = nullptr;
+inline void Block::enter() {
+  (*block->kernel)();
+  block->done[block->running] = true;
+}
+
+inline void run_block(dim3 at, int threads, const std::function<void()>& kernel, Cluster* cluster, int rank) {
+  std::fill_n(shared_memory, kShared / 8, std::numeric_limits<double>::quiet_NaN());
+  Block mine;
+  block = &mine, blockIdx = at, mine.kernel = &kernel, mine.cluster = cluster, mine.rank = rank;
+  if (cluster) {
+    cluster->blocks[rank] = reinterpret_cast<char*>(shared_memory);
+    cluster->barrier.arrive_and_wait();
+  }
+  mine.run(threads);
+  if (cluster) cluster->barrier.arrive_and_wait();  // no block's memory goes while another may read it
+}
+
+inline void launch_all(dim3 grid, int threads, int cluster_blocks, const std::function<void()>& kernel) {
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; x += cluster_blocks) {
+      Cluster cluster{std::barrier<>(cluster_blocks), std::vector<char*>(cluster_blocks)};
+      std::vector<std::thread> blocks;
+      for (int rank = 0; rank < cluster_blocks; ++rank)
+        blocks.emplace_back([&, rank] { run_block(dim3(x + rank, y), threads, kernel, &cluster, rank); });
+      for (auto& thread : blocks) thread.join();
+    }
+}
+
+template <class... Rest>
+auto launch(dim3 grid, int threads, Rest...) {
+  return [=](const std::function<void()>& kernel) { launch_all(grid, threads, 1, kernel); };
+}
+
+// Every lane of the warp leaves a value; then reads lane `from`'s.
+template <class T>
+T exchange(T value, int from) {
+  const int thread = threadIdx.x, warp = thread / 32;
+  block->lanes[thread] = 0;
+  std::memcpy(&block->lanes[thread], &value, sizeof(T));
+  block->meet(1 + warp, 32, [] {});
+  T result;
+  std::memcpy(&result, &block->lanes[warp * 32 + from], sizeof(T));
+  block->meet(1 + warp, 32, [] {});
+  return result;
+}
+
+}  // namespace on_host
+
+inline void __syncthreads() { on_host::block->meet(0, static_cast<int>(on_host::block->fibers.size()), [] {}); }
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return on_host::exchange(value, from);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int step) {
+  return on_host::exchange(value, static_cast<int>(threadIdx.x % 32) ^ step);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int step) {
+  const int lane = threadIdx.x % 32;
+  return on_host::exchange(value, lane < step ? lane : lane - step);
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  on_host::Block& block = *on_host::block;
+  const int thread = threadIdx.x, warp = thread / 32;
+  block.lanes[thread] = vote;
+  block.meet(1 + warp, 32, [] {});
+  unsigned votes = 0;
+  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(block.lanes[warp * 32 + lane]) << lane;
+  block.meet(1 + warp, 32, [] {});
+  return votes;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __float_as_int(float value) {
+  int bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float __int_as_float(int bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+namespace cooperative_groups {
+struct cluster_group {
+  void sync() const {
+    on_host::Block& block = *on_host::block;
+    block.meet(0, static_cast<int>(block.fibers.size()), [&] { block.cluster->barrier.arrive_and_wait(); });
+  }
+  template <class T>
+  T* map_shared_rank(T* mine, int rank) const {
+    const on_host::Cluster& cluster = *on_host::block->cluster;
+    return reinterpret_cast<T*>(cluster.blocks[rank] + (reinterpret_cast<char*>(mine) - cluster.blocks[on_host::block->rank]));
+  }
+};
+inline cluster_group this_cluster() { return {}; }
+}  // namespace cooperative_groups
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  int numAttrs;
+};
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= on_host::kShared ? cudaSuccess : cudaErrorInvalidValue;
+}
+template <class Argument>
+cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t* config, void (*kernel)(Argument), const Argument& argument) {
+  on_host::launch_all(config->gridDim, config->blockDim.x, config->attrs->val.clusterDim.x, [&] { kernel(argument); });
+  return cudaSuccess;
+}

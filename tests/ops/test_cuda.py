@@ -1,0 +1,248 @@
+"""The CUDA operators: how launches cut the work and what the kernels' code computes, anywhere (cuda_on_host.h runs it
+on a CPU); their results, where there is a GPU. There the operator tests of this folder run on them too, as "preferred".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from slm_fast import ops
+from slm_fast.ops import dispatch
+
+no_extension = pytest.mark.skipif(dispatch.NATIVE_MISSING is not None, reason=str(dispatch.NATIVE_MISSING))
+no_gpu = pytest.mark.skipif(
+    dispatch.CUDA_MISSING is not None or not torch.cuda.is_available(), reason=dispatch.CUDA_MISSING or "no GPU"
+)
+
+
+@no_extension
+@pytest.mark.parametrize("rows", [1, 2, 31, 32, 256, 65535])
+@pytest.mark.parametrize(("features_in", "features_out"), [(8, 8), (768, 768), (4096, 11008), (1032, 4096), (520, 24)])
+def test_decode_blocks_share_out_every_feature_once_in_whole_pieces(rows, features_in, features_out):
+    from slm_fast import _C
+
+    for processors in (1, 108, 132):
+        spans_in, spans_out = _C.decode_cut(rows, features_in, features_out, processors)
+        assert len(spans_in) == len(spans_out) in (1, 2, 4, 8)  # a cluster on any card
+        assert len(spans_in) == 1 or rows * len(spans_in) < 4 * processors
+        for spans, features in ((spans_in, features_in), (spans_out, features_out)):
+            covered = [feature for begin, end in spans for feature in range(begin, end)]
+            assert covered == list(range(features))
+            assert all(begin % 8 == 0 for begin, _ in spans)
+
+
+@no_extension
+def test_decode_uses_the_whole_card_for_few_rows_and_one_block_a_row_for_many():
+    from slm_fast import _C
+
+    assert [len(_C.decode_cut(rows, 4096, 4096, 132)[0]) for rows in (1, 32, 64, 256, 512)] == [8, 8, 8, 2, 1]
+
+
+@no_extension
+@pytest.mark.parametrize("slots", [0, 1, 31, 32, 33, 512, 4096, 100_000, 2_000_003])
+@pytest.mark.parametrize("queries", [1, 4, 5, 32, 256, 4097])
+def test_retrieve_parts_cover_every_query_and_slot_once(queries, slots):
+    from slm_fast import _C
+
+    for processors in (1, 108, 132):
+        tiles, parts, span, shared = _C.retrieve_cut(queries, slots, 768, 6, 4, processors)
+        assert (tiles - 1) * 4 < queries <= tiles * 4
+        assert (parts - 1) * span < max(slots, 1) <= parts * span
+        assert span % 32 == 0
+        assert parts <= 65535
+        assert parts == 1 or tiles * parts < 4 * processors + tiles
+        assert shared <= 160 << 10
+
+
+@no_extension
+def test_whatever_dispatch_sends_to_cuda_fits_a_blocks_shared_memory():
+    from slm_fast import _C
+    from slm_fast.ops.retrieve import _size
+
+    widest = 0
+    for width in (*range(1, 70), 384, 768, 1024, 1536, 3000, 3072, 3073, 4096):
+        for groups in (g for g in range(1, width + 1) if width % g == 0):
+            if _size(torch.empty(1, width), torch.empty(5, width), 4, groups, "mean") == "few":
+                for vector in (1, 4, 8):
+                    widest = max(widest, _C.retrieve_cut(1, 5, width, groups, vector, 132)[3])
+    assert 96 << 10 < widest <= 160 << 10
+
+
+ENTRIES = {
+    "multi_lora": """
+extern "C" int run(int type, int clusters, const int64_t* n, const void** in, const int64_t* ids, const float* weights,
+                   void* y, float* partial) {
+  cuda::Decode op{};
+  op.type = static_cast<Type>(type), op.rows = n[0], op.picks = n[1], op.slots = n[2], op.rank = n[3];
+  op.features_in = n[4], op.features_out = n[5], op.blocks = n[6];
+  op.x = in[0], op.lora_a = in[1], op.lora_b = in[2], op.base = in[3], op.y = y;
+  op.slot_ids = ids, op.weights = weights, op.partial = partial;
+  return cuda::decode(op, clusters, nullptr);
+}
+""",
+    "retrieve": """
+extern "C" int run(int type, const int64_t* n, const void* query, const void* keys, const float* bias, const bool* mask,
+                   double temperature, int64_t* ids, float* weights, int64_t* parts) {
+  cuda::RetrieveOnDevice on{};
+  Retrieve& op = on.call;
+  op.type = static_cast<Type>(type), op.queries = n[0], op.slots = n[1], op.width = n[2], op.groups = n[3], op.k = n[4];
+  op.query = query, op.keys = keys, op.bias = bias, op.mask = mask, op.mask_per_query = n[5], op.cosine = n[6];
+  op.softmax = n[7], op.temperature = temperature, op.slot_ids = ids, op.weights = weights;
+  const auto cut = cuda::cut_retrieve(n[0], n[1], n[2], n[3], n[8], static_cast<int>(n[9]));
+  on.parts = parts, on.vector = n[8], on.tiles = cut.tiles, on.splits = cut.splits, on.span = cut.span;
+  on.shared = cut.shared;
+  return cuda::retrieve(on, nullptr);
+}
+""",
+}
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@pytest.fixture(scope="module")
+def on_host(tmp_path_factory):
+    """The kernels compiled for the host: CUDA's headers replaced, launches rewritten."""
+    compiler, root = shutil.which("g++"), Path(__file__).parents[2]
+    if compiler is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    for header in ("cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h", "cooperative_groups.h"):
+        (folder / header).write_text('#include "cuda_on_host.h"\n')
+    include = [f"-I{path}" for path in (folder, root / "tests/ops", root / "csrc/cuda", root / "csrc")]
+    libraries = {}
+    for stem, entry in ENTRIES.items():
+        source = (root / f"csrc/cuda/{stem}.cu").read_text()
+        source = re.sub(r"([\w]+(?:<[^<>;]*>)?)<<<(.*?)>>>\((\w+)\);", r"on_host::launch(\2)([&] { \1(\3); });", source)
+        source = source.replace("extern __shared__ double shared[];", "double* shared = on_host::shared_memory;")
+        source = source.replace('#include "kernels.h"', '#include "cuda/kernels.h"')
+        (folder / f"{stem}.cpp").write_text(source + "using namespace slm_fast;" + entry)
+        library = folder / f"{stem}.so"
+        command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-w", *include]
+        subprocess.run([*command, str(folder / f"{stem}.cpp"), "-o", str(library)], check=True)
+        libraries[stem] = ctypes.CDLL(str(library)).run
+    return libraries
+
+
+def numbers(*values):
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+@pytest.mark.parametrize("clusters", [True, False], ids=["clusters", "two launches"])
+@pytest.mark.parametrize(
+    ("dtype", "B", "P", "K", "r", "I", "O", "blocks"),
+    [
+        (torch.float32, 1, 1, 1, 1, 8, 8, 1),
+        (torch.float32, 3, 7, 4, 12, 40, 1032, 4),
+        (torch.bfloat16, 2, 5, 2, 8, 1024, 520, 8),
+        (torch.float16, 2, 3, 2, 128, 264, 2064, 2),
+        (torch.bfloat16, 2, 5, 2, 8, 16, 24, 8),
+    ],
+)
+def test_the_decode_kernels_code_equals_the_specification(on_host, clusters, dtype, B, P, K, r, I, O, blocks):
+    random = torch.Generator().manual_seed(0)
+    x, a, b, base = (
+        torch.randn(shape, generator=random).to(dtype) for shape in ((B, 1, I), (P, r, I), (P, r, O), (B, 1, O))
+    )
+    ids, weights = torch.randint(-1, P + 1, (B, K), generator=random), torch.rand(B, K, generator=random)
+    known = torch.where(ids < P, ids, -1)  # an id that is no slot's adds nothing
+    for given in (base, None):
+        y = torch.full_like(base, torch.nan)
+        partial = torch.full((B * blocks * K * r,), torch.nan)
+        tensors = (ctypes.c_void_p * 4)(*(pointer(t) for t in (x, a, b, given)))
+        sizes = numbers(B, K, P, r, I, O, blocks)
+        status = on_host["multi_lora"](
+            TYPES[dtype], clusters, sizes, tensors, pointer(ids), pointer(weights), pointer(y), pointer(partial)
+        )
+        assert status == 0
+        with ops.use_backend("reference"):
+            wide = [t if t is None else t.double() for t in (x, a, b, given)]
+            expected = ops.multi_lora(*wide[:3], known, weights, wide[3])
+        assert (y.double() - expected).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * expected.norm()
+
+
+@pytest.mark.parametrize("weighting", ["ratio", "softmax"])
+@pytest.mark.parametrize(
+    ("dtype", "B", "P", "D", "groups", "k", "vector", "processors"),
+    [
+        (torch.float32, 1, 1, 1, 1, 1, 1, 132),
+        (torch.float32, 2, 0, 8, 2, 3, 4, 132),
+        (torch.float32, 5, 70, 48, 3, 4, 4, 1),
+        (torch.float32, 5, 100, 66, 3, 32, 1, 8),
+        (torch.bfloat16, 3, 40, 40, 1, 7, 8, 132),
+        (torch.float16, 4, 33, 24, 3, 2, 8, 1),
+    ],
+)
+def test_the_retrieve_kernels_code_gives_the_route_of_the_specification(
+    on_host, weighting, dtype, B, P, D, groups, k, vector, processors
+):
+    from slm_fast import _C
+
+    random = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(B, D, generator=random).to(dtype), torch.randn(P, D, generator=random).to(dtype)
+    keys[-1:] = keys[:1]  # equal keys: the lower id first
+    bias, masks = torch.randn(P, generator=random), torch.rand(B, P, generator=random) > 0.3
+    parts = torch.full((_C.retrieve_cut(B, P, D, groups, vector, processors)[1] * B * k,), 7)
+    for cosine, mask in ((True, None), (True, masks), (False, masks[0]), (False, torch.zeros_like(masks))):
+        if not cosine and groups > 1:
+            continue
+        ids, weights = torch.full((B, k), 99), torch.full((B, k), torch.nan)
+        per_query = mask is not None and mask.dim() == 2
+        status = on_host["retrieve"](
+            TYPES[dtype],
+            numbers(B, P, D, groups, k, per_query, cosine, weighting == "softmax", vector, processors),
+            pointer(query), pointer(keys), pointer(None if cosine else bias), pointer(mask), ctypes.c_double(0.5),
+            pointer(ids), pointer(weights), pointer(parts),
+        )  # fmt: skip
+        assert status == 0
+        options = {"groups": groups} if cosine else {"metric": "dot", "bias": bias}
+        with ops.use_backend("reference"):
+            expected = ops.retrieve(query, keys, k, mask=mask, weighting=weighting, temperature=0.5, **options)
+        assert torch.equal(ids, expected.slot_ids)
+        torch.testing.assert_close(weights, expected.weights, rtol=2e-5, atol=2e-5)
+
+
+@no_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("B", "P", "K", "r", "I", "O"), [(1, 1, 1, 1, 8, 8), (33, 20, 4, 12, 768, 1032), (3, 7, 2, 128, 4096, 520)]
+)
+def test_decoding_equals_the_specification_and_ignores_ids_that_are_no_slots(nan_memory, dtype, B, P, K, r, I, O):
+    random = torch.Generator().manual_seed(0)
+    x, a, b, base = (
+        torch.randn(shape, generator=random).to("cuda", dtype) for shape in ((B, 1, I), (P, r, I), (P, r, O), (B, 1, O))
+    )
+    ids, weights = torch.randint(-1, P, (B, K), generator=random).cuda(), torch.rand(B, K, generator=random).cuda()
+    with ops.use_backend("reference"):
+        expected = ops.multi_lora(x.double(), a.double(), b.double(), ids, weights, base.double())
+    with ops.use_backend("cuda"):
+        got = ops.multi_lora(x, a, b, ids, weights, base)
+        assert torch.equal(got, ops.multi_lora(x, a, b, ids.where(ids >= 0, P + 3), weights, base))
+    assert (got.double() - expected).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * expected.norm()
+
+
+@no_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("B", "P", "D", "groups", "k"), [(1, 1, 1, 1, 1), (33, 5000, 768, 6, 4), (5, 100, 66, 3, 32)])
+def test_retrieve_gives_the_route_of_the_specification(nan_memory, dtype, B, P, D, groups, k):
+    query, keys = torch.randn(B, D).to("cuda", dtype), torch.randn(P, D).to("cuda", dtype)
+    mask = torch.rand(B, P, device="cuda") > 0.3
+    for options in (
+        {"groups": groups},
+        {"metric": "dot", "bias": torch.randn(P, device="cuda"), "weighting": "softmax"},
+    ):
+        with ops.use_backend("reference"):
+            expected = ops.retrieve(query, keys, k, mask=mask, **options)
+        with ops.use_backend("cuda"):
+            got = ops.retrieve(query, keys, k, mask=mask, **options)
+        assert torch.equal(got.slot_ids, expected.slot_ids)
+        torch.testing.assert_close(got.weights, expected.weights, rtol=2e-5, atol=2e-5)
