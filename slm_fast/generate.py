@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.backbones import Encoded
-from slm_fast.model import AdaptedModel, Passage
+from slm_fast.model import AdaptedModel, Passage, Report
 from slm_fast.ops import Route
 from slm_fast.router import NotFinite
 
@@ -63,6 +63,7 @@ def generate(
     route: Route | None = None,
     slot_mask: Tensor | None = None,
     abstain: float | None = None,
+    report: Report | None = None,
 ) -> Written:
     """Write an answer to each of N prompts.
 
@@ -72,8 +73,9 @@ def generate(
         seeds: one for each row, so that what is sampled for it does not depend on the rows it runs with.
         at_once: how many rows run together.
         route: [N, K] found ahead; None: found in the prefill, among `slot_mask` [N, P], with `abstain`.
+        report: told how many rows have just ended.
     """
-    queue = _Queue(model, encoded, options, seeds, route, slot_mask, abstain)
+    queue = _Queue(model, encoded, options, seeds, route, slot_mask, abstain, report)
     if options["num_beams"] == 1 and _is_plain(model, encoded.input_ids.shape[1] + options["max_new_tokens"]):
         _Loop(queue, at_once).run()
     else:
@@ -106,7 +108,9 @@ class _Queue:
         route: Route | None,
         slot_mask: Tensor | None,
         abstain: float | None,
+        report: Report | None,
     ) -> None:
+        self.report = report or (lambda _: None)
         self.model, self.encoded, self.options, self.seeds = model, encoded, options, seeds
         self.ahead, self.slot_mask, self.abstain = route, slot_mask, abstain
         self.lengths: list[int] = encoded.attention_mask.sum(1).tolist()
@@ -128,6 +132,7 @@ class _Queue:
             beams = self.options["num_beams"] if self.model.backbone.kind == "causal" else 1  # T5's encoder knows none
             failed = rows[error.row // beams]
             self.failed.append(failed)
+            self.report(1)
             self.waiting.extendleft(row for row in reversed(rows) if row != failed)
 
     def inputs(self, rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -182,6 +187,7 @@ class _Queue:
                 self.note(row, token, chance)
                 if token in ends:
                     break
+        self.report(len(rows))
 
     def note(self, row: int, token: int, probability: float) -> None:
         self.tokens[row].append(token)
@@ -395,6 +401,7 @@ class _Loop:
             if token in self.ends or len(self.queue.tokens[row.number]) == self.longest:
                 ended.append(row)
         if ended:
+            self.queue.report(len(ended))
             self._drop([i for i, row in enumerate(self.rows) if any(row is gone for gone in ended)])
 
     def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> Tensor:

@@ -280,15 +280,14 @@ def _window(
     report(len(answers))
     passed = []
     for batch in batches:
-        size = len(batch.places)
         while batch.places:
             try:
-                passed.append(_pass(model, window, batch, options))
+                passed.append(_pass(model, window, batch, options, report))
                 break
             except NotFinite as error:  # a row that fails does not take its batch with it
                 answers[batch.places[error.row]] = WorkError(NOT_FINITE)
                 batch = batch.without(error.row)
-        report(size)
+                report(1)
     for one in passed:
         answers.update(zip(one.batch.places, _predictions(model, one), strict=True))
         answers.update((one.batch.places[i], WorkError(NOT_FINITE)) for i in one.failed)
@@ -309,7 +308,7 @@ class _Passed:
     failed: list[int]  # rows whose query is not finite
 
 
-def _pass(model: AdaptedModel, window: Window, batch: _Batch, options: PredictOptions) -> _Passed:
+def _pass(model: AdaptedModel, window: Window, batch: _Batch, options: PredictOptions, report: Report) -> _Passed:
     generates, rows = model.backbone.kind != "encoder", len(batch.places)
     if model.pool.slots == 0 and not generates:
         raise InputError("no task is learned yet: an encoder-only backbone has no answer of its own")
@@ -330,6 +329,7 @@ def _pass(model: AdaptedModel, window: Window, batch: _Batch, options: PredictOp
         assert passage.route is not None
         winner = model.pool.task_weights(passage.route).argmax(1)
         score, word = _heads(model, features, passage.route, winner, options.head)
+        report(rows)
         return _Passed(batch, passage.route, winner, None, score, word, [])
     # Each row samples from a seed of its own, so that it does not matter which rows run beside it.
     seeds = [options.seed + window.first + place for place in batch.places]
@@ -342,6 +342,7 @@ def _pass(model: AdaptedModel, window: Window, batch: _Batch, options: PredictOp
         route=route,
         slot_mask=slot_mask,
         abstain=share,
+        report=report,
     )
     found = written.route
     winner = model.pool.task_weights(found).argmax(1) if model.pool.slots else torch.zeros(rows, dtype=torch.int64)

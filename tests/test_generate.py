@@ -268,7 +268,10 @@ def test_rows_whose_query_is_not_finite_are_named_and_the_others_written(beams):
     mixed = [*texts[:4], "sea1 word79", *texts[4:], "word79"]
     encoded = slm.model.encode([Row(text) for text in mixed], padding_side="left")
     options = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False}
-    written = generate_module.generate(slm.model, encoded, options, seeds=range(11), at_once=4)
+    ended: list[int] = []
+    written = generate_module.generate(slm.model, encoded, options, seeds=range(11), at_once=4, report=ended.append)
+    assert sum(ended) == 11  # every row is reported once, while the others are still being written
+    assert len(ended) > 1
     assert written.failed == [4, 10]
     assert [written.texts[4], written.texts[10]] == ["", ""]
     assert [text for i, text in enumerate(written.texts) if i not in (4, 10)] == expected

@@ -81,7 +81,7 @@ def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(stor
         sizes.add(output.stat().st_size)
         assert predict(store, source, output).returncode == 1
         assert output.read_bytes() == whole
-    assert len(sizes - {0, len(whole)}) >= 2
+    assert sizes - {0, len(whole)}  # some were killed half-way
 
 
 def test_cut_off_anywhere_it_goes_on_behind_the_last_whole_row(store, source, whole, tmp_path):
