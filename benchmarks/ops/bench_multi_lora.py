@@ -266,8 +266,9 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         "materialised": "materialised ΔW (the paper's code)",
         "linear": "the frozen linear itself",
     }
+    tokens = {"T = 1 (decoding)": ("1",), "T = 128 or 512 (prefill, classification)": ("128", "512")}
     plot_times(
-        shown,
+        {name: [row for row in shown if row["T"] in lengths] for name, lengths in tokens.items()},
         lambda row: int(row["B"]) * int(row["T"]),
         labels,
         path,

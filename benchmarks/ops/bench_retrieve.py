@@ -156,7 +156,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         "expanded cosine": "expanded cosine (the paper's code)",
     }
     plot_times(
-        shown,
+        {"": shown},
         lambda row: int(row["P"]),
         labels,
         path,

@@ -73,7 +73,7 @@ def run(
 
 
 def plot_times(
-    rows: list[dict[str, str]],
+    panels: dict[str, list[dict[str, str]]],
     across: Callable[[dict[str, str]], int],
     labels: dict[str, str],
     path: Path,
@@ -81,21 +81,29 @@ def plot_times(
     title: str,
     axis: str,
 ) -> None:
-    """Medians against `across`, log-log: a line for each way named in `labels`, the first, ours, drawn strongest."""
+    """Medians against `across`, log-log, in a panel for each of `panels` ({its title: rows}): a line for each way named
+    in `labels`, the first, ours, drawn strongest."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130, layout="constrained")
-    for number, (way, label) in enumerate(labels.items()):
-        points = sorted({across(row): float(row["p50_ms"]) for row in rows if row["way"] == way}.items())
-        if points:
-            style = {"linewidth": 1.2, "alpha": 0.9} if number else {"linewidth": 2.4, "zorder": 3}
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label, **style)
-    axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="milliseconds (median)")
-    axes.set_title(title, fontsize=10)
-    axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize=8)
+    width = 3.2 + 3.6 * len(panels)
+    figure, (drawn,) = pyplot.subplots(
+        1, len(panels), figsize=(width, 4.2), dpi=130, layout="constrained", squeeze=False
+    )
+    for axes, (name, rows) in zip(drawn, panels.items(), strict=True):
+        for number, (way, label) in enumerate(labels.items()):
+            points = sorted({across(row): float(row["p50_ms"]) for row in rows if row["way"] == way}.items())
+            if points:
+                style = {"linewidth": 1.2, "alpha": 0.9} if number else {"linewidth": 2.4, "zorder": 3}
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label, **style)
+        axes.set(xscale="log", yscale="log", xlabel=axis)
+        axes.set_title(name, fontsize=9)
+        axes.grid(True, which="both", alpha=0.25)
+    drawn[0].set_ylabel("milliseconds (median)")
+    lines = {label: line for axes in drawn for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside right upper")
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path)
     pyplot.close(figure)
