@@ -72,16 +72,16 @@ def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(stor
         output = tmp_path / f"{point}.jsonl"
         process = context.Process(target=cli.main, args=(arguments(store, source, output),))
         process.start()
-        enough = rng.choice((0, 1, len(whole) // 3, len(whole) // 2))
+        enough = (0, 1, len(whole) // 3, len(whole) // 2)[point // 2 % 4]
         while process.is_alive() and not (run_file(output).exists() and output.stat().st_size >= enough):
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.2))  # not only when a window has just been written
+        time.sleep(rng.uniform(0, 0.2) if point % 2 else 0)  # not only when a window has just been written
         process.kill()
         process.join()
         sizes.add(output.stat().st_size)
         assert predict(store, source, output).returncode == 1
         assert output.read_bytes() == whole
-    assert sizes - {0, len(whole)}  # some were killed half-way
+    assert len(sizes - {0, len(whole)}) >= 2
 
 
 def test_cut_off_anywhere_it_goes_on_behind_the_last_whole_row(store, source, whole, tmp_path):
