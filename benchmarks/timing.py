@@ -184,6 +184,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
+def read_head(path: Path) -> dict[str, str]:
+    """What the CSV's head says: {name: value}."""
+    with path.open() as file:
+        lines = [line[2:].rstrip("\n").split(": ", 1) for line in file if line.startswith("# ")]
+    return {name: value for name, value in lines}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a text table."""
     names = list(rows[0])

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import read_csv, write_csv
+from benchmarks.timing import read_csv, read_head, write_csv
 from slm_fast import ScalableLM, SlmError, Task
 from slm_fast.baselines.finetune import Finetune
 from slm_fast.baselines.separate import Separate
@@ -228,9 +228,18 @@ def main() -> int:
         return 0
 
     output = arguments.output or Path(__file__).parents[1] / "results" / f"stream_order{arguments.order}.csv"
-    # What was measured of other methods stays, and the head says so.
-    records = [row for row in read_csv(output) if row["method"] not in arguments.methods] if output.exists() else []
-    kept = ", ".join(dict.fromkeys(row["method"] for row in records))
+    notes = {
+        "setup": f"{arguments.train} training and {arguments.test} test rows a task, {arguments.epochs} epochs, seed "
+        f"{arguments.seed}, at most {arguments.max_length} tokens"
+    }
+    records: list[dict[str, Any]] = []
+    if output.exists():  # what was measured of other methods in the same setup stays, and the head says so
+        head = read_head(output)
+        records = [row for row in read_csv(output) if row["method"] not in arguments.methods]
+        if records and head.get("setup") != notes["setup"]:
+            parser.error(f"--output: {output} has other methods' results of {head.get('setup')}; name another file")
+    if kept := ", ".join(dict.fromkeys(row["method"] for row in records)):
+        notes["kept from an earlier run"] = kept
     for method in arguments.methods:
         command = [sys.executable, "-m", "benchmarks.repro.stream", *sys.argv[1:], "--records", "--methods", method]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -238,7 +247,7 @@ def main() -> int:
             return done.returncode  # it has said why
         records += json.loads(done.stdout)
         records.sort(key=lambda row: list(METHODS).index(row["method"]))
-        write_csv(output, records, {"kept from an earlier run": kept} if kept else None)
+        write_csv(output, records, notes)
     show(records, Console())
     plot(records, output.with_suffix(".png"))
     print(f"saved to {output} and {output.with_suffix('.png')}")
