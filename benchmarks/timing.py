@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import functools
 import os
+import random
 import resource
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -44,29 +45,27 @@ def time_together(
 ) -> dict[str, Times]:
     """Calls the candidates in turns until each has had about `seconds`, and `least` calls at the least.
 
-    Those `apart` have threads of their own. A pause before and after them lets the threads of the last call, which wait
-    for more work by spinning, come to rest.
+    The order within a round is random, so that none always follows the one that leaves the caches coldest. Those
+    `apart` have threads of their own, which disturb torch's and are disturbed by them: they are timed after the others.
     """
+    order = random.Random(0)
     calls: dict[str, list[tuple[bool, float]]] = {name: [] for name in candidates}
     spent = dict.fromkeys(candidates, 0.0)
-    for call in candidates.values():
-        call()
-    waiting, last = list(candidates), ""
-    while waiting:
+    for waiting in ([n for n in candidates if n not in apart], *([n] for n in candidates if n in apart)):
+        time.sleep(0.02 if waiting[0] in apart else 0.0)  # threads that wait for work by spinning come to rest
         for name in waiting:
-            if name in apart or (last in apart and name != last):
-                time.sleep(0.02)
-            last = name
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-            start = time.perf_counter()
             candidates[name]()
-            took = time.perf_counter() - start
-            disturbed = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw != before
-            calls[name].append((disturbed, took * 1e3))
-            spent[name] += took
-        waiting = [
-            name for name in waiting if len(calls[name]) < least or (len(calls[name]) < most and spent[name] < seconds)
-        ]
+        while waiting:
+            order.shuffle(waiting)
+            for name in waiting:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+                start = time.perf_counter()
+                candidates[name]()
+                took = time.perf_counter() - start
+                disturbed = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw != before
+                calls[name].append((disturbed, took * 1e3))
+                spent[name] += took
+            waiting = [n for n in waiting if len(calls[n]) < least or (len(calls[n]) < most and spent[n] < seconds)]
     return {name: _undisturbed(timed) for name, timed in calls.items()}
 
 
@@ -188,7 +187,7 @@ def read_head(path: Path) -> dict[str, str]:
     """What the CSV's head says: {name: value}."""
     with path.open() as file:
         lines = [line[2:].rstrip("\n").split(": ", 1) for line in file if line.startswith("# ")]
-    return {name: value for name, value in lines}
+    return dict(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

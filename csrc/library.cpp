@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   library.def("multi_lora_native(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor? base) -> Tensor");
   library.def("multi_lora_native_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor(a!) base) -> ()");
   library.def("multi_lora_native_backward(Tensor grad, Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)");
-  library.def("retrieve_native(Tensor query, Tensor keys, SymInt k, SymInt groups, Tensor? bias, Tensor? mask, str metric, str aggregate, str weighting, float temperature) -> (Tensor, Tensor)");
+  library.def("retrieve_native(Tensor query, Tensor keys, SymInt k, SymInt groups, Tensor? bias, Tensor? mask, str metric, str aggregate, str weighting, float temperature, Tensor? prepared=None) -> (Tensor, Tensor)");
+  library.def("prepare_keys_native(Tensor keys, SymInt groups) -> Tensor");
   library.def("key_loss_native(Tensor query, Tensor keys, SymInt k, SymInt groups, float mask_prob, SymInt seed) -> (Tensor, Tensor)");
   library.def("key_loss_native_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected) -> Tensor");
 #if defined(SLM_FAST_CUDA)
@@ -34,6 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(slm_fast, CPU, library) {
   library.impl("multi_lora_native_", TORCH_BOX(&slm_fast::multi_lora_));
   library.impl("multi_lora_native_backward", TORCH_BOX(&slm_fast::multi_lora_backward));
   library.impl("retrieve_native", TORCH_BOX(&slm_fast::retrieve));
+  library.impl("prepare_keys_native", TORCH_BOX(&slm_fast::prepare_keys));
   library.impl("key_loss_native", TORCH_BOX(&slm_fast::key_loss));
   library.impl("key_loss_native_backward", TORCH_BOX(&slm_fast::key_loss_backward));
 }

@@ -25,7 +25,8 @@ bool one_of(const char* name, const std::string& got, const char* no, const char
 
 std::tuple<Tensor, Tensor> retrieve(
     Tensor query, Tensor keys, int64_t k, int64_t groups, std::optional<Tensor> bias, std::optional<Tensor> mask,
-    std::string metric, std::string aggregate, std::string weighting, double temperature) {
+    std::string metric, std::string aggregate, std::string weighting, double temperature,
+    std::optional<Tensor> prepared) {
   check_pair(query, keys, k, groups);
   query = dense(query), keys = dense(keys);
   Retrieve op{};
@@ -39,6 +40,12 @@ std::tuple<Tensor, Tensor> retrieve(
   if (!(temperature > 0)) fail("temperature: expected a positive number, got ", temperature);
   op.temperature = temperature;
   op.query = query.data_ptr(), op.keys = keys.data_ptr();
+  if (prepared) {
+    const PrepareKeys of{op.type, op.slots, op.width, groups, op.keys};
+    check_like("prepared", *prepared, ScalarType::Byte, {kernels().prepared_bytes(of)});
+    prepared = dense(*prepared);
+    op.prepared = prepared->data_ptr();
+  }
   if (bias) {
     type_of("bias", *bias);
     check_like("bias", *bias, bias->scalar_type(), {op.slots});
@@ -57,6 +64,17 @@ std::tuple<Tensor, Tensor> retrieve(
   const int64_t bad = kernels().retrieve(op, pool());
   if (bad >= 0) fail("query: row ", bad, " holds a number that is not finite");
   return {slot_ids, weights};
+}
+
+Tensor prepare_keys(Tensor keys, int64_t groups) {
+  if (keys.dim() != 2 || !keys.is_cpu()) fail("keys: expected floating [P, D] on cpu, got ", shape_of(keys));
+  if (groups < 1 || keys.size(1) % groups != 0)
+    fail("groups: expected a divisor of the key width ", keys.size(1), ", got ", groups);
+  keys = dense(keys);
+  const PrepareKeys op{type_of("keys", keys), keys.size(0), keys.size(1), groups, keys.data_ptr()};
+  Tensor prepared = empty(ScalarType::Byte, {kernels().prepared_bytes(op)});
+  kernels().prepare_keys(op, prepared.data_ptr(), pool());
+  return prepared;
 }
 
 std::tuple<Tensor, Tensor> key_loss(

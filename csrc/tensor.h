@@ -41,6 +41,7 @@ inline std::string name_of(ScalarType type) {
     case ScalarType::Half: return "torch.float16";
     case ScalarType::Long: return "torch.int64";
     case ScalarType::Bool: return "torch.bool";
+    case ScalarType::Byte: return "torch.uint8";
     default: return torch::headeronly::toString(type);
   }
 }
@@ -79,6 +80,7 @@ inline int32_t aoti_type(ScalarType type) {
     case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
     case ScalarType::Half: return aoti_torch_dtype_float16();
     case ScalarType::Long: return aoti_torch_dtype_int64();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
     default: return aoti_torch_dtype_float32();
   }
 }

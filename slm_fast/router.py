@@ -104,7 +104,7 @@ class DtkrRouter:
 
     def load(self, parts: Sequence[Part], device: torch.device) -> None:
         self.parts = parts
-        self.keys = torch.cat([part["keys"] for part in parts]).to(device)
+        self.keys = ops.prepare_keys(torch.cat([part["keys"] for part in parts]).to(device), groups=self.groups)
         self.task_of_slot = [i for i, part in enumerate(parts) for _ in part["keys"]]
 
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:

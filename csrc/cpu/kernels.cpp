@@ -9,9 +9,12 @@
   void multi_lora(const MultiLora&, const Pool&);                                                            \
   void multi_lora_backward(const MultiLoraBackward&, const Pool&);                                           \
   int64_t retrieve(const Retrieve&, const Pool&);                                                            \
+  int64_t prepared_bytes(const PrepareKeys&);                                                                \
+  void prepare_keys(const PrepareKeys&, void*, const Pool&);                                                 \
   void key_loss(KeyLoss&, const Pool&);                                                                      \
   void key_loss_backward(const KeyLossBackward&, const Pool&);                                               \
-  constexpr Kernels kTable{#isa, multi_lora, multi_lora_backward, retrieve, key_loss, key_loss_backward};    \
+  constexpr Kernels kTable{#isa,           multi_lora,   multi_lora_backward, retrieve,                      \
+                           prepared_bytes, prepare_keys, key_loss,            key_loss_backward};            \
   }
 
 DECLARE(portable)

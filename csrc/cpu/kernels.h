@@ -86,12 +86,19 @@ struct Retrieve {
   int64_t queries, slots, width, groups, k;  // B, P, D, G, K
   const void* query;                       // [B, D]
   const void* keys;                        // [P, D]
+  const void* prepared;                    // what prepare_keys made of them, or null
   const float* bias;                       // [P] or null
   const bool* mask;                        // [P] or [B, P] or null
   bool mask_per_query, cosine, vote, softmax;
   double temperature;
   int64_t* slot_ids;  // [B, K]
   float* weights;     // [B, K]
+};
+
+struct PrepareKeys {
+  Type type;
+  int64_t slots, width, groups;
+  const void* keys;  // [P, D]
 };
 
 struct KeyLoss {
@@ -121,6 +128,8 @@ struct Kernels {
   void (*multi_lora)(const MultiLora&, const Pool&);
   void (*multi_lora_backward)(const MultiLoraBackward&, const Pool&);
   int64_t (*retrieve)(const Retrieve&, const Pool&);  // the first query that is not finite, or -1
+  int64_t (*prepared_bytes)(const PrepareKeys&);
+  void (*prepare_keys)(const PrepareKeys&, void* prepared, const Pool&);
   void (*key_loss)(KeyLoss&, const Pool&);
   void (*key_loss_backward)(const KeyLossBackward&, const Pool&);
 };

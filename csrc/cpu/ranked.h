@@ -26,23 +26,41 @@ struct Better {
   bool operator()(Ranked one, Ranked other) const { return one > other; }
 };
 
-// The `most` best so far, among the first `count` of `slots`; pruned when full, so that adding is cheap.
+// What may still be among the best: the first `count` of `slots`. They are looked through when full, so adding is cheap.
 struct Shortlist {
   Ranked* slots;
   int64_t count, most;
 
   static int64_t capacity(int64_t most) { return most + std::max<int64_t>(16, most); }
-  // Returns true when pruned: from then on no score that is at most slots[most - 1]'s can enter.
+  // Returns true when full.
   bool add(Ranked one) {
     slots[count++] = one;
-    if (count < capacity(most)) return false;
-    prune();
-    return true;
+    return count == capacity(most);
   }
-  void prune() {
+  void keep_best() {
     if (count <= most) return;
     std::nth_element(slots, slots + most - 1, slots + count, Better{});
     count = most;
+  }
+  // Keeps what is not below cutoff(the k-th best score), at most the `most` best. Returns the highest score that from
+  // then on need not be added, or a NaN.
+  template <class Cutoff>
+  float keep_likely(int64_t k, const Cutoff& cutoff) {
+    std::nth_element(slots, slots + k - 1, slots + count, Better{});
+    const float lowest = cutoff(score_of(slots[k - 1]));
+    if (!std::isnan(lowest)) {
+      Ranked* end = slots + k;
+      for (const Ranked* one = end; one < slots + count; ++one)
+        if (score_of(*one) >= lowest) *end++ = *one;
+      count = end - slots;
+    }
+    if (count < most) return below(lowest);
+    keep_best();
+    return score_of(slots[most - 1]);
+  }
+  static float below(float score) {
+    constexpr float kLowest = -std::numeric_limits<float>::infinity();
+    return score == kLowest ? std::numeric_limits<float>::quiet_NaN() : std::nextafter(score, kLowest);
   }
 };
 
@@ -59,23 +77,22 @@ inline uint32_t lanes_not_at_most(Vec<float> a, Vec<float> b) {
 #endif
 }
 
-constexpr int kSeeded = 24;  // the longest list whose threshold is found in registers
+constexpr int kSeeded = 16;  // the largest K whose K-th best is found in registers
 
-// Thresholds that leave the `most` best of scores[key][query]: so few are offered from the start.
-inline void seed_thresholds(const float* scores, int64_t keys, int64_t queries, int64_t most, float* thresholds) {
+// kth[query] = the k-th best of scores[key][query]. A NaN is passed over.
+inline void kth_best(const float* scores, int64_t keys, int64_t queries, int64_t k, float* kth) {
   for (int64_t column = 0; column < queries; column += kLanes<float>) {
     Vec<float> top[kSeeded];
-    std::fill_n(top, most, broadcast(-std::numeric_limits<float>::infinity()));
+    std::fill_n(top, k, broadcast(-std::numeric_limits<float>::infinity()));
     for (int64_t key = 0; key < keys; ++key) {
       Vec<float> score = load<float>(scores + key * queries + column);
-      for (int64_t i = 0; i < most; ++i) {
+      for (int64_t i = 0; i < k; ++i) {
         const Vec<float> larger = score > top[i] ? score : top[i];
         score = score > top[i] ? top[i] : score;
         top[i] = larger;
       }
     }
-    for (int lane = 0; lane < kLanes<float>; ++lane)  // the largest number below: what equals the last is offered too
-      thresholds[column + lane] = std::nextafter(top[most - 1][lane], -std::numeric_limits<float>::infinity());
+    store(kth + column, top[k - 1]);
   }
 }
 

@@ -59,7 +59,7 @@ struct Masked {
 template <class T>
 void retrieve_as(const Retrieve& op, const Pool& pool) {
   const Search asked{op.queries, op.slots, op.width, op.groups, op.vote ? std::min(op.k, op.slots) : op.k,
-                      op.query,   op.keys,  op.bias,  op.cosine, op.vote};
+                      op.query,   op.keys,  op.prepared, op.bias, op.cosine, op.vote};
   Buffer<Ranked> votes(op.vote ? op.queries * op.groups * asked.k : 0);
   Buffer<int64_t> counts(op.queries);
   auto use = [&](int64_t query, int64_t group, const Ranked* best, int64_t count) {
@@ -109,6 +109,42 @@ int64_t retrieve(const Retrieve& op, const Pool& pool) {
   return -1;
 }
 
+// ---- prepare_keys ----
+
+int64_t prepared_bytes(const PrepareKeys& op) {
+  int64_t bytes;
+  PreparedKeys::at(nullptr, op.slots, op.width, op.groups, &bytes);
+  return bytes;
+}
+
+template <class T>
+void prepare_keys_as(const PrepareKeys& op, void* memory, const Pool& pool) {
+  const PreparedKeys prepared = PreparedKeys::at(memory, op.slots, op.width, op.groups);
+  const int64_t d = op.width / op.groups;
+  pool.for_each((op.slots + kKeys - 1) / kKeys, static_cast<double>(op.slots) * op.width > 1e5, [&] {
+    return [&, lengths = Buffer<float>(op.groups)]([[maybe_unused]] int64_t chunk) mutable {
+      const int64_t first = chunk * kKeys, keys = std::min(kKeys, op.slots - first);
+      const T* rows = static_cast<const T*>(op.keys) + first * op.width;
+      for (int64_t i = 0; i < keys * op.groups; ++i)
+        prepared.lengths[first * op.groups + i] = exact_length(rows + i * d, d);
+#if defined(__AVX512BF16__)
+      const int64_t padded = PreparedKeys::padded(d);
+      prepared.lost[chunk] =
+          round_rows(rows, keys, op.groups, d, prepared.unit + first * op.groups * padded, lengths.data());
+#endif
+    };
+  });
+}
+
+void prepare_keys(const PrepareKeys& op, void* prepared, const Pool& pool) {
+  switch (op.type) {
+    case Type::float32: return prepare_keys_as<float>(op, prepared, pool);
+    case Type::float64: return prepare_keys_as<double>(op, prepared, pool);
+    case Type::float16: return prepare_keys_as<Float16>(op, prepared, pool);
+    case Type::bfloat16: return prepare_keys_as<BFloat16>(op, prepared, pool);
+  }
+}
+
 // ---- key_loss ----
 
 inline uint64_t splitmix64(uint64_t h) {
@@ -133,7 +169,7 @@ struct Shown {
 template <class T>
 void key_loss_as(KeyLoss& op, const Pool& pool) {
   const int64_t G = op.groups, P = op.slots, K = std::min(op.k, P);
-  const Search asked{op.queries, P, op.width, G, K, op.query, op.keys, nullptr, true, true};
+  const Search asked{op.queries, P, op.width, G, K, op.query, op.keys, nullptr, nullptr, true, true};
   const Shown shown{G, P, op.seed, op.mask_prob};
   Buffer<double> sums(op.queries * G);
   Buffer<int64_t> counts(op.queries * G);

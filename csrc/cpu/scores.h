@@ -14,6 +14,7 @@ constexpr double kEpsilon = 1e-12;  // a vector no longer than this has cosine 0
 struct Search {
   int64_t queries, slots, width, groups, k;
   const void *query, *keys;
+  const void* prepared;  // by prepare_keys, or null
   const float* bias;
   bool cosine, by_group;  // by_group: each group ranks its own slots, else the mean over groups is ranked
   int64_t lists() const { return by_group ? groups : 1; }
@@ -48,15 +49,24 @@ inline float inverse_length(float length) {
   return length < kEpsilon / 2 ? 0 : std::numeric_limits<float>::quiet_NaN();
 }
 
-// A row with each group of unit length in bfloat16, padded with zeros to `padded` numbers a group. Returns the length of
-// what rounding took away: from the group that lost most, or, where groups' mean is ranked, the mean over groups.
+// The length of what rounding to bfloat16 took from the groups of a unit row: of the group that lost most, or, where the
+// groups' mean is ranked, the mean over groups.
+struct Lost {
+  float worst, mean;
+  float of(bool by_group) const { return by_group ? worst : mean; }
+  void keep_larger(Lost other) {  // a NaN stays
+    worst = other.worst <= worst ? worst : other.worst;
+    mean = other.mean <= mean ? mean : other.mean;
+  }
+};
+
+// A row with each group of unit length in bfloat16, padded with zeros to `padded` numbers a group.
 template <class T>
-inline float round_row(const Search& s, const T* from, int64_t padded, BFloat16* to, float* lengths) {
+inline Lost round_row(const T* from, int64_t groups, int64_t d, int64_t padded, BFloat16* to, float* lengths) {
   constexpr int L = kLanes<float>;
-  const int64_t d = s.width / s.groups;
-  group_lengths(from, s.groups, d, lengths);
-  float slack = 0;
-  for (int64_t g = 0; g < s.groups; ++g, from += d, to += padded) {
+  group_lengths(from, groups, d, lengths);
+  Lost all{0, 0};
+  for (int64_t g = 0; g < groups; ++g, from += d, to += padded) {
     const Vec<float> factor = broadcast(inverse_length(lengths[g]));
     Vec<float> lost[4] = {};
     auto round = [&](int64_t i, int64_t count, int64_t wide, Vec<float>& sum) {
@@ -71,44 +81,47 @@ inline float round_row(const Search& s, const T* from, int64_t padded, BFloat16*
     float parts[4];
     sum_each_of_4<float>(lost, parts);
     const float here = std::sqrt(parts[0] + parts[1] + parts[2]);
-    if (s.by_group) slack = here <= slack ? slack : here;
-    else slack += here / static_cast<float>(s.groups);
+    all.worst = here <= all.worst ? all.worst : here;
+    all.mean += here / static_cast<float>(groups);
   }
-  return slack;
+  return all;
 }
 
-// a . b and b . b in float64.
+// a . b and, if asked for, b . b in float64.
 struct ExactProducts {
   double product, square;
 };
 
-template <class Q, class T>
+template <bool kSquare, class Q, class T>
 inline ExactProducts exact_products(const Q* a, const T* b, int64_t d) {
   constexpr int L = kLanes<double>;
   Vec<double> products[2] = {}, squares[2] = {};
   int64_t i = 0;
   auto step = [&](int j, Vec<double> a_i, Vec<double> b_i) {
     products[j] = a_i * b_i + products[j];
-    squares[j] = b_i * b_i + squares[j];
+    if (kSquare) squares[j] = b_i * b_i + squares[j];
   };
   for (; i + 2 * L <= d; i += 2 * L) {
     step(0, load<double>(a + i), load<double>(b + i));
     step(1, load<double>(a + i + L), load<double>(b + i + L));
   }
   for (; i < d; i += L) step(0, load_first<double>(a + i, d - i), load_first<double>(b + i, d - i));
-  return {sum_lanes(products[0] + products[1]), sum_lanes(squares[0] + squares[1])};
+  return {sum_lanes(products[0] + products[1]), kSquare ? sum_lanes(squares[0] + squares[1]) : 0};
 }
 
 template <class T>
 inline double exact_length(const T* row, int64_t d) {
-  return std::sqrt(exact_products(row, row, d).square);
+  return std::sqrt(exact_products<false>(row, row, d).product);
+}
+
+inline double exact_cosine(double product, double length, double other) {
+  return length <= kEpsilon || other <= kEpsilon ? 0 : product / length / other;
 }
 
 template <class Q, class T>
 inline double exact_cosine(const Q* query, double query_length, const T* key, int64_t d) {
-  const ExactProducts of = exact_products(query, key, d);
-  const double length = std::sqrt(of.square);
-  return query_length <= kEpsilon || length <= kEpsilon ? 0 : of.product / query_length / length;
+  const ExactProducts of = exact_products<true>(query, key, d);
+  return exact_cosine(of.product, query_length, std::sqrt(of.square));
 }
 
 // The score that the reference gives: float64 rounded to float32, each group by itself.
@@ -116,17 +129,25 @@ template <class T>
 struct ExactScore {
   const Search& s;
   const double *query, *lengths;  // [D], [G]
+  const double* key_lengths;      // [P][G] or null
   float operator()(int64_t list, int64_t slot) const {
-    const int64_t d = s.width / s.groups;
-    const T* key = static_cast<const T*>(s.keys) + slot * s.width;
-    if (!s.cosine)
-      return static_cast<float>(
-          exact_products(query, key, d).product + (s.bias ? static_cast<double>(s.bias[slot]) : 0));
-    if (s.by_group) return static_cast<float>(exact_cosine(query + list * d, lengths[list], key + list * d, d));
+    if (!s.cosine) {
+      const double product = exact_products<false>(query, static_cast<const T*>(s.keys) + slot * s.width, s.width).product;
+      return static_cast<float>(product + (s.bias ? static_cast<double>(s.bias[slot]) : 0));
+    }
+    if (s.by_group) return cosine(list, slot);
     float sum = 0;
-    for (int64_t g = 0; g < s.groups; ++g)
-      sum += static_cast<float>(exact_cosine(query + g * d, lengths[g], key + g * d, d));
+    for (int64_t g = 0; g < s.groups; ++g) sum += cosine(g, slot);
     return sum / static_cast<float>(s.groups);
+  }
+
+ private:
+  float cosine(int64_t g, int64_t slot) const {
+    const int64_t d = s.width / s.groups;
+    const T* key = static_cast<const T*>(s.keys) + slot * s.width + g * d;
+    if (!key_lengths) return static_cast<float>(exact_cosine(query + g * d, lengths[g], key, d));
+    const double product = exact_products<false>(query + g * d, key, d).product;
+    return static_cast<float>(exact_cosine(product, lengths[g], key_lengths[slot * s.groups + g]));
   }
 };
 

@@ -16,40 +16,38 @@
 
 #include "across.h"
 #include "buffer.h"
-#include "scores.h"
 #include "kernels.h"
+#include "keys.h"
 #include "ranked.h"
+#include "scores.h"
 
 namespace slm_fast::SLM_ISA {
 
-constexpr int64_t kFew = 8;    // queries too few for lanes
-constexpr int64_t kKeys = 48;  // of a chunk: it stays in L2 while all panels pass over it
+constexpr int64_t kFew = 8;      // queries too few for lanes
+constexpr int64_t kFewKeys = 8;  // of a chunk then: they stay in L1
 
 // T: what queries and keys are stored as. P: how the fast pass multiplies.
 template <class T, class P>
 class Searcher {
   using E = typename P::Element;
-  static constexpr bool kRounded = P::kPair == 2;              // unit rows in bfloat16, else keys as they are
-  static constexpr bool kAsStored = std::is_same_v<T, E>;      // keys are used where they lie
+  using Chunk = typename Keys<T, P>::Chunk;
+  static constexpr bool kRounded = P::kPair == 2;              // unit rows in bfloat16
   static constexpr int64_t kSpare = kRounded ? 16 : 4;         // slots kept beyond K
   static constexpr int64_t kQueries = kPanelColumns<P>;        // of a panel
   static constexpr int64_t kPiece = (16 << 10) / (4 * kQueries);  // words of a panel that stay in L1
-  static constexpr int64_t kM = kCombineM<P>;                  // keys of a tile
 
  public:
   Searcher(const Search& search, const Pool& pool)
-      : s(search), pool(pool), d(s.width / s.groups), padded_d((d + P::kPair - 1) / P::kPair * P::kPair),
-        words(s.groups * padded_d / P::kPair), most(std::min(s.k + kSpare, s.slots)) {
+      : s(search), pool(pool), keys(s), d(s.width / s.groups), padded_d((d + P::kPair - 1) / P::kPair * P::kPair),
+        words(s.groups * padded_d / P::kPair), most(std::min(s.k + kSpare, s.slots)), few(s.queries <= kFew) {
     blocks = (s.queries + kQueries - 1) / kQueries;
-    // A thread takes some panels, and a range of slots when panels are few: each range has lists of its own.
+    // A thread takes some panels, and a range of chunks of keys when panels are few: each range has lists of its own.
     const int64_t turns = 2 * pool.workers, fits = (384 << 10) / (words * kQueries * 4 + 1);
     panels_at_once = std::max<int64_t>(1, std::min(fits, blocks / turns));
     parts = (blocks + panels_at_once - 1) / panels_at_once;
+    chunks = (s.slots + kKeys - 1) / kKeys;
     const int64_t wanted = parts >= turns ? 1 : (2 * turns + parts - 1) / std::max<int64_t>(1, parts);
-    range = s.slots / std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, s.slots / (2 * kKeys)));
-    range = std::max<int64_t>(kKeys, (range + kKeys - 1) / kKeys * kKeys);
-    ranges = (s.slots + range - 1) / range;
-    few = !kRounded && s.queries <= kFew;
+    ranges = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, chunks / 2));
     most_listed = Shortlist::capacity(most);
     panels.at_least(blocks * words * P::kPair * (few ? kFew : kQueries));
     query_slack.at_least(s.queries);
@@ -68,8 +66,7 @@ class Searcher {
       return [&, rows = Buffer<E>(kQueries * words * P::kPair), lengths = Buffer<float>(s.groups)](
                  int64_t block) mutable { make_panel(block, rows.data(), lengths.data()); };
     });
-    if constexpr (kRounded)
-      if (parts > 1 && s.slots * words * 4 <= 16 << 20) convert_keys();
+    if (parts > 1) keys.round_all(pool, threads);
     pool.for_each(parts * ranges, threads, [&] {
       return [&, scratch = Scratch(*this)](int64_t item) mutable {
         key_slack[item] = search_range(item / ranges * panels_at_once, item % ranges, allowed, scratch);
@@ -80,7 +77,9 @@ class Searcher {
               lengths = Buffer<double>(s.groups)](int64_t query) mutable {
         widen_all(query_row(query), row.data(), s.width);
         for (int64_t g = 0; g < s.groups; ++g) lengths[g] = exact_length(row.data() + g * d, d);
-        const ExactScore<T> exact{s, row.data(), lengths.data()};
+        const ExactScore<T> exact{
+            s, row.data(), lengths.data(),
+            s.prepared ? PreparedKeys::at(s.prepared, s.slots, s.width, s.groups).lengths : nullptr};
         for (int64_t list = 0; list < s.lists(); ++list) {
           const int64_t count = rank(query, list, exact, allowed, found.data());
           if (count < 0) return undecided(query);
@@ -92,20 +91,14 @@ class Searcher {
 
  private:
   struct Scratch {
-    Buffer<E> keys;
-    Buffer<float> lengths, scores, thresholds;
+    typename Keys<T, P>::Scratch keys;
+    Buffer<float> scores, thresholds;
     explicit Scratch(const Searcher& of)
-        : lengths(kKeys * of.s.groups), scores(kKeys * kQueries),
-          thresholds(of.s.lists() * of.panels_at_once * kQueries) {
-      if constexpr (kRounded || !kAsStored) keys.at_least(kKeys * of.words * P::kPair);
-    }
+        : keys(of.keys), scores(kKeys * kQueries), thresholds(of.s.lists() * of.panels_at_once * kQueries) {}
   };
 
   const T* query_row(int64_t q) const { return static_cast<const T*>(s.query) + q * s.width; }
-  const T* key_row(int64_t p) const { return static_cast<const T*>(s.keys) + p * s.width; }
   int64_t list_at(int64_t r, int64_t list, int64_t query) const { return (r * s.lists() + list) * s.queries + query; }
-
-  // ---- rows as the fast pass reads them ----
 
   // Queries, of unit length in each group when cosine; transposed unless they are few.
   void make_panel(int64_t block, E* rows, float* lengths) {
@@ -114,7 +107,7 @@ class Searcher {
       const T* from = query_row(first + q);
       E* to = rows + q * width;
       if constexpr (kRounded) {
-        query_slack[first + q] = round_row(s, from, padded_d, to, lengths);
+        query_slack[first + q] = round_row(from, s.groups, d, padded_d, to, lengths).of(s.by_group);
       } else {
         float slack = 0;
         group_lengths(from, s.groups, d, lengths);
@@ -130,62 +123,6 @@ class Searcher {
     else turn_rows<P>(panels.data() + block * width * kQueries, [&](int64_t q) { return rows + q * width; }, count, width);
   }
 
-  void convert_keys() {
-    const int64_t chunks = (s.slots + kKeys - 1) / kKeys;
-    converted.at_least(s.slots * words * P::kPair), converted_slack.at_least(chunks);
-    pool.for_each(chunks, threads, [&] {
-      return [&, lengths = Buffer<float>(s.groups)](int64_t chunk) mutable {
-        const int64_t first = chunk * kKeys, keys = std::min(kKeys, s.slots - first);
-        converted_slack[chunk] = round_keys(first, keys, converted.data() + first * words * P::kPair, lengths.data());
-      };
-    });
-  }
-
-  float round_keys(int64_t first, int64_t keys, E* to, float* lengths) const {
-    float slack = 0;
-    for (int64_t i = 0; i < keys; ++i) {
-      const float lost = round_row(s, key_row(first + i), padded_d, to + i * words * P::kPair, lengths);
-      slack = lost <= slack ? slack : lost;
-    }
-    return slack;
-  }
-
-  struct Chunk {
-    const E* rows;
-    const char* next;  // the rows that come later, to be asked for meanwhile, and how many bytes of them a step asks for
-    int64_t next_step;
-    float slack;
-  };
-
-  Chunk take_keys(int64_t first, int64_t keys, bool more, Scratch& scratch) const {
-    constexpr auto size = static_cast<int64_t>(sizeof(T));
-    Chunk chunk{nullptr, nullptr, 0, 0};
-    if constexpr (kRounded) {
-      if (converted.data()) return {converted.data() + first * words * P::kPair, nullptr, 0, converted_slack[first / kKeys]};
-      chunk.slack = round_keys(first, keys, scratch.keys.data(), scratch.lengths.data());
-      chunk.rows = scratch.keys.data();
-    } else {
-      for (int64_t i = 0; i < keys && !few; ++i)
-        chunk.slack = measure_key(first + i, scratch.lengths.data() + i * s.groups, chunk.slack);
-      if constexpr (kAsStored) {
-        chunk.rows = key_row(first);
-      } else {
-        widen_all(key_row(first), scratch.keys.data(), keys * s.width);
-        chunk.rows = scratch.keys.data();
-      }
-    }
-    if (more) chunk.next = reinterpret_cast<const char*>(key_row(first + keys)), chunk.next_step = kM * size * P::kPair;
-    return chunk;
-  }
-
-  // The key's inverse lengths, and the longest length so far.
-  float measure_key(int64_t key, float* lengths, float longest) const {
-    group_lengths(key_row(key), s.groups, d, lengths);
-    longest = lengths[0] <= longest ? longest : lengths[0];
-    for (int64_t g = 0; g < s.groups; ++g) lengths[g] = inverse_length(lengths[g]);
-    return longest;
-  }
-
   // ---- the fast pass ----
 
   struct Scored {  // combine's output: scores[key][query]
@@ -196,7 +133,9 @@ class Searcher {
     const char* next;
     int64_t offset, next_step;
     void ahead(int64_t n) const {
-      if (next) ask_for(next, offset + n * next_step);
+      if (!next) return;
+      ask_for(next, offset + n * next_step);
+      if (next_step > 64) ask_for(next, offset + n * next_step + 64);
     }
     void add(int64_t key, int64_t column, Vec<float> sum) const {
       float* to = scores + key * kQueries + column;
@@ -209,8 +148,8 @@ class Searcher {
   // Returns the keys' part in what a score may be wrong by.
   template <class Allowed>
   float search_range(int64_t first_block, int64_t r, const Allowed& allowed, Scratch& scratch) {
-    const int64_t last_block = std::min(first_block + panels_at_once, blocks);
-    const int64_t begin = r * range, end = std::min(begin + range, s.slots);
+    const int64_t last_block = std::min(first_block + panels_at_once, blocks), step = few ? kFewKeys : kKeys;
+    const int64_t begin = chunks * r / ranges * kKeys, end = std::min(chunks * (r + 1) / ranges * kKeys, s.slots);
     std::fill_n(
         scratch.thresholds.data(), s.lists() * panels_at_once * kQueries, std::numeric_limits<float>::quiet_NaN());
     for (int64_t list = 0; list < s.lists(); ++list)
@@ -218,94 +157,94 @@ class Searcher {
         counts[list_at(r, list, q)] = 0;
 
     float slack = 0;
-    for (int64_t first = begin; first < end; first += kKeys) {
-      const int64_t keys = std::min(kKeys, end - first);
-      Chunk chunk = take_keys(first, keys, first + 2 * kKeys <= end, scratch);
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t count = std::min(step, end - first);
+      Chunk chunk = keys.take(first, count, scratch.keys);
+      slack = chunk.slack <= slack ? slack : chunk.slack;
+      if (first + 2 * kKeys > end) chunk.next = nullptr;
       for (int64_t block = first_block; block < last_block; ++block)
         for (int64_t list = 0; list < s.lists(); ++list) {
-          if (few) chunk.slack = score_few(chunk, first, keys, list, scratch, chunk.slack);
-          else score(chunk, keys, block, list, scratch);
+          if (few) score_few(chunk, count, list, scratch.scores.data());
+          else score(chunk, count, block, list, scratch.scores.data());
           if (list + 1 == s.lists()) chunk.next = nullptr;  // the first panel's pass fetched it
-          finish(scratch.scores.data(), keys, first);
+          if (s.bias)
+            for (int64_t key = 0; key < count; ++key)
+              for (int64_t q = 0; q < kQueries; ++q) scratch.scores[key * kQueries + q] += s.bias[first + key];
           float* thresholds = scratch.thresholds.data() + ((block - first_block) * s.lists() + list) * kQueries;
-          if (first == begin && !Allowed::kAsks && most <= kSeeded && keys >= most)
-            seed_thresholds(scratch.scores.data(), keys, kQueries, most, thresholds);
-          offer(scratch.scores.data(), keys, block, first, r, list, thresholds, allowed);
+          if (first == begin && !Allowed::kAsks && s.k <= kSeeded && count >= s.k) {
+            kth_best(scratch.scores.data(), count, kQueries, s.k, thresholds);
+            for (int64_t q = block * kQueries; q < std::min((block + 1) * kQueries, s.queries); ++q) {
+              float& threshold = thresholds[q - block * kQueries];
+              threshold = Shortlist::below(cutoff(threshold, q, slack));
+            }
+          }
+          offer(scratch.scores.data(), count, block, first, r, list, thresholds, slack, allowed);
         }
-      slack = chunk.slack <= slack ? slack : chunk.slack;
     }
     return slack;
   }
 
+  // The elements of a row that a list's scores are made of, and how many of them are multiplied at once: unless rows are
+  // of unit length, the product of one group is scaled by the key's length in it.
+  struct Span {
+    int64_t begin, end, piece;
+  };
+  Span span_of(int64_t list) const {
+    const Span all{0, s.groups * padded_d, 0}, one{list * padded_d, (list + 1) * padded_d, 0};
+    const Span span = s.by_group ? one : all;
+    return {span.begin, span.end, kRounded ? span.end - span.begin : padded_d};
+  }
+
   // Scores of a chunk for one panel: of one group, or summed over all. A piece of the panel stays in L1 while the keys
   // pass over it.
-  void score(const Chunk& chunk, int64_t keys, int64_t block, int64_t list, Scratch& scratch) const {
+  void score(const Chunk& chunk, int64_t count, int64_t block, int64_t list, float* scores) const {
     const E* panel = panels.data() + block * words * P::kPair * kQueries;
-    const int64_t count = std::min(kQueries, s.queries - block * kQueries), group = padded_d / P::kPair;
-    const int64_t first_word = s.by_group ? list * group : 0, last_word = s.by_group ? first_word + group : words;
-    // Only a product of one group can be scaled by the key's length in it.
-    const int64_t whole = kRounded ? last_word - first_word : group;
-    const int64_t pieces = std::max<int64_t>(1, (whole + kPiece - 1) / kPiece);
-    for (int64_t from = first_word; from < last_word; from += whole)
+    const int64_t queries = std::min(kQueries, s.queries - block * kQueries);
+    const Span span = span_of(list);
+    const int64_t whole = span.piece / P::kPair, pieces = std::max<int64_t>(1, (whole + kPiece - 1) / kPiece);
+    for (int64_t from = span.begin; from < span.end; from += span.piece)
       for (int64_t piece = 0; piece < pieces; ++piece) {
-        const int64_t at = from + whole * piece / pieces, to = from + whole * (piece + 1) / pieces;
+        const int64_t at = from / P::kPair + whole * piece / pieces, to = from / P::kPair + whole * (piece + 1) / pieces;
         const auto* c = reinterpret_cast<const typename P::Coefficient*>(chunk.rows + at * P::kPair);
-        const float* factor = !kRounded && s.cosine ? scratch.lengths.data() + at / group : nullptr;
+        const float* factor = chunk.factors ? chunk.factors + from / padded_d : nullptr;
         const E* part = panel + at * P::kPair * kQueries;
         auto pass = [&]<int M>(std::integral_constant<int, M>) {
-          for (int64_t key = 0; key < keys; key += M) {
-            const Scored out{scratch.scores.data(), factor, s.groups, at > first_word, chunk.next,
-                             (key * words + at * kM) * P::kPair * static_cast<int64_t>(sizeof(T)), chunk.next_step};
-            combine<P, M>(c, 1, words, part, to - at, key, std::min<int64_t>(key + M, keys), count, out);
+          const int64_t word = chunk.row_bytes / words;
+          for (int64_t key = 0; key < count; key += M) {
+            const Scored out{scores, factor, s.groups, at * P::kPair > span.begin, chunk.next,
+                             key * chunk.row_bytes + at * M * word, M * word};
+            combine<P, M>(c, 1, words, part, to - at, key, std::min<int64_t>(key + M, count), queries, out);
           }
         };
         // Few columns leave registers for more keys.
-        if (kRounded && count <= kQueries / 2) pass(std::integral_constant<int, kRounded ? 12 : kM>{});
-        else pass(std::integral_constant<int, kM>{});
+        if (kRounded && queries <= kQueries / 2) pass(std::integral_constant<int, kRounded ? 12 : kCombineM<P>>{});
+        else pass(std::integral_constant<int, kCombineM<P>>{});
       }
-  }
-
-  // The mean over groups, and the bias.
-  void finish(float* scores, int64_t keys, int64_t first) const {
-    const float share = s.by_group ? 1 : 1 / static_cast<float>(s.groups);
-    if (share == 1 && !s.bias) return;
-    for (int64_t key = 0; key < keys; ++key)
-      for (int64_t q = 0; q < kQueries; ++q)
-        scores[key * kQueries + q] = scores[key * kQueries + q] * share + (s.bias ? s.bias[first + key] : 0.0f);
   }
 
   // Sums along the rows; its bits differ from combine's, which the float64 ranking makes good.
-  float score_few(
-      const Chunk& chunk, int64_t first, int64_t keys, int64_t list, Scratch& scratch, float longest) const {
-    if constexpr (!kRounded) {
-      const int64_t first_group = s.by_group ? list : 0, last_group = s.by_group ? list + 1 : s.groups;
-      const float *queries[kFew], *rows[kM];
-      float sums[kM * kFew];
-      for (int64_t key = 0; key < keys; key += kM) {
-        const int64_t count = std::min(kM, keys - key);
-        float* lengths = scratch.lengths.data() + key * s.groups;
-        if (list == 0)
-          for (int64_t i = 0; i < count; ++i) longest = measure_key(first + key + i, lengths + i * s.groups, longest);
-        for (int64_t g = first_group; g < last_group; ++g) {
-          for (int64_t q = 0; q < s.queries; ++q) queries[q] = panels.data() + q * s.width + g * d;
-          for (int64_t i = 0; i < count; ++i) rows[i] = chunk.rows + (key + i) * s.width + g * d;
-          dot<P>(queries, s.queries, rows, count, d, sums, kFew);
-          for (int64_t i = 0; i < count; ++i)
-            for (int64_t q = 0; q < s.queries; ++q) {
-              float* to = scratch.scores.data() + (key + i) * kQueries + q;
-              const float sum = sums[i * kFew + q] * (s.cosine ? lengths[i * s.groups + g] : 1);
-              *to = g > first_group ? *to + sum : sum;
-            }
+  void score_few(const Chunk& chunk, int64_t count, int64_t list, float* scores) const {
+    const E *queries[kFew], *rows[kFewKeys];
+    float sums[kFewKeys * kFew];
+    const Span span = span_of(list);
+    const int64_t size = words * P::kPair;
+    for (int64_t from = span.begin; from < span.end; from += span.piece) {
+      for (int64_t q = 0; q < s.queries; ++q) queries[q] = panels.data() + q * size + from;
+      for (int64_t key = 0; key < count; ++key) rows[key] = chunk.rows + key * size + from;
+      dot<P>(queries, s.queries, rows, count, span.piece, sums, kFew);
+      for (int64_t key = 0; key < count; ++key)
+        for (int64_t q = 0; q < s.queries; ++q) {
+          float* to = scores + key * kQueries + q;
+          const float sum = sums[key * kFew + q] * (chunk.factors ? chunk.factors[key * s.groups + from / padded_d] : 1);
+          *to = from > span.begin ? *to + sum : sum;
         }
-      }
     }
-    return longest;
   }
 
   template <class Allowed>
   void offer(
       const float* scores, int64_t keys, int64_t block, int64_t first, int64_t r, int64_t list, float* thresholds,
-      const Allowed& allowed) {
+      float slack, const Allowed& allowed) {
     constexpr int L = kLanes<float>;
     const int64_t count = std::min(kQueries, s.queries - block * kQueries);
     for (int64_t key = 0; key < keys; ++key) {
@@ -321,7 +260,8 @@ class Searcher {
           const int64_t at = list_at(r, list, q);
           Shortlist shortlist{kept.data() + at * most_listed, counts[at], most};
           if (shortlist.add(ranked(score[lane], id)))
-            thresholds[column + lane] = score_of(shortlist.slots[most - 1]);
+            thresholds[column + lane] =
+                shortlist.keep_likely(std::min(s.k, most), [&](float kth) { return cutoff(kth, q, slack); });
           counts[at] = shortlist.count;
         }
       }
@@ -330,23 +270,18 @@ class Searcher {
 
   // ---- the ranking ----
 
-  // What the fast pass may be wrong by. In float32: d + 4 roundings of products whose magnitudes sum to at most
-  // |query| |key|. Rounded to bfloat16, q + e and k + f have the product q k + q f + e (k + f), |q| = |k| = 1 and |f| less
-  // than 1/100.
-  float margin(int64_t query) const {
-    const int64_t block = query / kQueries;
-    float of_keys = 0;
-    for (int64_t r = 0; r < ranges; ++r) {
-      const float slack = key_slack[block / panels_at_once * ranges + r];
-      of_keys = slack <= of_keys ? of_keys : slack;
-    }
-    if constexpr (kRounded) {
-      const float unit = static_cast<float>(s.width + s.groups + 8) * 0x1p-23f;
-      return unit + 1.001f * (of_keys + 1.01f * query_slack[query]);
-    } else {
-      const float unit = static_cast<float>(d + s.groups + 4) * 0x1p-23f;
-      return s.cosine ? unit : unit * query_slack[query] * of_keys;
-    }
+  // A slot whose score in the fast pass is less, `kth` being the K-th best score there so far, is none of the K best.
+  // Sums over groups are not divided by their number yet. In float32 a score is wrong by d + 4 roundings of products whose
+  // magnitudes sum to at most |query| |key|. Rounded to bfloat16, q + e and k + f have the product q k + q f + e (k + f),
+  // |q| = |k| = 1 and |f| less than 1/100.
+  float cutoff(float kth, int64_t query, float of_keys) const {
+    double margin = s.by_group ? 1 : static_cast<double>(s.groups);
+    if constexpr (kRounded)
+      margin *= static_cast<double>(s.width + s.groups + 8) * 0x1p-23 + 1.001 * (of_keys + 1.01 * query_slack[query]);
+    else
+      margin *= static_cast<double>(d + s.groups + 4) * 0x1p-23 * (s.cosine ? 1.0 : query_slack[query] * double{of_keys});
+    if (s.bias) margin += std::abs(kth) * 0x1p-23;
+    return static_cast<float>(kth - 2 * margin);
   }
 
   // The K best into `found`, the best first; how many there are, or -1 if the fast pass cannot tell and another can.
@@ -358,17 +293,19 @@ class Searcher {
       std::copy_n(kept.data() + at * most_listed, counts[at], found + all.count);
       all.count += counts[at];
     }
-    all.prune();
+    all.keep_best();
     std::sort(found, found + all.count, Better{});
     const int64_t k = std::min(s.k, all.count);
     if (k == 0) return 0;
-    const double bias = s.bias ? std::abs(score_of(found[k - 1])) * 0x1p-22 : 0;
-    const double cutoff = score_of(found[k - 1]) - 2 * margin(query) - bias;
+    const float* slacks = key_slack.data() + query / kQueries / panels_at_once * ranges;
+    float slack = 0;
+    for (int64_t r = 0; r < ranges; ++r) slack = slacks[r] <= slack ? slack : slacks[r];
+    const float lowest = cutoff(score_of(found[k - 1]), query, slack);
     const bool complete = all.count < most || most == s.slots;
-    const bool clear = complete || score_of(found[all.count - 1]) < cutoff;
-    if (clear && !std::isnan(score_of(found[0])) && !std::isnan(cutoff)) {
+    const bool clear = complete || score_of(found[all.count - 1]) < lowest;
+    if (clear && !std::isnan(score_of(found[0])) && !std::isnan(lowest)) {
       int64_t count = 0;
-      for (; count < all.count && score_of(found[count]) >= cutoff; ++count)
+      for (; count < all.count && score_of(found[count]) >= lowest; ++count)
         found[count] = ranked(exact(list, slot_of(found[count])), slot_of(found[count]));
       std::sort(found, found + count, Better{});
       return k;
@@ -376,24 +313,24 @@ class Searcher {
     if constexpr (kRounded) return -1;
     all.count = 0;
     for (int64_t slot = 0; slot < s.slots; ++slot)
-      if (allowed(query, list, slot)) all.add(ranked(exact(list, slot), slot));
-    all.prune();
+      if (allowed(query, list, slot) && all.add(ranked(exact(list, slot), slot))) all.keep_best();
+    all.keep_best();
     std::sort(found, found + all.count, Better{});
     return k;
   }
 
   const Search s;
   const Pool& pool;
+  Keys<T, P> keys;
   const int64_t d, padded_d, words, most;  // of a group, of a row; words are of P::kPair elements; slots kept a list
-  int64_t most_listed, blocks, panels_at_once, parts, range, ranges;
-  bool threads, few;
+  const bool few;
+  int64_t most_listed, blocks, panels_at_once, parts, chunks, ranges;
+  bool threads;
   Buffer<E> panels;           // [block][words][kQueries] words, or [B][D] where queries are few
-  Buffer<E> converted;        // [P][words] words, where they are read more than once
   Buffer<float> query_slack;  // [B] its length, or the length of what rounding took from it
   Buffer<float> key_slack;    // [part][range] the largest of keys
-  Buffer<float> converted_slack;  // [chunk]
-  Buffer<Ranked> kept;            // [range][list][B][most_listed]
-  Buffer<int64_t> counts;         // [range][list][B]
+  Buffer<Ranked> kept;        // [range][list][B][most_listed]
+  Buffer<int64_t> counts;     // [range][list][B]
 };
 
 #if defined(__AVX512BF16__)
@@ -414,7 +351,7 @@ void search(const Search& s, const Pool& pool, const Allowed& allowed, const Use
   Search rest = s;
   auto never = [](int64_t) {};
 #if defined(__AVX512BF16__)
-  if (s.cosine && s.queries > kFew && s.slots >= 4 * (s.k + 24)) {
+  if (s.cosine && (s.prepared || (s.queries > kFew && s.slots >= 4 * (s.k + 24)))) {
     Buffer<char> left(s.queries);
     std::fill_n(left.data(), s.queries, 0);
     Searcher<T, Bf16Pairs>(s, pool).run(allowed, use, [&](int64_t query) { left[query] = 1; });

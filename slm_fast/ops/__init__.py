@@ -3,6 +3,16 @@ faster backends that equal it. `ops.backends()` says which are present, `with op
 
 from slm_fast.ops.dispatch import Backend, backends, use_backend
 from slm_fast.ops.multi_lora import multi_lora
-from slm_fast.ops.retrieve import Route, key_loss, retrieve
+from slm_fast.ops.retrieve import PreparedKeys, Route, key_loss, prepare_keys, retrieve
 
-__all__ = ["Backend", "Route", "backends", "key_loss", "multi_lora", "retrieve", "use_backend"]
+__all__ = [
+    "Backend",
+    "PreparedKeys",
+    "Route",
+    "backends",
+    "key_loss",
+    "multi_lora",
+    "prepare_keys",
+    "retrieve",
+    "use_backend",
+]

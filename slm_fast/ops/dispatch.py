@@ -72,6 +72,7 @@ class Backend:
     leaves_out: sizes that are not served of operators that otherwise are.
     checks_arguments: `multi_lora` raises ValueError for whatever does not fit, before it touches memory.
     in_place: it also has `slm_fast::multi_lora_<name>_`, which overwrites `base`.
+    prepares_keys: it also has `slm_fast::prepare_keys_<name>`, and its `retrieve` takes what that returns.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Backend:
     leaves_out: tuple[str, ...] = ()
     checks_arguments: bool = False
     in_place: bool = False
+    prepares_keys: bool = False
 
     def serves(self, stem: str, size: str = "") -> bool:
         sized = f"{stem}:{size}"
@@ -102,6 +104,7 @@ BACKENDS = (
         lambda: NATIVE_MISSING,
         checks_arguments=True,
         in_place=True,
+        prepares_keys=True,
     ),
     Backend(
         "triton",

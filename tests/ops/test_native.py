@@ -198,6 +198,18 @@ def test_the_operator_itself_checks_dtypes_and_shapes(name):
         op(**(call | {"slot_ids": torch.tensor([[0, 3], [0, 0]])}))
 
 
+def assert_routes_equal_the_specification(query, keys, k, **options):
+    """Also of keys that are prepared, to the bit."""
+    got = ops.retrieve(query, keys, k, **options)
+    prepared = ops.retrieve(query, ops.prepare_keys(keys, groups=options.get("groups", 1)), k, **options)
+    with ops.use_backend("reference"):
+        expected = ops.retrieve(query, keys, k, **options)
+    assert torch.equal(got.slot_ids, expected.slot_ids)
+    torch.testing.assert_close(got.weights, expected.weights, rtol=1e-5, atol=1e-6)
+    assert torch.equal(got.slot_ids, prepared.slot_ids)
+    assert torch.equal(got.weights, prepared.weights)
+
+
 @given(st.integers(1, 60), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32))
 @SETTINGS
 def test_retrieved_routes_equal_the_specification_among_near_and_exact_ties(B, P, k, seed):
@@ -209,18 +221,13 @@ def test_retrieved_routes_equal_the_specification_among_near_and_exact_ties(B, P
     nudged = torch.rand(P, 24, generator=random) > 0.9
     keys = torch.where(nudged, torch.nextafter(keys, keys + 1), keys)
     for options in ({"groups": 3}, {"groups": 3, "aggregate": "vote"}, {"metric": "dot"}):
-        got = ops.retrieve(query, keys, k, **options)
-        with ops.use_backend("reference"):
-            expected = ops.retrieve(query, keys, k, **options)
-        assert torch.equal(got.slot_ids, expected.slot_ids)
-        torch.testing.assert_close(got.weights, expected.weights, rtol=1e-5, atol=1e-6)
+        assert_routes_equal_the_specification(query, keys, k, **options)
 
 
 def test_a_large_pool_gives_the_route_of_the_specification():
     query, keys = torch.randn(40, 32), torch.randn(50_000, 32)
-    got = ops.retrieve(query, keys, 10, groups=2)
-    with ops.use_backend("reference"):
-        assert torch.equal(got.slot_ids, ops.retrieve(query, keys, 10, groups=2).slot_ids)
+    for queries in (query, query[:3]):
+        assert_routes_equal_the_specification(queries, keys, 10, groups=2)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -229,9 +236,18 @@ def test_groups_of_odd_width_and_keys_of_all_lengths_give_the_route_of_the_speci
     query, keys = torch.randn(70, 33).to(dtype), torch.randn(500, 33).to(dtype)
     keys *= torch.tensor([1e-3, 1.0, 1e3], dtype=dtype).repeat(167)[:500, None]
     keys[7] = 0
-    got = ops.retrieve(query, keys, 5, groups=3, aggregate=aggregate)
-    with ops.use_backend("reference"):
-        assert torch.equal(got.slot_ids, ops.retrieve(query, keys, 5, groups=3, aggregate=aggregate).slot_ids)
+    for queries in (query, query[:5]):
+        assert_routes_equal_the_specification(queries, keys, 5, groups=3, aggregate=aggregate)
+
+
+def test_prepared_keys_of_another_size_are_an_error():
+    query, keys = torch.ones(2, 8), torch.ones(3, 8)
+    prepared = torch.ops.slm_fast.prepare_keys_native(keys, 2)
+    call = (query, keys, 1, 2, None, None, "cosine", "mean", "ratio", 1.0)
+    assert torch.equal(torch.ops.slm_fast.retrieve_native(*call, prepared)[0], torch.zeros(2, 1))
+    for wrong in (prepared[:-1], prepared.char()):
+        with pytest.raises(ValueError, match=r"^prepared: expected torch\.uint8 "):
+            torch.ops.slm_fast.retrieve_native(*call, wrong)
 
 
 def test_the_form_that_may_overwrite_base_leaves_shared_memory_alone():

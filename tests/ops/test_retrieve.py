@@ -65,13 +65,16 @@ def assert_same_route(route, expected, device, tolerance=2e-5):
 
 
 def check(query, keys, k, device, **options):
-    """One call equals the loops and the reference backend."""
+    """One call equals the loops and the reference backend; with prepared keys it gives the same bits."""
     moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
     args = (query.to(device), keys.to(device), k)
     route = ops.retrieve(*args, **moved)
     assert_same_route(route, loops(query, keys, k, **options), device)
     with ops.use_backend("reference"):
         assert_same_route(route, ops.retrieve(*args, **moved), device)
+    prepared = ops.prepare_keys(args[1], groups=options.get("groups", 1))
+    for got, expected in zip(ops.retrieve(args[0], prepared, k, **moved), route, strict=True):
+        assert torch.equal(got, expected)
     return route
 
 
@@ -244,6 +247,14 @@ def test_each_wrong_argument_is_an_error_that_names_it(name, wrong):
         ops.retrieve(**call)
 
 
+def test_keys_prepared_for_other_groups_or_that_cannot_be_are_an_error():
+    with pytest.raises(InputError, match=r"^groups: expected 2, as the keys were prepared for, got 4$"):
+        ops.retrieve(ONES(2, 8), ops.prepare_keys(ONES(3, 8), groups=2), 1, groups=4)
+    for name, keys in (("keys", ONES(3)), ("keys", ONES(3, 8, dtype=torch.int64)), ("groups", ONES(3, 7))):
+        with pytest.raises(InputError, match=rf"^{name}: "):
+            ops.prepare_keys(keys, groups=2)
+
+
 def test_the_operator_is_well_formed(device):
     query, keys = normal(3, 8).to(device), normal(5, 8).to(device)
     mask = torch.ones(3, 5, dtype=torch.bool, device=device)
@@ -259,4 +270,5 @@ def test_the_operator_is_well_formed(device):
 def test_it_compiles_into_one_graph(device):
     query, keys = normal(3, 8).to(device), normal(5, 8).to(device)
     compiled = torch.compile(lambda q, p: ops.retrieve(q, p, 2, groups=2), fullgraph=True, backend="aot_eager")
-    assert_same_route(compiled(query, keys), ops.retrieve(query, keys, 2, groups=2), device)
+    for asked in (keys, ops.prepare_keys(keys, groups=2)):
+        assert_same_route(compiled(query, asked), ops.retrieve(query, keys, 2, groups=2), device)
