@@ -1,7 +1,7 @@
 """Timing of alternatives side by side, and the machine's own limits to hold them against.
 
 Candidates are called in turns, round after round, so that a slow moment of the machine meets them all. What is reported
-is the 20th, 50th and 80th percentile over rounds; ratios are of medians within one run. A call during which the kernel
+is the 20th, 50th and 80th percentile over calls; ratios are of medians within one run. A call during which the kernel
 gave one of our cores to somebody else is left out, for every candidate alike, as long as five undisturbed ones remain.
 """
 
@@ -45,28 +45,40 @@ def time_together(
 ) -> dict[str, Times]:
     """Calls the candidates in turns until each has had about `seconds`, and `least` calls at the least.
 
-    The order within a round is random, so that none always follows the one that leaves the caches coldest. Those
-    `apart` have threads of their own, which disturb torch's and are disturbed by them: they are timed after the others.
+    A turn is a call that is not counted, which finds the caches and threads as another candidate left them, and calls
+    for 10 ms. The order of turns is random. Those `apart` have threads of their own: before and after them all threads,
+    which wait for more work by spinning, come to rest.
     """
-    order = random.Random(0)
+    order, last = random.Random(0), ""
     calls: dict[str, list[tuple[bool, float]]] = {name: [] for name in candidates}
     spent = dict.fromkeys(candidates, 0.0)
-    for waiting in ([n for n in candidates if n not in apart], *([n] for n in candidates if n in apart)):
-        time.sleep(0.02 if waiting[0] in apart else 0.0)  # threads that wait for work by spinning come to rest
+    for call in candidates.values():
+        call()
+    waiting = list(candidates)
+    while waiting:
+        order.shuffle(waiting)
         for name in waiting:
-            candidates[name]()
-        while waiting:
-            order.shuffle(waiting)
-            for name in waiting:
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-                start = time.perf_counter()
+            if last and (name in apart or last in apart):
+                time.sleep(0.02)
+            last = name
+            if not spent[name] or spent[name] / len(calls[name]) < 0.1:
                 candidates[name]()
-                took = time.perf_counter() - start
-                disturbed = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw != before
+            until = spent[name] + 0.01
+            while spent[name] < until and len(calls[name]) < most:
+                disturbed, took = _timed(candidates[name])
                 calls[name].append((disturbed, took * 1e3))
                 spent[name] += took
-            waiting = [n for n in waiting if len(calls[n]) < least or (len(calls[n]) < most and spent[n] < seconds)]
+        waiting = [n for n in waiting if len(calls[n]) < least or (len(calls[n]) < most and spent[n] < seconds)]
     return {name: _undisturbed(timed) for name, timed in calls.items()}
+
+
+def _timed(call: Callable[[], object]) -> tuple[bool, float]:
+    """Whether the kernel gave our core to somebody else meanwhile, and the seconds that the call took."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+    start = time.perf_counter()
+    call()
+    took = time.perf_counter() - start
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw != before, took
 
 
 def _undisturbed(calls: list[tuple[bool, float]]) -> Times:
