@@ -153,18 +153,18 @@ inline void combine_tile(
   for (int64_t n = 0; n < n_count; ++n) {
     if constexpr (requires { out.ahead(n); }) out.ahead(n);
     typename P::Operand b[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) b[v] = P::load_operand(panel + (n * kCombineV<P> + v) * L * P::kPair);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const typename P::Operand c_m = P::spread(c[n * step + m * stride]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < V; ++v) acc[m][v] = P::multiply_add(c_m, b[v], acc[m][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; v += kInterleaved<Out> ? 2 : 1) {
       if constexpr (kInterleaved<Out>) {
         out.add_pair(row + m, v * L, acc[m][v], acc[m][v + 1], kWhole ? 2 * L : columns - v * L);
