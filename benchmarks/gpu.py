@@ -34,7 +34,7 @@ def capture(calls: Calls) -> Callable[[], object] | None:
             kept = [call() for call in calls]
     except (RuntimeError, ValueError) as error:
         torch.cuda.synchronize()
-        print(f"# not captured: {str(error).splitlines()[0][:100]}")
+        print(f"# not captured: {str(error)[:100]!r}")
         return None
 
     def replay(_kept: object = kept) -> None:
