@@ -47,7 +47,7 @@ cuda: $(VENV)/.ready
 	$(VENV)/bin/cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python -DSLM_FAST_CUDA=compile \
 	  -DSLM_FAST_WERROR=ON
 	$(VENV)/bin/cmake --build build/cuda --target kernels_cuda
-	PYTHONPATH=$(CURDIR) $(VENV)/bin/python tests/ops/compile_triton.py bfloat16
+	PYTHONPATH=$(CURDIR) $(VENV)/bin/python tests/ops/compile_triton.py bfloat16 float16 float32
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -13,27 +13,28 @@ from benchmarks.timing import Times, percentiles
 Calls = Sequence[Callable[[], object]]  # one for each set of inputs
 
 
-def sets_of_inputs(moved: float, most: int = 12) -> int:
+def sets_of_inputs(moved: float, most: int = 160) -> int:
     """How many sets of inputs of `moved` bytes to go through in turns, so that each finds the cache without it."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return int(min(most, max(1, -(-2 * cache // max(1, int(moved))))))
 
 
 def capture(calls: Calls) -> Callable[[], object] | None:
-    """One replay of all calls as a CUDA graph; None for what cannot be captured (it waits for the device, say)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    """One replay of all calls as a CUDA graph, captured on the current stream, which must not be the default one; None
+    for what cannot be captured (it waits for the device, say)."""
     try:
-        with torch.cuda.stream(stream):
+        torch.cuda.set_sync_debug_mode("error")  # a capture that fails half-way would leave torch's allocator capturing
+        try:
             for call in calls:
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             kept = [call() for call in calls]
     except (RuntimeError, ValueError) as error:
         torch.cuda.synchronize()
-        print(f"# not captured: {str(error).splitlines()[0][:100]}")
+        print(f"# not captured: {str(error)[:100]!r}")
         return None
 
     def replay(_kept: object = kept) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +23,11 @@ def describe() -> dict[str, str]:
         if "cpu family" in about:
             cpu = f"{about['model name']} (family {about['cpu family']}, model {about['model']})"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    versions = {
-        package: metadata.version(package)
-        for package in ("torch", "transformers", "peft", "triton", "faiss-cpu")
-        if find_spec(package.partition("-")[0])
-    }
+    versions = {}
+    for package in ("torch", "transformers", "peft", "triton", "faiss-cpu", "vllm"):
+        if find_spec(package.partition("-")[0]):
+            with suppress(metadata.PackageNotFoundError):  # installed under another name
+                versions[package] = metadata.version(package)
     return {
         "cpu": f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
         "gpu": gpu,

@@ -14,6 +14,10 @@
 
 #include "cpu/kernels.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it under its older name
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace slm_fast {
 
 using torch::headeronly::ScalarType;

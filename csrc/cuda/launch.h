@@ -37,7 +37,7 @@ constexpr int decode_blocks(int64_t rows, int64_t features_in, int64_t features_
 
 // Retrieve: a block of 8 warps holds kQueries queries, and 4 keys a warp pass by at a time.
 constexpr int kQueries = 4, kRetrieveThreads = 256, kKeysAtOnce = kRetrieveThreads / 8, kMostPicks = 32;
-constexpr int64_t kMostShared = 160 << 10;  // bytes a block may have on sm_80 and later data-centre cards
+constexpr int64_t kMostShared = 99 << 10;  // bytes a block may have on any card since sm_80
 
 struct RetrieveCut {
   int tiles, splits;  // blocks of queries, parts of the pool

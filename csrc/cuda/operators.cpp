@@ -2,6 +2,8 @@
 #define USE_CUDA  // declares the stream and the guard in torch's stable header
 #include "operators.h"
 
+#include <memory>
+
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "tensor.h"
@@ -26,21 +28,24 @@ Tensor readable(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(whole.data_ptr()) % 16 ? torch::stable::clone(whole) : whole;
 }
 
+struct LeaveDevice {
+  void operator()(CUDAGuardOpaque* guard) const { aoti_torch_delete_cuda_guard(guard); }
+};
+
 // The tensor's device is the current one as long as this lives.
 struct OnDevice {
-  CUDAGuardHandle guard;
+  std::unique_ptr<CUDAGuardOpaque, LeaveDevice> guard;
   void* stream = nullptr;
   int multiprocessors = 0, major = 0;
 
   explicit OnDevice(int device) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard));
+    CUDAGuardHandle entered;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &entered));
+    guard.reset(entered);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     done(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
     done(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   }
-  ~OnDevice() { aoti_torch_delete_cuda_guard(guard); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
 
   static void done(cudaError_t status) {
     if (status != cudaSuccess) throw std::runtime_error(std::string("slm_fast: CUDA: ") + cudaGetErrorString(status));

@@ -209,4 +209,5 @@ def _order(stem: str, device: str, size: str) -> tuple[str, ...]:
 
 def fused_wins(device: str, size: str) -> bool:
     """Whether measurement says that the base's product and the increments belong in one kernel (adapted_linear)."""
-    return MEASURED.get((device, "adapted_linear", size), ("",))[0] == "triton" and _forced.name in (None, "triton")
+    measured = MEASURED.get((device, "adapted_linear", size), ("",))[0]
+    return measured == "triton" and TRITON_MISSING is None and _forced.name in (None, "triton")

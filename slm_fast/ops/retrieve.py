@@ -162,7 +162,7 @@ def _size(query: Tensor, keys: Tensor, k: int, groups: int, aggregate: str) -> s
     if min(k, slots) > _MOST_PICKED:
         return "wide"
     padded = groups * -(-width // groups // 64) * 64  # a group's numbers as they lie in shared memory
-    if k > 32 or aggregate == "vote" or padded > 3072 or query.dtype == torch.float64:
+    if k > 32 or aggregate == "vote" or padded > 2560 or query.dtype == torch.float64:
         return "other"
     return "few" if slots <= 4096 else "many"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from slm_fast.ops import dispatch
 
@@ -25,6 +26,15 @@ def test_a_dry_run_times_every_way_and_writes_what_it_found(tmp_path, monkeypatc
     assert {row["size"] for row in rows} == {"decode", "tokens"}
     searches = read_csv(tmp_path / "retrieve_gpu.csv")
     assert {"triton", "gemm + topk", "bmm + topk a group"} <= {row["way"] for row in searches}
+    ours = [row for row in rows + searches if row["way"].startswith("triton")]
+    assert all(row["repeats"] == "yes" and float(row["error"]) < 2e-2 for row in ours)
+    targets = [row["target"] for row in read_csv(tmp_path / "targets_gpu.csv")]
+    assert targets.count("multi_lora: to_linear") == 5
+    assert {"retrieve: p50_us", "multi_lora: error in bfloat16, worst", "multi_lora: calls that gave other bits"} <= {
+        *targets
+    }
+    assert capsys.readouterr().out.rstrip().splitlines()[-1].strip().startswith("multi_lora: calls")
+    assert ("cpu", "multi_lora", "decode") in dispatch.read_measured(tmp_path / "preference.csv")
 
 
 def test_the_order_it_proposes_is_by_time_and_dispatch_reads_it(tmp_path):
@@ -38,4 +48,47 @@ def test_the_order_it_proposes_is_by_time_and_dispatch_reads_it(tmp_path):
     assert dispatch.read_measured(tmp_path / "preference.csv") == {
         ("cuda", "multi_lora", "decode"): ("cuda", "triton", "reference"),
         ("cuda", "adapted_linear", "narrow"): ("triton", "reference"),
+    }
+
+
+def test_a_way_that_fails_or_computes_something_else_is_left_out_and_said(capsys):
+    from benchmarks.ops.bench_gpu import checked
+
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    exact = torch.ones(3, dtype=torch.float64)
+    ways = {"linear": lambda: 5 * exact, "vllm x K": broken, "materialised": lambda: 2 * exact}
+    turns = iter([1.0, 1.0, 1.0, 1.5])
+    ways |= {"gather bmm": lambda: exact, "triton": lambda: exact.float(), "cuda": lambda: next(turns) * exact}
+    found = checked(ways, (exact,), 1e-4)
+    assert {name: about["repeats"] for name, about in found.items()} == {
+        "linear": "-", "gather bmm": "-", "triton": "yes", "cuda": "NO",
+    }  # fmt: skip
+    said = capsys.readouterr().out
+    assert "vllm x K left out: RuntimeError: no such kernel" in said
+    assert "materialised left out: relative error 1.0e+00" in said
+
+
+def test_each_target_is_judged_by_the_fastest_of_our_ways_and_of_speed_ups_by_the_worst_case():
+    from benchmarks.ops.bench_gpu import verdicts
+
+    case = {"how": "graph", "pass": "forward", "I": 8, "O": 8, "dtype": "bfloat16", "repeats": "yes", "error": "1e-3"}
+    rows = []
+    for batch, alternative, target in ((1, 4.0, 1.2), (2, 2.4, "-")):
+        for way, time in {
+            "linear": 10.0,
+            "triton": 13.0,
+            "cuda": 12.0,
+            "gather bmm compiled": 10 + alternative,
+        }.items():
+            about = {"B": batch, "way": way, "p50_us": time, "added_us": time - 10, "to_linear": time / 10}
+            rows.append(case | about | {"target": target})
+    rows[1] |= {"repeats": "NO", "error": "3e-2"}
+    found = {row["target"]: (row["got"], row[""]) for row in verdicts(rows, "multi_lora")}
+    assert found == {
+        "multi_lora: to_linear": ("1.2", "met"),
+        "multi_lora: gather bmm compiled's added time to ours, worst": ("1.2", "MISSED"),
+        "multi_lora: error in bfloat16, worst": ("0.03", "MISSED"),
+        "multi_lora: calls that gave other bits": ("1", "MISSED"),
     }

@@ -71,6 +71,7 @@ def launch_all(dtype: torch.dtype) -> None:
             multi_lora.adapted_linear(x, torch.zeros(H, H, dtype=dtype), x[0, 0], a, b, ids, weights)
 
     lora(32, 128, 768, 20, 4, 12)  # prefill
+    lora(1, 1, 1, 1, 1, 1)  # Triton makes constants of ones
     lora(2, 128, 4096, 20, 4, 64)  # more columns than fit at once
     lora(4, 1, 4096, 100, 2, 8)  # decode
     lora(64, 1, 4096, 16, 2, 4 if dtype == torch.float64 else 8)  # decode with all slots
@@ -80,6 +81,8 @@ def launch_all(dtype: torch.dtype) -> None:
         retrieve.retrieve(query, keys, k, 6, None, None, "cosine", "mean", "ratio", 1.0)
         retrieve.retrieve(query, keys, k, 6, None, mask, "cosine", "vote", "softmax", 2.0)
     retrieve.retrieve(query, keys, 4, 1, bias, mask, "dot", "mean", "softmax", 2.0)
+    retrieve.retrieve(query[:1, :1], keys[:1, :1], 1, 1, None, None, "cosine", "vote", "ratio", 1.0)
+    retrieve.key_loss(query[:1, :1], keys[:1, :1], 1, 1, 0.2, 1)
     _, selected = retrieve.key_loss(query, keys, 4, 6, 0.2, 2**40)
     retrieve.key_loss_backward(torch.ones(()), query, keys, selected.zero_())
 

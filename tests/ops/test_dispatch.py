@@ -88,3 +88,10 @@ def test_each_device_has_the_reference_and_every_backend_named_for_it_serves_it(
     assert "reference" in [b.name for b in usable]
     assert all(b.available and device_type in b.devices for b in usable)
     assert set(dispatch.PREFERENCE[device_type]) <= {b.name for b in ops.backends()}
+
+
+def test_a_measurement_for_triton_is_not_followed_where_triton_is_missing(monkeypatch):
+    monkeypatch.setattr(dispatch, "MEASURED", {("cuda", "adapted_linear", "narrow"): ("triton", "reference")})
+    for missing in (None, "triton is not installed"):
+        monkeypatch.setattr(dispatch, "TRITON_MISSING", missing)
+        assert dispatch.fused_wins("cuda", "narrow") == (missing is None)

@@ -67,7 +67,7 @@ def _expand(h, b_row, valid, o, O, sums, KEEP_RANGE: tl.constexpr, PRECISION: tl
     return _dot(h.to(b_block.dtype), b_block, sums, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "T"])
 def _adapt(
     x, a, b, ids, weights, base, y, shrunk,
     x_sample, x_token, base_sample, base_token, P, T, I, O, first,
@@ -101,7 +101,7 @@ def _adapt(
             tl.store(y + y_row * O + o[None, :], sums, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _dense_shrink(
     x, a, partial, N, Q, I, BN: tl.constexpr, QP: tl.constexpr, BI: tl.constexpr, SPAN: tl.constexpr,
     DOUBLE: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,7 +116,7 @@ def _dense_shrink(
     tl.store(partial + ((part * N + n[:, None]) * Q + q[None, :]), h, mask=(n < N)[:, None] & (q < Q)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "PARTS"])
 def _dense_expand(
     partial, b, ids, weights, base, y, N, Q, O, T, PARTS,
     K: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, QP: tl.constexpr, BO: tl.constexpr, HAS_BASE: tl.constexpr,
@@ -156,7 +156,7 @@ def _dense_expand(
     tl.store(y + y_address, sums, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _slot_gradient(
     gradient, coefficient, weights, rows, order, begin, row_sample, row_token, T, F,
     K: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, DOUBLE: tl.constexpr,
@@ -184,17 +184,18 @@ def _slot_gradient(
     tl.store(gradient + (slot * RANK + j[:, None]) * F + f[None, :], sums, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "T"])
 def _linear(
     x, matrix, bias, a, b, ids, weights, y, x_sample, x_token, P, T, I, O,
     K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
     HAS_BIAS: tl.constexpr, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x . W^T + bias + increments: x is read once for the base's product and for the shrink."""
-    tiles = tl.cdiv(T, BT)
-    sample = (tl.program_id(1) // tiles).to(tl.int64)
-    t = ((tl.program_id(1) % tiles) * BT + tl.arange(0, BT)).to(tl.int64)
-    o = tl.program_id(0) * BO + tl.arange(0, BO)
+    tiles, shares = tl.cdiv(T, BT), tl.cdiv(O, BO)
+    block = tl.program_id(0) // shares  # neighbours read the same x
+    sample = (block // tiles).to(tl.int64)
+    t = ((block % tiles) * BT + tl.arange(0, BT)).to(tl.int64)
+    o = (tl.program_id(0) % shares) * BO + tl.arange(0, BO)
     _, valid, row, weight = _route_rows(ids, weights, sample, 0, P, K, RANK, RP)
     x_row, a_row = x + sample * x_sample + t[:, None] * x_token, a + (row * I)[None, :]
     w_row = matrix + o.to(tl.int64)[None, :] * I
@@ -245,10 +246,11 @@ class _Tiles:
         self.all_slots = 512 // dtype.itemsize  # P r up to which all slots may be used at once
 
 
-def _token_block(samples: int, tokens: int, most: int, device: torch.device) -> int:
-    """As many tokens a program as leave a program for each multiprocessor: A and B are read once a program."""
+def _token_block(programs: int, tokens: int, most: int, device: torch.device) -> int:
+    """As many tokens a program as leave a program for each multiprocessor: A and B are read once a program. `programs`:
+    how many there are for each block of tokens."""
     for block in (128, 64, 32):
-        if block <= most and tokens > block // 2 and samples * blocks(tokens, block) >= processors(device):
+        if block <= most and tokens > block // 2 and programs * blocks(tokens, block) >= processors(device):
             return block
     return min(32, power_of_two(tokens, 16))
 
@@ -305,6 +307,7 @@ def _run_dense(
     _dense_expand[(tiles, blocks(O, BO))](
         partial, b, slot_ids, weights, base, y, N, Q, O, T, parts,
         K=K, RANK=r, BN=BN, QP=QP, BO=BO, HAS_BASE=base is not None, **arithmetic,
+        num_warps=4 if x.dtype.itemsize == 2 else 8,
     )  # fmt: skip
 
 
@@ -397,13 +400,13 @@ def adapted_linear(
     y = x.new_empty(B, T, O)
     if min(y.numel(), P) == 0:
         return y.copy_(torch.nn.functional.linear(x, weight, bias))
-    x, BT = _dense_rows(x), _token_block(B, T, tiles.most_tokens, x.device)
     BO = power_of_two(min(O, tiles.outputs), 16)
+    x, BT = _dense_rows(x), _token_block(B * blocks(O, BO), T, tiles.most_tokens, x.device)
     arithmetic = _arithmetic(x.dtype)
     with on(x.device):
-        _linear[(blocks(O, BO), B * blocks(T, BT))](
-            x, weight.contiguous(), bias, lora_a.contiguous(), lora_b.contiguous(), slot_ids.contiguous(),
-            weights.contiguous(), y, x.stride(0), x.stride(1), P, T, I, O,
+        _linear[(blocks(O, BO) * B * blocks(T, BT),)](
+            x, weight.contiguous(), None if bias is None else bias.contiguous(), lora_a.contiguous(),
+            lora_b.contiguous(), slot_ids.contiguous(), weights.contiguous(), y, x.stride(0), x.stride(1), P, T, I, O,
             K=K, RANK=r, RP=power_of_two(K * r, 16), BT=BT, BI=tiles.inputs, BO=BO, HAS_BIAS=bias is not None,
             KEEP_RANGE=arithmetic["KEEP_RANGE"], PRECISION=arithmetic["PRECISION"],
             num_warps=8 if BT >= 64 else 4,

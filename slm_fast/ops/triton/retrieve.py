@@ -112,18 +112,19 @@ def _write_route(best, b, row_mask, slot_ids, weights, K, KP: tl.constexpr, SOFT
     tl.store(weights + address, weight, mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+# A batch or a pool of another size must not compile another kernel.
+@triton.jit(do_not_specialize=["seed", "threshold", "B", "P", "G", "K", "mask_row", "span"])
 def _rank(
     query, keys, bias, mask, parts, tickets, slot_ids, weights, seed, threshold, temperature,
-    B, P, D, G, K, mask_row, span,
-    BB: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr,
+    B, P, D, d_size, G, K, mask_row, span,
+    BB: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, KP: tl.constexpr, JOIN: tl.constexpr,
     COSINE: tl.constexpr, LISTS: tl.constexpr, VOTE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     HIDE: tl.constexpr, SOFTMAX: tl.constexpr, BR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The best slots of a block of queries in a span of the pool, and their join.
 
-    LISTS: a list for each group (vote, key_loss), else one of the mean over groups. parts: [SPLITS, L, B, KP] packed
-    lists, L = G or 1. Without VOTE, lists for groups go to slot_ids as they are.
+    LISTS: a list for each group (vote, key_loss), else one of the mean over groups. parts: [splits, L, B, KP] packed
+    lists, L = G or 1. JOIN: there are several. Without VOTE, lists for groups go to slot_ids as they are.
     """
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     group, split = tl.program_id(1), tl.program_id(2)
@@ -132,11 +133,11 @@ def _rank(
     for p0 in range(split * span, end, BP):
         p = p0 + tl.arange(0, BP)
         if LISTS:
-            score = _cosines(query, keys, b, p, B, P, D, group, D // G, BB, BP, BD, COSINE).to(tl.float32)
+            score = _cosines(query, keys, b, p, B, P, D, group, d_size, BB, BP, BD, COSINE).to(tl.float32)
         else:
             score = tl.zeros([BB, BP], tl.float32)
             for g in range(G):
-                product = _cosines(query, keys, b, p, B, P, D, g, D // G, BB, BP, BD, COSINE)
+                product = _cosines(query, keys, b, p, B, P, D, g, d_size, BB, BP, BD, COSINE)
                 if HAS_BIAS:
                     product += tl.load(bias + p, mask=p < P, other=0.0).to(tl.float64)[None, :]
                 score += product.to(tl.float32)
@@ -153,22 +154,22 @@ def _rank(
             best = _merge(best, packed)
 
     place = tl.arange(0, KP)[None, :]
-    lists = tl.num_programs(1)
+    lists, splits = tl.num_programs(1), tl.num_programs(2)
     rows = b.to(tl.int64)[:, None]
     in_batch = (b < B)[:, None]
-    if SPLITS > 1 or LISTS:
+    if JOIN:
         tl.store(parts + ((split * lists + group) * B + rows) * KP + place, best, mask=in_batch)
         # What all threads have stored, then the ticket: the last to draw one sees every list.
         tl.debug_barrier()
         ticket = tl.atomic_add(tickets + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
-        last = ticket == SPLITS * lists - 1
+        last = ticket == splits * lists - 1
         tl.debug_barrier()
     else:
         last = tl.program_id(1) == 0
     if last:
         if LISTS:
             for g in range(G):
-                joined = _joined(parts, rows, in_batch, g, G, B, BB, KP, SPLITS, CHUNK)
+                joined = _joined(parts, rows, in_batch, g, G, splits, B, BB, KP, CHUNK)
                 if VOTE:
                     tl.store(parts + (g * B + rows) * KP + place, joined, mask=in_batch)
                 else:
@@ -182,22 +183,22 @@ def _rank(
                     elected = _elect(parts, some, B, G, K, BR, KP)
                     _write_route(elected, some, some < B, slot_ids, weights, K, KP, SOFTMAX, temperature)
         else:
-            if SPLITS > 1:
-                best = _joined(parts, rows, in_batch, 0, 1, B, BB, KP, SPLITS, CHUNK)
+            if JOIN:
+                best = _joined(parts, rows, in_batch, 0, 1, splits, B, BB, KP, CHUNK)
             _write_route(best, b, b < B, slot_ids, weights, K, KP, SOFTMAX, temperature)
 
 
 @triton.jit
-def _joined(parts, rows, in_batch, group, lists, B, BB: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr,
+def _joined(parts, rows, in_batch, group, lists, splits, B, BB: tl.constexpr, KP: tl.constexpr,
             CHUNK: tl.constexpr):  # fmt: skip
     """The best of what the splits kept in one group, CHUNK splits at once: [BB, KP]. Other multiprocessors wrote it, so
     it is read past the L1 cache."""
     best = tl.full([BB, KP], _NONE, tl.int64)
     column = tl.arange(0, CHUNK * KP)[None, :]
-    for first in range(0, SPLITS, CHUNK):
+    for first in range(0, splits, CHUNK):
         split = first + column // KP
         address = parts + ((split * lists + group) * B + rows) * KP + column % KP
-        lists_of_chunk = tl.load(address, mask=in_batch & (split < SPLITS), other=_NONE, cache_modifier=".cg")
+        lists_of_chunk = tl.load(address, mask=in_batch & (split < splits), other=_NONE, cache_modifier=".cg")
         best = _merge(best, lists_of_chunk)
     return best
 
@@ -321,11 +322,11 @@ def _launch_rank(
         _rank[(tiles, lists, splits)](
             query, keys, bias, mask, parts, tickets, slot_ids, weights,
             seed, math.ceil(mask_prob * 2**24), temperature,
-            B, P, D, groups, slot_ids.shape[-1], 0 if mask is None or mask.dim() == 1 else P, span,
-            BB=BB, BP=BP, BD=min(32, power_of_two(D // groups, 16)), KP=KP, SPLITS=splits,
+            B, P, D, D // groups, groups, slot_ids.shape[-1], 0 if mask is None or mask.dim() == 1 else P, span,
+            BB=BB, BP=BP, BD=min(32, power_of_two(D // groups, 16)), KP=KP, JOIN=splits > 1 or in_lists,
             COSINE=cosine, LISTS=in_lists, VOTE=vote, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
             HIDE=mask_prob > 0, SOFTMAX=softmax, BR=max(1, min(BB, 8192 // KP**2)),
-            CHUNK=max(1, min(128 // KP, power_of_two(splits, 1))),
+            CHUNK=128 // KP,
         )  # fmt: skip
 
 
