@@ -161,7 +161,7 @@ class Searcher {
       const int64_t count = std::min(step, end - first);
       Chunk chunk = keys.take(first, count, scratch.keys);
       slack = chunk.slack <= slack ? slack : chunk.slack;
-      if (first + 2 * kKeys > end) chunk.next = nullptr;
+      if (first + 2 * step > end) chunk.next = nullptr;
       for (int64_t block = first_block; block < last_block; ++block)
         for (int64_t list = 0; list < s.lists(); ++list) {
           if (few) score_few(chunk, count, list, scratch.scores.data());
@@ -228,6 +228,7 @@ class Searcher {
     float sums[kFewKeys * kFew];
     const Span span = span_of(list);
     const int64_t size = words * P::kPair;
+    for (int64_t offset = 0; chunk.next && offset < count * chunk.row_bytes; offset += 64) ask_for(chunk.next, offset);
     for (int64_t from = span.begin; from < span.end; from += span.piece) {
       for (int64_t q = 0; q < s.queries; ++q) queries[q] = panels.data() + q * size + from;
       for (int64_t key = 0; key < count; ++key) rows[key] = chunk.rows + key * size + from;
