@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from slm_fast import Task
 from slm_fast.backbones import Backbone, quiet, resolve
@@ -35,7 +38,7 @@ def pretrained(
     class_name, sizes = SHAPES[shape]
     model_class = getattr(transformers, class_name)
     tokenizer.eos_token = tokenizer.sep_token
-    special = {
+    special: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -54,10 +57,16 @@ def pretrained(
     return model.eval(), tokenizer
 
 
-def backbone(shape: str, layers: int, dtype: torch.dtype = torch.float32) -> Backbone:
-    """What `pretrained` gives, frozen and ready to be adapted."""
+def sharing(model: nn.Module) -> Any:
+    """A copy of a model that has the same parameters, so that many ways to use it fit in memory."""
+    return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
+
+
+def backbones(shape: str, layers: int, dtype: torch.dtype = torch.float32) -> Callable[[], Backbone]:
+    """Makes backbones, frozen and ready to be adapted, that share the parameters of one model (see `pretrained`)."""
+    model, tokenizer = pretrained(shape, layers, dtype)
     name = shape if shape == "minilm" else f"{shape}, {layers} layers"
-    return Backbone(*pretrained(shape, layers, dtype), name)
+    return lambda: Backbone(sharing(model), copy.deepcopy(tokenizer), name)
 
 
 def task(data: Path | None, name: str, rows: int) -> Task:

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.shapes import FULL, SHAPES, backbone, task
+from benchmarks.shapes import FULL, SHAPES, backbones, task
 from benchmarks.timing import RESULTS, percentiles, read_csv, table, write_csv
 from slm_fast import Task
 from slm_fast.adapted import AdaptedLinear
-from slm_fast.backbones import pad
+from slm_fast.backbones import Backbone, pad
 from slm_fast.examples import Examples, batches, prepare
 from slm_fast.learn import IGNORE, LearnOptions, _Trainer, learn_task, optimizer_and_schedule
 from slm_fast.model import AdaptedModel, Config
@@ -39,6 +39,7 @@ from slm_fast.query import TrunkQuery
 from slm_fast.tasks import name_seed
 
 Learn = Callable[[], object]
+Load = Callable[[], Backbone]
 LENGTH = 128
 OURS = "slm_fast"
 TITLES = {
@@ -50,16 +51,16 @@ TITLES = {
 }
 
 
-def ours(shape: str, layers: int, rows: Task, options: LearnOptions) -> Learn:
-    model = AdaptedModel(backbone(shape, layers), Config(max_length=LENGTH))
+def ours(load: Load, rows: Task, options: LearnOptions) -> Learn:
+    model = AdaptedModel(load(), Config(max_length=LENGTH))
     return lambda: learn_task(model, rows, options, progress=False)
 
 
-def lora(shape: str, layers: int, rows: Task, options: LearnOptions, bucketed: bool) -> Learn:
+def lora(load: Load, rows: Task, options: LearnOptions, bucketed: bool) -> Learn:
     """PEFT on the layers slm_fast adapts by default, tokenised ahead."""
-    loaded = backbone(shape, layers)
+    loaded = load()
     config = Config(max_length=LENGTH).completed(loaded)
-    examples = tokenised(AdaptedModel(backbone(shape, layers), config), rows)
+    examples = tokenised(AdaptedModel(load(), config), rows)
     modules = loaded.find_linears(config.targets, config.first_layer or 0)
     lengths, encoder = examples.lengths, loaded.kind == "encoder"
     wanted = peft.LoraConfig(r=options.rank, lora_alpha=options.rank, lora_dropout=0.0, target_modules=modules)
@@ -104,16 +105,16 @@ def tokenised(model: AdaptedModel, rows: Task) -> Examples:
 def dense(layer: AdaptedLinear, x: Tensor) -> Tensor:
     """Each sample's increment as a matrix of its own, as in the paper's released code."""
     y: Tensor = layer.base(x)
-    route, values = layer.adaptation.route, layer.adaptation.values
-    if route is None or not values:
+    route, increments = layer.adaptation.route, layer.increments
+    if route is None or increments is None:
         return y
-    lora_a, lora_b = values[layer.name]
+    lora_a, lora_b = increments
     weights = route.weights.to(x.dtype)[..., None, None]
-    increments = (weights * (lora_a[route.slot_ids].transpose(2, 3) @ lora_b[route.slot_ids])).sum(1)  # [B, I, O]
-    return y + x @ increments
+    increment_BIO = (weights * (lora_a[route.slot_ids].transpose(2, 3) @ lora_b[route.slot_ids])).sum(1)
+    return y + x @ increment_BIO
 
 
-def paper(shape: str, layers: int, rows: Task, options: LearnOptions) -> Learn:
+def paper(load: Load, rows: Task, options: LearnOptions) -> Learn:
     """Four slots a task on the attention outputs of all layers, queries from a sentence encoder (MiniLM) again in every
     epoch, increments as matrices, shuffled batches."""
     config = Config(
@@ -126,7 +127,7 @@ def paper(shape: str, layers: int, rows: Task, options: LearnOptions) -> Learn:
         groups=6,
         max_length=LENGTH,
     )
-    model = AdaptedModel(backbone(shape, layers), config)
+    model = AdaptedModel(load(), config)
     for name in model.modules:
         layer = model.backbone.model.get_submodule(name)
         layer.forward = MethodType(dense, layer)
@@ -162,15 +163,14 @@ def rows_for(name: str, arguments: argparse.Namespace) -> int:
     return int(arguments.rows) // (4 if name == "paper" else 1)
 
 
-def candidate(name: str, arguments: argparse.Namespace) -> Learn:
+def candidate(name: str, load: Load, arguments: argparse.Namespace) -> Learn:
     rows = task(arguments.data, "yahoo", rows_for(name, arguments))
     options = LearnOptions(epochs=arguments.epochs, batch_size=arguments.batch_size)
-    at = (arguments.shape, arguments.layers or FULL[arguments.shape], rows)
     if name == "paper":
-        return paper(*at, options)
+        return paper(load, rows, options)
     if name.startswith("peft"):
-        return lora(*at, options, bucketed=name == "peft-bucketed")
-    return ours(*at, LearnOptions(**{**vars(options), "autocast": name.endswith("bf16")}))
+        return lora(load, rows, options, bucketed=name == "peft-bucketed")
+    return ours(load, rows, LearnOptions(**{**vars(options), "autocast": name.endswith("bf16")}))
 
 
 def peak(name: str, arguments: argparse.Namespace) -> int:
@@ -216,8 +216,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "training.csv")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    layers = arguments.layers or FULL[arguments.shape]
     if arguments.only:
-        candidate(arguments.only, arguments)()
+        candidate(arguments.only, backbones(arguments.shape, layers), arguments)()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         return 0
     kept: list[dict[str, Any]] = list(read_csv(arguments.output)) if arguments.output.exists() else []
@@ -229,7 +230,8 @@ def main() -> int:
                 row["peak_mib"] = peak(row["method"], arguments)
         write_csv(arguments.output, kept)
         return 0
-    learners = {name: candidate(name, arguments) for name in TITLES}
+    load = backbones(arguments.shape, layers)
+    learners = {name: candidate(name, load, arguments) for name in TITLES}
     took_ms: dict[str, list[float]] = {name: [] for name in learners}
     for _ in range(arguments.rounds):
         for name, learn in learners.items():
@@ -245,7 +247,7 @@ def main() -> int:
         done.append(
             {
                 "shape": arguments.shape,
-                "layers": arguments.layers or FULL[arguments.shape],
+                "layers": layers,
                 "rows": rows_for(name, arguments),
                 "epochs": arguments.epochs,
                 "batch_size": arguments.batch_size,

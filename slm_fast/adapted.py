@@ -23,6 +23,7 @@ class Adaptation:
     def __init__(self) -> None:
         self.values: Values | None = None
         self.route: Route | None = None
+        self.layers: list[AdaptedLinear] = []
 
     @contextmanager
     def using(self, values: Values, route: Route | None) -> Iterator[None]:
@@ -30,10 +31,14 @@ class Adaptation:
         if self.values is not None:
             raise RuntimeError("the model is already adapting a batch; one batch passes at a time")
         self.values, self.route = values, route
+        for layer in self.layers:
+            layer.take(values.get(layer.name))
         try:
             yield
         finally:
             self.values = self.route = None
+            for layer in self.layers:
+                layer.take(None)
 
 
 class AdaptedLinear(nn.Module):
@@ -49,6 +54,13 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.name = name
         self.adaptation = adaptation
+        self.increments: tuple[Tensor, Tensor] | None = None
+        adaptation.layers.append(self)
+
+    def take(self, increments: tuple[Tensor, Tensor] | None) -> None:
+        """Hold this layer's values while a batch passes. Looked up by name in `forward` instead, torch.compile would
+        make a graph for each layer where one serves all."""
+        self.__dict__["increments"] = increments  # nn.Module's own way takes a microsecond
 
     @property
     def weight(self) -> Any:
@@ -56,11 +68,11 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        route, values = self.adaptation.route, self.adaptation.values
-        if route is None or values is None or route.slot_ids.shape[1] == 0 or self.name not in values:
+        route, increments = self.adaptation.route, self.increments
+        if route is None or increments is None or route.slot_ids.shape[1] == 0:
             y: Tensor = self.base(x)
             return y
-        lora_a, lora_b = values[self.name]
+        lora_a, lora_b = increments
         if self._in_one_kernel(x, lora_a, route):
             y = torch.ops.slm_fast.adapted_linear_triton(
                 x, self.base.weight, self.base.bias, lora_a, lora_b, route.slot_ids, route.weights

@@ -43,6 +43,18 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+# In a graph of torch.compile the product is an operator of ours: the compiler's own way with oneDNN's asks for weights
+# packed by it, and its way with a plain linear layer goes to MKL.
+@torch.library.custom_op("slm_fast::linear_onednn", mutates_args=())
+def _product_in_graph(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _product(x, weight, bias)
+
+
+@_product_in_graph.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,10 +80,14 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.dtype == self.weight.dtype in _DTYPES and x.device.type == "cpu"
-        elsewhere = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()  # the compiler has its own way
-        if not plain or elsewhere or x.numel() < _FEWEST_ROWS * x.shape[-1]:
+        if not plain or torch.is_autocast_enabled("cpu"):
             return super().forward(x)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        gradients = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if torch.compiler.is_compiling():  # one graph is for all sizes, so it cannot ask for this batch's
+            return super().forward(x) if gradients else _product_in_graph(x, self.weight, self.bias)
+        if x.numel() < _FEWEST_ROWS * x.shape[-1]:
+            return super().forward(x)
+        if gradients:
             y: Tensor = _Product.apply(x, self.weight, self.bias)
             return y
         return _product(x, self.weight, self.bias)

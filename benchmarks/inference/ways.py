@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ops.bench_multi_lora import materialised
+from benchmarks.shapes import sharing
 from slm_fast import ScalableLM
 from slm_fast.adapted import AdaptedLinear
 from slm_fast.backbones import Encoded
@@ -52,21 +53,21 @@ class PerSample(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        route, values = self.adaptation.route, self.adaptation.values
-        if route is None or values is None:
+        route, increments = self.adaptation.route, self.increments
+        if route is None or increments is None:
             return y
-        return materialised(y, x, *values[self.name], route.slot_ids, route.weights)
+        return materialised(y, x, *increments, route.slot_ids, route.weights)
 
 
 class OneTask(AdaptedLinear):
     """Batches of one task: its increment is added to the weight once a batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        route, values = self.adaptation.route, self.adaptation.values
-        if route is None or values is None:
+        route, increments = self.adaptation.route, self.increments
+        if route is None or increments is None:
             y: Tensor = self.base(x)
             return y
-        a, b = values[self.name]
+        a, b = increments
         slot = int(route.slot_ids[0, 0])
         weight: Any = self.base.weight
         bias: Any = self.base.bias
@@ -113,11 +114,6 @@ def run_trunk(model: Any, kind: str, batch: Encoded) -> Tensor:
         model, options = model.base_model, {"use_cache": False}
     hidden: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).last_hidden_state
     return hidden
-
-
-def sharing(model: nn.Module) -> Any:
-    """A copy of a model that has the same parameters, so that many ways fit in memory."""
-    return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
 
 
 def make_tasks(slm: ScalableLM, train: Mapping[str, Sequence[str]], copies: int = 1) -> list[LearnedTask]:

@@ -37,9 +37,9 @@ from benchmarks.inference.ways import (
     Step,
     Ways,
     answer,
-    sharing,
     with_layers,
 )
+from benchmarks.shapes import sharing
 from benchmarks.timing import read_csv, write_csv
 from slm_fast.adapted import AdaptedLinear
 from slm_fast.model import Passage
