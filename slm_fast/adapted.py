@@ -32,13 +32,13 @@ class Adaptation:
             raise RuntimeError("the model is already adapting a batch; one batch passes at a time")
         self.values, self.route = values, route
         for layer in self.layers:
-            layer.take(values.get(layer.name))
+            layer.__dict__["increments"] = values.get(layer.name)  # nn.Module's own way takes a microsecond
         try:
             yield
         finally:
             self.values = self.route = None
             for layer in self.layers:
-                layer.take(None)
+                layer.__dict__["increments"] = None
 
 
 class AdaptedLinear(nn.Module):
@@ -54,13 +54,10 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.name = name
         self.adaptation = adaptation
+        # This layer's values while a batch passes. Were they looked up by name in `forward`, torch.compile would make a
+        # graph for each layer where one serves all.
         self.increments: tuple[Tensor, Tensor] | None = None
         adaptation.layers.append(self)
-
-    def take(self, increments: tuple[Tensor, Tensor] | None) -> None:
-        """Hold this layer's values while a batch passes. Looked up by name in `forward` instead, torch.compile would
-        make a graph for each layer where one serves all."""
-        self.__dict__["increments"] = increments  # nn.Module's own way takes a microsecond
 
     @property
     def weight(self) -> Any:
@@ -68,28 +65,26 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        base: Any = self.base
         route, increments = self.adaptation.route, self.increments
         if route is None or increments is None or route.slot_ids.shape[1] == 0:
-            y: Tensor = self.base(x)
+            y: Tensor = base(x)
             return y
         lora_a, lora_b = increments
-        if self._in_one_kernel(x, lora_a, route):
+        if dispatch.MEASURED and self._in_one_kernel(base, x, lora_a, route):
             y = torch.ops.slm_fast.adapted_linear_triton(
-                x, self.base.weight, self.base.bias, lora_a, lora_b, route.slot_ids, route.weights
+                x, base.weight, base.bias, lora_a, lora_b, route.slot_ids, route.weights
             )
             return y
-        y = self.base(x)
-        add = multi_lora_ if self._output_is_ours() else multi_lora
+        y = base(x)
+        # What a plain linear layer without hooks returned is nobody else's, so it may be overwritten. Another module
+        # may return its input, or something that it keeps.
+        add = multi_lora_ if type(base) in PLAIN and not base._forward_hooks else multi_lora
         return add(x, lora_a, lora_b, route.slot_ids, route.weights, y)
 
-    def _output_is_ours(self) -> bool:
-        """Whether nobody else holds what the base returned, so that it may be overwritten. Of a plain linear layer
-        without hooks that is known; another module may return its input, or something that it keeps."""
-        return type(self.base) in PLAIN and not self.base._forward_hooks
-
-    def _in_one_kernel(self, x: Tensor, lora_a: Tensor, route: Route) -> bool:
+    @staticmethod
+    def _in_one_kernel(base: Any, x: Tensor, lora_a: Tensor, route: Route) -> bool:
         """Whether a kernel that has the base's product in it may run, and was measured to win."""
-        base: Any = self.base
         if type(base) not in PLAIN or not dispatch.fused_wins(
             x.device.type, "narrow" if max(base.in_features, base.out_features) <= 2048 else "wide"
         ):

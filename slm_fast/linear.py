@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _FEWEST_ROWS = 16  # below this a product only waits for the weight to be read, and MKL waits better
+_SMALLEST = 1 << 21  # multiplications below which MKL is done with float32 before oneDNN has begun
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -79,18 +80,19 @@ class OneDnnLinear(nn.Linear):
     """nn.Linear, through oneDNN when what passes is float32 or bfloat16 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.dtype == self.weight.dtype in _DTYPES and x.device.type == "cpu"
-        if not plain or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        gradients = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        weight, bias = self.weight, self.bias
+        known = x.dtype == weight.dtype in _DTYPES and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if torch.compiler.is_compiling():  # one graph is for all sizes, so it cannot ask for this batch's
-            return super().forward(x) if gradients else _product_in_graph(x, self.weight, self.bias)
-        if x.numel() < _FEWEST_ROWS * x.shape[-1]:
-            return super().forward(x)
+            return _product_in_graph(x, weight, bias) if known and not gradients else super().forward(x)
+        numbers = x.numel()
+        small = numbers * weight.shape[0] < _SMALLEST and x.dtype == torch.float32
+        if small or not known or numbers < _FEWEST_ROWS * x.shape[-1]:
+            return nn.functional.linear(x, weight, bias)
         if gradients:
-            y: Tensor = _Product.apply(x, self.weight, self.bias)
+            y: Tensor = _Product.apply(x, weight, bias)
             return y
-        return _product(x, self.weight, self.bias)
+        return _product(x, weight, bias)
 
 
 def quicken(model: nn.Module) -> None:
