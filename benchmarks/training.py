@@ -1,6 +1,8 @@
 """Learning one task: slm_fast beside PEFT's LoRA on the same layers and the paper's procedure; rows/s and peak memory.
 
     python -m benchmarks.training --data DIR --shape bert-base --layers 4 --rows 96
+    python -m benchmarks.training --data DIR --shape t5-large --layers 4 --rows 32 --batch-size 4
+    python -m benchmarks.training --data DIR --shape llama-2-7b --layers 2 --rows 16 --batch-size 2 --epochs 1
 
 All learn the same rows (the paper's procedure a quarter of them) for as many epochs with the same optimiser and batch
 size, in turns within one run. The seconds are those of the whole task, queries and keys included. A run adds its
@@ -11,8 +13,6 @@ the peak memory, of a process of its own for each method.
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.machine import peak_mib
 from benchmarks.shapes import FULL, SHAPES, backbones, task
 from benchmarks.timing import RESULTS, percentiles, read_csv, table, write_csv
 from slm_fast import Task
@@ -174,10 +175,10 @@ def candidate(name: str, load: Load, arguments: argparse.Namespace) -> Learn:
 
 
 def peak(name: str, arguments: argparse.Namespace) -> int:
-    """MiB of a process that learns the task once."""
+    """MiB that a process which learns the task once holds at most while it learns."""
     command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], "--only", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return int(json.loads(done.stdout))
+    return round(float(done.stdout))
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -218,17 +219,22 @@ def main() -> int:
     arguments = parser.parse_args()
     layers = arguments.layers or FULL[arguments.shape]
     if arguments.only:
-        candidate(arguments.only, backbones(arguments.shape, layers), arguments)()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        print(peak_mib(candidate(arguments.only, backbones(arguments.shape, layers), arguments))[1])
         return 0
     kept: list[dict[str, Any]] = list(read_csv(arguments.output)) if arguments.output.exists() else []
     if arguments.memory:
-        if not any(row["shape"] == arguments.shape for row in kept):
+        own = [row for row in kept if row["shape"] == arguments.shape]
+        if not own:
             parser.error(f"--memory: {arguments.output} has no rows of {arguments.shape}; time it first")
-        for row in kept:
-            if row["shape"] == arguments.shape:
-                row["peak_mib"] = peak(row["method"], arguments)
-        write_csv(arguments.output, kept)
+        for row in own:
+            given = {"layers": layers, "rows": rows_for(row["method"], arguments), "batch_size": arguments.batch_size}
+            for name, value in given.items():
+                if row[name] != str(value):
+                    parser.error(f"--memory: {arguments.shape} was timed with {name} {row[name]}, got {value}")
+        for row in own:
+            row["peak_mib"] = peak(row["method"], arguments)
+            write_csv(arguments.output, kept)
+        print(table(own))
         return 0
     load = backbones(arguments.shape, layers)
     learners = {name: candidate(name, load, arguments) for name in TITLES}
@@ -239,6 +245,8 @@ def main() -> int:
             learn()
             took_ms[name].append(1e3 * (time.perf_counter() - start))
     times = {name: percentiles(took) for name, took in took_ms.items()}
+    same = ("shape", "layers", "rows", "epochs", "batch_size", "method")
+    peaks = {tuple(row[name] for name in same): row["peak_mib"] for row in kept}  # known from a run with --memory
     ours, done = 0.0, []
     for name, took in times.items():
         passed = 1e3 * rows_for(name, arguments) * arguments.epochs
@@ -259,6 +267,8 @@ def main() -> int:
                 "peak_mib": "",
             }
         )
+    for row in done:
+        row["peak_mib"] = peaks.get(tuple(str(row[name]) for name in same), "")
     print(table(done))
     rows = [row for row in kept if row["shape"] != arguments.shape] + done
     write_csv(arguments.output, rows)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.inference.texts import TASKS, mixed, texts_of
 from benchmarks.inference.ways import BARE, OURS, PEFT, PER_SAMPLE, TWO_MODELS, Ways, answer, make_tasks
+from benchmarks.machine import peak_mib
 from benchmarks.shapes import FULL, pretrained
 from benchmarks.timing import Others, time_together
 from slm_fast import ScalableLM
@@ -71,28 +70,12 @@ def make_ways(options: argparse.Namespace, folder: str) -> Ways:
 # ---- measuring ----
 
 
-def peak_mib(call: Callable[[], object]) -> float:
-    """How far the process grows in a call: the peak of its resident memory above what it holds before."""
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not reset.exists():
-        return float("nan")
-    ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")
-    before = memory_kib(status, "VmRSS")
-    call()
-    return (memory_kib(status, "VmHWM") - before) / 1024
-
-
-def memory_kib(status: Path, name: str) -> int:
-    return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(f"{name}:")))
-
-
 @torch.inference_mode()
 def lines(
     options: argparse.Namespace, calls: Calls, rows: int, dtypes: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
     """A line a way, each compared with the first."""
-    peaks = {name: peak_mib(call) for name, call in calls.items()}
+    memory = {name: peak_mib(call) for name, call in calls.items()}
     with Others() as others:
         times = time_together(calls, seconds=0.0, least=options.rounds)
     first = next(iter(times.values())).p50
@@ -111,7 +94,7 @@ def lines(
             "rows_per_s": f"{1e3 * rows / t.p50:.1f}",
             "to_first": f"{first / t.p50:.3f}",
             "added_ms": f"{t.p50 - first:.1f}",
-            "peak_mib": f"{peaks[name]:.0f}",
+            "peak_mib": f"{memory[name][1] - memory[name][0]:.0f}",  # above what the process holds
             "other_load": f"{others.share:.2f}",
         }
         for name, t in times.items()
