@@ -2,6 +2,7 @@
 bare model, and of the paper's way.
 
     python -m benchmarks.generation --shape llama-2-7b --layers 2
+    python -m benchmarks.generation --shape t5-large --layers 4
     python -m benchmarks.generation --stories DIR
 
 Rows of five tasks are mixed; all methods take turns within one run. The paper's way is a batch of one with the
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.repro.stories260k import convert
-from benchmarks.shapes import FULL, SHAPES, backbone, task
+from benchmarks.shapes import FULL, SHAPES, backbones, task
 from benchmarks.timing import RESULTS, percentiles, read_csv, table, write_csv
 from benchmarks.training import dense
 from slm_fast.adapted import AdaptedLinear
@@ -68,13 +69,15 @@ class Methods:
     def __init__(self, loaded: Backbone, prompts: list[Row], batch_size: int, new_tokens: int, alone: int) -> None:
         self.model = AdaptedModel(loaded, Config(max_length=128))
         self.prompts, self.batch_size, self.new_tokens, self.alone = prompts, batch_size, new_tokens, alone
+        self.side = "left" if loaded.kind == "causal" else "right"
+        self.attention_outputs = set(loaded.find_linears(("out",), 0))
         self.model.set_tasks(random_tasks(self.model, prompts))
         self.full = self.model.pool
         self.none = Pool([], loaded.device, loaded.dtype)
 
     def _write(self, pool: Pool, rows: list[Row], batch_size: int) -> int:
         self.model.pool = pool
-        encoded = self.model.encode(rows, padding_side="left")
+        encoded = self.model.encode(rows, padding_side=self.side)
         options = {"max_new_tokens": self.new_tokens, "num_beams": 1, "do_sample": False}
         written: list[int] = []
         decode = self.model.backbone.tokenizer.batch_decode
@@ -102,7 +105,7 @@ class Methods:
         lm, total = self.model.backbone.model, 0
         ends = self.model.backbone.end_tokens()
         for start in range(0, len(self.prompts), self.batch_size):
-            encoded = self.model.encode(self.prompts[start : start + self.batch_size], padding_side="left")
+            encoded = self.model.encode(self.prompts[start : start + self.batch_size], padding_side=self.side)
             out: Tensor = lm.generate(
                 input_ids=encoded.input_ids,
                 attention_mask=encoded.attention_mask,
@@ -111,7 +114,8 @@ class Methods:
                 pad_token_id=self.model.backbone.tokenizer.pad_token_id,
                 eos_token_id=ends.tolist(),
             )
-            new = torch.isin(out[:, encoded.input_ids.shape[1] :], ends)
+            prompt = encoded.input_ids.shape[1] if self.side == "left" else 1
+            new = torch.isin(out[:, prompt:], ends)
             total += int((new.cumsum(1) - new.int() == 0).sum())
         return total
 
@@ -119,7 +123,7 @@ class Methods:
         with ExitStack() as stack:
             for name in self.model.modules:
                 layer = self.model.backbone.model.get_submodule(name)
-                layer.forward = MethodType(dense if name.endswith("o_proj") else only_base, layer)
+                layer.forward = MethodType(dense if name in self.attention_outputs else only_base, layer)
                 stack.callback(delattr, layer, "forward")
             return self._write(self.full, self.prompts[: self.alone], 1)
 
@@ -158,7 +162,7 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tokens a second of writing answers to a batch that mixes tasks.")
-    parser.add_argument("--shape", choices=[name for name in SHAPES if name.startswith("llama")], default="llama-2-7b")
+    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "bert-base"], default="llama-2-7b")
     parser.add_argument("--layers", type=int, help="default: all of the shape's")
     parser.add_argument("--stories", type=Path, help="folder of the stories260K checkpoint, instead of a shape")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -175,7 +179,7 @@ def main() -> int:
         if arguments.stories:
             loaded, name = stories(arguments.stories, stack), "stories260K"
         else:
-            loaded = backbone(arguments.shape, layers, getattr(torch, arguments.dtype))
+            loaded = backbones(arguments.shape, layers, getattr(torch, arguments.dtype))()
             name = f"{arguments.shape} shape, {layers} layers"
     # Prompts of unlike lengths.
     texts = [row.text.split() for row in task(None, "prompts", arguments.rows).rows]

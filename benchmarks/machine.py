@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+
+def peak_mib(call: Callable[[], object]) -> tuple[float, float]:
+    """(before, most) MiB of memory that this process holds before a call and at its peak in it; NaN but on Linux.
+
+    getrusage would count what came before the call, and a peak of the process that started this one.
+    """
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return float("nan"), float("nan")
+
+    def held(name: str) -> float:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)) / 1024
+
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")
+    before = held("VmRSS:")
+    call()
+    return before, held("VmHWM:")
 
 
 def describe() -> dict[str, str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from slm_fast import Task
-from slm_fast.backbones import Backbone
+from slm_fast.backbones import Backbone, quiet, resolve
 
 WORDS = "the of a to and in is was for on as with by he at from his an were are which this also be had or has"
 # Shape -> model class, its configuration for a number of layers.
@@ -22,18 +25,26 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 FULL = {"minilm": 6, "bert-base": 12, "t5-large": 24, "llama-2-7b": 32}
 
 
-def backbone(shape: str, layers: int, dtype: torch.dtype = torch.float32) -> Backbone:
-    """MiniLM as it is, or a random model of `layers` layers of this shape that reads MiniLM's vocabulary."""
-    small = Backbone.load("minilm", dtype=str(dtype).partition(".")[2])
-    if shape == "minilm":
-        return small
+def pretrained(
+    shape: str, layers: int, dtype: torch.dtype = torch.float32, *, decoder_layers: int | None = None
+) -> tuple[Any, Any]:
+    """MiniLM as it is, or a random transformers model of `layers` layers of this shape (T5: in its encoder, and as many
+    in its decoder unless told otherwise); and MiniLM's tokenizer, which serves all shapes."""
+    path = resolve("minilm")
+    with quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        if shape == "minilm":
+            return transformers.AutoModel.from_pretrained(path, dtype=dtype).eval(), tokenizer
     class_name, sizes = SHAPES[shape]
     model_class = getattr(transformers, class_name)
-    tokenizer = small.tokenizer
     tokenizer.eos_token = tokenizer.sep_token
-    special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "eos_token_id": 102}
+    special: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     if shape == "t5-large":
-        special |= {"decoder_start_token_id": 0, "num_layers": layers, "num_decoder_layers": layers}
+        special |= {"decoder_start_token_id": 0, "num_layers": layers, "num_decoder_layers": decoder_layers or layers}
     else:
         special |= {"num_hidden_layers": layers}
     with torch.random.fork_rng(devices=[]):
@@ -43,7 +54,19 @@ def backbone(shape: str, layers: int, dtype: torch.dtype = torch.float32) -> Bac
             model = model_class(model_class.config_class(**sizes, **special))
         finally:
             torch.set_default_dtype(torch.float32)
-    return Backbone(model, tokenizer, f"{shape}, {layers} layers")
+    return model.eval(), tokenizer
+
+
+def sharing(model: nn.Module) -> Any:
+    """A copy of a model that has the same parameters, so that many ways to use it fit in memory."""
+    return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
+
+
+def backbones(shape: str, layers: int, dtype: torch.dtype = torch.float32) -> Callable[[], Backbone]:
+    """Makes backbones, frozen and ready to be adapted, that share the parameters of one model (see `pretrained`)."""
+    model, tokenizer = pretrained(shape, layers, dtype)
+    name = shape if shape == "minilm" else f"{shape}, {layers} layers"
+    return lambda: Backbone(sharing(model), copy.deepcopy(tokenizer), name)
 
 
 def task(data: Path | None, name: str, rows: int) -> Task:

@@ -1,6 +1,8 @@
 """Learning one task: slm_fast beside PEFT's LoRA on the same layers and the paper's procedure; rows/s and peak memory.
 
     python -m benchmarks.training --data DIR --shape bert-base --layers 4 --rows 96
+    python -m benchmarks.training --data DIR --shape t5-large --layers 4 --rows 32 --batch-size 4
+    python -m benchmarks.training --data DIR --shape llama-2-7b --layers 2 --rows 16 --batch-size 2 --epochs 1
 
 All learn the same rows (the paper's procedure a quarter of them) for as many epochs with the same optimiser and batch
 size, in turns within one run. The seconds are those of the whole task, queries and keys included. A run adds its
@@ -11,8 +13,6 @@ the peak memory, of a process of its own for each method.
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.shapes import FULL, SHAPES, backbone, task
+from benchmarks.machine import peak_mib
+from benchmarks.shapes import FULL, SHAPES, backbones, task
 from benchmarks.timing import RESULTS, percentiles, read_csv, table, write_csv
 from slm_fast import Task
 from slm_fast.adapted import AdaptedLinear
-from slm_fast.backbones import pad
+from slm_fast.backbones import Backbone, pad
 from slm_fast.examples import Examples, batches, prepare
 from slm_fast.learn import IGNORE, LearnOptions, _Trainer, learn_task, optimizer_and_schedule
 from slm_fast.model import AdaptedModel, Config
@@ -39,6 +40,7 @@ from slm_fast.query import TrunkQuery
 from slm_fast.tasks import name_seed
 
 Learn = Callable[[], object]
+Load = Callable[[], Backbone]
 LENGTH = 128
 OURS = "slm_fast"
 TITLES = {
@@ -50,16 +52,16 @@ TITLES = {
 }
 
 
-def ours(shape: str, layers: int, rows: Task, options: LearnOptions) -> Learn:
-    model = AdaptedModel(backbone(shape, layers), Config(max_length=LENGTH))
+def ours(load: Load, rows: Task, options: LearnOptions) -> Learn:
+    model = AdaptedModel(load(), Config(max_length=LENGTH))
     return lambda: learn_task(model, rows, options, progress=False)
 
 
-def lora(shape: str, layers: int, rows: Task, options: LearnOptions, bucketed: bool) -> Learn:
+def lora(load: Load, rows: Task, options: LearnOptions, bucketed: bool) -> Learn:
     """PEFT on the layers slm_fast adapts by default, tokenised ahead."""
-    loaded = backbone(shape, layers)
+    loaded = load()
     config = Config(max_length=LENGTH).completed(loaded)
-    examples = tokenised(AdaptedModel(backbone(shape, layers), config), rows)
+    examples = tokenised(AdaptedModel(load(), config), rows)
     modules = loaded.find_linears(config.targets, config.first_layer or 0)
     lengths, encoder = examples.lengths, loaded.kind == "encoder"
     wanted = peft.LoraConfig(r=options.rank, lora_alpha=options.rank, lora_dropout=0.0, target_modules=modules)
@@ -104,16 +106,16 @@ def tokenised(model: AdaptedModel, rows: Task) -> Examples:
 def dense(layer: AdaptedLinear, x: Tensor) -> Tensor:
     """Each sample's increment as a matrix of its own, as in the paper's released code."""
     y: Tensor = layer.base(x)
-    route, values = layer.adaptation.route, layer.adaptation.values
-    if route is None or not values:
+    route, increments = layer.adaptation.route, layer.increments
+    if route is None or increments is None:
         return y
-    lora_a, lora_b = values[layer.name]
+    lora_a, lora_b = increments
     weights = route.weights.to(x.dtype)[..., None, None]
-    increments = (weights * (lora_a[route.slot_ids].transpose(2, 3) @ lora_b[route.slot_ids])).sum(1)  # [B, I, O]
-    return y + x @ increments
+    increment_BIO = (weights * (lora_a[route.slot_ids].transpose(2, 3) @ lora_b[route.slot_ids])).sum(1)
+    return y + x @ increment_BIO
 
 
-def paper(shape: str, layers: int, rows: Task, options: LearnOptions) -> Learn:
+def paper(load: Load, rows: Task, options: LearnOptions) -> Learn:
     """Four slots a task on the attention outputs of all layers, queries from a sentence encoder (MiniLM) again in every
     epoch, increments as matrices, shuffled batches."""
     config = Config(
@@ -126,7 +128,7 @@ def paper(shape: str, layers: int, rows: Task, options: LearnOptions) -> Learn:
         groups=6,
         max_length=LENGTH,
     )
-    model = AdaptedModel(backbone(shape, layers), config)
+    model = AdaptedModel(load(), config)
     for name in model.modules:
         layer = model.backbone.model.get_submodule(name)
         layer.forward = MethodType(dense, layer)
@@ -162,22 +164,21 @@ def rows_for(name: str, arguments: argparse.Namespace) -> int:
     return int(arguments.rows) // (4 if name == "paper" else 1)
 
 
-def candidate(name: str, arguments: argparse.Namespace) -> Learn:
+def candidate(name: str, load: Load, arguments: argparse.Namespace) -> Learn:
     rows = task(arguments.data, "yahoo", rows_for(name, arguments))
     options = LearnOptions(epochs=arguments.epochs, batch_size=arguments.batch_size)
-    at = (arguments.shape, arguments.layers or FULL[arguments.shape], rows)
     if name == "paper":
-        return paper(*at, options)
+        return paper(load, rows, options)
     if name.startswith("peft"):
-        return lora(*at, options, bucketed=name == "peft-bucketed")
-    return ours(*at, LearnOptions(**{**vars(options), "autocast": name.endswith("bf16")}))
+        return lora(load, rows, options, bucketed=name == "peft-bucketed")
+    return ours(load, rows, LearnOptions(**{**vars(options), "autocast": name.endswith("bf16")}))
 
 
 def peak(name: str, arguments: argparse.Namespace) -> int:
-    """MiB of a process that learns the task once."""
+    """MiB that a process which learns the task once holds at most while it learns."""
     command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], "--only", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return int(json.loads(done.stdout))
+    return round(float(done.stdout))
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -216,20 +217,27 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "training.csv")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    layers = arguments.layers or FULL[arguments.shape]
     if arguments.only:
-        candidate(arguments.only, arguments)()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        print(peak_mib(candidate(arguments.only, backbones(arguments.shape, layers), arguments))[1])
         return 0
     kept: list[dict[str, Any]] = list(read_csv(arguments.output)) if arguments.output.exists() else []
     if arguments.memory:
-        if not any(row["shape"] == arguments.shape for row in kept):
+        own = [row for row in kept if row["shape"] == arguments.shape]
+        if not own:
             parser.error(f"--memory: {arguments.output} has no rows of {arguments.shape}; time it first")
-        for row in kept:
-            if row["shape"] == arguments.shape:
-                row["peak_mib"] = peak(row["method"], arguments)
-        write_csv(arguments.output, kept)
+        for row in own:
+            given = {"layers": layers, "rows": rows_for(row["method"], arguments), "batch_size": arguments.batch_size}
+            for name, value in given.items():
+                if row[name] != str(value):
+                    parser.error(f"--memory: {arguments.shape} was timed with {name} {row[name]}, got {value}")
+        for row in own:
+            row["peak_mib"] = peak(row["method"], arguments)
+            write_csv(arguments.output, kept)
+        print(table(own))
         return 0
-    learners = {name: candidate(name, arguments) for name in TITLES}
+    load = backbones(arguments.shape, layers)
+    learners = {name: candidate(name, load, arguments) for name in TITLES}
     took_ms: dict[str, list[float]] = {name: [] for name in learners}
     for _ in range(arguments.rounds):
         for name, learn in learners.items():
@@ -237,6 +245,8 @@ def main() -> int:
             learn()
             took_ms[name].append(1e3 * (time.perf_counter() - start))
     times = {name: percentiles(took) for name, took in took_ms.items()}
+    same = ("shape", "layers", "rows", "epochs", "batch_size", "method")
+    peaks = {tuple(row[name] for name in same): row["peak_mib"] for row in kept}  # known from a run with --memory
     ours, done = 0.0, []
     for name, took in times.items():
         passed = 1e3 * rows_for(name, arguments) * arguments.epochs
@@ -245,7 +255,7 @@ def main() -> int:
         done.append(
             {
                 "shape": arguments.shape,
-                "layers": arguments.layers or FULL[arguments.shape],
+                "layers": layers,
                 "rows": rows_for(name, arguments),
                 "epochs": arguments.epochs,
                 "batch_size": arguments.batch_size,
@@ -257,6 +267,8 @@ def main() -> int:
                 "peak_mib": "",
             }
         )
+    for row in done:
+        row["peak_mib"] = peaks.get(tuple(str(row[name]) for name in same), "")
     print(table(done))
     rows = [row for row in kept if row["shape"] != arguments.shape] + done
     write_csv(arguments.output, rows)

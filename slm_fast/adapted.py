@@ -23,6 +23,7 @@ class Adaptation:
     def __init__(self) -> None:
         self.values: Values | None = None
         self.route: Route | None = None
+        self.layers: list[AdaptedLinear] = []
 
     @contextmanager
     def using(self, values: Values, route: Route | None) -> Iterator[None]:
@@ -30,10 +31,14 @@ class Adaptation:
         if self.values is not None:
             raise RuntimeError("the model is already adapting a batch; one batch passes at a time")
         self.values, self.route = values, route
+        for layer in self.layers:
+            layer.__dict__["increments"] = values.get(layer.name)  # nn.Module's own way takes a microsecond
         try:
             yield
         finally:
             self.values = self.route = None
+            for layer in self.layers:
+                layer.__dict__["increments"] = None
 
 
 class AdaptedLinear(nn.Module):
@@ -49,6 +54,10 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.name = name
         self.adaptation = adaptation
+        # This layer's values while a batch passes. Were they looked up by name in `forward`, torch.compile would make a
+        # graph for each layer where one serves all.
+        self.increments: tuple[Tensor, Tensor] | None = None
+        adaptation.layers.append(self)
 
     @property
     def weight(self) -> Any:
@@ -56,28 +65,26 @@ class AdaptedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        route, values = self.adaptation.route, self.adaptation.values
-        if route is None or values is None or route.slot_ids.shape[1] == 0 or self.name not in values:
-            y: Tensor = self.base(x)
+        base: Any = self.base
+        route, increments = self.adaptation.route, self.increments
+        if route is None or increments is None or route.slot_ids.shape[1] == 0:
+            y: Tensor = base(x)
             return y
-        lora_a, lora_b = values[self.name]
-        if self._in_one_kernel(x, lora_a, route):
+        lora_a, lora_b = increments
+        if dispatch.MEASURED and self._in_one_kernel(base, x, lora_a, route):
             y = torch.ops.slm_fast.adapted_linear_triton(
-                x, self.base.weight, self.base.bias, lora_a, lora_b, route.slot_ids, route.weights
+                x, base.weight, base.bias, lora_a, lora_b, route.slot_ids, route.weights
             )
             return y
-        y = self.base(x)
-        add = multi_lora_ if self._output_is_ours() else multi_lora
+        y = base(x)
+        # What a plain linear layer without hooks returned is nobody else's, so it may be overwritten. Another module
+        # may return its input, or something that it keeps.
+        add = multi_lora_ if type(base) in PLAIN and not base._forward_hooks else multi_lora
         return add(x, lora_a, lora_b, route.slot_ids, route.weights, y)
 
-    def _output_is_ours(self) -> bool:
-        """Whether nobody else holds what the base returned, so that it may be overwritten. Of a plain linear layer
-        without hooks that is known; another module may return its input, or something that it keeps."""
-        return type(self.base) in PLAIN and not self.base._forward_hooks
-
-    def _in_one_kernel(self, x: Tensor, lora_a: Tensor, route: Route) -> bool:
+    @staticmethod
+    def _in_one_kernel(base: Any, x: Tensor, lora_a: Tensor, route: Route) -> bool:
         """Whether a kernel that has the base's product in it may run, and was measured to win."""
-        base: Any = self.base
         if type(base) not in PLAIN or not dispatch.fused_wins(
             x.device.type, "narrow" if max(base.in_features, base.out_features) <= 2048 else "wide"
         ):

@@ -181,6 +181,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
         help="give no task to rows farther off than this share of the task's training rows (0.99)",
     )
     parser.add_argument("--bare", action="store_true", help="answer with the bare backbone")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile (encoder-only; compiles first)")
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--sample", action="store_true", help="sample generated text")
     parser.add_argument("--sample-temperature", dest="temperature", type=float, default=1.0)
@@ -291,7 +292,7 @@ def _learn(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from slm_fast.infer import PredictOptions
+    from slm_fast.infer import PredictOptions, check_options
     from slm_fast.jsonlines import answer_lines
     from slm_fast.progress import bar
     from slm_fast.resume import Output, check_resumable, open_input, survey
@@ -315,6 +316,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     slm = _open(arguments)
     if arguments.task is not None and arguments.task not in slm.tasks:
         raise InputError(f"task {arguments.task!r}: not learned; tasks: {', '.join(slm.tasks) or 'none'}")
+    check_options(slm.model, options)
     about, rows, failed = None, None, 0
     if source_path is not None:
         digest, rows = survey(source_path)

@@ -189,9 +189,11 @@ class _Queue:
                     break
         self.report(len(rows))
 
-    def note(self, row: int, token: int, probability: float) -> None:
+    def note(self, row: int, token: int, probability: float) -> int:
+        """Keep a row's next token and its probability; how many tokens the row has now."""
         self.tokens[row].append(token)
         self.probability[row] += probability
+        return len(self.tokens[row])
 
     def written(self) -> Written:
         texts = self.model.backbone.tokenizer.batch_decode(self.tokens, skip_special_tokens=True)
@@ -285,6 +287,8 @@ class _Loop:
         self.tokens = torch.zeros(self.at_once, dtype=torch.int64, device=self.device)  # the last of each row
         self.route = self.model.empty_route(0)
         self.input_mask = torch.empty(0)
+        # Of the rows that run, from `first` on: where each begins, and the mask of what stands to the left of it.
+        self.starts = self.mask = torch.empty(0)
 
     def run(self) -> None:
         while self.queue.waiting or self.rows:
@@ -367,14 +371,12 @@ class _Loop:
         live = len(self.rows)
         if self.end == self.capacity:
             self._move(-self.first)
-        starts = torch.tensor([row.start for row in self.rows], device=self.device)
-        columns = torch.arange(self.first, self.end + 1, device=self.device)
-        mask = torch.zeros(live, 1, 1, len(columns), dtype=self.lm.dtype, device=self.device)
-        mask.masked_fill_((columns < starts[:, None])[:, None, None], torch.finfo(mask.dtype).min)
+        used = self.end - self.first
+        mask = self.mask[..., : used + 1]
         tokens = self.tokens[:live, None]
         inputs: dict[str, Any]
         if self.causal:
-            inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": (self.end - starts)[:, None]}
+            inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": used - self.starts}
         else:
             # The layers have the keys and values of the inputs, and ask the encoder's output for nothing but its shape.
             shape = (live, self.input_width, self.model.backbone.width)
@@ -397,12 +399,13 @@ class _Loop:
         self.tokens[place : place + len(tokens)] = tokens
         ended = []
         for row, token, probability in zip(self.rows[place:], tokens.tolist(), chance.tolist(), strict=True):
-            self.queue.note(row.number, token, probability)
-            if token in self.ends or len(self.queue.tokens[row.number]) == self.longest:
-                ended.append(row)
+            words = self.queue.note(row.number, token, probability)
+            if token in self.ends or words == self.longest:
+                ended.append(place)
+            place += 1
         if ended:
             self.queue.report(len(ended))
-            self._drop([i for i, row in enumerate(self.rows) if any(row is gone for gone in ended)])
+            self._drop(ended)
 
     def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> Tensor:
         """Token ids [B]: the likeliest, or each row's own draw (nucleus sampling, Holtzman et al. 2020)."""
@@ -442,6 +445,10 @@ class _Loop:
         """Columns that no row uses any more are not read any more."""
         if self.rows:
             self.first = min(row.start for row in self.rows)
+            self.starts = torch.tensor([[row.start - self.first] for row in self.rows], device=self.device)
+            places = torch.arange(self.capacity + 1, device=self.device)
+            self.mask = torch.zeros(len(self.rows), 1, 1, len(places), dtype=self.lm.dtype, device=self.device)
+            self.mask.masked_fill_((places < self.starts)[:, None, None], torch.finfo(self.mask.dtype).min)
             self.input_width = 0 if self.causal else max(self.queue.lengths[row.number] for row in self.rows)
             for columns, layer in zip(self.layers, self._layers(self.cache), strict=True):
                 columns.serve(layer)

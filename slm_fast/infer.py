@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -64,7 +65,8 @@ class PredictOptions:
     what suits the device. batch_size: and at most this many rows. max_new_tokens: of a generated answer. head: "mixed"
     weighs the heads of all tasks on the route, "winner" uses the best task's. abstain: answer with the bare backbone
     (or no task) when a row is farther from its task than this share of the task's training rows, True means 0.99. bare:
-    always. sample, beams, temperature, top_p, seed: how text is generated.
+    always. sample, beams, temperature, top_p, seed: how text is generated. compile: run the layers under torch.compile,
+    which takes its time once; for encoder-only backbones.
     """
 
     batch_size: int | None = None
@@ -78,6 +80,7 @@ class PredictOptions:
     top_p: float = 1.0
     seed: int = 0
     batch_tokens: int | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "batch_tokens", "max_new_tokens", "beams"):
@@ -116,6 +119,12 @@ class Window:
     first: int
     rows: Sequence[Row | WorkError]
     task: str | Sequence[str] | None = None
+
+
+def check_options(model: AdaptedModel, options: PredictOptions) -> None:
+    """Raises InputError for what this model's backbone cannot do."""
+    if options.compile and model.backbone.kind != "encoder":
+        raise InputError(f"compile: goes with encoder-only backbones, got a {model.backbone.kind} one")
 
 
 Answer = Prediction | WorkError
@@ -189,6 +198,7 @@ def answer(
     A thread tokenises the next window and makes its batches while this one is answered. Which rows share a batch
     follows from the windows and the options alone, so answering the same input again gives the same bits.
     """
+    check_options(model, options)
     waiting: deque[tuple[Window, Future[list[_Batch]]]] = deque()
     windows, failed, more = iter(windows), None, True
     with ThreadPoolExecutor(1, "tokenise") as worker:
@@ -279,15 +289,16 @@ def _window(
     report = report or (lambda _: None)
     report(len(answers))
     passed = []
-    for batch in batches:
-        while batch.places:
-            try:
-                passed.append(_pass(model, window, batch, options, report))
-                break
-            except NotFinite as error:  # a row that fails does not take its batch with it
-                answers[batch.places[error.row]] = WorkError(NOT_FINITE)
-                batch = batch.without(error.row)
-                report(1)
+    with model.compiled.running() if options.compile else nullcontext():
+        for batch in batches:
+            while batch.places:
+                try:
+                    passed.append(_pass(model, window, batch, options, report))
+                    break
+                except NotFinite as error:  # a row that fails does not take its batch with it
+                    answers[batch.places[error.row]] = WorkError(NOT_FINITE)
+                    batch = batch.without(error.row)
+                    report(1)
     for one in passed:
         answers.update(zip(one.batch.places, _predictions(model, one), strict=True))
         answers.update((one.batch.places[i], WorkError(NOT_FINITE)) for i in one.failed)

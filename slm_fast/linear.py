@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _FEWEST_ROWS = 16  # below this a product only waits for the weight to be read, and MKL waits better
+_SMALLEST = 1 << 21  # multiplications below which MKL is done with float32 before oneDNN has begun
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -43,6 +44,18 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+# In a graph of torch.compile the product is an operator of ours: the compiler's own way with oneDNN's asks for weights
+# packed by it, and its way with a plain linear layer goes to MKL.
+@torch.library.custom_op("slm_fast::linear_onednn", mutates_args=())
+def _product_in_graph(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _product(x, weight, bias)
+
+
+@_product_in_graph.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,14 +80,19 @@ class OneDnnLinear(nn.Linear):
     """nn.Linear, through oneDNN when what passes is float32 or bfloat16 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.dtype == self.weight.dtype in _DTYPES and x.device.type == "cpu"
-        elsewhere = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()  # the compiler has its own way
-        if not plain or elsewhere or x.numel() < _FEWEST_ROWS * x.shape[-1]:
-            return super().forward(x)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            y: Tensor = _Product.apply(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        known = x.dtype == weight.dtype in _DTYPES and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if torch.compiler.is_compiling():  # one graph is for all sizes, so it cannot ask for this batch's
+            return _product_in_graph(x, weight, bias) if known and not gradients else super().forward(x)
+        numbers = x.numel()
+        small = numbers * weight.shape[0] < _SMALLEST and x.dtype == torch.float32
+        if small or not known or numbers < _FEWEST_ROWS * x.shape[-1]:
+            return nn.functional.linear(x, weight, bias)
+        if gradients:
+            y: Tensor = _Product.apply(x, weight, bias)
             return y
-        return _product(x, self.weight, self.bias)
+        return _product(x, weight, bias)
 
 
 def quicken(model: nn.Module) -> None:

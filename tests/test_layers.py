@@ -21,7 +21,7 @@ LAYERS = (
     ("learn", "evaluate", "infer", "report", "baselines"),
     ("examples", "generate"),
     ("model",),
-    ("query", "router", "pool", "store", "adapted", "backbones", "linear", "tasks"),
+    ("query", "router", "pool", "store", "adapted", "compiled", "backbones", "linear", "tasks"),
     ("ops",),
 )
 LEAVES = ("errors", "progress")  # these import nothing of the package, and any module may import them

@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from slm_fast import linear
 from slm_fast.linear import OneDnnLinear, quicken
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def small_products_too(monkeypatch):
+    """Products as small as those of these tests would be left to torch."""
+    monkeypatch.setattr(linear, "_SMALLEST", 0)
 
 
 def pair(features_in: int = 24, features_out: int = 40, bias: bool = True) -> tuple[nn.Linear, nn.Linear]:

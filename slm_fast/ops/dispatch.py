@@ -203,8 +203,7 @@ def operator(stem: str, device: str, size: str = "") -> Any:
 
 def _order(stem: str, device: str, size: str) -> tuple[str, ...]:
     preferred = PREFERENCE.get(device, ())
-    measured = MEASURED.get((device, stem, size), ())
-    return (*measured, *preferred) if measured else preferred
+    return (*MEASURED.get((device, stem, size), ()), *preferred) if MEASURED else preferred
 
 
 def fused_wins(device: str, size: str) -> bool:

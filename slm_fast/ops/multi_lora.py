@@ -73,11 +73,12 @@ def multi_lora_(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, wei
     It does where the backend can, nothing records gradients and torch.compile, which finds that out itself, is not
     tracing. A `base` that shares memory with another argument is left as it is.
     """
+    if torch.compiler.is_compiling():
+        return multi_lora(x, lora_a, lora_b, slot_ids, weights, base)
     device = x.device.type
     backend = dispatch.chosen("multi_lora", device, "" if device == "cpu" else _size(x, lora_a, lora_b, slot_ids))
     if (
         backend.in_place
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(device)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, lora_a, lora_b, weights, base)))
         and _plain(x, lora_a, lora_b, slot_ids, weights, base)
@@ -105,8 +106,8 @@ def _plain(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights:
     """A route for each row of [B, T, I], all on one device: what an operator that checks its arguments can be given."""
     device = x.device
     return (
-        x.dim() == 3
-        and len(slot_ids) == len(x)
+        len(x.shape) == 3
+        and slot_ids.shape[0] == x.shape[0]
         and lora_a.device == lora_b.device == slot_ids.device == weights.device == device
         and (base is None or base.device == device)
     )

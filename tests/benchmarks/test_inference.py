@@ -2,21 +2,130 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+
 import pytest
 import torch
-from models import knows, make_slm, one_thread, random_task, route_of  # noqa: F401
+from models import (
+    FAMILIES,
+    knows,
+    make_model,
+    make_slm,
+    make_tokenizer,
+    one_thread,  # noqa: F401
+    random_task,
+    route_of,
+    toy_task,
+)
 
-from benchmarks import inference
+from benchmarks.inference import __main__ as command
+from benchmarks.inference import sections
+from benchmarks.inference.texts import LENGTHS, mixed, texts_of
+from benchmarks.inference.ways import (
+    BARE,
+    ONE_TASK,
+    OURS,
+    PEFT,
+    PER_SAMPLE,
+    PLAIN,
+    SENTENCE,
+    TWO_MODELS,
+    Batch,
+    OneTask,
+    PerSample,
+    Step,
+    Ways,
+    answer,
+    with_layers,
+)
+from benchmarks.shapes import sharing
 from benchmarks.timing import read_csv, write_csv
 from slm_fast.adapted import AdaptedLinear
 from slm_fast.model import Passage
+from slm_fast.ops import Route
+
+CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.05, "atol": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    """A second, tiny model on disk."""
+    folder = tmp_path_factory.mktemp("encoder")
+    make_model("bert", seed=1).save_pretrained(folder)
+    make_tokenizer("bert").save_pretrained(folder)
+    return str(folder)
+
+
+def make_ways(name: str, encoder: str, dtype: torch.dtype = torch.float32) -> Ways:
+    train = {topic: [row.text for row in toy_task(topic, rows=16).rows] for topic in ("farm", "sea")}
+    rows = [(topic, row.text) for topic in train for row in toy_task(topic, rows=9, seed=1).rows]
+    model = make_model(name).to(dtype)
+    return Ways(model, make_tokenizer(name), encoder, train, rows, tokens=64, batches=2)
+
+
+def own_route(ways: Ways, tasks: list[str]) -> Route:
+    """Each row on its own task's slot alone."""
+    names = sorted(ways.train)
+    return route_of([[names.index(task)] for task in tasks], [[1.0]] * len(tasks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_way_gives_the_states_that_slm_fast_gives_on_the_same_route(name, dtype, encoder):
+    ways = make_ways(name, encoder, dtype)
+    steps = {way: make() for way, make in ways.steps.items()}
+    with torch.inference_mode():
+        for batch in ways.batches:
+            check_mixed(ways, steps, batch, CLOSE[dtype])
+        for batch in ways.by_task:
+            route = own_route(ways, batch.tasks)
+            with with_layers(ways.slm, OneTask):
+                found = answer(ways.slm, batch.encoded, route)
+            torch.testing.assert_close(found, answer(ways.slm, batch.encoded, route), **CLOSE[dtype])
+
+
+def check_mixed(ways: Ways, steps: dict[str, Step], batch: Batch, close: dict[str, float]) -> None:
+    hidden = {way: step(batch) for way, step in steps.items()}
+    shape = (*batch.encoded.input_ids.shape, ways.slm.model.backbone.width)
+    assert {found.shape for found in hidden.values()} == {shape}
+    bare = answer(ways.slm, batch.encoded, ways.slm.model.empty_route(shape[0]))
+    for way in (BARE, PLAIN, TWO_MODELS):
+        torch.testing.assert_close(hidden[way], bare, **close)
+    oracle = answer(ways.slm, batch.encoded, own_route(ways, batch.tasks))
+    torch.testing.assert_close(hidden[PEFT], oracle, **close)
+    torch.testing.assert_close(hidden[PER_SAMPLE], hidden[OURS], **close)
+    if bare.dtype == torch.float32:  # in which the increments can be told from rounding
+        assert (oracle - bare).abs().max() > 10 * (hidden[PEFT] - oracle).abs().max()
+    query = ways.paper.model.query.encode_tokens(batch.encoded)
+    assert torch.equal(hidden[SENTENCE], answer(ways.paper, batch.encoded, ways.paper.model.find_route(query)))
+
+
+def test_batches_of_one_task_hold_the_same_rows_as_the_mixed_ones(encoder):
+    ways = make_ways("bert", encoder)
+    passed = []
+    ways.steps = {way: lambda: lambda batch: passed.append(batch) for way in ways.steps}
+    for way in (OURS, ONE_TASK):
+        ways.passes(way)()
+    assert passed == [*ways.batches, *ways.by_task]
+    mixed_rows, alike = (
+        sorted((task, tuple(ids[mask.bool()].tolist())) for batch in batches for task, ids, mask in rows_in(batch))
+        for batches in (ways.batches, ways.by_task)
+    )
+    assert mixed_rows == alike
+    assert len(mixed_rows) == ways.rows
+    assert all(len(set(batch.tasks)) == 1 for batch in ways.by_task)
+
+
+def rows_in(batch):
+    return zip(batch.tasks, batch.encoded.input_ids, batch.encoded.attention_mask, strict=True)
 
 
 @pytest.mark.parametrize(
     ("kind", "ids", "weights"),
     [
-        (inference.PerSample, [[0, 1], [1, 0], [1, 0]], [[0.7, 0.3], [0.6, 0.4], [1.0, 0.0]]),
-        (inference.OneTask, [[1], [1], [1]], [[1.0], [1.0], [1.0]]),
+        (PerSample, [[0, 1], [1, 0], [1, 0]], [[0.7, 0.3], [0.6, 0.4], [1.0, 0.0]]),
+        (OneTask, [[1], [1], [1]], [[1.0], [1.0], [1.0]]),
     ],
 )
 @torch.inference_mode()
@@ -27,7 +136,7 @@ def test_materialised_increments_give_what_the_operator_gives(kind, ids, weights
     route, found = route_of(ids, weights), []
     for layers in (AdaptedLinear, kind, AdaptedLinear):
         with (
-            inference.with_layers(slm, layers),
+            with_layers(slm, layers),
             slm.model.passing(Passage(encoded.attention_mask), slm.model.pool.values, route),
         ):
             found.append(slm.model.features(encoded))
@@ -37,29 +146,68 @@ def test_materialised_increments_give_what_the_operator_gives(kind, ids, weights
 
 def test_copies_share_their_parameters():
     model = make_slm("bert").model.backbone.model
-    for mine, theirs in zip(model.parameters(), inference.sharing(model).parameters(), strict=True):
+    for mine, theirs in zip(model.parameters(), sharing(model).parameters(), strict=True):
         assert mine is theirs
 
 
 def test_made_up_texts_are_the_same_each_time_and_as_long_as_real_ones():
-    made = inference.texts_of(None, "test", 50)
-    assert made == inference.texts_of(None, "test", 50)
-    assert made != inference.texts_of(None, "train", 50)
+    made = texts_of(None, "test", 50)
+    assert made == texts_of(None, "test", 50)
+    assert made != texts_of(None, "train", 50)
     assert sum(map(len, made["ag_news"])) < sum(map(len, made["yelp"]))
-    rows = inference.mixed(made)
+    rows = mixed(made)
     assert sorted(rows) == sorted((name, text) for name, own in made.items() for text in own)
 
 
-def test_a_new_run_replaces_its_own_lines_only(tmp_path):
-    def line(section: str, backbone: str, dtype: str, way: str) -> dict[str, str]:
-        return {"section": section, "backbone": backbone, "dtype": dtype, "way": way}
+def line(section: str, backbone: str, dtype: str, way: str) -> dict[str, str]:
+    return {"section": section, "backbone": backbone, "dtype": dtype, "way": way}
 
+
+def test_a_new_run_replaces_its_own_lines_only(tmp_path):
     path = tmp_path / "inference.csv"
     old = [line("ways", "minilm", "float32", "a"), line("ways", "minilm", "bfloat16", "a"),
            line("user", "minilm", "float32", "a"), line("user", "minilm", "bfloat16", "b")]  # fmt: skip
-    write_csv(path, inference.merge(path, old))
+    write_csv(path, command.merge(path, old))
     new = [line("ways", "minilm", "float32", "c"), line("ways", "minilm", "float32", "d")]
-    write_csv(path, inference.merge(path, new))
+    write_csv(path, command.merge(path, new))
     ways = [(row["section"], row["dtype"], row["way"]) for row in read_csv(path)]
     assert ways == [("user", "float32", "a"), ("user", "bfloat16", "b"), ("ways", "bfloat16", "a"),
                     ("ways", "float32", "c"), ("ways", "float32", "d")]  # fmt: skip
+
+
+def test_a_run_of_some_ways_keeps_the_others(tmp_path):
+    path = tmp_path / "inference.csv"
+    write_csv(path, [line("ways", "minilm", "float32", way) | {"ms": "1"} for way in "abc"])
+    merged = command.merge(path, [line("ways", "minilm", "float32", way) | {"ms": "2"} for way in "ab"], ways=True)
+    assert sorted((row["way"], row["ms"]) for row in merged) == [("a", "2"), ("b", "2"), ("c", "1")]
+
+
+def test_each_section_backbone_and_dtype_runs_once():
+    options = argparse.Namespace(
+        section=["user", "ways"], backbone=["minilm", "bert-base"], dtype=["float32", "bfloat16"]
+    )
+    assert command.parts(options) == [
+        ("user", "minilm", "float32"),
+        *(("ways", backbone, dtype) for backbone in options.backbone for dtype in options.dtype),
+    ]
+
+
+def test_the_ratios_are_those_of_rows_a_second_and_of_added_time():
+    ms = {BARE: 100, OURS: 110, TWO_MODELS: 220, PEFT: 140, PER_SAMPLE: 300}
+    rows = [{"way": way, "p50_ms": str(p50)} for way, p50 in ms.items()]
+    assert [claim.rpartition(": ")[2] for claim in sections.claims(rows)] == ["0.909", "2.00", "0.250", "0.050"]
+    assert sections.claims([{"way": f"{n} tasks", "p50_ms": p50} for n, p50 in ((5, 95), (200, 100))]) == [
+        "rows/s with 200 tasks, of those with 5: 0.950"
+    ]
+    assert sections.claims(rows[:1]) == []
+
+
+def test_the_command_saves_a_line_for_each_way(tmp_path, monkeypatch, capfd):
+    output = tmp_path / "few.csv"
+    arguments = ["--batches", "1", "--batch-tokens", "64", "--rounds", "1", "--ways", "gaussian", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["inference", *arguments, "--output", str(output)])
+    assert command.main() == 0
+    assert [row["way"] for row in read_csv(output)] == [BARE, OURS]
+    assert "of the bare backbone's" in capfd.readouterr().out
+    assert output.with_suffix(".png").exists()
+    assert set(LENGTHS) == set(sections.TASKS)

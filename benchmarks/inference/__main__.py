@@ -1,0 +1,147 @@
+"""Mixed-task inference beside what a user would run otherwise: rows/s and peak memory, on the same rows and batches.
+
+    python -m benchmarks.inference --data DIR                                       # one section, backbone and dtype
+    python -m benchmarks.inference --data DIR --section ways tasks --backbone minilm bert-base --dtype float32 bfloat16
+    python -m benchmarks.inference --data DIR --section user                        # from texts to answers
+    python -m benchmarks.inference --plot
+
+Each section, backbone and dtype runs in a process of its own and is saved to the CSV when it ends; the lines of all
+others, and with --ways those of all other ways, are kept. Ways are called in turns; a ratio is one of medians in one
+run. Backbones other than MiniLM have random weights and the layer shapes of their names, with fewer layers where the
+machine asks for it. `DIR` holds `<task>/test.jsonl.gz` and `train.jsonl.gz` of the five tasks; without it texts of the
+same lengths are made up.
+
+ways:     one pass over tokenised batches of about 2,048 tokens. All of them run on the same base with the same linear
+          layers, but "plain transformers", which is nobody's but its own.
+tasks:    5 and 200 tasks in the pool.
+user:     from texts to labels: plain transformers in fixed batches in arrival order, and slm_fast; MiniLM.
+profile:  where a pass's time goes, as text beside the CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.inference.sections import BACKBONES, SECTIONS, claims, profile
+from benchmarks.timing import RESULTS, read_csv, table, write_csv
+
+Part = tuple[str, ...]  # section, backbone, dtype
+
+
+def part_of(row: Mapping[str, Any]) -> Part:
+    """What one process measures. The section of users chooses dtypes of its own."""
+    return row["section"], row["backbone"], "" if row["section"] == "user" else row["dtype"]
+
+
+def merge(path: Path, found: list[dict[str, Any]], *, ways: bool = False) -> list[dict[str, Any]]:
+    """The lines of a CSV with those of the same part replaced; with `ways` only those of the same ways in it."""
+
+    def key(row: Mapping[str, Any]) -> Part:
+        return (*part_of(row), row["way"]) if ways else part_of(row)
+
+    new = {key(row) for row in found}
+    kept = [row for row in read_csv(path) if key(row) not in new] if path.exists() else []
+    return sorted([*kept, *found], key=part_of)
+
+
+def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Rows a second of every way, as a share of the bare backbone's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    own = [row for row in rows if row["section"] == "ways" and row["way"] != "bare backbone"]
+    groups = list(dict.fromkeys((row["backbone"], row["dtype"]) for row in own))
+    names = list(dict.fromkeys(row["way"] for row in own))
+    if not own:
+        return
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 1.5 * len(groups)), dpi=120, layout="constrained")
+    for number, name in enumerate(names):
+        places, shares = [], []
+        for group, (backbone, dtype) in enumerate(groups):
+            for row in own:
+                if (row["backbone"], row["dtype"], row["way"]) == (backbone, dtype, name):
+                    places.append(group + 0.8 * number / len(names) - 0.35)
+                    shares.append(float(row["to_first"]))
+        axes.barh(places, shares, height=0.75 / len(names), label=name)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(groups)), [f"{backbone}\n{dtype}" for backbone, dtype in groups])
+    axes.invert_yaxis()
+    axes.set_xlabel("rows/s, the bare backbone's being 1")
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+    figure.savefig(path)
+
+
+def parts(options: argparse.Namespace) -> list[Part]:
+    """The sections, backbones and dtypes to run. The section of users has one backbone, and dtypes of its own."""
+    chosen = itertools.product(options.section, options.backbone, options.dtype)
+    return list(dict.fromkeys(("user", "minilm", "float32") if one[0] == "user" else one for one in chosen))
+
+
+def run_part(options: argparse.Namespace) -> int:
+    """Measure one part in this process and write what was found to standard output: a profile, or lines as JSON."""
+    (options.section,), (options.backbone,), (options.dtype,) = options.section, options.backbone, options.dtype
+    torch.set_num_threads(options.threads)
+    result = profile(options) if options.section == "profile" else json.dumps(SECTIONS[options.section](options))
+    print(result)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with a folder a task; default: made-up texts")
+    parser.add_argument("--section", choices=[*SECTIONS, "profile"], nargs="+", default=["ways"])
+    parser.add_argument("--backbone", choices=list(BACKBONES), nargs="+", default=["minilm"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
+    parser.add_argument("--layers", type=int, help="of a backbone with random weights")
+    parser.add_argument("--encoder-layers", type=int, help="of the second model, where it has random weights")
+    parser.add_argument("--batches", type=int, help="how many; default: what suits the backbone")
+    parser.add_argument("--batch-tokens", type=int, help="padding included; default: what suits the backbone")
+    parser.add_argument("--ways", help="only ways with this in their names, and the bare backbone")
+    parser.add_argument("--rows", type=int, default=200, help="of the section user")
+    parser.add_argument("--rounds", type=int, default=5, help="calls of each way")
+    parser.add_argument("--label", help="put into the name of a profile")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS / "inference.csv")
+    parser.add_argument("--plot", action="store_true", help="only draw what the CSV holds")
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.part:
+        return run_part(options)
+    for part in [] if options.plot else parts(options):
+        section, backbone, dtype = part
+        own = ["--section", section, "--backbone", backbone, "--dtype", dtype, "--part"]
+        command = [sys.executable, "-m", "benchmarks.inference", *sys.argv[1:], *own]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            return done.returncode  # it has said why
+        if section == "profile":
+            print(done.stdout)
+            label = f".{options.label}" if options.label else ""
+            path = options.output.with_name(f"{options.output.stem}_profile_{backbone}_{dtype}{label}.txt")
+            path.write_text(done.stdout)
+            continue
+        found = json.loads(done.stdout)
+        print("\n".join([table(found), *claims(found)]))
+        rows = merge(options.output, found, ways=options.ways is not None)
+        kept = "; ".join(dict.fromkeys(" ".join(part_of(row)).strip() for row in rows if row not in found))
+        write_csv(options.output, rows, {"kept from earlier runs": kept} if kept else None)
+    if options.output.exists():
+        plot(read_csv(options.output), options.output.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
