@@ -25,9 +25,10 @@ from slm_fast.tasks import Row
 
 WINDOW = 1024  # rows sorted by length together; two windows are what a stream holds in memory
 
-# Tokens of a batch unless told otherwise: what a processor's caches like, and what fills a GPU. Writing an answer
-# passes one token a row at a time, so there more rows go together.
+# Tokens of a batch unless told otherwise: what fills a GPU, and what a processor's caches like, where wider states leave
+# room for fewer. Writing an answer passes one token a row at a time, so there more rows go together.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+WIDTH, FEWEST = 384, 512  # up to which width a processor likes so many, and how many it gets at the least
 GENERATING = 4  # times as many
 
 
@@ -248,8 +249,12 @@ def plan(lengths: Sequence[int], budget: int, most: int | None = None) -> list[l
 
 def batch_tokens(model: AdaptedModel, options: PredictOptions) -> int:
     """The tokens of a batch, padding included."""
-    most = BATCH_TOKENS[model.backbone.device.type]
-    return options.batch_tokens or (most if model.backbone.kind == "encoder" else GENERATING * most)
+    if options.batch_tokens is not None:
+        return options.batch_tokens
+    device, width = model.backbone.device.type, model.backbone.width
+    if model.backbone.kind != "encoder":
+        return GENERATING * BATCH_TOKENS[device]
+    return BATCH_TOKENS[device] if device != "cpu" else max(FEWEST, BATCH_TOKENS[device] * WIDTH // max(WIDTH, width))
 
 
 def _batches(model: AdaptedModel, window: Window, options: PredictOptions) -> list[_Batch]:

@@ -28,13 +28,13 @@ class Measured:
 
     layers: int
     batches: int
-    tokens: int = 2048
+    tokens: int
 
 
 BACKBONES = {
-    "minilm": Measured(6, 4),
-    "bert-base": Measured(4, 2),
-    "t5-large": Measured(4, 1),
+    "minilm": Measured(6, 4, 2048),
+    "bert-base": Measured(4, 4, 1024),
+    "t5-large": Measured(4, 1, 1024),
     "llama-2-7b": Measured(2, 1, 512),
 }
 
