@@ -133,10 +133,10 @@ def only_base(layer: AdaptedLinear, x: Tensor) -> Tensor:
     return y
 
 
-def stories(source: Path, stack: ExitStack) -> Backbone:
+def stories(source: Path, dtype: str, stack: ExitStack) -> Backbone:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     convert(source, folder)
-    return Backbone.load(str(folder))
+    return Backbone.load(str(folder), dtype=dtype)
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -174,10 +174,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "generation.csv")
     arguments = parser.parse_args()
+    for option, least in (("rows", 2 * TASKS), ("prompt_tokens", 7), ("alone", 1), ("rounds", 1)):
+        if getattr(arguments, option) < least:
+            parser.error(f"--{option.replace('_', '-')}: expected at least {least}, got {getattr(arguments, option)}")
     layers = arguments.layers or FULL[arguments.shape]
     with ExitStack() as stack:
         if arguments.stories:
-            loaded, name = stories(arguments.stories, stack), "stories260K"
+            loaded, name = stories(arguments.stories, arguments.dtype, stack), "stories260K"
         else:
             loaded = backbones(arguments.shape, layers, getattr(torch, arguments.dtype))()
             name = f"{arguments.shape} shape, {layers} layers"
