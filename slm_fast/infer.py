@@ -25,8 +25,8 @@ from slm_fast.tasks import Row
 
 WINDOW = 1024  # rows sorted by length together; two windows are what a stream holds in memory
 
-# Tokens of a batch unless told otherwise: what fills a GPU, and what a processor's caches like, where wider states leave
-# room for fewer. Writing an answer passes one token a row at a time, so there more rows go together.
+# Tokens of a batch unless told otherwise: what fills a GPU, and what a processor's caches like, fewer of wider states.
+# Writing an answer passes one token a row at a time, so there more rows go together.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 WIDTH, FEWEST = 384, 512  # up to which width a processor likes so many, and how many it gets at the least
 GENERATING = 4  # times as many

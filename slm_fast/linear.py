@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# A product of one row only waits for its weight to be read. From two on oneDNN is as fast or faster; and torch takes
-# seconds for a few rows of bfloat16 that do not lie together, such as the last tokens of prompts.
-_FEWEST_ROWS = 2
-_SMALLEST = 1 << 21  # multiplications below which MKL is done with float32 before oneDNN has begun
+# Multiplications below which MKL is done with float32 before oneDNN has begun. (In bfloat16 oneDNN is never slower, and
+# torch takes seconds for a few rows that do not lie together, such as the last tokens of prompts.)
+_SMALLEST = 1 << 21
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -89,7 +88,7 @@ class OneDnnLinear(nn.Linear):
             return _product_in_graph(x, weight, bias) if known and not gradients else super().forward(x)
         numbers = x.numel()
         small = numbers * weight.shape[0] < _SMALLEST and x.dtype == torch.float32
-        if small or not known or numbers < _FEWEST_ROWS * x.shape[-1]:
+        if small or not known or numbers == 0:
             return nn.functional.linear(x, weight, bias)
         if gradients:
             y: Tensor = _Product.apply(x, weight, bias)
