@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,11 @@ from benchmarks.inference.texts import TASKS, mixed, texts_of
 from benchmarks.inference.ways import BARE, OURS, PEFT, PER_SAMPLE, TWO_MODELS, Ways, answer, make_tasks
 from benchmarks.machine import peak_mib
 from benchmarks.shapes import FULL, pretrained
-from benchmarks.timing import Others, time_together
+from benchmarks.timing import Others, Times, time_together
 from slm_fast import ScalableLM
 from slm_fast.backbones import quiet
 
-Calls = Mapping[str, Callable[[], object]]
+Calls = Mapping[str, Sequence[Callable[[], object]]]  # what each way does, in parts
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,15 @@ def make_ways(options: argparse.Namespace, folder: str) -> Ways:
 def lines(
     options: argparse.Namespace, calls: Calls, rows: int, dtypes: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """A line a way, each compared with the first."""
-    memory = {name: peak_mib(call) for name, call in calls.items()}
+    """A line a way, each compared with the first. A part is timed in turns with the same part of the other ways, so
+    that slow seconds of the machine meet all alike; a way's percentiles are the sums of its parts'."""
+    memory = {name: peak_mib(lambda parts=parts: [part() for part in parts]) for name, parts in calls.items()}
+    times = dict.fromkeys(calls, Times(0.0, 0.0, 0.0))
     with Others() as others:
-        times = time_together(calls, seconds=0.0, least=options.rounds)
+        for i in range(max(map(len, calls.values()))):
+            parts = {name: own[i] for name, own in calls.items() if i < len(own)}
+            for name, part in time_together(parts, seconds=0.0, least=options.rounds).items():
+                times[name] = Times(*(sum(pair) for pair in zip(astuple(times[name]), astuple(part), strict=True)))
     first = next(iter(times.values())).p50
     return [
         {
@@ -119,11 +124,11 @@ def tasks(options: argparse.Namespace) -> list[dict[str, Any]]:
         made = make_ways(options, folder)
     many = made.learned(40, query="trunk", router="gaussian")
 
-    def call(slm: ScalableLM) -> None:
-        for batch in made.batches:
-            answer(slm, batch.encoded)
-
-    return lines(options, {f"{len(slm.tasks)} tasks": partial(call, slm) for slm in (made.slm, many)}, made.rows)
+    calls = {
+        f"{len(slm.tasks)} tasks": [partial(answer, slm, batch.encoded) for batch in made.batches]
+        for slm in (made.slm, many)
+    }
+    return lines(options, calls, made.rows)
 
 
 def user(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -157,7 +162,8 @@ def user(options: argparse.Namespace) -> list[dict[str, Any]]:
         "slm_fast --dtype auto": lambda: auto.predict(rows),
     }
     chosen = str(auto.model.backbone.dtype).removeprefix("torch.")
-    return lines(options, calls, len(rows), {name: chosen if "auto" in name else "float32" for name in calls})
+    dtypes = {name: chosen if "auto" in name else "float32" for name in calls}
+    return lines(options, {name: [call] for name, call in calls.items()}, len(rows), dtypes)
 
 
 def profile(options: argparse.Namespace) -> str:
@@ -166,11 +172,13 @@ def profile(options: argparse.Namespace) -> str:
         made = make_ways(options, folder)
     found = []
     for name in (BARE, OURS):
-        call = made.passes(name)
+        parts = made.passes(name)
         with torch.inference_mode():
-            call()
+            for part in parts:
+                part()
             with torch.profiler.profile() as profiler:
-                call()
+                for part in parts:
+                    part()
         events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
         total = sum(e.self_cpu_time_total for e in events)
         shape = f"{options.backbone}, {layers_of(options)} layers, {options.dtype}"

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import peft
@@ -214,15 +214,10 @@ class Ways:
         slm._set(make_tasks(slm, self.train, copies))
         return slm
 
-    def passes(self, name: str) -> Callable[[], object]:
-        """A call that passes all batches once in the way of this name."""
-        step, batches = self.steps[name](), self.by_task if name == ONE_TASK else self.batches
-
-        def call() -> None:
-            for batch in batches:
-                step(batch)
-
-        return call
+    def passes(self, name: str) -> list[Callable[[], object]]:
+        """Calls that pass a batch each in the way of this name."""
+        step = self.steps[name]()
+        return [partial(step, batch) for batch in (self.by_task if name == ONE_TASK else self.batches)]
 
     @property
     def kind(self) -> str:
