@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slm_fast.backbones import Backbone, Encoded, fingerprint, quiet, resolve
 from slm_fast.errors import InputError, one_line
@@ -47,11 +47,14 @@ class TrunkQuery:
         self.taps = tuple(taps)
         full = width * len(self.taps)
         self.width = min(full, MAX_WIDTH)
-        self.projection: Tensor | None = None
+        self.projection: nn.Linear | None = None
         if full > MAX_WIDTH:
             # numpy's legacy generator is frozen for good, so these bits never change.
-            signs = np.random.RandomState(0).randint(0, 2, (full, MAX_WIDTH), dtype=np.int8)
-            self.projection = (torch.from_numpy(signs).to(device).float() * 2 - 1) / MAX_WIDTH**0.5
+            signs = torch.from_numpy(np.random.RandomState(0).randint(0, 2, (full, MAX_WIDTH), dtype=np.int8))
+            linear = nn.utils.skip_init(nn.Linear, full, MAX_WIDTH, bias=False, device=device)  # draws no numbers
+            self.projection = linear.requires_grad_(False)
+            self.projection.weight.copy_((signs.T.float() * 2 - 1) / MAX_WIDTH**0.5)
+            quicken(self.projection)
 
     @staticmethod
     def pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -74,7 +77,7 @@ class TrunkQuery:
     def join(self, pooled: Sequence[Tensor]) -> Tensor:
         """The pooled states of all taps, [B, H] each, lowest first -> query [B, D]."""
         query = torch.cat(list(pooled), dim=-1)
-        return query if self.projection is None else query @ self.projection
+        return query if self.projection is None else self.projection(query)
 
 
 class SentenceQuery:

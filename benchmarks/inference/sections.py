@@ -70,13 +70,18 @@ def make_ways(options: argparse.Namespace, folder: str) -> Ways:
 # ---- measuring ----
 
 
+def all_of(parts: Sequence[Callable[[], object]]) -> None:
+    for part in parts:
+        part()
+
+
 @torch.inference_mode()
 def lines(
     options: argparse.Namespace, calls: Calls, rows: int, dtypes: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
     """A line a way, each compared with the first. A part is timed in turns with the same part of the other ways, so
     that slow seconds of the machine meet all alike; a way's percentiles are the sums of its parts'."""
-    memory = {name: peak_mib(lambda parts=parts: [part() for part in parts]) for name, parts in calls.items()}
+    memory = {name: peak_mib(partial(all_of, parts)) for name, parts in calls.items()}
     times = dict.fromkeys(calls, Times(0.0, 0.0, 0.0))
     with Others() as others:
         for i in range(max(map(len, calls.values()))):
@@ -174,11 +179,9 @@ def profile(options: argparse.Namespace) -> str:
     for name in (BARE, OURS):
         parts = made.passes(name)
         with torch.inference_mode():
-            for part in parts:
-                part()
+            all_of(parts)
             with torch.profiler.profile() as profiler:
-                for part in parts:
-                    part()
+                all_of(parts)
         events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
         total = sum(e.self_cpu_time_total for e in events)
         shape = f"{options.backbone}, {layers_of(options)} layers, {options.dtype}"
