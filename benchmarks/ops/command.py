@@ -88,9 +88,9 @@ def plot_times(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    width = 3.2 + 3.6 * len(panels)
+    width = max(7.0, 3.6 * len(panels))
     figure, (drawn,) = pyplot.subplots(
-        1, len(panels), figsize=(width, 4.2), dpi=130, layout="constrained", squeeze=False
+        1, len(panels), figsize=(width, 4.8), dpi=130, layout="constrained", squeeze=False
     )
     for axes, (name, rows) in zip(drawn, panels.items(), strict=True):
         for number, (way, label) in enumerate(labels.items()):
@@ -103,7 +103,7 @@ def plot_times(
         axes.grid(True, which="both", alpha=0.25)
     drawn[0].set_ylabel("milliseconds (median)")
     lines = {label: line for axes in drawn for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside right upper")
+    figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside lower center", ncols=3)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path)
     pyplot.close(figure)
