@@ -48,10 +48,12 @@ def prepare_keys(keys: Tensor, *, groups: int = 1) -> PreparedKeys:
         raise InputError(f"keys: expected floating [P, D], got {keys.dtype} {list(keys.shape)}")
     if groups < 1 or keys.shape[1] % groups != 0:
         raise InputError(f"groups: expected a divisor of the key width {keys.shape[1]}, got {groups}")
-    keys, backend = keys.detach(), dispatch.chosen("retrieve", "cpu")
-    if keys.device.type != "cpu" or not backend.prepares_keys:
-        return PreparedKeys(keys, groups, None)
-    return PreparedKeys(keys, groups, getattr(torch.ops.slm_fast, f"prepare_keys_{backend.name}")(keys, groups))
+    keys, prepared = keys.detach(), None
+    if keys.device.type == "cpu":
+        backend = dispatch.chosen("retrieve", "cpu")
+        if backend.prepares_keys:
+            prepared = getattr(torch.ops.slm_fast, f"prepare_keys_{backend.name}")(keys, groups)
+    return PreparedKeys(keys, groups, prepared)
 
 
 def retrieve(
