@@ -1,10 +1,8 @@
 """Writing answers with T5 and LLaMA: one loop for rows of all tasks, each on its own route.
 
-Rows wait in a queue, the longest prompts first, and up to `at_once` of them run together. A row's first pass (its
-prefill) finds its route, which is kept for the whole text. Keys and values lie in buffers of a fixed size: a place for
-each row and a column for each token, all rows writing the same column at the same time. A row begins in whichever
-column lets its prompt end where the others are now; what stands left of that is masked. A row that has ended gives its
-place to the last one, and when enough places are free, waiting rows are prefilled together and join.
+Rows wait in a queue, the longest prompts first, and up to `at_once` of them run together, a token a step (decode.py).
+A row's first pass (its prefill) finds its route, which is kept for the whole text. A row that has ended gives its place
+to the last one, and when enough places are free, waiting rows are prefilled together and join.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.backbones import Encoded
+from slm_fast.decode import Decoder
 from slm_fast.model import AdaptedModel, Passage, Report
 from slm_fast.ops import Route
 from slm_fast.router import NotFinite
@@ -210,66 +209,14 @@ class _Queue:
 
 @dataclass
 class _Row:
-    """A row that runs: its number, the column its prompt begins in, and its source of chance."""
+    """A row that runs: its number, and its source of chance."""
 
     number: int
-    start: int
     generator: torch.Generator | None
 
 
-class _Columns:
-    """One layer's keys and values, [places, heads, columns, width] each: of what is written, or (T5) of what was read.
-
-    `serve` lets a layer of transformers' cache give attention what is used of them: the rows that run, from the first
-    column still in use to the one written now.
-    """
-
-    def __init__(self, loop: _Loop, layer: Any, columns: int, *, written: bool) -> None:
-        self.loop, self.written = loop, written
-        keys, values = layer.keys, layer.values
-        self.buffers = [part.new_zeros(loop.at_once, part.shape[1], columns, part.shape[3]) for part in (keys, values)]
-
-    @property
-    def used(self) -> slice:
-        return slice(self.loop.first, self.loop.end) if self.written else slice(self.loop.input_width)
-
-    def serve(self, layer: Any) -> None:
-        layer.update, layer.get_seq_length, layer.get_mask_sizes = self.update, self.length, self.mask_sizes
-        layer.keys, layer.values = self.view(self.used)
-
-    def view(self, columns: slice) -> tuple[Tensor, Tensor]:
-        keys, values = (buffer[: len(self.loop.rows), :, columns] for buffer in self.buffers)
-        return keys, values
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        end = self.loop.end
-        for buffer, new in zip(self.buffers, (keys, values), strict=True):
-            buffer[: len(new), :, end : end + 1] = new
-        return self.view(slice(self.loop.first, end + 1))
-
-    def length(self) -> int:
-        return self.used.stop - (self.used.start or 0)
-
-    def mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length() + query_length, 0
-
-    def join(self, place: int, column: int, keys: Tensor, values: Tensor) -> None:
-        """Put the keys and values of new rows, [B, heads, T, width], from a place and a column on."""
-        for buffer, new in zip(self.buffers, (keys, values), strict=True):
-            buffer[place : place + new.shape[0], :, column : column + new.shape[2]] = new
-
-    def replace(self, place: int, last: int) -> None:
-        for buffer in self.buffers:
-            buffer[place, :, self.used] = buffer[last, :, self.used]
-
-    def move(self, by: int) -> None:
-        live, first, end = len(self.loop.rows), self.loop.first, self.loop.end
-        for buffer in self.buffers:
-            buffer[:live, :, first + by : end + by] = buffer[:live, :, first:end].clone()
-
-
 class _Loop:
-    """Rows that run together. `first` and `end` bound the columns in use; `input_width` those of T5's inputs."""
+    """Rows that run together, and those that take the places of rows that have ended."""
 
     def __init__(self, queue: _Queue, at_once: int) -> None:
         self.queue, self.at_once = queue, min(at_once, max(len(queue.lengths), 1))
@@ -278,17 +225,8 @@ class _Loop:
         self.causal = self.model.backbone.kind == "causal"
         self.ends = set(self.model.backbone.end_tokens().tolist())
         self.longest: int = queue.options["max_new_tokens"]
-        self.widest = self.longest + (max(queue.lengths, default=0) if self.causal else 1)
-        self.capacity = self.widest + self.widest // 2  # so that columns are moved back only now and then
         self.rows: list[_Row] = []
-        self.first = self.end = self.input_width = 0
-        self.layers: list[_Columns] = []
-        self.cache: Any = None
-        self.tokens = torch.zeros(self.at_once, dtype=torch.int64, device=self.device)  # the last of each row
-        self.route = self.model.empty_route(0)
-        self.input_mask = torch.empty(0)
-        # Of the rows that run, from `first` on: where each begins, and the mask of what stands to the left of it.
-        self.starts = self.mask = torch.empty(0)
+        self.decoder: Decoder | None = None
 
     def run(self) -> None:
         while self.queue.waiting or self.rows:
@@ -299,104 +237,41 @@ class _Loop:
                 with self.queue.putting_back(rows):
                     self._join(rows)
             else:
-                self._step()
-        self.layers, self.cache = [], None  # they refer to this loop, which would keep the buffers alive
+                assert self.decoder is not None
+                self._note(self.decoder.step(), 0)
+        if self.decoder is not None:
+            self.decoder.close()
 
     def _join(self, numbers: list[int]) -> None:
         """Prefill rows that were waiting and let them run with the others."""
         ids, mask = self.queue.inputs(numbers)
+        given: dict[str, Any]
         if self.causal:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            out, route = self.queue.first_pass(
-                numbers,
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            width = ids.shape[1]
+            given = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "logits_to_keep": 1}
         else:
             start = self.lm.generation_config.decoder_start_token_id
             start = self.lm.config.decoder_start_token_id if start is None else start
-            given = torch.full((len(numbers), 1), start, device=self.device)
-            out, route = self.queue.first_pass(
-                numbers, input_ids=ids, attention_mask=mask, decoder_input_ids=given, use_cache=True
-            )
-            width = 1
-        if not self.rows:
-            self.first, self.end = 0, width
-        elif width > self.end:
-            self._move(width - self.end)
-        if self.cache is None:
-            self._allocate(out.past_key_values)
-        place = len(self.rows)
-        for columns, layer in zip(self.layers, self._layers(out.past_key_values), strict=True):
-            columns.join(place, self.end - width if columns.written else 0, layer.keys, layer.values)
-        if not self.causal:
-            self.input_mask[place : place + len(numbers)] = torch.finfo(self.input_mask.dtype).min
-            self.input_mask[place : place + len(numbers), ..., : ids.shape[1]].masked_fill_(
-                mask[:, None, None].bool(), 0.0
-            )
-        both = [(self.route, place), (route, len(numbers))] if place else [(route, len(numbers))]
-        self.route = Route(
-            torch.cat([part.slot_ids[:n] for part, n in both]), torch.cat([part.weights[:n] for part, n in both])
-        )
+            given = {"decoder_input_ids": torch.full((len(numbers), 1), start, device=self.device)}
+        out, route = self.queue.first_pass(numbers, input_ids=ids, attention_mask=mask, use_cache=True, **given)
+        if self.decoder is None:
+            longest = max(self.queue.lengths)
+            columns = self.longest + (longest if self.causal else 1)
+            self.decoder = Decoder(self.model, self.at_once, columns, longest, out.past_key_values)
+        lengths = [self.queue.lengths[i] if self.causal else 1 for i in numbers]
+        self.decoder.join(out.past_key_values, lengths, route, None if self.causal else mask)
+        place, sample = len(self.rows), self.queue.options["do_sample"]
         for number in numbers:
-            chance = None
-            if self.queue.options["do_sample"]:
-                chance = torch.Generator(self.device).manual_seed(self.queue.seeds[number])
-            start_column = self.end - (self.queue.lengths[number] if self.causal else 1)
-            self.rows.append(_Row(number, start_column, chance))
-        self._look_again()
+            seed = self.queue.seeds[number]
+            self.rows.append(_Row(number, torch.Generator(self.device).manual_seed(seed) if sample else None))
         self._note(out.logits[:, -1], place)
-
-    def _layers(self, past: Any) -> list[Any]:
-        """The layers of transformers' cache: those of what is written, then (T5) those of what was read."""
-        if self.causal:
-            return list(past.layers)
-        return [*past.self_attention_cache.layers, *past.cross_attention_cache.layers]
-
-    def _allocate(self, past: Any) -> None:
-        """Buffers like the keys and values of a first prefill; its cache object hands them to the model from now on."""
-        layers, widest = self._layers(past), max(self.queue.lengths)
-        own = len(layers) if self.causal else len(layers) // 2
-        self.layers = [_Columns(self, layer, self.capacity, written=True) for layer in layers[:own]]
-        self.layers += [_Columns(self, layer, widest, written=False) for layer in layers[own:]]
-        self.input_mask = torch.zeros(self.at_once, 1, 1, widest, dtype=self.lm.dtype, device=self.device)
-        self.cache = past
-
-    def _step(self) -> None:
-        """One token more for each row that runs."""
-        live = len(self.rows)
-        if self.end == self.capacity:
-            self._move(-self.first)
-        used = self.end - self.first
-        mask = self.mask[..., : used + 1]
-        tokens = self.tokens[:live, None]
-        inputs: dict[str, Any]
-        if self.causal:
-            inputs = {"input_ids": tokens, "attention_mask": mask, "position_ids": used - self.starts}
-        else:
-            # The layers have the keys and values of the inputs, and ask the encoder's output for nothing but its shape.
-            shape = (live, self.input_width, self.model.backbone.width)
-            inputs = {
-                "decoder_input_ids": tokens,
-                "decoder_attention_mask": mask,
-                "encoder_outputs": (torch.zeros(1, 1, 1, dtype=mask.dtype, device=self.device).expand(shape),),
-                "attention_mask": self.input_mask[:live, ..., : self.input_width],
-            }
-        with self.model.passing(Passage(mask), self.model.pool.values, self.route):
-            logits = self.lm(**inputs, past_key_values=self.cache, use_cache=True).logits
-        self.end += 1
-        self._note(logits[:, -1], 0)
 
     def _note(self, logits: Tensor, place: int) -> None:
         """Take the next token of the rows from `place` on, by their logits [B, V], and let those that end go."""
+        assert self.decoder is not None
         logits = logits.float()
         tokens = self._choose(logits, self.rows[place:])
         chance = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).exp()
-        self.tokens[place : place + len(tokens)] = tokens
+        self.decoder.tokens[place : place + len(tokens), 0] = tokens
         ended = []
         for row, token, probability in zip(self.rows[place:], tokens.tolist(), chance.tolist(), strict=True):
             words = self.queue.note(row.number, token, probability)
@@ -426,38 +301,10 @@ class _Loop:
 
     def _drop(self, places: list[int]) -> None:
         """Give the places of rows that have ended to the last ones."""
+        assert self.decoder is not None
         order = list(range(len(self.rows)))  # which row each place holds afterwards
         for place in reversed(places):
-            last = len(self.rows) - 1
-            if place != last:
-                for layer in self.layers:
-                    layer.replace(place, last)
-                order[place], self.rows[place] = order[last], self.rows[last]
-                if not self.causal:
-                    self.input_mask[place] = self.input_mask[last]
+            order[place] = order[-1]
             order.pop()
-            self.rows.pop()
-        self.tokens[: len(order)] = self.tokens[order]
-        self.route = Route(self.route.slot_ids[order], self.route.weights[order])
-        self._look_again()
-
-    def _look_again(self) -> None:
-        """Columns that no row uses any more are not read any more."""
-        if self.rows:
-            self.first = min(row.start for row in self.rows)
-            self.starts = torch.tensor([[row.start - self.first] for row in self.rows], device=self.device)
-            places = torch.arange(self.capacity + 1, device=self.device)
-            self.mask = torch.zeros(len(self.rows), 1, 1, len(places), dtype=self.lm.dtype, device=self.device)
-            self.mask.masked_fill_((places < self.starts)[:, None, None], torch.finfo(self.mask.dtype).min)
-            self.input_width = 0 if self.causal else max(self.queue.lengths[row.number] for row in self.rows)
-            for columns, layer in zip(self.layers, self._layers(self.cache), strict=True):
-                columns.serve(layer)
-
-    def _move(self, by: int) -> None:
-        """Move all columns in use to the right, or to the left."""
-        for layer in self.layers:
-            if layer.written:
-                layer.move(by)
-        self.first, self.end = self.first + by, self.end + by
-        for row in self.rows:
-            row.start += by
+        self.rows = [self.rows[i] for i in order]
+        self.decoder.keep(order)

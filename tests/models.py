@@ -49,6 +49,7 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 FAMILIES = ("bert", "t5", "llama")  # one of each kind
 GENERATORS = ("t5", "llama")
+WRITERS = [name for name, (kind, _, _) in BACKBONES.items() if kind != "encoder"]
 
 
 @pytest.fixture(autouse=True)
@@ -186,6 +187,19 @@ def knows(slm: ScalableLM, *tasks: LearnedTask) -> ScalableLM:
     """`slm` with these tasks and no others."""
     slm._set(tasks)
     return slm
+
+
+def farm_and_sea(slm: ScalableLM) -> list[LearnedTask]:
+    """Two random tasks of unlike ranks, which `slm` now knows."""
+    tasks = [random_task(slm, "farm"), random_task(slm, "sea", rank=3)]
+    knows(slm, *tasks)
+    return tasks
+
+
+def mixed_texts(count: int, seed: int = 0) -> list[str]:
+    """Texts of those two topics, from one word to thirty."""
+    rng = random.Random(seed)
+    return [sentence(rng.choice(("sea", "farm")), rng, words=rng.choice((1, 2, 5, 9, 16, 30))) for _ in range(count)]
 
 
 def pool_values(tasks: Sequence[LearnedTask], module: str) -> list[tuple[Tensor, Tensor]]:

@@ -12,33 +12,20 @@ import torch
 from models import (
     BACKBONES,
     GENERATORS,
-    knows,
+    WRITERS,
+    farm_and_sea,
     make_model,
     make_slm,
     make_tokenizer,
     merge,
+    mixed_texts,
     one_thread,  # noqa: F401
-    random_task,
     sentence,
 )
 
-from slm_fast import ScalableLM, WorkError
+from slm_fast import ScalableLM, WorkError, decode
 from slm_fast import generate as generate_module
 from slm_fast.tasks import LearnedTask, Row
-
-WRITERS = [name for name, (kind, _, _) in BACKBONES.items() if kind != "encoder"]
-
-
-def rows_of(count: int, seed: int = 0) -> list[str]:
-    """Texts of two topics, from one word to thirty."""
-    rng = random.Random(seed)
-    return [sentence(rng.choice(("sea", "farm")), rng, words=rng.choice((1, 2, 5, 9, 16, 30))) for _ in range(count)]
-
-
-def two_tasks(slm: ScalableLM) -> list[LearnedTask]:
-    tasks = [random_task(slm, "farm"), random_task(slm, "sea", rank=3)]
-    knows(slm, *tasks)
-    return tasks
 
 
 def alone(name: str, tasks: list[LearnedTask], text: str, route, model=None, seed: int = 0, **options) -> str:
@@ -76,8 +63,8 @@ def count_passes(slm: ScalableLM) -> list[int]:
 @pytest.mark.parametrize("name", WRITERS)
 def test_rows_that_take_turns_write_what_each_does_alone_with_merged_weights(name, at_once):
     slm = make_slm(name)
-    tasks = two_tasks(slm)
-    texts = rows_of(24)
+    tasks = farm_and_sea(slm)
+    texts = mixed_texts(24)
     answers = slm.predict(texts, batch_size=at_once, max_new_tokens=9)
     assert {answer.task for answer in answers} == {"farm", "sea"}
     for text, answer in zip(texts, answers, strict=True):
@@ -87,8 +74,8 @@ def test_rows_that_take_turns_write_what_each_does_alone_with_merged_weights(nam
 @pytest.mark.parametrize("name", GENERATORS)
 def test_rows_that_have_ended_are_not_computed_any_more(name):
     slm = make_slm(name)
-    two_tasks(slm)
-    texts = rows_of(20)
+    farm_and_sea(slm)
+    texts = mixed_texts(20)
     ends = end_early(slm, texts)
     seen = count_passes(slm)
     queues: list[generate_module._Queue] = []
@@ -112,9 +99,9 @@ def test_rows_that_have_ended_are_not_computed_any_more(name):
 
 def test_columns_move_when_the_buffer_is_full_or_a_prompt_is_too_long_and_nothing_changes():
     slm = make_slm("llama")
-    tasks = two_tasks(slm)
+    tasks = farm_and_sea(slm)
     moves: list[int] = []
-    move = generate_module._Loop._move
+    move = decode.Decoder._move
 
     def spied(self, by):
         moves.append(by)
@@ -124,7 +111,7 @@ def test_columns_move_when_the_buffer_is_full_or_a_prompt_is_too_long_and_nothin
     texts = [sentence("sea", rng, words=n) for n in (1, 2, 1, 2, *(28 + i % 4 for i in range(20)))]
     ends = end_early(slm, texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate_module._Loop, "_move", spied)
+        patch.setattr(decode.Decoder, "_move", spied)
         # Short prompts first, so that longer ones must join later.
         patch.setattr(
             generate_module, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False
@@ -138,8 +125,8 @@ def test_columns_move_when_the_buffer_is_full_or_a_prompt_is_too_long_and_nothin
 @pytest.mark.parametrize("name", GENERATORS)
 def test_what_is_sampled_for_a_row_depends_on_its_number_alone(name):
     slm = make_slm(name)
-    tasks = two_tasks(slm)
-    texts = rows_of(14)
+    tasks = farm_and_sea(slm)
+    texts = mixed_texts(14)
     options = {"sample": True, "temperature": 1.4, "top_p": 0.8, "max_new_tokens": 7, "seed": 5}
     answers = slm.predict(texts, batch_size=14, **options)
     generation = {"do_sample": True, "top_k": 0, "temperature": 1.4, "top_p": 0.8, "max_new_tokens": 7}
@@ -148,16 +135,16 @@ def test_what_is_sampled_for_a_row_depends_on_its_number_alone(name):
     for batch_size in (1, 4):
         assert [a.text for a in slm.predict(texts, batch_size=batch_size, **options)] == [a.text for a in answers]
     assert [a.text for a in slm.predict_stream(iter(texts), batch_size=5, **options)] == [a.text for a in answers]
-    beside = slm.predict([*texts[:7], *rows_of(7, seed=9)], batch_size=14, **options)
+    beside = slm.predict([*texts[:7], *mixed_texts(7, seed=9)], batch_size=14, **options)
     assert [a.text for a in beside[:7]] == [a.text for a in answers[:7]]
 
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_buffers_are_given_back_when_all_is_written(name):
     slm = make_slm(name)
-    two_tasks(slm)
+    farm_and_sea(slm)
     made: list[weakref.ref] = []
-    init = generate_module._Columns.__init__
+    init = decode._Columns.__init__
 
     def noted(self, *args, **options):
         init(self, *args, **options)
@@ -166,8 +153,8 @@ def test_buffers_are_given_back_when_all_is_written(name):
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generate_module._Columns, "__init__", noted)
-            slm.predict(rows_of(6), batch_size=3, max_new_tokens=5)
+            patch.setattr(decode._Columns, "__init__", noted)
+            slm.predict(mixed_texts(6), batch_size=3, max_new_tokens=5)
         assert made
         assert [buffer for buffer in made if buffer() is not None] == []
     finally:
@@ -177,11 +164,11 @@ def test_buffers_are_given_back_when_all_is_written(name):
 @pytest.mark.parametrize("name", GENERATORS)
 def test_the_route_is_found_once_a_row_whatever_the_length_of_its_text(name):
     slm = make_slm(name)
-    two_tasks(slm)
+    farm_and_sea(slm)
     routed: list[int] = []
     find = slm.model.find_route
     slm.model.find_route = lambda query, *args: routed.append(len(query)) or find(query, *args)
-    slm.predict(rows_of(20), batch_size=6, max_new_tokens=12)
+    slm.predict(mixed_texts(20), batch_size=6, max_new_tokens=12)
     assert sum(routed) == 20
 
 
@@ -191,15 +178,15 @@ def test_a_checkpoints_own_way_of_writing_is_kept(name):
     model = make_model(name)
     model.generation_config.repetition_penalty = 1.8
     slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer(name))
-    tasks = two_tasks(slm)
-    texts = rows_of(10)
+    tasks = farm_and_sea(slm)
+    texts = mixed_texts(10)
     penalised = make_model(name)
     penalised.generation_config.repetition_penalty = 1.8
     answers = slm.predict(texts, batch_size=4, max_new_tokens=8)
     for text, answer in zip(texts, answers, strict=True):
         assert answer.text == alone(name, tasks, text, answer.route, penalised, max_new_tokens=8)
     plain = make_slm(name)
-    two_tasks(plain)
+    farm_and_sea(plain)
     assert [a.text for a in plain.predict(texts, max_new_tokens=8)] != [a.text for a in answers]
 
 
@@ -207,7 +194,7 @@ def test_texts_longer_than_a_sliding_window_are_written_through_it():
     model = make_model("mistral")
     model.config.sliding_window = 8
     slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer("mistral"))
-    tasks = two_tasks(slm)
+    tasks = farm_and_sea(slm)
     narrow = make_model("mistral")
     narrow.config.sliding_window = 8
     for text in ("sea1 sea2", " ".join(f"sea{i % 20}" for i in range(14))):
@@ -220,10 +207,10 @@ def test_attention_written_out_gives_the_same_texts(name):
     model = make_model(name)
     model.set_attn_implementation("eager")
     slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer(name))
-    two_tasks(slm)
+    farm_and_sea(slm)
     fast = make_slm(name)
-    two_tasks(fast)
-    texts = rows_of(12)
+    farm_and_sea(fast)
+    texts = mixed_texts(12)
     expected = fast.predict(texts, batch_size=4, max_new_tokens=6)
     for got, want in zip(slm.predict(texts, batch_size=4, max_new_tokens=6), expected, strict=True):
         assert got.text == want.text
@@ -233,10 +220,10 @@ def test_attention_written_out_gives_the_same_texts(name):
 @pytest.mark.parametrize("name", GENERATORS)
 def test_bfloat16_backbones_write_with_scores_close_to_float32(name):
     slm = ScalableLM.from_backbone(make_model(name).bfloat16(), tokenizer=make_tokenizer(name))
-    two_tasks(slm)
+    farm_and_sea(slm)
     full = make_slm(name)
-    two_tasks(full)
-    texts = rows_of(12)
+    farm_and_sea(full)
+    texts = mixed_texts(12)
     pairs = zip(slm.predict(texts, batch_size=4, max_new_tokens=1), full.predict(texts, max_new_tokens=1), strict=True)
     close = [a.score == pytest.approx(b.score, abs=0.03) for a, b in pairs if a.route.slots == b.route.slots]
     assert len(close) > 6
@@ -246,8 +233,8 @@ def test_bfloat16_backbones_write_with_scores_close_to_float32(name):
 @pytest.mark.parametrize("name", GENERATORS)
 def test_instructions_abstaining_and_task_ids_go_with_rows_that_take_turns(name):
     slm = make_slm(name)
-    two_tasks(slm)
-    rows = [Row(text, instruction="the question :" if i % 2 else "") for i, text in enumerate(rows_of(11))]
+    farm_and_sea(slm)
+    rows = [Row(text, instruction="the question :" if i % 2 else "") for i, text in enumerate(mixed_texts(11))]
     names = [("farm", "sea")[i % 2] for i in range(11)]
     for options in ({}, {"task": names}, {"abstain": 0.5}, {"abstain": 0.5, "task": names}):
         whole = slm.predict(rows, batch_size=11, max_new_tokens=5, **options)
@@ -260,8 +247,8 @@ def test_instructions_abstaining_and_task_ids_go_with_rows_that_take_turns(name)
 @pytest.mark.parametrize("beams", [1, 2])
 def test_rows_whose_query_is_not_finite_are_named_and_the_others_written(beams):
     slm = make_slm("llama")
-    two_tasks(slm)
-    texts = rows_of(9)
+    farm_and_sea(slm)
+    texts = mixed_texts(9)
     expected = [answer.text for answer in slm.predict(texts, max_new_tokens=5, beams=beams)]
     bad = slm.model.backbone.tokenizer.get_vocab()["word79"]
     slm.model.backbone.model.get_input_embeddings().weight.data[bad] = torch.nan

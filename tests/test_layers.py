@@ -20,6 +20,7 @@ LAYERS = (
     ("slm", "jsonlines", "resume", "bench", "demo"),
     ("learn", "evaluate", "infer", "report", "baselines"),
     ("examples", "generate"),
+    ("decode",),
     ("model",),
     ("query", "router", "pool", "store", "adapted", "compiled", "backbones", "linear", "tasks"),
     ("ops",),

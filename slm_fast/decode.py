@@ -1,0 +1,299 @@
+"""One step of writing: the logits after the last token of every row that runs.
+
+Keys and values lie in buffers of a fixed size: a place for each row and a column for each token, all rows writing the
+same column at the same time. A row begins in whichever column lets its prompt end where the others are now; what stands
+left of that is masked.
+
+On a CPU a step reads exactly what is in use. On a GPU its kernels end sooner than Python can launch them, so there a
+step has one of a few shapes: places and columns in use are rounded up, what is not in use is masked, and all that
+changes from step to step is in buffers. The second step of a shape is captured as a CUDA graph, which is replayed from
+then on.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slm_fast.errors import one_line
+from slm_fast.model import AdaptedModel, Passage
+from slm_fast.ops import Route
+
+Step = Callable[[], Tensor]  # gives logits
+COLUMNS = 64  # columns are rounded up to a multiple of this, or of an eighth of their number where that is more
+
+
+class Shape(NamedTuple):
+    """What a step reads: in the first `places` the columns from `first` to before `stop` of what is written, and the
+    first `inputs` columns of T5's inputs."""
+
+    places: int
+    first: int
+    stop: int
+    inputs: int
+
+
+class _Columns:
+    """One layer's keys and values, [places, heads, columns, width] each: of what is written, or (T5) of what was read.
+
+    A layer of transformers' cache hands them to attention.
+    """
+
+    def __init__(self, decoder: Decoder, layer: Any, columns: int, *, written: bool) -> None:
+        self.decoder, self.written = decoder, written
+        keys, values = layer.keys, layer.values
+        self.buffers = [x.new_zeros(decoder.places, x.shape[1], columns, x.shape[3]) for x in (keys, values)]
+        layer.update, layer.get_seq_length = self.update, decoder.written
+
+    def serve(self, layer: Any, shape: Shape) -> None:
+        """Let the cache's layer show the buffers, and of T5's inputs what steps of this shape read."""
+        columns = slice(None) if self.written else slice(shape.inputs)
+        layer.keys, layer.values = (buffer[: shape.places, :, columns] for buffer in self.buffers)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values [places, heads, 1, width] of this step; all that attention reads."""
+        shape, column = self.decoder.shape, self.decoder.column
+        for buffer, new in zip(self.buffers, (keys, values), strict=True):
+            if self.decoder.rounded:
+                buffer[: shape.places].index_copy_(2, column, new)
+            else:
+                buffer[: shape.places, :, shape.stop - 1 : shape.stop] = new
+        keys, values = (buffer[: shape.places, :, shape.first : shape.stop] for buffer in self.buffers)
+        return keys, values
+
+    def join(self, place: int, column: int, keys: Tensor, values: Tensor) -> None:
+        """Put the keys and values of new rows, [B, heads, T, width], from a place and a column on."""
+        for buffer, new in zip(self.buffers, (keys, values), strict=True):
+            # A step multiplies what is masked by zero, which a NaN of the row that was here before would survive.
+            buffer[place : min(place + len(new), self.decoder.most)] = 0
+            buffer[place : place + len(new), :, column : column + new.shape[2]] = new
+
+    def keep(self, order: Sequence[int], used: slice) -> None:
+        for place, row in enumerate(order):
+            if place != row:
+                for buffer in self.buffers:
+                    buffer[place, :, used] = buffer[row, :, used]
+
+    def move(self, live: int, used: slice, by: int) -> None:
+        for buffer in self.buffers:
+            buffer[:live, :, used.start + by : used.stop + by] = buffer[:live, :, used].clone()
+
+
+class Decoder:
+    """Rows that run together, at most `places`.
+
+    `first` and `end` bound the columns in use; all rows write column `end` next. `inputs` bounds those of T5's inputs.
+    """
+
+    def __init__(self, model: AdaptedModel, places: int, columns: int, input_columns: int, past: Any) -> None:
+        """Buffers like the keys and values of a first prefill, whose cache object will hand them to the model.
+
+        Args:
+            columns: the most that a row needs.
+            input_columns: the longest of T5's inputs.
+            past: of a pass with use_cache=True.
+        """
+        self.model, self.lm = model, model.backbone.model
+        self.places, self.input_capacity, self.past = places, input_columns, past
+        self.capacity = columns + columns // 2  # so that columns are moved back only now and then
+        self.causal, self.device = model.backbone.kind == "causal", model.backbone.device
+        self.capture = capturing(self.device)
+        self.rounded = self.capture is not None
+        self.starts: list[int] = []  # of the rows that run: the column each begins in
+        self.input_lengths: list[int] = []  # and the tokens of T5's input
+        self.first = self.end = self.inputs = 0
+        self.most = 0  # rows that ran at a time so far
+        self.shape = Shape(0, 0, 0, 0)
+
+        dtype = self.lm.dtype
+        self.tokens = torch.zeros(places, 1, dtype=torch.int64, device=self.device)  # the last of each row
+        self.begins = torch.zeros(places, 1, dtype=torch.int64, device=self.device)  # `starts`
+        self.numbers = torch.arange(self.capacity, device=self.device)  # of the columns
+        self.column = torch.zeros(1, dtype=torch.int64, device=self.device)  # `end`
+        self.masked = torch.finfo(dtype).min
+        # Of what stands to the left of a row's beginning, and of T5's inputs.
+        self.mask = torch.zeros(places, 1, 1, self.capacity, dtype=dtype, device=self.device)
+        self.input_mask = torch.full((places, 1, 1, input_columns), self.masked, dtype=dtype, device=self.device)
+        self.route = Route(torch.empty(0), torch.empty(0))  # [places, K]; an id of -1 where no row runs
+        layers = self._layers(past)
+        own = len(layers) if self.causal else len(layers) // 2
+        self.layers = [_Columns(self, layer, self.capacity, written=True) for layer in layers[:own]]
+        self.layers += [_Columns(self, layer, input_columns, written=False) for layer in layers[own:]]
+        self.replays: dict[Shape, Step | None] = {}  # of the shapes met so far: what was captured of it
+
+    def close(self) -> None:
+        """Let go of the buffers, which would otherwise live until Python looks for cycles."""
+        self.layers, self.past = [], None
+        self.replays.clear()
+
+    @property
+    def live(self) -> int:
+        return len(self.starts)
+
+    def _layers(self, past: Any) -> list[Any]:
+        """The layers of transformers' cache: those of what is written, then (T5) those of what was read."""
+        if self.causal:
+            return list(past.layers)
+        return [*past.self_attention_cache.layers, *past.cross_attention_cache.layers]
+
+    def written(self, *_: Any) -> int | Tensor:
+        """How many columns stand before the one written now, of those that a step reads."""
+        return self.column if self.rounded else self.end - self.shape.first
+
+    # Rows come and go
+
+    def join(self, past: Any, lengths: Sequence[int], route: Route, inputs: Tensor | None = None) -> None:
+        """Let prefilled rows run with the others, in the next free places.
+
+        Args:
+            past: of their prefill.
+            lengths: the tokens of each; those of its decoder (1) with T5.
+            route: [B, K]
+            inputs: the mask [B, T] of T5's inputs.
+        """
+        place, width, live = self.live, max(lengths), self.live + len(lengths)
+        if not place:
+            self.end = width
+        elif width > self.end:
+            self._move(width - self.end)
+        for columns, layer in zip(self.layers, self._layers(past), strict=True):
+            columns.join(place, self.end - width if columns.written else 0, layer.keys, layer.values)
+        if inputs is not None:
+            mask = self.input_mask[place:live]
+            mask.fill_(self.masked)[..., : inputs.shape[1]].masked_fill_(inputs[:, None, None].bool(), 0.0)
+            self.input_lengths += inputs.sum(1).tolist()
+        if self.route.slot_ids.numel() == 0:
+            ids, weights = (part.new_zeros(self.places, part.shape[1]) for part in route)
+            self.route = Route(ids.fill_(-1), weights)
+        for buffer, new in zip(self.route, route, strict=True):
+            buffer[place:live] = new
+        self.starts += [self.end - length for length in lengths]
+        self.most = max(self.most, live)
+        self._look_again()
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Rows have ended: place i now has the row of place order[i], which is i or one beyond those that stay."""
+        live = len(order)
+        for layer in self.layers:
+            layer.keep(order, slice(self.first, self.end) if layer.written else slice(self.inputs))
+        for buffer in (self.tokens, self.input_mask, *self.route):
+            buffer[:live] = buffer[order]
+        self.route.slot_ids[live:], self.route.weights[live:] = -1, 0.0
+        self.starts = [self.starts[i] for i in order]
+        self.input_lengths = self.input_lengths and [self.input_lengths[i] for i in order]
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Columns that no row uses any more are not read any more."""
+        self.first, self.inputs = min(self.starts, default=0), max(self.input_lengths, default=0)
+        begins = self.starts + [0] * (self.places - self.live)
+        self.begins.copy_(torch.tensor(begins)[:, None])
+        self.mask.zero_().masked_fill_((self.numbers < self.begins)[:, None, None], self.masked)
+
+    def _move(self, by: int) -> None:
+        """Move all columns in use to the right, or to the left."""
+        used = slice(self.first, self.end)
+        for layer in self.layers:
+            if layer.written:
+                layer.move(self.live, used, by)
+        self.starts = [start + by for start in self.starts]
+        self.end += by
+        self._look_again()
+
+    # A step
+
+    def step(self) -> Tensor:
+        """The logits [live, V] after the last token of each row, whose keys and values are kept in the next column."""
+        if self.end == self.capacity or self._saves_by_moving():
+            self._move(-self.first)
+        before, self.shape = self.shape, self._shape()
+        if (self.shape.places, self.shape.inputs) != (before.places, before.inputs):
+            for columns, layer in zip(self.layers, self._layers(self.past), strict=True):
+                columns.serve(layer, self.shape)
+        logits = self._run(self.shape)
+        self.end += 1
+        return logits[: self.live, -1]
+
+    def _shape(self) -> Shape:
+        if not self.rounded:
+            return Shape(self.live, self.first, self.end + 1, self.inputs)
+        places = min(1 << (self.live - 1).bit_length(), self.places)
+        stop = min(rounded(self.end + 1), self.capacity)
+        return Shape(places, 0, stop, min(rounded(self.inputs), self.input_capacity))
+
+    def _saves_by_moving(self) -> bool:
+        """Whether a step of a rounded shape reads fewer columns when those in use are moved to the left."""
+        return self.rounded and rounded(self.end + 1 - self.first) < min(rounded(self.end + 1), self.capacity)
+
+    def _run(self, shape: Shape) -> Tensor:
+        if not self.rounded:
+            return self._forward(shape)
+        self.column.fill_(self.end)
+        if shape not in self.replays:  # the first time also compiles kernels, which a capture must not
+            self.replays[shape] = None
+            return self._forward(shape)
+        step = functools.partial(self._forward, shape)
+        if self.capture is not None and self.replays[shape] is None:
+            try:
+                self.replays[shape] = self.capture(step)
+            except RuntimeError as error:
+                self.capture = None
+                warnings.warn(f"writing without CUDA graphs, which is slower: {one_line(error)}", stacklevel=2)
+        return (self.replays[shape] or step)()
+
+    def _forward(self, shape: Shape) -> Tensor:
+        """Logits [places, 1, V]. What changes between steps of one shape is in buffers, and nothing waits for the
+        device, so that this can be captured."""
+        places, now = shape.places, self.column if self.rounded else self.end
+        mask = self.mask[:places, ..., shape.first : shape.stop]
+        if self.rounded:
+            mask = mask.masked_fill(self.numbers[: shape.stop] > now, self.masked)
+        inputs: dict[str, Any]
+        if self.causal:
+            inputs = {"input_ids": self.tokens[:places], "attention_mask": mask}
+            inputs["position_ids"] = now - self.begins[:places]
+        else:
+            # The layers have the keys and values of the inputs, and ask the encoder's output for nothing but its shape.
+            states = torch.zeros(1, 1, 1, dtype=mask.dtype, device=self.device)
+            inputs = {
+                "decoder_input_ids": self.tokens[:places],
+                "decoder_attention_mask": mask,
+                "encoder_outputs": (states.expand(places, shape.inputs, self.model.backbone.width),),
+                "attention_mask": self.input_mask[:places, ..., : shape.inputs],
+            }
+        route = Route(self.route.slot_ids[:places], self.route.weights[:places])
+        with self.model.passing(Passage(mask), self.model.pool.values, route):
+            logits: Tensor = self.lm(**inputs, past_key_values=self.past, use_cache=True).logits
+        return logits
+
+
+def rounded(columns: int) -> int:
+    """Columns rounded up, so that few shapes serve many lengths: by less than COLUMNS or less than a quarter."""
+    step = max(COLUMNS, 1 << (columns - 1).bit_length() >> 3)
+    return -(-columns // step) * step
+
+
+def capturing(device: torch.device) -> Callable[[Step], Step] | None:
+    """How to capture steps on this device as CUDA graphs: the same kernels on the same addresses, launched at once. The
+    next replay of any of them overwrites what one returned. None where steps are not captured."""
+    if device.type != "cuda":
+        return None
+    memory = torch.cuda.graph_pool_handle()
+
+    def capture(step: Step) -> Step:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory):
+            logits = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+    return capture
