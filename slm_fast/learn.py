@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from slm_fast.adapted import Values
 from slm_fast.backbones import pad
 from slm_fast.errors import InputError, WorkError
 from slm_fast.examples import Examples, batches, prepare
+from slm_fast.linear import rounded_for_autocast
 from slm_fast.model import AdaptedModel, Passage
 from slm_fast.ops import Route
 from slm_fast.progress import bar
@@ -204,7 +205,8 @@ class _Trainer:
         optimizer, scheduler = optimizer_and_schedule(self.parameters(), options, len(examples))
         epochs, lengths = options.epochs_for(len(examples)), examples.lengths
         best, best_score = self._snapshot(), -math.inf
-        with bar(f"{self.task.name}: learning", epochs * len(examples), progress) as advance:
+        progressing = bar(f"{self.task.name}: learning", epochs * len(examples), progress)
+        with self._rounded(examples), progressing as advance:
             for epoch in range(epochs):
                 losses: list[Tensor] = []
                 for step, rows in enumerate(plan := batches(lengths, options.batch_size, self.shuffle), 1):
@@ -227,6 +229,16 @@ class _Trainer:
             with torch.no_grad():
                 for parameter, kept in zip(self.parameters(), best, strict=True):
                     parameter.copy_(kept)
+
+    def _rounded(self, examples: Examples) -> AbstractContextManager[None]:
+        """With autocast, what passes of these rows meets is rounded once, and not again in every pass."""
+        if not self.options.autocast:
+            return nullcontext()
+        backbone = self.model.backbone
+        known = backbone.layers[: self.model.config.first_layer] if examples.states is not None else ()
+        below = {module for layer in known for module in layer.modules()}
+        modules = [module for module in backbone.model.modules() if module not in below]
+        return rounded_for_autocast(modules, torch.bfloat16)
 
     def _backward(self, examples: Examples, rows: list[int]) -> Tensor:
         """Add the gradient of the mean loss of a step's rows, part by part; the loss."""

@@ -1,4 +1,5 @@
-"""Linear layers on a CPU straight through oneDNN, where that is faster than the way torch takes.
+"""Linear layers on a CPU straight through oneDNN, where that is faster than the way torch takes; and frozen ones under
+autocast.
 
 torch sends float32 products to MKL, which on AMD processors is slower than oneDNN; both are part of torch. bfloat16
 products go to oneDNN anyway, but torch writes the bias to the result first and reads it back. Which way is taken
@@ -7,6 +8,8 @@ follows from the processor alone, so that runs repeat bit for bit on one machine
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -101,3 +104,27 @@ def quicken(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and prefers_onednn(module.weight.dtype):
             module.__class__ = OneDnnLinear
+
+
+@contextmanager
+def rounded_for_autocast(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block the plain linear layers among the modules hold their frozen weights in `dtype`.
+
+    Autocast rounds weights to the same numbers, but keeps only those of weights that learn, and does it again in every
+    pass with all others.
+    """
+    held = [
+        (module, module.weight, module.bias)
+        for module in modules
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, OneDnnLinear)
+        if module.weight.dtype == torch.float32 and not module.weight.requires_grad
+    ]
+    try:
+        for module, weight, bias in held:
+            module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            if bias is not None:
+                module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        yield
+    finally:
+        for module, weight, bias in held:
+            module.weight, module.bias = weight, bias

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from models import (
     random_task,
     toy_task,
 )
+from torch import nn
 
 from slm_fast import InputError, ScalableLM, Task, WorkError, examples
+from slm_fast import learn as learn_module
 from slm_fast.backbones import pad
 from slm_fast.learn import LearnOptions
 from slm_fast.model import Passage
@@ -512,6 +515,34 @@ def test_a_task_is_learned_in_bfloat16_and_repeats_bit_for_bit(name):
     assert replace_options(saved(plain, "sea")) != replace_options(runs[0])  # it was bfloat16
     for key, tensor in learned(plain, "sea").router.items():
         assert torch.equal(tensor, learned(slm, "sea").router[key])  # routes are found in full precision all the same
+
+
+@pytest.mark.parametrize("keep_states", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_rounded_once_for_autocast_teach_the_same_bit_for_bit(name, keep_states, monkeypatch):
+    if not keep_states:
+        monkeypatch.setattr("slm_fast.examples.STATES_BYTES", 0)
+    rounded: list[int] = []
+    really = learn_module.rounded_for_autocast
+
+    def counted(modules, dtype):
+        rounded.append(sum(isinstance(module, nn.Linear) for module in modules))
+        return really(modules, dtype)
+
+    found, task, valid = [], toy_task("sea", rows=20), toy_task("sea", rows=8, seed=3)
+    for context in (counted, lambda modules, dtype: nullcontext()):
+        monkeypatch.setattr(learn_module, "rounded_for_autocast", context)
+        slm = make_slm(name, taps=(0, 1))
+        weights = {id(parameter): parameter.clone() for parameter in slm.model.backbone.model.parameters()}
+        slm.learn(task, valid=valid, epochs=2, batch_size=8, autocast=True)
+        found.append(saved(slm, "sea"))
+        now = {id(parameter): parameter for parameter in slm.model.backbone.model.parameters()}
+        assert now.keys() == weights.keys()
+        assert all(torch.equal(parameter, weights[key]) for key, parameter in now.items())
+    assert found[0] == found[1]
+    every = sum(isinstance(module, nn.Linear) for module in slm.model.backbone.model.modules())
+    assert len(rounded) == 1
+    assert (rounded[0] < every) == keep_states  # what is never passed is not held twice
 
 
 def test_a_joint_step_uses_no_more_slots_than_its_rows_reach(monkeypatch):
