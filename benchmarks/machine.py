@@ -16,10 +16,16 @@ import torch
 
 
 def peak_mib(call: Callable[[], object]) -> tuple[float, float]:
-    """(before, most) MiB of memory that this process holds before a call and at its peak in it; NaN but on Linux.
+    """(before, most) MiB of memory that this process holds before a call and at its peak in it: of the GPU where there
+    is one. NaN where neither is known.
 
     getrusage would count what came before the call, and a peak of the process that started this one.
     """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        first = torch.cuda.memory_allocated()
+        call()
+        return first / 2**20, torch.cuda.max_memory_allocated() / 2**20
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     if not reset.exists():
         return float("nan"), float("nan")

@@ -22,6 +22,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5-large": ("T5ForConditionalGeneration", {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_heads": 16}),
     "llama-2-7b": ("LlamaForCausalLM", {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008}),
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL = {"minilm": 6, "bert-base": 12, "t5-large": 24, "llama-2-7b": 32}
 
 
@@ -29,12 +30,13 @@ def pretrained(
     shape: str, layers: int, dtype: torch.dtype = torch.float32, *, decoder_layers: int | None = None
 ) -> tuple[Any, Any]:
     """MiniLM as it is, or a random transformers model of `layers` layers of this shape (T5: in its encoder, and as many
-    in its decoder unless told otherwise); and MiniLM's tokenizer, which serves all shapes."""
+    in its decoder unless told otherwise), on a GPU where there is one; and MiniLM's tokenizer, which serves all
+    shapes."""
     path = resolve("minilm")
     with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if shape == "minilm":
-            return transformers.AutoModel.from_pretrained(path, dtype=dtype).eval(), tokenizer
+            return transformers.AutoModel.from_pretrained(path, dtype=dtype).eval().to(DEVICE), tokenizer
     class_name, sizes = SHAPES[shape]
     model_class = getattr(transformers, class_name)
     tokenizer.eos_token = tokenizer.sep_token
@@ -47,11 +49,12 @@ def pretrained(
         special |= {"decoder_start_token_id": 0, "num_layers": layers, "num_decoder_layers": decoder_layers or layers}
     else:
         special |= {"num_hidden_layers": layers}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
         try:
-            model = model_class(model_class.config_class(**sizes, **special))
+            with torch.device(DEVICE):  # a large model is soon made there
+                model = model_class(model_class.config_class(**sizes, **special))
         finally:
             torch.set_default_dtype(torch.float32)
     return model.eval(), tokenizer

@@ -61,25 +61,27 @@ def lora(load: Load, rows: Task, options: LearnOptions, bucketed: bool) -> Learn
     """PEFT on the layers slm_fast adapts by default, tokenised ahead."""
     loaded = load()
     config = Config(max_length=LENGTH).completed(loaded)
-    examples = tokenised(AdaptedModel(load(), config), rows)
+    own = AdaptedModel(load(), config)
+    examples = tokenised(own, rows)
     modules = loaded.find_linears(config.targets, config.first_layer or 0)
     lengths, encoder = examples.lengths, loaded.kind == "encoder"
     wanted = peft.LoraConfig(r=options.rank, lora_alpha=options.rank, lora_dropout=0.0, target_modules=modules)
     model = peft.get_peft_model(loaded.model, wanted)
-    head = nn.Linear(loaded.width, len(rows.labels or ()))
+    head = nn.Linear(loaded.width, len(rows.labels or ()), device=loaded.device)
 
     def loss_of(chosen: list[int]) -> Tensor:
-        ids, mask = pad([examples.sequences[i] for i in chosen], loaded.tokenizer.pad_token_id)
+        encoded = examples.encoded(own, chosen)
+        ids, mask = encoded.input_ids, encoded.attention_mask
         answers = [examples.answers[i] for i in chosen]
         if encoder:
             hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-            return cross_entropy(head(TrunkQuery.pool(hidden, mask)), torch.tensor(answers)[:, 0])
+            return cross_entropy(head(TrunkQuery.pool(hidden, mask)), torch.tensor(answers, device=loaded.device)[:, 0])
         if loaded.kind == "causal":
             answers = [
                 [IGNORE] * (len(examples.sequences[i]) - len(answer)) + answer
                 for i, answer in zip(chosen, answers, strict=True)
             ]
-        labels, _ = pad(answers, IGNORE)
+        labels = pad(answers, IGNORE)[0].to(loaded.device)
         loss: Tensor = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
         return loss
 

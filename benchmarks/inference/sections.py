@@ -14,7 +14,7 @@ import torch
 from benchmarks.inference.texts import TASKS, mixed, texts_of
 from benchmarks.inference.ways import BARE, OURS, PEFT, PER_SAMPLE, TWO_MODELS, Ways, answer, make_tasks
 from benchmarks.machine import peak_mib
-from benchmarks.shapes import FULL, pretrained
+from benchmarks.shapes import DEVICE, FULL, pretrained
 from benchmarks.timing import Others, Times, time_together
 from slm_fast import ScalableLM
 from slm_fast.backbones import quiet
@@ -24,7 +24,8 @@ Calls = Mapping[str, Sequence[Callable[[], object]]]  # what each way does, in p
 
 @dataclass(frozen=True)
 class Measured:
-    """How many layers, batches and tokens a batch of a backbone are run on a processor of a few cores."""
+    """How many layers, batches and tokens a batch of a backbone are run on a processor of a few cores. A GPU runs all
+    layers."""
 
     layers: int
     batches: int
@@ -41,8 +42,8 @@ BACKBONES = {
 
 def layers_of(options: argparse.Namespace) -> int:
     """MiniLM is real, so it has all of its own."""
-    if options.backbone == "minilm":
-        return FULL["minilm"]
+    if options.backbone == "minilm" or (DEVICE != "cpu" and not options.layers):
+        return FULL[options.backbone]
     return options.layers or BACKBONES[options.backbone].layers
 
 
@@ -70,6 +71,18 @@ def make_ways(options: argparse.Namespace, folder: str) -> Ways:
 # ---- measuring ----
 
 
+def finished(call: Callable[[], object]) -> Callable[[], object]:
+    """A call that ends when a GPU has done its part."""
+    if DEVICE == "cpu":
+        return call
+
+    def until_done() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return until_done
+
+
 def all_of(parts: Sequence[Callable[[], object]]) -> None:
     for part in parts:
         part()
@@ -86,6 +99,7 @@ def lines(
     with Others() as others:
         for i in range(max(map(len, calls.values()))):
             parts = {name: own[i] for name, own in calls.items() if i < len(own)}
+            parts = {name: finished(part) for name, part in parts.items()}
             for name, part in time_together(parts, seconds=0.0, least=options.rounds).items():
                 times[name] = Times(*(sum(pair) for pair in zip(astuple(times[name]), astuple(part), strict=True)))
     first = next(iter(times.values())).p50
@@ -154,7 +168,7 @@ def user(options: argparse.Namespace) -> list[dict[str, Any]]:
             batch = tokenizer(
                 rows[start : start + 32], padding=True, truncation=True, max_length=256, return_tensors="pt"
             )
-            plain(**batch).last_hidden_state.mean(1).tolist()
+            plain(**batch.to(DEVICE)).last_hidden_state.mean(1).tolist()
 
     def in_arrival_order() -> None:
         for start in range(0, len(rows), 32):

@@ -137,7 +137,8 @@ def make_tasks(slm: ScalableLM, train: Mapping[str, Sequence[str]], copies: int 
                 head = (torch.randn(8, model.backbone.width, generator=draw) * 0.05, torch.zeros(8))
             moved = dict(part)
             if number and "mean" in part:
-                moved["mean"] = part["mean"] * (1 + 0.1 * torch.randn(part["mean"].shape, generator=draw))
+                away = 0.1 * torch.randn(part["mean"].shape, generator=draw)
+                moved["mean"] = part["mean"] * (1 + away.to(part["mean"]))
             tasks.append(LearnedTask(name, tuple("abcdefgh"), values, moved, head))
     return tasks
 
@@ -183,7 +184,7 @@ class Ways:
         chosen = [planned[int((i + 0.5) * len(planned) / count)] for i in range(count)]
 
         def batch(own: Sequence[int]) -> Batch:
-            encoded = backbone.collate([ids[i] for i in own], [False] * len(own))
+            encoded = backbone.collate([ids[i] for i in own], [False] * len(own)).to(backbone.device)
             return Batch(encoded, [rows[i][0] for i in own])
 
         self.batches = [batch(own) for own in chosen]
