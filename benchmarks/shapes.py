@@ -72,6 +72,18 @@ def backbones(shape: str, layers: int, dtype: torch.dtype = torch.float32) -> Ca
     return lambda: Backbone(sharing(model), copy.deepcopy(tokenizer), name)
 
 
+def finished(call: Callable[[], object]) -> Callable[[], object]:
+    """A call that ends when a GPU has done its part."""
+    if DEVICE == "cpu":
+        return call
+
+    def until_done() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return until_done
+
+
 def task(data: Path | None, name: str, rows: int) -> Task:
     """The first rows of a real classification task, or generated text of like lengths where there is none."""
     if data is not None and (data / name / "train.jsonl.gz").is_file():

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.machine import peak_mib
-from benchmarks.shapes import FULL, SHAPES, backbones, task
+from benchmarks.shapes import FULL, SHAPES, backbones, finished, task
 from benchmarks.timing import RESULTS, percentiles, read_csv, table, write_csv
 from slm_fast import Task
 from slm_fast.adapted import AdaptedLinear
@@ -190,8 +190,14 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure, panels = plt.subplots(1, len(shapes), figsize=(3.6 * len(shapes) + 1.5, 2.8), layout="constrained")
-    for panel, shape in zip([panels] if len(shapes) == 1 else panels, shapes, strict=True):
+    columns = min(2, len(shapes))
+    lines = -(-len(shapes) // columns)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(3.4 * columns + 2, 2.2 * lines + 0.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel in panels.flat[len(shapes) :]:
+        panel.set_axis_off()
+    for panel, shape in zip(panels.flat, shapes, strict=False):
         own = [row for row in rows if row["shape"] == shape][::-1]
         bars = panel.barh([TITLES[row["method"]] for row in own], [float(row["rows_per_second"]) for row in own])
         for bar, row in zip(bars, own, strict=True):
@@ -201,8 +207,6 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
         panel.set_xlabel("rows a second")
         panel.tick_params(labelsize=8)
         panel.margins(x=0.15)
-        if shape != shapes[0]:
-            panel.set_yticklabels([])
     figure.savefig(path, dpi=140)
 
 
@@ -244,7 +248,7 @@ def main() -> int:
     for _ in range(arguments.rounds):
         for name, learn in learners.items():
             start = time.perf_counter()
-            learn()
+            finished(learn)()
             took_ms[name].append(1e3 * (time.perf_counter() - start))
     times = {name: percentiles(took) for name, took in took_ms.items()}
     same = ("shape", "layers", "rows", "epochs", "batch_size", "method")

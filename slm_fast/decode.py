@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from slm_fast.model import AdaptedModel, Passage
 from slm_fast.ops import Route
 
 Step = Callable[[], Tensor]  # gives logits
-COLUMNS = 64  # columns are rounded up to a multiple of this, or of an eighth of their number where that is more
+COLUMNS = 64  # columns are rounded up to a multiple of this; of an eighth of the next power of two where that is more
 
 
 class Shape(NamedTuple):
@@ -48,7 +49,7 @@ class _Columns:
         self.decoder, self.written = decoder, written
         keys, values = layer.keys, layer.values
         self.buffers = [x.new_zeros(decoder.places, x.shape[1], columns, x.shape[3]) for x in (keys, values)]
-        layer.update, layer.get_seq_length = self.update, decoder.written
+        layer.update, layer.get_seq_length = self.update, decoder.columns_before
 
     def serve(self, layer: Any, shape: Shape) -> None:
         """Let the cache's layer show the buffers, and of T5's inputs what steps of this shape read."""
@@ -70,14 +71,14 @@ class _Columns:
         """Put the keys and values of new rows, [B, heads, T, width], from a place and a column on."""
         for buffer, new in zip(self.buffers, (keys, values), strict=True):
             # A step multiplies what is masked by zero, which a NaN of the row that was here before would survive.
-            buffer[place : min(place + len(new), self.decoder.most)] = 0
+            buffer[place : place + len(new)] = 0
             buffer[place : place + len(new), :, column : column + new.shape[2]] = new
 
-    def keep(self, order: Sequence[int], used: slice) -> None:
+    def keep(self, order: Sequence[int]) -> None:
         for place, row in enumerate(order):
             if place != row:
                 for buffer in self.buffers:
-                    buffer[place, :, used] = buffer[row, :, used]
+                    buffer[place] = buffer[row]
 
     def move(self, live: int, used: slice, by: int) -> None:
         for buffer in self.buffers:
@@ -102,12 +103,10 @@ class Decoder:
         self.places, self.input_capacity, self.past = places, input_columns, past
         self.capacity = columns + columns // 2  # so that columns are moved back only now and then
         self.causal, self.device = model.backbone.kind == "causal", model.backbone.device
-        self.capture = capturing(self.device)
-        self.rounded = self.capture is not None
+        self.graphs = graphs_on(self.device)
         self.starts: list[int] = []  # of the rows that run: the column each begins in
         self.input_lengths: list[int] = []  # and the tokens of T5's input
         self.first = self.end = self.inputs = 0
-        self.most = 0  # rows that ran at a time so far
         self.shape = Shape(0, 0, 0, 0)
 
         dtype = self.lm.dtype
@@ -141,7 +140,12 @@ class Decoder:
             return list(past.layers)
         return [*past.self_attention_cache.layers, *past.cross_attention_cache.layers]
 
-    def written(self, *_: Any) -> int | Tensor:
+    @property
+    def rounded(self) -> bool:
+        """Whether steps have rounded shapes."""
+        return self.graphs is not None
+
+    def columns_before(self, *_: Any) -> int | Tensor:
         """How many columns stand before the one written now, of those that a step reads."""
         return self.column if self.rounded else self.end - self.shape.first
 
@@ -173,14 +177,13 @@ class Decoder:
         for buffer, new in zip(self.route, route, strict=True):
             buffer[place:live] = new
         self.starts += [self.end - length for length in lengths]
-        self.most = max(self.most, live)
         self._look_again()
 
     def keep(self, order: Sequence[int]) -> None:
         """Rows have ended: place i now has the row of place order[i], which is i or one beyond those that stay."""
         live = len(order)
         for layer in self.layers:
-            layer.keep(order, slice(self.first, self.end) if layer.written else slice(self.inputs))
+            layer.keep(order)
         for buffer in (self.tokens, self.input_mask, *self.route):
             buffer[:live] = buffer[order]
         self.route.slot_ids[live:], self.route.weights[live:] = -1, 0.0
@@ -191,7 +194,7 @@ class Decoder:
     def _look_again(self) -> None:
         """Columns that no row uses any more are not read any more."""
         self.first, self.inputs = min(self.starts, default=0), max(self.input_lengths, default=0)
-        begins = self.starts + [0] * (self.places - self.live)
+        begins = self.starts + [self.first] * (self.places - self.live)
         self.begins.copy_(torch.tensor(begins)[:, None])
         self.mask.zero_().masked_fill_((self.numbers < self.begins)[:, None, None], self.masked)
 
@@ -211,11 +214,7 @@ class Decoder:
         """The logits [live, V] after the last token of each row, whose keys and values are kept in the next column."""
         if self.end == self.capacity or self._saves_by_moving():
             self._move(-self.first)
-        before, self.shape = self.shape, self._shape()
-        if (self.shape.places, self.shape.inputs) != (before.places, before.inputs):
-            for columns, layer in zip(self.layers, self._layers(self.past), strict=True):
-                columns.serve(layer, self.shape)
-        logits = self._run(self.shape)
+        logits = self._logits()
         self.end += 1
         return logits[: self.live, -1]
 
@@ -223,28 +222,33 @@ class Decoder:
         if not self.rounded:
             return Shape(self.live, self.first, self.end + 1, self.inputs)
         places = min(1 << (self.live - 1).bit_length(), self.places)
-        stop = min(rounded(self.end + 1), self.capacity)
-        return Shape(places, 0, stop, min(rounded(self.inputs), self.input_capacity))
+        stop = min(round_up(self.end + 1), self.capacity)
+        return Shape(places, 0, stop, min(round_up(self.inputs), self.input_capacity))
 
     def _saves_by_moving(self) -> bool:
         """Whether a step of a rounded shape reads fewer columns when those in use are moved to the left."""
-        return self.rounded and rounded(self.end + 1 - self.first) < min(rounded(self.end + 1), self.capacity)
+        return self.rounded and round_up(self.end + 1 - self.first) < min(round_up(self.end + 1), self.capacity)
 
-    def _run(self, shape: Shape) -> Tensor:
-        if not self.rounded:
-            return self._forward(shape)
+    def _logits(self) -> Tensor:
+        before, self.shape = self.shape, self._shape()
+        if (self.shape.places, self.shape.inputs) != (before.places, before.inputs):
+            for columns, layer in zip(self.layers, self._layers(self.past), strict=True):
+                columns.serve(layer, self.shape)
+        step = functools.partial(self._forward, self.shape)
+        if self.graphs is None:
+            return step()
         self.column.fill_(self.end)
-        if shape not in self.replays:  # the first time also compiles kernels, which a capture must not
-            self.replays[shape] = None
-            return self._forward(shape)
-        step = functools.partial(self._forward, shape)
-        if self.capture is not None and self.replays[shape] is None:
-            try:
-                self.replays[shape] = self.capture(step)
-            except RuntimeError as error:
-                self.capture = None
-                warnings.warn(f"writing without CUDA graphs, which is slower: {one_line(error)}", stacklevel=2)
-        return (self.replays[shape] or step)()
+        try:
+            if self.shape not in self.replays:  # this also compiles kernels, which a capture must not
+                self.replays[self.shape] = None
+                with self.graphs.trial():
+                    return step()
+            replay = self.replays[self.shape] = self.replays[self.shape] or self.graphs.capture(step)
+        except RuntimeError as error:
+            self.graphs = None
+            warnings.warn(f"writing without CUDA graphs, which is slower: {one_line(error)}", stacklevel=2)
+            return self._logits()  # once more: a step writes where it wrote before
+        return replay()
 
     def _forward(self, shape: Shape) -> Tensor:
         """Logits [places, 1, V]. What changes between steps of one shape is in buffers, and nothing waits for the
@@ -272,23 +276,41 @@ class Decoder:
         return logits
 
 
-def rounded(columns: int) -> int:
+def round_up(columns: int) -> int:
     """Columns rounded up, so that few shapes serve many lengths: by less than COLUMNS or less than a quarter."""
     step = max(COLUMNS, 1 << (columns - 1).bit_length() >> 3)
     return -(-columns // step) * step
 
 
-def capturing(device: torch.device) -> Callable[[Step], Step] | None:
-    """How to capture steps on this device as CUDA graphs: the same kernels on the same addresses, launched at once. The
-    next replay of any of them overwrites what one returned. None where steps are not captured."""
-    if device.type != "cuda":
-        return None
-    memory = torch.cuda.graph_pool_handle()
+class Graphs:
+    """CUDA graphs on one device, which share their memory: a replay overwrites what any other returned."""
 
-    def capture(step: Step) -> Step:
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, _stream(device)
+        self.memory = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Whatever waits for the device inside the block is an error: it would be one in a capture too, and there leave
+        torch's allocator capturing."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def capture(self, step: Step) -> Step:
+        """A step as a graph: the same kernels on the same addresses, launched at once."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
-            logits = step()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            # Another thread may meanwhile make rows ready for the GPU, which is no business of this capture.
+            graph.capture_begin(pool=self.memory, capture_error_mode="thread_local")
+            try:
+                logits = step()
+            finally:
+                graph.capture_end()
 
         def replay() -> Tensor:
             graph.replay()
@@ -296,4 +318,13 @@ def capturing(device: torch.device) -> Callable[[Step], Step] | None:
 
         return replay
 
-    return capture
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """What steps are captured on: always the same, because libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def graphs_on(device: torch.device) -> Graphs | None:
+    """Where steps are captured on this device; None where they are not."""
+    return Graphs(device) if device.type == "cuda" else None

@@ -229,18 +229,20 @@ class _Loop:
         self.decoder: Decoder | None = None
 
     def run(self) -> None:
-        while self.queue.waiting or self.rows:
-            free = self.at_once - len(self.rows)
-            # Prefilling a few rows reads all weights, as a step of all rows does, so it waits until it pays.
-            if self.queue.waiting and (not self.rows or 4 * free >= self.at_once):
-                rows = self.queue.take(free)
-                with self.queue.putting_back(rows):
-                    self._join(rows)
-            else:
-                assert self.decoder is not None
-                self._note(self.decoder.step(), 0)
-        if self.decoder is not None:
-            self.decoder.close()
+        try:
+            while self.queue.waiting or self.rows:
+                free = self.at_once - len(self.rows)
+                # Prefilling a few rows reads all weights, as a step of all rows does, so it waits until it pays.
+                if self.queue.waiting and (not self.rows or 4 * free >= self.at_once):
+                    rows = self.queue.take(free)
+                    with self.queue.putting_back(rows):
+                        self._join(rows)
+                else:
+                    assert self.decoder is not None
+                    self._note(self.decoder.step(), 0)
+        finally:
+            if self.decoder is not None:
+                self.decoder.close()
 
     def _join(self, numbers: list[int]) -> None:
         """Prefill rows that were waiting and let them run with the others."""

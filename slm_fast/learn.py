@@ -235,7 +235,8 @@ class _Trainer:
         if not self.options.autocast:
             return nullcontext()
         backbone = self.model.backbone
-        known = backbone.layers[: self.model.config.first_layer] if examples.states is not None else ()
+        first = 1 if backbone.kind == "seq2seq" else 0  # T5's first layer runs all the same
+        known = backbone.layers[first : self.model.config.first_layer] if examples.states is not None else ()
         below = {module for layer in known for module in layer.modules()}
         modules = [module for module in backbone.model.modules() if module not in below]
         return rounded_for_autocast(modules, torch.bfloat16)

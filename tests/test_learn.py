@@ -532,7 +532,7 @@ def test_weights_rounded_once_for_autocast_teach_the_same_bit_for_bit(name, keep
     found, task, valid = [], toy_task("sea", rows=20), toy_task("sea", rows=8, seed=3)
     for context in (counted, lambda modules, dtype: nullcontext()):
         monkeypatch.setattr(learn_module, "rounded_for_autocast", context)
-        slm = make_slm(name, taps=(0, 1))
+        slm = make_slm(name, taps=(1, 2))
         weights = {id(parameter): parameter.clone() for parameter in slm.model.backbone.model.parameters()}
         slm.learn(task, valid=valid, epochs=2, batch_size=8, autocast=True)
         found.append(saved(slm, "sea"))

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from benchmarks.inference.texts import TASKS, mixed, texts_of
 from benchmarks.inference.ways import BARE, OURS, PEFT, PER_SAMPLE, TWO_MODELS, Ways, answer, make_tasks
 from benchmarks.machine import peak_mib
-from benchmarks.shapes import DEVICE, FULL, pretrained
+from benchmarks.shapes import DEVICE, FULL, finished, pretrained
 from benchmarks.timing import Others, Times, time_together
 from slm_fast import ScalableLM
 from slm_fast.backbones import quiet
@@ -69,18 +70,6 @@ def make_ways(options: argparse.Namespace, folder: str) -> Ways:
 
 
 # ---- measuring ----
-
-
-def finished(call: Callable[[], object]) -> Callable[[], object]:
-    """A call that ends when a GPU has done its part."""
-    if DEVICE == "cpu":
-        return call
-
-    def until_done() -> None:
-        call()
-        torch.cuda.synchronize()
-
-    return until_done
 
 
 def all_of(parts: Sequence[Callable[[], object]]) -> None:
@@ -195,15 +184,16 @@ def profile(options: argparse.Namespace) -> str:
         with torch.inference_mode():
             all_of(parts)
             with torch.profiler.profile() as profiler:
-                all_of(parts)
-        events = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)
-        total = sum(e.self_cpu_time_total for e in events)
+                finished(partial(all_of, parts))()
+        spent = attrgetter("self_cpu_time_total" if DEVICE == "cpu" else "self_device_time_total")
+        events = sorted(profiler.key_averages(), key=spent, reverse=True)
+        total = sum(map(spent, events))
         shape = f"{options.backbone}, {layers_of(options)} layers, {options.dtype}"
         found.append(f"{name}: {made.rows} rows, {shape}, {torch.get_num_threads()} threads, {total / 1e3:.0f} ms")
         found += [
             f"  {100 * own / total:5.1f} %  {own / 1e3:8.1f} ms  {event.count:5d} calls  {event.key}"
             for event in events[:14]
-            if (own := event.self_cpu_time_total)
+            if (own := spent(event))
         ]
     return "\n".join(found)
 
