@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.machine import peak_mib
+from benchmarks.panels import panels
 from benchmarks.shapes import FULL, SHAPES, backbones, finished, task
 from benchmarks.timing import RESULTS, percentiles, read_csv, table, write_csv
 from slm_fast import Task
@@ -184,20 +185,9 @@ def peak(name: str, arguments: argparse.Namespace) -> int:
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    columns = min(2, len(shapes))
-    lines = -(-len(shapes) // columns)
-    figure, panels = plt.subplots(
-        lines, columns, figsize=(3.4 * columns + 2, 2.2 * lines + 0.2), sharey=True, squeeze=False, layout="constrained"
-    )
-    for panel in panels.flat[len(shapes) :]:
-        panel.set_axis_off()
-    for panel, shape in zip(panels.flat, shapes, strict=False):
+    figure, found = panels(len(shapes), 3.2, 2.2)
+    for panel, shape in zip(found, shapes, strict=True):
         own = [row for row in rows if row["shape"] == shape][::-1]
         bars = panel.barh([TITLES[row["method"]] for row in own], [float(row["rows_per_second"]) for row in own])
         for bar, row in zip(bars, own, strict=True):
@@ -207,7 +197,7 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
         panel.set_xlabel("rows a second")
         panel.tick_params(labelsize=8)
         panel.margins(x=0.15)
-    figure.savefig(path, dpi=140)
+    figure.savefig(path)
 
 
 def main() -> int:

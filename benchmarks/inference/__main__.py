@@ -32,6 +32,8 @@ from typing import Any
 import torch
 
 from benchmarks.inference.sections import BACKBONES, SECTIONS, claims, profile
+from benchmarks.inference.ways import BARE, OURS
+from benchmarks.panels import panels
 from benchmarks.timing import RESULTS, read_csv, table, write_csv
 
 Part = tuple[str, ...]  # section, backbone, dtype
@@ -55,31 +57,28 @@ def merge(path: Path, found: list[dict[str, Any]], *, ways: bool = False) -> lis
 
 def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     """Rows a second of every way, as a share of the bare backbone's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    own = [row for row in rows if row["section"] == "ways" and row["way"] != "bare backbone"]
-    groups = list(dict.fromkeys((row["backbone"], row["dtype"]) for row in own))
-    names = list(dict.fromkeys(row["way"] for row in own))
+    own = [row for row in rows if row["section"] == "ways" and row["way"] != BARE]
     if not own:
         return
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 1.5 * len(groups)), dpi=120, layout="constrained")
-    for number, name in enumerate(names):
-        places, shares = [], []
-        for group, (backbone, dtype) in enumerate(groups):
-            for row in own:
-                if (row["backbone"], row["dtype"], row["way"]) == (backbone, dtype, name):
-                    places.append(group + 0.8 * number / len(names) - 0.35)
-                    shares.append(float(row["to_first"]))
-        axes.barh(places, shares, height=0.75 / len(names), label=name)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(groups)), [f"{backbone}\n{dtype}" for backbone, dtype in groups])
-    axes.invert_yaxis()
-    axes.set_xlabel("rows/s, the bare backbone's being 1")
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+    backbones = [name for name in BACKBONES if any(row["backbone"] == name for row in own)]
+    names = list(dict.fromkeys(row["way"] for row in own))
+    figure, found = panels(len(backbones), 3.2, 2.6)
+    for panel, backbone in zip(found, backbones, strict=True):
+        for row in own:
+            if row["backbone"] == backbone:
+                place = names.index(row["way"]) + (0.2 if row["dtype"] == "bfloat16" else -0.2)
+                colour = "tab:blue" if row["way"] == OURS else "tab:gray"
+                bars = panel.barh(place, float(row["to_first"]), 0.38, color=colour)
+                bars.patches[0].set_alpha(0.55 if row["dtype"] == "bfloat16" else 1.0)
+                panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        layers = {row["layers"] for row in own if row["backbone"] == backbone}
+        panel.set_title(f"{backbone}, {', '.join(sorted(layers))} layers", fontsize=10)
+        panel.axvline(1.0, color="black", linewidth=0.8)
+        panel.set_yticks(range(len(names)), names, fontsize=8)
+        panel.set_xlim(0, 1.2)
+    found[0].invert_yaxis()
+    for panel in found[-2:]:
+        panel.set_xlabel("rows/s, the bare backbone's being 1\n(dark: float32, light: bfloat16)", fontsize=9)
     figure.savefig(path)
 
 
