@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # bash benchmarks/gpu.sh OUT [PYTHON]
 #
-# On a machine with an NVIDIA GPU: builds with CUDA, runs the operator tests and beside them a short run under
-# compute-sanitizer, then the benchmark. CSVs, logs and a proposed preference.csv go to OUT. Ends within 8 minutes, needs
-# no network and installs nothing: torch >= 2.10 with CUDA, Triton, nvcc, cmake, ninja, pybind11, pytest and hypothesis
-# must be there. DRY_RUN=1 goes through the same steps on a machine without a GPU, as far as they go.
+# On a machine with an NVIDIA GPU: builds with CUDA, runs the operator tests (and where transformers is, those of steps
+# of writing as CUDA graphs) and beside them a short run under compute-sanitizer, then the benchmark. CSVs, logs and a
+# proposed preference.csv go to OUT. Ends within 8 minutes, needs no network and installs nothing: torch >= 2.10 with
+# CUDA, Triton, nvcc, cmake, ninja, pybind11, pytest and hypothesis must be there. DRY_RUN=1 goes through the same steps
+# on a machine without a GPU, as far as they go.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh OUT [PYTHON]}" && cd "$1" && pwd)
 python=$("${2:-python3}" -c 'import sys; print(sys.executable)') || exit 1
@@ -87,7 +88,9 @@ else
     echo "== sanitizer: left out, no compute-sanitizer"
   fi
   many=$(($(nproc) < 8 ? $(nproc) : 8))
-  step tests 180 bash -c "tests $many tests/ops -k 'not native and not cpu' --ignore tests/ops/test_native.py" || status=1
+  writing=$("$python" -c "import transformers" 2>/dev/null && echo tests/test_decode.py) # its CUDA graphs
+  step tests 180 bash -c "tests $many tests/ops $writing -k 'not native and not cpu' --ignore tests/ops/test_native.py" \
+    || status=1
   for other in "${others[@]}"; do wait "$other" || status=1; done
 fi
 ((status)) && echo "== the tests failed: what follows times kernels that may be wrong"
