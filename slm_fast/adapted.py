@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slm_fast.linear import OneDnnLinear
+from slm_fast.linear import PLAIN
 from slm_fast.ops import Route, dispatch, multi_lora
 from slm_fast.ops.multi_lora import multi_lora_
 
-PLAIN = (nn.Linear, OneDnnLinear)  # whose product is known: other modules may do anything
 Values = Mapping[str, tuple[Tensor, Tensor]]  # module name -> (lora_a [P, r, I], lora_b [P, r, O])
 
 

@@ -99,6 +99,9 @@ class OneDnnLinear(nn.Linear):
         return _product(x, weight, bias)
 
 
+PLAIN = (nn.Linear, OneDnnLinear)  # whose product is known: other modules, subclasses among them, may do anything
+
+
 def quicken(model: nn.Module) -> None:
     """Let every plain nn.Linear of a model use oneDNN where that is faster. Weights, names and hooks stay."""
     for module in model.modules():
@@ -116,7 +119,7 @@ def rounded_for_autocast(modules: Iterable[nn.Module], dtype: torch.dtype) -> It
     held = [
         (module, module.weight, module.bias)
         for module in modules
-        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, OneDnnLinear)
+        if isinstance(module, nn.Linear) and type(module) in PLAIN
         if module.weight.dtype == torch.float32 and not module.weight.requires_grad
     ]
     try:

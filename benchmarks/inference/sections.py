@@ -168,6 +168,7 @@ def user(options: argparse.Namespace) -> list[dict[str, Any]]:
         "slm_fast, batches of 32 in arrival order": in_arrival_order,
         "slm_fast": lambda: full.predict(rows),
         "slm_fast --dtype auto": lambda: auto.predict(rows),
+        "slm_fast --dtype auto --compile": lambda: auto.predict(rows, compile=True),
     }
     chosen = str(auto.model.backbone.dtype).removeprefix("torch.")
     dtypes = {name: chosen if "auto" in name else "float32" for name in calls}
