@@ -29,12 +29,13 @@ from benchmarks.repro.stories260k import convert
 from benchmarks.shapes import FULL, SHAPES, backbones, task
 from benchmarks.timing import RESULTS, percentiles, read_csv, table, write_csv
 from benchmarks.training import dense
-from slm_fast.adapted import AdaptedLinear
-from slm_fast.backbones import Backbone
-from slm_fast.generate import generate
+from slm_fast.backbone import Backbone
+from slm_fast.data import Row
+from slm_fast.layers import AdaptedLinear
 from slm_fast.model import AdaptedModel, Config
 from slm_fast.pool import Pool
-from slm_fast.tasks import LearnedTask, Row, name_seed
+from slm_fast.scheduler import generate
+from slm_fast.tasks import LearnedTask, name_seed
 
 TASKS, RANK = 5, 8
 TITLES = {

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from slm_fast import Task
-from slm_fast.backbones import Backbone, quiet, resolve
+from slm_fast.backbone import Backbone, quiet, resolve
 
 WORDS = "the of a to and in is was for on as with by he at from his an were are which this also be had or has"
 # Shape -> model class, its configuration for a number of layers.

@@ -31,9 +31,9 @@ from benchmarks.panels import panels
 from benchmarks.shapes import FULL, SHAPES, backbones, finished, task
 from benchmarks.timing import RESULTS, percentiles, read_csv, table, write_csv
 from slm_fast import Task
-from slm_fast.adapted import AdaptedLinear
-from slm_fast.backbones import Backbone, pad
+from slm_fast.backbone import Backbone, pad
 from slm_fast.examples import Examples, batches, prepare
+from slm_fast.layers import AdaptedLinear
 from slm_fast.learn import IGNORE, LearnOptions, _Trainer, learn_task, optimizer_and_schedule
 from slm_fast.model import AdaptedModel, Config
 from slm_fast.ops import Route

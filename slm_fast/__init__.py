@@ -18,11 +18,11 @@ def __getattr__(name: str) -> Any:
 
         return ScalableLM
     if name == "Task":
-        from slm_fast.tasks import Task
+        from slm_fast.data import Task
 
         return Task
     if name == "Prediction":
-        from slm_fast.infer import Prediction
+        from slm_fast.predict import Prediction
 
         return Prediction
     raise AttributeError(f"module 'slm_fast' has no attribute {name!r}")

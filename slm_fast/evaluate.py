@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from slm_fast.data import Row, Task
 from slm_fast.errors import InputError, WorkError
-from slm_fast.infer import PredictOptions, predict
 from slm_fast.model import AdaptedModel
-from slm_fast.tasks import Row, Task
+from slm_fast.predict import PredictOptions, predict
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from slm_fast.backbones import Encoded, pad
+from slm_fast.backbone import Encoded, pad
+from slm_fast.data import Task
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.query import TrunkQuery
-from slm_fast.tasks import Task
 
 STATES_BYTES = 2 << 30  # hidden states of more than this are not kept; the lower layers then run in every step
 WINDOW = 16  # batches whose rows are sorted by length together

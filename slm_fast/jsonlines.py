@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import IO, Any
 
+from slm_fast.data import Row
 from slm_fast.errors import WorkError, one_line
-from slm_fast.infer import WINDOW, Prediction, PredictOptions, answer, windows_of
 from slm_fast.model import Report
+from slm_fast.predict import WINDOW, Prediction, PredictOptions, answer, windows_of
 from slm_fast.slm import ScalableLM
-from slm_fast.tasks import Row
 
 
 def answer_lines(

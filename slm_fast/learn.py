@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from slm_fast.adapted import Values
-from slm_fast.backbones import pad
+from slm_fast.backbone import pad
+from slm_fast.data import Task
 from slm_fast.errors import InputError, WorkError
 from slm_fast.examples import Examples, batches, prepare
-from slm_fast.linear import rounded_for_autocast
+from slm_fast.layers import Values, rounded_for_autocast
 from slm_fast.model import AdaptedModel, Passage
 from slm_fast.ops import Route
 from slm_fast.progress import bar
 from slm_fast.router import NotFinite
-from slm_fast.tasks import LearnedTask, Task, name_seed
+from slm_fast.tasks import LearnedTask, name_seed
 
 IGNORE = -100  # the label transformers' losses skip
 LOOK = 16  # steps between looks at the loss

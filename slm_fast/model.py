@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from slm_fast.adapted import Adaptation, AdaptedLinear, Values
-from slm_fast.backbones import Backbone, Encoded
-from slm_fast.compiled import CompiledLayers
+from slm_fast.backbone import Backbone, Encoded
+from slm_fast.data import Row
 from slm_fast.errors import InputError
+from slm_fast.layers import Adaptation, AdaptedLinear, Values
 from slm_fast.ops import Route
 from slm_fast.pool import Pool
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, check_taps, default_taps
 from slm_fast.router import DtkrRouter, GaussianRouter, Router
-from slm_fast.tasks import LearnedTask, Row
+from slm_fast.tasks import LearnedTask
 
 Report = Callable[[int], None]  # told how many rows were just done
 
@@ -166,7 +166,6 @@ class AdaptedModel:
             setattr(backbone.model.get_submodule(parent), child, AdaptedLinear(base, name, self.adaptation))
         for tap in self.config.taps or ():
             backbone.layers[tap].register_forward_pre_hook(self._tap, with_kwargs=True)
-        self.compiled = CompiledLayers(backbone.layers)
         entrance = backbone.layers[self.config.first_layer or 0]
         entrance.register_forward_pre_hook(self._enter, with_kwargs=True)  # after the tap that may be there
         self.set_tasks([])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slm_fast.adapted import Values
+from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask, in_name_order
 

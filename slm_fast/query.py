@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slm_fast.backbones import Backbone, Encoded, fingerprint, quiet, resolve
+from slm_fast.backbone import Backbone, Encoded, fingerprint, quiet, resolve
 from slm_fast.errors import InputError, one_line
-from slm_fast.linear import quicken
+from slm_fast.layers import use_onednn
 
 MAX_WIDTH = 1024  # wider queries are projected to this
 DEFAULT_ENCODER = "sentence-transformers/nli-mpnet-base-v2"  # the one in the paper's released code
@@ -54,7 +54,7 @@ class TrunkQuery:
             linear = nn.utils.skip_init(nn.Linear, full, MAX_WIDTH, bias=False, device=device)  # draws no numbers
             self.projection = linear.requires_grad_(False)
             self.projection.weight.copy_((signs.T.float() * 2 - 1) / MAX_WIDTH**0.5)
-            quicken(self.projection)
+            use_onednn(self.projection)
 
     @staticmethod
     def pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class SentenceQuery:
         except (OSError, ValueError, ImportError) as error:
             raise InputError(f"encoder {encoder!r}: cannot be loaded: {one_line(error)}") from None
         self.encoder.eval().requires_grad_(False)
-        quicken(self.encoder)
+        use_onednn(self.encoder)
         self.width = int(self.encoder.get_embedding_dimension())
         self.longest: int | None = self.encoder.max_seq_length  # tokens it reads of a text
         self.fingerprint = fingerprint(self.encoder, self.encoder.tokenizer)

@@ -7,14 +7,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from slm_fast.backbones import Backbone
+from slm_fast.backbone import Backbone
+from slm_fast.data import Row, Task
 from slm_fast.errors import InputError, WorkError
 from slm_fast.evaluate import Evaluation, evaluate
-from slm_fast.infer import Prediction, PredictOptions, predict, predict_stream
 from slm_fast.learn import LearnOptions, learn_task
 from slm_fast.model import AdaptedModel, Config
+from slm_fast.predict import Prediction, PredictOptions, predict, predict_stream
 from slm_fast.store import Store, check_same
-from slm_fast.tasks import LearnedTask, Row, Task, in_name_order
+from slm_fast.tasks import LearnedTask, in_name_order
 
 
 class ScalableLM:

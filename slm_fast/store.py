@@ -25,8 +25,9 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
+from slm_fast.data import check_name
 from slm_fast.errors import InputError, WorkError
-from slm_fast.tasks import LearnedTask, check_name
+from slm_fast.tasks import LearnedTask
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -16,9 +16,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
 from slm_fast import ScalableLM, Task
-from slm_fast.infer import RouteTaken
+from slm_fast.data import Row
 from slm_fast.ops import Route
-from slm_fast.tasks import LearnedTask, Row, name_seed
+from slm_fast.predict import RouteTaken
+from slm_fast.tasks import LearnedTask, name_seed
 
 WIDTH, LAYERS, POSITIONS = 32, 3, 128
 TOPICS = ("sea", "farm", "city", "sky")

@@ -8,8 +8,8 @@ import torch
 from slm_fast import demo
 from slm_fast.baselines.finetune import Finetune
 from slm_fast.baselines.separate import Separate
+from slm_fast.data import Task
 from slm_fast.learn import LearnOptions
-from slm_fast.tasks import Task
 
 OPTIONS = LearnOptions(epochs=4, batch_size=8)
 

@@ -31,8 +31,8 @@ from models import (
 from torch import nn
 
 from slm_fast import ScalableLM, Task
+from slm_fast.data import Row
 from slm_fast.model import Passage
-from slm_fast.tasks import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # PEFT asks, transformers complains
 

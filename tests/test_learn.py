@@ -23,7 +23,7 @@ from torch import nn
 
 from slm_fast import InputError, ScalableLM, Task, WorkError, examples
 from slm_fast import learn as learn_module
-from slm_fast.backbones import pad
+from slm_fast.backbone import pad
 from slm_fast.learn import LearnOptions
 from slm_fast.model import Passage
 from slm_fast.store import task_to_bytes

@@ -15,7 +15,7 @@ from models import make_model, make_tokenizer, one_thread, random_task, sentence
 from test_cli import one_line, slm_fast
 
 from slm_fast import ScalableLM, cli
-from slm_fast.infer import WINDOW
+from slm_fast.predict import WINDOW
 from slm_fast.resume import run_file
 
 ROWS = 2 * WINDOW + 200

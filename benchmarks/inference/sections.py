@@ -18,7 +18,7 @@ from benchmarks.machine import peak_mib
 from benchmarks.shapes import DEVICE, FULL, finished, pretrained
 from benchmarks.timing import Others, Times, time_together
 from slm_fast import ScalableLM
-from slm_fast.backbones import quiet
+from slm_fast.backbone import quiet
 
 Calls = Mapping[str, Sequence[Callable[[], object]]]  # what each way does, in parts
 
@@ -168,7 +168,6 @@ def user(options: argparse.Namespace) -> list[dict[str, Any]]:
         "slm_fast, batches of 32 in arrival order": in_arrival_order,
         "slm_fast": lambda: full.predict(rows),
         "slm_fast --dtype auto": lambda: auto.predict(rows),
-        "slm_fast --dtype auto --compile": lambda: auto.predict(rows, compile=True),
     }
     chosen = str(auto.model.backbone.dtype).removeprefix("torch.")
     dtypes = {name: chosen if "auto" in name else "float32" for name in calls}

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from slm_fast.tasks import Task
+from slm_fast.data import Task
 
 # Tokens (25th, 50th, 95th percentile) of the real tasks' texts, for made-up ones.
 LENGTHS = {"ag_news": (40, 50, 75), "amazon": (55, 85, 195), "dbpedia": (50, 70, 120), "yahoo": (35, 80, 340),

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from benchmarks.ops.bench_multi_lora import materialised
 from benchmarks.shapes import sharing
 from slm_fast import ScalableLM
-from slm_fast.adapted import AdaptedLinear
-from slm_fast.backbones import Encoded
-from slm_fast.infer import plan
-from slm_fast.linear import quicken
+from slm_fast.backbone import Encoded
+from slm_fast.data import Row
+from slm_fast.layers import AdaptedLinear, use_onednn
 from slm_fast.model import Passage
 from slm_fast.ops import Route
+from slm_fast.predict import plan
 from slm_fast.query import SentenceQuery, TrunkQuery
-from slm_fast.tasks import LearnedTask, Row, name_seed
+from slm_fast.tasks import LearnedTask, name_seed
 
 RANK = 8
 
@@ -197,7 +197,7 @@ class Ways:
     @cached_property
     def bare(self) -> Any:
         model = sharing(self.plain)
-        quicken(model)
+        use_onednn(model)
         return model
 
     @cached_property

@@ -29,8 +29,8 @@ from slm_fast.baselines.finetune import Finetune
 from slm_fast.baselines.separate import Separate
 from slm_fast.evaluate import Evaluation, forgetting
 from slm_fast.learn import LearnOptions
-from slm_fast.report import accuracy_matrix
 from slm_fast.store import task_to_bytes
+from slm_fast.tables import accuracy_matrix
 
 # The paper's task sequences (Table 7), less those of LLaMA.
 ORDERS = {

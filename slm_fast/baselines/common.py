@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from slm_fast.backbones import Backbone
+from slm_fast.backbone import Backbone
+from slm_fast.data import Row, Task
 from slm_fast.learn import LearnOptions, optimizer_and_schedule
 from slm_fast.progress import bar
 from slm_fast.query import TrunkQuery
-from slm_fast.tasks import Row, Task, name_seed
+from slm_fast.tasks import name_seed
 
 
 class Classifier(nn.Module):

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from slm_fast.backbones import Backbone
+from slm_fast.backbone import Backbone
 from slm_fast.baselines.common import Classifier
+from slm_fast.data import Task
 from slm_fast.evaluate import Evaluation
 from slm_fast.learn import LearnOptions
-from slm_fast.tasks import Task
 
 LEARNING_RATE = 5e-5  # of Devlin et al. 2018 for fine-tuning all of BERT
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 import peft
 import torch
 
-from slm_fast.backbones import Backbone
+from slm_fast.backbone import Backbone
 from slm_fast.baselines.common import Classifier
+from slm_fast.data import Task
 from slm_fast.evaluate import Evaluation
 from slm_fast.learn import LearnOptions
 from slm_fast.model import Config
-from slm_fast.tasks import Task, name_seed
+from slm_fast.tasks import name_seed
 
 
 class Separate:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slm_fast.report import accuracy_matrix, answers_table, percent
+from slm_fast.data import Task
 from slm_fast.slm import ScalableLM
-from slm_fast.tasks import Task
+from slm_fast.tables import accuracy_matrix, answers_table, percent
 
 TASKS = ("restaurant_reviews", "help_desk", "news_desk", "gadget_reviews", "recipe_steps")
 

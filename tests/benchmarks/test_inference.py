@@ -41,7 +41,7 @@ from benchmarks.inference.ways import (
 )
 from benchmarks.shapes import sharing
 from benchmarks.timing import read_csv, write_csv
-from slm_fast.adapted import AdaptedLinear
+from slm_fast.layers import AdaptedLinear
 from slm_fast.model import Passage
 from slm_fast.ops import Route
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slm_fast import ops
-from slm_fast.adapted import Adaptation, AdaptedLinear
+from slm_fast.layers import Adaptation, AdaptedLinear
 from slm_fast.ops import Route, dispatch
 
 pytestmark = pytest.mark.skipif(dispatch.TRITON_MISSING is not None, reason=str(dispatch.TRITON_MISSING))

@@ -16,8 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from slm_fast.bench import BENCHMARKS
-from slm_fast.bench import run as run_benchmark
+from slm_fast.cli.bench import BENCHMARKS
+from slm_fast.cli.bench import run as run_benchmark
 from slm_fast.errors import InputError, SlmError, WorkError
 
 if TYPE_CHECKING:
@@ -181,7 +181,6 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
         help="give no task to rows farther off than this share of the task's training rows (0.99)",
     )
     parser.add_argument("--bare", action="store_true", help="answer with the bare backbone")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile (encoder-only; compiles first)")
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--sample", action="store_true", help="sample generated text")
     parser.add_argument("--sample-temperature", dest="temperature", type=float, default=1.0)
@@ -207,7 +206,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _named_files(given: Sequence[str]) -> dict[str, str]:
-    from slm_fast.tasks import check_name
+    from slm_fast.data import check_name
 
     files: dict[str, str] = {}
     for item in given:
@@ -250,11 +249,11 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _learn(arguments: argparse.Namespace) -> int:
+    from slm_fast.data import Task
     from slm_fast.learn import LearnOptions, check_task
     from slm_fast.model import Config
     from slm_fast.slm import ScalableLM
     from slm_fast.store import Store
-    from slm_fast.tasks import Task
 
     # Everything that can be wrong with the call is found before anything is learned.
     tasks = [Task.from_file(name, path) for name, path in _named_files(arguments.tasks).items()]
@@ -292,8 +291,8 @@ def _learn(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from slm_fast.infer import PredictOptions, check_options
     from slm_fast.jsonlines import answer_lines
+    from slm_fast.predict import PredictOptions
     from slm_fast.progress import bar
     from slm_fast.resume import Output, check_resumable, open_input, survey
 
@@ -316,7 +315,6 @@ def _predict(arguments: argparse.Namespace) -> int:
     slm = _open(arguments)
     if arguments.task is not None and arguments.task not in slm.tasks:
         raise InputError(f"task {arguments.task!r}: not learned; tasks: {', '.join(slm.tasks) or 'none'}")
-    check_options(slm.model, options)
     about, rows, failed = None, None, 0
     if source_path is not None:
         digest, rows = survey(source_path)
@@ -356,7 +354,7 @@ def _stop_if_strict(arguments: argparse.Namespace, bad: dict[str, Any]) -> None:
 def _run_of(slm: ScalableLM, options: Any) -> dict[str, Any]:
     """What, beside the input, decides every byte that `predict` writes: the store, the options and the precision."""
     from slm_fast import __version__
-    from slm_fast.infer import batch_tokens
+    from slm_fast.predict import batch_tokens
 
     assert slm.store is not None
     about = {key: value for key, value in slm.model.about.items() if key != "backbone"}  # where it lies does not count
@@ -374,9 +372,9 @@ def _run_of(slm: ScalableLM, options: Any) -> dict[str, Any]:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from slm_fast.infer import PredictOptions
-    from slm_fast.report import evaluation_table
-    from slm_fast.tasks import Task
+    from slm_fast.data import Task
+    from slm_fast.predict import PredictOptions
+    from slm_fast.tables import evaluation_table
 
     tasks = {name: Task.from_file(name, path, training=False) for name, path in _named_files(arguments.tasks).items()}
     slm = _open(arguments)
@@ -392,8 +390,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _tasks(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from slm_fast.report import tasks_table
     from slm_fast.store import Store
+    from slm_fast.tables import tasks_table
 
     tasks = Store.open(arguments.store).load()
     if arguments.json:
@@ -448,7 +446,7 @@ def _doctor(_: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from slm_fast.backbones import PACKAGED, choose_device, choose_dtype, resolve
+    from slm_fast.backbone import PACKAGED, choose_device, choose_dtype, resolve
     from slm_fast.ops import backends
     from slm_fast.ops.dispatch import NATIVE_MISSING
 
@@ -477,6 +475,3 @@ def _doctor(_: argparse.Namespace) -> int:
     Console().print(table)
     return 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_fast.backbones import Encoded
+from slm_fast.backbone import Encoded
+from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError
-from slm_fast.generate import generate
 from slm_fast.model import AdaptedModel, Passage, Report
 from slm_fast.ops import Route
 from slm_fast.progress import bar
 from slm_fast.router import NotFinite
-from slm_fast.tasks import Row
+from slm_fast.scheduler import generate
 
 WINDOW = 1024  # rows sorted by length together; two windows are what a stream holds in memory
 
@@ -66,8 +65,7 @@ class PredictOptions:
     what suits the device. batch_size: and at most this many rows. max_new_tokens: of a generated answer. head: "mixed"
     weighs the heads of all tasks on the route, "winner" uses the best task's. abstain: answer with the bare backbone
     (or no task) when a row is farther from its task than this share of the task's training rows, True means 0.99. bare:
-    always. sample, beams, temperature, top_p, seed: how text is generated. compile: run the layers under torch.compile,
-    which takes its time once; for encoder-only backbones.
+    always. sample, beams, temperature, top_p, seed: how text is generated.
     """
 
     batch_size: int | None = None
@@ -81,7 +79,6 @@ class PredictOptions:
     top_p: float = 1.0
     seed: int = 0
     batch_tokens: int | None = None
-    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "batch_tokens", "max_new_tokens", "beams"):
@@ -120,12 +117,6 @@ class Window:
     first: int
     rows: Sequence[Row | WorkError]
     task: str | Sequence[str] | None = None
-
-
-def check_options(model: AdaptedModel, options: PredictOptions) -> None:
-    """Raises InputError for what this model's backbone cannot do."""
-    if options.compile and model.backbone.kind != "encoder":
-        raise InputError(f"compile: goes with encoder-only backbones, got a {model.backbone.kind} one")
 
 
 Answer = Prediction | WorkError
@@ -199,7 +190,6 @@ def answer(
     A thread tokenises the next window and makes its batches while this one is answered. Which rows share a batch
     follows from the windows and the options alone, so answering the same input again gives the same bits.
     """
-    check_options(model, options)
     waiting: deque[tuple[Window, Future[list[_Batch]]]] = deque()
     windows, failed, more = iter(windows), None, True
     with ThreadPoolExecutor(1, "tokenise") as worker:
@@ -294,16 +284,15 @@ def _window(
     report = report or (lambda _: None)
     report(len(answers))
     passed = []
-    with model.compiled.running() if options.compile else nullcontext():
-        for batch in batches:
-            while batch.places:
-                try:
-                    passed.append(_pass(model, window, batch, options, report))
-                    break
-                except NotFinite as error:  # a row that fails does not take its batch with it
-                    answers[batch.places[error.row]] = WorkError(NOT_FINITE)
-                    batch = batch.without(error.row)
-                    report(1)
+    for batch in batches:
+        while batch.places:
+            try:
+                passed.append(_pass(model, window, batch, options, report))
+                break
+            except NotFinite as error:  # a row that fails does not take its batch with it
+                answers[batch.places[error.row]] = WorkError(NOT_FINITE)
+                batch = batch.without(error.row)
+                report(1)
     for one in passed:
         answers.update(zip(one.batch.places, _predictions(model, one), strict=True))
         answers.update((one.batch.places[i], WorkError(NOT_FINITE)) for i in one.failed)

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from slm_fast.errors import InputError, WorkError, one_line
-from slm_fast.linear import has_bfloat16, quicken
+from slm_fast.layers import has_bfloat16, use_onednn
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Backbone:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.family = _family(model.config.model_type)
         self.model.eval().requires_grad_(False)
-        quicken(self.model)
+        use_onednn(self.model)
         if self.family.kind == "encoder":
             self.model.pooler = None  # answers come from the mean over tokens
         if tokenizer.pad_token_id is None:

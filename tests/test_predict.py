@@ -28,9 +28,10 @@ from models import (
 )
 from torch import nn
 
-from slm_fast import InputError, ScalableLM, Task, WorkError, infer
-from slm_fast.infer import WINDOW, Prediction, PredictOptions, RouteTaken, plan, windows_of
-from slm_fast.tasks import LearnedTask, Row
+from slm_fast import InputError, ScalableLM, Task, WorkError, predict
+from slm_fast.data import Row
+from slm_fast.predict import WINDOW, Prediction, PredictOptions, RouteTaken, plan, windows_of
+from slm_fast.tasks import LearnedTask
 
 FAR = " ".join(["word7"] * 12)  # like nothing the random tasks were made of
 
@@ -195,7 +196,7 @@ def test_a_row_whose_query_is_not_finite_is_named():
 
 def test_a_row_that_fails_does_not_take_its_batch_with_it():
     slm, texts, bad = with_a_row_that_fails()
-    (answers,) = infer.answer(slm.model, windows_of([Row(text) for text in texts], None), PredictOptions())
+    (answers,) = predict.answer(slm.model, windows_of([Row(text) for text in texts], None), PredictOptions())
     assert [isinstance(found, WorkError) for found in answers] == [i == bad for i in range(len(texts))]
     expected = slm.predict(texts[:bad] + texts[bad + 1 :])
     for found, alone in zip(answers[:bad] + answers[bad + 1 :], expected, strict=True):

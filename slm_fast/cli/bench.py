@@ -28,7 +28,7 @@ def run(name: str, arguments: Sequence[str], root: Path | None = None) -> int:
 
     Raises InputError when there is no repository around the package (`root`), and says what to do.
     """
-    root = root or Path(__file__).parents[1]
+    root = root or Path(__file__).parents[2]
     module = BENCHMARKS[name][0]
     path = Path(*module.split("."))
     if not any((root / file).is_file() for file in (path.with_suffix(".py"), path / "__main__.py")):

@@ -6,7 +6,7 @@ import pytest
 from test_cli import one_line, slm_fast
 
 from slm_fast import InputError
-from slm_fast.bench import BENCHMARKS, run
+from slm_fast.cli.bench import BENCHMARKS, run
 
 
 def test_a_benchmark_gets_its_arguments_and_gives_its_status(capfd, tmp_path):

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slm_fast.evaluate import Evaluation, forgetting
-from slm_fast.infer import Prediction
+from slm_fast.predict import Prediction
 from slm_fast.tasks import LearnedTask
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_fast.backbones import Encoded
-from slm_fast.decode import Decoder
+from slm_fast.backbone import Encoded
+from slm_fast.kv_cache import Decoder
 from slm_fast.model import AdaptedModel, Passage, Report
 from slm_fast.ops import Route
 from slm_fast.router import NotFinite

@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 from test_store import become_nobody, finish, start
 
+from slm_fast.data import Row, Task, check_name
 from slm_fast.errors import InputError, SlmError, WorkError
-from slm_fast.tasks import Row, Task, check_name, name_seed
+from slm_fast.tasks import name_seed
 
 ROWS = [("good, really", "pos"), ("two\nlines", "neg"), ('"quoted"', "pos"), ("naïve 🙂", "neg")]
 EXPECTED = [Row(text, label) for text, label in ROWS]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from slm_fast import linear
-from slm_fast.linear import OneDnnLinear, quicken
+from slm_fast import layers
+from slm_fast.layers import OneDnnLinear, use_onednn
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.fixture(autouse=True)
 def small_products_too(monkeypatch):
     """Products as small as those of these tests would be left to torch."""
-    monkeypatch.setattr(linear, "_SMALLEST", 0)
+    monkeypatch.setattr(layers, "_SMALLEST", 0)
 
 
 def pair(features_in: int = 24, features_out: int = 40, bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
@@ -98,14 +98,14 @@ def test_other_dtypes_and_autocast_go_the_usual_way():
 
 
 def test_quickening_a_model_leaves_its_weights_names_and_other_layers(monkeypatch):
-    monkeypatch.setattr("slm_fast.linear.prefers_onednn", lambda dtype: True)
+    monkeypatch.setattr("slm_fast.layers.prefers_onednn", lambda dtype: True)
 
     class Special(nn.Linear):
         pass
 
     model = nn.Sequential(nn.Linear(4, 4), Special(4, 4), nn.LayerNorm(4))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    quicken(model)
+    use_onednn(model)
     assert [type(layer) for layer in model] == [OneDnnLinear, Special, nn.LayerNorm]
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

@@ -29,8 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from slm_fast import ScalableLM, decode, ops
-from slm_fast import generate as generate_module
+from slm_fast import ScalableLM, kv_cache, ops, scheduler
 
 aten = torch.ops.aten
 # What waits for numbers, or brings them from the host: an error while a stream is captured.
@@ -56,7 +55,7 @@ class Watch(TorchDispatchMode):
 
 
 class Recorder:
-    """Stands in for `decode.Graphs`: captures the torch operators that a step calls, and counts."""
+    """Stands in for `kv_cache.Graphs`: captures the torch operators that a step calls, and counts."""
 
     def __init__(self) -> None:
         self.tried = self.captured = self.replayed = 0
@@ -67,7 +66,7 @@ class Recorder:
         with Watch():
             yield
 
-    def capture(self, step: decode.Step) -> decode.Step:
+    def capture(self, step: kv_cache.Step) -> kv_cache.Step:
         self.captured += 1
         with Watch() as watch:
             logits = step()
@@ -92,8 +91,8 @@ class Recorder:
 def recorder(monkeypatch) -> Recorder:
     """Steps have rounded shapes, many of them, and are recorded, as a GPU's are captured."""
     found = Recorder()
-    monkeypatch.setattr(decode, "graphs_on", lambda device: found)
-    monkeypatch.setattr(decode, "COLUMNS", 8)
+    monkeypatch.setattr(kv_cache, "graphs_on", lambda device: found)
+    monkeypatch.setattr(kv_cache, "COLUMNS", 8)
     return found
 
 
@@ -102,7 +101,7 @@ def exactly(name: str, write: Callable[[ScalableLM], list[Any]]) -> list[Any]:
     slm = make_slm(name)
     farm_and_sea(slm)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "graphs_on", lambda device: None)
+        patch.setattr(kv_cache, "graphs_on", lambda device: None)
         return write(slm)
 
 
@@ -135,9 +134,7 @@ def test_captured_steps_sample_the_same_texts(name, recorder):
 def columns_move(monkeypatch) -> list[str]:
     """Texts of which short ones are prefilled first, so that longer ones join later and columns move to the right; and
     back, when that reads less or the buffer is full."""
-    monkeypatch.setattr(
-        generate_module, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False
-    )
+    monkeypatch.setattr(scheduler, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False)
     rng = random.Random(3)
     return [sentence("sea", rng, words=n) for n in (1, 2, 1, 2, *(28 + i % 4 for i in range(20)))]
 
@@ -145,15 +142,15 @@ def columns_move(monkeypatch) -> list[str]:
 def test_rows_that_join_later_and_columns_that_move_are_seen_by_steps_captured_before(recorder, monkeypatch):
     texts, options = columns_move(monkeypatch), {"batch_size": 3, "max_new_tokens": 20}
     moves: list[int] = []
-    move = decode.Decoder._move
+    move = kv_cache.Decoder._move
 
-    def spied(self: decode.Decoder, by: int) -> None:
+    def spied(self: kv_cache.Decoder, by: int) -> None:
         moves.append(by)
         move(self, by)
 
     slm = make_slm("llama")
     farm_and_sea(slm)
-    monkeypatch.setattr(decode.Decoder, "_move", spied)
+    monkeypatch.setattr(kv_cache.Decoder, "_move", spied)
     answers = slm.predict(texts, **options)
     assert min(moves) < 0 < max(moves)
     assert recorder.replayed > 2 * recorder.captured
@@ -169,7 +166,7 @@ def test_where_a_step_cannot_be_captured_texts_are_written_all_the_same(name, wh
         slm.model.backbone.model.register_forward_pre_hook(lambda module, args: bool(torch.ones(1).sum() > 0) and None)
     else:
 
-        def refuse(step: decode.Step) -> decode.Step:
+        def refuse(step: kv_cache.Step) -> kv_cache.Step:
             step()
             raise RuntimeError("the graph waits for the device\nmore lines")
 
@@ -206,8 +203,8 @@ def test_a_row_that_is_no_longer_a_number_spoils_no_row_that_takes_its_place(cap
 
 def test_columns_are_rounded_to_few_numbers_and_by_little():
     for columns in range(1, 5000):
-        assert 0 <= decode.round_up(columns) - columns < max(64, columns / 4)
-    assert len({decode.round_up(columns) for columns in range(1, 4097)}) < 30
+        assert 0 <= kv_cache.round_up(columns) - columns < max(64, columns / 4)
+    assert len({kv_cache.round_up(columns) for columns in range(1, 4097)}) < 30
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -224,18 +221,18 @@ def on_gpu(name: str) -> ScalableLM:
 def test_a_gpu_replays_what_it_computes_step_by_step(name, monkeypatch):
     slm, texts, replayed = on_gpu(name), mixed_texts(20), []
 
-    class Counted(decode.Graphs):
-        def capture(self, step: decode.Step) -> decode.Step:
+    class Counted(kv_cache.Graphs):
+        def capture(self, step: kv_cache.Step) -> kv_cache.Step:
             replay = super().capture(step)
             return lambda: replayed.append(1) or replay()
 
-    class StepByStep(decode.Graphs):
-        def capture(self, step: decode.Step) -> decode.Step:
+    class StepByStep(kv_cache.Graphs):
+        def capture(self, step: kv_cache.Step) -> kv_cache.Step:
             return step
 
     found = []
     for kind in (Counted, StepByStep):
-        monkeypatch.setattr(decode, "graphs_on", kind)
+        monkeypatch.setattr(kv_cache, "graphs_on", kind)
         found.append([(a.text, a.route.slots) for a in slm.predict(texts, batch_size=6, max_new_tokens=11)])
     assert len(replayed) > 20
     assert found[0] == found[1]

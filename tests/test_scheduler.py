@@ -23,9 +23,9 @@ from models import (
     sentence,
 )
 
-from slm_fast import ScalableLM, WorkError, decode
-from slm_fast import generate as generate_module
-from slm_fast.tasks import LearnedTask, Row
+from slm_fast import ScalableLM, WorkError, kv_cache, scheduler
+from slm_fast.data import Row
+from slm_fast.tasks import LearnedTask
 
 
 def alone(name: str, tasks: list[LearnedTask], text: str, route, model=None, seed: int = 0, **options) -> str:
@@ -78,15 +78,15 @@ def test_rows_that_have_ended_are_not_computed_any_more(name):
     texts = mixed_texts(20)
     ends = end_early(slm, texts)
     seen = count_passes(slm)
-    queues: list[generate_module._Queue] = []
-    init = generate_module._Queue.__init__
+    queues: list[scheduler._Queue] = []
+    init = scheduler._Queue.__init__
 
     def kept(self, *args):
         init(self, *args)
         queues.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate_module._Queue, "__init__", kept)
+        patch.setattr(scheduler._Queue, "__init__", kept)
         slm.predict(texts, batch_size=6, max_new_tokens=12)
     (queue,) = queues
     lengths = [len(words) for words in queue.tokens]
@@ -101,7 +101,7 @@ def test_columns_move_when_the_buffer_is_full_or_a_prompt_is_too_long_and_nothin
     slm = make_slm("llama")
     tasks = farm_and_sea(slm)
     moves: list[int] = []
-    move = decode.Decoder._move
+    move = kv_cache.Decoder._move
 
     def spied(self, by):
         moves.append(by)
@@ -111,11 +111,9 @@ def test_columns_move_when_the_buffer_is_full_or_a_prompt_is_too_long_and_nothin
     texts = [sentence("sea", rng, words=n) for n in (1, 2, 1, 2, *(28 + i % 4 for i in range(20)))]
     ends = end_early(slm, texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode.Decoder, "_move", spied)
+        patch.setattr(kv_cache.Decoder, "_move", spied)
         # Short prompts first, so that longer ones must join later.
-        patch.setattr(
-            generate_module, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False
-        )
+        patch.setattr(scheduler, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False)
         answers = slm.predict(texts, batch_size=3, max_new_tokens=20)
     assert min(moves) < 0 < max(moves)
     for text, answer in zip(texts, answers, strict=True):
@@ -144,7 +142,7 @@ def test_buffers_are_given_back_when_all_is_written(name):
     slm = make_slm(name)
     farm_and_sea(slm)
     made: list[weakref.ref] = []
-    init = decode._Columns.__init__
+    init = kv_cache._Columns.__init__
 
     def noted(self, *args, **options):
         init(self, *args, **options)
@@ -153,7 +151,7 @@ def test_buffers_are_given_back_when_all_is_written(name):
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decode._Columns, "__init__", noted)
+            patch.setattr(kv_cache._Columns, "__init__", noted)
             slm.predict(mixed_texts(6), batch_size=3, max_new_tokens=5)
         assert made
         assert [buffer for buffer in made if buffer() is not None] == []
@@ -256,7 +254,7 @@ def test_rows_whose_query_is_not_finite_are_named_and_the_others_written(beams):
     encoded = slm.model.encode([Row(text) for text in mixed], padding_side="left")
     options = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False}
     ended: list[int] = []
-    written = generate_module.generate(slm.model, encoded, options, seeds=range(11), at_once=4, report=ended.append)
+    written = scheduler.generate(slm.model, encoded, options, seeds=range(11), at_once=4, report=ended.append)
     assert sum(ended) == 11  # every row is reported once, while the others are still being written
     assert len(ended) > 1
     assert written.failed == [4, 10]

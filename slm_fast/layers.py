@@ -1,0 +1,207 @@
+"""The linear layers: one that adds each sample's increments to a frozen base, and products through oneDNN.
+
+torch sends float32 products on a CPU to MKL, which on AMD processors is slower than oneDNN; both are part of torch.
+bfloat16 products go to oneDNN anyway, but torch writes the bias to the result first and reads it back. Which way is
+taken follows from the processor alone, so that runs repeat bit for bit on one machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slm_fast.ops import Route, dispatch, multi_lora
+from slm_fast.ops.multi_lora import multi_lora_
+
+Values = Mapping[str, tuple[Tensor, Tensor]]  # module name -> (lora_a [P, r, I], lora_b [P, r, O])
+
+# Multiplications below which MKL is done with float32 before oneDNN has begun. (In bfloat16 oneDNN is never slower, and
+# torch takes seconds for a few rows that do not lie together, such as the last tokens of prompts.)
+_SMALLEST = 1 << 21
+
+
+@cache
+def processor() -> str:
+    """What Linux says of the processor, or nothing elsewhere."""
+    info = Path("/proc/cpuinfo")
+    return info.read_text() if info.exists() else ""
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself."""
+    return any(f" {flag}" in processor() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+@cache
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this dtype for this processor."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def prefers_onednn(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype go straight to oneDNN here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return {torch.float32: "AuthenticAMD" in processor(), torch.bfloat16: has_bfloat16()}.get(dtype, False)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., I] @ weight [O, I].T + bias [O]."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        grad_NO = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[0]:
+            grad_x = _product(grad_NO, weight.t(), None).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _product(grad_NO.t(), x.reshape(-1, x.shape[-1]).t(), None)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_NO.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+class OneDnnLinear(nn.Linear):
+    """nn.Linear, through oneDNN when what passes is float32 or bfloat16 on a CPU that it serves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        known = x.dtype == weight.dtype and x.device.type == "cpu" and onednn_multiplies(x.dtype)
+        known = known and not torch.is_autocast_enabled("cpu")
+        gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        numbers = x.numel()
+        small = numbers * weight.shape[0] < _SMALLEST and x.dtype == torch.float32
+        if small or not known or numbers == 0 or torch.compiler.is_compiling():
+            return nn.functional.linear(x, weight, bias)
+        if gradients:
+            y: Tensor = _Product.apply(x, weight, bias)
+            return y
+        return _product(x, weight, bias)
+
+
+PLAIN = (nn.Linear, OneDnnLinear)  # whose product is known: other modules, subclasses among them, may do anything
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Let every plain nn.Linear of a model use oneDNN where that is faster. Weights, names and hooks stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear and prefers_onednn(module.weight.dtype):
+            module.__class__ = OneDnnLinear
+
+
+@contextmanager
+def rounded_for_autocast(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block the plain linear layers among the modules hold their frozen weights in `dtype`.
+
+    Autocast rounds weights to the same numbers, but keeps only those of weights that learn, and does it again in every
+    pass with all others.
+    """
+    held = [
+        (module, module.weight, module.bias)
+        for module in modules
+        if isinstance(module, nn.Linear) and type(module) in PLAIN
+        if module.weight.dtype == torch.float32 and not module.weight.requires_grad
+    ]
+    try:
+        for module, weight, bias in held:
+            module.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            if bias is not None:
+                module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        yield
+    finally:
+        for module, weight, bias in held:
+            module.weight, module.bias = weight, bias
+
+
+class Adaptation:
+    """What the adapted layers add to the batch now passing through: nothing until a route is set."""
+
+    def __init__(self) -> None:
+        self.values: Values | None = None
+        self.route: Route | None = None
+        self.layers: list[AdaptedLinear] = []
+
+    @contextmanager
+    def using(self, values: Values, route: Route | None) -> Iterator[None]:
+        """Adapt what passes inside the block. `route` may still be None and be set on the way (see model.py)."""
+        if self.values is not None:
+            raise RuntimeError("the model is already adapting a batch; one batch passes at a time")
+        self.values, self.route = values, route
+        for layer in self.layers:
+            layer.__dict__["increments"] = values.get(layer.name)  # nn.Module's own way takes a microsecond
+        try:
+            yield
+        finally:
+            self.values = self.route = None
+            for layer in self.layers:
+                layer.__dict__["increments"] = None
+
+
+class AdaptedLinear(nn.Module):
+    """Stands in the place of `base` and calls it unopened, so a quantised or otherwise opaque layer works.
+
+    Args:
+        base: any module from [..., in_features] to [..., out_features].
+        name: under which the pool keeps this layer's values.
+    """
+
+    def __init__(self, base: nn.Module, name: str, adaptation: Adaptation) -> None:
+        super().__init__()
+        self.base = base
+        self.name = name
+        self.adaptation = adaptation
+        # This layer's values while a batch passes. Were they looked up by name in `forward`, torch.compile would make a
+        # graph for each layer where one serves all.
+        self.increments: tuple[Tensor, Tensor] | None = None
+        adaptation.layers.append(self)
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight: some models look at its dtype before they call the layer."""
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Any = self.base
+        route, increments = self.adaptation.route, self.increments
+        if route is None or increments is None or route.slot_ids.shape[1] == 0:
+            y: Tensor = base(x)
+            return y
+        lora_a, lora_b = increments
+        if dispatch.MEASURED and self._in_one_kernel(base, x, lora_a, route):
+            y = torch.ops.slm_fast.adapted_linear_triton(
+                x, base.weight, base.bias, lora_a, lora_b, route.slot_ids, route.weights
+            )
+            return y
+        y = base(x)
+        # What a plain linear layer without hooks returned is nobody else's, so it may be overwritten. Another module
+        # may return its input, or something that it keeps.
+        add = multi_lora_ if type(base) in PLAIN and not base._forward_hooks else multi_lora
+        return add(x, lora_a, lora_b, route.slot_ids, route.weights, y)
+
+    @staticmethod
+    def _in_one_kernel(base: Any, x: Tensor, lora_a: Tensor, route: Route) -> bool:
+        """Whether a kernel that has the base's product in it may run, and was measured to win."""
+        if type(base) not in PLAIN or not dispatch.fused_wins(
+            x.device.type, "narrow" if max(base.in_features, base.out_features) <= 2048 else "wide"
+        ):
+            return False
+        watched = base._forward_hooks or base._forward_pre_hooks or torch.is_autocast_enabled(x.device.type)
+        same = x.dtype == base.weight.dtype == lora_a.dtype and x.dim() == 3 and len(x) == len(route.slot_ids)
+        fits = 0 < route.slot_ids.shape[1] * lora_a.shape[1] <= 256 // x.dtype.itemsize and x.dtype != torch.float64
+        return not (watched or torch.is_grad_enabled()) and same and fits
