@@ -474,4 +474,3 @@ def _doctor(_: argparse.Namespace) -> int:
             table.add_row(f"backbone {name}", str(error))
     Console().print(table)
     return 0
-
