@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from slm_fast import ops
 from slm_fast.errors import InputError, SlmError, WorkError
+from slm_fast.options import LearnOptions, ModelConfig, PredictOptions
+
+if TYPE_CHECKING:
+    from slm_fast import ops
+    from slm_fast.data import Task
+    from slm_fast.evaluate import Evaluation
+    from slm_fast.predict import Prediction
+    from slm_fast.slm import ScalableLM
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Prediction", "ScalableLM", "SlmError", "Task", "WorkError", "ops"]
+__all__ = [
+    "Evaluation",
+    "InputError",
+    "LearnOptions",
+    "ModelConfig",
+    "PredictOptions",
+    "Prediction",
+    "ScalableLM",
+    "SlmError",
+    "Task",
+    "WorkError",
+    "ops",
+]
 
+# These bring torch with them, and some of them transformers, so they are imported when first asked for.
+_LATER = {
+    "Evaluation": "slm_fast.evaluate",
+    "Prediction": "slm_fast.predict",
+    "ScalableLM": "slm_fast.slm",
+    "Task": "slm_fast.data",
+    "ops": "slm_fast.ops",
+}
 
-def __getattr__(name: str) -> Any:
-    """The model's classes bring transformers with them, which the operators alone do not need."""
-    if name == "ScalableLM":
-        from slm_fast.slm import ScalableLM
+if not TYPE_CHECKING:
 
-        return ScalableLM
-    if name == "Task":
-        from slm_fast.data import Task
+    def __getattr__(name: str) -> object:
+        if name in _LATER:
+            from importlib import import_module
 
-        return Task
-    if name == "Prediction":
-        from slm_fast.predict import Prediction
+            module = import_module(_LATER[name])
+            return getattr(module, name, module)
+        raise AttributeError(f"module 'slm_fast' has no attribute {name!r}")
 
-        return Prediction
-    raise AttributeError(f"module 'slm_fast' has no attribute {name!r}")
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LATER})

@@ -1,11 +1,9 @@
-"""The frozen models: one row of a table a family, and how to load, name, tokenise and fingerprint one."""
+"""The frozen models: one row of a table a family, and how to load, name and fingerprint one."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from slm_fast.errors import InputError, WorkError, one_line
 from slm_fast.layers import has_bfloat16, use_onednn
+from slm_fast.tokenization import Tokenization
 
 
 @dataclass(frozen=True)
@@ -102,23 +101,12 @@ PACKAGED = MappingProxyType(
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A tokenised batch: input_ids and attention_mask [B, T], and which texts were cut to fit."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    truncated: list[bool]
-
-    def to(self, device: torch.device) -> Encoded:
-        if self.input_ids.device == device:
-            return self
-        ids, mask = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.attention_mask))
-        return Encoded(ids, mask, self.truncated)
-
-
 class Backbone:
-    """A frozen model with its tokenizer. Nothing in it is ever trained or written to."""
+    """A frozen model with its tokenizer.
+
+    Its weights never change (but are held rounded while a task is learned with autocast). Its plain linear layers go
+    through oneDNN where that is faster, and `AdaptedModel` puts adapted layers in the place of some.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, known_fingerprint: str | None = None) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
@@ -130,12 +118,7 @@ class Backbone:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.fingerprint = known_fingerprint or fingerprint(model, tokenizer)
-        # For rows on the way in: a tokenizer's settings cannot be changed while another thread is decoding with it.
-        self._reader = copy.deepcopy(tokenizer)
-        # Tells a causal model that the prompt ends here and the answer begins.
-        self.separator: list[int] = (
-            tokenizer("\n", add_special_tokens=False)["input_ids"] if self.kind == "causal" else []
-        )
+        self.tokenization = Tokenization(tokenizer, self.kind, self.device)
 
     @classmethod
     def load(cls, name: str, *, dtype: str = "float32", device: str = "auto") -> Backbone:
@@ -245,59 +228,6 @@ class Backbone:
                 hook.remove()
         return widths
 
-    def encode(self, texts: Sequence[str], max_length: int, *, padding_side: str = "right") -> Encoded:
-        """Tokenise, cut to `max_length` tokens (the separator of causal models included) and pad to the longest."""
-        ids, cut = self.tokenise(texts, max_length)
-        return self.collate(ids, cut, padding_side).to(self.device)
-
-    def tokenise(self, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """The tokens of each text, cut to `max_length` (the separator of causal models included), and which were cut.
-
-        May be called by one thread while another uses the model.
-        """
-        if not texts:
-            return [], []
-        room = max_length - len(self.separator)
-        read = self._reader(
-            list(texts),
-            truncation=True,
-            max_length=room,
-            verbose=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        rows: list[list[int]] = read["input_ids"]
-        if read.encodings is not None:
-            cut = [len(row) >= room and bool(e.overflowing) for row, e in zip(rows, read.encodings, strict=True)]
-        else:
-            cut = [len(row) >= room and self._longer_than(text, room) for text, row in zip(texts, rows, strict=True)]
-        return [row + self.separator for row in rows] if self.separator else rows, cut
-
-    def shorten(self, row: list[int], length: int) -> list[int]:
-        """A tokenised text as it would be if cut to `length` tokens: what ends a text stands at its end again."""
-        if len(row) <= length:
-            return row
-        marks: list[int] = self._reader("a", return_special_tokens_mask=True)["special_tokens_mask"]
-        ending = marks[::-1].index(0)
-        return row[: length - ending] + row[len(row) - ending :]
-
-    def collate(self, rows: Sequence[Sequence[int]], truncated: list[bool], padding_side: str = "right") -> Encoded:
-        """Rows of tokens as one batch, still in the processor's memory (pinned where a GPU will read it)."""
-        ids, mask = pad(rows, self.tokenizer.pad_token_id, padding_side)
-        if self.device.type == "cuda":
-            ids, mask = ids.pin_memory(), mask.pin_memory()
-        return Encoded(ids, mask, truncated)
-
-    def _longer_than(self, text: str, length: int) -> bool:
-        return len(self._reader(text, truncation=True, max_length=length + 1)["input_ids"]) > length
-
-    def encode_answers(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids of answers, with the token that ends them."""
-        rows = self.tokenizer(
-            list(texts), truncation=True, max_length=max_length - 1, add_special_tokens=False, verbose=False
-        )["input_ids"]
-        return [[*row, self.tokenizer.eos_token_id] for row in rows]
-
     def end_tokens(self) -> Tensor:
         """Ids of the tokens that end a generated text: the tokenizer's, and any others the model itself stops at."""
         ends = getattr(self.model.generation_config, "eos_token_id", None)
@@ -305,24 +235,13 @@ class Backbone:
         known = {end for end in (self.tokenizer.eos_token_id, *others) if end is not None}
         return torch.tensor(sorted(known), dtype=torch.int64, device=self.device)
 
-    def longest(self) -> int | None:
+    def max_positions(self) -> int | None:
         """The most positions the backbone can hold, where its positions are learned; else None."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit is None or self.kind == "seq2seq":
             return None
         # RoBERTa's positions begin after the padding index.
         return int(limit) - (self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0)
-
-
-def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Rows of token ids -> ids [B, T] padded with `value`, and their mask [B, T]."""
-    length = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    width = int(length.max(initial=0))
-    place = np.arange(width)
-    mask = place < length[:, None] if side == "right" else place >= width - length[:, None]
-    ids = np.full((len(rows), width), value, dtype=np.int64)
-    ids[mask] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64, count=int(length.sum()))
-    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
 def _family(model_type: str) -> Family:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from slm_fast.data import Row, Task
 from slm_fast.errors import InputError, WorkError
 from slm_fast.model import AdaptedModel
-from slm_fast.predict import PredictOptions, predict
+from slm_fast.options import PredictOptions
+from slm_fast.predict import predict
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from slm_fast.backbone import Encoded, pad
 from slm_fast.data import Task
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.query import TrunkQuery
+from slm_fast.tokenization import Encoded, pad
 
 STATES_BYTES = 2 << 30  # hidden states of more than this are not kept; the lower layers then run in every step
-WINDOW = 16  # batches whose rows are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Examples:
     def encoded(self, model: AdaptedModel, rows: Sequence[int]) -> Encoded:
         """Token ids and mask [B, T] of some rows, padded on the right."""
         ids, mask = pad([self.sequences[i] for i in rows], model.backbone.tokenizer.pad_token_id)
-        return Encoded(ids.to(model.backbone.device), mask.to(model.backbone.device), [])
+        return Encoded(ids, mask).to(model.backbone.device)
 
     def states_of(self, rows: Sequence[int]) -> Tensor | None:
         """[B, T, H], zeros after a row's end."""
@@ -62,14 +61,12 @@ def prepare(
     labels: of an encoder-only backbone's head. max_length: tokens read of an input.
     """
     backbone, rows = model.backbone, task.rows
-    encoded = backbone.encode([row.prompt for row in rows], max_length)
-    lengths = encoded.attention_mask.sum(1).tolist()
-    prompts = [ids[:n] for ids, n in zip(encoded.input_ids.tolist(), lengths, strict=True)]
+    prompts, _ = backbone.tokenization.tokenize([row.prompt for row in rows], max_length)
     if backbone.kind == "encoder":
         index = {label: i for i, label in enumerate(labels or ())}
         answers = [[index[row.target or ""]] for row in rows]
     else:
-        answers = backbone.encode_answers([row.target or "" for row in rows], max_length)
+        answers = backbone.tokenization.encode_answers([row.target or "" for row in rows], max_length)
     causal = backbone.kind == "causal"
     sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)] if causal else prompts
     examples = Examples(sequences, answers, None)
@@ -85,7 +82,7 @@ def prepare(
         together = examples.encoded(model, chosen)
         read = torch.tensor([len(prompts[i]) for i in chosen], device=backbone.device)
         prompt_mask = torch.arange(together.input_ids.shape[1], device=backbone.device) < read[:, None]
-        entering, query = model.trunk_states(together, prompt_mask)
+        entering, query = model.lower_states(together, prompt_mask)
         for i, state in zip(chosen, entering, strict=True):
             states[i] = state[: len(sequences[i])].clone()
         if shared:
@@ -103,15 +100,3 @@ def fits(model: AdaptedModel, sequences: Sequence[Sequence[int]]) -> bool:
     memory that happens to be free, so that a run repeats bit for bit."""
     size = sum(map(len, sequences)) * model.backbone.width * model.backbone.dtype.itemsize
     return bool(model.config.first_layer) and size <= STATES_BYTES
-
-
-def batches(lengths: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Row numbers in shuffled batches of rows of like lengths.
-
-    The rows are shuffled, sorted by length within windows of a few batches (at least four windows where there are
-    enough rows, so that a row meets others in the next epoch), cut into batches, and the batches shuffled.
-    """
-    rows = torch.randperm(len(lengths), generator=generator)
-    window = size * max(1, min(WINDOW, len(rows) // (4 * size)))
-    found = [batch for part in rows.split(window) for batch in part[lengths[part].argsort(stable=True)].split(size)]
-    return [found[i] for i in torch.randperm(len(found), generator=generator).tolist()]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.errors import one_line
-from slm_fast.model import AdaptedModel, Passage
+from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 
 Step = Callable[[], Tensor]  # gives logits
@@ -39,7 +39,7 @@ class Shape(NamedTuple):
     inputs: int
 
 
-class _Columns:
+class KVCacheLayer:
     """One layer's keys and values, [places, heads, columns, width] each: of what is written, or (T5) of what was read.
 
     A layer of transformers' cache hands them to attention.
@@ -121,8 +121,8 @@ class Decoder:
         self.route = Route(torch.empty(0), torch.empty(0))  # [places, K]; an id of -1 where no row runs
         layers = self._layers(past)
         own = len(layers) if self.causal else len(layers) // 2
-        self.layers = [_Columns(self, layer, self.capacity, written=True) for layer in layers[:own]]
-        self.layers += [_Columns(self, layer, input_columns, written=False) for layer in layers[own:]]
+        self.layers = [KVCacheLayer(self, layer, self.capacity, written=True) for layer in layers[:own]]
+        self.layers += [KVCacheLayer(self, layer, input_columns, written=False) for layer in layers[own:]]
         self.replays: dict[Shape, Step | None] = {}  # of the shapes met so far: what was captured of it
 
     def close(self) -> None:
@@ -271,8 +271,8 @@ class Decoder:
                 "attention_mask": self.input_mask[:places, ..., : shape.inputs],
             }
         route = Route(self.route.slot_ids[:places], self.route.weights[:places])
-        with self.model.passing(Passage(mask), self.model.pool.values, route):
-            logits: Tensor = self.lm(**inputs, past_key_values=self.past, use_cache=True).logits
+        out, _, _ = self.model.call(lambda: self.lm(**inputs, past_key_values=self.past, use_cache=True), mask, route)
+        logits: Tensor = out.logits
         return logits
 
 

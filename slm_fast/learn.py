@@ -8,68 +8,31 @@ depends on the task, the backbone and the options alone, in whatever order and w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from slm_fast.backbone import pad
+from slm_fast.batching import shuffled_buckets
 from slm_fast.data import Task
 from slm_fast.errors import InputError, WorkError
-from slm_fast.examples import Examples, batches, prepare
+from slm_fast.examples import Examples, prepare
 from slm_fast.layers import Values, rounded_for_autocast
-from slm_fast.model import AdaptedModel, Passage
+from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
+from slm_fast.options import LearnOptions
 from slm_fast.progress import bar
+from slm_fast.query import TrunkQuery
 from slm_fast.router import NotFinite
 from slm_fast.tasks import LearnedTask, name_seed
+from slm_fast.tokenization import Encoded, pad
 
 IGNORE = -100  # the label transformers' losses skip
 LOOK = 16  # steps between looks at the loss
-
-
-@dataclass(frozen=True)
-class LearnOptions:
-    """How a task is learned.
-
-    epochs: None means 3, and for a small task as many as make 120 steps, at most 20. batch_size: rows of one step;
-    accumulate: in how many parts their gradients are computed, which saves memory and changes nothing but rounding.
-    learning_rate: the peak of a linear warm-up and decay. rank: r of the increments. slots: S of the task; None means 1
-    for the gaussian router and 4 for dtkr, as the paper. max_length: tokens read of an input; None means the model's.
-    joint: train on routes over all tasks' slots, as the paper does, rather than the task's own. autocast: compute in
-    bfloat16 though the weights are float32; queries, values and optimiser keep their precision.
-    """
-
-    epochs: int | None = None
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    rank: int = 8
-    slots: int | None = None
-    seed: int = 0
-    max_length: int | None = None
-    joint: bool = False
-    weight_decay: float = 0.01
-    warmup: float = 0.06  # share of all steps
-    accumulate: int = 1
-    autocast: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "rank", "slots"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}: expected at least 1, got {value}")
-        if not 0 < self.learning_rate <= 1:
-            raise InputError(f"learning_rate: expected more than 0 and at most 1, got {self.learning_rate}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise InputError(f"weight_decay: expected a number not below 0, got {self.weight_decay}")
-        if not 0 <= self.warmup <= 1:
-            raise InputError(f"warmup: expected a share of 0 to 1, got {self.warmup}")
-
-    def epochs_for(self, rows: int) -> int:
-        return self.epochs or max(3, min(20, math.ceil(120 / math.ceil(rows / self.batch_size))))
 
 
 def learn_task(
@@ -88,18 +51,19 @@ def learn_task(
         InputError: the task does not fit the backbone. WorkError: the loss is no longer a number.
     """
     check_task(model, task, valid)
-    trainer = _Trainer(model, task, options)
-    with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
-        examples, query = prepare(model, task, task.labels, trainer.max_length, advance)
-    slots = options.slots or (1 if model.config.router == "gaussian" else 4)
-    seed = name_seed(task.name, options.seed)
-    try:
-        part = model.new_router().fit(query, slots, seed)
-    except NotFinite as error:
-        raise WorkError(f"{task.name}: row {error.row + 1}: its query holds a number that is not finite") from None
-    trainer.allocate(slots, part, torch.Generator().manual_seed(seed))
-    trainer.fine_tune(trainer.routed(examples, query), valid, progress)
-    return trainer.learned()
+    with model.lock:
+        trainer = Trainer(model, task, options)
+        with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
+            examples, query = prepare(model, task, task.labels, trainer.max_length, advance)
+        slots = options.slots or (1 if model.config.router == "gaussian" else 4)
+        seed = name_seed(task.name, options.seed)
+        try:
+            part = model.new_router().fit(query, slots, seed)
+        except NotFinite as error:
+            raise WorkError(f"{task.name}: row {error.row + 1}: its query holds a number that is not finite") from None
+        trainer.allocate(slots, part, torch.Generator().manual_seed(seed))
+        trainer.fine_tune(trainer.routed(examples, query), valid, progress)
+        return trainer.learned()
 
 
 def check_task(model: AdaptedModel, task: Task, valid: Task | None = None) -> None:
@@ -130,11 +94,14 @@ def _join(mine: Tensor, theirs: Tensor) -> Tensor:
     return torch.cat([nn.functional.pad(part, (0, 0, 0, rank - part.shape[1])) for part in (mine, theirs)])
 
 
-class _Trainer:
+class Trainer:
+    """The values, head and training loop of one task. `learn_task` calls, in order: `allocate`, `routed`, `fine_tune`,
+    `learned`."""
+
     def __init__(self, model: AdaptedModel, task: Task, options: LearnOptions) -> None:
         self.model, self.task, self.options = model, task, options
         self.device, self.dtype = model.backbone.device, model.backbone.dtype
-        limit, length = model.backbone.longest(), options.max_length
+        limit, length = model.backbone.max_positions(), options.max_length
         self.max_length: int = (model.config.max_length or 0) if length is None else length
         if length is not None and (length < 4 or (limit is not None and length > limit)):
             raise InputError(f"max_length: expected 4..{limit or 'any'} for this backbone, got {length}")
@@ -209,9 +176,9 @@ class _Trainer:
         with self._rounded(examples), progressing as advance:
             for epoch in range(epochs):
                 losses: list[Tensor] = []
-                for step, rows in enumerate(plan := batches(lengths, options.batch_size, self.shuffle), 1):
+                for step, rows in enumerate(plan := shuffled_buckets(lengths, options.batch_size, self.shuffle), 1):
                     optimizer.zero_grad()
-                    losses.append(self._backward(examples, rows.tolist()))
+                    losses.append(self.backward(examples, rows.tolist()))
                     nn.utils.clip_grad_norm_(self.parameters(), 1.0)
                     optimizer.step()
                     scheduler.step()
@@ -241,12 +208,12 @@ class _Trainer:
         modules = [module for module in backbone.model.modules() if module not in below]
         return rounded_for_autocast(modules, torch.bfloat16)
 
-    def _backward(self, examples: Examples, rows: list[int]) -> Tensor:
+    def backward(self, examples: Examples, rows: list[int]) -> Tensor:
         """Add the gradient of the mean loss of a step's rows, part by part; the loss."""
         loss, size = torch.zeros((), device=self.device), math.ceil(len(rows) / self.options.accumulate)
         answers = sum(len(examples.answers[i]) for i in rows)
         for start in range(0, len(rows), size):
-            part = self._loss(examples, rows[start : start + size]) / answers
+            part = self.loss(examples, rows[start : start + size]) / answers
             part.backward()
             loss += part.detach()
         return loss
@@ -272,51 +239,52 @@ class _Trainer:
         for batch in examples.lengths.argsort(stable=True).split(2 * self.options.batch_size):
             rows = batch.tolist()
             if self.head is None:
-                total -= float(self._loss(examples, rows))
+                total -= float(self.loss(examples, rows))
             else:
                 answers = torch.tensor([examples.answers[i][0] for i in rows], device=self.device)
                 total += int((self._logits(examples, rows).argmax(1) == answers).sum())
         return total / sum(map(len, examples.answers))
 
-    @contextmanager
-    def _passing(self, examples: Examples, rows: list[int], mask: Tensor) -> Iterator[None]:
-        """Passes of these rows, with their routes and this task's values, above what is frozen."""
+    def _passes(self, examples: Examples, rows: list[int]) -> tuple[Encoded, dict[str, Any]]:
+        """A batch of these rows and the options of its pass: its routes, this task's values, what is cached below."""
         assert examples.route is not None
         values, route = self.values(Route(examples.route.slot_ids[rows], examples.route.weights[rows]))
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast)
-        with self.model.above(examples.states_of(rows)), self.model.passing(Passage(mask), values, route), autocast:
-            yield
+        encoded = examples.encoded(self.model, rows)
+        return encoded, {"route": route, "values": values, "states": examples.states_of(rows)}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast)
 
     def _logits(self, examples: Examples, rows: list[int]) -> Tensor:
+        """The head's logits [B, C]."""
         assert self.head is not None
-        encoded = examples.encoded(self.model, rows)
-        with self._passing(examples, rows, encoded.attention_mask):
-            features = self.model.features(encoded)
+        encoded, options = self._passes(examples, rows)
+        with self._autocast():
+            hidden = self.model.forward(encoded, **options).hidden
+            features = TrunkQuery.pool(hidden, encoded.attention_mask)
         return features @ self.head[0].T + self.head[1]
 
-    def _loss(self, examples: Examples, rows: list[int]) -> Tensor:
+    def loss(self, examples: Examples, rows: list[int]) -> Tensor:
         """The summed loss of rows' labels, or of the tokens of their answers."""
         answers = [examples.answers[i] for i in rows]
         target = torch.tensor([token for answer in answers for token in answer], device=self.device)
         if self.head is not None:
             return cross_entropy(self._logits(examples, rows), target, reduction="sum")
-        backbone, encoded = self.model.backbone, examples.encoded(self.model, rows)
-        with self._passing(examples, rows, encoded.attention_mask):
-            if backbone.kind == "causal":
+        lm, (encoded, options) = self.model.backbone.model, self._passes(examples, rows)
+        with self._autocast():
+            if self.model.backbone.kind == "causal":
                 # The output layer sees only the tokens before those of an answer.
                 ends = [len(examples.sequences[i]) - 1 for i in rows]
                 before = [range(end - len(answer), end) for end, answer in zip(ends, answers, strict=True)]
                 row = torch.tensor([i for i, places in enumerate(before) for _ in places], device=self.device)
                 place = torch.tensor([t for places in before for t in places], device=self.device)
-                logits = backbone.model.get_output_embeddings()(self.model.run_trunk(encoded)[row, place])
+                hidden = self.model.forward(encoded, **options).hidden
+                logits = lm.get_output_embeddings()(hidden[row, place])
             else:
                 labels = pad(answers, IGNORE)[0].to(self.device)
-                out = backbone.model(
-                    input_ids=encoded.input_ids,
-                    attention_mask=encoded.attention_mask,
-                    decoder_input_ids=backbone.model.prepare_decoder_input_ids_from_labels(labels),
-                    use_cache=False,
-                )
+                inputs = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask, "use_cache": False}
+                inputs["decoder_input_ids"] = lm.prepare_decoder_input_ids_from_labels(labels)
+                out, _, _ = self.model.call(lambda: lm(**inputs), encoded.attention_mask, **options)
                 logits, target = out.logits.flatten(0, 1), labels.flatten()
         return cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
 

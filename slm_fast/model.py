@@ -1,173 +1,83 @@
-"""The adapted model: text -> query -> route -> the frozen backbone with that route's increments -> features or text.
-
-With `trunk` queries one forward pass does everything. Hooks on the tapped layers collect the query on the way up; at
-the last tap the route is found, and the layers above it, the only ones that carry increments, use it.
-"""
+"""The adapted model: tokens -> query -> route -> the frozen backbone with that route's increments -> hidden states."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from slm_fast.backbone import Backbone, Encoded
+from slm_fast.backbone import Backbone
 from slm_fast.data import Row
 from slm_fast.errors import InputError
-from slm_fast.layers import Adaptation, AdaptedLinear, Values
+from slm_fast.injection import ForwardContext, Injection
+from slm_fast.layers import Values
 from slm_fast.ops import Route
+from slm_fast.options import ModelConfig
 from slm_fast.pool import Pool
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, check_taps, default_taps
 from slm_fast.router import DtkrRouter, GaussianRouter, Router
 from slm_fast.tasks import LearnedTask
+from slm_fast.tokenization import Encoded
 
 Report = Callable[[int], None]  # told how many rows were just done
 
 
-@dataclass(frozen=True)
-class Config:
-    """How one kind of adapted model is put together. It is part of a store and the same for all its tasks.
+class Output(NamedTuple):
+    """What a forward pass gives.
 
-    query: "trunk" or "sentence". router: "gaussian" or "dtkr". taps: layers the trunk query reads. encoder: the
-    sentence query's model. targets: linear layers that carry increments, in the words of the backbone's family.
-    first_layer: the lowest layer that does. k: slots retrieved. groups, aggregate: for dtkr. temperature: for gaussian.
-    route_on: "input" (an instruction does not help routing) or "prompt". max_length: tokens read of an input.
-    None means: chosen from the backbone.
+    Attributes:
+        hidden: [B, T, H], the trunk's last hidden states (of T5, the encoder's).
+        query: [B, D]; None where the route was given or no task is known.
+        route: [B, K]
     """
 
-    query: str = "trunk"
-    router: str = "gaussian"
-    taps: tuple[int, ...] | None = None
-    encoder: str | None = None
-    targets: tuple[str, ...] = ("query", "value", "out", "up", "down")
-    first_layer: int | None = None
-    k: int | None = None
-    groups: int | None = None
-    aggregate: str = "mean"
-    temperature: float = 4.0
-    route_on: str = "input"
-    max_length: int | None = None
-
-    def completed(self, backbone: Backbone) -> Config:
-        """This configuration with every choice made. Raises InputError for one that cannot be right."""
-        for name, choices in (
-            ("query", ("trunk", "sentence")),
-            ("router", ("gaussian", "dtkr")),
-            ("route_on", ("input", "prompt")),
-            ("aggregate", ("mean", "vote")),
-        ):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name}: expected {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        layers, trunk = len(backbone.layers), self.query == "trunk"
-        taps = check_taps(default_taps(layers) if self.taps is None else self.taps, layers) if trunk else None
-        lowest = taps[-1] if taps else 0
-        first_layer = self.first_layer if self.first_layer is not None else (lowest if taps else layers // 2)
-        if not lowest <= first_layer < layers:
-            raise InputError(
-                f"first_layer: expected {lowest}..{layers - 1} (not below the last tap), got {first_layer}"
-            )
-        if not self.targets:
-            raise InputError(f"targets: expected at least one of {', '.join(backbone.family.linears)}, got none")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"temperature: expected a positive number, got {self.temperature}")
-        k = self.k if self.k is not None else (2 if self.router == "gaussian" else 4)
-        if k < 1:
-            raise InputError(f"k: expected at least 1, got {k}")
-        limit = backbone.longest()
-        max_length = min(256, limit or 256) if self.max_length is None else self.max_length
-        if self.encoder is not None and trunk:
-            raise InputError(f"encoder: goes with query='sentence', got query='trunk' and encoder {self.encoder!r}")
-        if self.taps is not None and not trunk:
-            raise InputError(f"taps: go with query='trunk', got query='sentence' and taps {list(self.taps)}")
-        if max_length < 4 or (limit is not None and max_length > limit):
-            raise InputError(f"max_length: expected 4..{limit or 'any'} for this backbone, got {max_length}")
-        encoder = None if trunk else self.encoder or DEFAULT_ENCODER
-        targets = tuple(self.targets)
-        return replace(
-            self, taps=taps, encoder=encoder, targets=targets, first_layer=first_layer, k=k, max_length=max_length
-        )
-
-
-@dataclass
-class Passage:
-    """A batch on its way through: what the trunk's taps need and what they found."""
-
-    mask: Tensor  # [B, T] real tokens
-    slot_mask: Tensor | None = None  # [B, P] slots allowed
-    abstain: float | None = None
-    stop: str | None = None  # "query" or "states": end the pass once they are known
-    pooled: list[Tensor] | None = None
-    query: Tensor | None = None  # [B, D] once the last tap is passed
-    states: Tensor | None = None  # [B, T, H] that enter the lowest layer with increments, if asked for
-    route: Route | None = None
+    hidden: Tensor
+    query: Tensor | None
+    route: Route
 
 
 class Reading(NamedTuple):
     """A row as the model reads it: the tokens of its prompt, and whether they were cut to fit.
 
-    ahead: what its query has to be found from before the forward pass (tokens, or the text for an encoder with a
+    query_input: what its query has to be found from before the forward pass (tokens, or the text for an encoder with a
     tokenizer of its own); None where it is found on the way. A sentence encoder's query always goes ahead, the trunk's
     when an instruction stands in the prompt, because in the pass itself the input's tokens attend to it.
     """
 
     ids: list[int]
     truncated: bool
-    ahead: list[int] | str | None
-
-
-class _QueryFound(Exception):
-    """Ends a forward pass of which only the query, or what enters the increments, was wanted."""
-
-
-class _Known(torch.nn.Module):
-    """Stands in the place of layers whose output is known already. With a `layer`, that layer runs all the same, for
-    what it returns beside the hidden states."""
-
-    def __init__(self, states: Tensor, layer: torch.nn.Module | None) -> None:
-        super().__init__()
-        self.states, self.layer = states, layer
-        self.beside: tuple[Any, ...] | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.layer is not None and self.beside is None:
-            self.beside = self.layer(*args, **kwargs)[1:]
-        return self.states if self.beside is None else (self.states, *self.beside)
+    query_input: list[int] | str | None
 
 
 class AdaptedModel:
-    """A backbone whose linear layers can carry increments, with the pool and router of the tasks it knows."""
+    """A backbone whose linear layers can carry increments, with the pool and router of the tasks it knows.
 
-    def __init__(self, backbone: Backbone, config: Config) -> None:
+    Attributes:
+        modules: names of the linear layers that carry increments. widths: of each, (in_features, out_features).
+        lock: held by whoever runs passes that belong together or changes the tasks; calls from other threads wait for
+            it. It may be taken again by the thread that holds it.
+    """
+
+    def __init__(self, backbone: Backbone, config: ModelConfig) -> None:
         self.backbone = backbone
-        self.config = config.completed(backbone)
-        self.adaptation = Adaptation()
-        self._passage: Passage | None = None
+        self.config = complete(config, backbone)
+        self.lock = threading.RLock()
         self.query: TrunkQuery | SentenceQuery
         if self.config.taps is not None:
             self.query = TrunkQuery(self.config.taps, backbone.width, backbone.device)
         else:
             self.query = SentenceQuery(self.config.encoder or DEFAULT_ENCODER, backbone.device)
         self._shared = isinstance(self.query, SentenceQuery) and self.query.shares(backbone)
-        width, groups = self.query.width, self.config.groups
-        if groups is None:  # six, as the paper, where the width allows it
-            groups = next(g for g in (6, 5, 4, 3, 2, 1) if width % g == 0)
-        if groups < 1 or width % groups:
-            raise InputError(f"groups: expected a divisor of the query width {width}, got {groups}")
-        self.config = replace(self.config, groups=groups)
-        self.modules = backbone.find_linears(self.config.targets, self.config.first_layer or 0)
-        self.widths = backbone.widths(self.modules)  # module name -> (in_features, out_features)
-        for name in self.modules:
-            parent, _, child = name.rpartition(".")
-            base = backbone.model.get_submodule(name)
-            setattr(backbone.model.get_submodule(parent), child, AdaptedLinear(base, name, self.adaptation))
-        for tap in self.config.taps or ():
-            backbone.layers[tap].register_forward_pre_hook(self._tap, with_kwargs=True)
-        entrance = backbone.layers[self.config.first_layer or 0]
-        entrance.register_forward_pre_hook(self._enter, with_kwargs=True)  # after the tap that may be there
+        self.config = replace(self.config, groups=_groups(self.config.groups, self.query.width))
+        first_layer = self.config.first_layer or 0
+        self.modules = backbone.find_linears(self.config.targets, first_layer)
+        self.widths = backbone.widths(self.modules)
+        trunk = self.query if isinstance(self.query, TrunkQuery) else None
+        self._injection = Injection(backbone, self.modules, first_layer, trunk)
         self.set_tasks([])
 
     @property
@@ -182,8 +92,18 @@ class AdaptedModel:
     # Tasks
 
     def set_tasks(self, tasks: Sequence[LearnedTask]) -> None:
-        self.pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
-        self.router = self.new_router(self.pool.tasks)
+        """Know these tasks and no others. Pool and router change together, at the very end."""
+        with self.lock:
+            pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
+            self._known = pool, self.new_router(pool.tasks)
+
+    @property
+    def pool(self) -> Pool:
+        return self._known[0]
+
+    @property
+    def router(self) -> Router:
+        return self._known[1]
 
     def new_router(self, tasks: Sequence[LearnedTask] = ()) -> Router:
         """A router as the configuration says, over these tasks' slots."""
@@ -196,41 +116,41 @@ class AdaptedModel:
             router.load([task.router for task in tasks], self.backbone.device)
         return router
 
-    # From text to query and route
+    # From text to tokens
 
-    def encode(self, rows: Sequence[Row], *, padding_side: str = "right") -> Encoded:
-        return self.backbone.encode(
-            [row.prompt for row in rows], self.config.max_length or 0, padding_side=padding_side
-        )
-
-    def read(self, rows: Sequence[Row]) -> list[Reading]:
+    def tokenize(self, rows: Sequence[Row]) -> list[Reading]:
         """Rows as tokens, each text tokenised once. May be called by one thread while another uses the model."""
         longest = self.config.max_length or 0
+        tokenization = self.backbone.tokenization
         texts, queries = [row.prompt for row in rows], [row.query_text(self.config.route_on) for row in rows]
         if isinstance(self.query, SentenceQuery) and self._shared and texts == queries:
             encoder_longest = self.query.longest or longest
-            ids, cut = self.backbone.tokenise(texts, max(longest, encoder_longest))
+            ids, cut = tokenization.tokenize(texts, max(longest, encoder_longest))
             return [
-                Reading(self.backbone.shorten(row, longest), lost or len(row) > longest, shared)
+                Reading(tokenization.shorten(row, longest), lost or len(row) > longest, shared)
                 for row, lost, shared in zip(
-                    ids, cut, (self.backbone.shorten(row, encoder_longest) for row in ids), strict=True
+                    ids, cut, (tokenization.shorten(row, encoder_longest) for row in ids), strict=True
                 )
             ]
-        ahead: dict[int, list[int] | str]
+        inputs: dict[int, list[int] | str]
         if isinstance(self.query, SentenceQuery):
-            ahead = dict(enumerate(queries))
+            inputs = dict(enumerate(queries))
         else:
             other = [i for i, text in enumerate(texts) if queries[i] != text]
-            ahead = dict(zip(other, self.backbone.tokenise([queries[i] for i in other], longest)[0], strict=True))
-        ids, cut = self.backbone.tokenise(texts, longest)
-        return [Reading(row, lost, ahead.get(i)) for i, (row, lost) in enumerate(zip(ids, cut, strict=True))]
+            inputs = dict(zip(other, tokenization.tokenize([queries[i] for i in other], longest)[0], strict=True))
+        ids, cut = tokenization.tokenize(texts, longest)
+        return [Reading(row, lost, inputs.get(i)) for i, (row, lost) in enumerate(zip(ids, cut, strict=True))]
 
-    def query_ahead(self, texts: Sequence[list[int] | str]) -> Tensor:
-        """Queries [B, D] of what `read` says has to be seen before the forward pass."""
-        if isinstance(texts[0], str):
-            return self._query_batch([text for text in texts if isinstance(text, str)])
-        tokens = [ids for ids in texts if not isinstance(ids, str)]
-        return self._query_tokens(self.backbone.collate(tokens, []).to(self.backbone.device))
+    def collate(self, readings: Sequence[Reading]) -> Encoded:
+        """Rows as one batch, still in the processor's memory."""
+        inputs: list[list[int] | str] = []
+        if any(reading.query_input is not None for reading in readings):
+            inputs = [reading.ids if reading.query_input is None else reading.query_input for reading in readings]
+        tokenization = self.backbone.tokenization
+        ids, truncated = [reading.ids for reading in readings], [reading.truncated for reading in readings]
+        return tokenization.collate(ids, truncated, inputs, padding_side=tokenization.padding_side)
+
+    # Queries and routes
 
     @torch.no_grad()  # not inference_mode: training saves these queries for backward
     def queries(self, rows: Sequence[Row], *, batch_size: int = 32, report: Report | None = None) -> Tensor:
@@ -240,28 +160,36 @@ class AdaptedModel:
         found = torch.empty(len(texts), self.query.width, device=self.backbone.device)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            found[chosen] = self._query_batch([texts[i] for i in chosen])
+            found[chosen] = self._query_texts([texts[i] for i in chosen])
             if report is not None:
                 report(len(chosen))
         return found
 
-    def _query_batch(self, texts: Sequence[str]) -> Tensor:
-        if isinstance(self.query, SentenceQuery):
-            return self.query.encode(texts).to(self.backbone.device)
-        return self._query_tokens(self.backbone.encode(texts, self.config.max_length or 0))
+    def find_queries(self, batch: Encoded) -> Tensor:
+        """Queries [B, D] of a batch, through the layers below the last tap (or the sentence encoder) only."""
+        inputs = batch.query_inputs
+        if not inputs:
+            if isinstance(self.query, SentenceQuery) and not self._shared:
+                raise InputError(
+                    "batch: a sentence query is found from texts; make the batch with `tokenize`, `collate`"
+                )
+            return self._query_tokens(batch)
+        if isinstance(inputs[0], str):
+            return self._query_texts([text for text in inputs if isinstance(text, str)])
+        tokens = [ids for ids in inputs if not isinstance(ids, str)]
+        return self._query_tokens(self.backbone.tokenization.collate(tokens).to(self.backbone.device))
 
-    def _query_tokens(self, encoded: Encoded) -> Tensor:
-        if isinstance(self.query, SentenceQuery):
-            return self.query.encode_tokens(encoded)
-        passage = Passage(encoded.attention_mask, stop="query")
-        with self.passing(passage, {}), suppress(_QueryFound):
-            self.run_trunk(encoded)
-        assert passage.query is not None
-        return passage.query
+    def find_routes(self, batch: Encoded, *, slot_mask: Tensor | None = None, abstain: float | None = None) -> Route:
+        """Routes [B, K] of rows that wait, through the layers below the last tap (or the sentence encoder) only.
 
-    def find_route(self, query: Tensor, slot_mask: Tensor | None = None, abstain: float | None = None) -> Route:
-        """The route of queries [B, D]; with `abstain`, rows farther from the task found than that share of its own
-        training rows get an empty route (all ids -1)."""
+        Args: those of `forward`.
+        """
+        if self.pool.slots == 0:
+            return self.empty_route(len(batch))
+        return self.route(self.find_queries(batch), slot_mask, abstain)
+
+    def route(self, query: Tensor, slot_mask: Tensor | None = None, abstain: float | None = None) -> Route:
+        """The route of queries [B, D]. `slot_mask`, `abstain`: those of `forward`."""
         route = self.router.route(query, slot_mask)
         if abstain is None:
             return route
@@ -274,83 +202,143 @@ class AdaptedModel:
         device = self.backbone.device
         return Route(torch.full((batch, 1), -1, device=device), torch.zeros(batch, 1, device=device))
 
+    def _query_texts(self, texts: Sequence[str]) -> Tensor:
+        if isinstance(self.query, SentenceQuery):
+            return self.query.encode(texts).to(self.backbone.device)
+        return self._query_tokens(self.backbone.tokenization.encode(texts, self.config.max_length or 0))
+
+    def _query_tokens(self, batch: Encoded) -> Tensor:
+        if isinstance(self.query, SentenceQuery):
+            return self.query.encode_tokens(batch)
+        context = ForwardContext(batch.attention_mask, {}, stop="query")
+        with self.lock:
+            self._injection.run(lambda: self._trunk(batch), context)
+        assert context.query is not None
+        return context.query
+
     # Through the backbone
 
-    @contextmanager
-    def passing(self, passage: Passage, values: Values, route: Route | None = None) -> Iterator[None]:
-        """Adapt the forward passes inside the block; without a route the trunk's taps find it on the way."""
-        with self.adaptation.using(values, route):
-            self._passage = passage if route is None else None
-            passage.route = route
-            try:
-                yield
-            finally:
-                self._passage = None
+    def forward(
+        self,
+        batch: Encoded,
+        route: Route | None = None,
+        *,
+        slot_mask: Tensor | None = None,
+        abstain: float | None = None,
+        values: Values | None = None,
+        states: Tensor | None = None,
+    ) -> Output:
+        """The trunk's last hidden states of a batch that mixes tasks, each row adapted by its own route.
 
-    def _tap(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        passage = self._passage
-        if passage is None or passage.query is not None or not isinstance(self.query, TrunkQuery):
-            return
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        beams = hidden.shape[0] // passage.mask.shape[0]  # generation repeats each row for its beams
-        passage.pooled = passage.pooled or []
-        passage.pooled.append(self.query.pool(hidden, passage.mask.repeat_interleave(beams, 0)))
-        if len(passage.pooled) < len(self.query.taps):
-            return
-        passage.query = self.query.join(passage.pooled)
-        if passage.stop == "query":
-            raise _QueryFound
-        if passage.stop == "states":
-            return
-        slot_mask = None if passage.slot_mask is None else passage.slot_mask.repeat_interleave(beams, 0)
-        passage.route = self.adaptation.route = self.find_route(passage.query, slot_mask, passage.abstain)
+        Args:
+            batch: on the backbone's device.
+            route: [B, K]; None: found on the way (or ahead, where the batch says so).
+            slot_mask: [B, P] bool, the slots allowed: a given task-ID.
+            abstain: rows farther from the task found than this share of its own training rows get an empty route (all
+                ids -1).
+            values: LoRA matrices that the route's ids name; None: the pool's.
+            states: [B, T, H] from `lower_states`, so that the frozen lower layers do not run again.
+        """
+        result, query, found = self.call(
+            lambda: self._trunk(batch),
+            batch.attention_mask,
+            self.find_routes(batch, slot_mask=slot_mask, abstain=abstain)
+            if route is None and batch.query_inputs
+            else route,
+            slot_mask=slot_mask,
+            abstain=abstain,
+            values=values,
+            states=states,
+        )
+        return Output(result, query, found)
 
-    def _enter(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        passage = self._passage
-        if passage is not None and passage.stop == "states":
-            passage.states = args[0] if args else kwargs["hidden_states"]
-            raise _QueryFound
+    def call(
+        self,
+        function: Callable[[], Any],
+        mask: Tensor,
+        route: Route | None = None,
+        *,
+        slot_mask: Tensor | None = None,
+        abstain: float | None = None,
+        values: Values | None = None,
+        states: Tensor | None = None,
+    ) -> tuple[Any, Tensor | None, Route]:
+        """`forward` for any call of the backbone, such as one with a cache or of `generate`.
+
+        Args:
+            function: calls the backbone. mask: [B, T], the real tokens of its (first) pass, which may repeat each row
+                for its beams; the route found then has a row for each.
+            others: those of `forward`.
+
+        Returns:
+            What the function returned, the query, the route.
+        """
+        pool = self.pool
+        if route is None and pool.slots == 0:
+            route = self.empty_route(len(mask))
+
+        def find_route(query: Tensor) -> Route:
+            beams = len(query) // len(mask)
+            allowed = None if slot_mask is None else slot_mask.repeat_interleave(beams, 0)
+            return self.route(query, allowed, abstain)
+
+        context = ForwardContext(mask, pool.values if values is None else values, route)
+        if route is None:
+            context.find_route = find_route
+        with self.lock:
+            result = self._injection.run(function, context, states)
+        assert context.route is not None
+        return result, context.query, context.route
 
     @torch.no_grad()
-    def trunk_states(self, encoded: Encoded, query_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What enters the lowest layer with increments, [B, T, H], and, with `trunk` queries, the queries [B, D] pooled
+    def lower_states(self, batch: Encoded, query_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What enters the lowest layer with increments, [B, T, H], and, with a trunk query, the queries [B, D] pooled
         over `query_mask` [B, T] on the way."""
-        passage = Passage(query_mask, stop="states")
-        with self.passing(passage, {}), suppress(_QueryFound):
-            self.run_trunk(encoded)
-        assert passage.states is not None
-        return passage.states, passage.query
+        context = ForwardContext(query_mask, {}, stop="states")
+        with self.lock:
+            self._injection.run(lambda: self._trunk(batch), context)
+        assert context.states is not None
+        return context.states, context.query
 
-    @contextmanager
-    def above(self, states: Tensor | None) -> Iterator[None]:
-        """Passes inside the block begin at the lowest layer with increments: `states` [B, T, H] enter it, as
-        `trunk_states` gave them. None: they begin at the bottom, as always."""
-        if states is None:
-            yield
-            return
-        layers, lower = self.backbone.layers, range(self.config.first_layer or 0)
-        replaced = [layers[i] for i in lower]
-        # T5's layers hand on the position bias that the first of them makes.
-        known = _Known(states, replaced[0] if self.backbone.kind == "seq2seq" else None)
-        try:
-            for i in lower:
-                layers[i] = known
-            yield
-        finally:
-            for i, layer in zip(lower, replaced, strict=True):
-                layers[i] = layer
-
-    def run_trunk(self, encoded: Encoded) -> Tensor:
-        """The trunk's last hidden states [B, T, H], adapted as `passing` says."""
+    def _trunk(self, batch: Encoded) -> Tensor:
         model, options = self.backbone.model, {}
         if self.backbone.kind == "seq2seq":
             model = model.get_encoder()
         elif self.backbone.kind == "causal":
             model, options = model.base_model, {"use_cache": False}  # without the vocabulary's output layer
-        out = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, **options)
+        out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
-    def features(self, encoded: Encoded) -> Tensor:
-        """Encoder-only: mean last hidden state over real tokens [B, H] float32, adapted as `passing` says."""
-        return TrunkQuery.pool(self.run_trunk(encoded), encoded.attention_mask)
+
+def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
+    """The configuration with every choice made but `groups`. Raises InputError where it does not fit the backbone."""
+    layers, trunk = len(backbone.layers), config.query == "trunk"
+    taps = check_taps(default_taps(layers) if config.taps is None else config.taps, layers) if trunk else None
+    lowest = taps[-1] if taps else 0
+    first_layer = config.first_layer if config.first_layer is not None else (lowest if taps else layers // 2)
+    if not lowest <= first_layer < layers:
+        raise InputError(f"first_layer: expected {lowest}..{layers - 1} (not below the last tap), got {first_layer}")
+    if not config.targets:
+        raise InputError(f"targets: expected at least one of {', '.join(backbone.family.linears)}, got none")
+    limit = backbone.max_positions()
+    max_length = min(256, limit or 256) if config.max_length is None else config.max_length
+    if max_length < 4 or (limit is not None and max_length > limit):
+        raise InputError(f"max_length: expected 4..{limit or 'any'} for this backbone, got {max_length}")
+    return replace(
+        config,
+        taps=taps,
+        encoder=None if trunk else config.encoder or DEFAULT_ENCODER,
+        targets=tuple(config.targets),
+        first_layer=first_layer,
+        k=config.k if config.k is not None else (2 if config.router == "gaussian" else 4),
+        max_length=max_length,
+    )
+
+
+def _groups(groups: int | None, width: int) -> int:
+    """Six, as the paper, where the query's width allows it."""
+    found = next(g for g in (6, 5, 4, 3, 2, 1) if width % g == 0) if groups is None else groups
+    if found < 1 or width % found:
+        raise InputError(f"groups: expected a divisor of the query width {width}, got {found}")
+    return found

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slm_fast.backbone import Backbone, Encoded, fingerprint, quiet, resolve
+from slm_fast.backbone import Backbone, fingerprint, quiet, resolve
 from slm_fast.errors import InputError, one_line
 from slm_fast.layers import use_onednn
+from slm_fast.tokenization import Encoded
 
 MAX_WIDTH = 1024  # wider queries are projected to this
 DEFAULT_ENCODER = "sentence-transformers/nli-mpnet-base-v2"  # the one in the paper's released code

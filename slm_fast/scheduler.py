@@ -1,312 +1,273 @@
-"""Writing answers with T5 and LLaMA: one loop for rows of all tasks, each on its own route.
+"""Continuous batching: writing answers with T5 and LLaMA, rows of all tasks together, each on its own route.
 
-Rows wait in a queue, the longest prompts first, and up to `at_once` of them run together, a token a step (decode.py).
-A row's first pass (its prefill) finds its route, which is kept for the whole text. A row that has ended gives its place
-to the last one, and when enough places are free, waiting rows are prefilled together and join.
+Requests wait in a queue, and up to `max_rows` of them run together, a token a step (kv_cache.py). A row's first pass
+(its prefill) finds its route, which is kept for the whole text. A row that has ended gives its place to the last one,
+and when enough places are free, waiting rows are prefilled together and join.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slm_fast.backbone import Encoded
+from slm_fast.errors import InputError
 from slm_fast.kv_cache import Decoder
-from slm_fast.model import AdaptedModel, Passage, Report
+from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 from slm_fast.router import NotFinite
 
-# Settings of a checkpoint's own generation_config that this loop honours, or that `options` overrules. With any other
-# (a repetition penalty, forced tokens, ...) transformers' generate is used.
-_HONOURED = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache"),
-    *(
-        "do_sample",
-        "temperature",
-        "top_p",
-        "top_k",
-        "num_beams",
-        "max_length",
-        "max_new_tokens",
-        "cache_implementation",
-    ),
-    *("_from_model_config", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores"),
-}
-
 
 @dataclass(frozen=True)
-class Written:
-    """Texts, the mean probability of each one's tokens, and the routes [N, K] they were written on. failed: rows whose
-    query is not finite; their texts and routes are empty."""
+class Sampling:
+    """How a row's next token is drawn (nucleus sampling, Holtzman et al. 2020), from a source of chance of its own."""
 
-    texts: list[str]
-    scores: list[float]
-    route: Route
-    failed: list[int]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
-@torch.inference_mode()
-def generate(
-    model: AdaptedModel,
-    encoded: Encoded,
-    options: Mapping[str, Any],
-    *,
-    seeds: Sequence[int],
-    at_once: int,
-    route: Route | None = None,
-    slot_mask: Tensor | None = None,
-    abstain: float | None = None,
-    report: Report | None = None,
-) -> Written:
-    """Write an answer to each of N prompts.
+@dataclass
+class Request:
+    """A prompt that waits for its answer.
+
+    Attributes:
+        ids: its tokens.
+        max_new_tokens: of the answer.
+        sampling: None takes the likeliest token.
+        route: ([K], [K]) slot ids and weights found ahead; None: found in the prefill, among the slots that `slot_mask`
+            [P] allows (None: all), with `abstain` as in `AdaptedModel.forward`.
+        on_token: called with each token and its probability as soon as it is known.
+    """
+
+    ids: list[int]
+    max_new_tokens: int = 64
+    sampling: Sampling | None = None
+    route: Route | None = None
+    slot_mask: Tensor | None = None
+    abstain: float | None = None
+    on_token: Callable[[int, float], None] | None = None
+
+
+@dataclass
+class Generated:
+    """What has been written for a request.
+
+    Attributes:
+        tokens: their ids, the one that ends the text included. probability: summed over them.
+        route: ([K], [K]) slot ids and weights; None before the prefill.
+        finish_reason: "stop" (the text ended), "length" (`max_new_tokens` are written), "error" (the query is not
+            finite), "cancelled", or None while it is being written.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    probability: float = 0.0
+    route: Route | None = None
+    finish_reason: str | None = None
+
+    @property
+    def score(self) -> float:
+        """The mean probability of its tokens."""
+        return self.probability / max(len(self.tokens), 1)
+
+
+class Scheduler:
+    """Rows that run together, and those that take the places of rows that have ended.
+
+    Whoever steps it holds the model's lock, and the model's tasks stay as they are while rows are written.
 
     Args:
-        encoded: [N, T], padded on the left for causal backbones.
-        options: of transformers' generate: max_new_tokens, num_beams, do_sample, temperature, top_p, top_k (0).
-        seeds: one for each row, so that what is sampled for it does not depend on the rows it runs with.
-        at_once: how many rows run together.
-        route: [N, K] found ahead; None: found in the prefill, among `slot_mask` [N, P], with `abstain`.
-        report: told how many rows have just ended.
+        max_rows: how many rows run together. max_prompt, max_new_tokens: the most that a request may have of each.
     """
-    queue = _Queue(model, encoded, options, seeds, route, slot_mask, abstain, report)
-    if options["num_beams"] == 1 and _is_plain(model, encoded.input_ids.shape[1] + options["max_new_tokens"]):
-        _Loop(queue, at_once).run()
-    else:
-        while rows := queue.take(at_once):
-            with queue.putting_back(rows):
-                queue.write(rows)
-    return queue.written()
 
+    def __init__(self, model: AdaptedModel, *, max_rows: int, max_prompt: int, max_new_tokens: int) -> None:
+        self.model, self.lm, self.device = model, model.backbone.model, model.backbone.device
+        self.max_rows, self.max_prompt, self.max_new_tokens = max_rows, max_prompt, max_new_tokens
+        self.causal = model.backbone.kind == "causal"
+        self.ends = set(model.backbone.end_tokens().tolist())
+        self.generated: dict[int, Generated] = {}  # of requests that wait or run
+        self._waiting: deque[_Row] = deque()
+        self._running: list[_Row] = []
+        self._next = 0
+        self._decoder: Decoder | None = None
 
-def _is_plain(model: AdaptedModel, longest: int) -> bool:
-    """Whether the loop below does for this checkpoint what transformers' generate would."""
-    lm = model.backbone.model
-    window = getattr(lm.config, "sliding_window", None)
-    return (
-        set(lm.generation_config.to_diff_dict()) <= _HONOURED
-        and lm.config._attn_implementation in ("sdpa", "eager")
-        and (window is None or longest <= window)
-    )
+    @property
+    def unfinished(self) -> int:
+        """How many requests wait or run."""
+        return len(self._waiting) + len(self._running)
 
+    def add_request(self, request: Request) -> int:
+        """Let a request wait for its turn; its number. Raises InputError for one that does not fit."""
+        if not 1 <= len(request.ids) <= self.max_prompt:
+            raise InputError(f"ids: expected 1..{self.max_prompt} tokens, got {len(request.ids)}")
+        if not 1 <= request.max_new_tokens <= self.max_new_tokens:
+            raise InputError(f"max_new_tokens: expected 1..{self.max_new_tokens}, got {request.max_new_tokens}")
+        number, self._next = self._next, self._next + 1
+        chance = None
+        if request.sampling is not None:
+            chance = torch.Generator(self.device).manual_seed(request.sampling.seed)
+        self.generated[number] = Generated()
+        self._waiting.append(_Row(number, request, self.generated[number], chance))
+        return number
 
-class _Queue:
-    """The rows, what is known of each, and how passes of some of them begin."""
+    def cancel(self, number: int) -> bool:
+        """Take a request away, whether it waits or runs. False when there is none of this number (any more)."""
+        found = self.generated.pop(number, None)
+        if found is None:
+            return False
+        found.finish_reason = "cancelled"
+        self._waiting = deque(row for row in self._waiting if row.number != number)
+        self._drop([place for place, row in enumerate(self._running) if row.number == number])
+        return True
 
-    def __init__(
-        self,
-        model: AdaptedModel,
-        encoded: Encoded,
-        options: Mapping[str, Any],
-        seeds: Sequence[int],
-        route: Route | None,
-        slot_mask: Tensor | None,
-        abstain: float | None,
-        report: Report | None,
-    ) -> None:
-        self.report = report or (lambda _: None)
-        self.model, self.encoded, self.options, self.seeds = model, encoded, options, seeds
-        self.ahead, self.slot_mask, self.abstain = route, slot_mask, abstain
-        self.lengths: list[int] = encoded.attention_mask.sum(1).tolist()
-        self.waiting = deque(sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i]))
-        self.failed: list[int] = []
-        self.tokens: list[list[int]] = [[] for _ in self.lengths]
-        self.probability = [0.0] * len(self.lengths)  # summed over tokens
-        self.routes: list[tuple[Tensor, Tensor] | None] = [None] * len(self.lengths)
+    @torch.inference_mode()
+    def step(self) -> dict[int, Generated]:
+        """Prefill rows that wait, where that pays, or write one token for each row that runs: what has just ended."""
+        free = self.max_rows - len(self._running)
+        # Prefilling a few rows reads all weights, as a step of all rows does, so it waits until it pays.
+        if self._waiting and (not self._running or 4 * free >= self.max_rows):
+            return self._prefill(self._take(free))
+        if not self._running:
+            return {}
+        assert self._decoder is not None
+        return self._note(self._decoder.step(), 0)
 
-    def take(self, most: int) -> list[int]:
-        return [self.waiting.popleft() for _ in range(min(most, len(self.waiting)))]
+    def close(self) -> None:
+        """Give the buffers back."""
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
 
-    @contextmanager
-    def putting_back(self, rows: list[int]) -> Iterator[None]:
-        """A row that fails inside the block is noted, and the others wait again."""
+    def _take(self, most: int) -> list[_Row]:
+        """The first rows that wait, as many as can be prefilled together."""
+        rows: list[_Row] = []
+        while self._waiting and len(rows) < most:
+            first, row = (rows or self._waiting)[0].request, self._waiting[0].request
+            if (row.abstain, row.route is None) != (first.abstain, first.route is None):
+                break
+            rows.append(self._waiting.popleft())
+        return rows
+
+    def _prefill(self, rows: list[_Row]) -> dict[int, Generated]:
+        """Pass the prompts of rows that were waiting, and let them run with the others."""
         try:
-            yield
-        except NotFinite as error:
-            beams = self.options["num_beams"] if self.model.backbone.kind == "causal" else 1  # T5's encoder knows none
-            failed = rows[error.row // beams]
-            self.failed.append(failed)
-            self.report(1)
-            self.waiting.extendleft(row for row in reversed(rows) if row != failed)
+            out, route, mask = self._first_pass(rows)
+        except NotFinite as error:  # the others wait again
+            failed = rows.pop(error.row)
+            self._waiting.extendleft(reversed(rows))
+            return self._finish([(failed, "error")])
+        if self._decoder is None:
+            columns = self.max_new_tokens + (self.max_prompt if self.causal else 1)
+            self._decoder = Decoder(self.model, self.max_rows, columns, self.max_prompt, out.past_key_values)
+        lengths = [len(row.request.ids) if self.causal else 1 for row in rows]
+        self._decoder.join(out.past_key_values, lengths, route, None if self.causal else mask)
+        place = len(self._running)
+        self._running += rows
+        return self._note(out.logits[:, -1], place)
 
-    def inputs(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask of rows, [B, T] with T their longest."""
-        width = max(self.lengths[i] for i in rows)
-        causal = self.model.backbone.kind == "causal"
-        real = slice(self.encoded.input_ids.shape[1] - width, None) if causal else slice(width)
-        return self.encoded.input_ids[rows, real], self.encoded.attention_mask[rows, real]
-
-    def first_pass(self, rows: list[int], **inputs: Any) -> tuple[Any, Route]:
-        """The backbone's output for rows that begin, and their route [B, K]."""
-        mask = inputs["attention_mask"]
-        passage = Passage(mask, None if self.slot_mask is None else self.slot_mask[rows], self.abstain)
-        route = self.ahead and Route(self.ahead.slot_ids[rows], self.ahead.weights[rows])
-        lm, call = self.model.backbone.model, inputs.pop("call", None)
-        with self.model.passing(passage, self.model.pool.values, route):
-            out = (call or lm)(**inputs)
-        found = passage.route
-        assert found is not None
-        beams = len(found.slot_ids) // len(rows)
-        found = Route(found.slot_ids[::beams], found.weights[::beams])
+    def _first_pass(self, rows: list[_Row]) -> tuple[Any, Route, Tensor]:
+        """The backbone's output for rows that begin, their routes [B, K], and their mask [B, T]."""
+        tokenization = self.model.backbone.tokenization
+        encoded = tokenization.collate([row.request.ids for row in rows], padding_side=tokenization.padding_side)
+        encoded = encoded.to(self.device)
+        mask = encoded.attention_mask
+        inputs: dict[str, Any] = {"input_ids": encoded.input_ids, "attention_mask": mask, "use_cache": True}
+        if self.causal:
+            inputs |= {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "logits_to_keep": 1}
+        else:
+            start = self.lm.generation_config.decoder_start_token_id
+            start = self.lm.config.decoder_start_token_id if start is None else start
+            inputs["decoder_input_ids"] = torch.full((len(rows), 1), start, device=self.device)
+        known = [row.request.route for row in rows if row.request.route is not None]
+        out, _, route = self.model.call(
+            lambda: self.lm(**inputs),
+            mask,
+            Route(*(torch.stack(part) for part in zip(*known, strict=True))) if known else None,
+            slot_mask=_stack([row.request.slot_mask for row in rows]),
+            abstain=rows[0].request.abstain,
+        )
         for place, row in enumerate(rows):
-            self.routes[row] = (found.slot_ids[place], found.weights[place])
-        return out, found
+            row.generated.route = Route(route.slot_ids[place], route.weights[place])
+        return out, route, mask
 
-    def write(self, rows: list[int]) -> None:
-        """Rows from beginning to end with transformers' generate: for beams and unusual settings."""
-        lm, tokenizer = self.model.backbone.model, self.model.backbone.tokenizer
-        ids, mask = self.inputs(rows)
-        sample = self.options["do_sample"]
-        with torch.random.fork_rng(enabled=sample):
-            if sample:
-                torch.manual_seed(self.seeds[min(rows)])
-            out, _ = self.first_pass(
-                rows,
-                call=lm.generate,
-                input_ids=ids,
-                attention_mask=mask,
-                return_dict_in_generate=True,
-                output_logits=True,
-                pad_token_id=tokenizer.pad_token_id,
-                **self.options,
-            )
-        beams = getattr(out, "beam_indices", None)
-        log_probability = lm.compute_transition_scores(out.sequences, out.logits, beams, normalize_logits=True)
-        steps = log_probability.shape[1]
-        causal = self.model.backbone.kind == "causal"
-        tokens = out.sequences[:, -steps:] if causal else out.sequences[:, 1 : 1 + steps]
-        ends = set(self.model.backbone.end_tokens().tolist())
-        for row, words, chances in zip(rows, tokens.tolist(), log_probability.exp().tolist(), strict=True):
-            for token, chance in zip(words, chances, strict=True):
-                self.note(row, token, chance)
-                if token in ends:
-                    break
-        self.report(len(rows))
+    def _note(self, logits: Tensor, place: int) -> dict[int, Generated]:
+        """Take the next token of the rows from `place` on, by their logits [B, V], and let those that end go."""
+        assert self._decoder is not None
+        rows, logits = self._running[place:], logits.float()
+        tokens = choose(logits, [row.request.sampling for row in rows], [row.chance for row in rows])
+        chance = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).exp()
+        self._decoder.tokens[place : place + len(tokens), 0] = tokens
+        ended, places = [], []
+        new = list(zip(rows, tokens.tolist(), chance.tolist(), strict=True))
+        for row, token, probability in new:
+            written = row.generated
+            written.tokens.append(token)
+            written.probability += probability
+            if token in self.ends or len(written.tokens) == row.request.max_new_tokens:
+                ended.append((row, "stop" if token in self.ends else "length"))
+                places.append(place)
+            place += 1
+        self._drop(places)
+        found = self._finish(ended)
+        for row, token, probability in new:
+            if row.request.on_token is not None:
+                row.request.on_token(token, probability)
+        return found
 
-    def note(self, row: int, token: int, probability: float) -> int:
-        """Keep a row's next token and its probability; how many tokens the row has now."""
-        self.tokens[row].append(token)
-        self.probability[row] += probability
-        return len(self.tokens[row])
+    def _finish(self, ended: list[tuple[_Row, str]]) -> dict[int, Generated]:
+        for row, reason in ended:
+            row.generated.finish_reason = reason
+        return {row.number: self.generated.pop(row.number) for row, _ in ended}
 
-    def written(self) -> Written:
-        texts = self.model.backbone.tokenizer.batch_decode(self.tokens, skip_special_tokens=True)
-        scores = [total / max(len(words), 1) for total, words in zip(self.probability, self.tokens, strict=True)]
-        empty = self.model.empty_route(1)
-        known = next((route for route in self.routes if route is not None), (empty.slot_ids[0], empty.weights[0]))
-        none = torch.full_like(known[0], -1), torch.zeros_like(known[1])
-        routes = [route or none for route in self.routes]
-        route = self.model.empty_route(0)
-        if routes:
-            route = Route(torch.stack([ids for ids, _ in routes]), torch.stack([weights for _, weights in routes]))
-        return Written([text.strip() for text in texts], scores, route, sorted(self.failed))
+    def _drop(self, places: list[int]) -> None:
+        """Give the places of rows that have ended to the last ones."""
+        if not places:
+            return
+        assert self._decoder is not None
+        order = list(range(len(self._running)))  # which row each place holds afterwards
+        for place in reversed(places):
+            order[place] = order[-1]
+            order.pop()
+        self._running = [self._running[i] for i in order]
+        self._decoder.keep(order)
 
 
 @dataclass
 class _Row:
-    """A row that runs: its number, and its source of chance."""
+    """A request with its number, what is written of it, and its source of chance."""
 
     number: int
-    generator: torch.Generator | None
+    request: Request
+    generated: Generated
+    chance: torch.Generator | None
 
 
-class _Loop:
-    """Rows that run together, and those that take the places of rows that have ended."""
+def _stack(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """Slots allowed [B, P], all where a row has no mask; None where no row has one."""
+    some = next((mask for mask in masks if mask is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.ones_like(some) if mask is None else mask for mask in masks])
 
-    def __init__(self, queue: _Queue, at_once: int) -> None:
-        self.queue, self.at_once = queue, min(at_once, max(len(queue.lengths), 1))
-        self.model, self.lm = queue.model, queue.model.backbone.model
-        self.device = self.model.backbone.device
-        self.causal = self.model.backbone.kind == "causal"
-        self.ends = set(self.model.backbone.end_tokens().tolist())
-        self.longest: int = queue.options["max_new_tokens"]
-        self.rows: list[_Row] = []
-        self.decoder: Decoder | None = None
 
-    def run(self) -> None:
-        try:
-            while self.queue.waiting or self.rows:
-                free = self.at_once - len(self.rows)
-                # Prefilling a few rows reads all weights, as a step of all rows does, so it waits until it pays.
-                if self.queue.waiting and (not self.rows or 4 * free >= self.at_once):
-                    rows = self.queue.take(free)
-                    with self.queue.putting_back(rows):
-                        self._join(rows)
-                else:
-                    assert self.decoder is not None
-                    self._note(self.decoder.step(), 0)
-        finally:
-            if self.decoder is not None:
-                self.decoder.close()
-
-    def _join(self, numbers: list[int]) -> None:
-        """Prefill rows that were waiting and let them run with the others."""
-        ids, mask = self.queue.inputs(numbers)
-        given: dict[str, Any]
-        if self.causal:
-            given = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "logits_to_keep": 1}
-        else:
-            start = self.lm.generation_config.decoder_start_token_id
-            start = self.lm.config.decoder_start_token_id if start is None else start
-            given = {"decoder_input_ids": torch.full((len(numbers), 1), start, device=self.device)}
-        out, route = self.queue.first_pass(numbers, input_ids=ids, attention_mask=mask, use_cache=True, **given)
-        if self.decoder is None:
-            longest = max(self.queue.lengths)
-            columns = self.longest + (longest if self.causal else 1)
-            self.decoder = Decoder(self.model, self.at_once, columns, longest, out.past_key_values)
-        lengths = [self.queue.lengths[i] if self.causal else 1 for i in numbers]
-        self.decoder.join(out.past_key_values, lengths, route, None if self.causal else mask)
-        place, sample = len(self.rows), self.queue.options["do_sample"]
-        for number in numbers:
-            seed = self.queue.seeds[number]
-            self.rows.append(_Row(number, torch.Generator(self.device).manual_seed(seed) if sample else None))
-        self._note(out.logits[:, -1], place)
-
-    def _note(self, logits: Tensor, place: int) -> None:
-        """Take the next token of the rows from `place` on, by their logits [B, V], and let those that end go."""
-        assert self.decoder is not None
-        logits = logits.float()
-        tokens = self._choose(logits, self.rows[place:])
-        chance = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).exp()
-        self.decoder.tokens[place : place + len(tokens), 0] = tokens
-        ended = []
-        for row, token, probability in zip(self.rows[place:], tokens.tolist(), chance.tolist(), strict=True):
-            words = self.queue.note(row.number, token, probability)
-            if token in self.ends or words == self.longest:
-                ended.append(place)
-            place += 1
-        if ended:
-            self.queue.report(len(ended))
-            self._drop(ended)
-
-    def _choose(self, logits: Tensor, rows: Sequence[_Row]) -> Tensor:
-        """Token ids [B]: the likeliest, or each row's own draw (nucleus sampling, Holtzman et al. 2020)."""
-        options = self.queue.options
-        if not options["do_sample"]:
-            return logits.argmax(1)
-        scaled = logits / options["temperature"]
-        if options["top_p"] < 1:
-            ordered, token = scaled.sort(1)
-            rare = ordered.softmax(1).cumsum(1) <= 1 - options["top_p"]
-            rare[:, -1] = False
-            scaled = scaled.masked_fill(rare.scatter(1, token, rare), -torch.inf)
-        drawn = [
-            torch.multinomial(chances, 1, generator=row.generator)
-            for chances, row in zip(scaled.softmax(1), rows, strict=True)
-        ]
-        return torch.cat(drawn)
-
-    def _drop(self, places: list[int]) -> None:
-        """Give the places of rows that have ended to the last ones."""
-        assert self.decoder is not None
-        order = list(range(len(self.rows)))  # which row each place holds afterwards
-        for place in reversed(places):
-            order[place] = order[-1]
-            order.pop()
-        self.rows = [self.rows[i] for i in order]
-        self.decoder.keep(order)
+def choose(logits: Tensor, sampling: Sequence[Sampling | None], chance: Sequence[torch.Generator | None]) -> Tensor:
+    """The next token of each row [B], by its logits [B, V]: the likeliest, or the row's own draw."""
+    tokens = logits.argmax(1)
+    drawn = [i for i, options in enumerate(sampling) if options is not None]
+    if not drawn:
+        return tokens
+    options = [one for one in sampling if one is not None]
+    scaled = logits if len(drawn) == len(logits) else logits[drawn]
+    scaled = scaled / logits.new_tensor([[one.temperature] for one in options])
+    if any(one.top_p < 1 for one in options):
+        ordered, token = scaled.sort(1)
+        rare = ordered.softmax(1).cumsum(1) <= logits.new_tensor([[1 - one.top_p] for one in options])
+        rare[:, -1] = False
+        scaled = scaled.masked_fill(rare.scatter(1, token, rare), -torch.inf)
+    for row, chances in zip(drawn, scaled.softmax(1), strict=True):
+        tokens[row] = torch.multinomial(chances, 1, generator=chance[row])[0]
+    return tokens

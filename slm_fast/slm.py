@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from slm_fast.backbone import Backbone
 from slm_fast.data import Row, Task
 from slm_fast.errors import InputError, WorkError
 from slm_fast.evaluate import Evaluation, evaluate
-from slm_fast.learn import LearnOptions, learn_task
-from slm_fast.model import AdaptedModel, Config
-from slm_fast.predict import Prediction, PredictOptions, predict, predict_stream
+from slm_fast.learn import learn_task
+from slm_fast.model import AdaptedModel
+from slm_fast.options import (
+    LearnKeywords,
+    LearnOptions,
+    ModelConfig,
+    ModelKeywords,
+    PredictKeywords,
+    PredictOptions,
+    combine,
+    shows,
+)
+from slm_fast.predict import Prediction, predict, predict_stream
+from slm_fast.predict_file import FileAnswered, predict_file
 from slm_fast.store import Store, check_same
 from slm_fast.tasks import LearnedTask, in_name_order
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class ScalableLM:
@@ -25,14 +39,21 @@ class ScalableLM:
     a store commits to it.
     """
 
-    def __init__(self, backbone: Backbone, config: Config, store: Store | None = None) -> None:
+    def __init__(self, backbone: Backbone, config: ModelConfig, store: Store | None = None) -> None:
         self.model = AdaptedModel(backbone, config)
-        self._learned: dict[str, LearnedTask] = {}
         self.store = store
 
     @classmethod
+    @shows(ModelConfig)
     def from_backbone(
-        cls, backbone: Any, *, tokenizer: Any = None, dtype: str = "float32", device: str = "auto", **config: Any
+        cls,
+        backbone: Any,
+        config: ModelConfig | None = None,
+        *,
+        tokenizer: Any = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        **changes: Unpack[ModelKeywords],
     ) -> ScalableLM:
         """A model that knows no tasks yet.
 
@@ -40,15 +61,13 @@ class ScalableLM:
             backbone: a hub name, a local path, "minilm" (the packaged all-MiniLM-L6-v2), or a transformers model
                 (quantised ones too), which then needs its `tokenizer`. It is frozen and given adapted layers in place.
             dtype: "float32" or "bfloat16". device: "auto", "cpu", "cuda". Both only for a backbone that is loaded here.
-            config: fields of `Config`, such as query="trunk" | "sentence" and router="gaussian" | "dtkr".
+            config: how the model is put together. changes: fields of it, such as query="trunk" | "sentence".
 
         Raises:
             InputError: the backbone cannot be found or is of no known family, or an option does not fit.
         """
-        unknown = set(config) - set(Config.__dataclass_fields__)
-        if unknown:
-            raise InputError(f"{sorted(unknown)[0]}: unknown option; options: {', '.join(Config.__dataclass_fields__)}")
-        return cls(_load(backbone, tokenizer, dtype, device), Config(**config))
+        complete = combine(ModelConfig, config, changes)
+        return cls(_load(backbone, tokenizer, dtype, device), complete)
 
     @classmethod
     def from_pretrained(
@@ -75,7 +94,7 @@ class ScalableLM:
             raise InputError(
                 f"backbone {loaded.name!r}: its fingerprint is {loaded.fingerprint}, store {path} has {expected}"
             )
-        slm = cls(loaded, Config(**config))
+        slm = cls(loaded, ModelConfig(**config))
         check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {path}")
         slm._set(store.load())
         slm.store = store
@@ -84,89 +103,147 @@ class ScalableLM:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks known, sorted."""
-        return sorted(self._learned)
+        return list(self.model.pool.names)
 
     @property
     def learned(self) -> Mapping[str, LearnedTask]:
         """What is kept of each task, by name."""
-        return MappingProxyType(self._learned)
+        return MappingProxyType({task.name: task for task in self.model.pool.tasks})
 
+    @shows(LearnOptions)
     def learn(
-        self, task: Task, *, valid: Task | str | Path | None = None, progress: bool | None = None, **options: Any
+        self,
+        task: Task,
+        options: LearnOptions | None = None,
+        *,
+        valid: Task | str | Path | None = None,
+        progress: bool | None = None,
+        **changes: Unpack[LearnKeywords],
     ) -> None:
         """Learn a task; the others, and their files, stay as they are.
 
         Args:
             valid: a validation task or file; the epoch that does best on it is kept.
             progress: show bars on standard error; None shows them on a terminal.
-            options: fields of `LearnOptions`: epochs, batch_size, learning_rate, rank, slots, seed, max_length,
-                joint, ...
+            options: how it is learned. changes: fields of them, such as epochs=5.
 
         Raises:
             InputError: the name is taken, or an option does not fit. WorkError: training or the commit failed; all that
             was learned before is still there.
         """
         kept = Store.open(self.store.path).files if self.store is not None else {}
-        if task.name in self._learned or task.name in kept:
+        if task.name in self.learned or task.name in kept:
             raise InputError(f"task {task.name!r}: already learned; forget it first to learn it anew")
-        unknown = set(options) - set(LearnOptions.__dataclass_fields__)
-        if unknown:
-            raise InputError(
-                f"{sorted(unknown)[0]}: unknown option; options: {', '.join(LearnOptions.__dataclass_fields__)}"
-            )
+        chosen = combine(LearnOptions, options, changes)
         if isinstance(valid, (str, Path)):
             valid = Task.from_file(task.name, valid, training=False)
-        learned = learn_task(self.model, task, LearnOptions(**options), valid=valid, progress=progress)
+        learned = learn_task(self.model, task, chosen, valid=valid, progress=progress)
         if self.store is not None:
             self.store.commit(add=[learned])
-        self._set([*self._learned.values(), learned])
+        self._set([*self.learned.values(), learned])
 
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.
 
         Raises InputError for a task that is not there.
         """
-        if name not in self._learned:
+        if name not in self.learned:
             raise InputError(f"task {name!r}: not learned; tasks: {', '.join(self.tasks) or 'none'}")
         if self.store is not None:
             self.store.commit(remove=[name])
-        self._set([task for task in self._learned.values() if task.name != name])
+        self._set([task for task in self.learned.values() if task.name != name])
 
+    @shows(PredictOptions)
     def predict(
         self,
         rows: Sequence[Any],
+        options: PredictOptions | None = None,
         *,
         task: str | Sequence[str] | None = None,
         progress: bool | None = False,
-        **options: Any,
+        **changes: Unpack[PredictKeywords],
     ) -> list[Prediction]:
         """Answer rows of any tasks, in any order, with no task-ID (`task` gives one all the same).
 
         Args:
             rows: strings, or {"instruction": ..., "input": ...}.
-            options: fields of `PredictOptions`: batch_size, max_new_tokens, head, abstain, sample, beams, ...
+            options: how they are answered. changes: fields of them, such as max_new_tokens=20.
+
+        Raises:
+            InputError: an option does not fit, a task is not known, or none is learned yet. WorkError: a row cannot be
+            read or answered; it is named by its number, from 1.
         """
         if isinstance(rows, (str, Mapping)):
             raise InputError("rows: expected a list of texts, got a single one")
         parsed = [_parse(number, row) for number, row in enumerate(rows, 1)]
-        return predict(self.model, parsed, _options(options), task=task, progress=progress)
+        return predict(self.model, parsed, combine(PredictOptions, options, changes), task=task, progress=progress)
 
-    def predict_stream(self, rows: Iterable[Any], *, task: str | None = None, **options: Any) -> Iterator[Prediction]:
+    @shows(PredictOptions)
+    def predict_stream(
+        self,
+        rows: Iterable[Any],
+        options: PredictOptions | None = None,
+        *,
+        task: str | None = None,
+        **changes: Unpack[PredictKeywords],
+    ) -> Iterator[Prediction]:
         """As `predict`, for inputs of any size: answers come in order and memory stays bounded."""
         parsed = (_parse(number, row) for number, row in enumerate(rows, 1))
-        return predict_stream(self.model, parsed, _options(options), task=task)
+        return predict_stream(self.model, parsed, combine(PredictOptions, options, changes), task=task)
 
+    @shows(PredictOptions)
+    def predict_file(
+        self,
+        source: str | Path | IO[bytes],
+        sink: str | Path | IO[str],
+        options: PredictOptions | None = None,
+        *,
+        task: str | None = None,
+        strict: bool = False,
+        overwrite: bool = False,
+        progress: bool | None = None,
+        **changes: Unpack[PredictKeywords],
+    ) -> FileAnswered:
+        """Answer a file of JSON Lines into another, in order; memory stays bounded, and bad rows become error rows.
+
+        The same call again goes on where an interrupted one stopped, if this model belongs to a store.
+
+        Args:
+            source: lines of {"text": ...} or {"instruction": ..., "input": ...} with an optional "id"; .gz too, or a
+                stream. sink: a file (.gz too) or a text stream.
+            task: take every row for this task. strict: stop at the first bad row. overwrite: replace an output.
+            options: how rows are answered. changes: fields of them.
+
+        Raises:
+            InputError: a path, an option, or an output of another run. WorkError: the work failed; what was written is
+            kept, and the same call goes on.
+        """
+        return predict_file(
+            self.model,
+            Path(source) if isinstance(source, str) else source,
+            Path(sink) if isinstance(sink, str) else sink,
+            combine(PredictOptions, options, changes),
+            files=None if self.store is None else self.store.files,
+            task=task,
+            strict=strict,
+            overwrite=overwrite,
+            progress=progress,
+        )
+
+    @shows(PredictOptions)
     def evaluate(
         self,
         tasks: Mapping[str, Any],
+        options: PredictOptions | None = None,
         *,
         with_task_id: bool = False,
         progress: bool | None = None,
-        **options: Any,
+        **changes: Unpack[PredictKeywords],
     ) -> Evaluation:
         """Accuracy and routing accuracy on {task name: file or rows with answers}, all answered as one mixed stream."""
-        given = {name: _as_task(self._learned.get(name), name, source) for name, source in tasks.items()}
-        return evaluate(self.model, given, _options(options), with_task_id=with_task_id, progress=progress)
+        given = {name: _as_task(self.learned.get(name), name, source) for name, source in tasks.items()}
+        chosen = combine(PredictOptions, options, changes)
+        return evaluate(self.model, given, chosen, with_task_id=with_task_id, progress=progress)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write all tasks to a store; from then on learn and forget commit to it.
@@ -175,12 +252,23 @@ class ScalableLM:
         """
         store = Store.open(path) if Store.exists(path) else Store(path, self.model.about, {})
         check_same(store.about, self.model.about, str(path), "this model")
-        store.save(list(self._learned.values()))
+        store.save(list(self.learned.values()))
         self.store = store
 
+    def add(self, *tasks: LearnedTask) -> None:
+        """Take in tasks learned elsewhere: `learned` of another model of the same backbone and configuration.
+
+        Raises InputError for a name that is taken. A model that belongs to a store commits them.
+        """
+        for task in tasks:
+            if task.name in self.learned:
+                raise InputError(f"task {task.name!r}: already learned; forget it first")
+        if self.store is not None:
+            self.store.commit(add=tasks)
+        self._set([*self.learned.values(), *tasks])
+
     def _set(self, tasks: Sequence[LearnedTask]) -> None:
-        self._learned = {task.name: task for task in in_name_order(tasks)}
-        self.model.set_tasks(list(self._learned.values()))
+        self.model.set_tasks(in_name_order(tasks))
 
 
 def _load(backbone: Any, tokenizer: Any, dtype: str, device: str) -> Backbone:
@@ -193,15 +281,6 @@ def _load(backbone: Any, tokenizer: Any, dtype: str, device: str) -> Backbone:
     if dtype != "float32" or device != "auto":
         raise InputError("dtype, device: a backbone given as a model keeps its own")
     return Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))
-
-
-def _options(options: Mapping[str, Any]) -> PredictOptions:
-    unknown = set(options) - set(PredictOptions.__dataclass_fields__)
-    if unknown:
-        raise InputError(
-            f"{sorted(unknown)[0]}: unknown option; options: {', '.join(PredictOptions.__dataclass_fields__)}"
-        )
-    return PredictOptions(**options)
 
 
 def _parse(number: int, row: Any) -> Row:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from slm_fast.cli.arguments import Verbs
 from slm_fast.errors import InputError
 
 BENCHMARKS = MappingProxyType(
@@ -21,6 +23,16 @@ BENCHMARKS = MappingProxyType(
         "generation": ("benchmarks.generation", "writing texts beside the bare model and the paper's way"),
     }
 )
+
+
+def add(verbs: Verbs) -> None:
+    bench = verbs.add("bench", _run, "run a benchmark of the repository; what follows its name goes to it", store=False)
+    bench.add_argument("name", choices=list(BENCHMARKS), help="; ".join(f"{n}: {b[1]}" for n, b in BENCHMARKS.items()))
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="such as --help")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    return run(arguments.name, arguments.arguments)
 
 
 def run(name: str, arguments: Sequence[str], root: Path | None = None) -> int:

@@ -1,0 +1,129 @@
+"""What the verbs share: their parser, their options, and how they open a store."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from slm_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from slm_fast.slm import ScalableLM
+
+Run = Callable[[argparse.Namespace], int]  # a verb at work: its exit status
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a call."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class Verbs:
+    """Where each verb adds its parser."""
+
+    def __init__(self, parser: Parser) -> None:
+        self._verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+
+    def add(self, name: str, run: Run, about: str, *, store: bool = True) -> argparse.ArgumentParser:
+        """A verb's parser; with `store` its first argument is the store's directory."""
+        parser = self._verbs.add_parser(
+            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        parser.set_defaults(run=run)
+        if store:
+            parser.add_argument("store", metavar="STORE", help="the directory that holds the tasks")
+        return parser
+
+
+def complain(message: str, status: int) -> int:
+    print(f"slm-fast: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def add_task_files(parser: argparse.ArgumentParser, about: str) -> None:
+    parser.add_argument("--task", action="append", required=True, metavar="NAME=FILE", dest="tasks", help=about)
+
+
+def add_device_options(parser: argparse.ArgumentParser, dtype: str) -> None:
+    parser.add_argument("--backbone", help="hub name, local path or 'minilm'; a store remembers its own")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument(
+        "--dtype",
+        default=dtype,
+        help="float32, bfloat16, float16, or auto: bfloat16 where the processor or GPU has it",
+    )
+    parser.add_argument("--threads", type=int, help="processor threads; default: as torch chooses")
+
+
+def add_predict_options(parser: argparse.ArgumentParser) -> None:
+    """The fields of PredictOptions."""
+    add_device_options(parser, "auto")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="tokens of a batch, padding included; default: what suits the device"
+    )
+    parser.add_argument("--batch-size", type=int, help="rows of a batch at most")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of a generated answer")
+    parser.add_argument(
+        "--head", choices=("mixed", "winner"), default="mixed", help="weigh all tasks' heads or take one"
+    )
+    parser.add_argument(
+        "--abstain",
+        type=float,
+        nargs="?",
+        const=0.99,
+        default=False,
+        metavar="SHARE",
+        help="give no task to out-of-distribution rows: farther off than this share of training rows (0.99)",
+    )
+    parser.add_argument("--bare", action="store_true", help="answer with the bare backbone")
+    parser.add_argument("--beams", type=int, default=1, help="beam search over so many hypotheses")
+    parser.add_argument("--sample", action="store_true", help="sample generated text")
+    parser.add_argument("--sample-temperature", dest="temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+
+
+def fields_of(arguments: argparse.Namespace, options: type[Any]) -> dict[str, Any]:
+    """The arguments that are fields of an options dataclass."""
+    names = {field.name for field in dataclasses.fields(options)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def named_files(given: Sequence[str]) -> dict[str, str]:
+    """NAME=FILE, each name once."""
+    from slm_fast.data import check_name
+
+    files: dict[str, str] = {}
+    for item in given:
+        name, equals, path = item.partition("=")
+        if not equals or not path:
+            raise InputError(f"{item!r}: expected NAME=FILE")
+        check_name(name)
+        if name in files:
+            raise InputError(f"task {name!r}: given twice")
+        files[name] = path
+    return files
+
+
+def open_store(arguments: argparse.Namespace) -> ScalableLM:
+    from slm_fast.slm import ScalableLM
+
+    set_threads(arguments.threads)
+    return ScalableLM.from_pretrained(
+        arguments.store, backbone=arguments.backbone, dtype=arguments.dtype, device=arguments.device
+    )
+
+
+def set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads: expected at least 1, got {threads}")
+        torch.set_num_threads(threads)

@@ -1,0 +1,50 @@
+"""`slm-fast doctor`."""
+
+from __future__ import annotations
+
+import argparse
+
+from slm_fast.cli.arguments import Verbs
+from slm_fast.errors import SlmError
+
+
+def add(verbs: Verbs) -> None:
+    verbs.add("doctor", run, "show what this installation can use, and why something is not there", store=False)
+
+
+def run(_: argparse.Namespace) -> int:
+    import platform
+    from importlib import import_module, metadata
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from slm_fast.backbone import PACKAGED, choose_device, choose_dtype, resolve
+    from slm_fast.ops import backends
+    from slm_fast.ops.dispatch import NATIVE_MISSING
+
+    table = Table(show_header=False)
+    table.add_row("slm_fast", metadata.version("slm-fast"))
+    table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package in ("torch", "transformers", "sentence-transformers", "safetensors"):
+        table.add_row(package, metadata.version(package))
+    table.add_row("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    table.add_row("GPU", gpu)
+    table.add_row("dtype auto", str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch."))
+    for backend in backends():
+        table.add_row(f"backend {backend.name}", backend.why_not() or f"ready on {', '.join(backend.devices)}")
+    if NATIVE_MISSING is None:
+        info = import_module("slm_fast._C").build_info()
+        sets = ", ".join(info["instruction_sets"])
+        table.add_row("native kernels", f"{info['instruction_set']} of {sets}; {info['compiler']}")
+        table.add_row("CUDA kernels", info["cuda"] or "not built")
+    for name in PACKAGED:
+        try:
+            resolve(name)
+            table.add_row(f"backbone {name}", "ready, weights are those expected")
+        except SlmError as error:
+            table.add_row(f"backbone {name}", str(error))
+    Console().print(table)
+    return 0

@@ -1,0 +1,52 @@
+"""`slm-fast predict`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from slm_fast.cli.arguments import Verbs, add_predict_options, complain, fields_of, open_store
+from slm_fast.options import PredictOptions
+
+
+def add(verbs: Verbs) -> None:
+    predict = verbs.add("predict", run, "answer JSON Lines of any tasks in any order")
+    predict.add_argument("--input", default="-", help='lines of {"text": ...} or {"instruction": ..., "input": ...}')
+    predict.add_argument(
+        "--output", default="-", help="where the answers go, in the order of the input; the same call again resumes"
+    )
+    predict.add_argument("--overwrite", action="store_true", help="replace an output that is there, do not resume")
+    predict.add_argument("--strict", action="store_true", help="stop at the first bad row")
+    predict.add_argument("--task", help="take every row for this task (an oracle task ID)")
+    predict.add_argument(
+        "--top-k", type=_count, default=1, metavar="N", help="give the probabilities of so many labels, or of 'all'"
+    )
+    add_predict_options(predict)
+
+
+def _count(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or all, got {text!r}") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from slm_fast.predict_file import check_paths
+
+    # All that can be wrong with the call is found before the model is loaded.
+    options = PredictOptions(**fields_of(arguments, PredictOptions))
+    source = sys.stdin.buffer if arguments.input == "-" else Path(arguments.input)
+    sink = sys.stdout if arguments.output == "-" else Path(arguments.output)
+    check_paths(source, sink, overwrite=arguments.overwrite)
+    slm = open_store(arguments)
+    done = slm.predict_file(
+        source, sink, options, task=arguments.task, strict=arguments.strict, overwrite=arguments.overwrite
+    )
+    if done.failed:
+        rows = f"{done.failed} row{'s' * (done.failed > 1)}"
+        return complain(f"{rows} failed; each is marked with its error in the output", 1)
+    return 0

@@ -1,0 +1,235 @@
+"""Writing an answer to each of many prompts: a loop over the scheduler, or transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slm_fast.model import AdaptedModel, Report
+from slm_fast.ops import Route
+from slm_fast.options import PredictOptions
+from slm_fast.router import NotFinite
+from slm_fast.scheduler import Generated, Request, Sampling, Scheduler
+from slm_fast.tokenization import Encoded
+
+# Settings of a checkpoint's own generation_config that the scheduler honours, or that options overrule. With any other
+# (a repetition penalty, forced tokens, ...) transformers' generate is used.
+_HONOURED = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache"),
+    *("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens"),
+    *("cache_implementation", "_from_model_config", "return_dict_in_generate"),
+    *("output_attentions", "output_hidden_states", "output_scores"),
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """Answers to N prompts.
+
+    Attributes:
+        texts, tokens, scores: of each; the score is the mean probability of its tokens.
+        route: [N, K] that they were written on.
+        failed: rows whose query is not finite; their texts and routes are empty.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]]
+    scores: list[float]
+    route: Route
+    failed: list[int]
+
+
+@torch.inference_mode()
+def generate(
+    model: AdaptedModel,
+    batch: Encoded,
+    options: PredictOptions,
+    *,
+    seeds: Sequence[int],
+    max_rows: int,
+    route: Route | None = None,
+    slot_mask: Tensor | None = None,
+    report: Report | None = None,
+) -> Written:
+    """Write an answer to each of N prompts.
+
+    Args:
+        batch: [N, T], padded on the left for causal backbones.
+        seeds: one for each row, so that what is sampled for it does not depend on the rows it runs with.
+        max_rows: how many rows run together.
+        route: [N, K] found ahead; None: found in the prefill, among `slot_mask` [N, P], with `options.abstain`.
+        report: told how many rows have just ended.
+    """
+    report = report or (lambda _: None)
+    with model.lock:
+        if options.beams == 1 and _is_plain(model, batch.input_ids.shape[1] + options.max_new_tokens):
+            found = _scheduled(model, batch, options, seeds, max_rows, route, slot_mask, report)
+        else:
+            found = _with_transformers(model, batch, options, seeds, max_rows, route, slot_mask, report)
+    tokens = [row.tokens for row in found]
+    texts = model.backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return Written(
+        [text.strip() for text in texts],
+        tokens,
+        [row.score for row in found],
+        _together(model, [row.route for row in found]),
+        [i for i, row in enumerate(found) if row.finish_reason == "error"],
+    )
+
+
+def _is_plain(model: AdaptedModel, longest: int) -> bool:
+    """Whether the scheduler does for this checkpoint what transformers' generate would."""
+    lm = model.backbone.model
+    window = getattr(lm.config, "sliding_window", None)
+    return (
+        set(lm.generation_config.to_diff_dict()) <= _HONOURED
+        and lm.config._attn_implementation in ("sdpa", "eager")
+        and (window is None or longest <= window)
+    )
+
+
+def _longest_first(batch: Encoded) -> tuple[list[int], list[int]]:
+    """The lengths of its rows, and their order of turns."""
+    lengths: list[int] = batch.attention_mask.sum(1).tolist()
+    return lengths, sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
+def _scheduled(
+    model: AdaptedModel,
+    batch: Encoded,
+    options: PredictOptions,
+    seeds: Sequence[int],
+    max_rows: int,
+    route: Route | None,
+    slot_mask: Tensor | None,
+    report: Report,
+) -> list[Generated]:
+    lengths, order = _longest_first(batch)
+    rows, real = batch.input_ids.tolist(), batch.attention_mask.bool().tolist()
+    scheduler = Scheduler(
+        model,
+        max_rows=min(max_rows, max(len(rows), 1)),
+        max_prompt=max(lengths, default=1),
+        max_new_tokens=options.max_new_tokens,
+    )
+    number = {}
+    for i in order:
+        request = Request(
+            [token for token, is_real in zip(rows[i], real[i], strict=True) if is_real],
+            options.max_new_tokens,
+            Sampling(options.temperature, options.top_p, seeds[i]) if options.sample else None,
+            None if route is None else Route(route.slot_ids[i], route.weights[i]),
+            None if slot_mask is None else slot_mask[i],
+            options.abstain_share,
+        )
+        number[scheduler.add_request(request)] = i
+    found = [Generated()] * len(rows)
+    try:
+        while scheduler.unfinished:
+            ended = scheduler.step()
+            for request_number, written in ended.items():
+                found[number[request_number]] = written
+            if ended:
+                report(len(ended))
+    finally:
+        scheduler.close()
+    return found
+
+
+def _with_transformers(
+    model: AdaptedModel,
+    batch: Encoded,
+    options: PredictOptions,
+    seeds: Sequence[int],
+    max_rows: int,
+    route: Route | None,
+    slot_mask: Tensor | None,
+    report: Report,
+) -> list[Generated]:
+    """Rows from beginning to end with transformers' generate: for beams and unusual settings."""
+    lengths, order = _longest_first(batch)
+    found, waiting = [Generated() for _ in lengths], deque(order)
+    while waiting:
+        rows = [waiting.popleft() for _ in range(min(max_rows, len(waiting)))]
+        width, causal = max(lengths[i] for i in rows), model.backbone.kind == "causal"
+        real = slice(batch.input_ids.shape[1] - width, None) if causal else slice(width)
+        encoded = Encoded(batch.input_ids[rows, real], batch.attention_mask[rows, real])
+        known = route and Route(route.slot_ids[rows], route.weights[rows])
+        allowed = None if slot_mask is None else slot_mask[rows]
+        try:
+            written = _generated(model, encoded, options, seeds[min(rows)], known, allowed)
+        except NotFinite as error:  # the others wait again
+            beams = options.beams if causal else 1  # T5's encoder knows none
+            failed = rows[error.row // beams]
+            found[failed].finish_reason = "error"
+            waiting.extendleft(row for row in reversed(rows) if row != failed)
+            report(1)
+            continue
+        for row, one in zip(rows, written, strict=True):
+            found[row] = one
+        report(len(rows))
+    return found
+
+
+def _generated(
+    model: AdaptedModel,
+    batch: Encoded,
+    options: PredictOptions,
+    seed: int,
+    route: Route | None,
+    slot_mask: Tensor | None,
+) -> list[Generated]:
+    lm, tokenizer, kind = model.backbone.model, model.backbone.tokenizer, model.backbone.kind
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "num_beams": options.beams}
+    settings["do_sample"] = options.sample
+    if options.sample:
+        settings |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    with torch.random.fork_rng(enabled=options.sample):
+        if options.sample:
+            torch.manual_seed(seed)
+        out, _, found = model.call(
+            lambda: lm.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                return_dict_in_generate=True,
+                output_logits=True,
+                pad_token_id=tokenizer.pad_token_id,
+                **settings,
+            ),
+            batch.attention_mask,
+            route,
+            slot_mask=slot_mask,
+            abstain=options.abstain_share,
+        )
+    beams = getattr(out, "beam_indices", None)
+    log_probability = lm.compute_transition_scores(out.sequences, out.logits, beams, normalize_logits=True)
+    steps = log_probability.shape[1]
+    tokens = out.sequences[:, -steps:] if kind == "causal" else out.sequences[:, 1 : 1 + steps]
+    ends, repeated = set(model.backbone.end_tokens().tolist()), len(found.slot_ids) // len(batch)
+    rows = []
+    for i, (words, chances) in enumerate(zip(tokens.tolist(), log_probability.exp().tolist(), strict=True)):
+        row = Generated(route=Route(found.slot_ids[i * repeated], found.weights[i * repeated]), finish_reason="length")
+        for token, chance in zip(words, chances, strict=True):
+            row.tokens.append(token)
+            row.probability += chance
+            if token in ends:
+                row.finish_reason = "stop"
+                break
+        rows.append(row)
+    return rows
+
+
+def _together(model: AdaptedModel, routes: Sequence[Route | None]) -> Route:
+    """The rows' routes [N, K]; an empty one where there is none."""
+    if not routes:
+        return model.empty_route(0)
+    empty = model.empty_route(1)
+    known = next((route for route in routes if route is not None), Route(empty.slot_ids[0], empty.weights[0]))
+    none = Route(torch.full_like(known.slot_ids, -1), torch.zeros_like(known.weights))
+    found = [route or none for route in routes]
+    return Route(torch.stack([route.slot_ids for route in found]), torch.stack([route.weights for route in found]))

@@ -1,0 +1,137 @@
+"""Text to tokens: encode, truncate, pad."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised batch.
+
+    Attributes:
+        input_ids, attention_mask: [B, T] int64.
+        truncated: which texts were cut to fit.
+        query_inputs: what each row's query has to be found from before the forward pass, tokens or (for an encoder with
+            a tokenizer of its own) text; empty where queries are found on the way. See `AdaptedModel.tokenize`.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    truncated: Sequence[bool] = ()
+    query_inputs: Sequence[list[int] | str] = ()
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device) -> Encoded:
+        if self.input_ids.device == device:
+            return self
+        ids, mask = (tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.attention_mask))
+        return Encoded(ids, mask, self.truncated, self.query_inputs)
+
+    def rows(self, chosen: Sequence[int]) -> Encoded:
+        """Some of its rows."""
+        rows = list(chosen)
+        return Encoded(
+            self.input_ids[rows],
+            self.attention_mask[rows],
+            [self.truncated[i] for i in rows] if self.truncated else (),
+            [self.query_inputs[i] for i in rows] if self.query_inputs else (),
+        )
+
+
+class Tokenization:
+    """A backbone's tokenizer, as the model reads and writes with it. Its methods may be called by several threads.
+
+    Attributes:
+        padding_side: "left" for causal backbones, so that all prompts of a batch end together.
+        separator: tokens that tell a causal backbone that the prompt ends here and the answer begins.
+    """
+
+    def __init__(self, tokenizer: Any, kind: str, device: torch.device) -> None:
+        self.tokenizer, self.device = tokenizer, device
+        self.padding_side = "left" if kind == "causal" else "right"
+        self.separator: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"] if kind == "causal" else []
+        # A tokenizer's settings cannot be changed while another thread is using it, so texts on the way in have a copy.
+        self._reader = copy.deepcopy(tokenizer)
+        self._reading = threading.Lock()
+
+    def encode(self, texts: Sequence[str], max_length: int, *, padding_side: str = "right") -> Encoded:
+        """Tokenise, cut to `max_length` tokens (the separator of causal models included) and pad to the longest."""
+        ids, cut = self.tokenize(texts, max_length)
+        return self.collate(ids, cut, padding_side=padding_side).to(self.device)
+
+    def tokenize(self, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
+        """The tokens of each text, cut to `max_length` (separator included), and which were cut."""
+        if not texts:
+            return [], []
+        room = max_length - len(self.separator)
+        with self._reading:
+            read = self._reader(
+                list(texts),
+                truncation=True,
+                max_length=room,
+                verbose=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+            rows: list[list[int]] = read["input_ids"]
+            if read.encodings is not None:
+                cut = [len(row) >= room and bool(e.overflowing) for row, e in zip(rows, read.encodings, strict=True)]
+            else:
+                cut = [len(row) >= room and self._longer_than(t, room) for t, row in zip(texts, rows, strict=True)]
+        return [row + self.separator for row in rows] if self.separator else rows, cut
+
+    def shorten(self, row: list[int], length: int) -> list[int]:
+        """A tokenised text as it would be if cut to `length` tokens: what ends a text stands at its end again."""
+        if len(row) <= length:
+            return row
+        with self._reading:
+            marks: list[int] = self._reader("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        ending = marks[::-1].index(0)
+        return row[: length - ending] + row[len(row) - ending :]
+
+    def collate(
+        self,
+        rows: Sequence[Sequence[int]],
+        truncated: Sequence[bool] = (),
+        query_inputs: Sequence[list[int] | str] = (),
+        *,
+        padding_side: str = "right",
+    ) -> Encoded:
+        """Rows of tokens as one batch, still in the processor's memory (pinned where a GPU will read it)."""
+        ids, mask = pad(rows, self.tokenizer.pad_token_id, padding_side)
+        if self.device.type == "cuda":
+            ids, mask = ids.pin_memory(), mask.pin_memory()
+        return Encoded(ids, mask, truncated, query_inputs)
+
+    def encode_answers(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """Token ids of answers, with the token that ends them."""
+        rows = self.tokenizer(
+            list(texts), truncation=True, max_length=max_length - 1, add_special_tokens=False, verbose=False
+        )["input_ids"]
+        return [[*row, self.tokenizer.eos_token_id] for row in rows]
+
+    def _longer_than(self, text: str, length: int) -> bool:
+        return len(self._reader(text, truncation=True, max_length=length + 1)["input_ids"]) > length
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Rows of token ids -> ids [B, T] padded with `value`, and their mask [B, T]."""
+    length = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    width = int(length.max(initial=0))
+    place = np.arange(width)
+    mask = place < length[:, None] if side == "right" else place >= width - length[:, None]
+    ids = np.full((len(rows), width), value, dtype=np.int64)
+    ids[mask] = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int64, count=int(length.sum()))
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
