@@ -19,6 +19,7 @@ from slm_fast import ScalableLM, Task
 from slm_fast.data import Row
 from slm_fast.ops import Route
 from slm_fast.predict import RouteTaken
+from slm_fast.store import task_to_bytes
 from slm_fast.tasks import LearnedTask, name_seed
 
 WIDTH, LAYERS, POSITIONS = 32, 3, 128
@@ -235,3 +236,57 @@ def demo_slm() -> ScalableLM:
         rows = Task.from_file(name, DEMO / f"{name}.train.csv").rows
         slm.learn(Task(name, rows[:40]), epochs=1)
     return slm
+
+
+FAR = " ".join(["word7"] * 12)  # like nothing the random tasks were made of
+
+
+def two_tasks(slm: ScalableLM, **options) -> list[LearnedTask]:
+    tasks = [random_task(slm, "farm", labels=("no", "yes"), **options)]
+    return [*tasks, random_task(slm, "sea", labels=("maybe", "no", "yes"), **options)]
+
+
+def mixed(each: int = 4, seed: int = 1) -> list[str]:
+    return texts_of(*(toy_task(topic, rows=each, seed=seed) for topic in ("sea", "farm")))
+
+
+def bare_text(name: str, text: str, max_new_tokens: int) -> str:
+    """What plain transformers generates from the model nobody touched."""
+    model, tokenizer = make_model(name), make_tokenizer(name)
+    ids = prompt_ids(name, text)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=0
+    )
+    return tokenizer.decode(out[0, ids.shape[1] if name == "llama" else 1 :], skip_special_tokens=True).strip()
+
+
+def prompt_ids(name: str, text: str) -> torch.Tensor:
+    tokenizer = make_tokenizer(name)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"] if name == "llama" else []
+    return torch.tensor([tokenizer(text)["input_ids"] + newline])
+
+
+def learned(slm: ScalableLM, name: str) -> LearnedTask:
+    return next(task for task in slm.model.pool.tasks if task.name == name)
+
+
+def saved(slm: ScalableLM, name: str) -> bytes:
+    """The bytes of the task's file in a store."""
+    return task_to_bytes(learned(slm, name))
+
+
+def easy(name: str, rows: int = 48, seed: int = 0) -> Task:
+    """Three-word texts whose last word gives the label away: learned in a second by a model of random weights."""
+    rng = random.Random(f"{name} {seed}")
+    cues = (("good0", "yes"), ("bad0", "no"))
+    return Task(
+        name,
+        [
+            (f"{name}{rng.randrange(20)} {name}{rng.randrange(20)} {cues[i % 2][0]}", cues[i % 2][1])
+            for i in range(rows)
+        ],
+    )
+
+
+def replace_options(data: bytes) -> bytes:
+    return data[8 + int.from_bytes(data[:8], "little") :]  # the tensors, without the header that names the options

@@ -32,7 +32,9 @@ from torch import nn
 
 from slm_fast import ScalableLM, Task
 from slm_fast.data import Row
-from slm_fast.model import Passage
+from slm_fast.ops import Route
+from slm_fast.query import TrunkQuery
+from slm_fast.tokenization import Encoded
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # PEFT asks, transformers complains
 
@@ -41,7 +43,7 @@ SOME_TEXTS = ["sea1 sea2 good3", "farm1 farm2 farm3 farm4 word5 bad0 the questio
 
 def outputs(slm: ScalableLM, model: nn.Module, texts: list[str]) -> dict[str, torch.Tensor]:
     """Hidden states and logits of a bare, adapted or PEFT model for padded texts, at the real tokens."""
-    encoded = slm.model.backbone.encode(texts, 64)
+    encoded = slm.model.backbone.tokenization.encode(texts, 64)
     kind = slm.model.backbone.kind
     inputs = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
     real = encoded.attention_mask.bool()
@@ -54,6 +56,20 @@ def outputs(slm: ScalableLM, model: nn.Module, texts: list[str]) -> dict[str, to
         answer = torch.tensor([[0, 9, 12, 15]]).expand(len(texts), -1)
         out = model(**inputs, decoder_input_ids=answer, output_hidden_states=True)
         return {"logits": out.logits, "hidden": out.encoder_last_hidden_state[real]}
+
+
+def adapted_outputs(slm, route: Route) -> dict[str, torch.Tensor]:
+    """`outputs` of the adapted model on a route for each text."""
+    found, _, _ = slm.model.call(
+        lambda: outputs(slm, slm.model.backbone.model, SOME_TEXTS), torch.ones(len(SOME_TEXTS), 1), route
+    )
+    return found
+
+
+@torch.inference_mode()
+def features_of(slm, encoded: Encoded, route: Route | None = None) -> torch.Tensor:
+    """Mean last hidden states [B, H]."""
+    return TrunkQuery.pool(slm.model.forward(encoded, route).hidden, encoded.attention_mask)
 
 
 def with_peft(name: str, tasks: list, modules: list[str]) -> peft.PeftModel:
@@ -84,8 +100,7 @@ def test_a_one_hot_route_equals_pefts_lora_with_the_same_weights(name):
     for slot, task in enumerate(tasks):
         expected.set_adapter(task.name)
         route = route_of([[slot, -1]] * 3, [[1.0, 0.0]] * 3)
-        with slm.model.passing(Passage(torch.ones(3, 1)), slm.model.pool.values, route):
-            got = outputs(slm, slm.model.backbone.model, SOME_TEXTS)
+        got = adapted_outputs(slm, route)
         for what, value in outputs(slm, expected, SOME_TEXTS).items():
             torch.testing.assert_close(got[what], value, rtol=1e-4, atol=1e-4)
             assert (value - bare[what]).abs().max() > 0.1  # the increments did something
@@ -99,8 +114,7 @@ def test_a_weighted_route_equals_pefts_weighted_adapter(name):
     expected = with_peft(name, tasks, slm.model.modules)
     expected.add_weighted_adapter(["sea", "city"], [0.7, 0.3], "mixed", combination_type="cat")
     expected.set_adapter("mixed")
-    with slm.model.passing(Passage(torch.ones(3, 1)), slm.model.pool.values, route_of([[2, 0]] * 3, [[0.7, 0.3]] * 3)):
-        got = outputs(slm, slm.model.backbone.model, SOME_TEXTS)
+    got = adapted_outputs(slm, route_of([[2, 0]] * 3, [[0.7, 0.3]] * 3))
     for what, value in outputs(slm, expected, SOME_TEXTS).items():
         torch.testing.assert_close(got[what], value, rtol=1e-4, atol=1e-4)
 
@@ -111,10 +125,7 @@ def test_features_are_the_mean_over_real_tokens_of_each_rows_merged_model(name):
     tasks = [random_task(slm, "farm"), random_task(slm, "sea", slots=2)]
     knows(slm, *tasks)
     texts = texts_of(toy_task("farm", rows=4), toy_task("sea", rows=4))
-    encoded = slm.model.backbone.encode(texts, 64)
-    passage = Passage(encoded.attention_mask)
-    with torch.inference_mode(), slm.model.passing(passage, slm.model.pool.values):
-        features = slm.model.features(encoded)
+    features = features_of(slm, slm.model.backbone.tokenization.encode(texts, 64))
     answers = slm.predict(texts)
     tokenizer = make_tokenizer(name)
     for text, feature, answer in zip(texts, features, answers, strict=True):
@@ -293,8 +304,7 @@ def test_increments_are_added_to_a_dynamically_quantised_layers_own_output():
     knows(slm, *tasks)
     module = slm.model.modules[0]
     layer, x = slm.model.backbone.model.get_submodule(module), torch.randn(2, 3, slm.model.widths[module][0])
-    with slm.model.passing(Passage(torch.ones(2, 3)), slm.model.pool.values, route_of([[1], [0]], [[1.0], [0.5]])):
-        got = layer(x)
+    got, _, _ = slm.model.call(lambda: layer(x), torch.ones(2, 3), route_of([[1], [0]], [[1.0], [0.5]]))
     lora_a, lora_b = slm.model.pool.values[module]
     increments = torch.stack([x[0] @ lora_a[1].T @ lora_b[1], 0.5 * x[1] @ lora_a[0].T @ lora_b[0]])
     torch.testing.assert_close(got, layer.base(x) + increments, rtol=1e-5, atol=1e-5)
@@ -311,9 +321,7 @@ def test_with_an_empty_route_the_model_is_bit_identical_to_the_bare_one(name, bu
     slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer(name))
     knows(slm, *[random_task(slm, topic) for topic in ("farm", "sea")])
     expected = outputs(slm, bare, SOME_TEXTS)
-    empty = slm.model.empty_route(len(SOME_TEXTS))
-    with slm.model.passing(Passage(torch.ones(3, 1)), slm.model.pool.values, empty):
-        got = outputs(slm, slm.model.backbone.model, SOME_TEXTS)
+    got = adapted_outputs(slm, slm.model.empty_route(len(SOME_TEXTS)))
     outside = outputs(slm, slm.model.backbone.model, SOME_TEXTS)
     for what, value in expected.items():
         assert torch.equal(got[what], value)
@@ -325,11 +333,8 @@ def test_a_batch_may_hold_rows_with_and_without_a_route():
     tasks = [random_task(slm, topic) for topic in ("farm", "sea")]
     knows(slm, *tasks)
     route = route_of([[0], [-1], [1]], [[1.0], [0.0], [1.0]])
-    encoded = slm.model.backbone.encode(["sea1 sea2 sea3"] * 3, 64)
-    with torch.inference_mode(), slm.model.passing(Passage(encoded.attention_mask), slm.model.pool.values, route):
-        rows = slm.model.features(encoded)
-    with torch.inference_mode():
-        bare = slm.model.features(encoded)
+    encoded = slm.model.backbone.tokenization.encode(["sea1 sea2 sea3"] * 3, 64)
+    rows, bare = features_of(slm, encoded, route), features_of(slm, encoded, slm.model.empty_route(3))
     torch.testing.assert_close(rows[1], bare[1])
     assert (rows[0] - bare[0]).abs().max() > 0.05
     assert (rows[2] - rows[0]).abs().max() > 0.05
@@ -337,8 +342,8 @@ def test_a_batch_may_hold_rows_with_and_without_a_route():
 
 def test_only_one_batch_passes_at_a_time():
     slm = make_slm("bert")
-    with slm.model.passing(Passage(torch.ones(1, 1)), {}), pytest.raises(RuntimeError, match="one batch"):
-        slm.model.queries([Row("sea1")])
+    with pytest.raises(RuntimeError, match="one batch"):
+        slm.model.call(lambda: slm.model.queries([Row("sea1")]), torch.ones(1, 1))
     assert slm.model.queries([Row("sea1")]).shape == (1, 64)  # and the next batch passes
 
 
@@ -346,11 +351,9 @@ def test_increments_are_never_added_below_the_last_tap():
     slm = make_slm("bert", taps=(2,))
     knows(slm, random_task(slm, "sea"))
     assert {int(module.split(".")[2]) for module in slm.model.modules} == {2}
-    encoded = slm.model.backbone.encode(["sea1 sea2"], 64)
+    encoded = slm.model.backbone.tokenization.encode(["sea1 sea2"], 64)
     plain = make_model("bert")
     with torch.inference_mode():
         states = plain(input_ids=encoded.input_ids, output_hidden_states=True).hidden_states
-        passage = Passage(encoded.attention_mask)
-        with slm.model.passing(passage, slm.model.pool.values):
-            slm.model.features(encoded)
-    torch.testing.assert_close(passage.query, states[2].mean(1))
+        query = slm.model.forward(encoded).query
+    torch.testing.assert_close(query, states[2].mean(1))

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from slm_fast import ScalableLM, kv_cache, ops, scheduler
+from slm_fast import ScalableLM, generate, kv_cache, ops
 
 aten = torch.ops.aten
 # What waits for numbers, or brings them from the host: an error while a stream is captured.
@@ -134,7 +134,7 @@ def test_captured_steps_sample_the_same_texts(name, recorder):
 def columns_move(monkeypatch) -> list[str]:
     """Texts of which short ones are prefilled first, so that longer ones join later and columns move to the right; and
     back, when that reads less or the buffer is full."""
-    monkeypatch.setattr(scheduler, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False)
+    monkeypatch.setattr(generate, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False)
     rng = random.Random(3)
     return [sentence("sea", rng, words=n) for n in (1, 2, 1, 2, *(28 + i % 4 for i in range(20)))]
 

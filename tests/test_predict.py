@@ -2,64 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import random
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 from models import (
     DEMO,
     FAMILIES,
+    FAR,
     GENERATORS,
+    bare_text,
     demo_slm,
     knows,
     make_model,
     make_slm,
     make_tokenizer,
     merge,
+    mixed,
     one_thread,  # noqa: F401
     random_task,
     sentence,
     texts_of,
     toy_task,
+    two_tasks,
 )
-from torch import nn
 
 from slm_fast import InputError, ScalableLM, Task, WorkError, predict
+from slm_fast.batching import length_buckets
 from slm_fast.data import Row
-from slm_fast.predict import WINDOW, Prediction, PredictOptions, RouteTaken, plan, windows_of
+from slm_fast.options import PredictOptions
+from slm_fast.predict import WINDOW, Prediction, RouteTaken, windows_of
 from slm_fast.tasks import LearnedTask
-
-FAR = " ".join(["word7"] * 12)  # like nothing the random tasks were made of
-
-
-def two_tasks(slm: ScalableLM, **options) -> list[LearnedTask]:
-    tasks = [random_task(slm, "farm", labels=("no", "yes"), **options)]
-    return [*tasks, random_task(slm, "sea", labels=("maybe", "no", "yes"), **options)]
-
-
-def mixed(each: int = 4, seed: int = 1) -> list[str]:
-    return texts_of(*(toy_task(topic, rows=each, seed=seed) for topic in ("sea", "farm")))
-
-
-def bare_text(name: str, text: str, max_new_tokens: int) -> str:
-    """What plain transformers generates from the model nobody touched."""
-    model, tokenizer = make_model(name), make_tokenizer(name)
-    ids = prompt_ids(name, text)
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=0
-    )
-    return tokenizer.decode(out[0, ids.shape[1] if name == "llama" else 1 :], skip_special_tokens=True).strip()
-
-
-def prompt_ids(name: str, text: str) -> torch.Tensor:
-    tokenizer = make_tokenizer(name)
-    newline = tokenizer("\n", add_special_tokens=False)["input_ids"] if name == "llama" else []
-    return torch.tensor([tokenizer(text)["input_ids"] + newline])
-
 
 # Order
 
@@ -115,7 +89,7 @@ def test_strings_rows_and_mappings_may_be_mixed():
 @pytest.mark.parametrize("budget", [1, 7, 40, 1000])
 def test_a_plan_holds_every_row_once_longest_first_within_its_budget(budget, most):
     lengths = [random.Random(0).randrange(1, 30) for _ in range(57)] + [0, 29, 1]
-    batches = plan(lengths, budget, most)
+    batches = length_buckets(lengths, budget, most)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     longest = [max(lengths[i] for i in batch) for batch in batches]
     assert longest == sorted(longest, reverse=True)
@@ -125,7 +99,7 @@ def test_a_plan_holds_every_row_once_longest_first_within_its_budget(budget, mos
     for batch, following, width in zip(batches, batches[1:], longest, strict=False):
         full = len(batch) + 1 > (most or len(lengths)) or (len(batch) + 1) * width > budget
         assert full, (batch, following)
-    assert plan([], budget, most) == []
+    assert length_buckets([], budget, most) == []
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -154,7 +128,7 @@ def test_rows_are_tokenised_once_each_in_a_thread_of_their_own():
         threads.add(threading.current_thread())
         return make_tokenizer("bert")(texts, **options)
 
-    backbone._reader = reader
+    backbone.tokenization._reader = reader
     texts = [*mixed(8), " ".join(["sea1"] * 300)]
     assert slm.predict(texts)[-1].truncated
     assert seen == texts
@@ -164,15 +138,15 @@ def test_rows_are_tokenised_once_each_in_a_thread_of_their_own():
 def test_an_encoder_with_the_backbones_tokenizer_shares_its_tokens(monkeypatch):
     slm = ScalableLM.from_backbone("minilm", query="sentence", router="dtkr", encoder="minilm", max_length=32)
     texts = ["Fry the onions.", "A long text " * 30, "My laptop does not start at all. " * 60]
-    readings = slm.model.read([Row(text) for text in texts])
-    alone, _ = slm.model.backbone.tokenise(texts, 32)
+    readings = slm.model.tokenize([Row(text) for text in texts])
+    alone, _ = slm.model.backbone.tokenization.tokenize(texts, 32)
     assert [reading.ids for reading in readings] == alone
     assert [reading.truncated for reading in readings] == [False, True, True]
-    found = slm.model.query_ahead([reading.ahead for reading in readings])
+    found = slm.model.find_queries(slm.model.collate(readings))
     monkeypatch.setattr(slm.model.query, "encode_tokens", None)
     expected = slm.model.queries([Row(text) for text in texts])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert max(len(reading.ahead) for reading in readings) == 256
+    assert max(len(reading.query_input) for reading in readings) == 256
 
 
 # Rows that fail
@@ -398,288 +372,3 @@ def test_a_bare_encoder_names_no_task():
     slm = make_slm("bert")
     knows(slm, *two_tasks(slm))
     assert slm.predict(["sea1"], bare=True) == [Prediction(None, None, None, 0.0, RouteTaken((), (), ()), False)]
-
-
-# Text and labels
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_a_text_that_is_a_label_word_of_the_task_is_a_label_and_another_is_not(name):
-    slm = make_slm(name)
-    rows = [(f"sea{i} {cue}0", label) for i in range(16) for cue, label in (("good", "yes"), ("bad", "no"))]
-    slm.learn(Task("sea", rows), epochs=6, batch_size=8, learning_rate=2e-2)
-    answers = slm.predict([text for text, _ in rows], max_new_tokens=3)
-    assert {"yes"} <= {answer.label for answer in answers} <= {"yes", "no", None}
-    for answer in answers:
-        assert answer.label == (answer.text if answer.text in ("yes", "no") else None)
-    for answer in slm.predict([text for text, _ in rows], max_new_tokens=3, bare=True):
-        assert answer.label is None
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_a_free_text_task_never_answers_with_a_label(name):
-    slm = make_slm(name)
-    knows(slm, random_task(slm, "farm", labels=None), random_task(slm, "sea", labels=None))
-    for answer in slm.predict(mixed(), max_new_tokens=4):
-        assert answer.label is None
-        assert isinstance(answer.text, str)
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_no_more_than_the_tokens_asked_for_are_generated(name):
-    slm = make_slm(name)
-    knows(slm, *two_tasks(slm))
-    for most in (1, 4):
-        lengths = [len(answer.text.split(" ")) for answer in slm.predict(mixed(), max_new_tokens=most)]
-        assert max(lengths) <= most
-    assert max(lengths) > 1
-
-
-def test_samples_come_from_the_whole_vocabulary():
-    slm = make_slm("llama")
-    answers = slm.predict(["sea1 sea2"] * 300, batch_size=300, sample=True, temperature=1000.0, max_new_tokens=1)
-    assert len({answer.text for answer in answers}) > 80  # of 191 all but equally likely
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_a_text_may_end_with_any_of_the_backbones_end_tokens(name):
-    """Instruction-tuned checkpoints list several; a row that has ended is filled up in a batch and not when alone."""
-    slm = make_slm(name)
-    knows(slm, *two_tasks(slm))
-    written = [answer.text.split(" ") for answer in slm.predict(mixed(8), max_new_tokens=8)]
-    stop = next(words[-3] for words in written if len(words) == 8 and words[-3] != "")
-    end = make_tokenizer(name).get_vocab()
-    slm.model.backbone.model.generation_config.eos_token_id = [end["</s>"], end[stop]]
-    answers = slm.predict(mixed(8), max_new_tokens=8)
-    shorter = 0
-    for text, answer, words in zip(mixed(8), answers, written, strict=True):
-        (alone,) = slm.predict([text], max_new_tokens=8)
-        assert answer.text == alone.text
-        assert answer.score == pytest.approx(alone.score, abs=1e-5)
-        shorter += len(answer.text.split(" ")) < len(words)
-    assert shorter
-
-
-# Scores
-
-
-@torch.inference_mode()
-def token_probabilities(name: str, model: nn.Module, text: str, steps: int) -> list[float]:
-    """Greedy decoding by hand, one forward pass a token and no cache."""
-    ids, found = prompt_ids(name, text), []
-    answer = torch.tensor([[0]])  # T5's start
-    end = make_tokenizer(name).eos_token_id
-    for _ in range(steps):
-        logits = model(ids).logits if name == "llama" else model(input_ids=ids, decoder_input_ids=answer).logits
-        probability, token = logits[0, -1].softmax(-1).max(-1)
-        found.append(float(probability))
-        if int(token) == end:
-            break
-        if name == "llama":
-            ids = torch.cat([ids, token.view(1, 1)], 1)
-        answer = torch.cat([answer, token.view(1, 1)], 1)
-    return found
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_the_score_of_a_greedy_text_is_its_tokens_mean_probability(name):
-    slm = make_slm(name)
-    tasks = two_tasks(slm)
-    knows(slm, *tasks)
-    texts = mixed(8)
-    lengths = set()
-    for text, answer in zip(texts, slm.predict(texts, max_new_tokens=40), strict=True):
-        tokens = token_probabilities(name, merge(make_model(name), tasks, answer.route), text, 40)
-        assert answer.score == pytest.approx(sum(tokens) / len(tokens), abs=1e-4)
-        assert 0 < answer.score < 1
-        lengths.add(len(tokens))
-    assert len(lengths) > 1  # some ended early, in a batch where others went on
-
-
-@pytest.mark.parametrize("options", [{"beams": 3}, {"sample": True}, {"sample": True, "top_p": 0.5}])
-@pytest.mark.parametrize("name", GENERATORS)
-def test_scores_of_beams_and_samples_are_the_probability_of_the_text_returned(name, options):
-    slm = make_slm(name)
-    tasks = two_tasks(slm)
-    knows(slm, *tasks)
-    vocabulary = make_tokenizer(name).get_vocab()
-    for text, answer in zip(mixed(), slm.predict(mixed(), max_new_tokens=4, **options), strict=True):
-        words = answer.text.split(" ")
-        if len(words) < 4 or "" in words:  # it ended early, or has line breaks: the words do not tell all tokens
-            assert 0 <= answer.score <= 1
-            continue
-        tokens = torch.tensor([[vocabulary[word] for word in words]])
-        model, ids = merge(make_model(name), tasks, answer.route), prompt_ids(name, text)
-        with torch.inference_mode():
-            if name == "llama":
-                logits = model(torch.cat([ids, tokens], 1)).logits[:, ids.shape[1] - 1 : -1]
-            else:
-                logits = model(
-                    input_ids=ids, decoder_input_ids=torch.cat([torch.tensor([[0]]), tokens[:, :-1]], 1)
-                ).logits
-        probability = logits.softmax(-1).gather(2, tokens[..., None]).mean()
-        assert answer.score == pytest.approx(float(probability), abs=1e-4)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_score_is_a_probability(name):
-    slm = make_slm(name)
-    knows(slm, *two_tasks(slm))
-    for options in ({}, {"head": "winner"}, {"abstain": 0.5}, {"task": "sea"}):
-        for answer in slm.predict(mixed(8), max_new_tokens=3, **options):
-            assert 0 <= answer.score <= 1
-            assert math.isfinite(answer.score)
-
-
-# Truncation
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_over_long_rows_are_cut_and_say_so(name):
-    slm = make_slm(name, max_length=16)
-    knows(slm, *two_tasks(slm))
-    long, longer = (" ".join(["sea1"] * n) for n in (30, 60))
-    answers = slm.predict([long, "sea1", longer], max_new_tokens=3)
-    assert [answer.truncated for answer in answers] == [True, False, True]
-    assert (answers[0].label, answers[0].text) == (answers[2].label, answers[2].text)
-
-
-def test_the_instruction_counts_towards_the_length():
-    slm = make_slm("llama", max_length=16)
-    knows(slm, *two_tasks(slm))
-    row = {"instruction": " ".join(["word1"] * 10), "input": "sea1 sea2 sea3 sea4 sea5"}
-    assert slm.predict([row], max_new_tokens=2)[0].truncated
-    assert not slm.predict([row["input"]], max_new_tokens=2)[0].truncated
-
-
-# Streams
-
-
-def test_a_stream_reads_no_more_than_two_windows_ahead():
-    slm = make_slm("bert")
-    knows(slm, *two_tasks(slm))
-    read = itertools.count()
-
-    def endless() -> Iterator[str]:
-        for i in itertools.cycle(range(20)):
-            next(read)
-            yield f"sea{i} sea{(i * 3) % 20}"
-
-    stream = slm.predict_stream(endless(), batch_size=256)
-    assert next(read) == 0  # nothing is read before the first answer is asked for
-    first = [next(stream) for _ in range(5)]
-    assert next(read) <= 2 * WINDOW + 1
-    expected = slm.predict([f"sea{i} sea{(i * 3) % 20}" for i in range(5)])
-    assert [(a.task, a.label) for a in first] == [(a.task, a.label) for a in expected]
-
-
-def test_a_stream_answers_as_predict_does():
-    slm = make_slm("t5")
-    knows(slm, *two_tasks(slm))
-    assert list(slm.predict_stream(iter(mixed()), max_new_tokens=3)) == slm.predict(mixed(), max_new_tokens=3)
-
-
-def test_an_unknown_option_of_a_stream_is_refused_when_it_is_made():
-    slm = make_slm("bert")
-    with pytest.raises(InputError, match="beam: unknown option"):
-        slm.predict_stream(["sea1"], beam=3)
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"words": "sea1"}, r"no 'text' \(nor 'instruction' and 'input'\); fields: 'words'"),
-        ({}, "fields: none"),
-        ("", "empty text"),
-        ("   ", "empty text"),
-        ({"instruction": "", "input": " "}, "empty input"),
-        ({"text": 3}, "'text': expected a string, got 3"),
-        (7, "expected a text or an object with 'text'"),
-        (None, "expected a text or an object with 'text'"),
-    ],
-)
-def test_a_row_that_cannot_be_read_is_named(row, message):
-    slm = make_slm("bert")
-    knows(slm, *two_tasks(slm))
-    with pytest.raises(WorkError, match=message) as caught:
-        slm.predict(["sea1", row])
-    assert "\n" not in str(caught.value)
-
-
-def test_a_bad_row_among_many_says_which_it_is():
-    slm = make_slm("bert")
-    knows(slm, *two_tasks(slm))
-    with pytest.raises(WorkError, match="row 3"):
-        slm.predict(["sea1", "sea2", {"words": "sea3"}, "sea4"])
-
-
-def test_a_stream_gives_the_answers_before_a_bad_row():
-    slm = make_slm("bert")
-    knows(slm, *two_tasks(slm))
-    stream = slm.predict_stream(["sea1 sea2", "sea3 sea4", {"words": "sea5"}, "sea6"])
-    assert [next(stream).task, next(stream).task] == [answer.task for answer in slm.predict(["sea1 sea2", "sea3 sea4"])]
-    with pytest.raises(WorkError, match="row 3"):
-        next(stream)
-
-
-def test_a_single_text_is_not_taken_for_a_list_of_letters():
-    slm = make_slm("bert")
-    knows(slm, *two_tasks(slm))
-    for single in ("sea1", {"text": "sea1"}):
-        with pytest.raises(InputError, match="rows: expected a list of texts, got a single one"):
-            slm.predict(single)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"batch_tokens": 0}, "batch_tokens: expected at least 1, got 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
-        ({"beams": 0}, "beams: expected at least 1, got 0"),
-        ({"head": "both"}, "head: expected 'mixed' or 'winner', got 'both'"),
-        ({"abstain": 1.5}, r"abstain: expected True, False or a share of 0 to 1, got 1\.5"),
-        ({"temperature": 0.0, "sample": True}, "temperature: expected .* got 0"),
-        ({"temperature": -1.0, "sample": True}, "temperature: expected .* got -1"),
-        ({"top_p": 1.5, "sample": True}, r"top_p: expected .* got 1\.5"),
-        ({"tokens": 3}, "tokens: unknown option; options: batch_size, max_new_tokens"),
-    ],
-)
-def test_an_option_that_cannot_be_right_is_named(options, message):
-    slm = make_slm("t5")
-    knows(slm, *two_tasks(slm))
-    with pytest.raises(InputError, match=message) as caught:
-        slm.predict(["sea1"], **options)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_failed_batch_leaves_the_model_ready_for_the_next():
-    slm = make_slm("bert")
-    knows(slm, *two_tasks(slm))
-    expected = slm.predict(mixed())
-    layer = slm.model.backbone.layers[2]
-
-    def fail(*_):
-        raise MemoryError("no room")
-
-    hook = layer.register_forward_hook(fail)
-    with pytest.raises(MemoryError):
-        slm.predict(mixed())
-    hook.remove()
-    assert slm.predict(mixed()) == expected
-
-
-def test_predicting_leaves_no_trace_in_the_model_or_the_global_generator():
-    slm = make_slm("t5")
-    knows(slm, *two_tasks(slm))
-    before = {name: tensor.clone() for name, tensor in slm.model.backbone.model.state_dict().items()}
-    torch.manual_seed(4)
-    expected = torch.rand(3)
-    torch.manual_seed(4)
-    slm.predict(mixed(), max_new_tokens=3)
-    assert torch.equal(torch.rand(3), expected)
-    after = slm.model.backbone.model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -23,8 +23,9 @@ from models import (
     sentence,
 )
 
-from slm_fast import ScalableLM, WorkError, kv_cache, scheduler
+from slm_fast import ScalableLM, WorkError, generate, kv_cache, predict
 from slm_fast.data import Row
+from slm_fast.options import PredictOptions
 from slm_fast.tasks import LearnedTask
 
 
@@ -78,23 +79,23 @@ def test_rows_that_have_ended_are_not_computed_any_more(name):
     texts = mixed_texts(20)
     ends = end_early(slm, texts)
     seen = count_passes(slm)
-    queues: list[scheduler._Queue] = []
-    init = scheduler._Queue.__init__
+    written: list[list[int]] = []
+    write = predict.generate
 
-    def kept(self, *args):
-        init(self, *args)
-        queues.append(self)
+    def kept(*args, **options):
+        found = write(*args, **options)
+        written.extend(found.tokens)
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler._Queue, "__init__", kept)
+        patch.setattr(predict, "generate", kept)
         slm.predict(texts, batch_size=6, max_new_tokens=12)
-    (queue,) = queues
-    lengths = [len(words) for words in queue.tokens]
+    lengths = [len(words) for words in written]
     assert len(set(lengths)) > 2  # some end early
     assert sum(seen) == sum(lengths)  # the prefill gives each its first token
     assert max(seen) == 6
     assert len(seen) < math.ceil(20 / 6) * 12  # others join before the slowest of a batch has ended
-    assert not any(set(words[:-1]) & set(ends) for words in queue.tokens)
+    assert not any(set(words[:-1]) & set(ends) for words in written)
 
 
 def test_columns_move_when_the_buffer_is_full_or_a_prompt_is_too_long_and_nothing_changes():
@@ -113,7 +114,7 @@ def test_columns_move_when_the_buffer_is_full_or_a_prompt_is_too_long_and_nothin
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache.Decoder, "_move", spied)
         # Short prompts first, so that longer ones must join later.
-        patch.setattr(scheduler, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False)
+        patch.setattr(generate, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False)
         answers = slm.predict(texts, batch_size=3, max_new_tokens=20)
     assert min(moves) < 0 < max(moves)
     for text, answer in zip(texts, answers, strict=True):
@@ -142,7 +143,7 @@ def test_buffers_are_given_back_when_all_is_written(name):
     slm = make_slm(name)
     farm_and_sea(slm)
     made: list[weakref.ref] = []
-    init = kv_cache._Columns.__init__
+    init = kv_cache.KVCacheLayer.__init__
 
     def noted(self, *args, **options):
         init(self, *args, **options)
@@ -151,7 +152,7 @@ def test_buffers_are_given_back_when_all_is_written(name):
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kv_cache._Columns, "__init__", noted)
+            patch.setattr(kv_cache.KVCacheLayer, "__init__", noted)
             slm.predict(mixed_texts(6), batch_size=3, max_new_tokens=5)
         assert made
         assert [buffer for buffer in made if buffer() is not None] == []
@@ -164,8 +165,8 @@ def test_the_route_is_found_once_a_row_whatever_the_length_of_its_text(name):
     slm = make_slm(name)
     farm_and_sea(slm)
     routed: list[int] = []
-    find = slm.model.find_route
-    slm.model.find_route = lambda query, *args: routed.append(len(query)) or find(query, *args)
+    find = slm.model.route
+    slm.model.route = lambda query, *args: routed.append(len(query)) or find(query, *args)
     slm.predict(mixed_texts(20), batch_size=6, max_new_tokens=12)
     assert sum(routed) == 20
 
@@ -251,10 +252,9 @@ def test_rows_whose_query_is_not_finite_are_named_and_the_others_written(beams):
     bad = slm.model.backbone.tokenizer.get_vocab()["word79"]
     slm.model.backbone.model.get_input_embeddings().weight.data[bad] = torch.nan
     mixed = [*texts[:4], "sea1 word79", *texts[4:], "word79"]
-    encoded = slm.model.encode([Row(text) for text in mixed], padding_side="left")
-    options = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False}
-    ended: list[int] = []
-    written = scheduler.generate(slm.model, encoded, options, seeds=range(11), at_once=4, report=ended.append)
+    encoded = slm.model.collate(slm.model.tokenize([Row(text) for text in mixed]))
+    options, ended = PredictOptions(max_new_tokens=5, beams=beams), []
+    written = generate.generate(slm.model, encoded, options, seeds=range(11), max_rows=4, report=ended.append)
     assert sum(ended) == 11  # every row is reported once, while the others are still being written
     assert len(ended) > 1
     assert written.failed == [4, 10]

@@ -133,7 +133,7 @@ def rows_in(batch):
 def test_materialised_increments_give_what_the_operator_gives(kind, ids, weights):
     slm = make_slm("bert")
     knows(slm, *(random_task(slm, topic) for topic in ("farm", "sea")))
-    encoded = slm.model.backbone.encode(["sea1 sea2", "farm1 farm2 farm3", "sea4"], 32)
+    encoded = slm.model.backbone.tokenization.encode(["sea1 sea2", "farm1 farm2 farm3", "sea4"], 32)
     route, found = route_of(ids, weights), []
     for layers in (AdaptedLinear, kind, AdaptedLinear):
         with (
