@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 from models import one_thread  # noqa: F401
+from test_store import ABOUT, CONFIG, A, B, C, contents, store_of, version
 
-from slm_fast import ScalableLM
+from slm_fast import ScalableLM, schema
+from slm_fast.errors import InputError
+from slm_fast.fields import word
 from slm_fast.predict import Prediction
 from slm_fast.store import Store
 
@@ -23,7 +27,7 @@ def old(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
-def contents(store: Path) -> dict[str, bytes]:
+def task_files(store: Path) -> dict[str, bytes]:
     return {str(file.relative_to(store)): file.read_bytes() for file in (store / "tasks").rglob("*.safetensors")}
 
 
@@ -59,13 +63,13 @@ def test_nothing_is_wrong_with_an_old_store(old: Path) -> None:
 
 
 def test_an_old_store_merges_with_itself_and_into_a_new_one(old: Path, tmp_path: Path) -> None:
-    before = contents(old / "store")
+    before = task_files(old / "store")
     shutil.copytree(old / "store", tmp_path / "copy")
     copy = Store.open(tmp_path / "copy")
     copy.merge([Store.open(old / "store"), Store.open(tmp_path / "copy")])
     Store(tmp_path / "new", copy.about, {}).merge([copy])
     assert before
-    assert contents(tmp_path / "copy") == contents(tmp_path / "new") == before
+    assert task_files(tmp_path / "copy") == task_files(tmp_path / "new") == before
 
 
 def test_an_old_store_that_forgets_a_task_still_answers(old: Path, tmp_path: Path) -> None:
@@ -75,3 +79,60 @@ def test_an_old_store_that_forgets_a_task_still_answers(old: Path, tmp_path: Pat
     again = ScalableLM.from_pretrained(tmp_path / "copy", backbone=str(old / "backbone"))
     assert again.tasks == slm.tasks
     assert {found.task for found in again.predict(["sea1 sea2 good1"])} == set(slm.tasks)
+
+
+# Fields that are new
+
+
+@pytest.fixture
+def new_field(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A field of the configuration that stores written before it do not have; it meant "old" then."""
+    monkeypatch.setitem(schema.CONFIG, "pooling", word("old", "new"))
+    monkeypatch.setitem(schema.WHEN_ABSENT, "pooling", "old")
+    return "pooling"
+
+
+def now(value: str) -> dict:
+    """What this version's models say of themselves."""
+    return {**ABOUT, "config": {**CONFIG, "pooling": value}}
+
+
+def test_a_store_without_a_new_field_opens_with_what_that_meant(tmp_path: Path, new_field: str) -> None:
+    store_of(tmp_path, A)
+    store = Store.open(tmp_path)
+    assert store.about == now("old")
+    assert contents(store.load()) == contents([A])
+    assert store.verify() == []
+
+
+def test_a_store_without_a_new_field_takes_tasks_of_models_that_mean_the_same(tmp_path: Path, new_field: str) -> None:
+    store_of(tmp_path, A)
+    Store(tmp_path, now("old"), {}).commit(add=[B])
+    assert version(tmp_path) == contents([A, B])
+    with pytest.raises(InputError, match=r"config\.pooling is 'old', this model has 'new'"):
+        Store(tmp_path, now("new"), {}).commit(add=[C])
+    assert version(tmp_path) == contents([A, B])
+
+
+def test_stores_with_and_without_a_new_field_are_merged_if_they_mean_the_same(tmp_path: Path, new_field: str) -> None:
+    store_of(tmp_path / "before", A)
+    for value, task in (("old", B), ("new", C)):
+        Store(tmp_path / value, now(value), {}).commit(add=[task])
+    for into, source in (("before", "old"), ("old", "before")):
+        Store.open(tmp_path / into).merge([Store.open(tmp_path / source)])
+        assert version(tmp_path / into) == contents([A, B])
+    with pytest.raises(InputError, match=r"config\.pooling is 'new', .* has 'old'"):
+        Store.open(tmp_path / "before").merge([Store.open(tmp_path / "new")])
+
+
+def test_the_next_commit_writes_what_an_older_store_lacked(tmp_path: Path, new_field: str) -> None:
+    store_of(tmp_path, A)
+    Store.open(tmp_path).commit(add=[B])
+    assert json.loads((tmp_path / "manifest.json").read_text())["model"] == now("old")
+
+
+def test_options_that_another_version_wrote_in_a_task_are_kept(tmp_path: Path) -> None:
+    task = dataclasses.replace(A, options={**A.options, "later": {"a": [1, None]}})
+    store = store_of(tmp_path, task)
+    assert store.load()[0].options["later"] == {"a": [1, None]}
+    assert store.verify() == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import errno
 import hashlib
 import json
@@ -23,9 +22,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from slm_fast import schema
 from slm_fast.errors import InputError, SlmError, WorkError
-from slm_fast.fields import word
 from slm_fast.store import Store, task_from_file, task_to_bytes
 from slm_fast.tasks import LearnedTask
 
@@ -430,63 +427,6 @@ def test_a_name_in_a_manifest_cannot_lead_out_of_the_store(tmp_path: Path) -> No
     with pytest.raises(SlmError, match="evil"):
         into.merge([Store.open(other.path)])
     assert tree(tmp_path) == before
-
-
-# Stores of earlier and of later versions
-
-
-@pytest.fixture
-def new_field(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A field of the configuration that stores written before it do not have; it meant "old" then."""
-    monkeypatch.setitem(schema.CONFIG, "pooling", word("old", "new"))
-    monkeypatch.setitem(schema.WHEN_ABSENT, "pooling", "old")
-    return "pooling"
-
-
-def now(value: str) -> dict:
-    """What this version's models say of themselves."""
-    return {**ABOUT, "config": {**CONFIG, "pooling": value}}
-
-
-def test_a_store_without_a_new_field_opens_with_what_that_meant(tmp_path: Path, new_field: str) -> None:
-    store_of(tmp_path, A)
-    store = Store.open(tmp_path)
-    assert store.about == now("old")
-    assert contents(store.load()) == contents([A])
-    assert store.verify() == []
-
-
-def test_a_store_without_a_new_field_takes_tasks_of_models_that_mean_the_same(tmp_path: Path, new_field: str) -> None:
-    store_of(tmp_path, A)
-    Store(tmp_path, now("old"), {}).commit(add=[B])
-    assert version(tmp_path) == contents([A, B])
-    with pytest.raises(InputError, match=r"config\.pooling is 'old', this model has 'new'"):
-        Store(tmp_path, now("new"), {}).commit(add=[C])
-    assert version(tmp_path) == contents([A, B])
-
-
-def test_stores_with_and_without_a_new_field_are_merged_if_they_mean_the_same(tmp_path: Path, new_field: str) -> None:
-    store_of(tmp_path / "before", A)
-    for value, task in (("old", B), ("new", C)):
-        Store(tmp_path / value, now(value), {}).commit(add=[task])
-    for into, source in (("before", "old"), ("old", "before")):
-        Store.open(tmp_path / into).merge([Store.open(tmp_path / source)])
-        assert version(tmp_path / into) == contents([A, B])
-    with pytest.raises(InputError, match=r"config\.pooling is 'new', .* has 'old'"):
-        Store.open(tmp_path / "before").merge([Store.open(tmp_path / "new")])
-
-
-def test_the_next_commit_writes_what_an_older_store_lacked(tmp_path: Path, new_field: str) -> None:
-    store_of(tmp_path, A)
-    Store.open(tmp_path).commit(add=[B])
-    assert json.loads((tmp_path / "manifest.json").read_text())["model"] == now("old")
-
-
-def test_options_that_another_version_wrote_in_a_task_are_kept(tmp_path: Path) -> None:
-    task = dataclasses.replace(A, options={**A.options, "later": {"a": [1, None]}})
-    store = store_of(tmp_path, task)
-    assert store.load()[0].options["later"] == {"a": [1, None]}
-    assert store.verify() == []
 
 
 # Damage
