@@ -1,23 +1,21 @@
-"""Tasks to learn and rows to answer, and the readers of the files they come from."""
+"""Tasks to learn and rows to answer."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import re
-import stat
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, WorkError, one_line
+from slm_fast.fields import TEXT, Unfit, check, list_of, read_json
+from slm_fast.readers import Record, read_records
 
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-FORMATS = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -48,16 +46,16 @@ class Row:
         if isinstance(value, str):
             value = {"text": value}
         if not isinstance(value, Mapping):
-            raise WorkError(f"expected a text or an object with 'text' or 'instruction' and 'input', got {value!r:.60}")
+            raise WorkError(
+                f"expected a text or an object with 'text' or 'instruction' and 'input', got {reprlib.repr(value)}"
+            )
         if "text" in value:
             text, instruction, target = _string(value, "text"), "", _answer(value, "label")
         elif "input" in value or "instruction" in value:
             text, instruction = _string(value, "input"), _string(value, "instruction")
             target = _answer(value, "output")
         else:
-            raise WorkError(
-                f"no 'text' (nor 'instruction' and 'input'); fields: {', '.join(map(repr, value)) or 'none'}"
-            )
+            raise WorkError(f"no 'text' (nor 'instruction' and 'input'); fields: {_names(value)}")
         if not (text or instruction):
             raise WorkError(f"empty {'text' if 'text' in value else 'input'}")
         return Row(text, target, instruction)
@@ -68,7 +66,7 @@ def _string(value: Mapping[str, Any], key: str) -> str:
     if got is None:
         got = ""
     if not isinstance(got, str):
-        raise WorkError(f"{key!r}: expected a string, got {got!r:.60}")
+        raise WorkError(f"{key!r}: expected a string, got {reprlib.repr(got)}")
     return _whole(got, key).strip()
 
 
@@ -76,7 +74,7 @@ def _whole(got: str, key: str) -> str:
     try:
         got.encode()
     except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no file and no tokenizer can hold
-        raise WorkError(f"{key!r}: holds half a character, got {got!a:.60}") from None
+        raise WorkError(f"{key!r}: holds half a character, got {got[:60]!a}") from None
     return got
 
 
@@ -84,8 +82,8 @@ def _answer(value: Mapping[str, Any], key: str) -> str | None:
     got = value.get(key)
     if got is None:
         return None
-    if isinstance(got, bool) or not isinstance(got, (str, int)):
-        raise WorkError(f"{key!r}: expected a word or an integer, got {got!r:.60}")
+    if isinstance(got, bool) or not isinstance(got, (str, Integral)):
+        raise WorkError(f"{key!r}: expected a word or an integer, got {reprlib.repr(got)}")
     return _whole(str(got), key).strip() or None
 
 
@@ -116,6 +114,36 @@ class Task:
             raise WorkError(f"{name}: a task needs at least two labels, got only {self.labels[0]!r}")
 
     @classmethod
+    def from_rows(
+        cls,
+        name: str,
+        rows: Iterable[Any],
+        *,
+        text: str | None = None,
+        label: str | None = None,
+        free_text: bool | None = None,
+        training: bool = True,
+    ) -> Task:
+        """A task from anything that gives rows: a list, a generator, a datasets.Dataset, a pandas.DataFrame.
+
+        Args:
+            rows: mappings with text,label or instruction,input,output, or (text, label) pairs.
+            text, label: the columns that hold the input and its answer, where they have other names.
+
+        Raises:
+            InputError: a bad name, no rows but a text or a mapping, or a first row without such a column. WorkError: as
+            for `Task`, naming the row.
+        """
+        if isinstance(rows, (str, Mapping)) or not isinstance(rows, Iterable):
+            raise InputError(f"rows: expected an iterable of rows, got {reprlib.repr(rows)}")
+        if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # a DataFrame, which iterates over its columns
+            rows = rows.to_dict("records")
+        check_name(name)
+        if text is not None or label is not None:
+            rows = (_choose(name, i, row, text, label) for i, row in enumerate(rows, 1))
+        return cls(name, rows, free_text=free_text, training=training)
+
+    @classmethod
     def from_file(cls, name: str, path: str | Path, *, training: bool = True) -> Task:
         """Read a task from csv, jsonl (both also .gz) or parquet; columns text,label or instruction,input,output.
 
@@ -139,6 +167,25 @@ def check_name(name: str) -> None:
         )
 
 
+def _choose(name: str, number: int, row: Any, text: str | None, label: str | None) -> dict[str, Any]:
+    """A row under the usual names, from the columns that `text` and `label` name."""
+    if not isinstance(row, Mapping):
+        raise WorkError(f"{name}: row {number}: expected a mapping with named columns, got {reprlib.repr(row)}")
+    if text is None and "text" not in row and ("input" in row or "instruction" in row):
+        chosen, columns = dict(row), {"output": label or "output"}
+    else:
+        chosen, columns = {}, {"text": text or "text", "label": label or "label"}
+    for column in columns.values():
+        if column not in row:
+            kind = InputError if number == 1 else WorkError
+            raise kind(f"{name}: row {number}: no column {column!r}; columns: {_names(row)}")
+    return chosen | {usual: row[column] for usual, column in columns.items()}
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, row)) or "none"
+
+
 def _answered(source: str, where: str, value: Any) -> Row:
     if isinstance(value, tuple) and len(value) == 2:
         value = {"text": value[0], "label": value[1]}
@@ -148,98 +195,60 @@ def _answered(source: str, where: str, value: Any) -> Row:
         raise WorkError(f"{source}: {where}: {error}") from None
     if row.target is None:
         answer = "label" if not isinstance(value, Mapping) or "text" in value else "output"
-        raise WorkError(f"{source}: {where}: no {answer!r}")
+        others = f"; fields: {_names(value)}" if isinstance(value, Mapping) and answer not in value else ""
+        raise WorkError(f"{source}: {where}: no {answer!r}{others}")
     return row
+
+
+def identified(record: Record) -> tuple[Any, Row | WorkError]:
+    """A record's id, which is the number of its line unless it has one, and its row or what is wrong with it."""
+    name: Any = record.place
+    if "id" in record.fields:
+        try:
+            json.dumps(record.fields["id"], ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            return name, WorkError("'id': holds half a character")
+        except (TypeError, ValueError, RecursionError) as error:
+            return name, WorkError(f"'id': cannot be written as JSON: {one_line(error)}")
+        name = record.fields["id"]
+    try:
+        return name, record.error or Row.parse(record.fields)
+    except WorkError as error:
+        return name, error
 
 
 def read_rows(path: str | Path) -> tuple[list[Row], bool]:
     """The answered rows of a task file and whether their answers are free text."""
     path = Path(path)
     records = list(read_records(path))
-    rows = [_answered(str(path), f"line {line}", record) for line, record in records]
+    rows = []
+    for record in records:
+        if record.error is not None:
+            raise WorkError(f"{path}: {record.where}: {record.error}")
+        rows.append(_answered(str(path), record.where, record.fields))
+    free_text = bool(records) and "text" not in records[0].fields
     names = path.parent / "labels.json"
-    labels = {record.get("label") for _, record in records}
-    if rows and all(_is_index(label) for label in labels) and names.is_file():
+    if rows and not free_text and all(_is_index(record.fields.get("label")) for record in records) and names.is_file():
         words = _read_words(names)
-        for (line, _), row in zip(records, rows, strict=True):
+        for record, row in zip(records, rows, strict=True):
             if int(row.target or 0) >= len(words):
-                raise WorkError(f"{path}: line {line}: label {row.target}: {names} names only {len(words)}")
+                raise WorkError(f"{path}: {record.where}: label {row.target}: {names} names only {len(words)}")
         rows = [Row(row.text, words[int(row.target or 0)], row.instruction) for row in rows]
-    return rows, bool(records) and "text" not in records[0][1]
+    return rows, free_text
 
 
 def _read_words(path: Path) -> list[str]:
     try:
-        words = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise WorkError(f"{path}: not a JSON list of words: {error}") from None
-    if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
-        raise WorkError(f"{path}: expected a JSON list of words, got {str(words)!r:.60}")
+        words: list[str] = read_json(path.read_bytes())
+        check(words, "labels", list_of(TEXT))
+    except (OSError, ValueError, Unfit) as error:
+        raise WorkError(f"{path}: not a JSON list of words: {one_line(error)}") from None
     return words
 
 
 def _is_index(label: Any) -> bool:
-    return isinstance(label, (int, str)) and not isinstance(label, bool) and str(label).isdecimal()
-
-
-def read_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line number, record) of each row of a csv, jsonl or parquet file."""
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    if suffix not in FORMATS:
-        raise InputError(f"{path}: unknown format; expected one of {', '.join(FORMATS)}")
-    try:
-        is_file = stat.S_ISREG(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        is_file = False
-    except OSError as error:
-        raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
-    if not is_file:
-        raise InputError(f"{path}: no such file")
-    if suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if suffix.endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise WorkError(f"{path}: cannot be read: {error}") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise WorkError(f"{path}: line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
-    if ".csv" in suffix:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        limit = csv.field_size_limit(len(text) + 1)
-        try:
-            records = [(reader.line_num, record) for record in reader]
-        except csv.Error as error:
-            raise WorkError(f"{path}: line {reader.line_num + 1}: {error}") from None
-        finally:
-            csv.field_size_limit(limit)
-        for line, record in records:
-            if None in record:
-                raise WorkError(f"{path}: line {line}: more columns than the header; quote a text that holds a comma")
-            yield line, record
-        return
-    for number, line_text in enumerate(text.split("\n"), 1):
-        if line_text.strip():
-            try:
-                record = json.loads(line_text)
-            except (ValueError, RecursionError) as error:
-                raise WorkError(f"{path}: line {number}: not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise WorkError(f"{path}: line {number}: expected a JSON object, got {line_text:.60}")
-            yield number, record
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        import pyarrow.parquet  # optional: only parquet files need it
-    except ImportError:
-        raise InputError(f"{path}: reading parquet needs pyarrow: pip install 'slm-fast[parquet]'") from None
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise WorkError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
-    yield from enumerate(table.to_pylist(), 1)
+    return (
+        isinstance(label, (int, str))
+        and not isinstance(label, bool)
+        and re.fullmatch(r"\d{1,9}", str(label)) is not None
+    )

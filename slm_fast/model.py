@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from slm_fast.options import ModelConfig
 from slm_fast.pool import Pool
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, check_taps, default_taps
 from slm_fast.router import DtkrRouter, GaussianRouter, Router
+from slm_fast.schema import check_fits
 from slm_fast.tasks import LearnedTask
 from slm_fast.tokenization import Encoded
 
@@ -90,6 +92,11 @@ class AdaptedModel:
         return about
 
     # Tasks
+
+    def check_fits(self, task: LearnedTask, file: Path | None = None) -> None:
+        """Raise WorkError, naming the file it was read from, unless a task fits this model."""
+        width = self.backbone.width if self.backbone.kind == "encoder" else None
+        check_fits(task, self.widths, width, self.query.width, self.config.router, file=file)
 
     def set_tasks(self, tasks: Sequence[LearnedTask]) -> None:
         """Know these tasks and no others. Pool and router change together, at the very end."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from slm_fast import __version__
-from slm_fast.data import Row
-from slm_fast.errors import InputError, WorkError, one_line
+from slm_fast.data import Row, identified
+from slm_fast.errors import InputError, WorkError
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.options import PredictOptions
 from slm_fast.predict import WINDOW, Prediction, answer, tokens_of_a_batch, windows_of
 from slm_fast.progress import bar
+from slm_fast.readers import read_records
 from slm_fast.resume import Output, check_resumable, open_input, survey
 
 Source = Path | IO[bytes]
@@ -144,47 +144,20 @@ def answer_lines(
     A row without an id gets the number of its line. The first `done` rows, of `rows` in all if that is known, were
     answered before: those that share a window with others are answered again, for the same batches, and left out.
     """
-    lines = ((number, line) for number, line in enumerate(source, 1) if line.strip())
     part = done % WINDOW if done != rows else 0
     first = done - part
     ids: deque[Any] = deque()  # of the rows that were read and not answered yet
 
     def read() -> Iterator[Row | WorkError]:
-        try:
-            for number, line in islice(lines, first, None):
-                name, row = _parse(number, line)
-                ids.append(name)
-                yield row
-        except (EOFError, OSError, zlib.error) as error:
-            raise WorkError(f"the input breaks off: {one_line(error)}") from None
+        for record in islice(read_records(source), first, None):
+            name, row = identified(record)
+            ids.append(name)
+            yield row
 
     for answers in answer(model, windows_of(read(), task, first), options, report):
         records = [{"id": ids.popleft()} | _as_json(found, options.top_k != 1) for found in answers]
         yield records[part:]
         part = 0
-
-
-def _parse(number: int, line: bytes) -> tuple[Any, Row | WorkError]:
-    """A line's id, and its row or what is wrong with it."""
-    name: Any = number
-    try:
-        value = json.loads(line.decode("utf-8"), parse_constant=_refuse)
-        if isinstance(value, dict):
-            json.dumps(value.get("id"), ensure_ascii=False).encode()  # half a character cannot be written
-            name = value.get("id", number)
-        return name, Row.parse(value)
-    except UnicodeEncodeError:
-        return name, WorkError("'id': holds half a character")
-    except UnicodeDecodeError:
-        return name, WorkError("not UTF-8")
-    except (ValueError, RecursionError) as error:
-        return name, WorkError(f"not JSON: {error}")
-    except WorkError as error:
-        return name, error
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _as_json(found: Prediction | WorkError, probabilities: bool) -> dict[str, Any]:

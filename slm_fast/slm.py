@@ -96,7 +96,10 @@ class ScalableLM:
             )
         slm = cls(loaded, ModelConfig(**config))
         check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {path}")
-        slm._set(store.load())
+        tasks = store.load()
+        for task in tasks:
+            slm.model.check_fits(task, store.file(task.name))
+        slm._set(tasks)
         slm.store = store
         return slm
 
@@ -258,11 +261,15 @@ class ScalableLM:
     def add(self, *tasks: LearnedTask) -> None:
         """Take in tasks learned elsewhere: `learned` of another model of the same backbone and configuration.
 
-        Raises InputError for a name that is taken. A model that belongs to a store commits them.
+        A model that belongs to a store commits them.
+
+        Raises:
+            InputError: a name is taken. WorkError: a task does not fit this model.
         """
         for task in tasks:
             if task.name in self.learned:
                 raise InputError(f"task {task.name!r}: already learned; forget it first")
+            self.model.check_fits(task)
         if self.store is not None:
             self.store.commit(add=tasks)
         self._set([*self.learned.values(), *tasks])

@@ -25,11 +25,11 @@ from typing import Any
 import safetensors
 import safetensors.torch
 
-from slm_fast.data import check_name
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, WorkError, one_line
+from slm_fast.fields import read_json
+from slm_fast.schema import FORMAT, check_manifest, check_task, task_path
 from slm_fast.tasks import LearnedTask
 
-FORMAT = 1
 MANIFEST = "manifest.json"
 TASK_FILE = re.compile(r"[0-9a-f]{64}\.safetensors(\.part)?")
 
@@ -50,6 +50,11 @@ def task_to_bytes(task: LearnedTask) -> bytes:
 
 def task_from_file(path: Path, digest: str) -> LearnedTask:
     """Read a task back. Raises WorkError when the file is missing, cut short, or not what the manifest says."""
+    return _task_from(_read(path, digest), path)
+
+
+def _read(path: Path, digest: str) -> bytes:
+    """The bytes of a task's file, if they are those that the manifest means."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -57,24 +62,16 @@ def task_from_file(path: Path, digest: str) -> LearnedTask:
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
         raise WorkError(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
+    return data
+
+
+def _task_from(data: bytes, path: Path) -> LearnedTask:
     try:
         tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return _task_from(tensors, json.loads(header["__metadata__"]["slm_fast"]))
+        header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise WorkError(f"{path}: not a task file: {error}") from None
-
-
-def _task_from(tensors: Mapping[str, Any], about: Mapping[str, Any]) -> LearnedTask:
-    modules = sorted({key[len("values.") :].rsplit(".", 1)[0] for key in tensors if key.startswith("values.")})
-    return LearnedTask(
-        name=about["name"],
-        labels=None if about["labels"] is None else tuple(about["labels"]),
-        values={m: (tensors[f"values.{m}.lora_a"], tensors[f"values.{m}.lora_b"]) for m in modules},
-        router={key: tensor for key, tensor in tensors.items() if not key.startswith(("values.", "head."))},
-        head=(tensors["head.weight"], tensors["head.bias"]) if "head.weight" in tensors else None,
-        options=about["options"],
-    )
+        raise WorkError(f"{path}: not a task file: {one_line(error)}") from None
+    return check_task((header.get("__metadata__") or {}).get("slm_fast"), tensors, path)
 
 
 class Store:
@@ -103,24 +100,23 @@ class Store:
             raise InputError(f"{path}: not a store (no {MANIFEST}); `slm-fast learn {path} ...` makes one") from None
         except OSError as error:
             raise WorkError(f"{manifest}: cannot be read: {error.strerror}") from None
-        try:
-            content = json.loads(data.decode())
-            version = content["format"]
-            if version != FORMAT:
-                raise WorkError(f"{manifest}: format {version}; this version of slm_fast reads format {FORMAT}")
-            files = {name: entry["sha256"] for name, entry in content["tasks"].items()}
-            for name in files:
-                check_name(name)  # it becomes a path
-            return cls(path, content["model"], files)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WorkError(f"{manifest}: damaged: {error}") from None
+        return cls(path, *check_manifest(data, manifest))
 
     @classmethod
     def exists(cls, path: str | Path) -> bool:
         return os.path.exists(Path(path) / MANIFEST)
 
     def file(self, name: str) -> Path:
-        return self.path / "tasks" / name / f"{self.files[name]}.safetensors"
+        return self.path / task_path(name, self.files[name])
+
+    def read(self, name: str) -> tuple[LearnedTask, bytes]:
+        """One task and the bytes of its file. Raises WorkError when they are not what the manifest says."""
+        file = self.file(name)
+        data = _read(file, self.files[name])
+        task = _task_from(data, file)
+        if task.name != name:
+            raise WorkError(f"{file}: holds task {task.name!r}, the manifest says {name!r}")
+        return task, data
 
     def load(self) -> list[LearnedTask]:
         """All tasks, by name. A reader whose task a writer takes away meanwhile starts again from the new manifest."""
@@ -129,7 +125,7 @@ class Store:
             before = manifest.stat()
             self.files = Store.open(self.path).files
             try:
-                return [task_from_file(self.file(name), self.files[name]) for name in sorted(self.files)]
+                return [self.read(name)[0] for name in sorted(self.files)]
             except WorkError:
                 # Every commit is another file in the manifest's place, also one that takes a change back.
                 now = manifest.stat()
@@ -197,10 +193,7 @@ class Store:
             for source in sources:
                 for name in sorted(source.files.keys() - self.files.keys()):
                     if origin[name] == source.path:
-                        data = source.file(name).read_bytes() if source.file(name).is_file() else b""
-                        if hashlib.sha256(data).hexdigest() != files[name]:
-                            raise WorkError(f"{source.file(name)}: missing or damaged")
-                        self._place(name, files[name], data)
+                        self._place(name, files[name], source.read(name)[1])
             self._finish(files)
 
     def verify(self) -> list[str]:
@@ -208,11 +201,8 @@ class Store:
         wrong = []
         for name in sorted(self.files):
             try:
-                check_name(name)
-                task = task_from_file(self.file(name), self.files[name])
-                if task.name != name:
-                    wrong.append(f"{self.file(name)}: holds task {task.name!r}, the manifest says {name!r}")
-            except (InputError, WorkError) as error:
+                self.read(name)
+            except WorkError as error:
                 wrong.append(str(error))
         return wrong
 
@@ -250,20 +240,18 @@ class Store:
                 time.sleep(0.05)
 
     def _place(self, name: str, digest: str, data: bytes) -> None:
-        folder = self.path / "tasks" / name
+        file = self.path / task_path(name, digest)
+        folder = file.parent
         if not folder.is_dir():
             folder.mkdir(parents=True)
             for made in (folder.parent, self.path):
                 _flush_directory(made)
-        _write(folder / f"{digest}.safetensors", data)
+        _write(file, data)
         _flush_directory(folder)
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """Commit the manifest, then clear away what it no longer names."""
-        tasks = {
-            name: {"file": f"tasks/{name}/{digest}.safetensors", "sha256": digest}
-            for name, digest in sorted(files.items())
-        }
+        tasks = {name: {"file": task_path(name, digest), "sha256": digest} for name, digest in files.items()}
         content = {"format": FORMAT, "model": self.about, "tasks": tasks}
         _write(self.path / MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
         self.files = dict(files)
@@ -285,7 +273,7 @@ class Store:
         for folder in sorted(tasks.iterdir()) if tasks.is_dir() else []:
             if folder.is_dir():
                 files = list(folder.iterdir())
-                named = folder / f"{self.files.get(folder.name)}.safetensors"
+                named = self.file(folder.name) if folder.name in self.files else None
                 ours = [file for file in files if TASK_FILE.fullmatch(file.name) and file != named]
                 found += sorted(ours)
                 if folder.name not in self.files and ours == files:
@@ -295,9 +283,11 @@ class Store:
 
 def check_same(got: Mapping[str, Any], expected: Mapping[str, Any], got_from: str, expected_by: str) -> None:
     """Raise InputError unless two stores, or a store and a model, are of one backbone and configuration."""
-    for key, ours in expected.items():
-        if key != "backbone" and got.get(key) != ours:  # where the backbone was loaded from may differ
-            raise InputError(f"{got_from}: {key} is {got.get(key)!r}, {expected_by} has {ours!r}")
+    for part, theirs, ours in (("", got, expected), ("config.", got["config"], expected["config"])):
+        for key in sorted(theirs.keys() | ours.keys()):
+            field = part + key
+            if field not in ("backbone", "config") and theirs.get(key) != ours.get(key):  # the backbone may have moved
+                raise InputError(f"{got_from}: {field} is {theirs.get(key)!r}, {expected_by} has {ours.get(key)!r}")
 
 
 def _write(path: Path, data: bytes) -> None:

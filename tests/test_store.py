@@ -26,7 +26,21 @@ from slm_fast.errors import InputError, SlmError, WorkError
 from slm_fast.store import Store, task_from_file, task_to_bytes
 from slm_fast.tasks import LearnedTask
 
-ABOUT = {"backbone": "tiny", "fingerprint": "f00d", "config": {"query": "trunk", "router": "gaussian", "taps": [1, 3]}}
+CONFIG = {
+    "query": "trunk",
+    "router": "gaussian",
+    "taps": [1, 3],
+    "encoder": None,
+    "targets": ["query", "value"],
+    "first_layer": 3,
+    "k": 2,
+    "groups": 4,
+    "aggregate": "mean",
+    "temperature": 4.0,
+    "route_on": "input",
+    "max_length": 128,
+}
+ABOUT = {"backbone": "tiny", "fingerprint": "f00d", "config": CONFIG}
 
 
 def make_task(name: str, *, slots: int = 1, labels: tuple[str, ...] | None = ("né", "pos")) -> LearnedTask:
@@ -381,9 +395,9 @@ def test_a_refused_merge_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_store_of_another_configuration_is_not_merged(tmp_path: Path) -> None:
-    other = Store(tmp_path / "other", {**ABOUT, "config": {"query": "sentence"}}, {})
+    other = Store(tmp_path / "other", {**ABOUT, "config": {**CONFIG, "k": 5}}, {})
     other.commit(add=[B])
-    with pytest.raises(InputError, match="config") as caught:
+    with pytest.raises(InputError, match=r"config\.k is 5, .* has 2") as caught:
         store_of(tmp_path / "into", A).merge([other])
     assert str(tmp_path / "other") in str(caught.value)
     assert version(tmp_path / "into") == contents([A])
@@ -510,7 +524,12 @@ def test_verify_finds_nothing_wrong_with_a_sound_store(tmp_path: Path) -> None:
 def test_verify_names_a_task_that_stands_under_another_name(tmp_path: Path) -> None:
     store = store_of(tmp_path, A)
     store.file("a").parent.rename(tmp_path / "tasks" / "z")
-    edit_manifest(tmp_path, lambda manifest: manifest["tasks"].update({"z": manifest["tasks"].pop("a")}))
+    digest = store.files["a"]
+    renamed = {"z": {"file": f"tasks/z/{digest}.safetensors", "sha256": digest}}
+    edit_manifest(tmp_path, lambda manifest: manifest.update(tasks=renamed))
+    for refused in (Store.open(tmp_path).load, lambda: store_of(tmp_path / "x", B).merge([Store.open(tmp_path)])):
+        with pytest.raises(WorkError, match="holds task 'a', the manifest says 'z'"):
+            refused()
     [line] = Store.open(tmp_path).verify()
     assert "holds task 'a', the manifest says 'z'" in line
 

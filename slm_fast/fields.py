@@ -1,0 +1,126 @@
+"""Fields of a JSON object: which there must be, and what each may hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+Kind = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whether a value is that
+
+
+class Unfit(Exception):
+    """A field, and what is wrong with it. Names may come from a damaged file: what cannot be printed is escaped."""
+
+    def __init__(self, field: str, wrong: str) -> None:
+        shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in field)
+        super().__init__(f"{shown}: {wrong}")
+
+
+class Unknown(Unfit):
+    """A field that this version does not know."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(field, "not known; written by a newer version of slm_fast")
+
+
+def read_json(data: bytes | str) -> Any:
+    """JSON as the standard has it: no NaN, no field twice. Raises ValueError for anything else, however deep."""
+    try:
+        text = data.decode() if isinstance(data, bytes) else data
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def refuse_constant(constant: str) -> None:
+    """For json's `parse_constant`: Python reads NaN and Infinity, the standard does not have them."""
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"field {repeated(name for name, _ in pairs)!a} stands there twice")
+    return found
+
+
+def repeated(items: Iterable[str]) -> str | None:
+    """The first that stands there for the second time."""
+    seen: set[str] = set()
+    for item in items:
+        if item in seen:
+            return item
+        seen.add(item)
+    return None
+
+
+def fields(
+    value: Any, where: str, *names: str, optional: Sequence[str] = (), others: bool = False
+) -> Mapping[str, Any]:
+    """`value`, if it is an object with the fields `names`, and none but `optional` ones (any, with `others`) beside.
+
+    Raises Unfit, or Unknown for a field that none of these name.
+    """
+    prefix = f"{where}." if where else ""
+    if not isinstance(value, Mapping):
+        raise Unfit(where or "all of it", f"expected an object, got {reprlib.repr(value)}")
+    for name in sorted(value) if not others else ():
+        if name not in names and name not in optional:
+            raise Unknown(f"{prefix}{name}")
+    for name in names:
+        if name not in value:
+            raise Unfit(f"{prefix}{name}", "missing")
+    return value
+
+
+def check(value: Any, field: str, kind: Kind) -> None:
+    """Raise Unfit unless the value of a field is of this kind."""
+    expected, fits = kind
+    if not fits(value):
+        raise Unfit(field, f"expected {expected}, got {reprlib.repr(value)}")
+
+
+# Kinds
+
+
+def _is_string(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair
+        return False
+    return True
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+STRING: Kind = "a string", _is_string
+TEXT: Kind = "a non-empty string", lambda value: _is_string(value) and value != ""
+POSITIVE: Kind = (
+    "a positive number",
+    lambda value: (_is_integer(value) or isinstance(value, float)) and 0 < value < math.inf,
+)
+
+
+def word(*choices: str) -> Kind:
+    return " or ".join(map(repr, choices)), lambda value: isinstance(value, str) and value in choices
+
+
+def integer(least: int) -> Kind:
+    return f"an integer from {least} on", lambda value: _is_integer(value) and least <= value < 2**31
+
+
+def list_of(kind: Kind) -> Kind:
+    expected, fits = kind
+    return f"a list, each {expected}", lambda value: isinstance(value, list) and bool(value) and all(map(fits, value))
+
+
+def or_null(kind: Kind) -> Kind:
+    expected, fits = kind
+    return f"{expected}, or null", lambda value: value is None or fits(value)

@@ -1,0 +1,258 @@
+"""What a store's manifest and a task's file say, checked whole when they are read.
+
+Every refusal is one WorkError line that names the file and the field.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slm_fast.data import check_name
+from slm_fast.errors import InputError, WorkError
+from slm_fast.fields import (
+    POSITIVE,
+    STRING,
+    TEXT,
+    Kind,
+    Unfit,
+    Unknown,
+    check,
+    fields,
+    integer,
+    list_of,
+    or_null,
+    read_json,
+    repeated,
+    word,
+)
+from slm_fast.router import PERCENTILES
+from slm_fast.tasks import LearnedTask
+
+FORMAT = 1
+DIGEST: Kind = (
+    "64 hexadecimal digits",
+    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+)
+INCREMENT = re.compile(r"values\.(?P<module>.+)\.lora_[ab]")
+# What the router keeps of a task, beside `distance` [101]: the tensors of a gaussian one, or of a dtkr one.
+ROUTERS = {"gaussian": ("count", "mean", "scatter"), "dtkr": ("keys",)}
+
+# The fields of a model's configuration (slm_fast.options.ModelConfig, every choice made), as a manifest holds them.
+CONFIG: Mapping[str, Kind] = {
+    "query": word("trunk", "sentence"),
+    "router": word(*ROUTERS),
+    "taps": or_null(list_of(integer(0))),
+    "encoder": or_null(TEXT),
+    "targets": list_of(TEXT),
+    "first_layer": integer(0),
+    "k": integer(1),
+    "groups": integer(1),
+    "aggregate": word("mean", "vote"),
+    "temperature": POSITIVE,
+    "route_on": word("input", "prompt"),
+    "max_length": integer(1),
+}
+
+# Field of the configuration -> what stores written before there was such a field meant. A new field of `CONFIG` has a
+# value here, so that older stores open and answer as they did.
+WHEN_ABSENT: Mapping[str, Any] = {}
+
+
+# The manifest
+
+
+def check_manifest(data: bytes, file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the tasks of a store have in common, its configuration completed from `WHEN_ABSENT`, and the SHA-256 of
+    each task's file.
+
+    Raises WorkError when the manifest is damaged or of a newer version.
+    """
+    try:
+        content = read_json(data)
+        version = fields(content, "", "format", others=True)["format"]
+        check(version, "format", integer(1))
+        if version != FORMAT:
+            raise WorkError(f"{file}: format {version}; this version of slm_fast reads format {FORMAT}")
+        fields(content, "", "format", "model", "tasks")
+        return _model(content["model"]), _files(content["tasks"])
+    except Unknown as unknown:
+        raise WorkError(f"{file}: {unknown}") from None
+    except (Unfit, ValueError) as error:
+        raise WorkError(f"{file}: damaged: {error}") from None
+
+
+def _model(model: Any) -> dict[str, Any]:
+    fields(model, "model", "backbone", "fingerprint", "config", optional=["encoder_fingerprint"])
+    for field, kind in (("backbone", STRING), ("fingerprint", TEXT), ("encoder_fingerprint", TEXT)):
+        if field in model:
+            check(model[field], f"model.{field}", kind)
+    config = {**WHEN_ABSENT, **fields(model["config"], "model.config", others=True)}
+    fields(config, "model.config", *CONFIG)
+    for field, kind in CONFIG.items():
+        check(config[field], f"model.config.{field}", kind)
+    sentence = config["query"] == "sentence"
+    for field, there, wanted in (
+        ("config.taps", config["taps"] is not None, not sentence),
+        ("config.encoder", config["encoder"] is not None, sentence),
+        ("encoder_fingerprint", "encoder_fingerprint" in model, sentence),
+    ):
+        if there != wanted:
+            raise Unfit(f"model.{field}", f"{'missing' if wanted else 'does not go'} with query {config['query']!r}")
+    return {**model, "config": config}
+
+
+def _files(tasks: Any) -> dict[str, str]:
+    files = {}
+    for name, entry in fields(tasks, "tasks", others=True).items():
+        try:
+            check_name(name)  # it becomes a path
+        except InputError as error:
+            raise Unfit("tasks", str(error)) from None
+        fields(entry, f"tasks.{name}", "file", "sha256")
+        digest = entry["sha256"]
+        check(digest, f"tasks.{name}.sha256", DIGEST)
+        check(entry["file"], f"tasks.{name}.file", word(task_path(name, digest)))
+        files[name] = digest
+    return files
+
+
+def task_path(name: str, digest: str) -> str:
+    """Where a task's file stands in its store."""
+    return f"tasks/{name}/{digest}.safetensors"
+
+
+# A task's file
+
+
+def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> LearnedTask:
+    """The task that a file's metadata and tensors make, if they fit each other.
+
+    Raises WorkError when they do not. Whether the task fits a backbone is for `check_fits`.
+    """
+    try:
+        check(metadata, "metadata", TEXT)
+        about = fields(read_json(metadata), "", "labels", "name", "options")
+        check(about["name"], "name", TEXT)
+        check_name(about["name"])
+        check(about["labels"], "labels", or_null(list_of(TEXT)))
+        labels = about["labels"]
+        if repeated(labels or ()) is not None:
+            raise Unfit("labels", f"{repeated(labels)!r} stands there twice")
+        fields(about["options"], "options", others=True)
+        _check_tensors(tensors, labels)
+    except Unknown as unknown:
+        raise WorkError(f"{file}: {unknown}") from None
+    except (Unfit, InputError, ValueError) as error:
+        raise WorkError(f"{file}: not a task file: {error}") from None
+    return LearnedTask(
+        name=about["name"],
+        labels=None if labels is None else tuple(labels),
+        values={
+            module: (tensors[f"values.{module}.lora_a"], tensors[f"values.{module}.lora_b"])
+            for module in _modules(tensors)
+        },
+        router={name: tensor for name, tensor in tensors.items() if not name.startswith(("values.", "head."))},
+        head=(tensors["head.weight"], tensors["head.bias"]) if "head.weight" in tensors else None,
+        options=about["options"],
+    )
+
+
+def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the modules that tensors have increments for, sorted."""
+    return sorted({match["module"] for match in map(INCREMENT.fullmatch, tensors) if match})
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None) -> None:
+    """Which tensors there are, and that their shapes, types and numbers fit each other."""
+    modules = _modules(tensors)
+    if not modules:
+        raise Unfit("values", "expected increments of at least one module, got none")
+    router = "dtkr" if "keys" in tensors else "gaussian"
+    names = [f"values.{module}.{half}" for module in modules for half in ("lora_a", "lora_b")]
+    names += ["distance", *ROUTERS[router]]
+    if "head.weight" in tensors or "head.bias" in tensors:
+        names += ["head.weight", "head.bias"]
+        if labels is None:
+            raise Unfit("labels", "expected those of the head, got null")
+    fields(tensors, "", *names)
+    for name in names:
+        _check_numbers(name, tensors[name])
+
+    first = tensors[names[0]]
+    slots, rank = first.shape[:2] if first.dim() == 3 else (None, None)
+    for module in modules:
+        _check_shape(f"values.{module}.lora_a", tensors[f"values.{module}.lora_a"], S=slots, r=rank, I=None)
+        _check_shape(f"values.{module}.lora_b", tensors[f"values.{module}.lora_b"], S=slots, r=rank, O=None)
+    _check_shape("distance", tensors["distance"], percentiles=PERCENTILES)
+    if router == "dtkr":
+        _check_shape("keys", tensors["keys"], S=slots, D=None)
+    else:
+        _check_shape("count", tensors["count"], S=slots)
+        _, width = _check_shape("mean", tensors["mean"], S=slots, D=None)
+        _check_shape("scatter", tensors["scatter"], triangle=width * (width + 1) // 2)
+    if "head.weight" in tensors:
+        _check_shape("head.weight", tensors["head.weight"], C=len(labels or ()), H=None)
+        _check_shape("head.bias", tensors["head.bias"], C=len(labels or ()))
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise Unfit(name, f"expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
+    if not tensor.isfinite().all():
+        raise Unfit(name, "holds a number that is not finite")
+
+
+def _check_shape(name: str, tensor: Tensor, **sizes: int | None) -> tuple[int, ...]:
+    """The shape of a tensor, if it has these sizes by name (None: any) and none of them is 0."""
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(sizes) and all(
+        got > 0 and size in (None, got) for got, size in zip(shape, sizes.values(), strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(letter if size is None else str(size) for letter, size in sizes.items())
+        raise Unfit(name, f"expected [{wanted}], got {list(shape)}")
+    return shape
+
+
+def check_fits(
+    task: LearnedTask,
+    modules: Mapping[str, tuple[int, int]],
+    width: int | None,
+    query_width: int,
+    router: str,
+    *,
+    file: Path | None = None,
+) -> None:
+    """Raise WorkError unless a task fits the model that is to answer with it.
+
+    Args:
+        modules: name -> (in_features I, out_features O) of each linear layer that carries increments.
+        width: H of an encoder-only backbone, whose tasks have heads; None for one that writes, whose tasks have none.
+        query_width: D. router: "gaussian" or "dtkr".
+        file: where the task was read from, for the message.
+    """
+    try:
+        for module in sorted(task.values.keys() ^ modules.keys()):
+            raise Unfit(f"values.{module}", "missing" if module in modules else "the model has no such layer")
+        slots, rank = next(iter(task.values.values()))[0].shape[:2]
+        for module, (features_in, features_out) in modules.items():
+            lora_a, lora_b = task.values[module]
+            _check_shape(f"values.{module}.lora_a", lora_a, S=slots, r=rank, I=features_in)
+            _check_shape(f"values.{module}.lora_b", lora_b, S=slots, r=rank, O=features_out)
+        expected = {"distance", *ROUTERS[router]}
+        if task.router.keys() != expected:
+            raise Unfit("router", f"expected {', '.join(sorted(expected))}, got {', '.join(sorted(task.router))}")
+        key = "keys" if router == "dtkr" else "mean"
+        _check_shape(key, task.router[key], S=slots, D=query_width)
+        if (task.head is None) != (width is None):
+            raise Unfit("head", "missing" if task.head is None else "the model answers without one")
+        if task.head is not None:
+            _check_shape("head.weight", task.head[0], C=len(task.labels or ()), H=width)
+    except Unfit as error:
+        raise WorkError(f"{file or f'task {task.name!r}'}: does not fit the model: {error}") from None
