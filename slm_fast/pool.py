@@ -138,6 +138,7 @@ class _Buffers:
     as soon as no pool uses it, and a change that fails half-way leaves nothing to undo.
     """
 
+    @torch.inference_mode(False)  # or they could not be written to outside of it
     def __init__(self, tasks: Sequence[LearnedTask], capacity: int, device: torch.device, dtype: torch.dtype) -> None:
         def room(module: str, which: int) -> Tensor:
             parts = [task.values[module][which] for task in tasks]
