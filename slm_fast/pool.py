@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from slm_fast.errors import InputError
 from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask, in_name_order
@@ -16,23 +21,98 @@ from slm_fast.tasks import LearnedTask, in_name_order
 class Pool:
     """Values and heads of the given tasks. Slots are numbered through the tasks in the order of their names.
 
+    A pool does not change. `with_task` and `without` return another one that shares its buffers, at the cost of that
+    one task's values (and of lists and two tensors as long as there are slots). Hence a slot's values do not lie in the
+    row of its id: `rows` says where. Rows are free for other values once no pool that uses them is held.
+
     slot_task: [P] int64, which task (its place in `tasks`) each slot belongs to.
-    values: module name -> (lora_a [P, r, I], lora_b [P, r, O]) in the backbone's dtype. Tasks of a smaller rank are
-        filled up with zeros.
+    row_of_slot: [P + 1] int64, where each slot's values lie; the last is -1, so that slot -1 has row -1.
+    values: module name -> (lora_a [rows, r, I], lora_b [rows, r, O]) in the backbone's dtype. Tasks of a smaller rank
+        are filled up with zeros.
     """
 
-    def __init__(self, tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype) -> None:
-        self.tasks = in_name_order(tasks)
-        owner = [i for i, task in enumerate(self.tasks) for _ in range(task.slots)]
-        self.names = [task.name for task in self.tasks]
+    def __init__(
+        self, tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype, *, capacity: int = 0
+    ) -> None:
+        """A pool whose slots lie in the rows of their ids, in buffers with room for `capacity` slots in all."""
+        tasks = in_name_order(tasks)
+        buffers = _Buffers(tasks, max(capacity, sum(task.slots for task in tasks)), device, dtype)
+        slots = iter(range(buffers.capacity))
+        ids = [list(islice(slots, task.slots)) for task in tasks]
+        self._hold(tasks, buffers.write(tasks, ids), buffers)
+
+    def with_task(self, task: LearnedTask) -> Pool:
+        """A pool that has one more task.
+
+        Where its rank exceeds the others', or no row is free, all values are laid out anew, with room for twice as many
+        slots: once in a while, and what is answered does not show it.
+
+        Raises InputError for a name that is taken.
+        """
+        if task.name in self.names:
+            raise InputError(f"task {task.name!r}: the pool has it already")
+        i = bisect(self.names, task.name)
+        tasks = [*self.tasks[:i], task, *self.tasks[i:]]
+        rows = self._buffers.free(task.slots)
+        if rows is None or not self._buffers.fits(task):
+            return self._laid_out_anew(tasks)
+        held = [*self._held[:i], *self._buffers.write([task], [rows]), *self._held[i:]]
+        return self._sharing(tasks, held)
+
+    def without(self, name: str) -> Pool:
+        """A pool that has one task less.
+
+        Where it was the last of the largest rank, or less than a quarter of the room is used, all values are laid out
+        anew: a product's last bits may depend on the rank, and memory is given back.
+
+        Raises InputError for a name that is not there.
+        """
+        if name not in self.names:
+            raise InputError(f"task {name!r}: the pool does not have it; tasks: {', '.join(self.names) or 'none'}")
+        i = self.names.index(name)
+        tasks = self.tasks[:i] + self.tasks[i + 1 :]
+        slots = self.slots - self.tasks[i].slots
+        if 4 * slots < self._buffers.capacity or not self._buffers.filled_by(tasks):
+            return self._laid_out_anew(tasks)
+        return self._sharing(tasks, self._held[:i] + self._held[i + 1 :])
+
+    def _laid_out_anew(self, tasks: list[LearnedTask]) -> Pool:
+        slots = sum(task.slots for task in tasks)
+        return Pool(tasks, self._buffers.device, self._buffers.dtype, capacity=2 * slots)
+
+    def _sharing(self, tasks: list[LearnedTask], held: list[_Rows]) -> Pool:
+        pool = Pool.__new__(Pool)
+        pool._hold(tasks, held, self._buffers)
+        return pool
+
+    def _hold(self, tasks: list[LearnedTask], held: list[_Rows], buffers: _Buffers) -> None:
+        owner = [i for i, task in enumerate(tasks) for _ in range(task.slots)]
+        rows = [row for own in held for row in own.ids]
+        self.tasks = tasks
+        self.names = [task.name for task in tasks]
         self.slot_names = [self.names[i] for i in owner]  # the task of each slot
-        self.slot_task = torch.tensor(owner, dtype=torch.int64, device=device)
-        self.values: Values = _stack_values(self.tasks, device, dtype)
-        self.heads = Heads.of(self.tasks, device) if self.tasks and self.tasks[0].head is not None else None
+        self.slot_task = torch.tensor(owner, dtype=torch.int64, device=buffers.device)
+        self.row_of_slot = torch.tensor([*rows, -1], dtype=torch.int64, device=buffers.device)
+        # Views, so that what runs on this pool finds its values where they were, whatever is learned meanwhile.
+        used = max(rows, default=-1) + 1
+        self.values: Values = {module: (a[:used], b[:used]) for module, (a, b) in buffers.values.items()}
+        self._buffers, self._held = buffers, held
 
     @property
     def slots(self) -> int:
         return len(self.slot_task)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def heads(self) -> Heads | None:
+        """Put together when first asked for, since the order of all tasks' words decides ties. For 2,000 tasks of four
+        labels and 768 features that copies 25 MB."""
+        return Heads.of(self.tasks, self._buffers.device) if self.tasks and self.tasks[0].head is not None else None
+
+    def rows(self, route: Route) -> Route:
+        """The route with the rows of `values` in the place of slot ids, for the adapted layers. Does not wait for the
+        device."""
+        return Route(self.row_of_slot[route.slot_ids], route.weights)
 
     def slots_of(self, name: str) -> Tensor:
         """[P] bool: the slots of one task."""
@@ -44,17 +124,61 @@ class Pool:
         return weights.scatter_add_(1, self.slot_task[route.slot_ids.clamp(min=0)], route.weights)
 
 
-def _stack_values(tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype) -> Values:
-    if not tasks:
-        return {}
+class _Rows:
+    """The rows in which a task's values lie. They are taken as long as this object is held."""
 
-    def stack(module: str, which: int) -> Tensor:
-        parts = [task.values[module][which] for task in tasks]
-        rank = max(part.shape[1] for part in parts)
-        parts = [torch.nn.functional.pad(part, (0, 0, 0, rank - part.shape[1])) for part in parts]
-        return torch.cat(parts).to(device=device, dtype=dtype)
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
 
-    return {module: (stack(module, 0), stack(module, 1)) for module in tasks[0].values}
+
+class _Buffers:
+    """Room for the values of `capacity` slots, a row each, padded to the largest rank of the tasks they are made for.
+
+    Pools that follow from one another share them. Only weak references tell which rows are taken, so that a row is free
+    as soon as no pool uses it, and a change that fails half-way leaves nothing to undo.
+    """
+
+    @torch.inference_mode(False)  # or they could not be written to outside of it
+    def __init__(self, tasks: Sequence[LearnedTask], capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        def room(module: str, which: int) -> Tensor:
+            parts = [task.values[module][which] for task in tasks]
+            rank = max(part.shape[1] for part in parts)
+            return torch.zeros(capacity, rank, parts[0].shape[2], device=device, dtype=dtype)
+
+        self.capacity, self.device, self.dtype = capacity, device, dtype
+        modules = tasks[0].values if tasks else ()
+        self.values = {module: (room(module, 0), room(module, 1)) for module in modules}
+        self.taken: WeakSet[_Rows] = WeakSet()
+
+    def free(self, count: int) -> list[int] | None:
+        """The lowest rows that are free, or None where there are not so many."""
+        taken = {row for rows in self.taken for row in rows.ids}
+        rows = list(islice((row for row in range(self.capacity) if row not in taken), count))
+        return rows if len(rows) == count else None
+
+    def fits(self, task: LearnedTask) -> bool:
+        """Whether no rank of the task exceeds that of the buffers."""
+        return all(task.values[module][0].shape[1] <= a.shape[1] for module, (a, _) in self.values.items())
+
+    def filled_by(self, tasks: Sequence[LearnedTask]) -> bool:
+        """Whether the buffers' ranks are still the largest of the tasks'."""
+        return all(
+            any(task.values[module][0].shape[1] == a.shape[1] for task in tasks)
+            for module, (a, _) in self.values.items()
+        )
+
+    @torch.no_grad()
+    def write(self, tasks: Sequence[LearnedTask], ids: Sequence[list[int]]) -> list[_Rows]:
+        """Takes rows for each of some tasks and fills them, whatever they held."""
+        held = [_Rows(own) for own in ids]
+        self.taken.update(held)
+        index = torch.tensor([row for own in ids for row in own], dtype=torch.int64, device=self.device)
+        for module, pair in self.values.items():
+            for which, buffer in enumerate(pair):
+                parts = [task.values[module][which] for task in tasks]
+                padded = [nn.functional.pad(part, (0, 0, 0, buffer.shape[1] - part.shape[1])) for part in parts]
+                buffer[index] = torch.cat(padded).to(device=self.device, dtype=self.dtype)
+        return held
 
 
 @dataclass(frozen=True)
@@ -73,23 +197,18 @@ class Heads:
 
     @classmethod
     def of(cls, tasks: Sequence[LearnedTask], device: torch.device) -> Heads:
-        words = sorted({label for task in tasks for label in task.labels or ()})
-        most = max(len(task.labels or ()) for task in tasks)
-        column = torch.full((len(tasks), most), -1)
-        word = torch.zeros(len(tasks), most, dtype=torch.int64)
-        weights, biases, start = [], [], 0
-        for i, task in enumerate(tasks):
-            assert task.head is not None
-            assert task.labels is not None
-            n = len(task.labels)
-            column[i, :n] = torch.arange(start, start + n)
-            word[i, :n] = torch.tensor([words.index(label) for label in task.labels])
-            weights.append(task.head[0])
-            biases.append(task.head[1])
-            start += n
-        return cls(
-            torch.cat(weights).to(device), torch.cat(biases).to(device), column.to(device), word.to(device), words
-        )
+        heads = [task.head for task in tasks if task.head is not None]
+        labels = [task.labels or () for task in tasks]
+        words = sorted({label for own in labels for label in own})
+        place = {word: i for i, word in enumerate(words)}
+        counts = torch.tensor([len(own) for own in labels])
+        label_there = torch.arange(int(counts.max())) < counts[:, None]  # [tasks, Cmax]
+        column = torch.full(label_there.shape, -1)
+        column[label_there] = torch.arange(int(counts.sum()))
+        word = torch.zeros(label_there.shape, dtype=torch.int64)
+        word[label_there] = torch.tensor([place[label] for own in labels for label in own])
+        weight, bias = torch.cat([weight for weight, _ in heads]), torch.cat([bias for _, bias in heads])
+        return cls(weight.to(device), bias.to(device), column.to(device), word.to(device), words)
 
     def answer(self, features: Tensor, slot_task: Tensor, route: Route) -> Tensor:
         """Distribution over `words`, sum_t p(t) softmax(head_t(features)): features [B, H] -> [B, words] float32."""

@@ -7,34 +7,24 @@ So tasks may be learned in any order, or one taken away, and every bit of the re
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from slm_fast import ops
+from slm_fast.covariance import PERCENTILES, ExactSum, mahalanobis, moments, pack, percentiles, unpack, whitener
 from slm_fast.errors import InputError, WorkError
 from slm_fast.ops import Route
+from slm_fast.ops.retrieve import PreparedKeys
 
 Part = Mapping[str, Tensor]  # what one task's file holds for its router
-PERCENTILES = 101
-
-
-class Router(Protocol):
-    def fit(self, query: Tensor, slots: int, seed: int) -> dict[str, Tensor]:
-        """A task's part from its training queries [N, D]."""
-
-    def load(self, parts: Sequence[Part], device: torch.device) -> None:
-        """Route among these tasks' slots from now on; slot ids follow the order of `parts`."""
-
-    def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
-        """query [B, D], mask [B, P] or [P] of slots allowed -> Route."""
-
-    def distance(self, query: Tensor, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """How far each query [B, D] is from the task of its slot [B], and how far that task's training queries were:
-        distance [B] and percentiles [B, 101]."""
+WHITENER_BYTES = 256 << 20  # what the covariances kept for distances may take
 
 
 class NotFinite(WorkError):
@@ -51,13 +41,95 @@ def check_finite(query: Tensor) -> None:
         raise NotFinite(int(bad[0]))
 
 
+AnyRouter = TypeVar("AnyRouter", bound="Router")
+
+
 @dataclass
-class DtkrRouter:
+class Router(ABC):
+    """Routes among the slots of tasks whose parts it holds, in the order of their names; slot ids follow that order.
+
+    Once loaded a router does not change. `with_part` and `without` return another one, at the cost of that one task's
+    part (and of lists as long as there are tasks). What concerns all slots is computed for the first route asked for.
+    """
+
+    k: int
+
+    per_slot: ClassVar[str]  # the entry of a part that has a row for each slot
+
+    @abstractmethod
+    def fit(self, query: Tensor, slots: int, seed: int) -> dict[str, Tensor]:
+        """A task's part from its training queries [N, D]."""
+
+    @abstractmethod
+    def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
+        """query [B, D], mask [B, P] or [P] of slots allowed -> Route."""
+
+    @abstractmethod
+    def _distance(self, query: Tensor, task: int) -> Tensor:
+        """How far queries [N, D] are from a task: [N]."""
+
+    def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device) -> None:
+        """Route among these tasks, given by name or as a list in order, whose names are then 000000, 000001, ...
+
+        Raises WorkError for a part that cannot be used.
+        """
+        named = parts if isinstance(parts, Mapping) else {f"{i:06d}": part for i, part in enumerate(parts)}
+        names = sorted(named)
+        self._hold(names, [named[name] for name in names], device)
+
+    def with_part(self: AnyRouter, name: str, part: Part) -> AnyRouter:
+        """A router that knows one more task.
+
+        Raises InputError for a name that is taken, WorkError for a part that cannot be used.
+        """
+        if name in self.names:
+            raise InputError(f"task {name!r}: the router has it already")
+        router, names, parts, i = replace(self), self.names, self.parts, bisect(self.names, name)
+        router._hold([*names[:i], name, *names[i:]], [*parts[:i], part, *parts[i:]], self.device)
+        return router
+
+    def without(self: AnyRouter, name: str) -> AnyRouter:
+        """A router that knows one task less. Raises InputError for a name that is not there."""
+        router, i = replace(self), self._place(name)
+        router._hold(self.names[:i] + self.names[i + 1 :], self.parts[:i] + self.parts[i + 1 :], self.device)
+        return router
+
+    def _hold(self, names: list[str], parts: list[Part], device: torch.device) -> None:
+        for computed in ("task_of_slot", "keys", "discriminant"):
+            vars(self).pop(computed, None)
+        self.names, self.parts, self.device = names, parts, device
+
+    def _place(self, name: str) -> int:
+        if name not in self.names:
+            raise InputError(f"task {name!r}: the router does not have it; tasks: {', '.join(self.names) or 'none'}")
+        return self.names.index(name)
+
+    @cached_property
+    def task_of_slot(self) -> list[int]:
+        """Which task (its place in `names`) each slot belongs to."""
+        return [i for i, part in enumerate(self.parts) for _ in range(len(part[self.per_slot]))]
+
+    def distance(self, query: Tensor, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """How far each query [B, D] is from the task of its slot [B], and how far that task's training queries were:
+        distance [B] and percentiles [B, 101]."""
+        task_B = torch.tensor(self.task_of_slot)[slot_ids.cpu()]
+        distance_B, percentiles_B = torch.zeros(len(query)), torch.zeros(len(query), PERCENTILES)
+        for task in task_B.unique().tolist():
+            rows = task_B == task
+            distance_B[rows] = self._distance(query.cpu()[rows], task).float()
+            percentiles_B[rows] = self.parts[task]["distance"]
+        return distance_B, percentiles_B
+
+
+@dataclass
+class DtkrRouter(Router):
     """Dynamic Task-related Knowledge Retrieval (the paper's Section 3.2): grouped cosine, learned keys, ratio weights.
 
     The recipe of key preparation is that of the paper's Section 4.2 and released code: AdamW, the rate a tenth of
     itself in the last third. A small task gets as many epochs as make `steps` steps, or its keys would hardly move.
     """
+
+    per_slot = "keys"
 
     k: int = 4
     groups: int = 6
@@ -102,23 +174,22 @@ class DtkrRouter:
 
         return 1 - (normalised(query) @ normalised(keys).T).amax(1)
 
-    def load(self, parts: Sequence[Part], device: torch.device) -> None:
-        self.parts = parts
-        self.keys = ops.prepare_keys(torch.cat([part["keys"] for part in parts]).to(device), groups=self.groups)
-        self.task_of_slot = [i for i, part in enumerate(parts) for _ in part["keys"]]
+    @cached_property
+    @torch.inference_mode(False)
+    def keys(self) -> PreparedKeys:
+        """All tasks' keys, prepared in a pass over P D numbers."""
+        return ops.prepare_keys(torch.cat([part["keys"] for part in self.parts]).to(self.device), groups=self.groups)
 
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
         check_finite(query)
         return ops.retrieve(query, self.keys, self.k, groups=self.groups, aggregate=self.aggregate, mask=mask)
 
-    def distance(self, query: Tensor, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return _by_task(
-            self.parts, self.task_of_slot, query, slot_ids, lambda q, part, _: self._nearest(q, part["keys"])
-        )
+    def _distance(self, query: Tensor, task: int) -> Tensor:
+        return self._nearest(query, self.parts[task]["keys"])
 
 
 @dataclass
-class GaussianRouter:
+class GaussianRouter(Router):
     """Linear discriminant analysis over slots: a mean for each slot, one covariance shared by all.
 
         score[b, p] = q' S^-1 m_p - m_p' S^-1 m_p / 2,    weights = softmax(score / temperature) over the top K
@@ -127,7 +198,13 @@ class GaussianRouter:
     needed. The covariance is shrunk towards a multiple of the identity by the amount that the oracle-approximating
     formula of Chen, Wiesel, Eldar & Hero (2010) gives. Distance is Mahalanobis (Lee et al. 2018) in the task's own
     covariance, so that it does not change when other tasks are learned.
+
+    A task more or less costs its scatter's D (D + 1) / 2 numbers. The next route then takes a Cholesky factor of [D, D]
+    and a product [P, D] [D, D]. Scatters are summed exactly and means stand in name order, so no history shows in them.
+    whiteners: task name -> the factor [D, D] of its covariance, of those whose distance was asked for last.
     """
+
+    per_slot = "count"
 
     k: int = 2
     temperature: float = 4.0
@@ -135,39 +212,62 @@ class GaussianRouter:
     def fit(self, query: Tensor, slots: int, seed: int) -> dict[str, Tensor]:
         check_finite(query)
         query = query.double().cpu()
-        count, mean, scatter = _moments(query, slots, seed)
+        count, mean, scatter = moments(query, slots, seed)
         # Held-out distances: those of training rows from a fit to themselves would be too small.
         halves = (query[0::2], query[1::2]) if len(query) >= 4 * slots else (query, query)
         distances = []
         for fitted, held_out in (halves, halves[::-1]):
-            half_count, half_mean, half_scatter = _moments(fitted, slots, seed)
-            distances.append(_mahalanobis(held_out, half_mean, _whitener(half_count, half_scatter)))
-        upper = torch.triu_indices(*scatter.shape)
+            half_count, half_mean, half_scatter = moments(fitted, slots, seed)
+            distances.append(mahalanobis(held_out, half_mean, whitener(half_count, half_scatter)))
         return {
             "count": count.float(),
             "mean": mean.float(),
-            "scatter": scatter[upper[0], upper[1]].float(),
+            "scatter": pack(scatter).float(),
             "distance": percentiles(torch.cat(distances)),
         }
 
-    def load(self, parts: Sequence[Part], device: torch.device) -> None:
-        self.parts = parts
-        self.task_of_slot = [i for i, part in enumerate(parts) for _ in part["count"]]
-        self.whiteners: dict[int, Tensor] = {}
-        count = torch.cat([part["count"] for part in parts]).double()
-        mean_PD = torch.cat([part["mean"] for part in parts]).double()
-        packed = torch.zeros(len(parts[0]["scatter"]), dtype=torch.float64)
-        for part in parts:
-            packed += part["scatter"].double()
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(_covariance(count, _unpack(packed))))
-        # Every query is measured from the centre of the means. That adds the same to all its scores, so no route
-        # changes, and float32 keeps more of their differences.
+    def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device) -> None:
+        super().load(parts, device)
+        self.scatter = ExactSum.of(part["scatter"] for part in self.parts)
+        self.whiteners: dict[str, Tensor] = {}
+
+    def with_part(self, name: str, part: Part) -> GaussianRouter:
+        router = super().with_part(name, part)
+        router.scatter = self.scatter.plus(part["scatter"]) if self.parts else ExactSum.of([part["scatter"]])
+        router.whiteners = dict(self.whiteners)
+        return router
+
+    def without(self, name: str) -> GaussianRouter:
+        router = super().without(name)
+        router.scatter = self.scatter.minus(self.parts[self._place(name)]["scatter"])
+        router.whiteners = {task: lower for task, lower in dict(self.whiteners).items() if task != name}
+        return router
+
+    @cached_property
+    @torch.inference_mode(False)
+    def discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Centre [D], keys [P, D], bias [P]. Queries are measured from the centre of the means. That adds the same to
+        all scores of a query, so no route changes, and float32 keeps more of their differences."""
+        count = torch.cat([part["count"] for part in self.parts]).double()
+        mean_PD = torch.cat([part["mean"] for part in self.parts]).double()
+        inverse = torch.cholesky_inverse(whitener(count, unpack(self.scatter.total())))
         centre = mean_PD.mean(0)
         centred_PD = mean_PD - centre
         keys_PD = centred_PD @ inverse
-        self.centre = centre.float().to(device)
-        self.keys = keys_PD.float().to(device)
-        self.bias = (-0.5 * (keys_PD * centred_PD).sum(1)).float().to(device)
+        bias = -0.5 * (keys_PD * centred_PD).sum(1)
+        return centre.float().to(self.device), keys_PD.float().to(self.device), bias.float().to(self.device)
+
+    @property
+    def centre(self) -> Tensor:
+        return self.discriminant[0]
+
+    @property
+    def keys(self) -> Tensor:
+        return self.discriminant[1]
+
+    @property
+    def bias(self) -> Tensor:
+        return self.discriminant[2]
 
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
         check_finite(query)
@@ -182,85 +282,15 @@ class GaussianRouter:
             temperature=self.temperature,
         )
 
-    def distance(self, query: Tensor, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
-        def from_task(query: Tensor, part: Part, task: int) -> Tensor:
-            if task not in self.whiteners:
-                self.whiteners[task] = _whitener(part["count"].double(), _unpack(part["scatter"].double()))
-            return _mahalanobis(query.double(), part["mean"].double(), self.whiteners[task])
-
-        return _by_task(self.parts, self.task_of_slot, query, slot_ids, from_task)
-
-
-def _by_task(parts, task_of_slot, query, slot_ids, distance):  # type: ignore[no-untyped-def]
-    """Apply `distance` to the queries of each task in turn: distance [B], percentiles [B, 101]."""
-    task_B = torch.tensor(task_of_slot)[slot_ids.cpu()]
-    distance_B, percentiles_B = torch.zeros(len(query)), torch.zeros(len(query), PERCENTILES)
-    for task in task_B.unique().tolist():
-        rows = task_B == task
-        distance_B[rows] = distance(query.cpu()[rows], parts[task], task).float()
-        percentiles_B[rows] = parts[task]["distance"]
-    return distance_B, percentiles_B
-
-
-def _moments(query: Tensor, slots: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Count [S], mean [S, D] and the scatter within slots [D, D] of queries [N, D] float64."""
-    if slots == 1:
-        assignment, centre = torch.zeros(len(query), dtype=torch.int64), torch.zeros(1, query.shape[1]).double()
-    else:
-        from sklearn.cluster import KMeans  # a slow import that only several slots a task need
-
-        if len(query) < slots:
-            raise InputError(f"slots: {slots} slots need at least as many rows, got {len(query)}")
-        means = KMeans(slots, n_init=4, random_state=seed % 2**32).fit(query.numpy())
-        assignment, centre = torch.from_numpy(means.labels_).long(), torch.from_numpy(means.cluster_centers_)
-    count = torch.bincount(assignment, minlength=slots).double()
-    mean = torch.zeros(slots, query.shape[1], dtype=torch.float64).index_add_(0, assignment, query) / count[:, None]
-    mean = torch.where(count[:, None] > 0, mean, centre)  # fewer distinct rows than slots leave slots empty
-    centred = query - mean[assignment]
-    return count, mean, centred.T @ centred
-
-
-def _unpack(packed: Tensor) -> Tensor:
-    """The upper triangle, row by row [D (D + 1) / 2] -> symmetric [D, D]."""
-    width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
-    upper = torch.triu_indices(width, width)
-    full = torch.zeros(width, width, dtype=packed.dtype)
-    full[upper[0], upper[1]] = packed
-    return full + full.triu(1).T
-
-
-def _covariance(count: Tensor, scatter: Tensor) -> Tensor:
-    """The pooled covariance [D, D], shrunk (oracle-approximating shrinkage, Chen et al. 2010, Eq. 23)."""
-    width = scatter.shape[0]
-    freedom = float((count.sum() - len(count)).clamp(min=1))
-    sample = scatter / freedom
-    scale = float(sample.trace()) / width
-    identity = torch.eye(width, dtype=sample.dtype)
-    if scale <= 0:  # all rows alike
-        return identity
-    squared = float((sample**2).mean())
-    numerator = squared + scale**2
-    denominator = (freedom + 1) * (squared - scale**2 / width)
-    shrinkage = 1.0 if denominator <= 0 else min(numerator / denominator, 1.0)
-    return (1 - shrinkage) * sample + shrinkage * scale * identity
-
-
-def _whitener(count: Tensor, scatter: Tensor) -> Tensor:
-    """Lower-triangular L with L L' = covariance."""
-    lower: Tensor = torch.linalg.cholesky(_covariance(count, scatter))
-    return lower
-
-
-def _mahalanobis(query: Tensor, mean: Tensor, lower: Tensor) -> Tensor:
-    """Distance [N] of queries [N, D] from the nearest of the means [S, D]."""
-    white_query = torch.linalg.solve_triangular(lower, query.T, upper=False).T
-    white_mean = torch.linalg.solve_triangular(lower, mean.T, upper=False).T
-    return torch.cdist(white_query, white_mean).amin(1)
-
-
-def percentiles(distance: Tensor) -> Tensor:
-    """[N] -> [101] float32: percentiles 0, 1, ..., 100."""
-    return torch.quantile(distance.double(), torch.linspace(0, 1, PERCENTILES, dtype=torch.float64)).float()
+    def _distance(self, query: Tensor, task: int) -> Tensor:
+        part, name = self.parts[task], self.names[task]
+        lower = self.whiteners.pop(name, None)
+        if lower is None:
+            lower = whitener(part["count"].double(), unpack(part["scatter"].double()))
+        self.whiteners[name] = lower  # the last is the one used last
+        while len(self.whiteners) > max(1, WHITENER_BYTES // lower.nbytes):
+            self.whiteners.pop(next(iter(self.whiteners)))
+        return mahalanobis(query.double(), part["mean"].double(), lower)
 
 
 def orthogonal_keys(slots: int, width: int, groups: int, generator: torch.Generator) -> Tensor:

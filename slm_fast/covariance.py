@@ -1,0 +1,143 @@
+"""Counts, means and scatter of queries: what the gaussian router computes of a task, and how tasks' scatters add up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slm_fast.errors import InputError, WorkError
+
+PERCENTILES = 101
+COARSE, FINE = 2.0**10, 2.0**56  # one over the units of the two planes
+LARGEST_TERM, LARGEST_PLANE = 2.0**52, 2**62
+
+
+@dataclass(frozen=True)
+class ExactSum:
+    """A sum of float32 tensors that keeps no trace of its history: its bits follow from which terms are in it alone.
+
+    Floating-point sums depend on their order, and subtracting a term leaves what rounding made of it. Here a term is
+    rounded once, by itself, to a multiple of 2^-56 (the 24 bits of any number from 2^-33 up fit), and integers are
+    summed: in any order, and `minus` undoes `plus` to the last bit, so that a forgotten task is gone.
+
+    coarse, fine: int64, in units of 2^-10 and 2^-56. A term v goes in as round(v 2^10), and what that leaves of it, at
+    most 2^45 fine units. So 2^17 terms fit whatever they are, and totals to 2^52 (a LLaMA's largest activations squared
+    are about 2^23: room for 2^29 such rows).
+    """
+
+    coarse: Tensor
+    fine: Tensor
+
+    @classmethod
+    def of(cls, terms: Iterable[Tensor]) -> ExactSum:
+        """Raises WorkError for a term that is not finite or of another shape, or a sum that is too large."""
+        total = None
+        for term in terms:
+            total = cls(*_planes(term)) if total is None else total.plus(term)
+        return total or cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+
+    def plus(self, term: Tensor) -> ExactSum:
+        """Raises as `of`."""
+        if term.shape != self.coarse.shape:
+            raise WorkError(f"scatter: expected {list(self.coarse.shape)} as other tasks have, got {list(term.shape)}")
+        coarse, fine = _planes(term)
+        coarse += self.coarse  # less than 2^63, as both are at most 2^62
+        fine += self.fine
+        for plane in (coarse, fine):
+            if plane.numel() and max(map(abs, map(int, plane.aminmax()))) > LARGEST_PLANE:
+                raise WorkError("scatter: expected a sum over all tasks below 2^52, got a larger one")
+        return ExactSum(coarse, fine)
+
+    def minus(self, term: Tensor) -> ExactSum:
+        """Without a term that is in the sum."""
+        coarse, fine = _planes(term)
+        return ExactSum(self.coarse - coarse, self.fine - fine)
+
+    def total(self) -> Tensor:
+        """float64, within a few units in the last place."""
+        return self.coarse.double() / COARSE + self.fine.double() / FINE
+
+
+def _planes(term: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 term in coarse and fine units, int64."""
+    if term.numel():
+        lowest, highest = term.aminmax()
+        if not (lowest > -LARGEST_TERM and highest < LARGEST_TERM):  # not a number fails this too
+            raise WorkError(f"scatter: expected finite numbers below 2^52, got {float(lowest)}..{float(highest)}")
+    scaled = term.double() * COARSE
+    coarse = scaled.round()
+    fine = (scaled - coarse).mul_(FINE / COARSE).round_()
+    return coarse.long(), fine.long()
+
+
+def moments(query: Tensor, slots: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count [S], mean [S, D] and the scatter within slots [D, D] of queries [N, D] float64."""
+    if slots == 1:
+        assignment, centre = torch.zeros(len(query), dtype=torch.int64), torch.zeros(1, query.shape[1]).double()
+    else:
+        from sklearn.cluster import KMeans  # a slow import that only several slots a task need
+
+        if len(query) < slots:
+            raise InputError(f"slots: {slots} slots need at least as many rows, got {len(query)}")
+        means = KMeans(slots, n_init=4, random_state=seed % 2**32).fit(query.numpy())
+        assignment, centre = torch.from_numpy(means.labels_).long(), torch.from_numpy(means.cluster_centers_)
+    count = torch.bincount(assignment, minlength=slots).double()
+    mean = torch.zeros(slots, query.shape[1], dtype=torch.float64).index_add_(0, assignment, query) / count[:, None]
+    mean = torch.where(count[:, None] > 0, mean, centre)  # fewer distinct rows than slots leave slots empty
+    centred = query - mean[assignment]
+    return count, mean, centred.T @ centred
+
+
+def pack(symmetric: Tensor) -> Tensor:
+    """[D, D] -> the upper triangle, row by row [D (D + 1) / 2]."""
+    upper = torch.triu_indices(*symmetric.shape)
+    return symmetric[upper[0], upper[1]]
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The upper triangle, row by row [D (D + 1) / 2] -> symmetric [D, D]."""
+    width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+    upper = torch.triu_indices(width, width)
+    full = torch.zeros(width, width, dtype=packed.dtype)
+    full[upper[0], upper[1]] = packed
+    return full + full.triu(1).T
+
+
+def covariance(count: Tensor, scatter: Tensor) -> Tensor:
+    """The pooled covariance [D, D], shrunk (oracle-approximating shrinkage, Chen et al. 2010, Eq. 23)."""
+    width = scatter.shape[0]
+    freedom = float((count.sum() - len(count)).clamp(min=1))
+    sample = scatter / freedom
+    scale = float(sample.trace()) / width
+    identity = torch.eye(width, dtype=sample.dtype)
+    if scale <= 0:  # all rows alike
+        return identity
+    squared = float((sample**2).mean())
+    numerator = squared + scale**2
+    denominator = (freedom + 1) * (squared - scale**2 / width)
+    shrinkage = 1.0 if denominator <= 0 else min(numerator / denominator, 1.0)
+    return (1 - shrinkage) * sample + shrinkage * scale * identity
+
+
+def whitener(count: Tensor, scatter: Tensor) -> Tensor:
+    """Lower-triangular L [D, D] with L L' = covariance. Raises WorkError where there is none."""
+    lower, failed = torch.linalg.cholesky_ex(covariance(count, scatter))
+    if failed:
+        raise WorkError("scatter: expected a positive definite covariance, got one that is not")
+    return lower
+
+
+def mahalanobis(query: Tensor, mean: Tensor, lower: Tensor) -> Tensor:
+    """Distance [N] of queries [N, D] from the nearest of the means [S, D]."""
+    white_query = torch.linalg.solve_triangular(lower, query.T, upper=False).T
+    white_mean = torch.linalg.solve_triangular(lower, mean.T, upper=False).T
+    return torch.cdist(white_query, white_mean).amin(1)
+
+
+def percentiles(distance: Tensor) -> Tensor:
+    """[N] -> [101] float32: percentiles 0, 1, ..., 100."""
+    return torch.quantile(distance.double(), torch.linspace(0, 1, PERCENTILES, dtype=torch.float64)).float()
