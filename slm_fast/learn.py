@@ -139,7 +139,9 @@ class Trainer:
         self.renumber[own + foreign] = torch.arange(len(owner))
         self.renumber[-1] = -1  # id -1 stays
         self.slots = slots
-        self.foreign: Values = self.model.pool.values if foreign else {}
+        pool = self.model.pool
+        self.foreign: Values = pool.values if foreign else {}
+        self.foreign_rows = pool.row_of_slot[[i for i, name in enumerate(pool.slot_names) if name != self.task.name]]
 
     def _parameter(self, tensor: Tensor) -> Tensor:
         return nn.Parameter(tensor.to(self.device))
@@ -155,7 +157,7 @@ class Trainer:
         if foreign.any():
             reached, place = route.slot_ids[foreign].unique(return_inverse=True)
             ids = route.slot_ids.masked_scatter(foreign, place + self.slots)
-            route, reached = Route(ids, route.weights), (reached - self.slots).to(self.device)
+            route, reached = Route(ids, route.weights), self.foreign_rows[(reached - self.slots).to(self.device)]
             own = {
                 name: (_join(a, self.foreign[name][0][reached]), _join(b, self.foreign[name][1][reached]))
                 for name, (a, b) in own.items()

@@ -104,6 +104,20 @@ class AdaptedModel:
             pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
             self._known = pool, self.new_router(pool.tasks)
 
+    def add_tasks(self, tasks: Sequence[LearnedTask]) -> None:
+        """Know some more tasks, at their cost alone. Raises InputError for a name that is taken."""
+        with self.lock:
+            pool, router = self._known
+            for task in tasks:
+                pool, router = pool.with_task(task), router.with_part(task.name, task.router)
+            self._known = pool, router
+
+    def remove_task(self, name: str) -> None:
+        """Know one task less, at its cost alone. Raises InputError for a name that is not there."""
+        with self.lock:
+            pool, router = self._known
+            self._known = pool.without(name), router.without(name)
+
     @property
     def pool(self) -> Pool:
         return self._known[0]
@@ -119,8 +133,7 @@ class AdaptedModel:
             router = GaussianRouter(k=self.config.k or 1, temperature=self.config.temperature)
         else:
             router = DtkrRouter(k=self.config.k or 1, groups=self.config.groups or 1, aggregate=self.config.aggregate)
-        if tasks:
-            router.load([task.router for task in tasks], self.backbone.device)
+        router.load({task.name: task.router for task in tasks}, self.backbone.device)
         return router
 
     # From text to tokens
@@ -290,6 +303,8 @@ class AdaptedModel:
             return self.route(query, allowed, abstain)
 
         context = ForwardContext(mask, pool.values if values is None else values, route)
+        if values is None:
+            context.rows = pool.rows
         if route is None:
             context.find_route = find_route
         with self.lock:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slm_fast.covariance import PERCENTILES
 from slm_fast.data import check_name
 from slm_fast.errors import InputError, WorkError
 from slm_fast.fields import (
@@ -31,7 +32,6 @@ from slm_fast.fields import (
     repeated,
     word,
 )
-from slm_fast.router import PERCENTILES
 from slm_fast.tasks import LearnedTask
 
 FORMAT = 1

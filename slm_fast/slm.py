@@ -143,7 +143,7 @@ class ScalableLM:
         learned = learn_task(self.model, task, chosen, valid=valid, progress=progress)
         if self.store is not None:
             self.store.commit(add=[learned])
-        self._set([*self.learned.values(), learned])
+        self.model.add_tasks([learned])
 
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.
@@ -154,7 +154,7 @@ class ScalableLM:
             raise InputError(f"task {name!r}: not learned; tasks: {', '.join(self.tasks) or 'none'}")
         if self.store is not None:
             self.store.commit(remove=[name])
-        self._set([task for task in self.learned.values() if task.name != name])
+        self.model.remove_task(name)
 
     @shows(PredictOptions)
     def predict(
@@ -272,7 +272,7 @@ class ScalableLM:
             self.model.check_fits(task)
         if self.store is not None:
             self.store.commit(add=tasks)
-        self._set([*self.learned.values(), *tasks])
+        self.model.add_tasks(tasks)
 
     def _set(self, tasks: Sequence[LearnedTask]) -> None:
         self.model.set_tasks(in_name_order(tasks))

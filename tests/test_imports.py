@@ -30,7 +30,7 @@ LAYERS = (
     ("schema",),
     ("query", "router", "pool"),
     ("backbone",),
-    ("layers", "tokenization", "batching", "data", "tasks"),
+    ("layers", "tokenization", "batching", "data", "tasks", "covariance"),
     ("readers",),
     ("fields",),
     ("ops",),
