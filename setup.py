@@ -40,8 +40,8 @@ def torch_for_headers() -> list[str]:
     """
     if runpy.run_path(str(ROOT / "csrc/find_torch.py"))["installed_torch"]() is not None:
         return []
-    users = (os.environ.get(name, "").split() for name in ("PIP_BUILD_CONSTRAINT", "PIP_CONSTRAINT"))
-    for file in (*map(Path, sum(users, [])), ROOT / "constraints.txt"):
+    of_the_user = " ".join(os.environ.get(name, "") for name in ("PIP_BUILD_CONSTRAINT", "PIP_CONSTRAINT"))
+    for file in (*map(Path, of_the_user.split()), ROOT / "constraints.txt"):
         pin = re.search(r"^torch *== *[\w.+]+", file.read_text(), re.MULTILINE) if file.is_file() else None
         if pin is not None:
             return [pin.group()]

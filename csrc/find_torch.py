@@ -1,4 +1,4 @@
-"""Which torch's headers the build uses. `import torch` fails in pip's isolated build environment, so nothing here does."""
+"""Which torch's headers the build uses. `import torch` fails in pip's isolated build environment: nothing here does."""
 
 from __future__ import annotations
 

@@ -473,4 +473,6 @@ def _doctor(_: argparse.Namespace) -> int:
         except SlmError as error:
             table.add_row(f"backbone {name}", str(error))
     Console().print(table)
+    if NATIVE_MISSING is not None:
+        return _complain(f"{NATIVE_MISSING}; until then a CPU runs the reference operators, which are slower", 1)
     return 0
