@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import re
+import runpy
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,6 +19,7 @@ class BuildWithCMake(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # it names files of an isolated build's folder, now gone
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DSLM_FAST_CUDA={os.environ.get('SLM_FAST_CUDA', 'auto')}"]
         configure += [f"-DSLM_FAST_OUTPUT={output}", *os.environ.get("CMAKE_ARGS", "").split()]
@@ -31,18 +32,24 @@ class BuildWithCMake(build_ext):
                 sys.exit(f"slm_fast: building the C++ operators failed (status {error.returncode}); see above")
 
 
-def torch_is_installed() -> bool:
-    """Whether headers can be found: an isolated build cannot import torch, but its environment may well have one."""
-    homes = [Path(sysconfig.get_path("purelib")) / "torch"]
-    spec = importlib.util.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        homes.append(Path(spec.origin).parent)
-    return any((home / "include/torch/csrc/stable/library.h").exists() for home in homes)
+def torch_for_headers() -> list[str]:
+    """What to put into the build's own environment: a torch, only where none is installed.
+
+    An exact version: with a range pip takes the newest, whatever `-c` says, and that is gigabytes. Any from 2.10 on
+    builds the same; the user's own constraint goes first, because older pips apply it here and a second pin clashes.
+    """
+    if runpy.run_path(str(ROOT / "csrc/find_torch.py"))["installed_torch"]() is not None:
+        return []
+    of_the_user = " ".join(os.environ.get(name, "") for name in ("PIP_BUILD_CONSTRAINT", "PIP_CONSTRAINT"))
+    for file in (*map(Path, of_the_user.split()), ROOT / "constraints.txt"):
+        pin = re.search(r"^torch *== *[\w.+]+", file.read_text(), re.MULTILINE) if file.is_file() else None
+        if pin is not None:
+            return [pin.group()]
+    return ["torch>=2.10"]
 
 
 setup(
     ext_modules=[Extension("slm_fast._C", sources=[])],
     cmdclass={"build_ext": BuildWithCMake},
-    # Only where there is none: a second torch is gigabytes.
-    setup_requires=[] if torch_is_installed() else ["torch>=2.10"],
+    setup_requires=torch_for_headers(),
 )

@@ -1,11 +1,11 @@
 // The operators on a GPU: check every argument, then hand device pointers and torch's stream to the launchers.
-#define USE_CUDA  // declares the stream and the guard in torch's stable header
 #include "operators.h"
 
-#include <memory>
+#include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
+#include "cuda/torch_cuda.h"
 #include "tensor.h"
 
 namespace slm_fast::cuda {
@@ -28,21 +28,13 @@ Tensor readable(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(whole.data_ptr()) % 16 ? torch::stable::clone(whole) : whole;
 }
 
-struct LeaveDevice {
-  void operator()(CUDAGuardOpaque* guard) const { aoti_torch_delete_cuda_guard(guard); }
-};
-
 // The tensor's device is the current one as long as this lives.
 struct OnDevice {
-  std::unique_ptr<CUDAGuardOpaque, LeaveDevice> guard;
-  void* stream = nullptr;
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream;
   int multiprocessors = 0, major = 0;
 
-  explicit OnDevice(int device) {
-    CUDAGuardHandle entered;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &entered));
-    guard.reset(entered);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  explicit OnDevice(int device) : guard(device), stream(current_stream(device)) {
     done(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
     done(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   }

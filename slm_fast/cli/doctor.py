@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from slm_fast.cli.arguments import Verbs
+from slm_fast.cli.arguments import Verbs, complain
 from slm_fast.errors import SlmError
 
 
@@ -47,4 +47,6 @@ def run(_: argparse.Namespace) -> int:
         except SlmError as error:
             table.add_row(f"backbone {name}", str(error))
     Console().print(table)
+    if NATIVE_MISSING is not None:
+        return complain(f"{NATIVE_MISSING}; until then a CPU runs the reference operators, which are slower", 1)
     return 0

@@ -54,6 +54,8 @@ def _find_cuda() -> str | None:
         return NATIVE_MISSING
     if not import_module("slm_fast._C").build_info()["cuda"]:
         return "slm_fast._C was built without CUDA; install again with SLM_FAST_CUDA=on"
+    if torch.version.cuda is None:
+        return "slm_fast._C has CUDA kernels, but this torch was built without CUDA; install one with it"
     return None
 
 

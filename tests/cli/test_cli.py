@@ -255,3 +255,10 @@ def test_doctor_says_which_backends_and_backbones_are_ready():
     assert done.returncode == 0
     assert "backend reference" in done.stdout
     assert "weights are those expected" in done.stdout
+
+
+def test_doctor_fails_without_the_native_operators_and_says_the_cost_and_the_remedy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("slm_fast.ops.dispatch.NATIVE_MISSING", "slm_fast._C did not load; build it with `pip`")
+    done = slm_fast("doctor")
+    one_line(done, 1, "did not load; build it with `pip`", "slower")
+    assert "backend native" in done.stdout

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,57 @@ def test_whatever_dispatch_sends_to_cuda_fits_a_blocks_shared_memory():
                 for vector in (1, 4, 8):
                     widest = max(widest, _C.retrieve_cut(1, 5, width, groups, vector, 132)[3])
     assert 80 << 10 < widest <= 99 << 10  # what any card since sm_80 has
+
+
+def test_cuda_kernels_beside_a_torch_without_cuda_are_not_usable_and_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(dispatch, "NATIVE_MISSING", None)
+    monkeypatch.setattr(dispatch, "import_module", lambda _: SimpleNamespace(build_info=lambda: {"cuda": "nvcc 13.0"}))
+    monkeypatch.setattr("torch.version.cuda", None)
+    assert "this torch was built without CUDA" in dispatch._find_cuda()
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    assert dispatch._find_cuda() is None
+
+
+LOOK_UP = """
+#include <cuda/torch_cuda.h>
+#include <iostream>
+int main(int, char** arguments) {
+  if (arguments[1]) dlopen(arguments[1], RTLD_NOW);
+  try { std::cout << reinterpret_cast<intptr_t>(slm_fast::cuda::current_stream(3)); }
+  catch (const std::exception& error) { std::cout << error.what(); }
+}
+"""
+STREAM = 'extern "C" int aoti_torch_get_current_cuda_stream(int device, void** stream)'
+LIBTORCH_CUDA = {
+    "found": (f"{STREAM} {{ *stream = reinterpret_cast<void*>(device + 4096L); return 0; }}", "4099"),
+    "refused": (f"{STREAM} {{ return 1; }}", "slm_fast: torch has no CUDA stream for cuda:3"),
+    "older": ("", "this one has no aoti_torch_get_current_cuda_stream"),
+    "not loaded": (None, "need a torch >= 2.10 built with CUDA; this one has no libtorch_cuda.so"),
+}
+
+
+@pytest.fixture(scope="module")
+def look_up(tmp_path_factory):
+    """A program that asks for the stream of cuda:3, with the library in its argument loaded as torch would have."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("look_up")
+    include = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{Path(__file__).parents[2] / 'csrc'}"]
+    (folder / "main.cpp").write_text(LOOK_UP)
+    subprocess.run(["g++", "-std=c++20", *include, folder / "main.cpp", "-o", folder / "main", "-ldl"], check=True)
+    return folder / "main"
+
+
+@pytest.mark.parametrize(("source", "expected"), LIBTORCH_CUDA.values(), ids=LIBTORCH_CUDA.keys())
+def test_torchs_stream_is_looked_up_when_called_and_what_is_missing_is_named(look_up, tmp_path, source, expected):
+    command = [look_up]
+    if source is not None:
+        (tmp_path / "stub.cpp").write_text(source)
+        library = tmp_path / "stub.so"
+        soname = "-Wl,-soname,libtorch_cuda.so"
+        subprocess.run(["g++", "-shared", "-fPIC", soname, tmp_path / "stub.cpp", "-o", library], check=True)
+        command.append(library)
+    assert expected in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 ENTRIES = {
