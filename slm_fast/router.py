@@ -53,7 +53,6 @@ class Router(ABC):
     """
 
     k: int
-
     per_slot: ClassVar[str]  # the entry of a part that has a row for each slot
 
     @abstractmethod

@@ -246,7 +246,7 @@ def assert_adapts_the_same(pool: Pool, fresh: Pool) -> None:
 changes = st.lists(st.sampled_from(sorted(BY_NAME)), max_size=24)  # a name that is there goes, another comes
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(changes, st.sampled_from([torch.float32, torch.bfloat16]), st.sets(st.integers(0, 23)))
 def test_a_pool_with_any_history_is_that_of_its_tasks_alone(
     names: list[str], dtype: torch.dtype, remembered: set[int]
