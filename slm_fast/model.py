@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,19 +105,22 @@ class AdaptedModel:
             pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
             self._known = pool, self.new_router(pool.tasks)
 
-    def add_tasks(self, tasks: Sequence[LearnedTask]) -> None:
-        """Know some more tasks, at their cost alone. Raises InputError for a name that is taken."""
-        with self.lock:
-            pool, router = self._known
-            for task in tasks:
-                pool, router = pool.with_task(task), router.with_part(task.name, task.router)
-            self._known = pool, router
+    @contextmanager
+    def changing(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> Iterator[None]:
+        """Know some tasks more or less once the block has ended well, at the cost of those tasks.
 
-    def remove_task(self, name: str) -> None:
-        """Know one task less, at its cost alone. Raises InputError for a name that is not there."""
+        All that can fail is done before the block begins, which is the place to commit them.
+
+        Raises InputError for a name that is taken, or not there.
+        """
         with self.lock:
             pool, router = self._known
-            self._known = pool.without(name), router.without(name)
+            for name in remove:
+                pool, router = pool.without(name), router.without(name)
+            for task in add:
+                pool, router = pool.with_task(task), router.with_part(task.name, task.router)
+            yield
+            self._known = pool, router
 
     @property
     def pool(self) -> Pool:

@@ -141,9 +141,9 @@ class ScalableLM:
         if isinstance(valid, (str, Path)):
             valid = Task.from_file(task.name, valid, training=False)
         learned = learn_task(self.model, task, chosen, valid=valid, progress=progress)
-        if self.store is not None:
-            self.store.commit(add=[learned])
-        self.model.add_tasks([learned])
+        with self.model.changing(add=[learned]):
+            if self.store is not None:
+                self.store.commit(add=[learned])
 
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.
@@ -152,9 +152,9 @@ class ScalableLM:
         """
         if name not in self.learned:
             raise InputError(f"task {name!r}: not learned; tasks: {', '.join(self.tasks) or 'none'}")
-        if self.store is not None:
-            self.store.commit(remove=[name])
-        self.model.remove_task(name)
+        with self.model.changing(remove=[name]):
+            if self.store is not None:
+                self.store.commit(remove=[name])
 
     @shows(PredictOptions)
     def predict(
@@ -270,9 +270,9 @@ class ScalableLM:
             if task.name in self.learned:
                 raise InputError(f"task {task.name!r}: already learned; forget it first")
             self.model.check_fits(task)
-        if self.store is not None:
-            self.store.commit(add=tasks)
-        self.model.add_tasks(tasks)
+        with self.model.changing(add=tasks):
+            if self.store is not None:
+                self.store.commit(add=tasks)
 
     def _set(self, tasks: Sequence[LearnedTask]) -> None:
         self.model.set_tasks(in_name_order(tasks))
