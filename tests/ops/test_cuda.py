@@ -64,12 +64,12 @@ def test_retrieve_parts_cover_every_query_and_slot_once(queries, slots):
 @no_extension
 def test_whatever_dispatch_sends_to_cuda_fits_a_blocks_shared_memory():
     from slm_fast import _C
-    from slm_fast.ops.retrieve import _size
+    from slm_fast.ops.retrieve import size_of
 
     widest = 0
     for width in (*range(1, 70), 384, 768, 1024, 1536, 2500, 2560, 2561, 4096):
         for groups in (g for g in range(1, width + 1) if width % g == 0):
-            if _size(torch.empty(1, width), torch.empty(5, width), 4, groups, "mean") == "few":
+            if size_of(torch.empty(1, width), torch.empty(5, width), 4, groups, "mean") == "few":
                 for vector in (1, 4, 8):
                     widest = max(widest, _C.retrieve_cut(1, 5, width, groups, vector, 132)[3])
     assert 80 << 10 < widest <= 99 << 10  # what any card since sm_80 has
