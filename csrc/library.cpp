@@ -88,9 +88,9 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "read_scratch",
       [](int64_t count) {
-        std::vector<uint16_t> words(static_cast<size_t>(count));
-        slm_fast::kernels().read_scratch(words.data(), count);
-        return words;
+        std::string bytes(static_cast<size_t>(count), '\0');
+        slm_fast::kernels().read_scratch(bytes.data(), count);
+        return pybind11::bytes(bytes);
       },
-      "For tests: what `count` 16-bit words of a kernel's new scratch memory hold.");
+      "For tests: the first `count` bytes of a kernel's new scratch memory, as nobody has written them.");
 }

@@ -5,9 +5,9 @@
 
 namespace slm_fast::SLM_ISA {
 
-// The first numbers of a new buffer, as nobody has written them.
-void read_scratch(uint16_t* to, int64_t count) {
-  const Buffer<uint16_t> scratch(count);
+// The first bytes of a new buffer, as nobody has written them.
+void read_scratch(char* to, int64_t count) {
+  const Buffer<char> scratch(count);
   std::copy_n(scratch.data(), count, to);
 }
 

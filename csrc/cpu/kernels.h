@@ -20,7 +20,7 @@ struct Kernels {
   void (*prepare_keys)(const PrepareKeys&, void* prepared, const Threads&);
   void (*key_loss)(KeyLoss&, const Threads&);
   void (*key_loss_backward)(const KeyLossBackward&, const Threads&);
-  void (*read_scratch)(uint16_t* to, int64_t count);  // for tests: what new scratch memory holds
+  void (*read_scratch)(char* to, int64_t count);  // for tests: what new scratch memory holds
 };
 
 // The best set compiled in that this processor has, or the one that the environment variable SLM_FAST_CPU names (for
