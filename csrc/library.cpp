@@ -1,4 +1,4 @@
-// Every native operator's schema, one line each, and the Python module `_C` that loads them.
+// Every native operator's schema, once, and the Python module `_C` that loads them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -6,22 +6,27 @@
 #include "cpu/kernels.h"
 #include "cuda/launch.h"
 #include "operators.h"
+#include "poison.h"
+
+// What several backends have; `backend` is the name's end.
+// clang-format off
+#define MULTI_LORA(backend) "multi_lora_" backend "(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor? base) -> Tensor"
+#define RETRIEVE(backend, more) "retrieve_" backend "(Tensor query, Tensor keys, SymInt k, SymInt groups, Tensor? bias, Tensor? mask, str metric, str aggregate, str weighting, float temperature" more ") -> (Tensor, Tensor)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
-  // clang-format off
-  library.def("multi_lora_native(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor? base) -> Tensor");
+  library.def(MULTI_LORA("native"));
   library.def("multi_lora_native_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor(a!) base) -> ()");
   library.def("multi_lora_native_backward(Tensor grad, Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)");
-  library.def("retrieve_native(Tensor query, Tensor keys, SymInt k, SymInt groups, Tensor? bias, Tensor? mask, str metric, str aggregate, str weighting, float temperature, Tensor? prepared=None) -> (Tensor, Tensor)");
+  library.def(RETRIEVE("native", ", Tensor? prepared=None"));
   library.def("prepare_keys_native(Tensor keys, SymInt groups) -> Tensor");
   library.def("key_loss_native(Tensor query, Tensor keys, SymInt k, SymInt groups, float mask_prob, SymInt seed) -> (Tensor, Tensor)");
   library.def("key_loss_native_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected) -> Tensor");
 #if defined(SLM_FAST_CUDA)
-  library.def("multi_lora_cuda(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor? base) -> Tensor");
-  library.def("retrieve_cuda(Tensor query, Tensor keys, SymInt k, SymInt groups, Tensor? bias, Tensor? mask, str metric, str aggregate, str weighting, float temperature) -> (Tensor, Tensor)");
+  library.def(MULTI_LORA("cuda"));
+  library.def(RETRIEVE("cuda", ""));
 #endif
-  // clang-format on
 }
+// clang-format on
 
 #if defined(SLM_FAST_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(slm_fast, CUDA, library) {
@@ -77,4 +82,15 @@ PYBIND11_MODULE(_C, module) {
         return std::make_tuple(cut.tiles, cut.splits, cut.span, cut.shared);
       },
       "How the CUDA retrieve kernel cuts its work: blocks of queries, parts of the pool, slots a part, shared bytes.");
+  module.def(
+      "poison_memory", [](bool on) { __atomic_store_n(&slm_fast::poisons_memory, on, __ATOMIC_RELAXED); },
+      "For tests: whether memory that native code gets and nobody has written reads as NaN, or as an id out of range.");
+  module.def(
+      "read_scratch",
+      [](int64_t count) {
+        std::string bytes(static_cast<size_t>(count), '\0');
+        slm_fast::kernels().read_scratch(bytes.data(), count);
+        return pybind11::bytes(bytes);
+      },
+      "For tests: the first `count` bytes of a kernel's new scratch memory, as nobody has written them.");
 }

@@ -1,6 +1,8 @@
 // The multi_lora operators on a CPU: check every argument, then hand plain pointers to the kernel.
+#include "cpu/kernels.h"
 #include "operators.h"
 #include "tensor.h"
+#include "torch_threads.h"
 
 namespace slm_fast {
 namespace {
@@ -78,7 +80,7 @@ Tensor multi_lora(
   }
   Tensor y = empty(x.scalar_type(), {op.samples, op.tokens, op.features_out});
   op.y = rows_of(y);
-  kernels().multi_lora(op, pool());
+  kernels().multi_lora(op, torch_threads());
   return y;
 }
 
@@ -90,7 +92,7 @@ void multi_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor
   check_writable(
       base, {{"x", &x}, {"lora_a", &lora_a}, {"lora_b", &lora_b}, {"slot_ids", &slot_ids}, {"weights", &weights}});
   op.base = op.y = rows_of(base);
-  kernels().multi_lora(op, pool());
+  kernels().multi_lora(op, torch_threads());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_backward(
@@ -113,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_backward(
   };
   Tensor grad_x = wanted(0, x, op.grad_x), grad_a = wanted(1, lora_a, op.grad_a);
   Tensor grad_b = wanted(2, lora_b, op.grad_b), grad_weights = wanted(3, weights, op.grad_weights);
-  kernels().multi_lora_backward(op, pool());
+  kernels().multi_lora_backward(op, torch_threads());
   return {grad_x, grad_a, grad_b, grad_weights};
 }
 

@@ -1,20 +1,12 @@
-// The retrieve and key_loss operators on a CPU: check every argument, then hand plain pointers to the kernel.
+// The retrieve and prepare_keys operators on a CPU: check every argument, then hand plain pointers to the kernel.
+#include "check_pair.h"
+#include "cpu/kernels.h"
 #include "operators.h"
 #include "tensor.h"
+#include "torch_threads.h"
 
 namespace slm_fast {
 namespace {
-
-void check_pair(const Tensor& query, const Tensor& keys, int64_t k, int64_t groups) {
-  if (query.dim() != 2 || !query.is_cpu()) fail("query: expected floating [B, D] on cpu, got ", shape_of(query));
-  type_of("query", query);
-  if (keys.dim() != 2) fail("keys: expected [P, ", query.size(1), "], got ", shape_of(keys));
-  check_like("keys", keys, query.scalar_type(), {keys.size(0), query.size(1)});
-  if (k < 1) fail("k: expected at least 1, got ", k);
-  if (keys.size(0) >= int64_t{1} << 32) fail("keys: expected fewer than 2**32 slots, got ", keys.size(0));
-  if (groups < 1 || query.size(1) % groups != 0)
-    fail("groups: expected a divisor of the query width ", query.size(1), ", got ", groups);
-}
 
 bool one_of(const char* name, const std::string& got, const char* no, const char* yes) {
   if (got != no && got != yes) fail(name, ": expected '", no, "' or '", yes, "', got '", got, "'");
@@ -61,7 +53,7 @@ std::tuple<Tensor, Tensor> retrieve(
   }
   Tensor slot_ids = empty(ScalarType::Long, {op.queries, k}), weights = empty(ScalarType::Float, {op.queries, k});
   op.slot_ids = static_cast<int64_t*>(slot_ids.data_ptr()), op.weights = static_cast<float*>(weights.data_ptr());
-  const int64_t bad = kernels().retrieve(op, pool());
+  const int64_t bad = kernels().retrieve(op, torch_threads());
   if (bad >= 0) fail("query: row ", bad, " holds a number that is not finite");
   return {slot_ids, weights};
 }
@@ -73,51 +65,8 @@ Tensor prepare_keys(Tensor keys, int64_t groups) {
   keys = dense(keys);
   const PrepareKeys op{type_of("keys", keys), keys.size(0), keys.size(1), groups, keys.data_ptr()};
   Tensor prepared = empty(ScalarType::Byte, {kernels().prepared_bytes(op)});
-  kernels().prepare_keys(op, prepared.data_ptr(), pool());
+  kernels().prepare_keys(op, prepared.data_ptr(), torch_threads());
   return prepared;
-}
-
-std::tuple<Tensor, Tensor> key_loss(
-    Tensor query, Tensor keys, int64_t k, int64_t groups, double mask_prob, int64_t seed) {
-  check_pair(query, keys, k, groups);
-  if (!(mask_prob >= 0 && mask_prob <= 1)) fail("mask_prob: expected 0 to 1, got ", mask_prob);
-  query = dense(query), keys = dense(keys);
-  KeyLoss op{};
-  op.type = type_of("query", query);
-  op.queries = query.size(0), op.slots = keys.size(0), op.width = query.size(1), op.groups = groups, op.k = k;
-  op.query = query.data_ptr(), op.keys = keys.data_ptr();
-  op.mask_prob = mask_prob, op.seed = static_cast<uint64_t>(seed);
-  Tensor selected = empty(ScalarType::Long, {op.queries, groups, std::min(k, op.slots)});
-  op.selected = static_cast<int64_t*>(selected.data_ptr());
-  kernels().key_loss(op, pool());
-  const bool wide = op.type == Type::float64;
-  Tensor loss = empty(wide ? ScalarType::Double : ScalarType::Float, {});
-  if (wide) *static_cast<double*>(loss.data_ptr()) = op.loss;
-  else *static_cast<float*>(loss.data_ptr()) = static_cast<float>(op.loss);
-  return {loss, selected};
-}
-
-Tensor key_loss_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected) {
-  if (selected.dim() != 3) fail("selected: expected int64 [B, G, K], got ", shape_of(selected));
-  check_pair(query, keys, 1, selected.size(1));
-  check_like("selected", selected, ScalarType::Long, {query.size(0), selected.size(1), selected.size(2)});
-  if (grad.numel() != 1 || !grad.is_cpu()) fail("grad: expected [], got ", shape_of(grad));
-  query = dense(query), keys = dense(keys), selected = dense(selected);
-  KeyLossBackward op{};
-  op.type = type_of("query", query);
-  op.queries = query.size(0), op.slots = keys.size(0), op.width = query.size(1), op.groups = selected.size(1);
-  op.k = selected.size(2);
-  op.query = query.data_ptr(), op.keys = keys.data_ptr();
-  op.selected = static_cast<const int64_t*>(selected.data_ptr());
-  for (int64_t i = 0; i < selected.numel(); ++i)
-    if (op.selected[i] < -1 || op.selected[i] >= op.slots)
-      fail("selected: expected -1..", op.slots - 1, ", got ", op.selected[i]);
-  op.grad = grad.scalar_type() == ScalarType::Double ? *static_cast<const double*>(grad.data_ptr())
-                                                     : *static_cast<const float*>(grad.data_ptr());
-  Tensor grad_keys = empty(keys.scalar_type(), {op.slots, op.width});
-  op.grad_keys = grad_keys.data_ptr();
-  kernels().key_loss_backward(op, pool());
-  return grad_keys;
 }
 
 }  // namespace slm_fast

@@ -12,7 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "calls.h"
+#include "poison.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it under its older name
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
@@ -96,19 +97,9 @@ inline Tensor empty(ScalarType type, const std::vector<int64_t>& sizes) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), aoti_type(type), aoti_torch_device_type_cpu(),
       0, &handle));
-  return Tensor(handle);
-}
-
-// torch's own threads. Inside another parallel region torch runs this in the calling thread, so cores are never
-// oversubscribed.
-inline Pool pool() {
-  return {
-      static_cast<int>(torch::stable::get_num_threads()),
-      [](int workers, void (*body)(void*, int), void* context) {
-        torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t worker = begin; worker < end; ++worker) body(context, static_cast<int>(worker));
-        });
-      }};
+  Tensor tensor(handle);
+  poison(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
 }
 
 }  // namespace slm_fast

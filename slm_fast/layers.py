@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slm_fast.ops import Route, dispatch, multi_lora
+from slm_fast.ops.adapted_linear import adapted_linear, size_of
 from slm_fast.ops.multi_lora import multi_lora_
 
 Values = Mapping[str, tuple[Tensor, Tensor]]  # module name -> (lora_a [P, r, I], lora_b [P, r, O])
@@ -184,10 +185,7 @@ class AdaptedLinear(nn.Module):
             return y
         lora_a, lora_b = increments
         if dispatch.MEASURED and self._in_one_kernel(base, x, lora_a, route):
-            y = torch.ops.slm_fast.adapted_linear_triton(
-                x, base.weight, base.bias, lora_a, lora_b, route.slot_ids, route.weights
-            )
-            return y
+            return adapted_linear(x, base.weight, base.bias, lora_a, lora_b, route.slot_ids, route.weights)
         y = base(x)
         # What a plain linear layer without hooks returned is nobody else's, so it may be overwritten. Another module
         # may return its input, or something that it keeps.
@@ -198,10 +196,9 @@ class AdaptedLinear(nn.Module):
     def _in_one_kernel(base: Any, x: Tensor, lora_a: Tensor, route: Route) -> bool:
         """Whether a kernel that has the base's product in it may run, and was measured to win."""
         if type(base) not in PLAIN or not dispatch.fused_wins(
-            x.device.type, "narrow" if max(base.in_features, base.out_features) <= 2048 else "wide"
+            x.device.type, size_of(x, base.weight, lora_a, route.slot_ids)
         ):
             return False
         watched = base._forward_hooks or base._forward_pre_hooks or torch.is_autocast_enabled(x.device.type)
         same = x.dtype == base.weight.dtype == lora_a.dtype and x.dim() == 3 and len(x) == len(route.slot_ids)
-        fits = 0 < route.slot_ids.shape[1] * lora_a.shape[1] <= 256 // x.dtype.itemsize and x.dtype != torch.float64
-        return not (watched or torch.is_grad_enabled()) and same and fits
+        return not (watched or torch.is_grad_enabled()) and same

@@ -55,11 +55,3 @@ def device(request: pytest.FixtureRequest):
 def interpreted(request: pytest.FixtureRequest) -> bool:
     """Whether this run is Triton's on a CPU, a thousand times as slow."""
     return "[triton-cpu" in request.node.nodeid
-
-
-@pytest.fixture
-def nan_memory():
-    """Uninitialised memory reads as NaN, so an element that a kernel forgets to write cannot pass."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)

@@ -5,6 +5,8 @@
 #include <memory>
 #include <new>
 
+#include "../poison.h"
+
 namespace slm_fast::SLM_ISA {
 
 template <class X>
@@ -16,6 +18,7 @@ class Buffer {
   void at_least(int64_t count) {
     if (count <= size_) return;
     memory_.reset(static_cast<X*>(::operator new(static_cast<size_t>(count) * sizeof(X), kLine)));
+    poison(memory_.get(), count * static_cast<int64_t>(sizeof(X)));
     size_ = count;
   }
   X* data() { return memory_.get(); }

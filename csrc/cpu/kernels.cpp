@@ -4,17 +4,18 @@
 #include <cstdlib>
 #include <cstring>
 
-#define DECLARE(isa)                                                                                         \
-  namespace slm_fast::isa {                                                                                  \
-  void multi_lora(const MultiLora&, const Pool&);                                                            \
-  void multi_lora_backward(const MultiLoraBackward&, const Pool&);                                           \
-  int64_t retrieve(const Retrieve&, const Pool&);                                                            \
-  int64_t prepared_bytes(const PrepareKeys&);                                                                \
-  void prepare_keys(const PrepareKeys&, void*, const Pool&);                                                 \
-  void key_loss(KeyLoss&, const Pool&);                                                                      \
-  void key_loss_backward(const KeyLossBackward&, const Pool&);                                               \
-  constexpr Kernels kTable{#isa,           multi_lora,   multi_lora_backward, retrieve,                      \
-                           prepared_bytes, prepare_keys, key_loss,            key_loss_backward};            \
+#define DECLARE(isa)                                                                                        \
+  namespace slm_fast::isa {                                                                                 \
+  void multi_lora(const MultiLora&, const Threads&);                                                        \
+  void multi_lora_backward(const MultiLoraBackward&, const Threads&);                                       \
+  int64_t retrieve(const Retrieve&, const Threads&);                                                        \
+  int64_t prepared_bytes(const PrepareKeys&);                                                               \
+  void prepare_keys(const PrepareKeys&, void*, const Threads&);                                             \
+  void key_loss(KeyLoss&, const Threads&);                                                                  \
+  void key_loss_backward(const KeyLossBackward&, const Threads&);                                           \
+  void read_scratch(char*, int64_t);                                                                        \
+  constexpr Kernels kTable{#isa,         multi_lora, multi_lora_backward, retrieve,    prepared_bytes,      \
+                           prepare_keys, key_loss,   key_loss_backward,   read_scratch};                    \
   }
 
 DECLARE(portable)

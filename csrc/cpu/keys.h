@@ -3,8 +3,8 @@
 #pragma once
 
 #include "buffer.h"
-#include "kernels.h"
 #include "scores.h"
+#include "threads.h"
 #include "tile.h"
 
 namespace slm_fast::SLM_ISA {
@@ -80,12 +80,12 @@ class Keys {
   }
 
   // Rounds all keys now, where they will be read more than once and are few enough.
-  void round_all(const Pool& pool, bool threads) {
+  void round_all(const Threads& threads, bool parallel) {
     if constexpr (kRounded) {
       if (s.prepared || s.slots * size * 2 > 16 << 20) return;
       const int64_t chunks = (s.slots + kKeys - 1) / kKeys;
       rounded.at_least(s.slots * size), rounded_lost.at_least(chunks);
-      pool.for_each(chunks, threads, [&] {
+      threads.for_each(chunks, parallel, [&] {
         return [&, lengths = Buffer<float>(s.groups)](int64_t chunk) mutable {
           const int64_t first = chunk * kKeys, keys = std::min(kKeys, s.slots - first);
           rounded_lost[chunk] = round(first, keys, rounded.data() + first * size, lengths.data());

@@ -48,12 +48,12 @@ class ForwardTile {
 };
 
 template <class T, class P>
-void forward_tiles(const MultiLora& op, const Pool& pool) {
+void forward_tiles(const MultiLora& op, const Threads& threads) {
   // Larger tiles use packed rows more often; they are wanted where they leave the threads something to share out.
-  const int64_t larger = op.samples >= 4 * pool.workers ? 2 : 1;
+  const int64_t larger = op.samples >= 4 * threads.workers ? 2 : 1;
   const Tiling tiling(
       op.tokens, op.features_in * static_cast<int64_t>(sizeof(T)), larger * kTileTokens, larger * kTileBytes);
-  pool.for_each(op.samples * tiling.tiles, worth_threads(op), [&] { return ForwardTile<T, P>(op, tiling); });
+  threads.for_each(op.samples * tiling.tiles, worth_threads(op), [&] { return ForwardTile<T, P>(op, tiling); });
 }
 
 constexpr int64_t kRunPairs = 16;
@@ -119,13 +119,13 @@ inline void add_rows(
 
 // Few tokens a sample (decoding): the work is reading slots, so each slot is read once for all samples that share it.
 template <class T, class P>
-void forward_rows(const MultiLora& op, const Pool& pool) {
+void forward_rows(const MultiLora& op, const Threads& threads) {
   using A = typename P::Accumulator;
   const int64_t rank = op.rank, per_pair = op.tokens;
   const SharedSlots shared(op);
   Buffer<A> sums(shared.count * rank * per_pair);  // [pair][r][token], weights folded in
 
-  pool.for_each(shared.runs, worth_threads(op), [&] {
+  threads.for_each(shared.runs, worth_threads(op), [&] {
     using Row = const typename P::Element*;
     return [&, x = Buffer<Row>(kRunPairs * per_pair), a = Buffer<Row>(rank), convert = Convert<T, P>(),
             found = Buffer<A>(kRunPairs * per_pair * rank)](int64_t run) mutable {
@@ -148,8 +148,8 @@ void forward_rows(const MultiLora& op, const Pool& pool) {
   });
 
   // Columns are cut so that all slots' pieces stay in L2 while every sample passes over them.
-  const int64_t piece = shared.column_piece(op, pool.workers, sizeof(T));
-  pool.for_each((op.features_out + piece - 1) / piece, worth_threads(op), [&] {
+  const int64_t piece = shared.column_piece(op, threads.workers, sizeof(T));
+  threads.for_each((op.features_out + piece - 1) / piece, worth_threads(op), [&] {
     return [&](int64_t item) {
       const int64_t first = item * piece, last = std::min(first + piece, op.features_out);
       for (int64_t b = 0; b < op.samples; ++b)
@@ -172,22 +172,22 @@ void forward_rows(const MultiLora& op, const Pool& pool) {
 }
 
 template <class T, class P>
-void forward(const MultiLora& op, const Pool& pool) {
+void forward(const MultiLora& op, const Threads& threads) {
   if (op.samples * op.tokens * op.features_out == 0) return;
   // Above this many tokens, a sample's own tokens share its slots well enough.
-  if (op.tokens < 4 && op.rank > 0 && op.picks > 0) return forward_rows<T, P>(op, pool);
-  forward_tiles<T, P>(op, pool);
+  if (op.tokens < 4 && op.rank > 0 && op.picks > 0) return forward_rows<T, P>(op, threads);
+  forward_tiles<T, P>(op, threads);
 }
 
-void multi_lora(const MultiLora& op, const Pool& pool) {
+void multi_lora(const MultiLora& op, const Threads& threads) {
   switch (op.type) {
-    case Type::float32: return forward<float, Plain<float>>(op, pool);
-    case Type::float64: return forward<double, Plain<double>>(op, pool);
-    case Type::float16: return forward<Float16, Plain<float>>(op, pool);
+    case Type::float32: return forward<float, Plain<float>>(op, threads);
+    case Type::float64: return forward<double, Plain<double>>(op, threads);
+    case Type::float16: return forward<Float16, Plain<float>>(op, threads);
 #if defined(__AVX512BF16__)
-    case Type::bfloat16: return forward<BFloat16, Bf16Pairs>(op, pool);
+    case Type::bfloat16: return forward<BFloat16, Bf16Pairs>(op, threads);
 #else
-    case Type::bfloat16: return forward<BFloat16, Plain<float>>(op, pool);
+    case Type::bfloat16: return forward<BFloat16, Plain<float>>(op, threads);
 #endif
   }
 }

@@ -3,9 +3,10 @@
 
 #include <algorithm>
 
+#include "../calls.h"
 #include "across.h"
 #include "buffer.h"
-#include "kernels.h"
+#include "threads.h"
 
 namespace slm_fast::SLM_ISA {
 

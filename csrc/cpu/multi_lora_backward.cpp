@@ -36,10 +36,10 @@ class Backward {
   using E = typename P::Element;  // what w Q and w S are kept as
 
  public:
-  Backward(const MultiLoraBackward& op, const Pool& pool)
-      : op(op), f(op.forward), pool(pool), used(f),
+  Backward(const MultiLoraBackward& op, const Threads& threads)
+      : op(op), f(op.forward), threads(threads), used(f),
         tiling(f.tokens, std::max(f.features_in, f.features_out) * static_cast<int64_t>(sizeof(T))),
-        most_rows(f.picks * f.rank), threads(worth_threads(f)) {}
+        most_rows(f.picks * f.rank), parallel(worth_threads(f)) {}
 
   void run() {
     const int64_t items = f.samples * tiling.tiles, size = items * most_rows * tiling.tile;
@@ -54,7 +54,7 @@ class Backward {
 
  private:
   void sweep_tokens(int64_t items) {
-    pool.for_each(items, threads, [&] {
+    threads.for_each(items, parallel, [&] {
       return [&, rows = SlotRows<T>(f), shrink_s = Shrink<T, P>(f, tiling.tile), shrink_q = Shrink<T, P>(f, tiling.tile),
               expand = Expand<T, P>(f, tiling.tile)](int64_t item) mutable {
         const int64_t b = item / tiling.tiles, first = item % tiling.tiles * tiling.tile;
@@ -118,12 +118,12 @@ class Backward {
   void sweep_columns(const Rows& source, const E* scaled, int64_t length, T* grad) {
     constexpr int64_t kColumns = kPanelColumns<P>, kWide = 2 * kColumns;
     const int64_t slot_size = f.rank * length;
-    pool.for_each(f.slots, threads, [&] {
+    threads.for_each(f.slots, parallel, [&] {
       return [&](int64_t slot) {
         if (!used.has(slot)) std::memset(static_cast<void*>(grad + slot * slot_size), 0, slot_size * sizeof(T));
       };
     });
-    pool.for_each((length + kWide - 1) / kWide, threads, [&] {
+    threads.for_each((length + kWide - 1) / kWide, parallel, [&] {
       return [&, sums = Buffer<A>(used.distinct * f.rank * kWide), row_of = Buffer<int64_t>(most_rows),
               panel = Buffer<E>(tiling.tile * kColumns)](int64_t block) mutable {
         const int64_t first = block * kWide, last = std::min(first + kWide, length);
@@ -176,24 +176,24 @@ class Backward {
 
   const MultiLoraBackward& op;
   const MultiLora& f;
-  const Pool& pool;
+  const Threads& threads;
   const UsedSlots used;
   const Tiling tiling;
   const int64_t most_rows;  // R
-  const bool threads;
+  const bool parallel;
   Buffer<E> scaled_s, scaled_q;  // [sample, tile][R][token]: w S and w Q
   Buffer<A> weight_parts;        // [sample, tile][K]
 };
 
-void multi_lora_backward(const MultiLoraBackward& op, const Pool& pool) {
+void multi_lora_backward(const MultiLoraBackward& op, const Threads& threads) {
   switch (op.forward.type) {
-    case Type::float32: return Backward<float, Plain<float>>(op, pool).run();
-    case Type::float64: return Backward<double, Plain<double>>(op, pool).run();
-    case Type::float16: return Backward<Float16, Plain<float>>(op, pool).run();
+    case Type::float32: return Backward<float, Plain<float>>(op, threads).run();
+    case Type::float64: return Backward<double, Plain<double>>(op, threads).run();
+    case Type::float16: return Backward<Float16, Plain<float>>(op, threads).run();
 #if defined(__AVX512BF16__)
-    case Type::bfloat16: return Backward<BFloat16, Bf16Pairs>(op, pool).run();
+    case Type::bfloat16: return Backward<BFloat16, Bf16Pairs>(op, threads).run();
 #else
-    case Type::bfloat16: return Backward<BFloat16, Plain<float>>(op, pool).run();
+    case Type::bfloat16: return Backward<BFloat16, Plain<float>>(op, threads).run();
 #endif
   }
 }

@@ -1,9 +1,8 @@
-// retrieve, key_loss and its gradient. See slm_fast/ops/retrieve.py for what they compute.
+// retrieve and prepare_keys. See slm_fast/ops/retrieve.py for what they compute.
+#include "../calls.h"
 #include "search.h"
 
 namespace slm_fast::SLM_ISA {
-
-// ---- retrieve ----
 
 // Vote: a slot's score is the sum, over the groups that kept it, of its cosines there, divided by G. `votes` holds the
 // groups' lists one after another; the slots that come out are sorted.
@@ -57,7 +56,7 @@ struct Masked {
 };
 
 template <class T>
-void retrieve_as(const Retrieve& op, const Pool& pool) {
+void retrieve_as(const Retrieve& op, const Threads& threads) {
   const Search asked{op.queries, op.slots, op.width, op.groups, op.vote ? std::min(op.k, op.slots) : op.k,
                       op.query,   op.keys,  op.prepared, op.bias, op.cosine, op.vote};
   Buffer<Ranked> votes(op.vote ? op.queries * op.groups * asked.k : 0);
@@ -72,8 +71,8 @@ void retrieve_as(const Retrieve& op, const Pool& pool) {
     const int64_t slots = add_votes(mine, counts[query], op.groups);
     write_route(op, mine, std::min(slots, op.k), query);
   };
-  if (op.mask) search<T>(asked, pool, Masked{op.mask, op.mask_per_query ? op.slots : 0}, use);
-  else search<T>(asked, pool, All{}, use);
+  if (op.mask) search<T>(asked, threads, Masked{op.mask, op.mask_per_query ? op.slots : 0}, use);
+  else search<T>(asked, threads, All{}, use);
 }
 
 // The first query with a number that is not finite, or -1.
@@ -94,10 +93,10 @@ int64_t not_finite(const Retrieve& op) {
   return -1;
 }
 
-int64_t retrieve(const Retrieve& op, const Pool& pool) {
+int64_t retrieve(const Retrieve& op, const Threads& threads) {
   auto run = [&]<class T>(T) {
     const int64_t bad = not_finite<T>(op);
-    if (bad < 0) retrieve_as<T>(op, pool);
+    if (bad < 0) retrieve_as<T>(op, threads);
     return bad;
   };
   switch (op.type) {
@@ -109,8 +108,6 @@ int64_t retrieve(const Retrieve& op, const Pool& pool) {
   return -1;
 }
 
-// ---- prepare_keys ----
-
 int64_t prepared_bytes(const PrepareKeys& op) {
   int64_t bytes;
   PreparedKeys::at(nullptr, op.slots, op.width, op.groups, &bytes);
@@ -118,10 +115,10 @@ int64_t prepared_bytes(const PrepareKeys& op) {
 }
 
 template <class T>
-void prepare_keys_as(const PrepareKeys& op, void* memory, const Pool& pool) {
+void prepare_keys_as(const PrepareKeys& op, void* memory, const Threads& threads) {
   const PreparedKeys prepared = PreparedKeys::at(memory, op.slots, op.width, op.groups);
   const int64_t d = op.width / op.groups;
-  pool.for_each((op.slots + kKeys - 1) / kKeys, static_cast<double>(op.slots) * op.width > 1e5, [&] {
+  threads.for_each((op.slots + kKeys - 1) / kKeys, static_cast<double>(op.slots) * op.width > 1e5, [&] {
     return [&, lengths = Buffer<float>(op.groups)]([[maybe_unused]] int64_t chunk) mutable {
       const int64_t first = chunk * kKeys, keys = std::min(kKeys, op.slots - first);
       const T* rows = static_cast<const T*>(op.keys) + first * op.width;
@@ -136,109 +133,12 @@ void prepare_keys_as(const PrepareKeys& op, void* memory, const Pool& pool) {
   });
 }
 
-void prepare_keys(const PrepareKeys& op, void* prepared, const Pool& pool) {
+void prepare_keys(const PrepareKeys& op, void* prepared, const Threads& threads) {
   switch (op.type) {
-    case Type::float32: return prepare_keys_as<float>(op, prepared, pool);
-    case Type::float64: return prepare_keys_as<double>(op, prepared, pool);
-    case Type::float16: return prepare_keys_as<Float16>(op, prepared, pool);
-    case Type::bfloat16: return prepare_keys_as<BFloat16>(op, prepared, pool);
-  }
-}
-
-// ---- key_loss ----
-
-inline uint64_t splitmix64(uint64_t h) {
-  h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9;
-  h = (h ^ (h >> 27)) * 0x94D049BB133111EB;
-  return h ^ (h >> 31);
-}
-
-// The random mask of Eq. 7; see `hidden_slots` in the reference.
-struct Shown {
-  static constexpr bool kAsks = true;
-  int64_t groups, slots;
-  uint64_t seed;
-  double mask_prob;
-  bool operator()(int64_t b, int64_t g, int64_t p) const {
-    const auto index = static_cast<uint64_t>((b * groups + g) * slots + p);
-    const uint64_t h = splitmix64(seed + 0x9E3779B97F4A7C15 * (1 + index));
-    return !(static_cast<double>(h >> 40) * 0x1p-24 < mask_prob);
-  }
-};
-
-template <class T>
-void key_loss_as(KeyLoss& op, const Pool& pool) {
-  const int64_t G = op.groups, P = op.slots, K = std::min(op.k, P);
-  const Search asked{op.queries, P, op.width, G, K, op.query, op.keys, nullptr, nullptr, true, true};
-  const Shown shown{G, P, op.seed, op.mask_prob};
-  Buffer<double> sums(op.queries * G);
-  Buffer<int64_t> counts(op.queries * G);
-  search<T>(asked, pool, shown, [&](int64_t b, int64_t g, const Ranked* best, int64_t count) {
-    const int64_t d = op.width / G;
-    const T* query = static_cast<const T*>(op.query) + b * op.width + g * d;
-    const double length = exact_length(query, d);
-    double sum = 0;
-    for (int64_t i = 0; i < K; ++i) op.selected[(b * G + g) * K + i] = i < count ? slot_of(best[i]) : -1;
-    for (int64_t i = 0; i < count; ++i)
-      sum += exact_cosine(query, length, static_cast<const T*>(op.keys) + slot_of(best[i]) * op.width + g * d, d);
-    sums[b * G + g] = sum, counts[b * G + g] = count;
-  });
-  double total = 0;
-  int64_t found = 0;
-  for (int64_t i = 0; i < op.queries * G; ++i) total += sums[i], found += counts[i];
-  op.loss = -total / static_cast<double>(std::max<int64_t>(1, found));
-}
-
-void key_loss(KeyLoss& op, const Pool& pool) {
-  switch (op.type) {
-    case Type::float32: return key_loss_as<float>(op, pool);
-    case Type::float64: return key_loss_as<double>(op, pool);
-    case Type::float16: return key_loss_as<Float16>(op, pool);
-    case Type::bfloat16: return key_loss_as<BFloat16>(op, pool);
-  }
-}
-
-// d loss / d key[g] = -grad / found * sum over selected (query^ - cos key^) / |key|, query^ and key^ of unit length.
-// One thread owns a group, and adds the queries in their order.
-template <class T>
-void key_loss_backward_as(const KeyLossBackward& op, const Pool& pool) {
-  const int64_t G = op.groups, P = op.slots, K = op.k, d = op.width / G;
-  int64_t found = 0;
-  for (int64_t i = 0; i < op.queries * G * K; ++i) found += op.selected[i] >= 0;
-  const double scale = -op.grad / static_cast<double>(std::max<int64_t>(1, found));
-  pool.for_each(G, 4.0 * static_cast<double>(op.queries * K + P) * op.width > 3e5, [&] {
-    return [&, towards = Buffer<double>(P * d), along = Buffer<double>(P)](int64_t g) mutable {
-      std::fill_n(towards.data(), P * d, 0.0);  // [P, d] sum of query^
-      std::fill_n(along.data(), P, 0.0);        // [P] sum of cosines
-      for (int64_t b = 0; b < op.queries; ++b) {
-        const T* query = static_cast<const T*>(op.query) + b * op.width + g * d;
-        const double length = exact_length(query, d), inverse = length > kEpsilon ? 1 / length : 0;
-        for (int64_t i = 0; i < K; ++i) {
-          const int64_t p = op.selected[(b * G + g) * K + i];
-          if (p < 0) continue;
-          along[p] += exact_cosine(query, length, static_cast<const T*>(op.keys) + p * op.width + g * d, d);
-          for (int64_t j = 0; j < d; ++j) towards[p * d + j] += widen<double>(query[j]) * inverse;
-        }
-      }
-      for (int64_t p = 0; p < P; ++p) {
-        const T* key = static_cast<const T*>(op.keys) + p * op.width + g * d;
-        T* to = static_cast<T*>(op.grad_keys) + p * op.width + g * d;
-        const double length = exact_length(key, d), factor = length > kEpsilon ? scale / length : 0;
-        for (int64_t j = 0; j < d; ++j) {
-          const double outward = length > kEpsilon ? along[p] * widen<double>(key[j]) / length : 0;
-          to[j] = narrow<T>(factor * (towards[p * d + j] - outward));
-        }
-      }
-    };
-  });
-}
-
-void key_loss_backward(const KeyLossBackward& op, const Pool& pool) {
-  switch (op.type) {
-    case Type::float32: return key_loss_backward_as<float>(op, pool);
-    case Type::float64: return key_loss_backward_as<double>(op, pool);
-    case Type::float16: return key_loss_backward_as<Float16>(op, pool);
-    case Type::bfloat16: return key_loss_backward_as<BFloat16>(op, pool);
+    case Type::float32: return prepare_keys_as<float>(op, prepared, threads);
+    case Type::float64: return prepare_keys_as<double>(op, prepared, threads);
+    case Type::float16: return prepare_keys_as<Float16>(op, prepared, threads);
+    case Type::bfloat16: return prepare_keys_as<BFloat16>(op, prepared, threads);
   }
 }
 

@@ -16,10 +16,10 @@
 
 #include "across.h"
 #include "buffer.h"
-#include "kernels.h"
 #include "keys.h"
 #include "ranked.h"
 #include "scores.h"
+#include "threads.h"
 
 namespace slm_fast::SLM_ISA {
 
@@ -37,12 +37,12 @@ class Searcher {
   static constexpr int64_t kPiece = (16 << 10) / (4 * kQueries);  // words of a panel that stay in L1
 
  public:
-  Searcher(const Search& search, const Pool& pool)
-      : s(search), pool(pool), keys(s), d(s.width / s.groups), padded_d((d + P::kPair - 1) / P::kPair * P::kPair),
+  Searcher(const Search& search, const Threads& threads)
+      : s(search), threads(threads), keys(s), d(s.width / s.groups), padded_d((d + P::kPair - 1) / P::kPair * P::kPair),
         words(s.groups * padded_d / P::kPair), most(std::min(s.k + kSpare, s.slots)), few(s.queries <= kFew) {
     blocks = (s.queries + kQueries - 1) / kQueries;
     // A thread takes some panels, and a range of chunks of keys when panels are few: each range has lists of its own.
-    const int64_t turns = 2 * pool.workers, fits = (384 << 10) / (words * kQueries * 4 + 1);
+    const int64_t turns = 2 * threads.workers, fits = (384 << 10) / (words * kQueries * 4 + 1);
     panels_at_once = std::max<int64_t>(1, std::min(fits, blocks / turns));
     parts = (blocks + panels_at_once - 1) / panels_at_once;
     chunks = (s.slots + kKeys - 1) / kKeys;
@@ -54,7 +54,7 @@ class Searcher {
     key_slack.at_least(parts * ranges);
     kept.at_least(ranges * s.lists() * s.queries * most_listed);
     counts.at_least(ranges * s.lists() * s.queries);
-    threads = 2.0 * static_cast<double>(s.queries) * s.slots * s.width > 3e5;
+    parallel = 2.0 * static_cast<double>(s.queries) * s.slots * s.width > 3e5;
   }
 
   // use(query, list, best, count) for each query, in no order, with the K best of each of its lists, the best first.
@@ -62,17 +62,17 @@ class Searcher {
   // says no to some only if Allowed::kAsks. undecided(query) instead where this pass cannot tell.
   template <class Allowed, class Use, class Undecided>
   void run(const Allowed& allowed, const Use& use, const Undecided& undecided) {
-    pool.for_each(blocks, threads, [&] {
+    threads.for_each(blocks, parallel, [&] {
       return [&, rows = Buffer<E>(kQueries * words * P::kPair), lengths = Buffer<float>(s.groups)](
                  int64_t block) mutable { make_panel(block, rows.data(), lengths.data()); };
     });
-    if (parts > 1) keys.round_all(pool, threads);
-    pool.for_each(parts * ranges, threads, [&] {
+    if (parts > 1) keys.round_all(threads, parallel);
+    threads.for_each(parts * ranges, parallel, [&] {
       return [&, scratch = Scratch(*this)](int64_t item) mutable {
         key_slack[item] = search_range(item / ranges * panels_at_once, item % ranges, allowed, scratch);
       };
     });
-    pool.for_each(s.queries, threads, [&] {
+    threads.for_each(s.queries, parallel, [&] {
       return [&, found = Buffer<Ranked>(std::max(ranges, int64_t{1}) * most_listed), row = Buffer<double>(s.width),
               lengths = Buffer<double>(s.groups)](int64_t query) mutable {
         widen_all(query_row(query), row.data(), s.width);
@@ -321,12 +321,12 @@ class Searcher {
   }
 
   const Search s;
-  const Pool& pool;
+  const Threads& threads;
   Keys<T, P> keys;
   const int64_t d, padded_d, words, most;  // of a group, of a row; words are of P::kPair elements; slots kept a list
   const bool few;
   int64_t most_listed, blocks, panels_at_once, parts, chunks, ranges;
-  bool threads;
+  bool parallel;
   Buffer<E> panels;           // [block][words][kQueries] words, or [B][D] where queries are few
   Buffer<float> query_slack;  // [B] its length, or the length of what rounding took from it
   Buffer<float> key_slack;    // [part][range] the largest of keys
@@ -348,14 +348,14 @@ struct AllowedAmong {
 // The K best of each query by the fastest way; see Searcher::run for `allowed` and `use`. A query's lists come in order,
 // and may all come a second time.
 template <class T, class Allowed, class Use>
-void search(const Search& s, const Pool& pool, const Allowed& allowed, const Use& use) {
+void search(const Search& s, const Threads& threads, const Allowed& allowed, const Use& use) {
   Search rest = s;
   auto never = [](int64_t) {};
 #if defined(__AVX512BF16__)
   if (s.cosine && (s.prepared || (s.queries > kFew && s.slots >= 4 * (s.k + 24)))) {
     Buffer<char> left(s.queries);
     std::fill_n(left.data(), s.queries, 0);
-    Searcher<T, Bf16Pairs>(s, pool).run(allowed, use, [&](int64_t query) { left[query] = 1; });
+    Searcher<T, Bf16Pairs>(s, threads).run(allowed, use, [&](int64_t query) { left[query] = 1; });
     rest.queries = std::count(left.data(), left.data() + s.queries, 1);
     if (rest.queries == 0) return;
     Buffer<int64_t> which(rest.queries);
@@ -366,13 +366,13 @@ void search(const Search& s, const Pool& pool, const Allowed& allowed, const Use
       which[next++] = query;
     }
     rest.query = rows.data();
-    return Searcher<T, Plain<float>>(rest, pool).run(
+    return Searcher<T, Plain<float>>(rest, threads).run(
         AllowedAmong<Allowed>{allowed, which.data()},
         [&](int64_t query, int64_t list, const Ranked* best, int64_t count) { use(which[query], list, best, count); },
         never);
   }
 #endif
-  Searcher<T, Plain<float>>(rest, pool).run(allowed, use, never);
+  Searcher<T, Plain<float>>(rest, threads).run(allowed, use, never);
 }
 
 }  // namespace slm_fast::SLM_ISA

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cpu/kernels.h"
+#include "calls.h"
 
 namespace slm_fast::cuda {
 

@@ -1,9 +1,11 @@
-"""The three operators. Each is one public function, one plain PyTorch reference (its specification) and any number of
-faster backends that equal it. `ops.backends()` says which are present, `with ops.use_backend(name)` insists on one."""
+"""The operators. Each is one public function, one plain PyTorch reference (its specification) and any number of faster
+backends that equal it. `ops.backends()` says which are present, `with ops.use_backend(name)` insists on one."""
 
 from slm_fast.ops.dispatch import Backend, backends, use_backend
+from slm_fast.ops.key_loss import key_loss
 from slm_fast.ops.multi_lora import multi_lora
-from slm_fast.ops.retrieve import PreparedKeys, Route, key_loss, prepare_keys, retrieve
+from slm_fast.ops.registration import register_backends
+from slm_fast.ops.retrieve import PreparedKeys, Route, prepare_keys, retrieve
 
 __all__ = [
     "Backend",
@@ -16,3 +18,5 @@ __all__ = [
     "retrieve",
     "use_backend",
 ]
+
+register_backends()

@@ -12,10 +12,11 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
@@ -89,6 +90,10 @@ class Backend:
         sized = f"{stem}:{size}"
         return (stem in self.operators and sized not in self.leaves_out) or sized in self.operators
 
+    def has(self, stem: str) -> bool:
+        """Whether it serves any size of an operator."""
+        return any(entry.partition(":")[0] == stem for entry in self.operators)
+
     @property
     def devices(self) -> tuple[str, ...]:
         return tuple(device for device, names in PREFERENCE.items() if self.name in names)
@@ -99,7 +104,7 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("reference", ("retrieve", "key_loss", "multi_lora")),
+    Backend("reference", ("retrieve", "key_loss", "multi_lora", "adapted_linear")),
     Backend(
         "native",
         ("retrieve", "key_loss", "multi_lora"),
@@ -112,7 +117,7 @@ BACKENDS = (
         "triton",
         ("retrieve", "key_loss", "multi_lora", "adapted_linear"),
         lambda: TRITON_MISSING,
-        ("retrieve:wide", "key_loss:wide"),
+        ("retrieve:wide", "key_loss:wide", "adapted_linear:other"),
     ),
     Backend("cuda", ("retrieve:few", "retrieve:many", "multi_lora:decode"), lambda: CUDA_MISSING),
 )
@@ -187,6 +192,8 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 def chosen(stem: str, device: str, size: str = "") -> Backend:
     """The backend that runs `stem` on `device` now, for the size that its public function calls `size`."""
     forced = _forced.name
+    if NATIVE_MISSING is not None and device == "cpu" and forced is None:
+        _warn_that_native_is_missing()
     for name in _order(stem, device, size):
         if forced is not None and name != forced:
             continue
@@ -196,6 +203,20 @@ def chosen(stem: str, device: str, size: str = "") -> Backend:
     if forced is not None:
         raise InputError(f"backend: {forced!r} does not run {stem}{f' ({size})' if size else ''} on {device}")
     raise InputError(f"{stem}: no backend for device {device!r}; devices served: {', '.join(PREFERENCE)}")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that tracing a graph warns too
+def _warn_that_native_is_missing() -> None:
+    """Once a process, at the first call that would have run on them."""
+    _warn_once(
+        f"slm_fast: the C++ operators are not there ({NATIVE_MISSING}); the PyTorch reference runs instead, most of it "
+        "several times slower; `slm-fast doctor` says more"
+    )
 
 
 def operator(stem: str, device: str, size: str = "") -> Any:

@@ -47,14 +47,14 @@ def multi_lora(
         dtype = torch.get_autocast_dtype(device)
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
         base = None if base is None else base.to(dtype)
-    backend = dispatch.chosen("multi_lora", device, "" if device == "cpu" else _size(x, lora_a, lora_b, slot_ids))
+    backend = dispatch.chosen("multi_lora", device, "" if device == "cpu" else size_of(x, lora_a, lora_b, slot_ids))
     op = getattr(torch.ops.slm_fast, f"multi_lora_{backend.name}")
     if backend.checks_arguments and _plain(x, lora_a, lora_b, slot_ids, weights, base):
         try:
             return op(x, lora_a, lora_b, slot_ids, weights, base)  # it checks the rest itself
         except ValueError:
             pass  # said below, in the words that every backend shares
-    _check(x, lora_a, lora_b, slot_ids, weights, base)
+    check(x, lora_a, lora_b, slot_ids, weights, base)
     routes, features_out = slot_ids.shape[0], lora_b.shape[2]
     # Rows that share a route are neighbours, so beams and tokens fold into one axis: [m*B, T, I] -> [B, m*T, I].
     tokens = math.prod(x.shape[:-1]) // max(routes, 1)
@@ -76,7 +76,7 @@ def multi_lora_(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, wei
     if torch.compiler.is_compiling():
         return multi_lora(x, lora_a, lora_b, slot_ids, weights, base)
     device = x.device.type
-    backend = dispatch.chosen("multi_lora", device, "" if device == "cpu" else _size(x, lora_a, lora_b, slot_ids))
+    backend = dispatch.chosen("multi_lora", device, "" if device == "cpu" else size_of(x, lora_a, lora_b, slot_ids))
     if (
         backend.in_place
         and not torch.is_autocast_enabled(device)
@@ -92,7 +92,7 @@ def multi_lora_(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, wei
     return multi_lora(x, lora_a, lora_b, slot_ids, weights, base)
 
 
-def _size(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor) -> str:
+def size_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor) -> str:
     """What dispatch chooses by: "decode" is one row a route, as many as a block of threads has room for, in whole
     16-byte pieces."""
     features_in, features_out = x.shape[-1:].numel(), lora_b.shape[-1:].numel()
@@ -113,7 +113,8 @@ def _plain(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights:
     )
 
 
-def _check(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> None:
+def check(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> None:
+    """Raises InputError unless the arguments fit `multi_lora`; ids are the backend's to check."""
     if not x.is_floating_point() or x.dim() not in (2, 3):
         raise InputError(f"x: expected floating [B, T, I] or [B, I], got {x.dtype} {list(x.shape)}")
     features_in = x.shape[-1]
@@ -162,7 +163,7 @@ def _gather(lora: Tensor, slot_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dispatch.without_autocast
-def reference(
+def reference_multi_lora(
     x_BTI: Tensor,
     lora_a_PrI: Tensor,
     lora_b_PrO: Tensor,
@@ -183,7 +184,7 @@ def reference(
 
 
 @dispatch.without_autocast
-def reference_backward(
+def reference_multi_lora_backward(
     grad_BTO: Tensor,
     x_BTI: Tensor,
     lora_a_PrI: Tensor,
@@ -224,77 +225,36 @@ def _sum_by_slot(grad_BKrF: Tensor, slot_ids_BK: Tensor, like_PrF: Tensor) -> Te
     return grad_PrF
 
 
-# Registration: the same fake and autograd formula serve every backend.
-
-_SCHEMA = "(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor? base) -> Tensor"
-_BACKWARD_SCHEMA = (
-    "(Tensor grad, Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, bool[] needed)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_LINEAR_SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights) -> Tensor"
-)
-
-
-def _fake(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> Tensor:
+def fake_multi_lora(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None
+) -> Tensor:
     return x.new_empty(*x.shape[:2], lora_b.shape[2])
 
 
-def _fake_backward(
+def fake_multi_lora_(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor
+) -> None:
+    pass
+
+
+def fake_multi_lora_backward(
     grad: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, needed: list[bool]
 ) -> tuple[Tensor, ...]:
     shaped = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, lora_a, lora_b, weights))
     return tuple(t if wanted else x.new_empty(0) for t, wanted in zip(shaped, needed, strict=True))
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def remember_multi_lora(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, lora_a, lora_b, slot_ids, weights, _ = inputs
     ctx.save_for_backward(x, lora_a, lora_b, slot_ids, weights)
 
 
-def register(backend: str, backward_of: str | None = None) -> None:
-    """Attach the fake kernels and the autograd formula to `slm_fast::multi_lora_<backend>` and its backward.
-
-    backward_of: another backend whose backward a backend without one uses.
-    """
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        wanted = [needed[0], needed[1], needed[2], needed[4]]
-        grads: tuple[Tensor | None, ...] = (None,) * 4
-        if any(wanted):
-            op = getattr(torch.ops.slm_fast, f"multi_lora_{backward_of or backend}_backward")
-            computed = op(grad.contiguous(), *ctx.saved_tensors, wanted)
-            grads = tuple(g if want else None for g, want in zip(computed, wanted, strict=True))
-        return grads[0], grads[1], grads[2], None, grads[3], grad if needed[5] else None
-
-    torch.library.register_fake(f"slm_fast::multi_lora_{backend}", _fake)
-    if backward_of is None:
-        torch.library.register_fake(f"slm_fast::multi_lora_{backend}_backward", _fake_backward)
-    torch.library.register_autograd(f"slm_fast::multi_lora_{backend}", backward, setup_context=_remember)
-
-
-torch.library.custom_op("slm_fast::multi_lora_reference", reference, mutates_args=(), schema=_SCHEMA)
-torch.library.custom_op(
-    "slm_fast::multi_lora_reference_backward", reference_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
-)
-register("reference")
-if dispatch.NATIVE_MISSING is None:
-    register("native")
-if dispatch.TRITON_MISSING is None:
-    from slm_fast.ops.triton import multi_lora as in_triton
-
-    torch.library.custom_op("slm_fast::multi_lora_triton", in_triton.forward, mutates_args=(), schema=_SCHEMA)
-    torch.library.custom_op(
-        "slm_fast::multi_lora_triton_backward", in_triton.backward, mutates_args=(), schema=_BACKWARD_SCHEMA
-    )
-    register("triton")
-    torch.library.custom_op(
-        "slm_fast::adapted_linear_triton", in_triton.adapted_linear, mutates_args=(), schema=_LINEAR_SCHEMA
-    )
-    torch.library.register_fake(
-        "slm_fast::adapted_linear_triton",
-        lambda x, weight, bias, lora_a, lora_b, slot_ids, weights: x.new_empty(*x.shape[:2], lora_b.shape[2]),
-    )
-if dispatch.CUDA_MISSING is None:
-    register("cuda", backward_of="triton" if dispatch.TRITON_MISSING is None else "reference")
+def multi_lora_gradients(ctx: Any, backward: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """`backward` is the operator that a backend has for it."""
+    needed = ctx.needs_input_grad
+    wanted = [needed[0], needed[1], needed[2], needed[4]]
+    grads: tuple[Tensor | None, ...] = (None,) * 4
+    if any(wanted):
+        computed = backward(grad.contiguous(), *ctx.saved_tensors, wanted)
+        grads = tuple(g if want else None for g, want in zip(computed, wanted, strict=True))
+    return grads[0], grads[1], grads[2], None, grads[3], grad if needed[5] else None

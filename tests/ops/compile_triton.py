@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from slm_fast.ops.triton import multi_lora, retrieve
+from slm_fast.ops.triton import adapted_linear, increments, key_loss, multi_lora, retrieve, search
 
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a block may have
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -68,7 +68,7 @@ def launch_all(dtype: torch.dtype) -> None:
             multi_lora.forward(x, a, b, ids, weights, base)
         multi_lora.backward(x, x, a, b, ids, weights, [True] * 4)
         if dtype != torch.float64 and K * r <= 256 // dtype.itemsize:
-            multi_lora.adapted_linear(x, torch.zeros(H, H, dtype=dtype), x[0, 0], a, b, ids, weights)
+            adapted_linear.forward(x, torch.zeros(H, H, dtype=dtype), x[0, 0], a, b, ids, weights)
 
     lora(32, 128, 768, 20, 4, 12)  # prefill
     lora(1, 1, 1, 1, 1, 1)  # Triton makes constants of ones
@@ -78,18 +78,19 @@ def launch_all(dtype: torch.dtype) -> None:
     query, keys = torch.ones(32, 768, dtype=dtype), torch.ones(5000, 768, dtype=dtype)
     mask, bias = torch.ones(5000, dtype=torch.bool), torch.ones(5000)
     for k in (1, 4, 128):
-        retrieve.retrieve(query, keys, k, 6, None, None, "cosine", "mean", "ratio", 1.0)
-        retrieve.retrieve(query, keys, k, 6, None, mask, "cosine", "vote", "softmax", 2.0)
-    retrieve.retrieve(query, keys, 4, 1, bias, mask, "dot", "mean", "softmax", 2.0)
-    retrieve.retrieve(query[:1, :1], keys[:1, :1], 1, 1, None, None, "cosine", "vote", "ratio", 1.0)
-    retrieve.key_loss(query[:1, :1], keys[:1, :1], 1, 1, 0.2, 1)
-    _, selected = retrieve.key_loss(query, keys, 4, 6, 0.2, 2**40)
-    retrieve.key_loss_backward(torch.ones(()), query, keys, selected.zero_())
+        retrieve.forward(query, keys, k, 6, None, None, "cosine", "mean", "ratio", 1.0)
+        retrieve.forward(query, keys, k, 6, None, mask, "cosine", "vote", "softmax", 2.0)
+    retrieve.forward(query, keys, 4, 1, bias, mask, "dot", "mean", "softmax", 2.0)
+    retrieve.forward(query[:1, :1], keys[:1, :1], 1, 1, None, None, "cosine", "vote", "ratio", 1.0)
+    key_loss.forward(query[:1, :1], keys[:1, :1], 1, 1, 0.2, 1)
+    _, selected = key_loss.forward(query, keys, 4, 6, 0.2, 2**40)
+    key_loss.backward(torch.ones(()), query, keys, selected.zero_())
 
 
 if __name__ == "__main__":
     compiler = Compiler()
-    multi_lora.processors = retrieve.processors = lambda device: 132
+    for module in (increments, multi_lora, search):
+        module.processors = lambda device: 132
     print("triton", triton.__version__)
     for name in sys.argv[1:] or ("bfloat16", "float32", "float16", "float64"):
         for compiler.architecture in SHARED:

@@ -1,6 +1,7 @@
 // Enough of CUDA to run csrc/cuda/*.cu on a CPU, for tests: each thread of a block is a fiber, each block a host thread,
 // so that the kernels' own code is checked, barriers and shuffles included. It shows neither races nor speed.
-// test_cuda.py puts it in the place of CUDA's headers and rewrites kernel<<<...>>>(...) as on_host::launch.
+// cuda_on_host.py puts it in the place of CUDA's headers, rewrites kernel<<<...>>>(...) as on_host::launch and makes
+// shared variables references to on_host::shared. Shared memory and fibers' stacks begin as poison: see csrc/poison.h.
 #pragma once
 
 #include <ucontext.h>
@@ -11,7 +12,6 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -20,7 +20,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ thread_local
 #define __launch_bounds__(...)
 
 using std::max;
@@ -60,8 +59,23 @@ inline thread_local dim3 threadIdx, blockIdx;
 
 namespace on_host {
 
-constexpr int64_t kShared = 160 << 10;
+inline void poison(void* memory, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(memory)[i] = i % 2 ? 0x7f : 0xff;
+}
+
+constexpr int64_t kShared = 160 << 10, kStack = 64 << 10;
 inline thread_local double shared_memory[kShared / 8];
+
+// A block's own: each block is a new thread. `which` tells variables of one type apart.
+template <class T, int which>
+T& shared() {
+  struct Memory {
+    alignas(T) unsigned char bytes[sizeof(T)];
+    Memory() { poison(bytes, sizeof(T)); }
+  };
+  static thread_local Memory memory;
+  return reinterpret_cast<T&>(memory.bytes);
+}
 
 struct Cluster {
   std::barrier<> barrier;
@@ -97,9 +111,10 @@ struct Block {
     fibers.resize(threads), done.assign(threads, false), lanes.resize(threads);
     arrived.assign(1 + threads / 32, 0), turn.assign(1 + threads / 32, 0);
     for (int t = 0; t < threads; ++t) {
-      stacks.emplace_back(new char[64 << 10]);
+      stacks.emplace_back(new char[kStack]);
+      poison(stacks[t].get(), kStack);
       getcontext(&fibers[t]);
-      fibers[t].uc_stack.ss_sp = stacks[t].get(), fibers[t].uc_stack.ss_size = 64 << 10;
+      fibers[t].uc_stack.ss_sp = stacks[t].get(), fibers[t].uc_stack.ss_size = kStack;
       fibers[t].uc_link = &scheduler;
       makecontext(&fibers[t], reinterpret_cast<void (*)()>(&Block::enter), 0);
     }
@@ -121,7 +136,7 @@ inline void Block::enter() {
 }
 
 inline void run_block(dim3 at, int threads, const std::function<void()>& kernel, Cluster* cluster, int rank) {
-  std::fill_n(shared_memory, kShared / 8, std::numeric_limits<double>::quiet_NaN());
+  poison(shared_memory, kShared);
   Block mine;
   block = &mine, blockIdx = at, mine.kernel = &kernel, mine.cluster = cluster, mine.rank = rank;
   if (cluster) {

@@ -5,7 +5,6 @@ on a CPU); their results, where there is a GPU. There the operator tests of this
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cuda_on_host import ROOT, compile_for_host
 
 from slm_fast import ops
 from slm_fast.ops import dispatch
@@ -65,12 +65,12 @@ def test_retrieve_parts_cover_every_query_and_slot_once(queries, slots):
 @no_extension
 def test_whatever_dispatch_sends_to_cuda_fits_a_blocks_shared_memory():
     from slm_fast import _C
-    from slm_fast.ops.retrieve import _size
+    from slm_fast.ops.retrieve import size_of
 
     widest = 0
     for width in (*range(1, 70), 384, 768, 1024, 1536, 2500, 2560, 2561, 4096):
         for groups in (g for g in range(1, width + 1) if width % g == 0):
-            if _size(torch.empty(1, width), torch.empty(5, width), 4, groups, "mean") == "few":
+            if size_of(torch.empty(1, width), torch.empty(5, width), 4, groups, "mean") == "few":
                 for vector in (1, 4, 8):
                     widest = max(widest, _C.retrieve_cut(1, 5, width, groups, vector, 132)[3])
     assert 80 << 10 < widest <= 99 << 10  # what any card since sm_80 has
@@ -159,26 +159,11 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory):
-    """The kernels compiled for the host: CUDA's headers replaced, launches rewritten."""
-    compiler, root = shutil.which("g++"), Path(__file__).parents[2]
-    if compiler is None:
-        pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    for header in ("cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h", "cooperative_groups.h"):
-        (folder / header).write_text('#include "cuda_on_host.h"\n')
-    include = [f"-I{path}" for path in (folder, root / "tests/ops", root / "csrc/cuda", root / "csrc")]
-    libraries = {}
-    for stem, entry in ENTRIES.items():
-        source = (root / f"csrc/cuda/{stem}.cu").read_text()
-        source = re.sub(r"([\w]+(?:<[^<>;]*>)?)<<<(.*?)>>>\((\w+)\);", r"on_host::launch(\2)([&] { \1(\3); });", source)
-        source = source.replace("extern __shared__ double shared[];", "double* shared = on_host::shared_memory;")
-        source = source.replace('#include "kernels.h"', '#include "cuda/kernels.h"')
-        (folder / f"{stem}.cpp").write_text(source + "using namespace slm_fast;" + entry)
-        library = folder / f"{stem}.so"
-        command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-w", *include]
-        subprocess.run([*command, str(folder / f"{stem}.cpp"), "-o", str(library)], check=True)
-        libraries[stem] = ctypes.CDLL(str(library)).run
-    return libraries
+    """The kernels compiled for the host."""
+    return {
+        stem: compile_for_host((ROOT / f"csrc/cuda/{stem}.cu").read_text(), entry, tmp_path_factory.mktemp(stem))
+        for stem, entry in ENTRIES.items()
+    }
 
 
 def numbers(*values):
@@ -208,8 +193,7 @@ def test_the_decode_kernels_code_equals_the_specification(on_host, clusters, dty
     ids, weights = torch.randint(-1, P + 1, (B, K), generator=random), torch.rand(B, K, generator=random)
     known = torch.where(ids < P, ids, -1)  # an id that is no slot's adds nothing
     for given in (base, None):
-        y = torch.full_like(base, torch.nan)
-        partial = torch.full((B * blocks * K * r,), torch.nan)
+        y, partial = torch.empty_like(base), torch.empty(B * blocks * K * r)
         tensors = (ctypes.c_void_p * 4)(*(pointer(t) for t in (x, a, b, given)))
         sizes = numbers(B, K, P, r, I, O, blocks)
         status = on_host["multi_lora"](
@@ -243,11 +227,11 @@ def test_the_retrieve_kernels_code_gives_the_route_of_the_specification(
     query, keys = torch.randn(B, D, generator=random).to(dtype), torch.randn(P, D, generator=random).to(dtype)
     keys[-1:] = keys[:1]  # equal keys: the lower id first
     bias, masks = torch.randn(P, generator=random), torch.rand(B, P, generator=random) > 0.3
-    parts = torch.full((_C.retrieve_cut(B, P, D, groups, vector, processors)[1] * B * k,), 7)
+    parts = torch.empty(_C.retrieve_cut(B, P, D, groups, vector, processors)[1] * B * k, dtype=torch.int64)
     for cosine, mask in ((True, None), (True, masks), (False, masks[0]), (False, torch.zeros_like(masks))):
         if not cosine and groups > 1:
             continue
-        ids, weights = torch.full((B, k), 99), torch.full((B, k), torch.nan)
+        ids, weights = torch.empty(B, k, dtype=torch.int64), torch.empty(B, k)
         per_query = mask is not None and mask.dim() == 2
         status = on_host["retrieve"](
             TYPES[dtype],
@@ -268,7 +252,7 @@ def test_the_retrieve_kernels_code_gives_the_route_of_the_specification(
 @pytest.mark.parametrize(
     ("B", "P", "K", "r", "I", "O"), [(1, 1, 1, 1, 8, 8), (33, 20, 4, 12, 768, 1032), (3, 7, 2, 128, 4096, 520)]
 )
-def test_decoding_equals_the_specification_and_ignores_ids_that_are_no_slots(nan_memory, dtype, B, P, K, r, I, O):
+def test_decoding_equals_the_specification_and_ignores_ids_that_are_no_slots(dtype, B, P, K, r, I, O):
     random = torch.Generator().manual_seed(0)
     x, a, b, base = (
         torch.randn(shape, generator=random).to("cuda", dtype) for shape in ((B, 1, I), (P, r, I), (P, r, O), (B, 1, O))
@@ -285,7 +269,7 @@ def test_decoding_equals_the_specification_and_ignores_ids_that_are_no_slots(nan
 @no_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("B", "P", "D", "groups", "k"), [(1, 1, 1, 1, 1), (33, 5000, 768, 6, 4), (5, 100, 66, 3, 32)])
-def test_retrieve_gives_the_route_of_the_specification(nan_memory, dtype, B, P, D, groups, k):
+def test_retrieve_gives_the_route_of_the_specification(dtype, B, P, D, groups, k):
     query, keys = torch.randn(B, D).to("cuda", dtype), torch.randn(P, D).to("cuda", dtype)
     mask = torch.rand(B, P, device="cuda") > 0.3
     for options in (

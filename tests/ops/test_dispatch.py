@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from threading import Thread
 from types import MappingProxyType
 
@@ -95,3 +97,45 @@ def test_a_measurement_for_triton_is_not_followed_where_triton_is_missing(monkey
     for missing in (None, "triton is not installed"):
         monkeypatch.setattr(dispatch, "TRITON_MISSING", missing)
         assert dispatch.fused_wins("cuda", "narrow") == (missing is None)
+
+
+WITHOUT_NATIVE = """
+import sys, threading, warnings
+sys.modules["slm_fast._C"] = None  # as if it were not built
+import torch
+seen = []
+warnings.showwarning = lambda message, category, *_: seen.append(f"{category.__name__}: {message}")
+warnings.simplefilter("always")
+import slm_fast
+from slm_fast import ops
+from slm_fast.ops import dispatch
+query, keys = torch.ones(2, 4), torch.ones(3, 4)
+with ops.use_backend("reference"):
+    ops.retrieve(query, keys, 1)
+print(len(seen))  # nothing yet: nothing was called, or only what was asked for
+PATH
+PATH
+ops.retrieve(query, keys, 1)
+print(len(seen))
+assert str(dispatch.NATIVE_MISSING) in seen[0]
+print(seen[0])
+"""
+PATHS = {
+    "retrieve": "ops.retrieve(query, keys, 1)",
+    "prepare_keys": "ops.prepare_keys(keys)",
+    "key_loss": "ops.key_loss(query, keys, 1, groups=1, mask_prob=0.1, seed=0)",
+    "multi_lora": "ops.multi_lora(torch.ones(1, 2, 3), torch.ones(1, 1, 3), torch.ones(1, 1, 3), *ops.Route("
+    "torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)))",
+    "compiled": "torch.compile(lambda q, k: ops.retrieve(q, k, 1), fullgraph=True, backend='eager')(query, keys)",
+}
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
+def test_without_the_native_operators_the_first_call_warns_once_with_cause_and_cost(path):
+    code = WITHOUT_NATIVE.replace("PATH", path)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    before, after, warning = run.stdout.splitlines()
+    assert (before, after) == ("0", "1")
+    assert warning.startswith("RuntimeWarning: slm_fast: the C++ operators are not there (slm_fast._C did not load (")
+    assert warning.endswith("times slower; `slm-fast doctor` says more")

@@ -162,7 +162,7 @@ def test_every_instruction_set_this_processor_has_passes_the_operator_tests(name
     if name == _C.build_info()["instruction_set"]:
         return  # that is what the other tests run
     here = os.path.dirname(__file__)
-    files = [os.path.join(here, f"test_{stem}.py") for stem in ("multi_lora", "retrieve", "key_loss")]
+    files = [os.path.join(here, f"test_{stem}.py") for stem in ("multi_lora", "retrieve", "key_loss", "poison")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native and not compile", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"SLM_FAST_CPU": name})
     assert done.returncode == 0, done.stdout[-3000:]

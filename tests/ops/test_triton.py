@@ -1,4 +1,4 @@
-"""What only the Triton backend has: several ways to run one operator, chosen by size, and a kernel with the base in it.
+"""What only the Triton backend has: several ways to run one operator, chosen by size.
 
 Runs on a GPU, and on a CPU under Triton's interpreter (see tests/conftest.py)."""
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from slm_fast import ops
-from slm_fast.layers import Adaptation, AdaptedLinear
-from slm_fast.ops import Route, dispatch
+from slm_fast.ops import dispatch
 
 pytestmark = pytest.mark.skipif(dispatch.TRITON_MISSING is not None, reason=str(dispatch.TRITON_MISSING))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +50,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("tokens", [1, 3], ids=["one token", "beams"])
-def test_decoding_with_all_slots_at_once_equals_the_specification(nan_memory, dtype, tokens):
+def test_decoding_with_all_slots_at_once_equals_the_specification(dtype, tokens):
     from slm_fast.ops.triton import multi_lora as in_triton
 
     call = example(dtype, B=19, T=tokens)
@@ -61,11 +60,11 @@ def test_decoding_with_all_slots_at_once_equals_the_specification(nan_memory, dt
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_more_columns_than_fit_at_once_equal_the_specification(nan_memory, dtype):
+def test_more_columns_than_fit_at_once_equal_the_specification(dtype):
     assert_equals_the_specification(example(dtype, B=2, T=5, K=5, r=29), TOLERANCE[dtype])
 
 
-def test_gradients_of_more_columns_than_fit_at_once_equal_the_specification(nan_memory):
+def test_gradients_of_more_columns_than_fit_at_once_equal_the_specification():
     call = example(B=2, T=5, K=5, r=29)
     names = [name for name in call if name != "slot_ids"]
 
@@ -93,45 +92,6 @@ def test_of_all_slots_at_once_one_that_is_not_finite_reaches_only_samples_that_u
             y = ops.multi_lora(**broken)
             assert torch.equal(y[~uses], clean[~uses])
             assert not y[uses].isfinite().all(-1).any()
-
-
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_base_in_the_kernel_equals_the_linear_layer_and_its_increments(nan_memory, tokens):
-    call = example(T=tokens)
-    linear = torch.nn.Linear(21, 37, device=DEVICE)
-    arguments = [call[name] for name in ("lora_a", "lora_b", "slot_ids", "weights")]
-    for bias in (linear.bias, None):
-        got = torch.ops.slm_fast.adapted_linear_triton(call["x"], linear.weight.detach(), bias, *arguments)
-        base = torch.nn.functional.linear(call["x"], linear.weight, bias)
-        with ops.use_backend("reference"):
-            expected = ops.multi_lora(call["x"], *arguments, base)
-        assert (got - expected).norm() <= 1e-5 * expected.norm()
-
-
-def test_an_adapted_layer_takes_the_kernel_with_the_base_only_where_it_was_measured_to_win(monkeypatch):
-    call = example(B=2, T=5)
-    layer = AdaptedLinear(torch.nn.Linear(21, 37, device=DEVICE), "layer", Adaptation())
-    passed = []
-    layer.base.register_forward_hook(lambda *_: passed.append(True))
-    values = {"layer": (call["lora_a"], call["lora_b"])}
-
-    def run():
-        passed.clear()
-        with layer.adaptation.using(values, Route(call["slot_ids"], call["weights"])), ops.use_backend("triton"):
-            return layer(call["x"]).detach()
-
-    with torch.no_grad():
-        expected = run()
-        assert passed  # nothing was measured
-        monkeypatch.setattr(dispatch, "MEASURED", {(DEVICE, "adapted_linear", "narrow"): ("triton", "reference")})
-        run()
-        assert passed  # a hook wants to see the base called
-        layer.base._forward_hooks.clear()
-        assert (run() - expected).norm() <= 1e-5 * expected.norm()
-        assert not passed
-    layer.base.register_forward_hook(lambda *_: passed.append(True))
-    run()
-    assert passed  # a gradient is wanted
 
 
 def test_measured_orders_go_before_the_preference(tmp_path, monkeypatch):

@@ -20,31 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slm_fast.ops.triton import INTERPRETED, blocks, by_slot, on, power_of_two, processors
-
-# float32 products of three tf32 ones, which are accurate to float32; float16 ones of values that may have grown past
-# float16's range keep float32's exponent and float16's digits.
-_PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32"}
-
-
-@triton.jit
-def _dot(p, q, sums, PRECISION: tl.constexpr):
-    """sums + p . q, in the type of sums. (The interpreter's bfloat16 cannot be multiplied.)"""
-    if INTERPRETED:
-        p, q = p.to(sums.dtype), q.to(sums.dtype)
-    return tl.dot(p, q, sums, input_precision=PRECISION, out_dtype=sums.dtype)
-
-
-@triton.jit
-def _route_rows(ids, weights, sample, first, P, K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr):
-    """Columns first .. first + RP - 1 of a sample's R: whether there is a slot, its row of A and B, its weight."""
-    column = first + tl.arange(0, RP)
-    inside = column < K * RANK
-    place = sample.to(tl.int64) * K + column // RANK
-    slot = tl.load(ids + place, mask=inside, other=-1)
-    valid = (slot >= 0) & (slot < P)
-    row = tl.where(valid, slot * RANK + column % RANK, 0)
-    return column, valid, row, tl.load(weights + place, mask=valid, other=0.0)
+from slm_fast.ops.triton import blocks, by_slot, on, power_of_two, processors
+from slm_fast.ops.triton.increments import (
+    Tiles,
+    arithmetic,
+    check_ids,
+    dense_rows,
+    dot,
+    expand,
+    route_rows,
+    token_block,
+)
 
 
 @triton.jit
@@ -54,17 +40,8 @@ def _shrink(x, x_mask, a_row, valid, I, h, BI: tl.constexpr, PRECISION: tl.const
         i = i0 + tl.arange(0, BI)
         x_block = tl.load(x + i[None, :], mask=x_mask & (i < I)[None, :], other=0.0)
         a_block = tl.load(a_row + i[:, None], mask=valid[None, :] & (i < I)[:, None], other=0.0)
-        h = _dot(x_block, a_block, h, PRECISION)
+        h = dot(x_block, a_block, h, PRECISION)
     return h
-
-
-@triton.jit
-def _expand(h, b_row, valid, o, O, sums, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + h [BT, RP] . B [RP, BO] of the columns o; `b_row` [RP, 1] points at the rows' first elements."""
-    b_block = tl.load(b_row + o[None, :], mask=valid[:, None] & (o < O)[None, :], other=0.0)
-    if KEEP_RANGE:
-        b_block = b_block.to(h.dtype)
-    return _dot(h.to(b_block.dtype), b_block, sums, PRECISION)
 
 
 @triton.jit(do_not_specialize=["P", "T"])
@@ -79,7 +56,7 @@ def _adapt(
     sample, share = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(1)
     t = (tl.program_id(0) % tiles) * BT + tl.arange(0, BT)
     t_mask = (t < T)[:, None]
-    column, valid, row, weight = _route_rows(ids, weights, sample, first, P, K, RANK, RP)
+    column, valid, row, weight = route_rows(ids, weights, sample, first, P, K, RANK, RP)
 
     h = tl.zeros([BT, RP], tl.float64 if DOUBLE else tl.float32)
     x_row = x + sample * x_sample + t.to(tl.int64)[:, None] * x_token
@@ -97,7 +74,7 @@ def _adapt(
             if HAS_BASE:
                 base_row = base + sample * base_sample + t.to(tl.int64)[:, None] * base_token
                 sums += tl.load(base_row + o[None, :], mask=mask, other=0.0)
-            sums = _expand(h, b + (row * O)[:, None], valid, o, O, sums, KEEP_RANGE, PRECISION)
+            sums = expand(h, b + (row * O)[:, None], valid, o, O, sums, KEEP_RANGE, PRECISION)
             tl.store(y + y_row * O + o[None, :], sums, mask=mask)
 
 
@@ -145,7 +122,7 @@ def _dense_expand(
     b_block = tl.load(b + q.to(tl.int64)[:, None] * O + o[None, :], mask=(q < Q)[:, None] & (o < O)[None, :], other=0.0)
     broken = b_block.to(h.dtype) - b_block.to(h.dtype) != 0
     b_block = tl.where(broken, 0.0, b_block.to(h.dtype)).to(h.dtype if KEEP_RANGE else b_block.dtype)
-    sums = _dot(h.to(b_block.dtype), b_block, tl.zeros([BN, BO], h.dtype), PRECISION)
+    sums = dot(h.to(b_block.dtype), b_block, tl.zeros([BN, BO], h.dtype), PRECISION)
     if tl.max(tl.max(broken.to(tl.int32), 1), 0) > 0:
         reached = tl.dot(used.to(tl.float16), broken.to(tl.float16), out_dtype=tl.float32)
         sums = tl.where(reached > 0, float("nan"), sums)
@@ -179,80 +156,12 @@ def _slot_gradient(
             block = tl.load(rows + row_address, mask=(t < T)[:, None] & (f < F)[None, :], other=0.0)
             if KEEP_RANGE:
                 block = block.to(sums.dtype)
-            sums = _dot(c.to(block.dtype), block, sums, PRECISION)
+            sums = dot(c.to(block.dtype), block, sums, PRECISION)
     mask = (j < RANK)[:, None] & (f < F)[None, :]
     tl.store(gradient + (slot * RANK + j[:, None]) * F + f[None, :], sums, mask=mask)
 
 
-@triton.jit(do_not_specialize=["P", "T"])
-def _linear(
-    x, matrix, bias, a, b, ids, weights, y, x_sample, x_token, P, T, I, O,
-    K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
-    HAS_BIAS: tl.constexpr, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """y = x . W^T + bias + increments: x is read once for the base's product and for the shrink."""
-    tiles, shares = tl.cdiv(T, BT), tl.cdiv(O, BO)
-    block = tl.program_id(0) // shares  # neighbours read the same x
-    sample = (block // tiles).to(tl.int64)
-    t = ((block % tiles) * BT + tl.arange(0, BT)).to(tl.int64)
-    o = (tl.program_id(0) % shares) * BO + tl.arange(0, BO)
-    _, valid, row, weight = _route_rows(ids, weights, sample, 0, P, K, RANK, RP)
-    x_row, a_row = x + sample * x_sample + t[:, None] * x_token, a + (row * I)[None, :]
-    w_row = matrix + o.to(tl.int64)[None, :] * I
-    h, sums = tl.zeros([BT, RP], tl.float32), tl.zeros([BT, BO], tl.float32)
-    for i0 in range(0, I, BI):
-        i = i0 + tl.arange(0, BI)
-        x_block = tl.load(x_row + i[None, :], mask=(t < T)[:, None] & (i < I)[None, :], other=0.0)
-        a_block = tl.load(a_row + i[:, None], mask=valid[None, :] & (i < I)[:, None], other=0.0)
-        w_block = tl.load(w_row + i[:, None], mask=(o < O)[None, :] & (i < I)[:, None], other=0.0)
-        h = _dot(x_block, a_block, h, PRECISION)
-        sums = _dot(x_block, w_block, sums, PRECISION)
-    h = tl.where(valid[None, :], h * weight[None, :], 0.0)
-    sums = _expand(h, b + (row * O)[:, None], valid, o, O, sums, KEEP_RANGE, PRECISION)
-    if HAS_BIAS:
-        sums += tl.load(bias + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + (sample * T + t)[:, None] * O + o[None, :], sums, mask=(t < T)[:, None] & (o < O)[None, :])
-
-
 # ---- from tensors to launches ----
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _check_ids(slot_ids: Tensor, slots: int) -> None:
-    """Only where nobody waits: see the head of slm_fast/ops/triton."""
-    if slot_ids.device.type == "cpu" and slot_ids.numel():
-        lowest, highest = slot_ids.aminmax()
-        if lowest < -1 or highest >= slots:
-            raise ValueError(f"slot_ids: expected -1..{slots - 1}, got {int(lowest)}..{int(highest)}")
-
-
-def _arithmetic(dtype: torch.dtype) -> dict[str, object]:
-    return {
-        "DOUBLE": dtype == torch.float64,
-        "KEEP_RANGE": dtype == torch.float16,
-        "PRECISION": _PRECISION.get(dtype, "ieee"),
-    }
-
-
-class _Tiles:
-    """Block sizes that fit an A100's registers and shared memory: by bytes, so halved for numbers twice as wide."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.most_tokens = self.outputs = self.widest = 256 // dtype.itemsize  # widest: columns of R at once
-        self.inputs = max(16, 128 // dtype.itemsize)
-        self.all_slots = 512 // dtype.itemsize  # P r up to which all slots may be used at once
-
-
-def _token_block(programs: int, tokens: int, most: int, device: torch.device) -> int:
-    """As many tokens a program as leave a program for each multiprocessor: A and B are read once a program. `programs`:
-    how many there are for each block of tokens."""
-    for block in (128, 64, 32):
-        if block <= most and tokens > block // 2 and programs * blocks(tokens, block) >= processors(device):
-            return block
-    return min(32, power_of_two(tokens, 16))
 
 
 def _run_adapt(
@@ -267,13 +176,13 @@ def _run_adapt(
     """y, or an empty tensor when b is None; the scaled sums go to y, the plain ones to `shrunk` [B, T, K r]."""
     (B, T, I), (P, r, _), K = x.shape, a.shape, slot_ids.shape[1]
     O = 0 if b is None else b.shape[2]
-    tiles = _Tiles(x.dtype)
+    tiles = Tiles(x.dtype)
     turns = range(0, K * r, tiles.widest)
     last = len(turns) - 1
     y = x.new_empty(B, T, O) if b is not None else x.new_empty(0)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     RP, BO = (power_of_two(min(n, most), 16) for n, most in ((K * r, tiles.widest), (O, tiles.outputs)))
-    BT = _token_block(B, T, tiles.most_tokens, x.device)
+    BT = token_block(B, T, tiles.most_tokens, x.device)
     programs = B * blocks(T, BT)
     shares = min(blocks(O, BO), max(1, processors(x.device) // programs)) if O else 1
     for turn, first in enumerate(turns):
@@ -283,7 +192,7 @@ def _run_adapt(
             x, a, a if b is None else b, slot_ids, weights, base, result, shrunk,
             x.stride(0), x.stride(1), *((0, 0) if base is None else base.stride()[:2]), P, T, I, O, first,
             K=K, RANK=r, RP=RP, BT=BT, BI=tiles.inputs, BO=BO,
-            HAS_BASE=base is not None, EXPAND=b is not None, STORE=shrunk is not None, **_arithmetic(x.dtype),
+            HAS_BASE=base is not None, EXPAND=b is not None, STORE=shrunk is not None, **arithmetic(x.dtype),
             num_warps=8 if BT >= 64 else 4,
         )  # fmt: skip
         base = None if b is None else result
@@ -295,18 +204,18 @@ def _run_dense(
 ) -> None:
     (B, T, I), (P, r, O), K = x.shape, b.shape, slot_ids.shape[1]
     N, Q = B * T, P * r
-    BI = _Tiles(x.dtype).inputs
+    BI = Tiles(x.dtype).inputs
     QP, BN, BO = power_of_two(Q, 16), 16 if N <= 16 else 32, BI
     tiles = blocks(N, BN)
     span = power_of_two(blocks(I, max(1, processors(x.device) // (2 * tiles))), 64)
     parts = blocks(I, span)
     partial = x.new_empty(parts, N, Q, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    arithmetic = _arithmetic(x.dtype)
-    shrink = {name: arithmetic[name] for name in ("DOUBLE", "PRECISION")}
+    chosen = arithmetic(x.dtype)
+    shrink = {name: chosen[name] for name in ("DOUBLE", "PRECISION")}
     _dense_shrink[(tiles, parts)](x, a, partial, N, Q, I, BN=BN, QP=QP, BI=BI, SPAN=span, **shrink)
     _dense_expand[(tiles, blocks(O, BO))](
         partial, b, slot_ids, weights, base, y, N, Q, O, T, parts,
-        K=K, RANK=r, BN=BN, QP=QP, BO=BO, HAS_BASE=base is not None, **arithmetic,
+        K=K, RANK=r, BN=BN, QP=QP, BO=BO, HAS_BASE=base is not None, **chosen,
         num_warps=4 if x.dtype.itemsize == 2 else 8,
     )  # fmt: skip
 
@@ -314,7 +223,7 @@ def _run_dense(
 def shares_slots(x: Tensor, picks: int, slots: int, rank: int) -> bool:
     """Whether to decode with all slots at once: few rows in all, each used by several samples."""
     samples, tokens, _ = x.shape
-    return tokens <= 4 and 0 < slots * rank <= _Tiles(x.dtype).all_slots and samples * picks >= 4 * slots
+    return tokens <= 4 and 0 < slots * rank <= Tiles(x.dtype).all_slots and samples * picks >= 4 * slots
 
 
 def forward(
@@ -322,11 +231,11 @@ def forward(
 ) -> Tensor:
     """As the reference: x [B, T, I] -> [B, T, O]."""
     (B, T, _), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
-    _check_ids(slot_ids, P)
+    check_ids(slot_ids, P)
     if min(B * T * O, P * r, K) == 0:
         return x.new_zeros(B, T, O) if base is None else base.clone(memory_format=torch.contiguous_format)
-    x, lora_a, lora_b = _dense_rows(x), lora_a.contiguous(), lora_b.contiguous()
-    slot_ids, weights, base = slot_ids.contiguous(), weights.contiguous(), None if base is None else _dense_rows(base)
+    x, lora_a, lora_b = dense_rows(x), lora_a.contiguous(), lora_b.contiguous()
+    slot_ids, weights, base = slot_ids.contiguous(), weights.contiguous(), None if base is None else dense_rows(base)
     with on(x.device):
         if shares_slots(x, K, P, r):
             y = x.new_empty(B, T, O)
@@ -341,12 +250,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the reference: gradients of x, lora_a, lora_b and weights, an empty tensor where none is wanted."""
     (B, T, I), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
-    _check_ids(slot_ids, P)
+    check_ids(slot_ids, P)
     if min(B * T, P * r, K, I, O) == 0:
         shaped = zip((x, lora_a, lora_b, weights), needed, strict=True)
         zeros = [t.new_zeros(t.shape) if wanted else x.new_empty(0) for t, wanted in shaped]
         return zeros[0], zeros[1], zeros[2], zeros[3]
-    x, grad, lora_a, lora_b = _dense_rows(x), _dense_rows(grad), lora_a.contiguous(), lora_b.contiguous()
+    x, grad, lora_a, lora_b = dense_rows(x), dense_rows(grad), lora_a.contiguous(), lora_b.contiguous()
     slot_ids, weights = slot_ids.contiguous(), weights.contiguous()
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     shrunk = grad_shrunk = None
@@ -379,36 +288,10 @@ def _sum_by_slot(
     P, r, F = like.shape
     T, K = rows.shape[1], weights.shape[1]
     gradient = torch.empty_like(like)
-    tiles = _Tiles(rows.dtype)
+    tiles = Tiles(rows.dtype)
     RB, BF, BT = (power_of_two(min(n, most), 16) for n, most in ((r, 64), (F, tiles.outputs), (T, tiles.inputs)))
     _slot_gradient[(P, blocks(r, RB), blocks(F, BF))](
         gradient, coefficient, weights, rows, order, begin, rows.stride(0), rows.stride(1), T, F,
-        K=K, RANK=r, RB=RB, BT=BT, BF=BF, **_arithmetic(rows.dtype),
+        K=K, RANK=r, RB=RB, BT=BT, BF=BF, **arithmetic(rows.dtype),
     )  # fmt: skip
     return gradient
-
-
-def adapted_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor
-) -> Tensor:
-    """x . weight^T + bias + the increments of multi_lora in one kernel, without a gradient: [B, T, I] -> [B, T, O]."""
-    (B, T, I), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
-    tiles = _Tiles(x.dtype)
-    if x.dtype == torch.float64 or not 0 < K * r <= tiles.widest:
-        raise ValueError(f"adapted_linear: expected K r of 1..{tiles.widest}, not float64, got {K * r}, {x.dtype}")
-    _check_ids(slot_ids, P)
-    y = x.new_empty(B, T, O)
-    if min(y.numel(), P) == 0:
-        return y.copy_(torch.nn.functional.linear(x, weight, bias))
-    BO = power_of_two(min(O, tiles.outputs), 16)
-    x, BT = _dense_rows(x), _token_block(B * blocks(O, BO), T, tiles.most_tokens, x.device)
-    arithmetic = _arithmetic(x.dtype)
-    with on(x.device):
-        _linear[(blocks(O, BO) * B * blocks(T, BT),)](
-            x, weight.contiguous(), None if bias is None else bias.contiguous(), lora_a.contiguous(),
-            lora_b.contiguous(), slot_ids.contiguous(), weights.contiguous(), y, x.stride(0), x.stride(1), P, T, I, O,
-            K=K, RANK=r, RP=power_of_two(K * r, 16), BT=BT, BI=tiles.inputs, BO=BO, HAS_BIAS=bias is not None,
-            KEEP_RANGE=arithmetic["KEEP_RANGE"], PRECISION=arithmetic["PRECISION"],
-            num_warps=8 if BT >= 64 else 4,
-        )  # fmt: skip
-    return y

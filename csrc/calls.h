@@ -1,0 +1,81 @@
+// What a call of an operator is: plain pointers and sizes. No torch here, nor CUDA; csrc/cpu and csrc/cuda share it.
+#pragma once
+
+#include <cstdint>
+
+namespace slm_fast {
+
+enum class Type : int32_t { float32, bfloat16, float16, float64 };
+
+// [B, T, F] with the last axis dense.
+struct Rows {
+  void* data;
+  int64_t sample_stride, token_stride;  // in elements
+};
+
+// y[b, t] = base[b, t] + sum_k weights[b, k] * (x[b, t] . lora_a[s]^T) . lora_b[s], s = slot_ids[b, k]
+struct MultiLora {
+  Type type;
+  int64_t samples, tokens, picks, slots, rank, features_in, features_out;  // B, T, K, P, r, I, O
+  Rows x;                                                                  // [B, T, I]
+  const void* lora_a;                                                      // [P, r, I]
+  const void* lora_b;                                                      // [P, r, O]
+  const int64_t* slot_ids;                                                 // [B, K], -1 = none
+  const void* weights;                                                     // [B, K] float, or double
+  bool weights_are_double;
+  Rows base;  // [B, T, O], or data null for zeros
+  Rows y;     // [B, T, O], may be base itself
+};
+
+// Gradients; a null pointer where none is wanted. grad_a, grad_b are zeroed by the kernel.
+struct MultiLoraBackward {
+  MultiLora forward;  // base and y unused
+  Rows grad;          // [B, T, O]
+  void* grad_x;       // [B, T, I] dense
+  void* grad_a;       // [P, r, I]
+  void* grad_b;       // [P, r, O]
+  void* grad_weights; // [B, K], the type of weights
+};
+
+struct Retrieve {
+  Type type;                               // of query and keys
+  int64_t queries, slots, width, groups, k;  // B, P, D, G, K
+  const void* query;                       // [B, D]
+  const void* keys;                        // [P, D]
+  const void* prepared;                    // what prepare_keys made of them, or null
+  const float* bias;                       // [P] or null
+  const bool* mask;                        // [P] or [B, P] or null
+  bool mask_per_query, cosine, vote, softmax;
+  double temperature;
+  int64_t* slot_ids;  // [B, K]
+  float* weights;     // [B, K]
+};
+
+struct PrepareKeys {
+  Type type;
+  int64_t slots, width, groups;
+  const void* keys;  // [P, D]
+};
+
+struct KeyLoss {
+  Type type;
+  int64_t queries, slots, width, groups, k;
+  const void* query;
+  const void* keys;
+  double mask_prob;
+  uint64_t seed;
+  int64_t* selected;  // [B, G, min(K, P)], -1 where the mask left fewer
+  double loss;        // out
+};
+
+struct KeyLossBackward {
+  Type type;
+  int64_t queries, slots, width, groups, k;
+  const void* query;
+  const void* keys;
+  const int64_t* selected;
+  double grad;
+  void* grad_keys;  // [P, D]
+};
+
+}  // namespace slm_fast

@@ -1,0 +1,86 @@
+"""adapted_linear: a frozen linear layer and each sample's increments, in one kernel where a backend has one.
+
+    y[b, t] = x[b, t] @ weight.T + bias + sum_k weights[b, k] * (x[b, t] @ lora_a[s].T) @ lora_b[s]
+
+with s = slot_ids[b, k], as in multi_lora.
+
+Shape suffixes: B samples, T tokens, K slots a sample, P slots in all, r rank, I in-features, O out-features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slm_fast.errors import InputError
+from slm_fast.ops import dispatch
+from slm_fast.ops.multi_lora import check, reference_multi_lora
+
+
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor
+) -> Tensor:
+    """`multi_lora` onto `linear(x, weight, bias)`, which is not rounded in between.
+
+    Args:
+        x: [B, T, I]. weight: [O, I], x's dtype. bias: [O], x's dtype, or None.
+        lora_a, lora_b, slot_ids, weights: as `multi_lora` takes them, a route for each row of x.
+
+    Returns:
+        [B, T, O] in x's dtype, accumulated in float32 (float64 for float64). Forward only: it has no gradient.
+
+    Raises:
+        InputError: a shape, dtype, device or slot id does not fit.
+    """
+    check(x, lora_a, lora_b, slot_ids, weights, None)
+    if x.dim() != 3 or len(x) != len(slot_ids):
+        raise InputError(f"x: expected [{len(slot_ids)}, T, I] to match slot_ids, got {list(x.shape)}")
+    features_out = lora_b.shape[2]
+    for name, tensor, shape in (("weight", weight, [features_out, x.shape[2]]), ("bias", bias, [features_out])):
+        if tensor is None:
+            continue
+        if list(tensor.shape) != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+            raise InputError(
+                f"{name}: expected {x.dtype} {shape} on {x.device} to match x and lora_b, got {tensor.dtype} "
+                f"{list(tensor.shape)} on {tensor.device}"
+            )
+    op = dispatch.operator("adapted_linear", x.device.type, size_of(x, weight, lora_a, slot_ids))
+    try:
+        y: Tensor = op(x, weight, bias, lora_a, lora_b, slot_ids, weights)
+    except ValueError as error:  # what only the backend sees, such as an id out of range
+        raise InputError(str(error)) from None
+    return y
+
+
+def size_of(x: Tensor, weight: Tensor, lora_a: Tensor, slot_ids: Tensor) -> str:
+    """What dispatch chooses by: "narrow" and "wide" layers, "other" where a kernel cannot keep all K r columns."""
+    columns = slot_ids.shape[1] * lora_a.shape[1]
+    if x.dtype == torch.float64 or not 0 < columns <= 256 // x.dtype.itemsize:
+        return "other"
+    return "narrow" if max(weight.shape) <= 2048 else "wide"
+
+
+# The specification. Every other backend is compared with it.
+
+
+@dispatch.without_autocast
+def reference_adapted_linear(
+    x_BTI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    lora_a_PrI: Tensor,
+    lora_b_PrO: Tensor,
+    slot_ids_BK: Tensor,
+    weights_BK: Tensor,
+) -> Tensor:
+    accumulate = torch.float64 if x_BTI.dtype == torch.float64 else torch.float32
+    base_BTO = x_BTI.to(accumulate) @ weight_OI.T.to(accumulate)
+    if bias_O is not None:
+        base_BTO = base_BTO + bias_O.to(accumulate)
+    return reference_multi_lora(x_BTI, lora_a_PrI, lora_b_PrO, slot_ids_BK, weights_BK, base_BTO)
+
+
+def fake_adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor
+) -> Tensor:
+    return x.new_empty(*x.shape[:2], lora_b.shape[2])

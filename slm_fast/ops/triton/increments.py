@@ -1,0 +1,81 @@
+"""What multi_lora and adapted_linear share in Triton: a sample's rows of A and B, products, and the sizes of blocks."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slm_fast.ops.triton import INTERPRETED, blocks, power_of_two, processors
+
+# float32 products of three tf32 ones, which are accurate to float32; float16 ones of values that may have grown past
+# float16's range keep float32's exponent and float16's digits.
+_PRECISION = {torch.float32: "tf32x3", torch.float16: "tf32"}
+
+
+@triton.jit
+def dot(p, q, sums, PRECISION: tl.constexpr):
+    """sums + p . q, in the type of sums. (The interpreter's bfloat16 cannot be multiplied.)"""
+    if INTERPRETED:
+        p, q = p.to(sums.dtype), q.to(sums.dtype)
+    return tl.dot(p, q, sums, input_precision=PRECISION, out_dtype=sums.dtype)
+
+
+@triton.jit
+def route_rows(ids, weights, sample, first, P, K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr):
+    """Columns first .. first + RP - 1 of a sample's R: whether there is a slot, its row of A and B, its weight."""
+    column = first + tl.arange(0, RP)
+    inside = column < K * RANK
+    place = sample.to(tl.int64) * K + column // RANK
+    slot = tl.load(ids + place, mask=inside, other=-1)
+    valid = (slot >= 0) & (slot < P)
+    row = tl.where(valid, slot * RANK + column % RANK, 0)
+    return column, valid, row, tl.load(weights + place, mask=valid, other=0.0)
+
+
+@triton.jit
+def expand(h, b_row, valid, o, O, sums, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + h [BT, RP] . B [RP, BO] of the columns o; `b_row` [RP, 1] points at the rows' first elements."""
+    b_block = tl.load(b_row + o[None, :], mask=valid[:, None] & (o < O)[None, :], other=0.0)
+    if KEEP_RANGE:
+        b_block = b_block.to(h.dtype)
+    return dot(h.to(b_block.dtype), b_block, sums, PRECISION)
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def check_ids(slot_ids: Tensor, slots: int) -> None:
+    """Only where nobody waits: see the head of slm_fast/ops/triton."""
+    if slot_ids.device.type == "cpu" and slot_ids.numel():
+        lowest, highest = slot_ids.aminmax()
+        if lowest < -1 or highest >= slots:
+            raise ValueError(f"slot_ids: expected -1..{slots - 1}, got {int(lowest)}..{int(highest)}")
+
+
+def arithmetic(dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "DOUBLE": dtype == torch.float64,
+        "KEEP_RANGE": dtype == torch.float16,
+        "PRECISION": _PRECISION.get(dtype, "ieee"),
+    }
+
+
+class Tiles:
+    """Block sizes that fit an A100's registers and shared memory: by bytes, so halved for numbers twice as wide."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.most_tokens = self.outputs = self.widest = 256 // dtype.itemsize  # widest: columns of R at once
+        self.inputs = max(16, 128 // dtype.itemsize)
+        self.all_slots = 512 // dtype.itemsize  # P r up to which all slots may be used at once
+
+
+def token_block(programs: int, tokens: int, most: int, device: torch.device) -> int:
+    """As many tokens a program as leave a program for each multiprocessor: A and B are read once a program. `programs`:
+    how many there are for each block of tokens."""
+    for block in (128, 64, 32):
+        if block <= most and tokens > block // 2 and programs * blocks(tokens, block) >= processors(device):
+            return block
+    return min(32, power_of_two(tokens, 16))

@@ -1,0 +1,34 @@
+"""Compiles CUDA code for the host: cuda_on_host.h for CUDA's headers, launches and shared variables rewritten."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def compile_for_host(source: str, entry: str, folder: Path):
+    """The C function `run` of `entry`, which may call what `source` defines."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    for header in ("cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h", "cooperative_groups.h"):
+        (folder / header).write_text('#include "cuda_on_host.h"\n')
+    source = re.sub(r"([\w]+(?:<[^<>;]*>)?)<<<(.*?)>>>\((\w+)\);", r"on_host::launch(\2)([&] { \1(\3); });", source)
+    source = re.sub(
+        r"extern __shared__ (\w+) (\w+)\[\];", r"auto* \2 = reinterpret_cast<\1*>(on_host::shared_memory);", source
+    )
+    source = re.sub(r"__shared__ (\w+) (\w+);", r"\1& \2 = on_host::shared<\1, __COUNTER__>();", source)
+    source = source.replace('#include "kernels.h"', '#include "cuda/kernels.h"')
+    (folder / "kernels.cpp").write_text(source + "using namespace slm_fast;" + entry)
+    include = [f"-I{path}" for path in (folder, ROOT / "tests/ops", ROOT / "csrc/cuda", ROOT / "csrc")]
+    # Each library has thread-local memory of its own, whatever other libraries of this header are loaded.
+    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-fno-gnu-unique", "-shared", "-pthread", "-w", *include]
+    subprocess.run([*command, str(folder / "kernels.cpp"), "-o", str(folder / "kernels.so")], check=True)
+    return ctypes.CDLL(str(folder / "kernels.so")).run
