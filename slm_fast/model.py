@@ -119,6 +119,18 @@ class Reading(NamedTuple):
     ahead: list[int] | str | None
 
 
+class Output(NamedTuple):
+    """What a pass of a batch gives.
+
+    hidden: the last hidden states [B, T, H]. query: [B, D] where the trunk's taps found it on the way, else None.
+    route: the slots that adapted the pass, [B, K].
+    """
+
+    hidden: Tensor
+    query: Tensor | None
+    route: Route
+
+
 class _QueryFound(Exception):
     """Ends a forward pass of which only the query, or what enters the increments, was wanted."""
 
@@ -339,6 +351,21 @@ class AdaptedModel:
         finally:
             for i, layer in zip(lower, replaced, strict=True):
                 layers[i] = layer
+
+    def forward(self, batch: Encoded, route: Route | None = None) -> Output:
+        """One pass of a tokenised batch through the trunk, with the increments of the pool's slots on `route` [B, K].
+
+        Without a route the trunk's taps find it on the way; a sentence query's has to be found before (`find_routes`).
+        """
+        passage = Passage(batch.attention_mask)
+        with self.passing(passage, self.pool.values, route):
+            hidden = self.run_trunk(batch)
+        assert passage.route is not None
+        return Output(hidden, passage.query, passage.route)
+
+    def find_routes(self, batch: Encoded) -> Route:
+        """The routes [B, K] of a tokenised batch, found before its pass."""
+        return self.find_route(self._query_tokens(batch))
 
     def run_trunk(self, encoded: Encoded) -> Tensor:
         """The trunk's last hidden states [B, T, H], adapted as `passing` says."""

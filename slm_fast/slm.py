@@ -121,6 +121,20 @@ class ScalableLM:
             self.store.commit(add=[learned])
         self._set([*self._learned.values(), learned])
 
+    def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
+        """Take in tasks that were learned elsewhere, on the same backbone with the same configuration.
+
+        Raises InputError when a name is taken.
+        """
+        given = [learned] if isinstance(learned, LearnedTask) else list(learned)
+        names = [*self._learned, *(task.name for task in given)]
+        for task in given:
+            if names.count(task.name) > 1:
+                raise InputError(f"task {task.name!r}: already learned; forget it first to add another of this name")
+        if self.store is not None:
+            self.store.commit(add=given)
+        self._set([*self._learned.values(), *given])
+
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.
 
