@@ -18,7 +18,7 @@ PACKAGE = Path(slm_fast.__file__).parent
 LAYERS = (
     ("cli",),
     ("slm", "jsonlines", "resume", "bench", "demo"),
-    ("learn", "evaluate", "infer", "report", "baselines"),
+    ("learn", "evaluate", "infer", "report"),
     ("examples", "generate"),
     ("decode",),
     ("model",),

@@ -10,9 +10,10 @@ from slm_fast.cli.bench import BENCHMARKS, run
 
 
 def test_a_benchmark_gets_its_arguments_and_gives_its_status(capfd, tmp_path):
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    (folder / "__init__.py").touch()
+    folder = tmp_path / "benchmarks" / "speed"
+    folder.mkdir(parents=True)
+    for package in (folder.parent, folder):
+        (package / "__init__.py").touch()
     (folder / "inference.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
     assert run("inference", ["--rows", "7"], tmp_path) == 3
     assert capfd.readouterr().out == "['--rows', '7']\n"
