@@ -72,8 +72,8 @@ else
 fi
 "$python" -c "
 import torch, triton
-from slm_fast import _C, ops
-print(torch.__version__, 'triton', triton.__version__, _C.build_info())
+from slm_fast import ops
+print(torch.__version__, 'triton', triton.__version__)
 for backend in ops.backends(): print(backend.name, backend.why_not() or 'ready')"
 
 # Wrong kernels are not timed as if they were right: what follows says so.
@@ -88,7 +88,7 @@ else
     echo "== sanitizer: left out, no compute-sanitizer"
   fi
   many=$(($(nproc) < 8 ? $(nproc) : 8))
-  writing=$("$python" -c "import transformers" 2>/dev/null && echo tests/test_decode.py) # its CUDA graphs
+  writing=$("$python" -c "import transformers" 2>/dev/null && echo tests/test_kv_cache.py) # its CUDA graphs
   step tests 180 bash -c "tests $many tests/ops $writing -k 'not native and not cpu' --ignore tests/ops/test_native.py" \
     || status=1
   for other in "${others[@]}"; do wait "$other" || status=1; done
@@ -96,6 +96,6 @@ fi
 ((status)) && echo "== the tests failed: what follows times kernels that may be wrong"
 
 left=$((deadline - SECONDS - 40)) # the shape in hand may take some time more
-step benchmark 400 "$python" -m benchmarks.ops.bench_gpu "$out" --within "$left" "${dry[@]}" || status=1
+step benchmark 400 "$python" -m benchmarks.speed.operators.gpu "$out" --within "$left" "${dry[@]}" || status=1
 cat "$out/benchmark.log"
 exit $status

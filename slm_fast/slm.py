@@ -145,6 +145,21 @@ class ScalableLM:
             if self.store is not None:
                 self.store.commit(add=[learned])
 
+    def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
+        """Take in tasks learned elsewhere: what `learned` holds of another model of the same kind.
+
+        A model that belongs to a store commits them.
+
+        Raises:
+            InputError: a name is taken. WorkError: a task does not fit this model.
+        """
+        tasks = [learned] if isinstance(learned, LearnedTask) else list(learned)
+        for task in tasks:
+            self.model.check_fits(task)
+        with self.model.changing(add=tasks):
+            if self.store is not None:
+                self.store.commit(add=tasks)
+
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.
 
@@ -257,22 +272,6 @@ class ScalableLM:
         check_same(store.about, self.model.about, str(path), "this model")
         store.save(list(self.learned.values()))
         self.store = store
-
-    def add(self, *tasks: LearnedTask) -> None:
-        """Take in tasks learned elsewhere: `learned` of another model of the same backbone and configuration.
-
-        A model that belongs to a store commits them.
-
-        Raises:
-            InputError: a name is taken. WorkError: a task does not fit this model.
-        """
-        for task in tasks:
-            if task.name in self.learned:
-                raise InputError(f"task {task.name!r}: already learned; forget it first")
-            self.model.check_fits(task)
-        with self.model.changing(add=tasks):
-            if self.store is not None:
-                self.store.commit(add=tasks)
 
     def _set(self, tasks: Sequence[LearnedTask]) -> None:
         self.model.set_tasks(in_name_order(tasks))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import one_line, slm_fast
 from models import make_model, make_tokenizer, one_thread, random_task, sentence  # noqa: F401
-from test_cli import one_line, slm_fast
 
 from slm_fast import ScalableLM, cli
 from slm_fast.predict import WINDOW

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("stories") / "stories260K"
-    runpy.run_path(str(ROOT / "benchmarks" / "repro" / "stories260k.py"))["convert"](SOURCE, path)
+    runpy.run_path(str(ROOT / "benchmarks" / "continual" / "stories260k.py"))["convert"](SOURCE, path)
     return path
 
 

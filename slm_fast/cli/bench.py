@@ -15,12 +15,15 @@ from slm_fast.errors import InputError
 BENCHMARKS = MappingProxyType(
     {
         "ops": (
-            "benchmarks.ops",
+            "benchmarks.speed.operators",
             "multi_lora and retrieve beside gather + bmm, PEFT, Arrow, a product and topk, FAISS",
         ),
-        "inference": ("benchmarks.inference", "mixed-task batches beside the bare backbone, PEFT and the paper's way"),
-        "training": ("benchmarks.training", "learning a task beside the paper's procedure and PEFT"),
-        "generation": ("benchmarks.generation", "writing texts beside the bare model and the paper's way"),
+        "inference": (
+            "benchmarks.speed.inference",
+            "mixed-task batches beside the bare backbone, PEFT and the paper's way",
+        ),
+        "training": ("benchmarks.speed.training", "learning a task beside the paper's procedure and PEFT"),
+        "generation": ("benchmarks.speed.generation", "writing texts beside the bare model and the paper's way"),
     }
 )
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
+from benchmarks.speed.operators.gpu import __main__ as command
+from benchmarks.speed.operators.gpu.compare import checked
+from benchmarks.speed.operators.gpu.verdicts import preference, verdicts
+from benchmarks.tables import read_csv, write_csv
 from slm_fast.ops import dispatch
 
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="only Triton's interpreter runs its kernels on a CPU")
 @pytest.mark.skipif(dispatch.TRITON_MISSING is not None, reason=str(dispatch.TRITON_MISSING))
-def test_a_dry_run_times_every_way_and_writes_what_it_found(tmp_path, monkeypatch, capsys):
-    from benchmarks.ops import bench_gpu
-    from benchmarks.timing import read_csv
-
-    monkeypatch.setattr(sys, "argv", ["bench_gpu", str(tmp_path), "--dry-run"])
-    bench_gpu.main()
+def test_a_dry_run_times_every_way_and_writes_what_it_found(tmp_path, capsys):
+    assert command.main([str(tmp_path), "--dry-run"]) == 0
     rows = read_csv(tmp_path / "multi_lora_gpu.csv")
     assert {"linear", "triton", "triton with base", "gather bmm", "materialised", "peft mixed", "arrow"} <= {
         row["way"] for row in rows
@@ -38,9 +36,6 @@ def test_a_dry_run_times_every_way_and_writes_what_it_found(tmp_path, monkeypatc
 
 
 def test_the_order_it_proposes_is_by_time_and_dispatch_reads_it(tmp_path):
-    from benchmarks.ops.bench_gpu import preference
-    from benchmarks.timing import write_csv
-
     case = {"how": "graph", "pass": "forward", "B": 1, "T": 1, "I": 8, "O": 8, "P": 3, "dtype": "bfloat16"}
     times = {"triton": 5.0, "cuda": 3.0, "triton with base": 2.5, "gather bmm": 1.0}
     rows = [case | {"size": "decode", "way": way, "p50_us": str(time)} for way, time in times.items()]
@@ -52,8 +47,6 @@ def test_the_order_it_proposes_is_by_time_and_dispatch_reads_it(tmp_path):
 
 
 def test_a_way_that_fails_or_computes_something_else_is_left_out_and_said(capsys):
-    from benchmarks.ops.bench_gpu import checked
-
     def broken():
         raise RuntimeError("no such kernel")
 
@@ -71,8 +64,6 @@ def test_a_way_that_fails_or_computes_something_else_is_left_out_and_said(capsys
 
 
 def test_each_target_is_judged_by_the_fastest_of_our_ways_and_of_speed_ups_by_the_worst_case():
-    from benchmarks.ops.bench_gpu import verdicts
-
     case = {"how": "graph", "pass": "forward", "I": 8, "O": 8, "dtype": "bfloat16", "repeats": "yes", "error": "1e-3"}
     rows = []
     for batch, alternative, target in ((1, 4.0, 1.2), (2, 2.4, "-")):

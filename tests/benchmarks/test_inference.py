@@ -9,7 +9,6 @@ import pytest
 import torch
 from models import (
     FAMILIES,
-    knows,
     make_model,
     make_slm,
     make_tokenizer,
@@ -19,10 +18,10 @@ from models import (
     toy_task,
 )
 
-from benchmarks.inference import __main__ as command
-from benchmarks.inference import sections
-from benchmarks.inference.texts import LENGTHS, mixed, texts_of
-from benchmarks.inference.ways import (
+from benchmarks.speed.backbones import sharing
+from benchmarks.speed.inference import __main__ as command
+from benchmarks.speed.inference import sections
+from benchmarks.speed.inference.ways import (
     BARE,
     ONE_TASK,
     OURS,
@@ -32,17 +31,13 @@ from benchmarks.inference.ways import (
     SENTENCE,
     TWO_MODELS,
     Batch,
-    OneTask,
-    PerSample,
     Step,
     Ways,
     answer,
-    with_layers,
 )
-from benchmarks.shapes import sharing
-from benchmarks.timing import read_csv, write_csv
-from slm_fast.layers import AdaptedLinear
-from slm_fast.model import Passage
+from benchmarks.speed.layers import Pass, base_only, one_task, per_sample, released, replace_layers
+from benchmarks.speed.texts import LENGTHS, mixed, texts_of
+from benchmarks.tables import read_csv, write_csv
 from slm_fast.ops import Route
 
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 0.05, "atol": 0.1}}
@@ -75,13 +70,13 @@ def own_route(ways: Ways, tasks: list[str]) -> Route:
 def test_every_way_gives_the_states_that_slm_fast_gives_on_the_same_route(name, dtype, encoder):
     ways = make_ways(name, encoder, dtype)
     steps = {way: make() for way, make in ways.steps.items()}
+    alone = ways.passing(one_task)
     with torch.inference_mode():
         for batch in ways.batches:
             check_mixed(ways, steps, batch, CLOSE[dtype])
         for batch in ways.by_task:
             route = own_route(ways, batch.tasks)
-            with with_layers(ways.slm, OneTask):
-                found = answer(ways.slm, batch.encoded, route)
+            found = answer(alone, batch.encoded, route)
             torch.testing.assert_close(found, answer(ways.slm, batch.encoded, route), **CLOSE[dtype])
 
 
@@ -123,26 +118,27 @@ def rows_in(batch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "ids", "weights"),
+    ("way", "ids", "weights"),
     [
-        (PerSample, [[0, 1], [1, 0], [1, 0]], [[0.7, 0.3], [0.6, 0.4], [1.0, 0.0]]),
-        (OneTask, [[1], [1], [1]], [[1.0], [1.0], [1.0]]),
+        (per_sample, [[0, 1], [1, 0], [1, 0]], [[0.7, 0.3], [0.6, 0.4], [1.0, 0.0]]),
+        (released, [[0, 1], [1, 0], [1, 0]], [[0.7, 0.3], [0.6, 0.4], [1.0, 0.0]]),
+        (one_task, [[1], [1], [1]], [[1.0], [1.0], [1.0]]),
+        (base_only, [[-1], [-1], [-1]], [[0.0], [0.0], [0.0]]),
     ],
 )
+@pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
-def test_materialised_increments_give_what_the_operator_gives(kind, ids, weights):
-    slm = make_slm("bert")
-    knows(slm, *(random_task(slm, topic) for topic in ("farm", "sea")))
-    encoded = slm.model.backbone.tokenization.encode(["sea1 sea2", "farm1 farm2 farm3", "sea4"], 32)
-    route, found = route_of(ids, weights), []
-    for layers in (AdaptedLinear, kind, AdaptedLinear):
-        with (
-            with_layers(slm, layers),
-            slm.model.passing(Passage(encoded.attention_mask), slm.model.pool.values, route),
-        ):
-            found.append(slm.model.features(encoded))
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
-    assert torch.equal(found[2], found[0])
+def test_layers_in_the_place_of_ours_give_what_the_operator_gives(
+    name: str, way: Pass, ids: list[list[int]], weights: list[list[float]]
+) -> None:
+    ours, theirs = make_slm(name), make_slm(name)
+    ours.add([random_task(ours, topic) for topic in ("farm", "sea")])
+    theirs.add(list(ours.learned.values()))
+    replace_layers(theirs, dict.fromkeys(theirs.model.modules, way))
+    batch = ours.model.backbone.tokenization.encode(["sea1 sea2", "farm1 farm2 farm3", "sea4"], 32)
+    route = route_of(ids, weights)
+    expected = ours.model.forward(batch, route).hidden
+    torch.testing.assert_close(theirs.model.forward(batch, route).hidden, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_copies_share_their_parameters():

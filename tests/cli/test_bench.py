@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from test_cli import one_line, slm_fast
+from command import one_line, slm_fast
 
 from slm_fast import InputError
 from slm_fast.cli.bench import BENCHMARKS, run
 
 
 def test_a_benchmark_gets_its_arguments_and_gives_its_status(capfd, tmp_path):
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    (folder / "__init__.py").touch()
+    folder = tmp_path / "benchmarks" / "speed"
+    folder.mkdir(parents=True)
+    for package in (folder.parent, folder):
+        (package / "__init__.py").touch()
     (folder / "inference.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
     assert run("inference", ["--rows", "7"], tmp_path) == 3
     assert capfd.readouterr().out == "['--rows', '7']\n"

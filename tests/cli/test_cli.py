@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import random
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from command import one_line, slm_fast
 
-from slm_fast import cli, demo
+from slm_fast import demo
 
 TASKS = ("help_desk", "recipe_steps")
-
-
-def slm_fast(*arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
-    """Run the command in this process, as a shell would see it."""
-    data = stdin.encode() if isinstance(stdin, str) else stdin
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
-        try:
-            status = cli.main(list(map(str, arguments)))
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def train_file(name: str) -> Path:
@@ -57,15 +43,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = slm_fast("learn", path, "--backbone", "minilm", "--epochs", 6, "--max-length", 48, *files)
     assert done.returncode == 0, done.stderr
     return path
-
-
-def one_line(done: subprocess.CompletedProcess[str], status: int, *parts: str) -> None:
-    assert done.returncode == status, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("slm-fast")
-    for part in parts:
-        assert part in lines[0]
 
 
 def test_learning_makes_a_store_that_verifies_and_lists_its_tasks(store: Path):

@@ -1,0 +1,65 @@
+"""What the rivals share: a classifier over a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from benchmarks.peers import shuffled, train
+from slm_fast.backbone import Backbone
+from slm_fast.data import Row, Task
+from slm_fast.options import LearnOptions
+from slm_fast.progress import bar
+from slm_fast.query import TrunkQuery
+from slm_fast.tasks import name_seed
+
+
+class Classifier(nn.Module):
+    """Mean last hidden state over real tokens, then one linear head over `labels`."""
+
+    def __init__(self, backbone: Backbone, labels: Sequence[str], max_length: int, seed: int) -> None:
+        super().__init__()
+        self.backbone, self.labels, self.max_length = backbone, list(labels), max_length
+        self.encoder = backbone.model
+        self.head = nn.Linear(backbone.width, len(self.labels))
+        nn.init.normal_(self.head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Logits [B, labels] of B texts."""
+        encoded = self.backbone.tokenization.encode(texts, self.max_length)
+        hidden = self.encoder(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
+        logits: Tensor = self.head(TrunkQuery.pool(hidden, encoded.attention_mask))
+        return logits
+
+    def fit(self, task: Task, options: LearnOptions, progress: bool | None = None) -> None:
+        """Train every parameter that requires a gradient on one task."""
+        rows, generator = task.rows, torch.Generator().manual_seed(name_seed(task.name, options.seed))
+
+        def loss_of(chosen: list[int]) -> Tensor:
+            answers = torch.tensor([self.labels.index(rows[i].target or "") for i in chosen])
+            return cross_entropy(self([rows[i].prompt for i in chosen]), answers.to(self.backbone.device))
+
+        with bar(f"{task.name}: learning", options.epochs_for(len(rows)) * len(rows), progress) as advance:
+            train(
+                [p for p in self.parameters() if p.requires_grad],
+                loss_of,
+                len(rows),
+                options,
+                lambda: shuffled(len(rows), options.batch_size, generator),
+                lambda done, loss: advance(done, note=f"loss {loss.item():.3f}"),
+            )
+
+    @torch.inference_mode()
+    def accuracy(self, rows: Sequence[Row], batch_size: int = 32) -> float:
+        """Share of rows answered with their label, the choice being among all `labels`."""
+        right = 0
+        ordered = sorted(rows, key=lambda row: len(row.prompt))
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            best = self([row.prompt for row in batch]).argmax(1).tolist()
+            right += sum(self.labels[i] == row.target for i, row in zip(best, batch, strict=True))
+        return right / len(rows)

@@ -1,0 +1,53 @@
+"""What rivals share with slm_fast, so that they differ in what they train and not in where or how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+
+from slm_fast.backbone import Backbone
+from slm_fast.learn import optimizer_and_schedule
+from slm_fast.model import complete
+from slm_fast.options import LearnOptions, ModelConfig
+
+
+def adapted_layers(backbone: Backbone) -> list[str]:
+    """Names of the linear layers that slm_fast adapts by default."""
+    config = complete(ModelConfig(), backbone)
+    return backbone.find_linears(config.targets, config.first_layer or 0)
+
+
+def shuffled(rows: int, batch_size: int, generator: Generator) -> Sequence[Tensor]:
+    """An epoch of row numbers in batches, in a new order each time."""
+    return torch.randperm(rows, generator=generator).split(batch_size)
+
+
+def train(
+    parameters: Sequence[Tensor],
+    loss_of: Callable[[list[int]], Tensor],
+    rows: int,
+    options: LearnOptions,
+    epoch: Callable[[], Iterable[Tensor]],
+    report: Callable[[int, Tensor], None] | None = None,
+) -> None:
+    """The training loop of slm_fast: AdamW, linear warm-up and decay, clipping at 1.
+
+    Args:
+        loss_of: the mean loss of the rows of these numbers.
+        rows: of the task.
+        epoch: batches of row numbers, asked for once an epoch.
+        report: told how many rows a step had, and its loss.
+    """
+    optimizer, schedule = optimizer_and_schedule(parameters, options, rows)
+    for _ in range(options.epochs_for(rows)):
+        for batch in epoch():
+            loss = loss_of(batch.tolist())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if report is not None:
+                report(len(batch), loss.detach())

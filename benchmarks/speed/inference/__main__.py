@@ -1,0 +1,146 @@
+"""Mixed-task inference beside what a user would run otherwise: rows/s and peak memory, on the same rows and batches.
+
+    python -m benchmarks.speed.inference --data DIR                                # one section, backbone and dtype
+    python -m benchmarks.speed.inference --data DIR --section ways tasks --backbone minilm bert-base --dtype bfloat16
+    python -m benchmarks.speed.inference --data DIR --section user                 # from texts to answers
+    python -m benchmarks.speed.inference --plot
+
+Each section, backbone and dtype runs in a process of its own and is saved to the CSV when it ends; the lines of all
+others, and with --ways those of all other ways, are kept. Ways are called in turns; a ratio is one of medians in one
+run. Backbones other than MiniLM have random weights and the layer shapes of their names, with fewer layers where the
+machine asks for it. `DIR` holds `<task>/test.jsonl.gz` and `train.jsonl.gz` of the five tasks; without it texts of the
+same lengths are made up.
+
+ways:     one pass over tokenised batches of about 2,048 tokens. All of them run on the same base with the same linear
+          layers, but "plain transformers", which is nobody's but its own.
+tasks:    5 and 200 tasks in the pool.
+user:     from texts to labels: plain transformers in fixed batches in arrival order, and slm_fast; MiniLM.
+profile:  where a pass's time goes, as text beside the CSV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.figures import panels
+from benchmarks.speed.inference.sections import BACKBONES, SECTIONS, claims, profile
+from benchmarks.speed.inference.ways import BARE, OURS
+from benchmarks.tables import RESULTS, read_csv, table, write_csv
+
+Part = tuple[str, ...]  # section, backbone, dtype
+
+
+def part_of(row: Mapping[str, Any]) -> Part:
+    """What one process measures. The section of users chooses dtypes of its own."""
+    return row["section"], row["backbone"], "" if row["section"] == "user" else row["dtype"]
+
+
+def merge(path: Path, found: list[dict[str, Any]], *, ways: bool = False) -> list[dict[str, Any]]:
+    """The lines of a CSV with those of the same part replaced; with `ways` only those of the same ways in it."""
+
+    def key(row: Mapping[str, Any]) -> Part:
+        return (*part_of(row), row["way"]) if ways else part_of(row)
+
+    new = {key(row) for row in found}
+    kept = [row for row in read_csv(path) if key(row) not in new] if path.exists() else []
+    return sorted([*kept, *found], key=part_of)
+
+
+def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Rows a second of every way, as a share of the bare backbone's."""
+    own = [row for row in rows if row["section"] == "ways" and row["way"] != BARE]
+    if not own:
+        return
+    backbones = [name for name in BACKBONES if any(row["backbone"] == name for row in own)]
+    names = list(dict.fromkeys(row["way"] for row in own))
+    figure, found = panels(len(backbones), 3.2, 2.6)
+    for panel, backbone in zip(found, backbones, strict=True):
+        for row in own:
+            if row["backbone"] == backbone:
+                place = names.index(row["way"]) + (0.2 if row["dtype"] == "bfloat16" else -0.2)
+                colour = "tab:blue" if row["way"] == OURS else "tab:gray"
+                bars = panel.barh(place, float(row["to_first"]), 0.38, color=colour)
+                bars.patches[0].set_alpha(0.55 if row["dtype"] == "bfloat16" else 1.0)
+                panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        layers = {row["layers"] for row in own if row["backbone"] == backbone}
+        panel.set_title(f"{backbone}, {', '.join(sorted(layers))} layers", fontsize=10)
+        panel.axvline(1.0, color="black", linewidth=0.8)
+        panel.set_yticks(range(len(names)), names, fontsize=8)
+        panel.set_xlim(0, 1.2)
+    found[0].invert_yaxis()
+    for panel in found[-2:]:
+        panel.set_xlabel("rows/s, the bare backbone's being 1\n(dark: float32, light: bfloat16)", fontsize=9)
+    figure.savefig(path)
+
+
+def parts(options: argparse.Namespace) -> list[Part]:
+    """The sections, backbones and dtypes to run. The section of users has one backbone, and dtypes of its own."""
+    chosen = itertools.product(options.section, options.backbone, options.dtype)
+    return list(dict.fromkeys(("user", "minilm", "float32") if one[0] == "user" else one for one in chosen))
+
+
+def run_part(options: argparse.Namespace) -> int:
+    """Measure one part in this process and write what was found to standard output: a profile, or lines as JSON."""
+    (options.section,), (options.backbone,), (options.dtype,) = options.section, options.backbone, options.dtype
+    torch.set_num_threads(options.threads)
+    result = profile(options) if options.section == "profile" else json.dumps(SECTIONS[options.section](options))
+    print(result)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with a folder a task; default: made-up texts")
+    parser.add_argument("--section", choices=[*SECTIONS, "profile"], nargs="+", default=["ways"])
+    parser.add_argument("--backbone", choices=list(BACKBONES), nargs="+", default=["minilm"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
+    parser.add_argument("--layers", type=int, help="of a backbone with random weights")
+    parser.add_argument("--encoder-layers", type=int, help="of the second model, where it has random weights")
+    parser.add_argument("--batches", type=int, help="how many; default: what suits the backbone")
+    parser.add_argument("--batch-tokens", type=int, help="padding included; default: what suits the backbone")
+    parser.add_argument("--ways", help="only ways with this in their names, and the bare backbone")
+    parser.add_argument("--rows", type=int, default=200, help="of the section user")
+    parser.add_argument("--rounds", type=int, default=5, help="calls of each way")
+    parser.add_argument("--label", help="put into the name of a profile")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS / "inference.csv")
+    parser.add_argument("--plot", action="store_true", help="only draw what the CSV holds")
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.part:
+        return run_part(options)
+    for part in [] if options.plot else parts(options):
+        section, backbone, dtype = part
+        own = ["--section", section, "--backbone", backbone, "--dtype", dtype, "--part"]
+        command = [sys.executable, "-m", "benchmarks.speed.inference", *sys.argv[1:], *own]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            return done.returncode  # it has said why
+        if section == "profile":
+            print(done.stdout)
+            label = f".{options.label}" if options.label else ""
+            path = options.output.with_name(f"{options.output.stem}_profile_{backbone}_{dtype}{label}.txt")
+            path.write_text(done.stdout)
+            continue
+        found = json.loads(done.stdout)
+        print("\n".join([table(found), *claims(found)]))
+        rows = merge(options.output, found, ways=options.ways is not None)
+        kept = "; ".join(dict.fromkeys(" ".join(part_of(row)).strip() for row in rows if row not in found))
+        write_csv(options.output, rows, {"kept from earlier runs": kept} if kept else None)
+    if options.output.exists():
+        plot(read_csv(options.output), options.output.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

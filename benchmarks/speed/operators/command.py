@@ -1,0 +1,73 @@
+"""What the operators' benchmarks share: the options of their command line, and running case after case into a CSV."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks.speed.timing import Times, time_together, undisturbed
+from benchmarks.tables import RESULTS, read_csv, table, write_csv
+
+Case = TypeVar("Case")
+Ways = dict[str, Callable[[], object]]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def measure(ways: Ways, options: argparse.Namespace, apart: Collection[str] = ()) -> tuple[dict[str, Times], float]:
+    """The times of all ways, called in turns, and the share of the machine that other processes took meanwhile."""
+    return undisturbed(lambda: time_together(ways, seconds=options.seconds, apart=apart), patience=options.patience)
+
+
+def times_of(times: Times, best: float, floor: float) -> dict[str, str]:
+    """The columns that every operator's lines have."""
+    return {
+        "p20_ms": f"{times.p20:.3f}",
+        "p50_ms": f"{times.p50:.3f}",
+        "p80_ms": f"{times.p80:.3f}",
+        "to_best_alternative": f"{times.p50 / best:.2f}",
+        "to_floor": f"{times.p50 / floor:.2f}",
+    }
+
+
+def run(
+    description: str | None,
+    stem: str,
+    targets: Sequence[Case],
+    sweep: Sequence[Case],
+    lines: Callable[[Case, argparse.Namespace], list[dict[str, Any]]],
+    plot: Callable[[list[dict[str, str]], Path], None],
+    arguments: Sequence[str],
+) -> int:
+    """The whole command: measure the cases asked for, print and save what `lines` says of each."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="every axis around the targets, and the plot")
+    parser.add_argument("--compiled", action="store_true", help="also torch.compile the strongest alternative (slow)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for each way and case")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases to run, from 0")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine, each case")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help=f"default: benchmarks/results/{stem}.csv or {stem}_sweep.csv")
+    options = parser.parse_args(arguments)
+    cases = sweep if options.sweep else targets
+    chosen = range(len(cases)) if options.only is None else options.only
+    if any(not 0 <= number < len(cases) for number in chosen):
+        parser.error(f"--only: expected numbers in 0..{len(cases) - 1}, got {options.only}")
+    torch.set_num_threads(options.threads)
+    output = options.output or RESULTS / f"{stem}{'_sweep' if options.sweep else ''}.csv"
+    rows: list[dict[str, Any]] = []
+    for number in chosen:
+        found = lines(cases[number], options)
+        print(f"case {number} of {len(cases)}\n{table(found)}", flush=True)
+        rows += found
+        write_csv(output, rows)
+    if options.sweep:
+        plot(read_csv(output), output.with_suffix(".png"))
+    print(f"saved to {output}")
+    return 0

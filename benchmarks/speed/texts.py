@@ -1,0 +1,47 @@
+"""Texts to time with: real ones from a folder, or made-up ones of about the same lengths."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from slm_fast import Task
+
+WORDS = "the of a to and in is was for on as with by he at from his an were are which this also be had or has"
+# Tokens (25th, 50th, 95th percentile) of the real tasks' texts, for made-up ones.
+LENGTHS = {"ag_news": (40, 50, 75), "amazon": (55, 85, 195), "dbpedia": (50, 70, 120), "yahoo": (35, 80, 340),
+           "yelp": (60, 130, 450)}  # fmt: skip
+TASKS = tuple(LENGTHS)
+
+
+def task(data: Path | None, name: str, rows: int) -> Task:
+    """The first rows of one task in `<data>/<name>/train.jsonl.gz`, or made-up ones of ten labels where there is no
+    such file."""
+    if data is not None and (data / name / "train.jsonl.gz").is_file():
+        found = Task.from_file(name, data / name / "train.jsonl.gz")
+        return Task(name, found.rows[:rows], free_text=False)
+    rng = random.Random(name)
+    lengths = [min(120, max(4, round(rng.lognormvariate(4, 0.7)))) for _ in range(rows)]
+    return Task(name, [(" ".join(rng.choices(WORDS.split(), k=n)), str(i % 10)) for i, n in enumerate(lengths)])
+
+
+def texts_of(data: Path | None, split: str, rows: int) -> dict[str, list[str]]:
+    """The first rows of each task's texts in `<data>/<task>/<split>.jsonl.gz`, or made-up ones."""
+    if data is not None:
+        files = {name: Task.from_file(name, data / name / f"{split}.jsonl.gz", training=False) for name in TASKS}
+        return {name: [row.text for row in task.rows[:rows]] for name, task in files.items()}
+    made = {}
+    for name, (low, middle, high) in LENGTHS.items():
+        rng = random.Random(f"{name}/{split}")
+        own = [f"{name[:2]}{i}" for i in range(50)]
+        lengths = [int(rng.choice((low, middle, middle, high)) * rng.uniform(0.6, 1.2)) // 3 for _ in range(rows)]
+        made[name] = [" ".join(rng.choice(own) for _ in range(max(3, n))) for n in lengths]
+    return made
+
+
+def mixed(texts: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """(task, text) of all tasks, shuffled."""
+    rows = [(name, text) for name, own in texts.items() for text in own]
+    random.Random(0).shuffle(rows)
+    return rows

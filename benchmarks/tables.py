@@ -1,0 +1,48 @@
+"""Tables of results: CSV files that say what they were measured on, and text for a terminal."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], notes: Mapping[str, str] | None = None) -> None:
+    """Rows under a head that says what they were measured on, and `notes` ({name: value}) that belong to them."""
+    rows = list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        measured = {"threads": str(torch.get_num_threads()), "date": time.strftime("%Y-%m-%d")}
+        for name, value in (describe() | measured | dict(notes or {})).items():
+            file.write(f"# {name}: {value}\n")
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def read_head(path: Path) -> dict[str, str]:
+    """What the CSV's head says: {name: value}."""
+    with path.open() as file:
+        lines = [line[2:].rstrip("\n").split(": ", 1) for line in file if line.startswith("# ")]
+    return dict(lines)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a text table."""
+    names = list(rows[0])
+    cells = [names, *([str(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
