@@ -25,6 +25,7 @@ from torch import nn
 
 from slm_fast import ScalableLM, WorkError, examples
 from slm_fast import learn as learn_module
+from slm_fast.batching import shuffled_buckets
 from slm_fast.tasks import LearnedTask
 
 # Queries and what lies below the increments, once
@@ -102,18 +103,18 @@ def test_the_lower_layers_are_back_in_place_after_a_task_is_learned_or_fails(nam
 @pytest.mark.parametrize(("rows", "size"), [(1, 4), (7, 16), (64, 16), (1000, 16), (333, 10)])
 def test_every_row_is_in_one_batch_an_epoch_and_batches_are_full(rows, size):
     lengths = torch.randint(3, 128, (rows,), generator=torch.Generator().manual_seed(1))
-    found = examples.batches(lengths, size, torch.Generator().manual_seed(2))
+    found = shuffled_buckets(lengths, size, torch.Generator().manual_seed(2))
     assert sorted(torch.cat(found).tolist()) == list(range(rows))
     assert len(found) == math.ceil(rows / size)
     assert sorted(len(batch) for batch in found)[1:] == [size] * (len(found) - 1)
-    again = examples.batches(lengths, size, torch.Generator().manual_seed(2))
+    again = shuffled_buckets(lengths, size, torch.Generator().manual_seed(2))
     assert [batch.tolist() for batch in found] == [batch.tolist() for batch in again]
 
 
 def test_batches_hold_rows_of_like_lengths_and_others_in_the_next_epoch():
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(3, 128, (1600,), generator=generator)
-    first, second = (examples.batches(lengths, 16, generator) for _ in range(2))
+    first, second = (shuffled_buckets(lengths, 16, generator) for _ in range(2))
     read = sum(int(lengths[batch].max()) * len(batch) for batch in first)
     plain = sum(int(lengths[batch].max()) * len(batch) for batch in torch.randperm(1600, generator=generator).split(16))
     assert read < 1.1 * int(lengths.sum())
@@ -182,13 +183,13 @@ def test_a_joint_step_uses_no_more_slots_than_its_rows_reach(monkeypatch):
     slm = make_slm("bert", k=2)
     knows(slm, *[random_task(slm, f"sea{i}", topic="sea", labels=("no", "yes")) for i in range(30)])
     used: list[int] = []
-    using = slm.model.adaptation.using
+    using = slm.model._injection.adaptation.using
 
     def counted(values, route):
         used.extend(len(a) for a, _ in list(values.values())[:1])
         return using(values, route)
 
-    monkeypatch.setattr(slm.model.adaptation, "using", counted)
+    monkeypatch.setattr(slm.model._injection.adaptation, "using", counted)
     slm.learn(toy_task("sea", rows=16), epochs=1, batch_size=4, joint=True)
     assert used
     assert max(used) <= 1 + 4 * 2

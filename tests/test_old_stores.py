@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from models import one_thread  # noqa: F401
-from test_store import ABOUT, CONFIG, A, B, C, contents, store_of, version
+from stores import ABOUT, CONFIG, A, B, C, contents, store_of, version
 
 from slm_fast import ScalableLM, schema
 from slm_fast.errors import InputError

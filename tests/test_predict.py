@@ -286,7 +286,7 @@ def test_an_encoder_abstains_from_text_of_another_domain():
     knows(slm, *two_tasks(slm))
     near = [row.text for row in toy_task("sea", rows=20, seed=2).rows]
     *kept, far = slm.predict([*near, FAR], abstain=True)
-    assert far == Prediction(None, None, None, 0.0, RouteTaken((), (), ()), False)
+    assert far == Prediction(None, None, None, 0.0, RouteTaken((), (), ()), False, {})
     assert slm.predict([FAR])[0].task is not None
     assert sum(answer.task is not None for answer in kept) > 15
 
@@ -371,4 +371,4 @@ def test_a_task_id_without_any_task_is_a_wrong_call(name):
 def test_a_bare_encoder_names_no_task():
     slm = make_slm("bert")
     knows(slm, *two_tasks(slm))
-    assert slm.predict(["sea1"], bare=True) == [Prediction(None, None, None, 0.0, RouteTaken((), (), ()), False)]
+    assert slm.predict(["sea1"], bare=True) == [Prediction(None, None, None, 0.0, RouteTaken((), (), ()), False, {})]

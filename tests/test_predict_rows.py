@@ -133,7 +133,7 @@ def test_a_single_text_is_not_taken_for_a_list_of_letters():
         ({"temperature": 0.0, "sample": True}, "temperature: expected .* got 0"),
         ({"temperature": -1.0, "sample": True}, "temperature: expected .* got -1"),
         ({"top_p": 1.5, "sample": True}, r"top_p: expected .* got 1\.5"),
-        ({"tokens": 3}, "tokens: unknown option; options: batch_size, max_new_tokens"),
+        ({"tokens": 3}, "tokens: unknown option; options: batch_size, batch_tokens, max_new_tokens"),
     ],
 )
 def test_an_option_that_cannot_be_right_is_named(options, message):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from test_store import ABOUT, CONFIG, make_task
+from stores import ABOUT, CONFIG, make_task
 
 from slm_fast import schema
 from slm_fast.errors import WorkError

@@ -1,0 +1,137 @@
+"""Damaged stores: each is one line that names the file, and verify finds what load refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from stores import (
+    ABOUT,
+    A,
+    B,
+    C,
+    edit_manifest,
+    store_of,
+)
+
+from slm_fast.errors import InputError, WorkError
+from slm_fast.store import Store, task_from_file
+
+# Damage
+
+
+def test_a_folder_without_a_manifest_is_not_a_store(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(InputError, match=f"{path}: not a store"):
+            Store.open(path)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b"",
+        b'{"format": 1',
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"format": 1, "model": {}}',
+        b'{"format": 1, "model": {}, "tasks": []}',
+        b'{"format": 1, "model": {}, "tasks": {"a": {}}}',
+        b'{"format": 1, "model": null, "tasks": {}}',
+    ],
+)
+def test_a_damaged_manifest_is_named(tmp_path: Path, manifest: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(manifest)
+    with pytest.raises(WorkError, match="damaged") as caught:
+        Store.open(tmp_path)
+    assert str(tmp_path / "manifest.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rest", [{"model": ABOUT, "tasks": {}}, {"adapters": []}])
+def test_a_newer_format_is_refused_naming_both(tmp_path: Path, rest: dict) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 2, **rest}))
+    with pytest.raises(WorkError, match=r"manifest.json: format 2; .* format 1"):
+        Store.open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "longer", "missing", "a folder"])
+def test_a_damaged_task_file_is_named(tmp_path: Path, damage: str) -> None:
+    store = store_of(tmp_path, A, B)
+    file, data = store.file("b"), store.file("b").read_bytes()
+    file.unlink()
+    if damage == "a folder":
+        file.mkdir()
+    elif damage != "missing":
+        file.write_bytes({"cut short": data[:-1], "empty": b"", "longer": data + b"\0"}[damage])
+    with pytest.raises(WorkError) as caught:
+        Store.open(tmp_path).load()
+    assert str(file) in str(caught.value)
+    [line] = Store.open(tmp_path).verify()
+    assert str(file) in line
+    assert "\n" not in str(caught.value) + line
+
+
+def test_one_flipped_bit_anywhere_in_a_task_file_is_found(tmp_path: Path) -> None:
+    file = store_of(tmp_path, A, B).file("a")
+    data = file.read_bytes()
+    for at in range(0, len(data), 37):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
+        with pytest.raises(WorkError, match=str(file)):
+            Store.open(tmp_path).load()
+
+
+def _safetensors(about: object, **tensors: torch.Tensor) -> bytes:
+    return safetensors.torch.save(tensors, None if about is None else {"slm_fast": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"junk",
+        _safetensors(None, x=torch.ones(1)),
+        _safetensors([], x=torch.ones(1)),
+        _safetensors({}, x=torch.ones(1)),
+        _safetensors({"name": "a", "labels": None, "options": {}}, **{"values.m.lora_a": torch.ones(1, 1, 1)}),
+        _safetensors({"name": "a", "labels": ["x"], "options": {}}, **{"head.weight": torch.ones(1, 1)}),
+    ],
+    ids=["junk", "no metadata", "a list", "no name", "half an increment", "half a head"],
+)
+def test_a_file_that_is_no_task_is_named(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(data)
+    with pytest.raises(WorkError, match=f"{file}: not a task file") as caught:
+        task_from_file(file, hashlib.sha256(data).hexdigest())
+    assert "\n" not in str(caught.value)
+
+
+def test_verify_finds_nothing_wrong_with_a_sound_store(tmp_path: Path) -> None:
+    assert store_of(tmp_path, A, B, C).verify() == []
+
+
+def test_verify_names_a_task_that_stands_under_another_name(tmp_path: Path) -> None:
+    store = store_of(tmp_path, A)
+    store.file("a").parent.rename(tmp_path / "tasks" / "z")
+    digest = store.files["a"]
+    renamed = {"z": {"file": f"tasks/z/{digest}.safetensors", "sha256": digest}}
+    edit_manifest(tmp_path, lambda manifest: manifest.update(tasks=renamed))
+    for refused in (Store.open(tmp_path).load, lambda: store_of(tmp_path / "x", B).merge([Store.open(tmp_path)])):
+        with pytest.raises(WorkError, match="holds task 'a', the manifest says 'z'"):
+            refused()
+    [line] = Store.open(tmp_path).verify()
+    assert "holds task 'a', the manifest says 'z'" in line
+
+
+def test_a_file_in_the_place_of_a_tasks_folder_is_damage_and_not_a_crash(tmp_path: Path) -> None:
+    store = store_of(tmp_path, A, B)
+    shutil.rmtree(store.file("a").parent)
+    store.file("a").parent.write_text("not a folder")
+    assert [str(store.file("a")) in line for line in store.verify()] == [True]
+    store.leftovers()
+    store.commit(remove=["b"])
+    assert list(Store.open(tmp_path).files) == ["a"]
