@@ -66,6 +66,13 @@ class Tokenization:
         self._reader = copy.deepcopy(tokenizer)
         self._reading = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the lock, so that a model that is adapted can be copied."""
+        return {name: value for name, value in vars(self).items() if name != "_reading"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _reading=threading.Lock())
+
     def encode(self, texts: Sequence[str], max_length: int, *, padding_side: str = "right") -> Encoded:
         """Tokenise, cut to `max_length` tokens (the separator of causal models included) and pad to the longest."""
         ids, cut = self.tokenize(texts, max_length)

@@ -93,7 +93,7 @@ def check_mixed(ways: Ways, steps: dict[str, Step], batch: Batch, close: dict[st
     if bare.dtype == torch.float32:  # in which the increments can be told from rounding
         assert (oracle - bare).abs().max() > 10 * (hidden[PEFT] - oracle).abs().max()
     query = ways.paper.model.query.encode_tokens(batch.encoded)
-    assert torch.equal(hidden[SENTENCE], answer(ways.paper, batch.encoded, ways.paper.model.find_route(query)))
+    assert torch.equal(hidden[SENTENCE], answer(ways.paper, batch.encoded, ways.paper.model.route(query)))
 
 
 def test_batches_of_one_task_hold_the_same_rows_as_the_mixed_ones(encoder):

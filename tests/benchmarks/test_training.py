@@ -67,7 +67,7 @@ def test_the_rivals_loss_is_the_mean_over_labels_or_over_tokens_of_answers(name:
     rows, head = Rows(backbone, task), torch.nn.Linear(backbone.width, 2)
     losses = []
     for row in task.rows[1:4]:  # one at a time, without padding
-        prompt = torch.tensor(backbone.tokenise([row.prompt], LENGTH)[0])
+        prompt = torch.tensor(backbone.tokenization.tokenize([row.prompt], LENGTH)[0])
         if backbone.kind == "encoder":
             hidden = backbone.model(input_ids=prompt).last_hidden_state
             label = torch.tensor([task.labels.index(row.target)])

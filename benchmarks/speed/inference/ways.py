@@ -47,8 +47,8 @@ def answer(slm: ScalableLM, batch: Encoded, route: Route | None = None) -> Tenso
     Returns the last hidden states [B, T, H].
     """
     model = slm.model
-    if model.config.query == "sentence" and route is None:
-        route = model.find_routes(batch)
+    if isinstance(model.query, SentenceQuery) and route is None:
+        route = model.route(model.query.encode_tokens(batch))
     passed = model.forward(batch, route)
     if model.pool.heads is not None:
         features = TrunkQuery.pool(passed.hidden, batch.attention_mask)
