@@ -73,7 +73,7 @@ def test_the_rivals_loss_is_the_mean_over_labels_or_over_tokens_of_answers(name:
             label = torch.tensor([task.labels.index(row.target)])
             losses.append(cross_entropy(head(TrunkQuery.pool(hidden, torch.ones_like(prompt))), label))
             continue
-        answer = torch.tensor(backbone.encode_answers([row.target], LENGTH))
+        answer = torch.tensor(backbone.tokenization.encode_answers([row.target], LENGTH))
         if backbone.kind == "causal":
             logits = backbone.model(torch.cat([prompt, answer], 1)).logits[0, prompt.shape[1] - 1 : -1]
         else:
