@@ -1,8 +1,8 @@
 """One step of writing: the logits after the last token of every row that runs.
 
-Keys and values lie in buffers of a fixed size: a place for each row and a column for each token, all rows writing the
-same column at the same time. A row begins in whichever column lets its prompt end where the others are now; what stands
-left of that is masked.
+A static KV cache: key and value states lie in buffers of a fixed size, a place for each row and a column for each
+token, all rows writing the same column at the same time. A row begins in whichever column lets its prompt end where the
+others are now; what stands left of that is masked.
 
 On a CPU a step reads exactly what is in use. On a GPU its kernels end sooner than Python can launch them, so there a
 step has one of a few shapes: places and columns in use are rounded up, what is not in use is masked, and all that
@@ -40,15 +40,15 @@ class Shape(NamedTuple):
 
 
 class KVCacheLayer:
-    """One layer's keys and values, [places, heads, columns, width] each: of what is written, or (T5) of what was read.
+    """One layer's key and value states, [places, heads, columns, width] each: of what is written, or (T5) was read.
 
     A layer of transformers' cache hands them to attention.
     """
 
     def __init__(self, decoder: Decoder, layer: Any, columns: int, *, written: bool) -> None:
         self.decoder, self.written = decoder, written
-        keys, values = layer.keys, layer.values
-        self.buffers = [x.new_zeros(decoder.places, x.shape[1], columns, x.shape[3]) for x in (keys, values)]
+        states = layer.keys, layer.values
+        self.buffers = [x.new_zeros(decoder.places, x.shape[1], columns, x.shape[3]) for x in states]
         layer.update, layer.get_seq_length = self.update, decoder.columns_before
 
     def serve(self, layer: Any, shape: Shape) -> None:
@@ -56,20 +56,20 @@ class KVCacheLayer:
         columns = slice(None) if self.written else slice(shape.inputs)
         layer.keys, layer.values = (buffer[: shape.places, :, columns] for buffer in self.buffers)
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values [places, heads, 1, width] of this step; all that attention reads."""
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keep the key and value states [places, heads, 1, width] of this step; all that attention reads."""
         shape, column = self.decoder.shape, self.decoder.column
-        for buffer, new in zip(self.buffers, (keys, values), strict=True):
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             if self.decoder.rounded:
                 buffer[: shape.places].index_copy_(2, column, new)
             else:
                 buffer[: shape.places, :, shape.stop - 1 : shape.stop] = new
-        keys, values = (buffer[: shape.places, :, shape.first : shape.stop] for buffer in self.buffers)
-        return keys, values
+        key_states, value_states = (buffer[: shape.places, :, shape.first : shape.stop] for buffer in self.buffers)
+        return key_states, value_states
 
-    def join(self, place: int, column: int, keys: Tensor, values: Tensor) -> None:
-        """Put the keys and values of new rows, [B, heads, T, width], from a place and a column on."""
-        for buffer, new in zip(self.buffers, (keys, values), strict=True):
+    def join(self, place: int, column: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Put the key and value states of new rows, [B, heads, T, width], from a place and a column on."""
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             # A step multiplies what is masked by zero, which a NaN of the row that was here before would survive.
             buffer[place : place + len(new)] = 0
             buffer[place : place + len(new), :, column : column + new.shape[2]] = new
@@ -92,7 +92,7 @@ class Decoder:
     """
 
     def __init__(self, model: AdaptedModel, places: int, columns: int, input_columns: int, past: Any) -> None:
-        """Buffers like the keys and values of a first prefill, whose cache object will hand them to the model.
+        """Buffers like the key and value states of a first prefill, whose cache object will hand them to the model.
 
         Args:
             columns: the most that a row needs.
@@ -211,7 +211,7 @@ class Decoder:
     # A step
 
     def step(self) -> Tensor:
-        """The logits [live, V] after the last token of each row, whose keys and values are kept in the next column."""
+        """The logits [live, V] after the last token of each row, whose key and value states go into the next column."""
         if self.end == self.capacity or self._saves_by_moving():
             self._move(-self.first)
         logits = self._logits()
@@ -262,7 +262,7 @@ class Decoder:
             inputs = {"input_ids": self.tokens[:places], "attention_mask": mask}
             inputs["position_ids"] = now - self.begins[:places]
         else:
-            # The layers have the keys and values of the inputs, and ask the encoder's output for nothing but its shape.
+            # The layers have the states of the inputs, and ask the encoder's output for nothing but its shape.
             states = torch.zeros(1, 1, 1, dtype=mask.dtype, device=self.device)
             inputs = {
                 "decoder_input_ids": self.tokens[:places],

@@ -114,6 +114,7 @@ class Scheduler:
         self._waiting.append(_Row(number, request, self.generated[number], chance))
         return number
 
+    @torch.inference_mode()
     def cancel(self, number: int) -> bool:
         """Take a request away, whether it waits or runs. False when there is none of this number (any more)."""
         found = self.generated.pop(number, None)

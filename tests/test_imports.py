@@ -1,4 +1,4 @@
-"""The import law of DESIGN.md section 8: imports point one way, and heavy libraries come in through one door each."""
+"""The laws of the house: imports point one way, heavy libraries come in by one door each, files fit in a head."""
 
 from __future__ import annotations
 

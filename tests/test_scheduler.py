@@ -1,265 +1,163 @@
-"""Writing answers: rows that end make room for others, and what a row says does not depend on those beside it."""
+"""The open queue: requests come, run, are cancelled and end, and what one says does not depend on the others."""
 
 from __future__ import annotations
-
-import gc
-import math
-import random
-import weakref
 
 import pytest
 import torch
 from models import (
-    BACKBONES,
     GENERATORS,
-    WRITERS,
     farm_and_sea,
-    make_model,
     make_slm,
-    make_tokenizer,
-    merge,
     mixed_texts,
     one_thread,  # noqa: F401
-    sentence,
 )
 
-from slm_fast import ScalableLM, WorkError, generate, kv_cache, predict
+from slm_fast import InputError, ScalableLM
 from slm_fast.data import Row
-from slm_fast.options import PredictOptions
-from slm_fast.tasks import LearnedTask
+from slm_fast.scheduler import Generated, Request, Sampling, Scheduler
 
 
-def alone(name: str, tasks: list[LearnedTask], text: str, route, model=None, seed: int = 0, **options) -> str:
-    """What plain transformers writes for one row with its route's increments merged into the weights."""
-    tokenizer, causal = make_tokenizer(name), BACKBONES[name][0] == "causal"
-    ids = tokenizer(text)["input_ids"] + (tokenizer("\n", add_special_tokens=False)["input_ids"] if causal else [])
-    merged = merge(model or make_model(name), tasks, route)
-    torch.manual_seed(seed)
-    inputs = torch.tensor([ids])
-    pad = 2 if causal else 0
-    out = merged.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), pad_token_id=pad, **options)
-    return tokenizer.decode(out[0, len(ids) if causal else 1 :], skip_special_tokens=True).strip()
+def scheduler_of(slm: ScalableLM, **sizes: int) -> Scheduler:
+    return Scheduler(slm.model, **{"max_rows": 3, "max_prompt": 40, "max_new_tokens": 12, **sizes})
 
 
-def end_early(slm: ScalableLM, texts: list[str]) -> list[int]:
-    """Let texts end with some of the words they now have in their midst, so that they are of many lengths."""
-    tokenizer, ends = slm.model.backbone.tokenizer, slm.model.backbone.end_tokens().tolist()
-    for i, answer in enumerate(slm.predict(texts[:6], max_new_tokens=12)):
-        words = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-        ends += words[2 * i : 2 * i + 1]
-    slm.model.backbone.model.generation_config.eos_token_id = ends
-    return ends
+def prompts_of(slm: ScalableLM, texts: list[str]) -> list[list[int]]:
+    return [reading.ids for reading in slm.model.tokenize([Row(text) for text in texts])]
 
 
-def count_passes(slm: ScalableLM) -> list[int]:
-    """The rows of each pass through the last layer, from now on."""
-    family, model = slm.model.backbone.family, slm.model.backbone.model
-    seen: list[int] = []
-    last = model.get_submodule(family.upper or family.layers)[-1]
-    last.register_forward_hook(lambda _, args, kwargs, out: seen.append(len(args[0])), with_kwargs=True)
-    return seen
+def run(scheduler: Scheduler) -> dict[int, Generated]:
+    ended: dict[int, Generated] = {}
+    while scheduler.unfinished:
+        ended |= scheduler.step()
+    return ended
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 8, 64])
-@pytest.mark.parametrize("name", WRITERS)
-def test_rows_that_take_turns_write_what_each_does_alone_with_merged_weights(name, at_once):
-    slm = make_slm(name)
-    tasks = farm_and_sea(slm)
-    texts = mixed_texts(24)
-    answers = slm.predict(texts, batch_size=at_once, max_new_tokens=9)
-    assert {answer.task for answer in answers} == {"farm", "sea"}
-    for text, answer in zip(texts, answers, strict=True):
-        assert answer.text == alone(name, tasks, text, answer.route, max_new_tokens=9)
+def texts_of(slm: ScalableLM, ended: dict[int, Generated]) -> list[str]:
+    tokens = [ended[number].tokens for number in sorted(ended)]
+    return [text.strip() for text in slm.model.backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_rows_that_have_ended_are_not_computed_any_more(name):
-    slm = make_slm(name)
-    farm_and_sea(slm)
-    texts = mixed_texts(20)
-    ends = end_early(slm, texts)
-    seen = count_passes(slm)
-    written: list[list[int]] = []
-    write = predict.generate
-
-    def kept(*args, **options):
-        found = write(*args, **options)
-        written.extend(found.tokens)
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict, "generate", kept)
-        slm.predict(texts, batch_size=6, max_new_tokens=12)
-    lengths = [len(words) for words in written]
-    assert len(set(lengths)) > 2  # some end early
-    assert sum(seen) == sum(lengths)  # the prefill gives each its first token
-    assert max(seen) == 6
-    assert len(seen) < math.ceil(20 / 6) * 12  # others join before the slowest of a batch has ended
-    assert not any(set(words[:-1]) & set(ends) for words in written)
+@pytest.fixture(params=GENERATORS)
+def slm(request: pytest.FixtureRequest) -> ScalableLM:
+    made = make_slm(request.param)
+    farm_and_sea(made)
+    return made
 
 
-def test_columns_move_when_the_buffer_is_full_or_a_prompt_is_too_long_and_nothing_changes():
-    slm = make_slm("llama")
-    tasks = farm_and_sea(slm)
-    moves: list[int] = []
-    move = kv_cache.Decoder._move
-
-    def spied(self, by):
-        moves.append(by)
-        move(self, by)
-
-    rng = random.Random(3)
-    texts = [sentence("sea", rng, words=n) for n in (1, 2, 1, 2, *(28 + i % 4 for i in range(20)))]
-    ends = end_early(slm, texts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache.Decoder, "_move", spied)
-        # Short prompts first, so that longer ones must join later.
-        patch.setattr(generate, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False)
-        answers = slm.predict(texts, batch_size=3, max_new_tokens=20)
-    assert min(moves) < 0 < max(moves)
-    for text, answer in zip(texts, answers, strict=True):
-        assert answer.text == alone("llama", tasks, text, answer.route, max_new_tokens=20, eos_token_id=ends)
+def test_requests_that_come_while_others_run_are_answered_as_predict_does(slm: ScalableLM) -> None:
+    texts = mixed_texts(11)
+    scheduler, ended = scheduler_of(slm), {}
+    for ids in prompts_of(slm, texts):  # one more after each step
+        scheduler.add_request(Request(ids, max_new_tokens=9))
+        ended |= scheduler.step()
+    ended |= run(scheduler)
+    answers = slm.predict(texts, max_new_tokens=9)
+    assert texts_of(slm, ended) == [answer.text for answer in answers]
+    assert [ended[i].score for i in range(11)] == pytest.approx([answer.score for answer in answers], abs=1e-5)
+    for i, answer in enumerate(answers):
+        route = ended[i].route
+        assert route is not None
+        assert tuple(route.slot_ids.tolist()) == answer.route.slots
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_what_is_sampled_for_a_row_depends_on_its_number_alone(name):
-    slm = make_slm(name)
-    tasks = farm_and_sea(slm)
-    texts = mixed_texts(14)
-    options = {"sample": True, "temperature": 1.4, "top_p": 0.8, "max_new_tokens": 7, "seed": 5}
-    answers = slm.predict(texts, batch_size=14, **options)
-    generation = {"do_sample": True, "top_k": 0, "temperature": 1.4, "top_p": 0.8, "max_new_tokens": 7}
-    for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-        assert answer.text == alone(name, tasks, text, answer.route, seed=5 + i, **generation)
-    for batch_size in (1, 4):
-        assert [a.text for a in slm.predict(texts, batch_size=batch_size, **options)] == [a.text for a in answers]
-    assert [a.text for a in slm.predict_stream(iter(texts), batch_size=5, **options)] == [a.text for a in answers]
-    beside = slm.predict([*texts[:7], *mixed_texts(7, seed=9)], batch_size=14, **options)
-    assert [a.text for a in beside[:7]] == [a.text for a in answers[:7]]
+def test_a_row_ends_by_itself_or_at_its_own_length_and_says_which(slm: ScalableLM) -> None:
+    scheduler = scheduler_of(slm)
+    lengths = [1, 4, 12]
+    for ids, most in zip(prompts_of(slm, mixed_texts(3)), lengths, strict=True):
+        scheduler.add_request(Request(ids, max_new_tokens=most))
+    ended = run(scheduler)
+    ends = set(slm.model.backbone.end_tokens().tolist())
+    for number, most in enumerate(lengths):
+        written = ended[number]
+        if written.finish_reason == "length":
+            assert len(written.tokens) == most
+        else:
+            assert written.finish_reason == "stop"
+            assert written.tokens[-1] in ends
+    assert ended[0].finish_reason is not None
+    assert len(ended[0].tokens) == 1
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_buffers_are_given_back_when_all_is_written(name):
-    slm = make_slm(name)
-    farm_and_sea(slm)
-    made: list[weakref.ref] = []
-    init = kv_cache.KVCacheLayer.__init__
-
-    def noted(self, *args, **options):
-        init(self, *args, **options)
-        made.append(weakref.ref(self))
-
-    gc.disable()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kv_cache.KVCacheLayer, "__init__", noted)
-            slm.predict(mixed_texts(6), batch_size=3, max_new_tokens=5)
-        assert made
-        assert [buffer for buffer in made if buffer() is not None] == []
-    finally:
-        gc.enable()
+def test_each_token_is_told_as_soon_as_it_is_known(slm: ScalableLM) -> None:
+    told: list[tuple[int, float]] = []
+    scheduler = scheduler_of(slm)
+    (ids,) = prompts_of(slm, ["sea1 sea2"])
+    number = scheduler.add_request(Request(ids, max_new_tokens=6, on_token=lambda t, p: told.append((t, p))))
+    ended = scheduler.step()
+    assert len(told) == 1  # the prefill gives the first
+    ended |= run(scheduler)
+    assert [token for token, _ in told] == ended[number].tokens
+    assert sum(p for _, p in told) == pytest.approx(ended[number].probability)
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_the_route_is_found_once_a_row_whatever_the_length_of_its_text(name):
-    slm = make_slm(name)
-    farm_and_sea(slm)
-    routed: list[int] = []
-    find = slm.model.route
-    slm.model.route = lambda query, *args: routed.append(len(query)) or find(query, *args)
-    slm.predict(mixed_texts(20), batch_size=6, max_new_tokens=12)
-    assert sum(routed) == 20
+def test_requests_are_cancelled_while_they_wait_and_while_they_run(slm: ScalableLM) -> None:
+    texts = mixed_texts(8)
+    scheduler = scheduler_of(slm)
+    numbers = [scheduler.add_request(Request(ids, max_new_tokens=10)) for ids in prompts_of(slm, texts)]
+    ended = scheduler.step()  # three run, five wait
+    gone = [number for number in (0, 6) if number not in ended]
+    for number in gone:
+        written = scheduler.generated[number]
+        assert scheduler.cancel(number)
+        assert written.finish_reason == "cancelled"
+        assert not scheduler.cancel(number)
+    ended |= run(scheduler)
+    assert sorted(ended) == [number for number in numbers if number not in gone]
+    expected = slm.predict(texts, max_new_tokens=10)
+    assert texts_of(slm, ended) == [expected[number].text for number in sorted(ended)]
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_a_checkpoints_own_way_of_writing_is_kept(name):
-    """A setting that the loop does not know goes to transformers' generate."""
-    model = make_model(name)
-    model.generation_config.repetition_penalty = 1.8
-    slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer(name))
-    tasks = farm_and_sea(slm)
-    texts = mixed_texts(10)
-    penalised = make_model(name)
-    penalised.generation_config.repetition_penalty = 1.8
-    answers = slm.predict(texts, batch_size=4, max_new_tokens=8)
-    for text, answer in zip(texts, answers, strict=True):
-        assert answer.text == alone(name, tasks, text, answer.route, penalised, max_new_tokens=8)
-    plain = make_slm(name)
-    farm_and_sea(plain)
-    assert [a.text for a in plain.predict(texts, max_new_tokens=8)] != [a.text for a in answers]
+def test_requests_of_unlike_sampling_and_given_tasks_run_together(slm: ScalableLM) -> None:
+    texts = mixed_texts(6)
+    kinds = [None, Sampling(temperature=1.3, top_p=0.7, seed=4), Sampling(seed=9)] * 2
+    only_sea = slm.model.pool.slots_of("sea")
+
+    def requests() -> list[Request]:
+        masks = [None, only_sea] * 3
+        return [
+            Request(ids, max_new_tokens=7, sampling=kind, slot_mask=mask)
+            for ids, kind, mask in zip(prompts_of(slm, texts), kinds, masks, strict=True)
+        ]
+
+    alone = []
+    for request in requests():
+        scheduler = scheduler_of(slm, max_rows=1)
+        scheduler.add_request(request)
+        alone.append(run(scheduler)[0])
+    scheduler = scheduler_of(slm, max_rows=6)
+    for request in requests():
+        scheduler.add_request(request)
+    together = run(scheduler)
+    for number, expected in enumerate(alone):
+        assert together[number].tokens == expected.tokens
+        route = together[number].route
+        assert route is not None
+        if number % 2:
+            assert set(route.slot_ids.tolist()) <= {-1, *only_sea.nonzero().flatten().tolist()}
 
 
-def test_texts_longer_than_a_sliding_window_are_written_through_it():
-    model = make_model("mistral")
-    model.config.sliding_window = 8
-    slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer("mistral"))
-    tasks = farm_and_sea(slm)
-    narrow = make_model("mistral")
-    narrow.config.sliding_window = 8
-    for text in ("sea1 sea2", " ".join(f"sea{i % 20}" for i in range(14))):
-        (answer,) = slm.predict([text], max_new_tokens=10)
-        assert answer.text == alone("mistral", tasks, text, answer.route, narrow, max_new_tokens=10)
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_attention_written_out_gives_the_same_texts(name):
-    model = make_model(name)
-    model.set_attn_implementation("eager")
-    slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer(name))
-    farm_and_sea(slm)
-    fast = make_slm(name)
-    farm_and_sea(fast)
-    texts = mixed_texts(12)
-    expected = fast.predict(texts, batch_size=4, max_new_tokens=6)
-    for got, want in zip(slm.predict(texts, batch_size=4, max_new_tokens=6), expected, strict=True):
-        assert got.text == want.text
-        assert got.score == pytest.approx(want.score, abs=1e-5)
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_bfloat16_backbones_write_with_scores_close_to_float32(name):
-    slm = ScalableLM.from_backbone(make_model(name).bfloat16(), tokenizer=make_tokenizer(name))
-    farm_and_sea(slm)
-    full = make_slm(name)
-    farm_and_sea(full)
-    texts = mixed_texts(12)
-    pairs = zip(slm.predict(texts, batch_size=4, max_new_tokens=1), full.predict(texts, max_new_tokens=1), strict=True)
-    close = [a.score == pytest.approx(b.score, abs=0.03) for a, b in pairs if a.route.slots == b.route.slots]
-    assert len(close) > 6
-    assert all(close)
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_instructions_abstaining_and_task_ids_go_with_rows_that_take_turns(name):
-    slm = make_slm(name)
-    farm_and_sea(slm)
-    rows = [Row(text, instruction="the question :" if i % 2 else "") for i, text in enumerate(mixed_texts(11))]
-    names = [("farm", "sea")[i % 2] for i in range(11)]
-    for options in ({}, {"task": names}, {"abstain": 0.5}, {"abstain": 0.5, "task": names}):
-        whole = slm.predict(rows, batch_size=11, max_new_tokens=5, **options)
-        turns = slm.predict(rows, batch_size=2, max_new_tokens=5, **options)
-        assert [(a.task, a.text, a.route.slots) for a in turns] == [(a.task, a.text, a.route.slots) for a in whole]
-        if "task" in options and "abstain" not in options:
-            assert [a.task for a in turns] == names
-
-
-@pytest.mark.parametrize("beams", [1, 2])
-def test_rows_whose_query_is_not_finite_are_named_and_the_others_written(beams):
+def test_a_row_whose_query_is_not_finite_ends_with_an_error_and_the_others_go_on() -> None:
     slm = make_slm("llama")
     farm_and_sea(slm)
-    texts = mixed_texts(9)
-    expected = [answer.text for answer in slm.predict(texts, max_new_tokens=5, beams=beams)]
     bad = slm.model.backbone.tokenizer.get_vocab()["word79"]
     slm.model.backbone.model.get_input_embeddings().weight.data[bad] = torch.nan
-    mixed = [*texts[:4], "sea1 word79", *texts[4:], "word79"]
-    encoded = slm.model.collate(slm.model.tokenize([Row(text) for text in mixed]))
-    options, ended = PredictOptions(max_new_tokens=5, beams=beams), []
-    written = generate.generate(slm.model, encoded, options, seeds=range(11), max_rows=4, report=ended.append)
-    assert sum(ended) == 11  # every row is reported once, while the others are still being written
-    assert len(ended) > 1
-    assert written.failed == [4, 10]
-    assert [written.texts[4], written.texts[10]] == ["", ""]
-    assert [text for i, text in enumerate(written.texts) if i not in (4, 10)] == expected
-    assert written.route.slot_ids[[4, 10]].tolist() == [[-1, -1]] * 2
-    with pytest.raises(WorkError, match=r"row (5|11): its query holds a number that is not finite"):
-        slm.predict(mixed, max_new_tokens=5, beams=beams)
+    scheduler = scheduler_of(slm)
+    for ids in prompts_of(slm, ["sea1", "word79 sea2", "farm3"]):
+        scheduler.add_request(Request(ids, max_new_tokens=4))
+    ended = run(scheduler)
+    assert [ended[i].finish_reason == "error" for i in range(3)] == [False, True, False]
+    assert ended[1].tokens == []
+
+
+def test_a_request_that_does_not_fit_is_refused_and_nothing_waits() -> None:
+    slm = make_slm("llama")
+    scheduler = scheduler_of(slm, max_prompt=4)
+    for request, message in (
+        (Request([]), r"ids: expected 1\.\.4 tokens, got 0"),
+        (Request([5] * 5), r"ids: expected 1\.\.4 tokens, got 5"),
+        (Request([5], max_new_tokens=13), r"max_new_tokens: expected 1\.\.12, got 13"),
+    ):
+        with pytest.raises(InputError, match=message):
+            scheduler.add_request(request)
+    assert scheduler.unfinished == 0
+    assert scheduler.step() == {}

@@ -1,4 +1,4 @@
-"""key_loss against DESIGN §3 written as Python loops with its own splitmix64, and against the reference backend."""
+"""key_loss against its definition written as Python loops with its own splitmix64, and against the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""retrieve against DESIGN §3 written as Python loops, and against the reference backend."""
+"""retrieve against its definition (help(ops.retrieve)) written as Python loops, and against the reference backend."""
 
 from __future__ import annotations
 

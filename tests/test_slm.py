@@ -1,0 +1,188 @@
+"""ScalableLM: tasks taken in, changes whole or not at all, several threads, files, probabilities."""
+
+from __future__ import annotations
+
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import (
+    FAMILIES,
+    easy,
+    knows,
+    make_slm,
+    mixed,
+    one_thread,  # noqa: F401
+    random_task,
+    two_tasks,
+)
+
+from slm_fast import InputError, PredictOptions, ScalableLM, WorkError
+from slm_fast.store import Store
+
+
+@pytest.fixture
+def slm() -> ScalableLM:
+    made = make_slm("bert")
+    return knows(made, *two_tasks(made))
+
+
+# Tasks
+
+
+def test_tasks_taken_in_answer_as_where_they_were_learned(slm: ScalableLM, tmp_path: Path) -> None:
+    other = make_slm("bert")
+    other.save_pretrained(tmp_path / "store")
+    other.add(list(slm.learned.values()))
+    assert other.predict(mixed()) == slm.predict(mixed())
+    assert sorted(Store.open(tmp_path / "store").files) == ["farm", "sea"]
+
+
+def test_a_task_of_a_taken_name_or_of_another_shape_is_not_taken_in(slm: ScalableLM) -> None:
+    before = slm.predict(mixed())
+    with pytest.raises(InputError, match="'sea'"):
+        slm.add(slm.learned["sea"])
+    misfit = random_task(make_slm("bert", taps=(0,)), "sky")
+    with pytest.raises(WorkError, match="sky"):
+        slm.add(misfit)
+    assert slm.tasks == ["farm", "sea"]
+    assert slm.predict(mixed()) == before
+
+
+def test_a_change_whose_commit_fails_changes_nothing(slm: ScalableLM, tmp_path: Path, monkeypatch) -> None:
+    slm.save_pretrained(tmp_path / "store")
+    before = slm.predict(mixed())
+
+    def fail(*_: object, **__: object) -> None:
+        raise WorkError("the disk is full")
+
+    monkeypatch.setattr(Store, "commit", fail)
+    for change in (lambda: slm.learn(easy("sky", rows=8), epochs=1), lambda: slm.forget("sea")):
+        with pytest.raises(WorkError, match="the disk is full"):
+            change()
+        assert slm.tasks == slm.model.pool.names == slm.model.router.names == ["farm", "sea"]
+        assert slm.predict(mixed()) == before
+
+
+@pytest.mark.parametrize("router", ["gaussian", "dtkr"])
+def test_a_model_that_learned_and_forgot_answers_bit_for_bit_as_one_opened_from_its_store(
+    router: str, tmp_path: Path
+) -> None:
+    slm = make_slm("bert", router=router)
+    slm.save_pretrained(tmp_path / "store")
+    for name, rank in (("sea", 2), ("city", 5), ("farm", 3)):
+        slm.learn(easy(name, rows=16), epochs=1, rank=rank)
+    slm.forget("city")
+    slm.learn(easy("sky", rows=16), epochs=1, rank=2)
+    fresh = make_slm("bert", router=router)
+    fresh.add(Store.open(tmp_path / "store").load())
+    reopened = make_slm("bert", router=router)
+    knows(reopened, *Store.open(tmp_path / "store").load())
+    expected = reopened.predict(mixed())
+    assert slm.predict(mixed()) == expected
+    assert fresh.predict(mixed()) == expected
+
+
+# Threads
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calls_from_several_threads_are_answered_as_one_after_the_other(name: str) -> None:
+    slm = make_slm(name)
+    knows(slm, *(random_task(slm, topic) for topic in ("farm", "sea")))
+    texts = mixed(3)
+    expected = slm.predict(texts, max_new_tokens=4)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: slm.predict(texts, max_new_tokens=4), range(12)))
+    assert all(answers == expected for answers in found)
+
+
+def test_tasks_change_between_calls_of_other_threads_and_never_within_one(slm: ScalableLM) -> None:
+    sky = random_task(slm, "sky", labels=("maybe", "yes"))
+    with_two = slm.predict(mixed())
+    slm.add(sky)
+    with_three = slm.predict(mixed())
+    slm.forget("sky")
+
+    def come_and_go(_: int) -> None:
+        slm.add(sky)
+        slm.forget("sky")
+
+    with ThreadPoolExecutor(3) as threads:
+        changes = threads.submit(lambda: [come_and_go(i) for i in range(10)])
+        found = list(threads.map(lambda _: slm.predict(mixed()), range(12)))
+        changes.result()
+    assert all(answers in (with_two, with_three) for answers in found)
+
+
+# Probabilities
+
+
+def test_probabilities_are_the_distribution_whose_best_label_is_the_answer(slm: ScalableLM) -> None:
+    whole = slm.predict(mixed(), top_k=None)
+    for answer, best, two in zip(whole, slm.predict(mixed()), slm.predict(mixed(), top_k=2), strict=True):
+        probabilities = answer.probabilities
+        assert probabilities is not None
+        assert sum(probabilities.values()) == pytest.approx(1.0, abs=1e-5)
+        assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
+        assert next(iter(probabilities.items())) == (answer.label, answer.score)
+        assert best.probabilities == {answer.label: answer.score}
+        assert two.probabilities == dict(list(probabilities.items())[:2])
+        assert replace(two, probabilities=None) == replace(answer, probabilities=None)
+
+
+def test_of_equally_probable_labels_the_first_in_the_alphabet_is_the_answer() -> None:
+    slm = make_slm("bert")
+    task = random_task(slm, "sea", labels=("a", "b", "c"))
+    assert task.head is not None
+    knows(slm, replace(task, head=(torch.zeros_like(task.head[0]), torch.zeros_like(task.head[1]))))
+    for top_k in (1, 2, None):
+        (answer,) = slm.predict(["sea1 sea2"], top_k=top_k)
+        assert answer.probabilities is not None
+        assert list(answer.probabilities) == ["a", "b", "c"][: top_k or 3]
+
+
+def test_a_text_has_no_distribution() -> None:
+    slm = make_slm("llama")
+    knows(slm, random_task(slm, "sea"))
+    assert slm.predict(["sea1"], max_new_tokens=2, top_k=None)[0].probabilities is None
+
+
+# Files
+
+
+def lines_of(texts: list[str]) -> str:
+    return "".join(json.dumps({"id": f"row {i}", "text": text}) + "\n" for i, text in enumerate(texts))
+
+
+def test_a_file_is_answered_as_its_rows_are(slm: ScalableLM, tmp_path: Path) -> None:
+    texts = mixed()
+    (tmp_path / "in.jsonl").write_text(lines_of(texts))
+    done = slm.predict_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", PredictOptions(top_k=2))
+    assert (done.before, done.answered, done.failed) == (0, len(texts), 0)
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    for i, (record, answer) in enumerate(zip(found, slm.predict(texts, top_k=2), strict=True)):
+        assert record["id"] == f"row {i}"
+        assert (record["task"], record["label"]) == (answer.task, answer.label)
+        assert record["score"] == pytest.approx(answer.score, abs=1e-6)
+        assert list(record["probabilities"]) == list(answer.probabilities or {})
+
+
+def test_streams_are_answered_too_and_bad_rows_counted(slm: ScalableLM) -> None:
+    sink = io.StringIO()
+    source = io.BytesIO(lines_of(mixed(2)).encode() + b"no json\n")
+    done = slm.predict_file(source, sink)
+    assert (done.answered, done.failed) == (5, 1)
+    assert [("error" in json.loads(line)) for line in sink.getvalue().splitlines()] == [False] * 4 + [True]
+    with pytest.raises(WorkError, match=r"^-: row 1: not JSON"):
+        slm.predict_file(io.BytesIO(b"no json\n"), io.StringIO(), strict=True)
+
+
+def test_a_file_that_is_not_there_is_a_wrong_call(slm: ScalableLM, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
+        slm.predict_file(tmp_path / "nowhere.jsonl", tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
