@@ -128,7 +128,7 @@ def _scheduled(
             options.abstain_share,
         )
         number[scheduler.add_request(request)] = i
-    found = [Generated()] * len(rows)
+    found = [Generated() for _ in rows]
     try:
         while scheduler.unfinished:
             ended = scheduler.step()
@@ -154,8 +154,9 @@ def _with_transformers(
     """Rows from beginning to end with transformers' generate: for beams and unusual settings."""
     lengths, order = _longest_first(batch)
     found, waiting = [Generated() for _ in lengths], deque(order)
+    most = 1 if options.sample else max_rows  # transformers draws for a whole batch from one source of chance
     while waiting:
-        rows = [waiting.popleft() for _ in range(min(max_rows, len(waiting)))]
+        rows = [waiting.popleft() for _ in range(min(most, len(waiting)))]
         width, causal = max(lengths[i] for i in rows), model.backbone.kind == "causal"
         real = slice(batch.input_ids.shape[1] - width, None) if causal else slice(width)
         encoded = Encoded(batch.input_ids[rows, real], batch.attention_mask[rows, real])

@@ -173,7 +173,7 @@ class Trainer:
         valid_examples = None if valid is None else self._valid_examples(valid)
         optimizer, scheduler = optimizer_and_schedule(self.parameters(), options, len(examples))
         epochs, lengths = options.epochs_for(len(examples)), examples.lengths
-        best, best_score = self._snapshot(), -math.inf
+        best, best_score = self._snapshot() if valid is not None else [], -math.inf
         progressing = bar(f"{self.task.name}: learning", epochs * len(examples), progress)
         with self._rounded(examples), progressing as advance:
             for epoch in range(epochs):
@@ -190,8 +190,11 @@ class Trainer:
                         self._check_finite(value, f"the loss is {value} in epoch {epoch + 1}")
                         losses, note = [], f"loss {value:.3f}"
                     advance(len(rows), note=note)
-                if valid_examples is not None and (score := self._score(valid_examples)) > best_score:
-                    best, best_score = self._snapshot(), score
+                if valid_examples is not None:
+                    score = self._score(valid_examples)
+                    self._check_finite(score, f"the validation score is {score} in epoch {epoch + 1}")
+                    if score > best_score:
+                        best, best_score = self._snapshot(), score
         for parameter in self.parameters():
             self._check_finite(float(parameter.detach().sum()), "the values are no longer numbers")
         if valid_examples is not None:

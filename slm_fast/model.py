@@ -190,7 +190,10 @@ class AdaptedModel:
         return found
 
     def find_queries(self, batch: Encoded) -> Tensor:
-        """Queries [B, D] of a batch, through the layers below the last tap (or the sentence encoder) only."""
+        """Queries [B, D] of a batch, through the layers below the last tap (or the sentence encoder) only.
+
+        Raises InputError for a batch of tokens where a sentence encoder reads texts of its own.
+        """
         inputs = batch.query_inputs
         if not inputs:
             if isinstance(self.query, SentenceQuery) and not self._shared:
@@ -206,18 +209,23 @@ class AdaptedModel:
     def find_routes(self, batch: Encoded, *, slot_mask: Tensor | None = None, abstain: float | None = None) -> Route:
         """Routes [B, K] of rows that wait, through the layers below the last tap (or the sentence encoder) only.
 
-        Args: those of `forward`.
+        Args and errors: those of `forward`.
         """
-        if self.pool.slots == 0:
-            return self.empty_route(len(batch))
-        return self.route(self.find_queries(batch), slot_mask, abstain)
+        with self.lock:
+            if self.pool.slots == 0:
+                return self.empty_route(len(batch))
+            return self.route(self.find_queries(batch), slot_mask, abstain)
 
     def route(self, query: Tensor, slot_mask: Tensor | None = None, abstain: float | None = None) -> Route:
-        """The route of queries [B, D]. `slot_mask`, `abstain`: those of `forward`."""
-        route = self.router.route(query, slot_mask)
-        if abstain is None:
-            return route
-        distance, percentiles = self.router.distance(query, route.slot_ids[:, 0].clamp(min=0))
+        """The route of queries [B, D]. `slot_mask`, `abstain`: those of `forward`.
+
+        Raises NotFinite, which names the row, for a query that is not finite.
+        """
+        with self.lock:
+            route = self.router.route(query, slot_mask)
+            if abstain is None:
+                return route
+            distance, percentiles = self.router.distance(query, route.slot_ids[:, 0].clamp(min=0))
         far = (distance > percentiles[:, round(100 * abstain)]).to(query.device)[:, None]
         return Route(route.slot_ids.masked_fill(far, -1), route.weights.masked_fill(far, 0.0))
 
@@ -260,20 +268,25 @@ class AdaptedModel:
             slot_mask: [B, P] bool, the slots allowed: a given task-ID.
             abstain: rows farther from the task found than this share of its own training rows get an empty route (all
                 ids -1).
-            values: LoRA matrices that the route's ids name; None: the pool's.
-            states: [B, T, H] from `lower_states`, so that the frozen lower layers do not run again.
+            values: LoRA matrices that the ids of a given route name; None: the pool's.
+            states: [B, T, H] from `lower_states`, so that the frozen lower layers do not run again; with a given route.
+
+        Raises:
+            NotFinite: a row's query is not finite; it names the row. InputError: the batch is one of tokens, and a
+            sentence encoder reads texts of its own.
         """
-        result, query, found = self.call(
-            lambda: self._trunk(batch),
-            batch.attention_mask,
-            self.find_routes(batch, slot_mask=slot_mask, abstain=abstain)
-            if route is None and batch.query_inputs
-            else route,
-            slot_mask=slot_mask,
-            abstain=abstain,
-            values=values,
-            states=states,
-        )
+        with self.lock:
+            if route is None and (batch.query_inputs or isinstance(self.query, SentenceQuery)):
+                route = self.find_routes(batch, slot_mask=slot_mask, abstain=abstain)
+            result, query, found = self.call(
+                lambda: self._trunk(batch),
+                batch.attention_mask,
+                route,
+                slot_mask=slot_mask,
+                abstain=abstain,
+                values=values,
+                states=states,
+            )
         return Output(result, query, found)
 
     def call(
@@ -297,21 +310,23 @@ class AdaptedModel:
         Returns:
             What the function returned, the query, the route.
         """
-        pool = self.pool
-        if route is None and pool.slots == 0:
-            route = self.empty_route(len(mask))
-
-        def find_route(query: Tensor) -> Route:
-            beams = len(query) // len(mask)
-            allowed = None if slot_mask is None else slot_mask.repeat_interleave(beams, 0)
-            return self.route(query, allowed, abstain)
-
-        context = ForwardContext(mask, pool.values if values is None else values, route)
-        if values is None:
-            context.rows = pool.rows
-        if route is None:
-            context.find_route = find_route
         with self.lock:
+            pool = self.pool
+            if route is None and pool.slots == 0:
+                route = self.empty_route(len(mask))
+            if route is None and isinstance(self.query, SentenceQuery):
+                raise InputError("route: needed with query='sentence'; `find_routes` finds it")
+
+            def find_route(query: Tensor) -> Route:
+                beams = len(query) // len(mask)
+                allowed = None if slot_mask is None else slot_mask.repeat_interleave(beams, 0)
+                return self.route(query, allowed, abstain)
+
+            context = ForwardContext(mask, pool.values if values is None else values, route)
+            if values is None:
+                context.rows = pool.rows
+            if route is None:
+                context.find_route = find_route
             result = self._injection.run(function, context, states)
         assert context.route is not None
         return result, context.query, context.route

@@ -89,7 +89,8 @@ def predict(
     Raises:
         InputError: an unknown task, or no task learned yet. WorkError: a row's query is not finite.
     """
-    several = isinstance(task, (list, tuple))
+    several = task is not None and not isinstance(task, str)
+    task = list(task) if task is not None and several else task
     if several and len(task or ()) != len(rows):
         raise InputError(f"task: {len(task or ())} names for {len(rows)} rows")
     windows = (

@@ -98,7 +98,8 @@ def predict_file(
         if output and output.bad and strict:
             raise _bad_row(source, output.bad)
         answered = 0
-        advance = stack.enter_context(bar("predicting", rows, progress, done=before))
+        again = before % WINDOW if before != rows else 0  # rows of a window begun are answered, and counted, once more
+        advance = stack.enter_context(bar("predicting", rows, progress, done=before - again))
         for records in answer_lines(model, lines, task, options, done=before, rows=rows, report=advance):
             bad = [i for i, record in enumerate(records) if "error" in record]
             if strict and bad:

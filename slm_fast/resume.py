@@ -61,6 +61,8 @@ class Output:
             if overwrite:
                 self._file.truncate(0)
             if path.stat().st_size:
+                if about is None:
+                    raise InputError(f"{path}: is there already; --overwrite replaces it")
                 check_resumable(path, about)
                 self._keep_whole_rows()
             elif about is None:

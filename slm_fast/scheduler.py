@@ -41,7 +41,7 @@ class Request:
         sampling: None takes the likeliest token.
         route: ([K], [K]) slot ids and weights found ahead; None: found in the prefill, among the slots that `slot_mask`
             [P] allows (None: all), with `abstain` as in `AdaptedModel.forward`.
-        on_token: called with each token and its probability as soon as it is known.
+        on_token: called with each token and its probability as soon as it is known. What it raises, `step` raises.
     """
 
     ids: list[int]
@@ -78,13 +78,21 @@ class Generated:
 class Scheduler:
     """Rows that run together, and those that take the places of rows that have ended.
 
-    Whoever steps it holds the model's lock, and the model's tasks stay as they are while rows are written.
+    Its methods take the model's lock. The model's tasks must stay as they are while rows are written: whoever steps to
+    the end of a text holds that lock, or keeps others from changing them.
 
     Args:
         max_rows: how many rows run together. max_prompt, max_new_tokens: the most that a request may have of each.
+
+    Raises InputError for a size below 1, or a backbone that does not write.
     """
 
     def __init__(self, model: AdaptedModel, *, max_rows: int, max_prompt: int, max_new_tokens: int) -> None:
+        for name, size in (("max_rows", max_rows), ("max_prompt", max_prompt), ("max_new_tokens", max_new_tokens)):
+            if size < 1:
+                raise InputError(f"{name}: expected at least 1, got {size}")
+        if model.backbone.kind == "encoder":
+            raise InputError("model: expected a backbone that writes texts, got an encoder-only one")
         self.model, self.lm, self.device = model, model.backbone.model, model.backbone.device
         self.max_rows, self.max_prompt, self.max_new_tokens = max_rows, max_prompt, max_new_tokens
         self.causal = model.backbone.kind == "causal"
@@ -92,6 +100,7 @@ class Scheduler:
         self.generated: dict[int, Generated] = {}  # of requests that wait or run
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
+        self._ended: dict[int, Generated] = {}  # not returned yet, because a callback failed
         self._next = 0
         self._decoder: Decoder | None = None
 
@@ -106,28 +115,42 @@ class Scheduler:
             raise InputError(f"ids: expected 1..{self.max_prompt} tokens, got {len(request.ids)}")
         if not 1 <= request.max_new_tokens <= self.max_new_tokens:
             raise InputError(f"max_new_tokens: expected 1..{self.max_new_tokens}, got {request.max_new_tokens}")
-        number, self._next = self._next, self._next + 1
+        if request.route is None and self.model.config.query == "sentence" and self.model.pool.slots:
+            raise InputError("route: needed with query='sentence'; `model.find_routes` finds it")
         chance = None
         if request.sampling is not None:
             chance = torch.Generator(self.device).manual_seed(request.sampling.seed)
-        self.generated[number] = Generated()
-        self._waiting.append(_Row(number, request, self.generated[number], chance))
+        with self.model.lock:
+            number, self._next = self._next, self._next + 1
+            self.generated[number] = Generated()
+            self._waiting.append(_Row(number, request, self.generated[number], chance))
         return number
 
     @torch.inference_mode()
     def cancel(self, number: int) -> bool:
         """Take a request away, whether it waits or runs. False when there is none of this number (any more)."""
-        found = self.generated.pop(number, None)
-        if found is None:
-            return False
-        found.finish_reason = "cancelled"
-        self._waiting = deque(row for row in self._waiting if row.number != number)
-        self._drop([place for place, row in enumerate(self._running) if row.number == number])
-        return True
+        with self.model.lock:
+            found = self.generated.pop(number, None)
+            if found is None:
+                return False
+            found.finish_reason = "cancelled"
+            self._waiting = deque(row for row in self._waiting if row.number != number)
+            self._drop([place for place, row in enumerate(self._running) if row.number == number])
+            return True
 
     @torch.inference_mode()
     def step(self) -> dict[int, Generated]:
-        """Prefill rows that wait, where that pays, or write one token for each row that runs: what has just ended."""
+        """Prefill rows that wait, where that pays, or write one token for each row that runs: what has just ended.
+
+        Whatever fails is raised, and nothing is lost by it: rows that were being prefilled wait again, and what had
+        ended is returned by the next step.
+        """
+        with self.model.lock:
+            self._ended |= self._advance()
+            ended, self._ended = self._ended, {}
+            return ended
+
+    def _advance(self) -> dict[int, Generated]:
         free = self.max_rows - len(self._running)
         # Prefilling a few rows reads all weights, as a step of all rows does, so it waits until it pays.
         if self._waiting and (not self._running or 4 * free >= self.max_rows):
@@ -138,7 +161,10 @@ class Scheduler:
         return self._note(self._decoder.step(), 0)
 
     def close(self) -> None:
-        """Give the buffers back."""
+        """Give the buffers back. What waits or runs is dropped."""
+        self._waiting.clear()
+        self._running.clear()
+        self.generated.clear()
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
@@ -161,6 +187,9 @@ class Scheduler:
             failed = rows.pop(error.row)
             self._waiting.extendleft(reversed(rows))
             return self._finish([(failed, "error")])
+        except BaseException:
+            self._waiting.extendleft(reversed(rows))
+            raise
         if self._decoder is None:
             columns = self.max_new_tokens + (self.max_prompt if self.causal else 1)
             self._decoder = Decoder(self.model, self.max_rows, columns, self.max_prompt, out.past_key_values)
@@ -183,7 +212,7 @@ class Scheduler:
             start = self.lm.generation_config.decoder_start_token_id
             start = self.lm.config.decoder_start_token_id if start is None else start
             inputs["decoder_input_ids"] = torch.full((len(rows), 1), start, device=self.device)
-        known = [row.request.route for row in rows if row.request.route is not None]
+        known = [self._whole(row.request.route) for row in rows if row.request.route is not None]
         out, _, route = self.model.call(
             lambda: self.lm(**inputs),
             mask,
@@ -194,6 +223,12 @@ class Scheduler:
         for place, row in enumerate(rows):
             row.generated.route = Route(route.slot_ids[place], route.weights[place])
         return out, route, mask
+
+    def _whole(self, route: Route) -> Route:
+        """A row's route [k] with as many slots as the model retrieves, so that rows of any routes run together."""
+        missing = max(0, (self.model.config.k or 0) - len(route.slot_ids))
+        pad = torch.nn.functional.pad
+        return Route(pad(route.slot_ids, (0, missing), value=-1), pad(route.weights, (0, missing)))
 
     def _note(self, logits: Tensor, place: int) -> dict[int, Generated]:
         """Take the next token of the rows from `place` on, by their logits [B, V], and let those that end go."""
@@ -213,11 +248,11 @@ class Scheduler:
                 places.append(place)
             place += 1
         self._drop(places)
-        found = self._finish(ended)
+        self._ended |= self._finish(ended)
         for row, token, probability in new:
-            if row.request.on_token is not None:
+            if row.request.on_token is not None and row.generated.finish_reason != "cancelled":
                 row.request.on_token(token, probability)
-        return found
+        return {}
 
     def _finish(self, ended: list[tuple[_Row, str]]) -> dict[int, Generated]:
         for row, reason in ended:

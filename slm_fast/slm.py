@@ -60,11 +60,13 @@ class ScalableLM:
         Args:
             backbone: a hub name, a local path, "minilm" (the packaged all-MiniLM-L6-v2), or a transformers model
                 (quantised ones too), which then needs its `tokenizer`. It is frozen and given adapted layers in place.
-            dtype: "float32" or "bfloat16". device: "auto", "cpu", "cuda". Both only for a backbone that is loaded here.
+            dtype: "float32", "bfloat16", "float16" or "auto" (bfloat16 where fast). device: "auto", "cpu" or "cuda".
+                Both only for a backbone that is loaded here.
             config: how the model is put together. changes: fields of it, such as query="trunk" | "sentence".
 
         Raises:
-            InputError: the backbone cannot be found or is of no known family, or an option does not fit.
+            InputError: the backbone cannot be found or is of no known family, or an option does not fit. WorkError: its
+            files are damaged.
         """
         complete = combine(ModelConfig, config, changes)
         return cls(_load(backbone, tokenizer, dtype, device), complete)
@@ -191,8 +193,7 @@ class ScalableLM:
             InputError: an option does not fit, a task is not known, or none is learned yet. WorkError: a row cannot be
             read or answered; it is named by its number, from 1.
         """
-        if isinstance(rows, (str, Mapping)):
-            raise InputError("rows: expected a list of texts, got a single one")
+        _refuse_one(rows)
         parsed = [_parse(number, row) for number, row in enumerate(rows, 1)]
         return predict(self.model, parsed, combine(PredictOptions, options, changes), task=task, progress=progress)
 
@@ -206,6 +207,7 @@ class ScalableLM:
         **changes: Unpack[PredictKeywords],
     ) -> Iterator[Prediction]:
         """As `predict`, for inputs of any size: answers come in order and memory stays bounded."""
+        _refuse_one(rows)
         parsed = (_parse(number, row) for number, row in enumerate(rows, 1))
         return predict_stream(self.model, parsed, combine(PredictOptions, options, changes), task=task)
 
@@ -241,7 +243,7 @@ class ScalableLM:
             Path(source) if isinstance(source, str) else source,
             Path(sink) if isinstance(sink, str) else sink,
             combine(PredictOptions, options, changes),
-            files=None if self.store is None else self.store.files,
+            files=None if self.store is None else {name: self.store.files.get(name, "") for name in self.tasks},
             task=task,
             strict=strict,
             overwrite=overwrite,
@@ -287,6 +289,11 @@ def _load(backbone: Any, tokenizer: Any, dtype: str, device: str) -> Backbone:
     if dtype != "float32" or device != "auto":
         raise InputError("dtype, device: a backbone given as a model keeps its own")
     return Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))
+
+
+def _refuse_one(rows: Any) -> None:
+    if isinstance(rows, (str, Mapping)):
+        raise InputError("rows: expected a list of texts, got a single one")
 
 
 def _parse(number: int, row: Any) -> Row:

@@ -14,6 +14,7 @@ from models import (
 
 from slm_fast import InputError, ScalableLM
 from slm_fast.data import Row
+from slm_fast.ops import Route
 from slm_fast.scheduler import Generated, Request, Sampling, Scheduler
 
 
@@ -161,3 +162,57 @@ def test_a_request_that_does_not_fit_is_refused_and_nothing_waits() -> None:
             scheduler.add_request(request)
     assert scheduler.unfinished == 0
     assert scheduler.step() == {}
+
+
+def test_what_fails_in_a_callback_or_a_prefill_loses_nothing(slm: ScalableLM, monkeypatch) -> None:
+    texts = mixed_texts(4)
+    expected = slm.predict(texts, max_new_tokens=1)
+
+    def fail(token: int, probability: float) -> None:
+        raise RuntimeError("nobody listens")
+
+    scheduler = scheduler_of(slm, max_rows=4)
+    for i, ids in enumerate(prompts_of(slm, texts)):
+        scheduler.add_request(Request(ids, max_new_tokens=1, on_token=fail if i == 1 else None))
+    with monkeypatch.context() as patch:
+        patch.setattr(slm.model, "call", None)
+        with pytest.raises(TypeError):
+            scheduler.step()
+    assert scheduler.unfinished == 4
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        scheduler.step()
+    ended = scheduler.step()  # what had ended all the same
+    assert texts_of(slm, ended) == [answer.text for answer in expected]
+
+
+def test_rows_on_routes_of_unlike_width_run_together_as_alone(slm: ScalableLM) -> None:
+    texts = mixed_texts(4)
+    none = slm.model.empty_route(1)
+    routes = [Route(none.slot_ids[0], none.weights[0]), Route(torch.tensor([1]), torch.ones(1))] * 2
+    alone = []
+    for ids, route in zip(prompts_of(slm, texts), routes, strict=True):
+        scheduler = scheduler_of(slm, max_rows=1)
+        scheduler.add_request(Request(ids, max_new_tokens=6, route=route))
+        alone.append(run(scheduler)[0].tokens)
+    scheduler = scheduler_of(slm)
+    for i, (ids, route) in enumerate(zip(prompts_of(slm, texts), routes, strict=True)):
+        scheduler.add_request(Request(ids, max_new_tokens=6, route=route if i else None))
+    together = run(scheduler)
+    assert [together[i].tokens for i in (1, 2, 3)] == alone[1:]
+
+
+def test_a_closed_scheduler_holds_nothing(slm: ScalableLM) -> None:
+    scheduler = scheduler_of(slm)
+    number = scheduler.add_request(Request(prompts_of(slm, ["sea1"])[0], max_new_tokens=9))
+    scheduler.step()
+    scheduler.close()
+    assert scheduler.unfinished == 0
+    assert not scheduler.cancel(number)
+
+
+@pytest.mark.parametrize("size", ["max_rows", "max_prompt", "max_new_tokens"])
+def test_a_scheduler_without_room_or_for_an_encoder_is_a_wrong_call(size: str) -> None:
+    with pytest.raises(InputError, match=f"{size}: expected at least 1, got 0"):
+        scheduler_of(make_slm("llama"), **{size: 0})
+    with pytest.raises(InputError, match="model: expected a backbone that writes texts"):
+        scheduler_of(make_slm("bert"))

@@ -186,3 +186,15 @@ def test_a_file_that_is_not_there_is_a_wrong_call(slm: ScalableLM, tmp_path: Pat
     with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
         slm.predict_file(tmp_path / "nowhere.jsonl", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_model_without_a_store_does_not_go_on_with_anybodys_output(slm: ScalableLM, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(lines_of(mixed()))
+    slm.save_pretrained(tmp_path / "store")
+    slm.predict_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    before = (tmp_path / "out.jsonl").read_bytes()
+    other = make_slm("bert")
+    knows(other, *two_tasks(other))
+    with pytest.raises(InputError, match=r"out\.jsonl: is there already; --overwrite replaces it"):
+        other.predict_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == before
