@@ -1,6 +1,11 @@
-"""The two things that can go wrong. Each message is one line that names the culprit and says what was expected."""
+"""The two things that can go wrong, and what users are only warned of.
+
+Each message is one line that names the culprit and says what was expected, or what was done.
+"""
 
 from __future__ import annotations
+
+import warnings
 
 
 class SlmError(Exception):
@@ -24,3 +29,12 @@ class WorkError(SlmError, RuntimeError):
     """The call was right and the work failed: damaged data, a full disk, a number that is not finite."""
 
     status = 1
+
+
+class SlmWarning(UserWarning):
+    """What was done is not certainly what was meant. The command line prints it as a line of standard error."""
+
+
+def warn(message: str) -> None:
+    """Warn the caller of this package: Python shows the line of theirs that led here."""
+    warnings.warn(message, SlmWarning, stacklevel=3)

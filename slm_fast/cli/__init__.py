@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
 
 from slm_fast.cli import bench, demo, doctor, evaluate, learn, predict, store
 from slm_fast.cli.arguments import Parser, Verbs, complain
-from slm_fast.errors import SlmError
+from slm_fast.errors import SlmError, SlmWarning
 
 VERBS = (demo, learn, predict, evaluate, store, bench, doctor)  # in the order of --help
 
@@ -20,7 +23,8 @@ VERBS = (demo, learn, predict, evaluate, store, bench, doctor)  # in the order o
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
-        status: int = arguments.run(arguments)
+        with _one_line_warnings():
+            status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
     except SlmError as error:
@@ -32,6 +36,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain("interrupted", 130)
     except (OSError, MemoryError) as error:
         return complain(f"{type(error).__name__}: {error}", 1)
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """This package's warnings are for whoever typed the command: one line each, every time."""
+
+    others = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, SlmWarning):
+            print(f"slm-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            others(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SlmWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -50,6 +50,16 @@ def add_task_files(parser: argparse.ArgumentParser, about: str) -> None:
     parser.add_argument("--task", action="append", required=True, metavar="NAME=FILE", dest="tasks", help=about)
 
 
+def add_reading_options(parser: argparse.ArgumentParser, *, label: bool = True) -> None:
+    """How files are read, where that is not plain from them: the keywords of `Task.from_file`."""
+    group = parser.add_argument_group("how files are read; by default as they look")
+    group.add_argument("--text-column", metavar="NAME", help="the column that holds the input")
+    if label:
+        group.add_argument("--label-column", metavar="NAME", help="the column that holds the answer")
+    group.add_argument("--delimiter", metavar="CHAR", help="what separates columns, such as ';' or tab")
+    group.add_argument("--encoding", help="such as utf-8, utf-16 or cp1252")
+
+
 def add_device_options(parser: argparse.ArgumentParser, dtype: str) -> None:
     parser.add_argument("--backbone", help="hub name, local path or 'minilm'; a store remembers its own")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
