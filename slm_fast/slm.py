@@ -194,9 +194,11 @@ class ScalableLM:
 
     def _commit(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
         if self.store is not None:
-            self._committed |= self.store.commit(add=add, remove=remove)
+            self.store.commit(add=add, remove=remove)
             for name in remove:
                 self._committed.pop(name, None)
+            files = {task.name: digest_of(task) for task in add}
+            self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
 
     def _origin(self, task: Task, options: LearnOptions, valid: Task | None) -> str:
         """SHA-256 of what decides a learned task."""

@@ -156,8 +156,8 @@ class Store:
 
     # Writing
 
-    def commit(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> dict[str, str]:
-        """Make a new version of the store: on disk it is there whole, or not at all. SHA-256 of what was added, by name.
+    def commit(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
+        """Make a new version of the store: on disk it is there whole, or not at all.
 
         A task that is there, made from the same rows and options on another processor, stays as it is.
 
@@ -179,7 +179,6 @@ class Store:
                 files[task.name] = hashlib.sha256(data).hexdigest()
                 self._place(task.name, files[task.name], data)
             self._finish(files)
-        return {task.name: files[task.name] for task in add}
 
     def _has(self, task: LearnedTask) -> bool:
         """Whether the store holds a task of this name that was made from the same."""
