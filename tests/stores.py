@@ -93,12 +93,12 @@ def edit_manifest(path: Path, change: Callable[[dict], None]) -> None:
 # A forked process starts in milliseconds, and what breaks there breaks nothing here.
 
 
-def start(work: Callable[[], object]) -> tuple[int, int]:
+def start(work: Callable[[], object], seconds: int = 30) -> tuple[int, int]:
     """Run `work` in a forked process: its id and a pipe that will hold what `work` returned or raised."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(30)  # a test may fail, but not hang
+        signal.alarm(seconds)  # a test may fail, but not hang
         try:
             answer = f"done: {work()}"
         except SlmError as error:

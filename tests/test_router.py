@@ -351,3 +351,22 @@ def test_a_query_that_is_not_finite_is_named_by_its_row(kind: str, bad: float) -
     for call in (lambda: router.route(query), lambda: router.fit(query, 2, seed=0)):
         with pytest.raises(WorkError, match="query: row 6 holds a number that is not finite"):
             call()
+
+
+def test_queries_that_differ_by_rounding_have_no_covariance_of_their_own() -> None:
+    query = draw(1, 1).repeat(20, 1)
+    near = query * (1 + 2.0**-21 * torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(2)))
+    slot = torch.zeros(20, dtype=torch.int64)
+    distance = gaussian(near).distance(query, slot)
+    assert not distance.exceeds(1.0, 2.0**-18).any()
+    assert gaussian(near).distance(query + 0.1, slot).exceeds(1.0, 2.0**-18).all()
+
+
+def test_a_task_whose_distances_cannot_be_computed_is_far_from_everything() -> None:
+    router, query = gaussian(draw(30, 1), draw(30, 2)), draw(3, 3)
+    part = dict(router.parts[1])
+    part["scatter"] = part["scatter"].flip(0) * 1e3
+    router.parts[1] = part
+    distance = router.distance(query, torch.tensor([0, 1, 0]))
+    assert distance.distance.isinf().tolist() == [False, True, False]
+    assert distance.exceeds(1.0, 0.0)[1]
