@@ -154,16 +154,25 @@ class ScalableLM:
         if self.store is not None:
             self.store.check_writable()
             self.refresh()
-        origin = self._origin(task, chosen, valid)
-        known = self.learned.get(task.name)
-        if known is not None and known.origin == origin:
+        if self.knows(task, chosen, valid=valid):
             return warn(f"task {task.name!r}: already learned from the same rows and options; kept as it is")
-        if known is not None or task.name in self._committed:
-            raise InputError(f"task {task.name!r}: already learned; forget it first to learn it anew")
         with memory_for(f"task {task.name!r}"):
-            learned = replace(learn_task(self.model, task, chosen, valid=valid, progress=progress), origin=origin)
+            learned = learn_task(self.model, task, chosen, valid=valid, progress=progress)
+        learned = replace(learned, origin=self._origin(task, chosen, valid))
         check_learned(learned)
         self._know([learned])
+
+    def knows(self, task: Task, options: LearnOptions | None = None, *, valid: Task | None = None) -> bool:
+        """Whether this very task is learned already, from the same rows and options; `learn` then does nothing.
+
+        Raises InputError when the name is another task's.
+        """
+        known = self.learned.get(task.name)
+        if known is not None and known.origin == self._origin(task, options or LearnOptions(), valid):
+            return True
+        if known is not None or task.name in self._committed:
+            raise InputError(f"task {task.name!r}: already learned; forget it first to learn it anew")
+        return False
 
     def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
         """Take in tasks learned elsewhere: what `learned` holds of another model of the same kind.
