@@ -128,11 +128,20 @@ def covariance(count: Tensor, mean: Tensor, scatter: Tensor) -> Tensor:
 
 
 def whitener(count: Tensor, mean: Tensor, scatter: Tensor) -> Tensor:
-    """Lower-triangular L [D, D] with L L' = covariance. Raises WorkError where there is none."""
-    lower, failed = torch.linalg.cholesky_ex(covariance(count, mean, scatter))
-    if failed:
-        raise WorkError("scatter: expected a positive definite covariance, got one that is not")
-    return lower
+    """Lower-triangular L [D, D] with L L' = covariance. Raises WorkError where there is none.
+
+    Of more rows than a float32 scatter can tell apart, the shrunk covariance may be short of positive definite by
+    rounding; then as little of its mean variance as helps is added to the diagonal.
+    """
+    full = covariance(count, mean, scatter)
+    variance = full.diagonal().mean()
+    for ridge in (0.0, 1e-6, 1e-4, 1e-2):
+        if ridge:
+            full.diagonal().add_(ridge * variance)
+        lower, failed = torch.linalg.cholesky_ex(full)
+        if not failed:
+            return lower
+    raise WorkError("scatter: expected a positive definite covariance, got one that is not")
 
 
 def is_scatter(scatter: Tensor) -> bool:
