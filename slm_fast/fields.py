@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+Repeated = TypeVar("Repeated", bound=Hashable)
 Kind = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whether a value is that
 
 
@@ -47,9 +48,9 @@ def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def repeated(items: Iterable[str]) -> str | None:
+def repeated(items: Iterable[Repeated]) -> Repeated | None:
     """The first that stands there for the second time."""
-    seen: set[str] = set()
+    seen: set[Repeated] = set()
     for item in items:
         if item in seen:
             return item

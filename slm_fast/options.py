@@ -237,7 +237,7 @@ def _layer(name: str, value: Any) -> int:
 def _listed(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise InputError(f"{name}: expected a list, got {reprlib.repr(value)}")
-    return tuple(value)
+    return tuple(dict.fromkeys(value))  # each once
 
 
 def _numbers(options: Any, name: str, least: float, most: float, *, above: bool = False, otherwise: str = "") -> None:

@@ -113,6 +113,9 @@ def _model(model: Any) -> dict[str, Any]:
     fields(config, "model.config", *CONFIG)
     for field, kind in CONFIG.items():
         check(config[field], f"model.config.{field}", kind)
+    for field in ("taps", "targets"):
+        if repeated(config[field] or ()) is not None:
+            raise Unfit(f"model.config.{field}", f"{repeated(config[field])!r} stands there twice")
     if "shapes" in model:
         shapes = fields(model["shapes"], "model.shapes", "layers", *SHAPES)
         for field, kind in SHAPES.items():

@@ -112,7 +112,10 @@ class ScalableLM:
         store.about = {**slm.model.about, **store.about}  # what an earlier version did not say
         with memory_for(f"store {path}"):
             slm._set(store.load(skip_damaged=skip_damaged))
-            slm.model.router.prepare()
+            try:
+                slm.model.router.prepare()
+            except WorkError as error:
+                raise WorkError(next(iter(store.verify()), f"store {path}: {error}")) from None
         slm.store, slm._committed = store, dict(store.files)
         return slm
 

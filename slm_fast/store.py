@@ -98,7 +98,7 @@ class Store:
         found: dict[str, LearnedTask] = {}
 
         def look(name: str) -> None:
-            found[name] = self.read(name)[0]
+            found[name] = self.read(name, thorough=skip_damaged)[0]
 
         for error in self.look_at(look, known or {}).values():
             if not skip_damaged:

@@ -110,6 +110,8 @@ def test_every_field_of_the_configuration_is_known_to_the_manifest() -> None:
         ("model/config/taps", 1, "damaged: model.config.taps: expected a list"),
         ("model/config/taps", [1, "3"], "damaged: model.config.taps: expected a list"),
         ("model/config/taps", [], "damaged: model.config.taps: expected a list"),
+        ("model/config/taps", [1, 3, 1], "damaged: model.config.taps: 1 stands there twice"),
+        ("model/config/targets", ["query", "query"], "damaged: model.config.targets: 'query' stands there twice"),
         ("model/config/taps", None, "damaged: model.config.taps: missing with query 'trunk'"),
         ("model/config/encoder", "x", "damaged: model.config.encoder: does not go with query 'trunk'"),
         ("model/config/targets", "query", "damaged: model.config.targets: expected a list"),
