@@ -51,7 +51,7 @@ def mutate_json(content: Any, rng: random.Random) -> Any:
             place[rng.choice(("x", "", "é", "\ud800", "config", "tasks", "..", str(last) * 2))] = place.pop(last)
         elif how == 2 and isinstance(place, list):
             place += place * rng.choice((1, 500))
-        elif how == 3 and isinstance(place[last], (int, float)) and not isinstance(place[last], bool):
+        elif how == 3 and type(place[last]) in (int, float) and abs(place[last]) < 1e300:
             place[last] = place[last] * rng.choice((-1, 0, 1e6, 1e-6, 1e300)) + rng.choice((0, 1, -1, 0.5))
         else:
             place[last] = copy.deepcopy(rng.choice(VALUES))
