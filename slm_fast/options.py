@@ -10,6 +10,7 @@ import inspect
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from operator import index
@@ -245,7 +246,8 @@ def _numbers(options: Any, name: str, least: float, most: float, *, above: bool 
     value = getattr(options, name)
     number = math.nan
     if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
+        with suppress(OverflowError):
+            number = float(value)
     if not (least < number <= most if above else least <= number <= most):
         bounds = f"more than {least:g} and at most {most:g}" if above else f"a number from {least:g} to {most:g}"
         raise InputError(f"{name}: expected {otherwise}{bounds}, got {reprlib.repr(value)}")

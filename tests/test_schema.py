@@ -106,6 +106,7 @@ def test_every_field_of_the_configuration_is_known_to_the_manifest() -> None:
             0,
             "damaged: model.config.temperature: expected a number from 0.0001 to 10000, got 0",
         ),
+        ("model/config/temperature", 10**400, "damaged: model.config.temperature: expected a number"),
         ("model/config/temperature", "4", "damaged: model.config.temperature: expected a number from 0.0001"),
         ("model/config/taps", 1, "damaged: model.config.taps: expected a list"),
         ("model/config/taps", [1, "3"], "damaged: model.config.taps: expected a list"),
