@@ -97,7 +97,6 @@ def find_columns(names: tuple[str, ...], text: str | None = None, label: str | N
         return Columns(INSTRUCTED, (context, prompt) if context else (prompt,), answer, before, unread)
     found = _usual(names, TEXT, "text")
     if found is None and label is not None:
-        named(names, label)
         raise Unclear(f"no column 'text'; columns: {listed(names)}")
     if found is None:
         raise Unclear(f"no 'text' (nor 'instruction' and 'input'); fields: {_advised(names, 'text')}")

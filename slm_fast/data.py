@@ -143,13 +143,16 @@ class Task:
         """
         check_name(name)
         given = [column for column in (text, label) if column is not None]
-        records = read_records(path, delimiter=delimiter, encoding=encoding, columns=given)
+        records = list(read_records(path, delimiter=delimiter, encoding=encoding, columns=given))
         file = Path(path) if isinstance(path, (str, Path)) else None
         source = "the input" if file is None else str(file)
-        places: list[str] = []
-        rows, free_text = _answered(source, _placed(source, records, places), text, label)
+        for record in records:
+            if record.error is not None:
+                raise WorkError(f"{source}: {record.where}: {record.error}")
+        placed = ((record.where, record.fields) for record in records)
+        rows, free_text = _answered(source, placed, text, label)
         if not free_text:
-            rows = _named(source, file, rows, places, labels)
+            rows = _named(source, file, rows, records, labels)
         try:
             return cls(name, rows, free_text=free_text, training=training)
         except WorkError as error:
@@ -203,14 +206,6 @@ def identified(record: Record, *, text: str | None = None) -> tuple[Any, Row | W
         return name, error
 
 
-def _placed(source: str, records: Iterable[Record], places: list[str]) -> Iterator[tuple[str, Any]]:
-    for record in records:
-        if record.error is not None:
-            raise WorkError(f"{source}: {record.where}: {record.error}")
-        places.append(record.where)
-        yield record.where, record.fields
-
-
 def _answered(
     source: str,
     placed: Iterable[tuple[str, Any]],
@@ -249,7 +244,11 @@ def _answered(
 
 
 def _named(
-    source: str, path: Path | None, rows: list[Row], places: Sequence[str], labels: str | Path | Sequence[str] | None
+    source: str,
+    path: Path | None,
+    rows: list[Row],
+    records: Sequence[Record],
+    labels: str | Path | Sequence[str] | None,
 ) -> list[Row]:
     """The rows with words for integer labels, where there is a list of them."""
     found = [row.target or "" for row in rows]
@@ -263,9 +262,9 @@ def _named(
             return rows
         words = beside
     named = []
-    for place, row in zip(places, rows, strict=True):
+    for record, row in zip(records, rows, strict=True):
         try:
             named.append(replace(row, target=name_label(row.target or "", words)))
         except WorkError as error:
-            raise WorkError(f"{source}: {place}: {error}") from None
+            raise WorkError(f"{source}: {record.where}: {error}") from None
     return named

@@ -15,6 +15,7 @@ from slm_fast.errors import InputError, WorkError
 from slm_fast.fields import repeated
 
 DELIMITERS = (",", ";", "\t", "|")
+HEADER = 20  # lines that a header may have
 NONE = "\x1f"  # of a file with one column
 SPOKEN = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 DECLARED = re.compile(r'"?sep=(.)"?\Z', re.IGNORECASE)  # what Excel writes and reads above a header
@@ -33,7 +34,7 @@ def check_delimiter(delimiter: str) -> str:
 def columns_of(header: str, delimiter: str) -> list[str]:
     """The names in the first line of a header."""
     try:
-        names = next(csv.reader([header], delimiter=delimiter), [])
+        names = next(csv.reader(header.splitlines(keepends=True), delimiter=delimiter), [])
     except csv.Error:
         return []
     return [name.strip("\ufeff \t\r\n\v\f") for name in names]
@@ -53,21 +54,19 @@ def choose_delimiter(header: str, tabbed: bool = False, columns: Collection[str]
 def read_delimited(lines: Lines, delimiter: str | None, tabbed: bool, columns: Collection[str]) -> Iterator[Found]:
     """Each row that is not blank; a bad one has an error and the rest go on."""
     text = iter(lines)
-    blank: list[str] = []
+    first: list[str] = []  # lines up to the header
     header = ""
-    for header in text:
-        if header.strip():
+    for line in text:
+        declared = DECLARED.match(line.strip()) if not header else None
+        if declared:
+            delimiter, line = delimiter or declared.group(1), "\n"
+        first.append(line)
+        header += line if line.strip() or header else ""
+        if header and (header.count('"') % 2 == 0 or len(first) > HEADER):
             break
-        blank.append(header)
-    declared = DECLARED.match(header.strip())
-    if declared and delimiter is None:
-        delimiter = declared.group(1)
-    if declared:
-        blank.append("\n")
-        header = next(text, "")
     if delimiter is None:
         delimiter = choose_delimiter(header, tabbed, columns)
-    reader = csv.reader(chain(blank, [header], text), delimiter=delimiter, strict=True)
+    reader = csv.reader(chain(first, text), delimiter=delimiter, strict=True)
     yield from _rows(reader, lines, delimiter, columns)
 
 

@@ -28,13 +28,15 @@ def as_text(value: Any, key: str) -> str | None:
     Raises WorkError for anything else.
     """
     value = plain_value(value)
+    if isinstance(value, Decimal):
+        value = float(value)
     if value is None:
         return None
     if isinstance(value, str):
         text = str.__str__(value)
     elif isinstance(value, bool):
         text = str(value)
-    elif isinstance(value, (float, Decimal)) and math.isfinite(value) and abs(value) < 2**53 and value == int(value):
+    elif isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         text = str(int(value))
     else:
         try:
@@ -48,7 +50,8 @@ def plain_value(value: Any) -> Any:
     """A scalar of numpy, pandas or torch as Python has it; None for what says that nothing is there."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
-    if (isinstance(value, (float, Decimal)) and value != value) or type(value).__name__ in ("NAType", "NaTType"):
+    missing = type(value).__name__ in ("NAType", "NaTType")
+    if missing or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, Decimal) and value.is_nan()):
         return None
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 import stat
 from collections.abc import Collection, Iterator, Mapping
@@ -21,6 +22,7 @@ FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", 
 UNTOLD = ("", ".txt")  # suffixes that do not tell the format
 SUFFIXES = ".csv, .tsv, .txt, .jsonl, .ndjson, .json (each also .gz) or .parquet"
 BATCH = 1024  # rows of a Parquet file that are in memory together
+DOCUMENT = re.compile(r'\[\s*([{"]|\Z)')  # a list of rows begins so
 BLANK = " \t\r\n\v\f"
 
 
@@ -139,12 +141,12 @@ def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator
         yield from _read_parquet(how.again)
         return
     encoding = how.encoding or guess_encoding(head)
-    untold = None
+    untold, certain = None, format is not None
     if format is None:
         format, untold = _sniff(_first_line(head, encoding), how)
     file = rejoined(head, file)
     if format == "json":
-        yield from _read_json(file, how)
+        yield from _read_json(file, how, certain)
         return
     again = how.again if how.encoding is None else None
     lines = Lines(file, how.name, encoding, "\n" if format == "jsonl" else "", again)
@@ -170,9 +172,9 @@ def _sniff(line: str, how: _Reading) -> tuple[str, WorkError | None]:
         value = json.loads(line)
     except (ValueError, RecursionError):
         value = None
-    if isinstance(value, list) or line.startswith("["):
-        return ("json" if not line.startswith("[[[") else "jsonl"), None
-    if isinstance(value, dict) or line.startswith("{"):
+    if line.startswith("["):
+        return ("json" if DOCUMENT.match(line) else "jsonl"), None
+    if line.startswith("{"):
         return ("json" if line.strip() == "{" else "jsonl"), None
     delimiter = how.delimiter or choose_delimiter(line, columns=how.columns)
     names = columns_of(line, delimiter)
@@ -222,18 +224,17 @@ def _as_record(number: int, value: Any, unit: str = "line") -> Record:
     return Record(number, value, unit=unit)
 
 
-def _read_json(file: IO[bytes], how: _Reading) -> Iterator[Record]:
-    """The rows of a document or, where it is none, of JSON Lines."""
+def _read_json(file: IO[bytes], how: _Reading, certain: bool) -> Iterator[Record]:
+    """The rows of a document or, where it is none, of JSON Lines. certain: its name says that it is JSON."""
     try:
         data = file.read()
     except (EOFError, OSError) as error:
         raise WorkError(f"{how.name}: cannot be read: {one_line(error)}") from None
     text = decode(data, how.name, how.encoding, how.again)
-    first = _first_line(text.encode("utf-8", "surrogatepass"), "utf-8")
     try:
         value = json.loads(text, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
-        if not first.startswith("[") and first != "{":
+        if not certain or re.match(r"\s*\{.*\}", text):
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip(BLANK):
                     yield _parse_line(number, line)
