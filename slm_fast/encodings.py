@@ -8,6 +8,7 @@ import io
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -35,7 +36,8 @@ def check_encoding(encoding: str) -> str:
     """The name Python has for an encoding of text. Raises InputError if there is none."""
     try:
         name = codecs.lookup(encoding).name
-        b"".decode(encoding)  # base64 and the like are no encodings of text
+        with suppress(UnicodeError):
+            b"text".decode(encoding)  # base64 and the like are no encodings of text
     except (LookupError, TypeError, ValueError):
         raise InputError(f"encoding: expected a name such as utf-8, utf-16 or cp1252, got {encoding!r}") from None
     return UTF8 if name == "utf-8" else name
@@ -152,9 +154,9 @@ def decode(data: bytes, name: str, encoding: str | None, again: Path | None = No
 def _is_legacy(path: Path) -> bool:
     """Whether a file is Windows-1252 rather than UTF-8 with some bad lines: no line of it has other than ASCII in
     UTF-8, and every byte is one of Windows-1252."""
-    with open_binary(path) as file:
+    with io.TextIOWrapper(open_binary(path), "utf-8", "surrogateescape", newline="") as text:  # type: ignore[type-var]
         try:
-            for line in io.TextIOWrapper(file, "utf-8", "surrogateescape", newline=""):
+            for line in text:
                 if not line.isascii():
                     if not UNDECODED.search(line):
                         return False

@@ -231,6 +231,8 @@ def _read_json(file: IO[bytes], how: _Reading, certain: bool) -> Iterator[Record
     except (EOFError, OSError) as error:
         raise WorkError(f"{how.name}: cannot be read: {one_line(error)}") from None
     text = decode(data, how.name, how.encoding, how.again)
+    if not text.strip(BLANK):
+        return
     try:
         value = json.loads(text, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
