@@ -92,7 +92,8 @@ def find_columns(names: tuple[str, ...], text: str | None = None, label: str | N
     if chat and label is None and not own_label:
         return Columns(CHATTED, (chat,), None, before, unread)
     prompt = _only(names, PROMPT)
-    if prompt and answered and instructed:
+    asked = answered or ((context or before) and label is None and not any(plain(name) in LABEL for name in names))
+    if prompt and asked and instructed:
         answer = named(names, label) if label is not None else _only(names, OUTPUT)
         return Columns(INSTRUCTED, (context, prompt) if context else (prompt,), answer, before, unread)
     found = _usual(names, TEXT, "text")
@@ -131,14 +132,19 @@ def _called(names: Sequence[str], usual: str) -> str | None:
 
 def _only(names: Sequence[str], usual: Sequence[str]) -> str | None:
     """The one column that has one of these names; None where two have."""
-    first = _called(names, usual[0])
-    found = [name for name in names if plain(name) in usual]
-    return first or (found[0] if len(found) == 1 else None)
+    found = _candidates(names, usual)
+    return found[0] if len(found) == 1 else None
+
+
+def _candidates(names: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """The column with the first of these names; where there is none, those with the others."""
+    if usual[0] in names:
+        return [usual[0]]
+    return [name for name in names if plain(name) == usual[0]] or [name for name in names if plain(name) in usual]
 
 
 def _usual(names: Sequence[str], usual: Sequence[str], what: str) -> str | None:
-    first = _called(names, usual[0])
-    found = [first] if first else [name for name in names if plain(name) in usual]
+    found = _candidates(names, usual)
     if len(found) > 1:
         option = "text" if what == "text" else "label"
         raise Unclear(f"columns {listed(found)} may each be the {what}; {option}=NAME (--{option}-column) says which")

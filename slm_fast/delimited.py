@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any
 
-from slm_fast.columns import known, plain
+from slm_fast.columns import known
 from slm_fast.encodings import Lines
 from slm_fast.errors import InputError, WorkError
 from slm_fast.fields import repeated
@@ -96,8 +96,8 @@ def _rows(reader: Any, lines: Lines, delimiter: str, columns: Collection[str]) -
         yield place, dict.fromkeys(header) | dict(zip(header, row, strict=False)), error
 
 
-def _check_header(header: list[str], columns: Iterable[str]) -> WorkError | None:
-    twice = repeated(plain(name) for name in header if known([name], list(columns)))
+def _check_header(header: list[str], columns: Collection[str]) -> WorkError | None:
+    twice = repeated(name for name in header if known([name], columns))
     return None if twice is None else WorkError(f"the header has column {twice!r} twice")
 
 

@@ -56,6 +56,14 @@ def guess_encoding(head: bytes) -> str:
     return UTF8
 
 
+def settle(encoding: str | None, head: bytes) -> str:
+    """The encoding of what begins with `head`: the given one, whose order of bytes a mark must not tell, or a guess."""
+    guess = guess_encoding(head)
+    if encoding in ("utf-16", "utf-32") and guess != encoding:
+        return guess if guess.startswith(encoding) else f"{encoding}-le"
+    return encoding or guess
+
+
 def open_binary(path: Path) -> IO[bytes]:
     """A file's bytes, decompressed if its name ends in .gz. Raises WorkError."""
     try:
@@ -142,19 +150,10 @@ class Lines:
         return WorkError(f"not {'UTF-8' if self.encoding == UTF8 else self.encoding} (byte 0x{byte:02x})")
 
 
-def decode(data: bytes, name: str, encoding: str | None, again: Path | None = None) -> str:
-    """All of a file at once. Raises WorkError at the first byte that cannot be decoded."""
-    lines = Lines(io.BytesIO(data), name, encoding or guess_encoding(data), "\n", None if encoding else again)
-    text = "".join(lines)
-    for number, byte in lines.bad:
-        raise WorkError(f"{name}: line {number}: {lines.error(byte)}")
-    return text
-
-
 def _is_legacy(path: Path) -> bool:
     """Whether a file is Windows-1252 rather than UTF-8 with some bad lines: no line of it has other than ASCII in
     UTF-8, and every byte is one of Windows-1252."""
-    with io.TextIOWrapper(open_binary(path), "utf-8", "surrogateescape", newline="") as text:  # type: ignore[type-var]
+    with io.TextIOWrapper(open_binary(path), "utf-8", "surrogateescape", newline="") as text:
         try:
             for line in text:
                 if not line.isascii():
@@ -172,5 +171,5 @@ def _unbroken(lines: Iterable[str], name: str) -> Iterator[str]:
     try:
         for number, line in enumerate(lines, 1):  # noqa: B007
             yield line
-    except (EOFError, OSError, zlib.error) as error:
+    except (EOFError, OSError, zlib.error, UnicodeError) as error:
         raise WorkError(f"{name}: cannot be read: breaks off after line {number}: {one_line(error)}") from None

@@ -14,7 +14,7 @@ from typing import IO, Any
 from slm_fast.columns import known, listed
 from slm_fast.delimited import check_delimiter, choose_delimiter, columns_of, read_delimited
 from slm_fast.documents import rows_of_document
-from slm_fast.encodings import Lines, check_encoding, decode, guess_encoding, open_binary, read_head, rejoined
+from slm_fast.encodings import Lines, check_encoding, open_binary, read_head, rejoined, settle
 from slm_fast.errors import InputError, WorkError, one_line
 from slm_fast.fields import refuse_constant
 
@@ -23,6 +23,7 @@ UNTOLD = ("", ".txt")  # suffixes that do not tell the format
 SUFFIXES = ".csv, .tsv, .txt, .jsonl, .ndjson, .json (each also .gz) or .parquet"
 BATCH = 1024  # rows of a Parquet file that are in memory together
 DOCUMENT = re.compile(r'\[\s*([{"]|\Z)')  # a list of rows begins so
+JSON_LINES = re.compile(r"\s*\{.*\}[ \t\r]*\n\s*\S")  # an object on a line of its own, and more below
 BLANK = " \t\r\n\v\f"
 
 
@@ -140,16 +141,16 @@ def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator
             raise InputError(f"{how.name}: parquet cannot be read from a pipe; save it to a file")
         yield from _read_parquet(how.again)
         return
-    encoding = how.encoding or guess_encoding(head)
+    encoding = settle(how.encoding, head)
     untold, certain = None, format is not None
     if format is None:
         format, untold = _sniff(_first_line(head, encoding), how)
-    file = rejoined(head, file)
-    if format == "json":
-        yield from _read_json(file, how, certain)
-        return
     again = how.again if how.encoding is None else None
-    lines = Lines(file, how.name, encoding, "\n" if format == "jsonl" else "", again)
+    newline = "\n" if format in ("json", "jsonl") else ""
+    lines = Lines(rejoined(head, file), how.name, encoding, newline, again)
+    if format == "json":
+        yield from _read_json(lines, how.columns, certain)
+        return
     if format == "jsonl":
         yield from _read_jsonl(lines, untold)
         return
@@ -224,30 +225,37 @@ def _as_record(number: int, value: Any, unit: str = "line") -> Record:
     return Record(number, value, unit=unit)
 
 
-def _read_json(file: IO[bytes], how: _Reading, certain: bool) -> Iterator[Record]:
+def _read_json(lines: Lines, columns: Collection[str], certain: bool) -> Iterator[Record]:
     """The rows of a document or, where it is none, of JSON Lines. certain: its name says that it is JSON."""
+    all_lines = list(lines)
+    text, bad = "".join(all_lines), dict(lines.bad)
     try:
-        data = file.read()
-    except (EOFError, OSError) as error:
-        raise WorkError(f"{how.name}: cannot be read: {one_line(error)}") from None
-    text = decode(data, how.name, how.encoding, how.again)
-    if not text.strip(BLANK):
+        for number, byte in bad.items():
+            raise WorkError(f"{lines.name}: line {number}: {lines.error(byte)}")
+        rows = rows_of_document(_parse_document(text, lines.name), lines.name, columns) if text.strip(BLANK) else []
+    except WorkError:
+        if certain and not JSON_LINES.match(text):
+            raise
+        for number, line in enumerate(all_lines, 1):
+            if number in bad:
+                yield Record(number, error=lines.error(bad[number]))
+            elif line.strip(BLANK):
+                yield _parse_line(number, line)
         return
-    try:
-        value = json.loads(text, parse_constant=refuse_constant)
-    except json.JSONDecodeError as error:
-        if not certain or re.match(r"\s*\{.*\}", text):
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip(BLANK):
-                    yield _parse_line(number, line)
-            return
-        raise WorkError(f"{how.name}: line {error.lineno}: not JSON: {error.msg} at character {error.colno}") from None
-    except RecursionError:
-        raise WorkError(f"{how.name}: not JSON: nested too deeply") from None
-    except ValueError as error:
-        raise WorkError(f"{how.name}: not JSON: {one_line(error)}") from None
-    for number, row in enumerate(rows_of_document(value, how.name, how.columns), 1):
+    for number, row in enumerate(rows, 1):
         yield _as_record(number, row, "row")
+
+
+def _parse_document(text: str, name: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        wrong = f"line {error.lineno}: not JSON: {error.msg} at character {error.colno}"
+    except RecursionError:
+        wrong = "not JSON: nested too deeply"
+    except ValueError as error:
+        wrong = f"not JSON: {one_line(error)}"
+    raise WorkError(f"{name}: {wrong}")
 
 
 # Parquet
@@ -290,7 +298,11 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
         found = {name: one["names"] for name, one in features.items() if one.get("_type") == "ClassLabel"}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
-    return {name: names for name, names in found.items() if isinstance(names, list)}
+    return {name: names for name, names in found.items() if _are_words(names)}
+
+
+def _are_words(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def class_name(value: Any, names: list[str]) -> Any:

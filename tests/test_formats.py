@@ -123,7 +123,7 @@ def test_a_column_too_many_is_told_in_the_words_of_the_separator() -> None:
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WorkError, match="line 1: the header has column 'text' twice"):
-        Task.from_file("x", write(tmp_path / "t.csv", "Text,label,text\na,b,c\n"))
+        Task.from_file("x", write(tmp_path / "t.csv", "text,label, text \na,b,c\n"))
 
 
 # What has no name to tell its format
