@@ -57,6 +57,12 @@ def plain(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip("\ufeff \t\r\n\v\f").casefold())
 
 
+@functools.lru_cache(256)
+def id_column(names: tuple[str, ...]) -> str | None:
+    """The column of a row's id."""
+    return _called(names, "id")
+
+
 def known(names: Iterable[str], given: Collection[str] = ()) -> int:
     """How many of these names are usual ones, or are `given`."""
     usual = KNOWN | {plain(name) for name in given}

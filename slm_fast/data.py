@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from slm_fast.columns import LABELLED, Unclear, plain
+from slm_fast.columns import LABELLED, Unclear, id_column
 from slm_fast.errors import InputError, WorkError, one_line
 from slm_fast.inputs import read_fields, table_of
 from slm_fast.labels import (
@@ -191,7 +191,7 @@ def identified(record: Record, *, text: str | None = None) -> tuple[Any, Row | W
     text: the column that holds the input, where it has another name than usual.
     """
     name: Any = record.place
-    column = "id" if "id" in record.fields else next((each for each in record.fields if plain(each) == "id"), None)
+    column = id_column(tuple(record.fields))
     if column is not None:
         try:
             json.dumps(record.fields[column], ensure_ascii=False, allow_nan=False).encode()
