@@ -200,7 +200,7 @@ def _answered(source: str, where: str, value: Any) -> Row:
     return row
 
 
-def identified(record: Record) -> tuple[Any, Row | WorkError]:
+def identified(record: Record, *, text: str | None = None) -> tuple[Any, Row | WorkError]:
     """A record's id, which is the number of its line unless it has one, and its row or what is wrong with it."""
     name: Any = record.place
     if "id" in record.fields:

@@ -44,7 +44,13 @@ class Record:
         return f"{self.unit} {self.place}"
 
 
-def read_records(source: str | Path | IO[bytes], *, format: str | None = None) -> Iterator[Record]:
+def read_records(
+    source: str | Path | IO[bytes],
+    *,
+    format: str | None = None,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+) -> Iterator[Record]:
     """The rows of a file or of a binary stream, in order, but for blank ones. Memory stays bounded.
 
     A bad row is a record with an error; the rest go on.
