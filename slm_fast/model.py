@@ -69,6 +69,7 @@ class AdaptedModel:
         self.backbone = backbone
         self.config = complete(config, backbone)
         self.lock = threading.RLock()
+        self._pinned = threading.local()
         self.query: TrunkQuery | SentenceQuery
         if self.config.taps is not None:
             self.query = TrunkQuery(self.config.taps, backbone.width, backbone.device)
@@ -122,13 +123,23 @@ class AdaptedModel:
             yield
             self._known = pool, router
 
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """For this thread the tasks stay as they are now, whatever others learn and forget before the block ends."""
+        before = getattr(self._pinned, "known", None)
+        self._pinned.known = before or self._known
+        try:
+            yield
+        finally:
+            self._pinned.known = before
+
     @property
     def pool(self) -> Pool:
-        return self._known[0]
+        return (getattr(self._pinned, "known", None) or self._known)[0]
 
     @property
     def router(self) -> Router:
-        return self._known[1]
+        return (getattr(self._pinned, "known", None) or self._known)[1]
 
     def new_router(self, tasks: Sequence[LearnedTask] = ()) -> Router:
         """A router as the configuration says, over these tasks' slots."""

@@ -14,27 +14,24 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 from slm_fast.errors import InputError, WorkError
+from slm_fast.files import line_of
 
 
-def open_input(path: Path) -> IO[bytes]:
-    return cast("IO[bytes]", (gzip.open if path.suffix == ".gz" else open)(path, "rb"))
-
-
-def survey(path: Path) -> tuple[str, int]:
-    """SHA-256 of an input's lines, and how many of them hold a row. An input that breaks off counts up to there."""
-    digest, rows = hashlib.sha256(), 0
-    with open_input(path) as file:
-        try:
-            for line in file:
-                digest.update(line)
-                rows += bool(line.strip())
-        except (EOFError, OSError, zlib.error):
-            pass
-    return digest.hexdigest(), rows
+def digest_of(path: Path) -> str:
+    """SHA-256 of an input's bytes, unpacked; of one that breaks off, up to there."""
+    digest = hashlib.sha256()
+    try:
+        with cast("IO[bytes]", (gzip.open if path.suffix == ".gz" else open)(path, "rb")) as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except (EOFError, OSError, zlib.error):
+        pass  # whoever reads the rows says what is wrong, and where
+    return digest.hexdigest()
 
 
 class Output:
@@ -45,36 +42,44 @@ class Output:
             nothing can be resumed.
 
     Raises:
-        InputError: the file is there and is not the beginning of this run. WorkError: another process writes to it.
+        InputError: the file is there and is not the beginning of this run. WorkError: another process writes to it, or
+        it cannot be written.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any] | None, *, overwrite: bool) -> None:
         self.path, self.run = path, run_file(path)
         self.rows, self.failed = 0, 0
         self.bad: dict[str, Any] | None = None
-        self._file = path.open("ab")
+        with _named(path):
+            # Unbuffered: what a full disk refuses would otherwise be tried again when the file is closed.
+            self._file = path.open("ab", buffering=0)
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise WorkError(f"{path}: another process is writing it") from None
-            if overwrite:
-                self._file.truncate(0)
-            if path.stat().st_size:
-                if about is None:
-                    raise InputError(f"{path}: is there already; --overwrite replaces it")
-                check_resumable(path, about)
-                self._keep_whole_rows()
-            elif about is None:
-                self.run.unlink(missing_ok=True)
-            else:
-                # After the output is empty: a run file must never stand beside rows of another run.
-                part = self.run.with_name(self.run.name + ".part")
-                part.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-                os.replace(part, self.run)
+            with _named(path):
+                self._begin(about, overwrite)
         except BaseException:
             self._file.close()
             raise
+
+    def _begin(self, about: Mapping[str, Any] | None, overwrite: bool) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkError(f"{self.path}: another process is writing it") from None
+        if overwrite:
+            self._file.truncate(0)
+        if self.path.stat().st_size:
+            if about is None:
+                raise InputError(f"{self.path}: is there already; --overwrite replaces it")
+            check_resumable(self.path, about)
+            self._keep_whole_rows()
+        elif about is None:
+            self.run.unlink(missing_ok=True)
+        else:
+            # After the output is empty: a run file must never stand beside rows of another run.
+            part = self.run.with_name(self.run.name + ".part")
+            with _named(self.run):
+                part.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+                os.replace(part, self.run)
 
     def __enter__(self) -> Output:
         return self
@@ -83,9 +88,12 @@ class Output:
         self._file.close()
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-        self._file.write(gzip.compress(data, mtime=0) if self.path.suffix == ".gz" else data)
-        self._file.flush()
+        """Raises WorkError, naming the file, where it cannot be written; what was written is kept."""
+        data = "".join(map(line_of, records)).encode()
+        left = memoryview(gzip.compress(data, mtime=0) if self.path.suffix == ".gz" else data)
+        with _named(self.path):
+            while left:
+                left = left[self._file.write(left) :]
 
     def _keep_whole_rows(self) -> None:
         end = 0
@@ -102,6 +110,15 @@ class Output:
                 self.rows, end = self.rows + len(records), end_of_part
         if end < self.path.stat().st_size:
             self._file.truncate(end)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What the file system refuses is a WorkError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def run_file(path: Path) -> Path:

@@ -24,7 +24,7 @@ from slm_fast.options import (
     shows,
 )
 from slm_fast.predict import Prediction, predict, predict_stream
-from slm_fast.predict_file import FileAnswered, predict_file
+from slm_fast.predict_file import FileAnswered, Reading, predict_file
 from slm_fast.store import Store, check_same
 from slm_fast.tasks import LearnedTask, in_name_order
 
@@ -218,19 +218,25 @@ class ScalableLM:
         sink: str | Path | IO[str],
         options: PredictOptions | None = None,
         *,
+        format: str | None = None,
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        text: str | None = None,
         task: str | None = None,
         strict: bool = False,
         overwrite: bool = False,
         progress: bool | None = None,
         **changes: Unpack[PredictKeywords],
     ) -> FileAnswered:
-        """Answer a file of JSON Lines into another, in order; memory stays bounded, and bad rows become error rows.
+        """Answer a file of rows into one of JSON Lines, in order; memory stays bounded, bad rows become error rows.
 
         The same call again goes on where an interrupted one stopped, if this model belongs to a store.
 
         Args:
-            source: lines of {"text": ...} or {"instruction": ..., "input": ...} with an optional "id"; .gz too, or a
-                stream. sink: a file (.gz too) or a text stream.
+            source: a file of any format that tasks are learned from (labels in it are not looked at), a pipe, or a
+                binary stream; rows may have an "id". sink: a file (.gz too), a pipe, or a text stream.
+            format, delimiter, encoding: how `source` is read, where that is not plain from it ("csv", "jsonl", ...).
+            text: the column that holds the input.
             task: take every row for this task. strict: stop at the first bad row. overwrite: replace an output.
             options: how rows are answered. changes: fields of them.
 
@@ -238,17 +244,19 @@ class ScalableLM:
             InputError: a path, an option, or an output of another run. WorkError: the work failed; what was written is
             kept, and the same call goes on.
         """
-        return predict_file(
-            self.model,
-            Path(source) if isinstance(source, str) else source,
-            Path(sink) if isinstance(sink, str) else sink,
-            combine(PredictOptions, options, changes),
-            files=None if self.store is None else {name: self.store.files.get(name, "") for name in self.tasks},
-            task=task,
-            strict=strict,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        with self.model.pinned():
+            return predict_file(
+                self.model,
+                Path(source) if isinstance(source, str) else source,
+                Path(sink) if isinstance(sink, str) else sink,
+                combine(PredictOptions, options, changes),
+                reading=Reading(format, delimiter, encoding, text),
+                files=None if self.store is None else {name: self.store.files.get(name, "") for name in self.tasks},
+                task=task,
+                strict=strict,
+                overwrite=overwrite,
+                progress=progress,
+            )
 
     @shows(PredictOptions)
     def evaluate(

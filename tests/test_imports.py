@@ -21,7 +21,7 @@ LAYERS = (
     ("slm",),
     ("learn", "evaluate", "predict_file", "tables"),
     ("predict", "examples", "resume"),
-    ("generate",),
+    ("generate", "windows"),
     ("scheduler",),
     ("kv_cache",),
     ("model",),
@@ -32,7 +32,7 @@ LAYERS = (
     ("backbone",),
     ("layers", "tokenization", "batching", "data", "tasks", "covariance"),
     ("readers",),
-    ("fields",),
+    ("fields", "files"),
     ("ops",),
 )
 LEAVES = ("errors", "progress", "options")  # these import only each other, and any module may import them

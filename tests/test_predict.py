@@ -32,8 +32,9 @@ from slm_fast import InputError, ScalableLM, Task, WorkError, predict
 from slm_fast.batching import length_buckets
 from slm_fast.data import Row
 from slm_fast.options import PredictOptions
-from slm_fast.predict import WINDOW, Prediction, RouteTaken, windows_of
+from slm_fast.predict import Prediction, RouteTaken
 from slm_fast.tasks import LearnedTask
+from slm_fast.windows import WINDOW, windows_of
 
 # Order
 

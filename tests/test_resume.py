@@ -15,8 +15,8 @@ from command import one_line, slm_fast
 from models import make_model, make_tokenizer, one_thread, random_task, sentence  # noqa: F401
 
 from slm_fast import ScalableLM, cli
-from slm_fast.predict import WINDOW
 from slm_fast.resume import run_file
+from slm_fast.windows import WINDOW
 
 ROWS = 2 * WINDOW + 200
 
