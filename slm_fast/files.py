@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Literal
 
 from slm_fast.errors import InputError, WorkError
 
@@ -70,17 +72,35 @@ def wrong_name(path: Path) -> str | None:
     return f"answers are written as JSON Lines, not as {suffix}; name it .jsonl (or .jsonl.gz)"
 
 
-def open_stream(path: Path, mode: str) -> IO[Any]:
-    """Open a pipe, a device or a descriptor: "rb" for bytes as they come, or "w" for text in UTF-8.
-
-    Raises WorkError where that fails.
-    """
+def open_stream(path: Path, mode: Literal["rb", "wb"]) -> io.FileIO:
+    """Open a pipe, a device or a descriptor, without a buffer. Raises WorkError where that fails."""
     number = descriptor(path)
     try:
-        file: int | Path = path if number is None else os.dup(number)
-        return open(file, mode, 0) if mode == "rb" else open(file, mode, encoding="utf-8")
+        return open(path if number is None else os.dup(number), mode, buffering=0)
     except OSError as error:
         raise WorkError(f"{path}: cannot be opened: {error.strerror}") from None
+
+
+def write_all(file: io.FileIO, data: bytes, path: Path) -> None:
+    """Write to a file without a buffer: what a full disk refuses would else be tried again when the file is closed.
+
+    Raises WorkError, naming the file. A pipe that nobody reads any more is a BrokenPipeError, as everywhere.
+    """
+    with named(path):
+        left = memoryview(data)
+        while left:
+            left = left[file.write(left) or 0 :]
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What the file system refuses is a WorkError that names the file."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def line_of(record: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from typing import IO, Any
 from slm_fast import __version__
 from slm_fast.data import Row, identified
 from slm_fast.errors import InputError, WorkError, some_of
-from slm_fast.files import Kind, kind_of, line_of, open_stream, wrong_name
+from slm_fast.files import Kind, kind_of, line_of, named, open_stream, write_all, wrong_name
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
 from slm_fast.predict import Prediction, answer, tokens_of_a_batch
@@ -119,11 +119,12 @@ def predict_file(
             rows = _count(reading.records(source))
     with ExitStack() as stack:
         stack.enter_context(model.pinned())
-        output, stream = None, None
+        output: Output | None = None
+        stream: IO[str] | io.FileIO | None = None
         if isinstance(sink, Path) and kind_of(sink) is not Kind.STREAM:
             output = stack.enter_context(Output(sink, about, overwrite=overwrite))
         else:
-            stream = stack.enter_context(open_stream(sink, "w")) if isinstance(sink, Path) else sink
+            stream = stack.enter_context(open_stream(sink, "wb")) if isinstance(sink, Path) else sink
         before, failed = (output.rows, output.failed) if output else (0, 0)
         if output and output.bad and strict:
             raise _bad_row(source, output.bad)
@@ -132,7 +133,7 @@ def predict_file(
         part, answered = before - start, 0  # rows of a window begun are answered, and counted, once more
         advance = stack.enter_context(bar("predicting", rows, progress, done=start))
         for answers in answer(model, windows, options, advance):
-            records = [{"id": ids.popleft()} | _as_json(found, options.top_k != 1) for found in answers][part:]
+            records = [{"id": ids.popleft()} | _as_json(found, options) for found in answers][part:]
             part = 0
             bad = [i for i, record in enumerate(records) if "error" in record]
             if strict and bad:
@@ -140,7 +141,7 @@ def predict_file(
             if output:
                 output.write(records)
             elif stream:
-                _write(stream, sink, records)
+                _write(stream, sink, "".join(map(line_of, records)))
             if bad and strict:
                 raise _bad_row(source, records[bad[0]])
             answered, failed = answered + len(records), failed + len(bad)
@@ -192,16 +193,14 @@ def _behind(windows: Iterator[Window | None], done: int, ids: deque[Any]) -> tup
     return windows, done
 
 
-def _write(stream: IO[str], sink: Sink, records: list[dict[str, Any]]) -> None:
-    """Now, since somebody may wait for them. A pipe that nobody reads any more is a BrokenPipeError, as everywhere."""
-    try:
-        stream.writelines(map(line_of, records))
+def _write(stream: IO[str] | io.FileIO, sink: Sink, lines: str) -> None:
+    """Now, since somebody may wait for them."""
+    if isinstance(stream, io.FileIO):
+        write_all(stream, lines.encode(), Path(str(sink)))
+        return
+    with named(Path("the output")):
+        stream.write(lines)
         stream.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        name = sink if isinstance(sink, Path) else "the output"
-        raise WorkError(f"{name}: cannot be written: {error.strerror or error}") from None
 
 
 def _bad_row(source: Source, record: Mapping[str, Any]) -> WorkError:
@@ -220,7 +219,7 @@ def _what_decides(model: AdaptedModel, options: PredictOptions, files: Mapping[s
     }
 
 
-def _as_json(found: Prediction | WorkError, probabilities: bool) -> dict[str, Any]:
+def _as_json(found: Prediction | WorkError, options: PredictOptions) -> dict[str, Any]:
     if isinstance(found, WorkError):
         return {"error": str(found)}
     labelled = found.label is not None or found.text is None
@@ -232,8 +231,8 @@ def _as_json(found: Prediction | WorkError, probabilities: bool) -> dict[str, An
         "score": round(found.score, 6),
         "route": [{"task": task, "slot": slot, "weight": round(weight, 6)} for task, slot, weight in taken],
     }
-    if probabilities and found.probabilities is not None:
+    if options.top_k != 1 and found.probabilities is not None:
         record["probabilities"] = {label: round(p, 6) for label, p in found.probabilities.items()}
     if found.finish_reason == "length":
-        record["finish_reason"] = "length"
+        record |= {"finish_reason": "length", "max_new_tokens": options.max_new_tokens}
     return record | ({"truncated": True} if found.truncated else {})

@@ -14,12 +14,11 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 from slm_fast.errors import InputError, WorkError
-from slm_fast.files import line_of
+from slm_fast.files import line_of, named, write_all
 
 
 def digest_of(path: Path) -> str:
@@ -50,11 +49,10 @@ class Output:
         self.path, self.run = path, run_file(path)
         self.rows, self.failed = 0, 0
         self.bad: dict[str, Any] | None = None
-        with _named(path):
-            # Unbuffered: what a full disk refuses would otherwise be tried again when the file is closed.
+        with named(path):
             self._file = path.open("ab", buffering=0)
         try:
-            with _named(path):
+            with named(path):
                 self._begin(about, overwrite)
         except BaseException:
             self._file.close()
@@ -77,7 +75,7 @@ class Output:
         else:
             # After the output is empty: a run file must never stand beside rows of another run.
             part = self.run.with_name(self.run.name + ".part")
-            with _named(self.run):
+            with named(self.run):
                 part.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
                 os.replace(part, self.run)
 
@@ -90,10 +88,7 @@ class Output:
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Raises WorkError, naming the file, where it cannot be written; what was written is kept."""
         data = "".join(map(line_of, records)).encode()
-        left = memoryview(gzip.compress(data, mtime=0) if self.path.suffix == ".gz" else data)
-        with _named(self.path):
-            while left:
-                left = left[self._file.write(left) :]
+        write_all(self._file, gzip.compress(data, mtime=0) if self.path.suffix == ".gz" else data, self.path)
 
     def _keep_whole_rows(self) -> None:
         end = 0
@@ -110,15 +105,6 @@ class Output:
                 self.rows, end = self.rows + len(records), end_of_part
         if end < self.path.stat().st_size:
             self._file.truncate(end)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """What the file system refuses is a WorkError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def run_file(path: Path) -> Path:

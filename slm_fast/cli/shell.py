@@ -44,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if lack := no_memory(error):
             return complain(lack, 1)
         if isinstance(error, OSError):
-            return complain(f"{type(error).__name__}: {error}", 1)
+            return _flush(0) or complain(f"{type(error).__name__}: {error}", 1)
         raise
 
 
