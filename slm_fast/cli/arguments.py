@@ -106,7 +106,7 @@ def with_share(argv: Sequence[str]) -> list[str]:
     """A call in which `--abstain` has its share: argparse would take whatever stands behind it, the store too."""
     return [
         f"{ABSTAIN}={SHARE}" if word == ABSTAIN and not _is_number(following) else word
-        for word, following in zip(argv, [*argv[1:], ""], strict=True)
+        for word, following in zip(argv, [*argv[1:], ""], strict=False)
     ]
 
 

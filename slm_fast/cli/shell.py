@@ -49,6 +49,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _flush(status: int) -> int:
+    """The exit status once all is written; one that is not 0 has had its line."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -56,7 +57,7 @@ def _flush(status: int) -> int:
         return status or 1
     except OSError as error:
         _discard_output()
-        return complain(f"standard output: cannot be written: {error.strerror or error}", status or 1)
+        return status or complain(f"standard output: cannot be written: {error.strerror or error}", 1)
     return status
 
 
