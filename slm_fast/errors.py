@@ -22,41 +22,19 @@ def one_line(error: BaseException) -> str:
 
 
 def some_of(names: Iterable[str], most: int = 10) -> str:
-    """Names for one line of an error: the first few, each cut to 80 characters, and how many more there are."""
-    listed = list(names)
-    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in listed[:most]]
-    more = f" ... and {len(listed) - most:,} more" if len(listed) > most else ""
-    return ", ".join(shown) + more or "none"
-
-
-# What libraries say when memory runs out, each in an exception of another type.
-_MEMORY = (
-    *("allocate memory", "out of memory", "not enough memory", "bad_alloc", "memory allocation"),
-    *("can't start new thread", "failed to map segment", "ThreadPoolBuildError"),
-)
-
-
-def no_memory(error: BaseException) -> str | None:
-    """What an error says of memory that ran out, in one line; None where it has another cause."""
-    for cause in _causes(error):
-        said = str(cause)
-        if isinstance(cause, OSError) and cause.errno is not None and cause.errno != errno.ENOMEM:
-            continue
-        if (
-            isinstance(cause, MemoryError)
-            or type(cause).__name__ == "OutOfMemoryError"
-            or any(w in said for w in _MEMORY)
-        ):
-            return f"not enough memory: {one_line(cause)}"
-    return None
+    """The first names and how many more there are, for a message of one line; "none" where there are none."""
+    known = list(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return (", ".join(known[:most]) or "none") + more
 
 
 def interrupted(error: BaseException) -> bool:
     """Whether Ctrl-C is behind an error: a library whose import it broke off may call that an ImportError."""
-    return any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error))
+    return any(isinstance(cause, KeyboardInterrupt) for cause in causes(error))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

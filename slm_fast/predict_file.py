@@ -16,7 +16,7 @@ from typing import IO, Any
 from slm_fast import __version__
 from slm_fast.data import Row, identified
 from slm_fast.errors import InputError, WorkError, some_of
-from slm_fast.files import Kind, kind_of, line_of, named, open_stream, write_all, wrong_name
+from slm_fast.streams import Kind, kind_of, line_of, named, open_stream, write_all, wrong_name
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
 from slm_fast.predict import Prediction, answer, tokens_of_a_batch

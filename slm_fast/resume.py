@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from slm_fast.errors import InputError, WorkError
-from slm_fast.files import line_of, named, write_all
+from slm_fast.streams import line_of, named, write_all
 
 
 def digest_of(path: Path) -> str:

@@ -32,7 +32,7 @@ LAYERS = (
     ("backbone",),
     ("layers", "tokenization", "batching", "data", "tasks", "covariance"),
     ("readers",),
-    ("fields", "files"),
+    ("fields", "streams"),
     ("ops",),
 )
 LEAVES = ("errors", "progress", "options")  # these import only each other, and any module may import them
