@@ -7,13 +7,17 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 HAS_TORCH := $(shell $(PYTHON) -c "from importlib.metadata import version as v; \
   print('1' if tuple(map(int, v('torch').split('.')[:2])) >= (2, 10) else '')" 2>/dev/null)
 
-.PHONY: demo test lint setup sanitize cuda clean
+.PHONY: demo test lint fuzz setup sanitize cuda clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m slm_fast.cli demo
 
 test: lint
 	$(RUN) -m pytest
+
+# 10,000 damaged stores, 500 kills, two minutes of writers and readers: what `make test` does a little of.
+fuzz: $(VENV)/.ready
+	SLM_FAST_FUZZ=1 $(RUN) -m pytest tests/fuzz
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

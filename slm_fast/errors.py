@@ -8,6 +8,12 @@ from __future__ import annotations
 import errno
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+NO_MEMORY = (
+    *("can't allocate memory", "cannot allocate memory", "out of memory", "outofmemory", "not enough memory"),
+    *("bad_alloc", "can't start new thread", "threadpoolbuilderror"),
+)
 
 
 class SlmError(Exception):
@@ -26,20 +32,6 @@ def some_of(names: Iterable[str], most: int = 10) -> str:
     known = list(names)
     more = f" and {len(known) - most} more" if len(known) > most else ""
     return (", ".join(known[:most]) or "none") + more
-
-
-def interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C is behind an error: a library whose import it broke off may call that an ImportError."""
-    return any(isinstance(cause, KeyboardInterrupt) for cause in causes(error))
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 class InputError(SlmError, ValueError):
@@ -61,3 +53,29 @@ class SlmWarning(UserWarning):
 def warn(message: str) -> None:
     """Warn the caller of this package: Python shows the line of theirs that led here."""
     warnings.warn(message, SlmWarning, stacklevel=3)
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Turn whatever too little memory raises inside the block into a WorkError that says what was not there.
+
+    That is MemoryError, torch's RuntimeErrors, an OSError of the system, or a panic of a library written in Rust.
+    """
+    try:
+        yield
+    except SlmError:
+        raise
+    except BaseException as error:
+        if not lacks_memory(error):
+            raise
+        raise WorkError(f"{what}: not enough memory: {one_line(error)}") from None
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error means that memory could not be had, whichever library raised it."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    said = f"{type(error).__name__}: {error}".lower()
+    if type(error).__name__ == "PanicException" and ("alloc" in said or "memory" in said):  # of Rust
+        return True
+    return any(words in said for words in NO_MEMORY)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,14 +16,15 @@ from typing import IO, Any
 
 from slm_fast import __version__
 from slm_fast.data import Row, identified
-from slm_fast.errors import InputError, WorkError, some_of
-from slm_fast.streams import Kind, kind_of, line_of, named, open_stream, write_all, wrong_name
+from slm_fast.errors import InputError, SlmWarning, WorkError, some_of
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
 from slm_fast.predict import Prediction, answer, tokens_of_a_batch
 from slm_fast.progress import bar, is_shown
 from slm_fast.readers import Record, read_records
 from slm_fast.resume import Output, check_resumable, digest_of
+from slm_fast.schema import WHEN_KNOWN
+from slm_fast.streams import Kind, kind_of, line_of, named, open_stream, write_all, wrong_name
 from slm_fast.windows import Feed, Window, is_live, windows_of
 
 Source = Path | IO[bytes]
@@ -156,11 +158,10 @@ def _is_file(source: Source) -> bool:
 def _count(records: Iterator[Record]) -> int:
     """How many there are, up to where the source breaks off."""
     count = 0
-    try:
+    with warnings.catch_warnings(), suppress(WorkError):
+        warnings.simplefilter("ignore", SlmWarning)  # whoever answers the rows is told
         for _ in records:
             count += 1
-    except WorkError:
-        pass
     return count
 
 
@@ -209,7 +210,8 @@ def _bad_row(source: Source, record: Mapping[str, Any]) -> WorkError:
 
 def _what_decides(model: AdaptedModel, options: PredictOptions, files: Mapping[str, str]) -> dict[str, Any]:
     """What, beside the input, decides every byte of the answers: the tasks, the options and the precision."""
-    about = {key: value for key, value in model.about.items() if key != "backbone"}  # where it lies does not count
+    # Where the backbone lies does not count.
+    about = {key: value for key, value in model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
     return {
         "store": hashlib.sha256(json.dumps([about, dict(files)], sort_keys=True).encode()).hexdigest(),
         "dtype": str(model.backbone.dtype).removeprefix("torch."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from slm_fast import InputError, LearnOptions, ModelConfig, PredictOptions, ScalableLM
@@ -54,3 +55,53 @@ def test_keywords_change_the_options_given() -> None:
 def test_an_unknown_keyword_is_named_with_those_there_are() -> None:
     with pytest.raises(InputError, match=r"^ranks: unknown option; options: epochs, batch_size, learning_rate, rank,"):
         combine(LearnOptions, None, {"ranks": 3})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "said"),
+    [
+        *(
+            (LearnOptions, name, value, "expected an integer")
+            for name in ("rank", "batch_size")
+            for value in ("8", 8.0, True, None)
+        ),
+        *((PredictOptions, "seed", value, "expected an integer, got") for value in (None, 1.5, "0", float("nan"))),
+        (PredictOptions, "seed", 2**70, "expected at most 9,223,372,036,854,775,807"),
+        (PredictOptions, "batch_size", "8", "expected an integer or None, got '8'"),
+        (PredictOptions, "batch_size", 0, "expected at least 1, got 0"),
+        (PredictOptions, "max_new_tokens", 10**9, "expected at most 1,048,576"),
+        (PredictOptions, "temperature", 1e-40, "expected a number from 0.0001 to 10000, got 1e-40"),
+        (PredictOptions, "temperature", "1", "expected a number"),
+        (PredictOptions, "temperature", float("nan"), "expected a number"),
+        (PredictOptions, "top_p", 0, "expected more than 0 and at most 1, got 0"),
+        (PredictOptions, "top_p", None, "expected more than 0"),
+        (PredictOptions, "abstain", "0.9", "expected True, False or a number from 0 to 1, got '0.9'"),
+        (PredictOptions, "abstain", 1.5, "expected True, False or a number from 0 to 1, got 1.5"),
+        (PredictOptions, "sample", "yes", "expected True or False, got 'yes'"),
+        (PredictOptions, "head", ["mixed"], "expected 'mixed' or 'winner'"),
+        (LearnOptions, "learning_rate", "1e-3", "expected more than 0 and at most 1, got '1e-3'"),
+        (LearnOptions, "learning_rate", 0, "expected more than 0"),
+        (LearnOptions, "epochs", 10**9, "expected at most 1,000,000"),
+        (LearnOptions, "joint", 1, "expected True or False, got 1"),
+        (LearnOptions, "warmup", -0.1, "expected a number from 0 to 1"),
+        (ModelConfig, "k", "2", "expected an integer or None"),
+        (ModelConfig, "k", 2**31, "expected at most 1,024"),
+        (ModelConfig, "taps", 3, "expected a list, got 3"),
+        (ModelConfig, "taps", (1, "3"), "expected a layer's number from 0 on, got '3'"),
+        (ModelConfig, "targets", "query", "expected a list, got 'query'"),
+        (ModelConfig, "targets", (1,), "expected words, got 1"),
+        (ModelConfig, "temperature", 0, "expected a number from"),
+        (ModelConfig, "router", None, "expected 'gaussian' or 'dtkr', got None"),
+    ],
+)
+def test_an_option_of_another_type_or_beyond_sense_is_named(kind: type, name: str, value: object, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        kind(**{name: value})
+    assert str(caught.value).startswith(f"{name}: {said}")
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    options = LearnOptions(rank=np.int64(4), learning_rate=np.float32(0.5), joint=np.bool_(True))
+    assert [type(value) for value in (options.rank, options.learning_rate, options.joint)] == [int, float, bool]
+    assert options == LearnOptions(rank=4, learning_rate=0.5, joint=True)
+    assert ModelConfig(taps=[np.int64(1), 3], targets=["query"]) == ModelConfig(taps=(1, 3), targets=("query",))

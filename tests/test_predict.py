@@ -326,6 +326,20 @@ def test_abstaining_gives_the_bare_backbones_text(name):
     assert near.text != bare_text(name, "sea1 sea2 sea3 sea4 sea5", 5)
 
 
+@pytest.mark.parametrize("router", ["gaussian", "dtkr"])
+@pytest.mark.parametrize("texts", [["sea1 sea2"], ["sea1 sea2", "sea3 good1"], ["sea1", "sea2 sea3", "sea4 bad1 sea5"]])
+def test_no_training_row_is_abstained_from_at_the_share_of_all_whatever_stands_beside_it(router, texts):
+    slm = make_slm("bert", router=router)
+    slm.learn(Task("sea", [(text, "ab"[i % 2]) for i, text in enumerate(texts * 10)]), epochs=1)
+    slm.learn(toy_task("farm", rows=12), epochs=1)
+    long = " ".join(["farm1"] * 40)
+    alone = [slm.predict([text], abstain=1.0)[0].task for text in texts]
+    beside = [slm.predict([long, text, *texts], abstain=1.0)[1].task for text in texts]
+    assert alone == beside == ["sea"] * len(texts)
+    if router == "gaussian":
+        assert slm.predict([FAR], abstain=1.0, task="sea")[0].task is None
+
+
 def test_a_smaller_share_abstains_from_more():
     slm = make_slm("bert")
     knows(slm, *two_tasks(slm))

@@ -129,7 +129,7 @@ def test_a_single_text_is_not_taken_for_a_list_of_letters():
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
         ({"beams": 0}, "beams: expected at least 1, got 0"),
         ({"head": "both"}, "head: expected 'mixed' or 'winner', got 'both'"),
-        ({"abstain": 1.5}, r"abstain: expected True, False or a share of 0 to 1, got 1\.5"),
+        ({"abstain": 1.5}, r"abstain: expected True, False or a number from 0 to 1, got 1\.5"),
         ({"temperature": 0.0, "sample": True}, "temperature: expected .* got 0"),
         ({"temperature": -1.0, "sample": True}, "temperature: expected .* got -1"),
         ({"top_p": 1.5, "sample": True}, r"top_p: expected .* got 1\.5"),

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from slm_fast.cli import bench, demo, doctor, evaluate, learn, predict, store
 from slm_fast.cli.arguments import Parser, Verbs, complain, with_share
-from slm_fast.errors import SlmError, SlmWarning, interrupted, no_memory, warn
+from slm_fast.errors import SlmError, SlmWarning, lacks_memory, one_line, warn
 
 VERBS = (demo, learn, predict, evaluate, store, bench, doctor)  # in the order of --help
 
@@ -39,13 +39,24 @@ def _run(arguments: argparse.Namespace) -> int:
         _discard_output()  # nobody reads: say no more
         return 1
     except BaseException as error:
-        if interrupted(error):
+        causes = list(_causes(error))
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):  # of an import, it may end as ImportError
             return complain("interrupted", 130)
-        if lack := no_memory(error):
-            return complain(lack, 1)
+        for cause in causes:
+            if lacks_memory(cause):
+                return complain(f"not enough memory: {one_line(cause)}", 1)
         if isinstance(error, OSError):
             return _flush(0) or complain(f"{type(error).__name__}: {error}", 1)
         raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _flush(status: int) -> int:
