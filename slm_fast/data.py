@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from numbers import Integral
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from slm_fast.columns import LABELLED, Unclear, plain
 from slm_fast.errors import InputError, WorkError, one_line
-from slm_fast.fields import TEXT, Unfit, check, list_of, read_json
+from slm_fast.inputs import read_fields, table_of
+from slm_fast.labels import (
+    are_words,
+    as_text,
+    check_label,
+    name_label,
+    read_words,
+    same_words,
+    warn_of_alike,
+    words_beside,
+)
 from slm_fast.readers import Record, read_records
 
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
@@ -36,55 +45,21 @@ class Row:
         return self.prompt if route_on == "prompt" or not self.text else self.text
 
     @staticmethod
-    def parse(value: Any) -> Row:
-        """A row from a string, a Row, or a mapping with text[, label] or instruction and/or input[, output].
+    def parse(value: Any, *, text: str | None = None) -> Row:
+        """A row to answer: from a Row, a text, or all that `Task` takes, whose answer is kept where it is one word.
+
+        text: the column that holds the input, where it has another name than usual.
 
         Raises WorkError that says what is missing.
         """
         if isinstance(value, Row):
             return value
-        if isinstance(value, str):
-            value = {"text": value}
-        if not isinstance(value, Mapping):
-            raise WorkError(
-                f"expected a text or an object with 'text' or 'instruction' and 'input', got {reprlib.repr(value)}"
-            )
-        if "text" in value:
-            text, instruction, target = _string(value, "text"), "", _answer(value, "label")
-        elif "input" in value or "instruction" in value:
-            text, instruction = _string(value, "input"), _string(value, "instruction")
-            target = _answer(value, "output")
-        else:
-            raise WorkError(f"no 'text' (nor 'instruction' and 'input'); fields: {_names(value)}")
-        if not (text or instruction):
-            raise WorkError(f"empty {'text' if 'text' in value else 'input'}")
-        return Row(text, target, instruction)
-
-
-def _string(value: Mapping[str, Any], key: str) -> str:
-    got = value.get(key)
-    if got is None:
-        got = ""
-    if not isinstance(got, str):
-        raise WorkError(f"{key!r}: expected a string, got {reprlib.repr(got)}")
-    return _whole(got, key).strip()
-
-
-def _whole(got: str, key: str) -> str:
-    try:
-        got.encode()
-    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no file and no tokenizer can hold
-        raise WorkError(f"{key!r}: holds half a character, got {got[:60]!a}") from None
-    return got
-
-
-def _answer(value: Mapping[str, Any], key: str) -> str | None:
-    got = value.get(key)
-    if got is None:
-        return None
-    if isinstance(got, bool) or not isinstance(got, (str, Integral)):
-        raise WorkError(f"{key!r}: expected a word or an integer, got {reprlib.repr(got)}")
-    return _whole(str(got), key).strip() or None
+        fields = read_fields(value, text)
+        try:
+            target = fields.target()
+        except WorkError:  # an answer is not asked for
+            target = None
+        return Row(fields.text, target, fields.instruction)
 
 
 class Task:
@@ -92,26 +67,28 @@ class Task:
 
     Args:
         name: letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit.
-        rows: Rows, (text, label) pairs, or mappings with text,label or instruction,input,output.
-        free_text: answers are text to generate. By default that is so when the rows come as instruction,input,output.
+        rows: Rows, (text, label) pairs, or mappings, all of one kind: text,label; instruction,input,output (or
+            prompt,completion); messages. A list, a generator, a datasets.Dataset, a pandas.DataFrame.
+        free_text: answers are text to generate. By default that is so for all kinds but text,label.
         training: the task is to be learned, for which it needs two labels.
 
     Raises:
-        InputError: a bad name. WorkError: no rows, a row without text or answer, a task with only one label.
+        InputError: a bad name, no rows but a text or a mapping. WorkError: no rows, a row without text or answer or of
+        another kind than the first, a task with only one label.
     """
 
     def __init__(self, name: str, rows: Iterable[Any], *, free_text: bool | None = None, training: bool = True) -> None:
         check_name(name)
         self.name = name
-        raw = list(rows)
-        self.rows = [_answered(name, f"row {i}", value) for i, value in enumerate(raw, 1)]
-        if free_text is None:
-            free_text = bool(raw) and isinstance(raw[0], Mapping) and "text" not in raw[0]
+        placed = ((f"row {i}", value) for i, value in enumerate(table_of(rows), 1))
+        self.rows, free_text = _answered(name, placed, free_text=free_text)
         self.labels = None if free_text else sorted({row.target for row in self.rows if row.target is not None})
         if not self.rows:
             raise WorkError(f"{name}: the task has no rows")
-        if training and self.labels is not None and len(self.labels) < 2:
-            raise WorkError(f"{name}: a task needs at least two labels, got only {self.labels[0]!r}")
+        if training and self.labels is not None:
+            if len(self.labels) < 2:
+                raise WorkError(f"{name}: a task needs at least two labels, got only {self.labels[0]!r}")
+            warn_of_alike(name, self.labels)
 
     @classmethod
     def from_rows(
@@ -124,40 +101,62 @@ class Task:
         free_text: bool | None = None,
         training: bool = True,
     ) -> Task:
-        """A task from anything that gives rows: a list, a generator, a datasets.Dataset, a pandas.DataFrame.
+        """A task from anything that gives rows, as `Task`, whose columns may have other names.
 
         Args:
-            rows: mappings with text,label or instruction,input,output, or (text, label) pairs.
-            text, label: the columns that hold the input and its answer, where they have other names.
+            text, label: the columns that hold the input and its answer, where they have other names than usual. With
+                `label` alone rows of instruction,input stay what they are, and it names their output.
 
         Raises:
-            InputError: a bad name, no rows but a text or a mapping, or a first row without such a column. WorkError: as
-            for `Task`, naming the row.
+            InputError: as for `Task`, or a first row without such a column. WorkError: as for `Task`.
         """
-        if isinstance(rows, (str, Mapping)) or not isinstance(rows, Iterable):
-            raise InputError(f"rows: expected an iterable of rows, got {reprlib.repr(rows)}")
-        if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # a DataFrame, which iterates over its columns
-            rows = rows.to_dict("records")
         check_name(name)
-        if text is not None or label is not None:
-            rows = (_choose(name, i, row, text, label) for i, row in enumerate(rows, 1))
-        return cls(name, rows, free_text=free_text, training=training)
+        placed = ((f"row {i}", value) for i, value in enumerate(table_of(rows), 1))
+        found, free_text = _answered(name, placed, text, label, free_text)
+        return cls(name, found, free_text=free_text, training=training)
 
     @classmethod
-    def from_file(cls, name: str, path: str | Path, *, training: bool = True) -> Task:
-        """Read a task from csv, jsonl (both also .gz) or parquet; columns text,label or instruction,input,output.
+    def from_file(
+        cls,
+        name: str,
+        path: str | Path | IO[bytes],
+        *,
+        text: str | None = None,
+        label: str | None = None,
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        labels: str | Path | Sequence[str] | None = None,
+        training: bool = True,
+    ) -> Task:
+        """Read a task from csv, tsv, jsonl, json (all also .gz) or parquet, or from a pipe or stream of these.
 
-        Integer labels are named by `labels.json`, a list of words, where one lies beside the file.
+        Args:
+            text, label: the columns that hold the input and its answer, where they have other names than usual.
+            delimiter, encoding: None means what the file shows; see `read_records`.
+            labels: the words that integer labels are the indices of, or a JSON file with a list of them. None means
+                `labels.json` beside the file, if its words are as many as the labels 0 to n - 1 of the file: a warning
+                says whether it is used.
 
         Raises:
-            InputError: no such file, or an unknown format. WorkError: what is in it, naming file and line.
+            InputError: no such file, an unknown format or encoding, no such column. WorkError: what is in it, naming
+            file and line.
         """
         check_name(name)
-        rows, free_text = read_rows(path)
+        given = [column for column in (text, label) if column is not None]
+        records = list(read_records(path, delimiter=delimiter, encoding=encoding, columns=given))
+        file = Path(path) if isinstance(path, (str, Path)) else None
+        source = "the input" if file is None else str(file)
+        for record in records:
+            if record.error is not None:
+                raise WorkError(f"{source}: {record.where}: {record.error}")
+        placed = ((record.where, record.fields) for record in records)
+        rows, free_text = _answered(source, placed, text, label)
+        if not free_text:
+            rows = _named(source, file, rows, records, labels)
         try:
             return cls(name, rows, free_text=free_text, training=training)
         except WorkError as error:
-            raise WorkError(f"{path}: {error}") from None
+            raise WorkError(f"{source}: {error}") from None
 
 
 def check_name(name: str) -> None:
@@ -167,88 +166,105 @@ def check_name(name: str) -> None:
         )
 
 
-def _choose(name: str, number: int, row: Any, text: str | None, label: str | None) -> dict[str, Any]:
-    """A row under the usual names, from the columns that `text` and `label` name."""
-    if not isinstance(row, Mapping):
-        raise WorkError(f"{name}: row {number}: expected a mapping with named columns, got {reprlib.repr(row)}")
-    if text is None and "text" not in row and ("input" in row or "instruction" in row):
-        chosen, columns = dict(row), {"output": label or "output"}
-    else:
-        chosen, columns = {}, {"text": text or "text", "label": label or "label"}
-    for column in columns.values():
-        if column not in row:
-            kind = InputError if number == 1 else WorkError
-            raise kind(f"{name}: row {number}: no column {column!r}; columns: {_names(row)}")
-    return chosen | {usual: row[column] for usual, column in columns.items()}
+def rows_to_answer(rows: Iterable[Any], *, text: str | None = None) -> Iterator[Row]:
+    """The rows of whatever `Task` takes rows from, and of texts: a list, a pandas Series, an array of numpy.
+
+    The label of a (text, label) pair, or of any other row, is not looked at.
+
+    Raises:
+        InputError: a single text or row in place of several. WorkError: when that row is asked for, it cannot be read;
+        it is named by its number, from 1.
+    """
+    return (_numbered(number, value, text) for number, value in enumerate(table_of(rows), 1))
 
 
-def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, row)) or "none"
-
-
-def _answered(source: str, where: str, value: Any) -> Row:
-    if isinstance(value, tuple) and len(value) == 2:
-        value = {"text": value[0], "label": value[1]}
+def _numbered(number: int, value: Any, text: str | None) -> Row:
     try:
-        row = Row.parse(value)
+        return Row.parse(value, text=text)
     except WorkError as error:
-        raise WorkError(f"{source}: {where}: {error}") from None
-    if row.target is None:
-        answer = "label" if not isinstance(value, Mapping) or "text" in value else "output"
-        others = f"; fields: {_names(value)}" if isinstance(value, Mapping) and answer not in value else ""
-        raise WorkError(f"{source}: {where}: no {answer!r}{others}")
-    return row
+        raise WorkError(f"row {number}: {error}") from None
 
 
 def identified(record: Record, *, text: str | None = None) -> tuple[Any, Row | WorkError]:
-    """A record's id, which is the number of its line unless it has one, and its row or what is wrong with it."""
+    """A record's id, which is the number of its line unless it has one, and its row or what is wrong with it.
+
+    text: the column that holds the input, where it has another name than usual.
+    """
     name: Any = record.place
-    if "id" in record.fields:
+    column = "id" if "id" in record.fields else next((each for each in record.fields if plain(each) == "id"), None)
+    if column is not None:
         try:
-            json.dumps(record.fields["id"], ensure_ascii=False, allow_nan=False).encode()
+            json.dumps(record.fields[column], ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError:
-            return name, WorkError("'id': holds half a character")
+            return name, WorkError(f"{column!r}: holds half a character")
         except (TypeError, ValueError, RecursionError) as error:
-            return name, WorkError(f"'id': cannot be written as JSON: {one_line(error)}")
-        name = record.fields["id"]
+            return name, WorkError(f"{column!r}: cannot be written as JSON: {one_line(error)}")
+        name = record.fields[column]
     try:
-        return name, record.error or Row.parse(record.fields)
+        return name, record.error or Row.parse(record.fields, text=text)
     except WorkError as error:
         return name, error
 
 
-def read_rows(path: str | Path) -> tuple[list[Row], bool]:
-    """The answered rows of a task file and whether their answers are free text."""
-    path = Path(path)
-    records = list(read_records(path))
-    rows = []
-    for record in records:
-        if record.error is not None:
-            raise WorkError(f"{path}: {record.where}: {record.error}")
-        rows.append(_answered(str(path), record.where, record.fields))
-    free_text = bool(records) and "text" not in records[0].fields
-    names = path.parent / "labels.json"
-    if rows and not free_text and all(_is_index(record.fields.get("label")) for record in records) and names.is_file():
-        words = _read_words(names)
-        for record, row in zip(records, rows, strict=True):
-            if int(row.target or 0) >= len(words):
-                raise WorkError(f"{path}: {record.where}: label {row.target}: {names} names only {len(words)}")
-        rows = [Row(row.text, words[int(row.target or 0)], row.instruction) for row in rows]
-    return rows, free_text
+def _answered(
+    source: str,
+    placed: Iterable[tuple[str, Any]],
+    text: str | None = None,
+    label: str | None = None,
+    free_text: bool | None = None,
+) -> tuple[list[Row], bool]:
+    """Rows that all have answers, and whether these are free text; labels are written in one way."""
+    rows: list[Row] = []
+    kind = None
+    for where, value in placed:
+        try:
+            if isinstance(value, Row):
+                row, found, missing = replace(value, target=as_text(value.target, "label")), None, "no 'label'"
+            else:
+                fields = read_fields(value, text, label)
+                row = Row(fields.text, fields.target(), fields.instruction)
+                found, missing = fields.kind, fields.missing
+            if row.target is None:
+                raise WorkError(missing)
+            if found and kind and found != kind:
+                raise WorkError(f"{found}, where the first row has {kind}; rows of a task are all of one kind")
+            kind = kind or found
+            if free_text is None:
+                free_text = kind not in (None, LABELLED)
+            if not free_text:
+                row = replace(row, target=check_label(row.target))
+        except WorkError as error:
+            wrong = InputError if isinstance(error, Unclear) and not rows and (text or label) is not None else WorkError
+            raise wrong(f"{source}: {where}: {error}") from None
+        rows.append(row)
+    if not free_text:
+        words = same_words([row.target or "" for row in rows])
+        rows = [row if row.target == word else replace(row, target=word) for row, word in zip(rows, words, strict=True)]
+    return rows, bool(free_text)
 
 
-def _read_words(path: Path) -> list[str]:
-    try:
-        words: list[str] = read_json(path.read_bytes())
-        check(words, "labels", list_of(TEXT))
-    except (OSError, ValueError, Unfit) as error:
-        raise WorkError(f"{path}: not a JSON list of words: {one_line(error)}") from None
-    return words
-
-
-def _is_index(label: Any) -> bool:
-    return (
-        isinstance(label, (int, str))
-        and not isinstance(label, bool)
-        and re.fullmatch(r"\d{1,9}", str(label)) is not None
-    )
+def _named(
+    source: str,
+    path: Path | None,
+    rows: list[Row],
+    records: Sequence[Record],
+    labels: str | Path | Sequence[str] | None,
+) -> list[Row]:
+    """The rows with words for integer labels, where there is a list of them."""
+    found = [row.target or "" for row in rows]
+    if labels is not None:
+        words = read_words(labels)
+        if are_words(found, words):
+            return rows
+    else:
+        beside = words_beside(path, found) if path is not None else None
+        if beside is None:
+            return rows
+        words = beside
+    named = []
+    for record, row in zip(records, rows, strict=True):
+        try:
+            named.append(replace(row, target=name_label(row.target or "", words)))
+        except WorkError as error:
+            raise WorkError(f"{source}: {record.where}: {error}") from None
+    return named

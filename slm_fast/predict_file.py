@@ -50,7 +50,8 @@ class Reading:
     text: str | None = None
 
     def records(self, source: Source) -> Iterator[Record]:
-        return read_records(source, format=self.format, delimiter=self.delimiter, encoding=self.encoding)
+        how = {"format": self.format, "delimiter": self.delimiter, "encoding": self.encoding}
+        return read_records(source, **how, columns=() if self.text is None else (self.text,))
 
 
 def check_paths(source: Source, sink: Sink, *, overwrite: bool = False, reading: Reading | None = None) -> None:

@@ -1,37 +1,37 @@
-"""Rows as they stand in a file or a stream: CSV, JSON Lines and Parquet, one record after another."""
+"""Rows as they stand in a file or a stream, one record after another: delimited text, JSON Lines, JSON, Parquet."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
+import re
 import reprlib
 import stat
-import sys
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
+from slm_fast.columns import known, listed
+from slm_fast.delimited import check_delimiter, choose_delimiter, columns_of, read_delimited
+from slm_fast.documents import rows_of_document
+from slm_fast.encodings import Lines, check_encoding, decode, guess_encoding, open_binary, read_head, rejoined
 from slm_fast.errors import InputError, WorkError, one_line
 from slm_fast.fields import refuse_constant
 
-FORMATS = ("csv", "jsonl", "parquet")
-SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+UNTOLD = ("", ".txt")  # suffixes that do not tell the format
+SUFFIXES = ".csv, .tsv, .txt, .jsonl, .ndjson, .json (each also .gz) or .parquet"
 BATCH = 1024  # rows of a Parquet file that are in memory together
-
-Line = TypeVar("Line", bytes, str)
+DOCUMENT = re.compile(r'\[\s*([{"]|\Z)')  # a list of rows begins so
+BLANK = " \t\r\n\v\f"
 
 
 @dataclass(frozen=True)
 class Record:
     """A row as it was read: its fields, and what is wrong with it if anything is.
 
-    place: the line on which it begins or, in a Parquet file, the number of the row; both from 1. unit: "line" or "row".
+    place: the line on which it begins or, in a Parquet or JSON file, the number of the row; both from 1. unit: "line"
+    or "row".
     """
 
     place: int
@@ -50,156 +50,204 @@ def read_records(
     format: str | None = None,
     delimiter: str | None = None,
     encoding: str | None = None,
+    columns: Collection[str] = (),
 ) -> Iterator[Record]:
-    """The rows of a file or of a binary stream, in order, but for blank ones. Memory stays bounded.
+    """The rows of a file or of a binary stream, in order, but for blank ones. Memory stays bounded, except for .json.
 
-    A bad row is a record with an error; the rest go on.
+    A bad row is a record with an error; the rest go on. A stream or pipe is read line by line: a record is given as
+    soon as its line is there.
 
     Args:
-        source: a path (decompressed if it ends in .gz), or a stream, which is left open.
-        format: "csv", "jsonl" or "parquet". None means what the path ends in, and "jsonl" for a stream.
+        source: a path (decompressed if it ends in .gz) of a file or a named pipe, or a stream, which is left open.
+        format: "csv", "tsv", "jsonl", "json" or "parquet". None means what the path ends in, whatever its case; where
+            that does not tell, what the first line looks like.
+        delimiter: what separates columns: one character, or "tab". None means what the header shows.
+        encoding: None means what the first bytes show: UTF-16 or UTF-8. A regular file of delimited text or JSON Lines
+            that is plainly no UTF-8 is read as Windows-1252, with a warning.
+        columns: names of columns that are known beside the usual ones.
 
     Raises:
-        InputError: no such file, or an unknown format. WorkError: the source cannot be opened or, when that row is
-        asked for, read on.
+        InputError: no such file, an unknown format or encoding, no possible delimiter. WorkError: the source cannot be
+        opened or, when that row is asked for, read on.
     """
-    if not isinstance(source, (str, Path)):
-        if format not in (None, "csv", "jsonl"):
-            raise InputError(f"format: expected 'csv' or 'jsonl' for a stream, got {format!r}")
-        return (_read_csv if format == "csv" else _read_jsonl)(source, "the input")
-    path = Path(source)
-    if format is None:
-        suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-        if suffix not in SUFFIXES:
-            raise InputError(f"{path}: unknown format; expected one of {', '.join(SUFFIXES)}")
-        format = suffix.split(".")[1]
-    elif format not in FORMATS:
-        raise InputError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    _check_file(path)
-    return _read_parquet(path) if format == "parquet" else _read_text(path, format)
+    path = Path(source) if isinstance(source, (str, Path)) else None
+    if format is not None and format not in FORMATS.values():
+        names = ", ".join(dict.fromkeys(FORMATS.values()))
+        raise InputError(f"format: expected one of {names}, got {format!r}")
+    if format == "parquet" and path is None:
+        raise InputError("format: a stream cannot be parquet; save it to a file")
+    reading = _Reading(
+        name="the input" if path is None else str(path),
+        delimiter=None if delimiter is None else check_delimiter(delimiter),
+        encoding=None if encoding is None else check_encoding(encoding),
+        columns=columns,
+    )
+    if path is None:
+        return _read_stream(source, format, reading)  # type: ignore[arg-type]
+    regular = _check_file(path)
+    return _read_path(path, regular, _format_of(path) if format is None else format, reading)
 
 
-def _check_file(path: Path) -> None:
+@dataclass(frozen=True)
+class _Reading:
+    """How a source is read. again: its path, where it can be read more than once."""
+
+    name: str
+    delimiter: str | None
+    encoding: str | None
+    columns: Collection[str]
+    again: Path | None = None
+
+
+def _format_of(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    zipped = suffixes[-1:] == [".gz"]
+    suffix = (suffixes[:-1] if zipped else suffixes)[-1:] or [""]
+    found = FORMATS.get(suffix[0])
+    if (found is None and suffix[0] not in UNTOLD) or (zipped and found == "parquet"):
+        raise InputError(f"{path}: unknown format; expected {SUFFIXES}")
+    return found
+
+
+def _check_file(path: Path) -> bool:
+    """Whether it can be read more than once."""
     try:
-        is_file = stat.S_ISREG(path.stat().st_mode)
+        mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        is_file = False
-    except OSError as error:
-        raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
-    if not is_file:
+        mode = 0
+    except (OSError, ValueError) as error:
+        raise WorkError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
         raise InputError(f"{path}: no such file")
+    return stat.S_ISREG(mode)
 
 
-def _read_text(path: Path, format: str) -> Iterator[Record]:
-    opened: Any = gzip.open if path.suffix == ".gz" else open
+def _read_path(path: Path, regular: bool, format: str | None, how: _Reading) -> Iterator[Record]:
+    if format == "parquet":
+        if not regular:
+            raise InputError(f"{path}: parquet cannot be read from a pipe; save it to a file")
+        yield from _read_parquet(path)
+        return
+    how = _Reading(how.name, how.delimiter, how.encoding, how.columns, path if regular else None)
+    with open_binary(path) as file:
+        yield from _read_stream(file, format, how)
+
+
+def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator[Record]:
+    head = read_head(file, how.name)
+    if format is None and head.startswith(b"PAR1"):
+        if how.again is None:
+            raise InputError(f"{how.name}: parquet cannot be read from a pipe; save it to a file")
+        yield from _read_parquet(how.again)
+        return
+    encoding = how.encoding or guess_encoding(head)
+    untold, certain = None, format is not None
+    if format is None:
+        format, untold = _sniff(_first_line(head, encoding), how)
+    file = rejoined(head, file)
+    if format == "json":
+        yield from _read_json(file, how, certain)
+        return
+    again = how.again if how.encoding is None else None
+    lines = Lines(file, how.name, encoding, "\n" if format == "jsonl" else "", again)
+    if format == "jsonl":
+        yield from _read_jsonl(lines, untold)
+        return
+    for place, fields, error in read_delimited(lines, how.delimiter, format == "tsv", how.columns):
+        yield Record(place, fields, error)
+
+
+# Which format
+
+
+def _first_line(head: bytes, encoding: str) -> str:
+    """The first line that is not blank. The last bytes of UTF-16 may be half a letter."""
+    text = head.decode(encoding, "replace").strip("\ufeff" + BLANK)
+    return text.split("\n", 1)[0].rstrip("\ufffd" + BLANK)
+
+
+def _sniff(line: str, how: _Reading) -> tuple[str, WorkError | None]:
+    """The format that a first line shows, and what is wrong with that line if it shows none."""
     try:
-        file = opened(path, "rb")
-    except OSError as error:
-        raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
-    with file:
-        yield from (_read_csv if format == "csv" else _read_jsonl)(file, str(path))
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if line.startswith("["):
+        return ("json" if DOCUMENT.match(line) else "jsonl"), None
+    if line.startswith("{"):
+        return ("json" if line.strip() == "{" else "jsonl"), None
+    delimiter = how.delimiter or choose_delimiter(line, columns=how.columns)
+    names = columns_of(line, delimiter)
+    if how.delimiter is not None or known(names, how.columns) or not line or line.lower().startswith(("sep=", '"sep=')):
+        return "csv", None
+    if isinstance(value, str):
+        return "jsonl", None
+    # A file is worth a guess: its owner is told of the columns. A stream may be made of anything.
+    if how.again is not None:
+        return "csv", None
+    return "jsonl", WorkError(f"not JSON, nor a header with a column of a known name; columns: {listed(names)}")
 
 
-def _unbroken(lines: Iterable[Line], name: str) -> Iterator[Line]:
-    """The lines of a file. Raises WorkError where it breaks off."""
-    number = 0
-    try:
-        for number, line in enumerate(lines, 1):  # noqa: B007
-            yield line
-    except (EOFError, OSError, zlib.error) as error:
-        raise WorkError(f"{name}: cannot be read: breaks off after line {number}: {one_line(error)}") from None
+# JSON
 
 
-# JSON Lines
-
-
-def _read_jsonl(file: IO[bytes], name: str) -> Iterator[Record]:
-    for number, line in enumerate(_unbroken(file, name), 1):
-        if number == 1:
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        if line.strip():
+def _read_jsonl(lines: Lines, untold: WorkError | None = None) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip(BLANK):
+            continue
+        if lines.bad:
+            yield Record(number, error=lines.error(lines.bad.pop()[1]))
+        elif untold is not None:
+            yield Record(number, error=untold)
+        else:
             yield _parse_line(number, line)
+        untold = None
 
 
-def _parse_line(number: int, line: bytes) -> Record:
+def _parse_line(number: int, line: str) -> Record:
     try:
-        value = json.loads(line.decode(), parse_constant=refuse_constant)
-    except UnicodeDecodeError as error:
-        return Record(number, error=_not_utf8(line[error.start]))
+        value = json.loads(line, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         return Record(number, error=WorkError(f"not JSON: {error.msg} at character {error.pos + 1}"))
     except RecursionError:
         return Record(number, error=WorkError("not JSON: nested too deeply"))
     except ValueError as error:
         return Record(number, error=WorkError(f"not JSON: {one_line(error)}"))
+    return _as_record(number, value)
+
+
+def _as_record(number: int, value: Any, unit: str = "line") -> Record:
     if isinstance(value, str):  # a text alone
         value = {"text": value}
     if not isinstance(value, dict):
-        return Record(number, error=WorkError(f"expected a JSON object, got {reprlib.repr(value)}"))
-    return Record(number, value)
+        return Record(number, error=WorkError(f"expected a JSON object, got {reprlib.repr(value)}"), unit=unit)
+    return Record(number, value, unit=unit)
 
 
-def _not_utf8(byte: int) -> WorkError:
-    return WorkError(f"not UTF-8 (byte 0x{byte:02x})")
-
-
-# CSV
-
-
-def _read_csv(file: IO[bytes], name: str) -> Iterator[Record]:
-    # Bytes that are not UTF-8 are half characters until their row is whole, so that it alone is bad.
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    bad: list[tuple[int, int]] = []
+def _read_json(file: IO[bytes], how: _Reading, certain: bool) -> Iterator[Record]:
+    """The rows of a document or, where it is none, of JSON Lines. certain: its name says that it is JSON."""
     try:
-        yield from _csv_records(csv.reader(_noting_bytes(_unbroken(text, name), bad), strict=True), bad)
-    finally:
-        with suppress(ValueError):  # closed by its owner
-            text.detach()  # leaves the file open
-
-
-def _csv_records(reader: Any, bad: list[tuple[int, int]]) -> Iterator[Record]:
-    header: list[str] = []
-    while True:
-        place = reader.line_num + 1
-        row, error = _next_row(reader)
-        if bad:
-            place, byte = bad[0]
-            error = _not_utf8(byte)
-            bad.clear()
-        if error is None and row is None:
-            return
-        if error is not None and not header:
-            yield Record(place, error=error)
-            return
-        if not header:
-            header = row or []
-        elif row or error is not None:
-            row = row or []
-            if len(row) > len(header) and error is None:
-                error = WorkError("more columns than the header; quote a text that holds a comma")
-            yield Record(place, dict.fromkeys(header) | dict(zip(header, row, strict=False)), error)
-
-
-def _next_row(reader: Any) -> tuple[list[str] | None, WorkError | None]:
-    """The next row, or what is wrong with it; neither at the end."""
-    limit = csv.field_size_limit(sys.maxsize)  # the csv module has one for all its readers
+        data = file.read()
+    except (EOFError, OSError) as error:
+        raise WorkError(f"{how.name}: cannot be read: {one_line(error)}") from None
+    text = decode(data, how.name, how.encoding, how.again)
+    if not text.strip(BLANK):
+        return
     try:
-        return next(reader, None), None
-    except csv.Error as error:
-        return None, WorkError(str(error))
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _noting_bytes(lines: Iterable[str], bad: list[tuple[int, int]]) -> Iterator[str]:
-    """The lines, and in `bad` (line, byte) the first byte of each that is not UTF-8."""
-    for number, line in enumerate(lines, 1):
-        if not line.isascii():
-            try:
-                line.encode()
-            except UnicodeEncodeError as error:
-                bad.append((number, ord(line[error.start]) - 0xDC00))
-        yield line
+        value = json.loads(text, parse_constant=refuse_constant)
+    except json.JSONDecodeError as error:
+        if not certain or re.match(r"\s*\{.*\}", text):
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip(BLANK):
+                    yield _parse_line(number, line)
+            return
+        raise WorkError(f"{how.name}: line {error.lineno}: not JSON: {error.msg} at character {error.colno}") from None
+    except RecursionError:
+        raise WorkError(f"{how.name}: not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise WorkError(f"{how.name}: not JSON: {one_line(error)}") from None
+    for number, row in enumerate(rows_of_document(value, how.name, how.columns), 1):
+        yield _as_record(number, row, "row")
 
 
 # Parquet
@@ -213,9 +261,40 @@ def _read_parquet(path: Path) -> Iterator[Record]:
     place = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            classes = _class_names(file.schema_arrow.metadata or {})
             for batch in file.iter_batches(BATCH):
-                for fields in batch.to_pylist():
+                for fields in _readable(batch).to_pylist():
                     place += 1
+                    for column, names in classes.items():
+                        if column in fields:
+                            fields[column] = class_name(fields[column], names)
                     yield Record(place, fields, unit="row")
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise WorkError(f"{path}: cannot be read as parquet: {one_line(error)}") from None
+
+
+def _readable(batch: Any) -> Any:
+    """Columns of times and decimals as texts, which JSON can hold."""
+    import pyarrow
+
+    for i, column in enumerate(batch.schema):
+        if pyarrow.types.is_temporal(column.type) or pyarrow.types.is_decimal(column.type):
+            batch = batch.set_column(i, column.name, batch.column(i).cast(pyarrow.string()))
+    return batch
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """By column the names of its classes, where the `datasets` library has written them into the schema."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        found = {name: one["names"] for name, one in features.items() if one.get("_type") == "ClassLabel"}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+    return {name: names for name, names in found.items() if isinstance(names, list)}
+
+
+def class_name(value: Any, names: list[str]) -> Any:
+    """The name of a class given by its number; -1 stands for none, as in data sets whose test rows have no labels."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    return names[value] if 0 <= value < len(names) else None

@@ -32,7 +32,10 @@ LAYERS = (
     ("query", "router", "pool"),
     ("backbone",),
     ("layers", "tokenization", "batching", "data", "tasks", "covariance"),
-    ("readers",),
+    ("inputs",),
+    ("readers", "chats", "labels"),
+    ("delimited", "documents"),
+    ("encodings", "columns"),
     ("fields", "files", "streams"),
     ("ops",),
 )

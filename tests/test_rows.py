@@ -94,16 +94,16 @@ def test_labels_may_be_integers_of_numpy() -> None:
     ("rows", "columns", "kind", "said"),
     [
         (RENAMED, {"text": "sentense"}, InputError, "row 1: no column 'sentense'; columns: 'sentence', 'stars', 'id'"),
-        (RENAMED, {"text": "sentence"}, InputError, "row 1: no column 'label'; columns: 'sentence', 'stars', 'id'"),
-        (RENAMED, {"label": "stars"}, InputError, "row 1: no column 'text'; columns: 'sentence', 'stars', 'id'"),
+        ([{"q": "a", "a": 1}], {"text": "q"}, WorkError, "row 1: no column 'label'; columns: 'q', 'a'"),
+        ([{"q": "a", "a": 1}], {"label": "a"}, InputError, "row 1: no column 'text'; columns: 'q', 'a'"),
         ([{"input": "a"}], {"label": "y"}, InputError, "row 1: no column 'y'; columns: 'input'"),
         ([*RENAMED, {"a": 1}], {"text": "sentence", "label": "stars"}, WorkError, "row 5: no column 'sentence'"),
         ([{}], {"label": "x"}, InputError, "row 1: no column 'text'; columns: none"),
         (ROWS, {"text": "sentence"}, WorkError, "row 1: expected a mapping with named columns, got ('good"),
-        ([{"q": 7, "label": "x"}], {"text": "q"}, WorkError, "row 1: 'text': expected a string, got 7"),
+        ([{"q": 7, "label": "x"}], {"text": "q"}, WorkError, "row 1: 'q': expected a string, got 7"),
         ([{"text": "a", "tag": "x"}], {}, WorkError, "row 1: no 'label'; fields: 'text', 'tag'"),
-        ([{"sentence": "a"}], {}, WorkError, "row 1: no 'text' (nor 'instruction' and 'input'); fields: 'sentence'"),
-        ([{"text": "a", "label": float("nan")}], {}, WorkError, "row 1: 'label': expected a word or an integer"),
+        ([{"words": "a"}], {}, WorkError, "row 1: no 'text' (nor 'instruction' and 'input'); fields: 'words'"),
+        ([{"text": "a", "label": float("nan")}], {}, WorkError, "row 1: no 'label'"),
     ],
 )
 def test_a_missing_column_is_one_line_that_lists_those_there_are(

@@ -21,5 +21,7 @@ ORDERS = {
 def load(data: Path, name: str, split: str, rows: int) -> Task:
     """The first rows of `<data>/<name>/<split>.jsonl.gz`."""
     training = split == "train"
-    task = Task.from_file(name, data / name / f"{split}.jsonl.gz", training=training)
+    words = data / name / "labels.json"
+    labels = words if words.is_file() else None
+    task = Task.from_file(name, data / name / f"{split}.jsonl.gz", labels=labels, training=training)
     return Task(name, task.rows[:rows], free_text=False, training=training)

@@ -19,17 +19,23 @@ def task(data: Path | None, name: str, rows: int) -> Task:
     """The first rows of one task in `<data>/<name>/train.jsonl.gz`, or made-up ones of ten labels where there is no
     such file."""
     if data is not None and (data / name / "train.jsonl.gz").is_file():
-        found = Task.from_file(name, data / name / "train.jsonl.gz")
+        found = load(data, name, "train")
         return Task(name, found.rows[:rows], free_text=False)
     rng = random.Random(name)
     lengths = [min(120, max(4, round(rng.lognormvariate(4, 0.7)))) for _ in range(rows)]
     return Task(name, [(" ".join(rng.choices(WORDS.split(), k=n)), str(i % 10)) for i, n in enumerate(lengths)])
 
 
+def load(data: Path, name: str, split: str) -> Task:
+    words = data / name / "labels.json"
+    labels = words if words.is_file() else None
+    return Task.from_file(name, data / name / f"{split}.jsonl.gz", labels=labels, training=split == "train")
+
+
 def texts_of(data: Path | None, split: str, rows: int) -> dict[str, list[str]]:
     """The first rows of each task's texts in `<data>/<task>/<split>.jsonl.gz`, or made-up ones."""
     if data is not None:
-        files = {name: Task.from_file(name, data / name / f"{split}.jsonl.gz", training=False) for name in TASKS}
+        files = {name: load(data, name, split) for name in TASKS}
         return {name: [row.text for row in task.rows[:rows]] for name, task in files.items()}
     made = {}
     for name, (low, middle, high) in LENGTHS.items():

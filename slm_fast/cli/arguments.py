@@ -12,6 +12,7 @@ from slm_fast.errors import InputError, warn
 from slm_fast.options import PredictOptions
 
 if TYPE_CHECKING:
+    from slm_fast.data import Task
     from slm_fast.slm import ScalableLM
 
 ABSTAIN, SHARE = "--abstain", 0.99
@@ -60,6 +61,39 @@ def add_reading_options(parser: argparse.ArgumentParser, *, label: bool = True) 
         group.add_argument("--label-column", metavar="NAME", help="the column that holds the answer")
     group.add_argument("--delimiter", metavar="CHAR", help="what separates columns, such as ';' or tab")
     group.add_argument("--encoding", help="such as utf-8, utf-16 or cp1252")
+
+
+def add_label_files(parser: argparse.ArgumentParser) -> None:
+    about = "a JSON list of the words that a task's integer labels are the numbers of, from 0"
+    parser.add_argument("--labels", action="append", default=[], metavar="NAME=FILE", help=about)
+
+
+def read_tasks(arguments: argparse.Namespace, files: Mapping[str, str], *, training: bool) -> dict[str, Task]:
+    """The tasks in these files, each read once; "-" is standard input."""
+    from slm_fast.data import Task
+
+    labels = named_files(arguments.labels)
+    named = [name for name, _, _ in (item.partition("=") for item in arguments.tasks)]
+    for name in labels:
+        if name not in named:
+            raise InputError(f"--labels {name!r}: no --task of that name")
+    if list(files.values()).count("-") > 1:
+        raise InputError("standard input (-): can be read once, and is given twice")
+    if "-" in files.values() and sys.stdin is None:
+        raise InputError("standard input (-): is closed")
+    return {
+        name: Task.from_file(
+            name,
+            sys.stdin.buffer if path == "-" else path,
+            text=arguments.text_column,
+            label=arguments.label_column,
+            delimiter=arguments.delimiter,
+            encoding=arguments.encoding,
+            labels=labels.get(name),
+            training=training,
+        )
+        for name, path in files.items()
+    }
 
 
 def add_device_options(parser: argparse.ArgumentParser, dtype: str) -> None:

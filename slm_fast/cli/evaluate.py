@@ -5,26 +5,37 @@ from __future__ import annotations
 import argparse
 import json
 
-from slm_fast.cli.arguments import Verbs, add_predict_options, add_task_files, fields_of, named_files, open_store
+from slm_fast.cli.arguments import (
+    Verbs,
+    add_label_files,
+    add_predict_options,
+    add_reading_options,
+    add_task_files,
+    fields_of,
+    named_files,
+    open_store,
+    read_tasks,
+)
 from slm_fast.options import PredictOptions
 
 
 def add(verbs: Verbs) -> None:
     about = "accuracy and routing accuracy on labelled files, answered as one mixed stream"
     evaluate = verbs.add("evaluate", run, about)
-    add_task_files(evaluate, "a labelled file")
+    add_task_files(evaluate, "a labelled file; - is standard input")
     evaluate.add_argument("--with-task-id", action="store_true", help="oracle task IDs: tell the model each row's task")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+    add_reading_options(evaluate)
+    add_label_files(evaluate)
     add_predict_options(evaluate)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from slm_fast.data import Task
     from slm_fast.tables import evaluation_table
 
-    tasks = {name: Task.from_file(name, path, training=False) for name, path in named_files(arguments.tasks).items()}
+    tasks = read_tasks(arguments, named_files(arguments.tasks), training=False)
     slm = open_store(arguments)
     evaluation = slm.evaluate(tasks, with_task_id=arguments.with_task_id, **fields_of(arguments, PredictOptions))
     if arguments.json:

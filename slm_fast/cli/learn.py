@@ -8,10 +8,13 @@ import sys
 from slm_fast.cli.arguments import (
     Verbs,
     add_device_options,
+    add_label_files,
+    add_reading_options,
     add_task_files,
     fields_of,
     named_files,
     open_store,
+    read_tasks,
     set_threads,
 )
 from slm_fast.errors import InputError
@@ -20,8 +23,11 @@ from slm_fast.options import LearnOptions, ModelConfig
 
 def add(verbs: Verbs) -> None:
     learn = verbs.add("learn", run, "learn one or more tasks, one after another, into a store")
-    add_task_files(learn, "training file: csv, jsonl, jsonl.gz or parquet with text,label or instruction,input,output")
+    about = "training file: csv, tsv, jsonl, json or parquet with text,label; instruction,input,output; or messages"
+    add_task_files(learn, f"{about}; - is standard input")
     learn.add_argument("--valid", action="append", default=[], metavar="NAME=FILE", help="a task's validation file")
+    add_reading_options(learn)
+    add_label_files(learn)
     add_device_options(learn, "float32")
     _add_model_options(learn)
     _add_learn_options(learn)
@@ -41,7 +47,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--aggregate", choices=("mean", "vote"), help="how the dtkr router joins its groups")
     group.add_argument("--temperature", type=float, help="of the gaussian router's weights")
     group.add_argument("--route-on", choices=("input", "prompt"), help="whether an instruction helps routing")
-    group.add_argument("--max-length", type=int, help="tokens read of an input")
+    about = "tokens read of an input: by a new store's model or, where the store is there, in learning these tasks"
+    group.add_argument("--max-length", type=int, help=about)
 
 
 def _add_learn_options(parser: argparse.ArgumentParser) -> None:
@@ -59,17 +66,17 @@ def _add_learn_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from slm_fast.data import Task
     from slm_fast.learn import check_task
     from slm_fast.slm import ScalableLM
     from slm_fast.store import Store
 
     # Everything that can be wrong with the call is found before anything is learned.
-    tasks = [Task.from_file(name, path) for name, path in named_files(arguments.tasks).items()]
-    valid = {name: Task.from_file(name, path, training=False) for name, path in named_files(arguments.valid).items()}
-    for name in valid:
-        if name not in {task.name for task in tasks}:
+    files, valid_files = named_files(arguments.tasks), named_files(arguments.valid)
+    for name in valid_files:
+        if name not in files:
             raise InputError(f"--valid {name!r}: no --task of that name")
+    tasks = list(read_tasks(arguments, files, training=True).values())
+    valid = read_tasks(arguments, valid_files, training=False)
     options = fields_of(arguments, LearnOptions)
     LearnOptions(**options)
     given = {name: value for name, value in fields_of(arguments, ModelConfig).items() if value is not None}
@@ -77,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         store = Store.open(arguments.store)
         for name, value in given.items():
             kept = store.about["config"].get(name)
-            if (list(value) if isinstance(value, tuple) else value) != kept:
+            if name != "max_length" and (list(value) if isinstance(value, tuple) else value) != kept:
                 raise InputError(f"--{name.replace('_', '-')}: {arguments.store} was made with {kept!r}")
         for task in tasks:
             if task.name in store.files:

@@ -1,0 +1,91 @@
+"""Chats as one prompt and its answer: OpenAI's messages and ShareGPT's conversations."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from slm_fast.errors import WorkError
+
+SPEAKERS = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+}
+
+
+def read_chat(value: Any, column: str) -> tuple[str, str, str | None]:
+    """(instruction, text, answer) of a list of turns, or of JSON that is one.
+
+    The system's turns at the beginning are the instruction, the assistant's last turn is the answer (None where the
+    user has the last word), and what stands between is the text: the user's turn alone, or each turn as a line
+    "User: ..." or "Assistant: ...".
+
+    Raises WorkError for what is not that: other roles, calls of tools, images, no turn of the user's.
+    """
+    turns = [_turn(column, number, turn) for number, turn in enumerate(_list(value, column), 1)]
+    answer = None
+    if turns and turns[-1][0] == "assistant":
+        answer = turns.pop()[1]
+    system: list[str] = []
+    while turns and turns[0][0] == "system":
+        system.append(turns.pop(0)[1])
+    if not turns or turns[-1][0] != "user":
+        raise WorkError(f"{column!r}: expected a turn of the user's before the answer")
+    if any(speaker == "system" for speaker, _ in turns):
+        raise WorkError(f"{column!r}: a turn of the system's stands after others")
+    if len(turns) == 1:
+        return "\n".join(system), turns[0][1], answer
+    return "\n".join(system), "\n".join(f"{speaker.capitalize()}: {said}" for speaker, said in turns), answer
+
+
+def _list(value: Any, column: str) -> list[Any]:
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a CSV file
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise WorkError(f"{column!r}: not a JSON list of turns") from None
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise WorkError(f"{column!r}: expected a list of turns, got {reprlib.repr(value)}")
+    return list(value)
+
+
+def _turn(column: str, number: int, turn: Any) -> tuple[str, str]:
+    """Who speaks and what is said."""
+    where = f"{column!r}: turn {number}"
+    if not isinstance(turn, Mapping):
+        raise WorkError(f"{where}: expected an object with 'role' and 'content', got {reprlib.repr(turn)}")
+    role, content = ("role", "content") if "role" in turn else ("from", "value")
+    who = turn.get(role)
+    speaker = SPEAKERS.get(who.strip().lower()) if isinstance(who, str) else None
+    if speaker is None:
+        raise WorkError(f"{where}: expected a role of {', '.join(SPEAKERS)}, got {reprlib.repr(who)}")
+    for name in ("tool_calls", "function_call", "audio"):
+        if turn.get(name) is not None and turn[name] != []:
+            raise WorkError(f"{where}: {name!r} is not understood; texts alone are")
+    return speaker, _said(turn.get(content), where, content)
+
+
+def _said(value: Any, where: str, field: str) -> str:
+    if isinstance(value, list):
+        value = "\n".join(_part(part, where) for part in value)
+    if not isinstance(value, str) or not value.strip():
+        raise WorkError(f"{where}: {field!r}: expected a text, got {reprlib.repr(value)}")
+    return value.strip()
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else part
+    if not isinstance(part, Mapping) or kind != "text" or not isinstance(part.get("text"), str):
+        raise WorkError(f"{where}: expected parts that are texts, got {reprlib.repr(kind)}")
+    return str(part["text"])

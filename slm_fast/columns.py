@@ -1,0 +1,156 @@
+"""Which column of a row is what: the usual names of texts, labels, instructions and chats."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from slm_fast.errors import WorkError
+
+# Other names of a column, in the words of public data sets, help desks and shops. The first is the usual one and wins;
+# of the others a row may have one only, because no name says which of two is meant.
+TEXT = (
+    *("text", "sentence", "content", "body", "message", "review", "comment", "document", "utterance", "tweet"),
+    *("query", "question", "prompt", "description", "title", "subject", "headline"),
+    *("input_text", "review_text", "ticket_text"),
+)
+LABEL = (
+    *("label", "labels", "category", "class", "target", "intent", "sentiment", "topic", "rating", "stars"),
+    *("queue", "department", "label_text", "class_name"),
+)
+OUTPUT = ("output", "response", "completion", "answer")
+PROMPT = ("prompt", "question", "query")  # beside one of OUTPUT
+CHAT = ("messages", "conversations", "conversation")
+OTHERS = ("instruction", "input", "context", "system")
+# Where one of these holds something, the rest of an instruction row or a chat is only part of what was asked.
+UNREAD = ("history", "choices", "options", "images", "image", "videos", "audios", "tools")
+KNOWN = frozenset([*TEXT, *LABEL, *OUTPUT, *PROMPT, *CHAT, *OTHERS])
+
+LABELLED, INSTRUCTED, CHATTED = "text and label", "instruction and output", "a chat"  # the kinds of rows
+
+
+class Unclear(WorkError):
+    """No column, or more than one, can be what is asked for."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a row hold. kind: LABELLED, INSTRUCTED or CHATTED.
+
+    text: the columns that are read, joined by line breaks. answer: None where there is none, where it cannot be told
+    (`missing_answer` says why), or where it is a turn of a chat. instruction: the columns that come before the text.
+    unread: columns that must be empty. ready: a text made of the others.
+    """
+
+    kind: str
+    text: Sequence[str]
+    answer: str | None = None
+    instruction: Sequence[str] = ()
+    unread: Sequence[str] = ()
+    ready: str | None = None
+
+
+def plain(name: str) -> str:
+    """A column's name without what writers of headers differ in: case, spaces, a byte order mark."""
+    return re.sub(r"[\s-]+", "_", name.strip("\ufeff \t\r\n\v\f").casefold())
+
+
+def known(names: Iterable[str], given: Collection[str] = ()) -> int:
+    """How many of these names are usual ones, or are `given`."""
+    usual = KNOWN | {plain(name) for name in given}
+    return sum(plain(name) in usual for name in names)
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+@functools.lru_cache(256)
+def find_columns(names: tuple[str, ...], text: str | None = None, label: str | None = None) -> Columns:
+    """The columns of a row that has these `names`. text, label: what the user says they are.
+
+    Raises Unclear where no column, or more than one, can be the input, and where none has a name that was given.
+    """
+    if text is not None:
+        return Columns(LABELLED, (named(names, text),), _label(names, label))
+    instruction, entered, context = (_called(names, name) for name in ("instruction", "input", "context"))
+    ready, own_label = _called(names, "text"), _called(names, "label")
+    answered = any(_called(names, name) for name in OUTPUT) and (label is None or plain(label) in OUTPUT)
+    # A text beside instruction and output is made of these, unless it has a label of its own.
+    instructed = not ready or (answered and not own_label)
+    before = tuple(name for name in (_called(names, "system"), instruction) if name)
+    unread = tuple(name for name in names if plain(name) in UNREAD)
+    if (instruction or entered) and instructed:
+        read = entered or context
+        if entered and context:
+            unread = (*unread, context)
+        answer = named(names, label) if label is not None else _only(names, OUTPUT)
+        return Columns(INSTRUCTED, (read,) if read else (), answer, before, unread, None if read else ready)
+    chat = _only(names, CHAT)
+    if chat and label is None and not own_label:
+        return Columns(CHATTED, (chat,), None, before, unread)
+    prompt = _only(names, PROMPT)
+    if prompt and answered and instructed:
+        answer = named(names, label) if label is not None else _only(names, OUTPUT)
+        return Columns(INSTRUCTED, (context, prompt) if context else (prompt,), answer, before, unread)
+    found = _usual(names, TEXT, "text")
+    if found is None and label is not None:
+        raise Unclear(f"no column 'text'; columns: {listed(names)}")
+    if found is None:
+        raise Unclear(f"no 'text' (nor 'instruction' and 'input'); fields: {_advised(names, 'text')}")
+    return Columns(LABELLED, (found,), _label(names, label))
+
+
+def missing_answer(names: tuple[str, ...], kind: str, given: bool = False) -> str:
+    """Why `find_columns` found no answer for a row that needs one. given: the user has named columns."""
+    what, usual = ("label", LABEL) if kind == LABELLED else ("output", OUTPUT)
+    try:
+        if _usual(names, usual, what) is not None:
+            return f"no {what!r}"
+    except Unclear as error:
+        return str(error)
+    return f"no column {what!r}; columns: {listed(names)}" if given else f"no {what!r}; fields: {_advised(names, what)}"
+
+
+def named(names: Sequence[str], wanted: str) -> str:
+    """The column that is called `wanted`: exactly, or but for case and spaces. Raises Unclear."""
+    if wanted in names:
+        return wanted
+    alike = [name for name in names if plain(name) == plain(wanted)]
+    if len(alike) != 1:
+        raise Unclear(f"{'no' if not alike else 'more than one'} column {wanted!r}; columns: {listed(names)}")
+    return alike[0]
+
+
+def _called(names: Sequence[str], usual: str) -> str | None:
+    """The column with this usual name."""
+    return usual if usual in names else next((name for name in names if plain(name) == usual), None)
+
+
+def _only(names: Sequence[str], usual: Sequence[str]) -> str | None:
+    """The one column that has one of these names; None where two have."""
+    first = _called(names, usual[0])
+    found = [name for name in names if plain(name) in usual]
+    return first or (found[0] if len(found) == 1 else None)
+
+
+def _usual(names: Sequence[str], usual: Sequence[str], what: str) -> str | None:
+    first = _called(names, usual[0])
+    found = [first] if first else [name for name in names if plain(name) in usual]
+    if len(found) > 1:
+        option = "text" if what == "text" else "label"
+        raise Unclear(f"columns {listed(found)} may each be the {what}; {option}=NAME (--{option}-column) says which")
+    return found[0] if found else None
+
+
+def _label(names: Sequence[str], label: str | None) -> str | None:
+    return named(names, label) if label is not None else _only(names, LABEL)
+
+
+def _advised(names: Sequence[str], what: str) -> str:
+    """The names there are, and the options that help."""
+    option = "text" if what == "text" else "label"
+    split = ", delimiter=CHAR (--delimiter) what separates columns" if len(names) == 1 and what == "text" else ""
+    return f"{listed(names)}; {option}=NAME (--{option}-column) says which holds it{split}"

@@ -1,0 +1,118 @@
+"""Delimited text: CSV, TSV and what spreadsheets make of them."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+from slm_fast.columns import known, plain
+from slm_fast.encodings import Lines
+from slm_fast.errors import InputError, WorkError
+from slm_fast.fields import repeated
+
+DELIMITERS = (",", ";", "\t", "|")
+HEADER = 20  # lines that a header may have
+NONE = "\x1f"  # of a file with one column
+SPOKEN = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+DECLARED = re.compile(r'"?sep=(.)"?\Z', re.IGNORECASE)  # what Excel writes and reads above a header
+
+Found = tuple[int, dict[str, Any], WorkError | None]  # the line on which a row begins, its fields, what is wrong
+
+
+def check_delimiter(delimiter: str) -> str:
+    """One character. Raises InputError."""
+    delimiter = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter) if isinstance(delimiter, str) else delimiter
+    if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '"\r\n \0':
+        raise InputError(f"delimiter: expected one character, such as ';', or 'tab', got {delimiter!r}")
+    return delimiter
+
+
+def columns_of(header: str, delimiter: str) -> list[str]:
+    """The names in the first line of a header."""
+    try:
+        names = next(csv.reader(header.splitlines(keepends=True), delimiter=delimiter), [])
+    except csv.Error:
+        return []
+    return [name.strip("\ufeff \t\r\n\v\f") for name in names]
+
+
+def choose_delimiter(header: str, tabbed: bool = False, columns: Collection[str] = ()) -> str:
+    """What separates the columns of a header: what gives the most known names, then the most columns.
+
+    columns: names that are known beside the usual ones. tabbed: a tab comes first where it fits as well as others.
+    """
+    order = sorted(DELIMITERS, key=lambda each: each != "\t") if tabbed else DELIMITERS
+    found = {each: columns_of(header, each) for each in order}
+    best = max(order, key=lambda each: (known(found[each], columns), len(found[each])))
+    return best if len(found[best]) > 1 else NONE
+
+
+def read_delimited(lines: Lines, delimiter: str | None, tabbed: bool, columns: Collection[str]) -> Iterator[Found]:
+    """Each row that is not blank; a bad one has an error and the rest go on."""
+    text = iter(lines)
+    first: list[str] = []  # lines up to the header
+    header = ""
+    for line in text:
+        declared = DECLARED.match(line.strip()) if not header else None
+        if declared:
+            delimiter, line = delimiter or declared.group(1), "\n"
+        first.append(line)
+        header += line if line.strip() or header else ""
+        if header and (header.count('"') % 2 == 0 or len(first) > HEADER):
+            break
+    if delimiter is None:
+        delimiter = choose_delimiter(header, tabbed, columns)
+    reader = csv.reader(chain(first, text), delimiter=delimiter, strict=True)
+    yield from _rows(reader, lines, delimiter, columns)
+
+
+def _rows(reader: Any, lines: Lines, delimiter: str, columns: Collection[str]) -> Iterator[Found]:
+    header: list[str] = []
+    while True:
+        place = reader.line_num + 1
+        row, error = _next_row(reader, delimiter)
+        if lines.bad:  # those of this row: the reader asks for no line beyond it
+            place, byte = lines.bad[0]
+            error = lines.error(byte)
+            lines.bad.clear()
+        if row is None and error is None:
+            return
+        row = row or []
+        if error is None and not any(cell.strip() for cell in row):
+            continue
+        if not header:
+            header = [name.strip("\ufeff \t\r\n\v\f") for name in row]
+            error = error or _check_header(header, columns)
+            if error is not None:
+                yield place, {}, error
+                return
+            continue
+        if len(row) > len(header) and error is None:
+            error = WorkError(f"more columns than the header; quote a text that holds a {_spoken(delimiter)}")
+        yield place, dict.fromkeys(header) | dict(zip(header, row, strict=False)), error
+
+
+def _check_header(header: list[str], columns: Iterable[str]) -> WorkError | None:
+    twice = repeated(plain(name) for name in header if known([name], list(columns)))
+    return None if twice is None else WorkError(f"the header has column {twice!r} twice")
+
+
+def _spoken(delimiter: str) -> str:
+    return SPOKEN.get(delimiter, repr(delimiter))
+
+
+def _next_row(reader: Any, delimiter: str) -> tuple[list[str] | None, WorkError | None]:
+    """The next row, or what is wrong with it; neither at the end."""
+    limit = csv.field_size_limit(sys.maxsize)  # the csv module has one for all its readers
+    try:
+        return next(reader, None), None
+    except csv.Error as error:
+        if delimiter == NONE and "expected after" in str(error):
+            return None, WorkError("a text that begins with '\"' must be quoted whole")
+        return None, WorkError(str(error))
+    finally:
+        csv.field_size_limit(limit)

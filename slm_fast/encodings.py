@@ -1,0 +1,176 @@
+"""Bytes of a file or stream as lines of text: which encoding they are in, and which lines are not in it."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, cast
+
+from slm_fast.errors import InputError, WorkError, one_line, warn
+
+HEAD = 1 << 20  # bytes of a first line that are looked at
+UTF8 = "utf-8-sig"
+LEGACY = "cp1252"
+MARKS = ((codecs.BOM_UTF8, UTF8), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+         (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+UNDECODED = re.compile("[\udc00-\udcff]")
+
+
+def _mark(error: UnicodeError) -> tuple[str, int]:
+    """What cannot be decoded becomes half characters, a byte each, so that a row is whole before it is found bad."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("slm_fast.mark", _mark)
+
+
+def check_encoding(encoding: str) -> str:
+    """The name Python has for an encoding of text. Raises InputError if there is none."""
+    try:
+        name = codecs.lookup(encoding).name
+        with suppress(UnicodeError):
+            b"text".decode(encoding)  # base64 and the like are no encodings of text
+    except (LookupError, TypeError, ValueError):
+        raise InputError(f"encoding: expected a name such as utf-8, utf-16 or cp1252, got {encoding!r}") from None
+    return UTF8 if name == "utf-8" else name
+
+
+def guess_encoding(head: bytes) -> str:
+    """From a byte order mark, or the zero bytes that the first letters have in UTF-16; else UTF-8."""
+    for mark, name in MARKS:
+        if head.startswith(mark):
+            return name
+    first = head[:8]
+    if len(first) >= 4 and not any(first[1::2]) and all(first[::2]):
+        return "utf-16-le"
+    if len(first) >= 4 and not any(first[::2]) and all(first[1::2]):
+        return "utf-16-be"
+    return UTF8
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """A file's bytes, decompressed if its name ends in .gz. Raises WorkError."""
+    try:
+        return cast("IO[bytes]", (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb"))
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_head(file: IO[bytes], name: str) -> bytes:
+    """The first line that is not blank and what stands before it. No more is waited for."""
+    head = b""
+    try:
+        while not head.strip(b"\xef\xbb\xbf \t\r\n\v\f") and len(head) < HEAD:
+            line = file.readline(HEAD)
+            if not line:
+                break
+            head += line
+    except (EOFError, OSError, zlib.error) as error:
+        raise WorkError(f"{name}: cannot be read: breaks off after line 0: {one_line(error)}") from None
+    return head
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream with what was read of it put back. Closing it leaves the stream open."""
+
+    def __init__(self, head: bytes, rest: IO[bytes]) -> None:
+        self._head, self._rest = memoryview(head), rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        size = len(into)
+        if self._head:
+            part, self._head = bytes(self._head[:size]), self._head[size:]
+        else:
+            part = getattr(self._rest, "read1", self._rest.read)(size) or b""
+        into[: len(part)] = part
+        return len(part)
+
+
+def rejoined(head: bytes, rest: IO[bytes]) -> IO[bytes]:
+    return io.BufferedReader(_Rejoined(head, rest))
+
+
+class Lines:
+    """Lines of text of a binary file, one after another, and in `bad` (number, byte) of each that cannot be decoded.
+
+    Args:
+        encoding: None means UTF-8. again: the file, where it can be read again: one in which no line is UTF-8 but for
+            plain ASCII is read as Windows-1252, with a warning.
+        newline: as for `open`: "\\n", or "" where "\\r" ends a line too.
+    """
+
+    def __init__(
+        self, file: IO[bytes], name: str, encoding: str | None, newline: str, again: Path | None = None
+    ) -> None:
+        self.name, self.encoding = name, encoding or UTF8
+        self.bad: list[tuple[int, int]] = []
+        self._again = again if encoding is None or encoding == UTF8 else None
+        self._text = io.TextIOWrapper(cast("Any", file), self.encoding, "slm_fast.mark", newline)
+
+    def __iter__(self) -> Iterator[str]:
+        legacy = False
+        for number, line in enumerate(_unbroken(self._text, self.name), 1):
+            if line.isascii():
+                yield line
+                continue
+            found = UNDECODED.search(line)
+            if found is None:
+                self._again = None
+            elif self._again is not None:
+                legacy, self._again = _is_legacy(self._again), None
+                if legacy:
+                    warn(f'{self.name}: not UTF-8; read as Windows-1252 (encoding="cp1252"; --encoding)')
+            if found is not None and legacy:
+                line = line.encode("utf-8", "surrogateescape").decode(LEGACY, "slm_fast.mark")
+                found = UNDECODED.search(line)
+            if found is not None:
+                self.bad.append((number, ord(found.group()) - 0xDC00))
+            yield line.removeprefix("\ufeff") if number == 1 else line
+
+    def error(self, byte: int) -> WorkError:
+        return WorkError(f"not {'UTF-8' if self.encoding == UTF8 else self.encoding} (byte 0x{byte:02x})")
+
+
+def decode(data: bytes, name: str, encoding: str | None, again: Path | None = None) -> str:
+    """All of a file at once. Raises WorkError at the first byte that cannot be decoded."""
+    lines = Lines(io.BytesIO(data), name, encoding or guess_encoding(data), "\n", None if encoding else again)
+    text = "".join(lines)
+    for number, byte in lines.bad:
+        raise WorkError(f"{name}: line {number}: {lines.error(byte)}")
+    return text
+
+
+def _is_legacy(path: Path) -> bool:
+    """Whether a file is Windows-1252 rather than UTF-8 with some bad lines: no line of it has other than ASCII in
+    UTF-8, and every byte is one of Windows-1252."""
+    with io.TextIOWrapper(open_binary(path), "utf-8", "surrogateescape", newline="") as text:  # type: ignore[type-var]
+        try:
+            for line in text:
+                if not line.isascii():
+                    if not UNDECODED.search(line):
+                        return False
+                    line.encode("utf-8", "surrogateescape").decode(LEGACY)
+        except (EOFError, OSError, zlib.error, UnicodeDecodeError):
+            return False
+    return True
+
+
+def _unbroken(lines: Iterable[str], name: str) -> Iterator[str]:
+    """The lines of a file. Raises WorkError where it breaks off."""
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):  # noqa: B007
+            yield line
+    except (EOFError, OSError, zlib.error) as error:
+        raise WorkError(f"{name}: cannot be read: breaks off after line {number}: {one_line(error)}") from None

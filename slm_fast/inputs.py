@@ -1,0 +1,156 @@
+"""What callers give as rows: tables of several libraries, and the fields of one row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from slm_fast.chats import read_chat
+from slm_fast.columns import CHATTED, LABELLED, Columns, find_columns, missing_answer
+from slm_fast.errors import InputError, WorkError
+from slm_fast.labels import as_text, plain_value, shown, whole
+from slm_fast.readers import class_name
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a row's fields hold.
+
+    kind: of the row, in the words of `columns`. text, instruction: stripped, not both empty. answer: as it was given.
+    key: the column of the answer; missing: what is wrong where there is none.
+    """
+
+    kind: str
+    text: str
+    instruction: str
+    answer: Any
+    key: str
+    missing: str
+
+    def target(self) -> str | None:
+        """The answer as text. Raises WorkError for what is neither a word nor a whole number."""
+        return as_text(self.answer, self.key)
+
+
+def read_fields(value: Any, text: str | None = None, label: str | None = None) -> Fields:
+    """A row from a text, a (text, label) pair, or anything with named columns.
+
+    text, label: the columns that hold the input and its answer, where they have other names than usual.
+
+    Raises:
+        Unclear: it cannot be told which column is the input. WorkError: the row is not to be understood.
+    """
+    given = text is not None or label is not None
+    fields = _as_mapping(value, given)
+    names = tuple(fields)
+    columns = find_columns(names, text, label)
+    for name in columns.unread:
+        if not _is_empty(fields[name]):
+            raise WorkError(f"{name!r}: is not understood, and the answer may depend on it; leave the column out")
+    instruction = "\n".join(filter(None, (_string(fields, name) for name in columns.instruction)))
+    key = columns.answer or ("label" if columns.kind == LABELLED else "output")
+    answer = fields[columns.answer] if columns.answer else None
+    if columns.kind == CHATTED:
+        system, said, answer = read_chat(fields[columns.text[0]], columns.text[0])
+        return Fields(
+            CHATTED,
+            said,
+            "\n".join(filter(None, (instruction, system))),
+            answer,
+            columns.text[0],
+            f"{columns.text[0]!r}: the last turn is not the assistant's",
+        )
+    said = "\n".join(filter(None, (_string(fields, name) for name in columns.text)))
+    if columns.ready:
+        _check_ready(fields, columns, instruction, answer)
+    if not (said or instruction):
+        raise WorkError(f"empty {'text' if columns.kind == LABELLED else 'input'}")
+    return Fields(columns.kind, said, instruction, answer, key, _missing(names, columns, value, given))
+
+
+def _missing(names: tuple[str, ...], columns: Columns, value: Any, given: bool) -> str:
+    if columns.answer is not None or not hasattr(value, "keys"):
+        return f"no {'label' if columns.kind == LABELLED else 'output'!r}"
+    return missing_answer(names, columns.kind, given)
+
+
+def _as_mapping(value: Any, given: bool) -> Mapping[str, Any]:
+    fields = getattr(value, "_fields", None)
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, tuple) and isinstance(fields, tuple):  # a named tuple: by its names, in whatever order
+        return dict(zip(map(str, fields), value, strict=True))
+    if isinstance(value, tuple) and len(value) == 2 and not given:
+        return {"text": value[0], "label": value[1]}
+    if not isinstance(value, Mapping):
+        if not (hasattr(value, "keys") and hasattr(value, "__getitem__")):  # a row of pandas or sqlite3 has them
+            one = "a text or an object with 'text' or 'instruction' and 'input'"
+            raise WorkError(f"expected {'a mapping with named columns' if given else one}, got {shown(value)}")
+        value = {name: value[name] for name in value.keys()}  # noqa: SIM118
+    return value if all(isinstance(name, str) for name in value) else {str(name): value[name] for name in value}
+
+
+def _string(fields: Mapping[str, Any], name: str) -> str:
+    got = plain_value(fields[name])
+    if got is None:
+        return ""
+    if not isinstance(got, str):
+        raise WorkError(f"{name!r}: expected a string, got {shown(got)}")
+    return whole(str.__str__(got), name).strip()
+
+
+def _is_empty(value: Any) -> bool:
+    value = plain_value(value)
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    size = getattr(value, "__len__", None)
+    return value is None or (size is not None and size() == 0)
+
+
+def _check_ready(fields: Mapping[str, Any], columns: Columns, instruction: str, answer: Any) -> None:
+    """A text beside instruction and output, without an input, is made of these, or it is the input itself."""
+    ready = _string(fields, columns.ready or "")
+    parts = (instruction, answer if isinstance(answer, str) else "")
+    if ready and not all(part.strip() in ready for part in parts):
+        raise WorkError(f"{columns.ready!r} beside 'instruction': call it 'input' if it is the input, or leave it out")
+
+
+# Tables
+
+
+def table_of(rows: Any) -> Iterator[Any]:
+    """The rows of a list, a generator, a DataFrame (pandas or polars), a Series or array of texts, an Arrow table, or a
+    datasets.Dataset, whose class numbers become names.
+
+    Raises InputError for what has no rows: a text, a mapping, a single row.
+    """
+    if isinstance(rows, (str, bytes, Mapping)) or hasattr(rows, "_fields"):
+        raise _no_rows(rows)
+    if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # pandas: iterating gives the names of columns
+        return iter(rows.to_dict("records"))
+    if hasattr(rows, "iter_rows") and hasattr(rows, "to_dicts"):  # polars: iterating gives columns
+        return iter(rows.iter_rows(named=True))
+    if hasattr(rows, "to_pylist") and hasattr(rows, "column_names"):  # Arrow
+        return iter(rows.to_pylist())
+    try:
+        found = iter(rows)
+    except TypeError:
+        raise _no_rows(rows) from None
+    features = getattr(rows, "features", None)
+    classes = {
+        name: list(feature.names)
+        for name, feature in (features.items() if isinstance(features, Mapping) else ())
+        if hasattr(feature, "int2str") and getattr(feature, "names", None)
+    }
+    return _with_names(found, classes) if classes else found
+
+
+def _no_rows(rows: Any) -> InputError:
+    return InputError(f"rows: expected an iterable of rows, got {shown(rows)}")
+
+
+def _with_names(rows: Iterable[Any], classes: Mapping[str, list[str]]) -> Iterator[Any]:
+    for row in rows:
+        named = {name: class_name(row[name], names) for name, names in classes.items() if name in row}
+        yield {**row, **named}

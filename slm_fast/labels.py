@@ -1,0 +1,171 @@
+"""Labels as words: one normalisation for whatever they come from, and lists that name their numbers."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+import reprlib
+import unicodedata
+from collections.abc import Collection, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from slm_fast.errors import WorkError, one_line, warn
+from slm_fast.fields import TEXT, Unfit, check, list_of, read_json
+
+LONGEST = 1000  # letters of a label
+NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))(\.0+)?\Z")
+INDEX = re.compile(r"[0-9]{1,9}\Z")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+def as_text(value: Any, key: str) -> str | None:
+    """An answer as text: a word, an integer (also as a float such as 1.0), or a truth value as "True" or "False", of
+    Python, numpy, pandas or JSON. None where there is none: None, NaN, NaT, an empty text.
+
+    Raises WorkError for anything else.
+    """
+    value = plain_value(value)
+    if isinstance(value, Decimal):
+        value = float(value)
+    if value is None:
+        return None
+    if isinstance(value, str):
+        text = str.__str__(value)
+    elif isinstance(value, bool):
+        text = str(value)
+    elif isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        text = str(int(value))
+    else:
+        try:
+            text = str(operator.index(value))
+        except (TypeError, ValueError):
+            raise WorkError(f"{key!r}: expected a word or an integer, got {shown(value)}") from None
+    return whole(text, key).strip() or None
+
+
+def plain_value(value: Any) -> Any:
+    """A scalar of numpy, pandas or torch as Python has it; None for what says that nothing is there."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    missing = type(value).__name__ in ("NAType", "NaTType")
+    if missing or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, Decimal) and value.is_nan()):
+        return None
+    return value
+
+
+def whole(text: str, key: str) -> str:
+    """The text, if it can be written. Raises WorkError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no file and no tokenizer can hold
+        raise WorkError(f"{key!r}: holds half a character, got {text[:60]!a}") from None
+    return text
+
+
+def shown(value: Any) -> str:
+    """A value in short, on one line."""
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except ValueError:  # an integer of too many digits
+        return f"a {type(value).__name__}"
+
+
+def check_label(label: str) -> str:
+    """A label in Unicode's composed form (NFC). Raises WorkError for one that cannot be a word."""
+    if len(label) > LONGEST:
+        raise WorkError(f"'label': expected at most {LONGEST} letters, got {len(label)}; is it free text?")
+    if CONTROL.search(label):
+        raise WorkError(f"'label': holds a control character, got {label[:60]!a}")
+    return label if label.isascii() else unicodedata.normalize("NFC", label)
+
+
+def same_words(labels: Sequence[str]) -> list[str]:
+    """The labels of a whole column, written in one way: numbers without ".0" where all are whole numbers, and "True"
+    and "False" where all are truth values in several spellings."""
+    different = set(labels)
+    numbers = {label: NUMBER.match(label) for label in different}
+    words: dict[str, str] = {}
+    if all(numbers.values()) and any("." in label for label in different):
+        words = {label: str(int(label.partition(".")[0])) for label in different}
+    elif {label.lower() for label in different} <= {"true", "false"}:
+        spellings = (str.lower, str.capitalize, str.upper)
+        if not any(all(label == spell(label) for label in different) for spell in spellings):
+            words = {label: label.capitalize() for label in different}
+    return [words.get(label, label) for label in labels] if words else list(labels)
+
+
+def warn_of_alike(name: str, labels: Collection[str]) -> None:
+    """Warn of labels that a reader would take for one."""
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(_likeness(label), []).append(label)
+    pairs = [each for each in alike.values() if len(each) > 1]
+    if pairs:
+        more = f", and {len(pairs) - 1} more such pairs" if len(pairs) > 1 else ""
+        first, second = sorted(pairs[0])[:2]
+        warn(f"{name}: labels {first!r} and {second!r} are learned as two, though they look alike{more}")
+
+
+def _likeness(label: str) -> str:
+    """What is left of a label without case, spacing, width, invisible letters and how a number is written."""
+    folded = unicodedata.normalize("NFKC", label).casefold()
+    visible = "".join(letter for letter in folded if unicodedata.category(letter) != "Cf")
+    number = NUMBER.match(visible.strip())
+    return str(int(number[1])) if number else " ".join(visible.split())
+
+
+# Lists of words that integer labels are the indices of
+
+
+def read_words(labels: str | Path | Sequence[str]) -> list[str]:
+    """A list of label words, or the JSON file that holds one. Raises WorkError."""
+    words: Any = labels
+    where = "labels"
+    try:
+        if isinstance(labels, (str, Path)):
+            where = str(labels)
+            words = read_json(Path(labels).read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        words = list(words) if isinstance(words, (list, tuple)) else words
+        check(words, "labels", list_of(TEXT))
+    except (OSError, ValueError, Unfit) as error:
+        raise WorkError(f"{where}: not a JSON list of words: {one_line(error)}") from None
+    return [str(word) for word in words]
+
+
+def name_label(label: str, words: Sequence[str]) -> str:
+    """The word that a label is the number of. Raises WorkError for a label that is none."""
+    if not INDEX.match(label):
+        raise WorkError(f"label {label!r}: expected the number of a label word, from 0, or one of the words")
+    if int(label) >= len(words):
+        raise WorkError(f"label {label}: there are only {len(words)} label words, numbered from 0")
+    return words[int(label)]
+
+
+def are_words(labels: Collection[str], words: Collection[str]) -> bool:
+    """Whether the labels are words of the list themselves, not their numbers."""
+    return set(labels) <= set(words) and not all(INDEX.match(label) for label in labels)
+
+
+def words_beside(path: Path, labels: Sequence[str]) -> list[str] | None:
+    """The words of `labels.json` in the file's folder, if they are those of its labels without doubt: these are 0 to
+    n - 1, each of them there, and there are n words. A warning says whether they are used."""
+    beside = path.parent / "labels.json"
+    numbers = {label for label in labels if INDEX.match(label)}
+    if len(numbers) < len(set(labels)) or not labels or not beside.is_file():
+        return None
+    use = "labels=FILE (--labels NAME=FILE) uses it"
+    try:
+        words = read_words(beside)
+    except WorkError as error:
+        warn(f"{path}: labels are not named: {error}")
+        return None
+    if numbers != {str(i) for i in range(len(words))}:
+        found = ", ".join(sorted(numbers, key=int)[:8]) + ", ..." * (len(numbers) > 8)
+        warn(f"{path}: labels are not named by labels.json, which has {len(words)} words for labels {found}; {use}")
+        return None
+    first = ", ".join(f"{i} = {word}" for i, word in enumerate(words[:3])) + ", ..." * (len(words) > 3)
+    warn(f"{path}: labels are named by labels.json ({first})")
+    return words
