@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from slm_fast.backbone import Backbone, fingerprint, quiet, resolve
 from slm_fast.errors import InputError, one_line
 from slm_fast.layers import use_onednn
-from slm_fast.tokenization import Encoded
+from slm_fast.tokenization import Encoded, Tokenization
 
 MAX_WIDTH = 1024  # wider queries are projected to this
 DEFAULT_ENCODER = "sentence-transformers/nli-mpnet-base-v2"  # the one in the paper's released code
@@ -97,6 +97,7 @@ class SentenceQuery:
         self.width = int(self.encoder.get_embedding_dimension())
         self.longest: int | None = self.encoder.max_seq_length  # tokens it reads of a text
         self.fingerprint = fingerprint(self.encoder, self.encoder.tokenizer)
+        self._texts = Tokenization(self.encoder.tokenizer, "encoder", device)
 
     def shares(self, backbone: Backbone) -> bool:
         """Whether a text's tokens are the same for the encoder as for this backbone, so that they need be found once.
@@ -122,6 +123,9 @@ class SentenceQuery:
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """[B, D] float32."""
+        prompt = (self.encoder.prompts or {}).get(self.encoder.default_prompt_name) or ""  # put before every text
+        if self.longest is not None:
+            texts = [self._texts.shorten_text(prompt + text, self.longest)[len(prompt) :] for text in texts]
         vectors: Tensor = self.encoder.encode(
             list(texts), batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False
         )

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slm_fast.prefix import LEAST, PrefixReader
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -65,10 +67,11 @@ class Tokenization:
         # A tokenizer's settings cannot be changed while another thread is using it, so texts on the way in have a copy.
         self._reader = copy.deepcopy(tokenizer)
         self._reading = threading.Lock()
+        self._prefixes: PrefixReader | None = None  # made for the first long text
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the lock, so that a model that is adapted can be copied."""
-        return {name: value for name, value in vars(self).items() if name != "_reading"}
+        return {name: value for name, value in vars(self).items() if name != "_reading"} | {"_prefixes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _reading=threading.Lock())
@@ -79,13 +82,16 @@ class Tokenization:
         return self.collate(ids, cut, padding_side=padding_side).to(self.device)
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """The tokens of each text, cut to `max_length` (separator included), and which were cut."""
+        """The tokens of each text, cut to `max_length` (separator included), and which were cut.
+
+        Of a long text as many characters are read as its first tokens need.
+        """
         if not texts:
             return [], []
         room = max_length - len(self.separator)
         with self._reading:
             read = self._reader(
-                list(texts),
+                [self._shorten(text, room) for text in texts],
                 truncation=True,
                 max_length=room,
                 verbose=False,
@@ -98,6 +104,19 @@ class Tokenization:
             else:
                 cut = [len(row) >= room and self._longer_than(t, room) for t, row in zip(texts, rows, strict=True)]
         return [row + self.separator for row in rows] if self.separator else rows, cut
+
+    def shorten_text(self, text: str, tokens: int) -> str:
+        """A text that has the same first tokens as this one, and more of them if this one has more."""
+        with self._reading:
+            return self._shorten(text, tokens)
+
+    def _shorten(self, text: str, tokens: int) -> str:
+        """A text that has the same first tokens, and is cut where the text would be."""
+        if len(text) <= LEAST or self._reader.truncation_side != "right" or not self._reader.is_fast:
+            return text
+        if self._prefixes is None:
+            self._prefixes = PrefixReader(self._reader.backend_tokenizer)
+        return self._prefixes.shorten(text, tokens)
 
     def shorten(self, row: list[int], length: int) -> list[int]:
         """A tokenised text as it would be if cut to `length` tokens: what ends a text stands at its end again."""

@@ -31,7 +31,7 @@ LAYERS = (
     ("query", "router", "pool"),
     ("backbone",),
     ("layers", "tokenization", "batching", "data", "tasks", "covariance"),
-    ("readers",),
+    ("readers", "prefix"),
     ("fields",),
     ("ops",),
 )
