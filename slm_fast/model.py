@@ -81,6 +81,7 @@ class AdaptedModel:
         self.widths = backbone.widths(self.modules)
         trunk = self.query if isinstance(self.query, TrunkQuery) else None
         self._injection = Injection(backbone, self.modules, first_layer, trunk)
+        self._label_words: dict[str, tuple[LearnedTask, dict[str, str]]] = {}
         self.set_tasks([])
 
     @property
@@ -139,6 +140,17 @@ class AdaptedModel:
             router = DtkrRouter(k=self.config.k or 1, groups=self.config.groups or 1, aggregate=self.config.aggregate)
         router.load({task.name: task.router for task in tasks}, self.backbone.device)
         return router
+
+    def label_of(self, task: LearnedTask, text: str) -> str | None:
+        """The label that a written text stands for; None where it is none of the task's."""
+        if task.labels is None:
+            return None
+        known = self._label_words.get(task.name)
+        if known is None or known[0] is not task:
+            longest = task.options.get("max_length") or self.config.max_length or 0
+            known = task, self.backbone.tokenization.label_words(task.labels, longest)
+            self._label_words[task.name] = known
+        return known[1].get(text)
 
     # From text to tokens
 

@@ -303,7 +303,7 @@ def _predictions(model: AdaptedModel, passed: _Passed) -> Iterator[Prediction]:
         task = model.pool.tasks[winner] if route.slots else None
         name = None if task is None else task.name
         if text is not None:  # a text that is one of the task's label words is a label
-            label = text if task is not None and text in (task.labels or ()) else None
+            label = None if task is None else model.label_of(task, text)
             yield Prediction(name, label, text, score[0], route, truncated)
         elif task is None or model.pool.heads is None:
             yield Prediction(None, None, None, 0.0, route, truncated, {})

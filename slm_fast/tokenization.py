@@ -142,11 +142,37 @@ class Tokenization:
         return Encoded(ids, mask, truncated, query_inputs)
 
     def encode_answers(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids of answers, with the token that ends them."""
-        rows = self.tokenizer(
-            list(texts), truncation=True, max_length=max_length - 1, add_special_tokens=False, verbose=False
-        )["input_ids"]
-        return [[*row, self.tokenizer.eos_token_id] for row in rows]
+        """Token ids of answers, with the token that ends them, unless they are longer than `max_length` with it: then
+        their first `max_length` tokens, without an end."""
+        with self._reading:
+            rows = self._reader(
+                [self._shorten(text, max_length) for text in texts],
+                truncation=True,
+                max_length=max_length,
+                add_special_tokens=False,
+                verbose=False,
+            )["input_ids"]
+        return [[*row, self.tokenizer.eos_token_id] if len(row) < max_length else row for row in rows]
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts that rows of generated tokens are."""
+        with self._reading:
+            return [text.strip() for text in self._reader.batch_decode(list(rows), skip_special_tokens=True)]
+
+    def written(self, texts: Sequence[str], max_length: int) -> list[str]:
+        """How answers look that are written as these were learned: normalised, without what the tokenizer does not
+        know."""
+        return self.decode(self.encode_answers(texts, max_length)) if texts else []
+
+    def label_words(self, labels: Sequence[str], max_length: int) -> dict[str, str]:
+        """A task's labels by the texts that stand for them: as they are written, then as they are."""
+        words: dict[str, str] = {}
+        for text, label in [
+            *zip(self.written(labels, max_length), labels, strict=True),
+            *zip(labels, labels, strict=True),
+        ]:
+            words.setdefault(text, label)
+        return words
 
     def _longer_than(self, text: str, length: int) -> bool:
         return len(self._reader(text, truncation=True, max_length=length + 1)["input_ids"]) > length

@@ -21,8 +21,10 @@ CORPUS = [
     "a  b   c",
     "x\ny\n\n",
 ]
-GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+GPT4 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SQUEEZE = normalizers.Replace(Regex(" {2,}"), " ")
 LLAMA = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 BERT = {"unk_token": "[UNK]", "max_input_chars_per_word": 20}
@@ -82,9 +84,7 @@ def make(kind: str) -> Tokenizer:
         options["unk_token"] = "[UNK]"
     if kind.startswith("byte"):
         options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        CORPUS * 20, getattr(trainers, f"{model.replace('BPE', 'Bpe')}Trainer")(**options)
-    )
+    tokenizer.train_from_iterator(CORPUS * 20, getattr(trainers, f"{model.replace('BPE', 'Bpe')}Trainer")(**options))
     tokenizer.add_special_tokens(["[SEP]", AddedToken("<mask>", lstrip=True)])
     tokenizer.add_tokens(["late½again", AddedToken("ab c", normalized=True, single_word=True)])
     return tokenizer
@@ -101,13 +101,11 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 PIECES = st.sampled_from(
     [
         *("a", "b", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\x00", "\u200d", "é", "e\u0301", "\u0301", "\u0316", "½"),
-        *("ﬁ", "\uff21", "正", "面", "!", "?", ".", "1", "22", "😀", "👨\u200d👩", "🇩🇪", "ﾞ", "한", "\u1161", "Σ", "ab", "▁"),
-        *("the ", "parcel ", "late", "[SEP]", "<mask>", "<ma", "</s>", "late½again", "ab c", "'s"),
+        *("ﬁ", "\uff21", "正", "面", "!", "?", ".", "1", "22", "😀", "👨\u200d👩", "🇩🇪", "ﾞ", "한", "\u1161", "Σ", "▁"),
+        *("the ", "parcel ", "late", "[SEP]", "<mask>", "<ma", "</s>", "late½again", "ab c", "ab", "'s"),
     ]
 )
-RUNS = st.builds(
-    lambda run, times: "".join(run) * times, st.lists(PIECES, min_size=1, max_size=3), st.integers(1, 120)
-)
+RUNS = st.builds(lambda run, times: "".join(run) * times, st.lists(PIECES, min_size=1, max_size=3), st.integers(1, 120))
 TEXTS = st.lists(RUNS | PIECES, min_size=1, max_size=8).map("".join)
 
 

@@ -58,7 +58,8 @@ def test_answers_end_with_the_token_that_ends_them(name):
         [vocabulary["yes"], end],
         [vocabulary["the"], vocabulary["answer"], end],
     ]
-    assert backbone.tokenization.encode_answers([" ".join(["word1"] * 30)], 5) == [[vocabulary["word1"]] * 4 + [end]]
+    assert backbone.tokenization.encode_answers([" ".join(["word1"] * 30)], 5) == [[vocabulary["word1"]] * 5]
+    assert backbone.tokenization.encode_answers([" ".join(["word1"] * 4)], 5) == [[vocabulary["word1"]] * 4 + [end]]
 
 
 def test_roberta_reads_no_more_than_its_positions_allow():
