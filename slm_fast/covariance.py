@@ -12,6 +12,7 @@ from torch import Tensor
 from slm_fast.errors import InputError, WorkError
 
 PERCENTILES = 101
+ALIKE = 2.0**-18  # how far apart, of their size, rounding may leave two float32 queries of one text
 COARSE, FINE = 2.0**10, 2.0**56  # one over the units of the two planes
 LARGEST_TERM, LARGEST_PLANE = 2.0**52, 2**62
 
@@ -107,14 +108,17 @@ def unpack(packed: Tensor) -> Tensor:
     return full + full.triu(1).T
 
 
-def covariance(count: Tensor, scatter: Tensor) -> Tensor:
-    """The pooled covariance [D, D], shrunk (oracle-approximating shrinkage, Chen et al. 2010, Eq. 23)."""
+def covariance(count: Tensor, mean: Tensor, scatter: Tensor) -> Tensor:
+    """The pooled covariance [D, D], shrunk (oracle-approximating shrinkage, Chen et al. 2010, Eq. 23).
+
+    Rows that differ from their means [S, D] by rounding alone have no covariance, and get the identity.
+    """
     width = scatter.shape[0]
     freedom = float((count.sum() - len(count)).clamp(min=1))
     sample = scatter / freedom
     scale = float(sample.trace()) / width
     identity = torch.eye(width, dtype=sample.dtype)
-    if scale <= 0:  # all rows alike
+    if scale <= (ALIKE**2) * float((mean**2).mean()):
         return identity
     squared = float((sample**2).mean())
     numerator = squared + scale**2
@@ -123,12 +127,18 @@ def covariance(count: Tensor, scatter: Tensor) -> Tensor:
     return (1 - shrinkage) * sample + shrinkage * scale * identity
 
 
-def whitener(count: Tensor, scatter: Tensor) -> Tensor:
+def whitener(count: Tensor, mean: Tensor, scatter: Tensor) -> Tensor:
     """Lower-triangular L [D, D] with L L' = covariance. Raises WorkError where there is none."""
-    lower, failed = torch.linalg.cholesky_ex(covariance(count, scatter))
+    lower, failed = torch.linalg.cholesky_ex(covariance(count, mean, scatter))
     if failed:
         raise WorkError("scatter: expected a positive definite covariance, got one that is not")
     return lower
+
+
+def is_scatter(scatter: Tensor) -> bool:
+    """Whether [D, D] float64 is positive semi-definite, but for what rounding its numbers to float32 made of it."""
+    ridge = 1e-6 * scatter.trace() + torch.finfo(torch.float32).tiny
+    return not torch.linalg.cholesky_ex(scatter + ridge * torch.eye(len(scatter), dtype=scatter.dtype)).info
 
 
 def mahalanobis(query: Tensor, mean: Tensor, lower: Tensor) -> Tensor:

@@ -5,7 +5,12 @@ Each message is one line that names the culprit and says what was expected, or w
 
 from __future__ import annotations
 
+import errno
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "outofmemory", "not enough memory")
 
 
 class SlmError(Exception):
@@ -17,6 +22,13 @@ class SlmError(Exception):
 def one_line(error: BaseException) -> str:
     """The first line of what an error of another library says, or its name when it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def some_of(names: Iterable[str], most: int = 10) -> str:
+    """The first names and how many more there are, for a message of one line; "none" where there are none."""
+    known = list(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return (", ".join(known[:most]) or "none") + more
 
 
 class InputError(SlmError, ValueError):
@@ -38,3 +50,29 @@ class SlmWarning(UserWarning):
 def warn(message: str) -> None:
     """Warn the caller of this package: Python shows the line of theirs that led here."""
     warnings.warn(message, SlmWarning, stacklevel=3)
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Turn whatever too little memory raises inside the block into a WorkError that says what was not there.
+
+    That is MemoryError, torch's RuntimeErrors, an OSError of the system, or a panic of a library written in Rust.
+    """
+    try:
+        yield
+    except SlmError:
+        raise
+    except BaseException as error:
+        if not lacks_memory(error):
+            raise
+        raise WorkError(f"{what}: not enough memory: {one_line(error)}") from None
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error means that memory could not be had, whichever library raised it."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    said = f"{type(error).__name__}: {error}".lower()
+    if type(error).__name__ == "PanicException":  # of Rust
+        return "alloc" in said or "memory" in said
+    return any(words in said for words in NO_MEMORY)

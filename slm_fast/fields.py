@@ -100,25 +100,44 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_plain(value: Any, depth: int) -> bool:
+    if isinstance(value, Mapping):
+        return depth > 0 and all(_is_string(name) and _is_plain(part, depth - 1) for name, part in value.items())
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
+    return value is None or isinstance(value, bool) or _is_string(value) or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 STRING: Kind = "a string", _is_string
 TEXT: Kind = "a non-empty string", lambda value: _is_string(value) and value != ""
-POSITIVE: Kind = (
-    "a positive number",
-    lambda value: (_is_integer(value) or isinstance(value, float)) and 0 < value < math.inf,
-)
+PLAIN: Kind = "plain JSON, at most 4 deep", lambda value: _is_plain(value, 4)
 
 
 def word(*choices: str) -> Kind:
     return " or ".join(map(repr, choices)), lambda value: isinstance(value, str) and value in choices
 
 
-def integer(least: int) -> Kind:
-    return f"an integer from {least} on", lambda value: _is_integer(value) and least <= value < 2**31
+def integer(least: int, most: int = 2**31 - 1) -> Kind:
+    expected = f"an integer from {least} on" if most == 2**31 - 1 else f"an integer from {least} to {most:,}"
+    return expected, lambda value: _is_integer(value) and least <= value <= most
 
 
-def list_of(kind: Kind) -> Kind:
+def number(least: float, most: float) -> Kind:
+    """Bounds included."""
+    return f"a number from {least:g} to {most:g}", lambda value: _is_number(value) and least <= value <= most
+
+
+def list_of(kind: Kind, length: int | None = None) -> Kind:
+    """A list that is not empty, or of so many."""
     expected, fits = kind
-    return f"a list, each {expected}", lambda value: isinstance(value, list) and bool(value) and all(map(fits, value))
+    return (
+        f"a list, each {expected}" if length is None else f"a list of {length}, each {expected}",
+        lambda value: isinstance(value, list) and len(value) == (length or len(value) or 1) and all(map(fits, value)),
+    )
 
 
 def or_null(kind: Kind) -> Kind:

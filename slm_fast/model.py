@@ -6,13 +6,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from slm_fast.backbone import Backbone
+from slm_fast.covariance import ALIKE
 from slm_fast.data import Row
 from slm_fast.errors import InputError
 from slm_fast.injection import ForwardContext, Injection
@@ -89,16 +89,23 @@ class AdaptedModel:
         """What a store of this model's tasks has in common; all but `backbone` must agree for it to be opened."""
         config = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.config).items()}
         about = {"backbone": self.backbone.name, "fingerprint": self.backbone.fingerprint, "config": config}
+        about["shapes"] = self.shapes
         if isinstance(self.query, SentenceQuery):
             about["encoder_fingerprint"] = self.query.fingerprint
         return about
 
     # Tasks
 
-    def check_fits(self, task: LearnedTask, file: Path | None = None) -> None:
-        """Raise WorkError, naming the file it was read from, unless a task fits this model."""
-        width = self.backbone.width if self.backbone.kind == "encoder" else None
-        check_fits(task, self.widths, width, self.query.width, self.config.router, file=file)
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """What a task's tensors must fit: a manifest's `shapes`."""
+        hidden = self.backbone.width if self.backbone.kind == "encoder" else None
+        layers = {name: list(widths) for name, widths in self.widths.items()}
+        return {"layers": layers, "hidden": hidden, "query": self.query.width}
+
+    def check_fits(self, task: LearnedTask) -> None:
+        """Raise WorkError unless a task fits this model."""
+        check_fits(task, self.shapes, self.config.router)
 
     def set_tasks(self, tasks: Sequence[LearnedTask]) -> None:
         """Know these tasks and no others. Pool and router change together, at the very end."""
@@ -237,8 +244,9 @@ class AdaptedModel:
             route = self.router.route(query, slot_mask)
             if abstain is None:
                 return route
-            distance, percentiles = self.router.distance(query, route.slot_ids[:, 0].clamp(min=0))
-        far = (distance > percentiles[:, round(100 * abstain)]).to(query.device)[:, None]
+            distance = self.router.distance(query, route.slot_ids[:, 0].clamp(min=0))
+        rounding = max(ALIKE, torch.finfo(self.backbone.dtype).eps)
+        far = distance.exceeds(abstain, rounding).to(query.device)[:, None]
         return Route(route.slot_ids.masked_fill(far, -1), route.weights.masked_fill(far, 0.0))
 
     def empty_route(self, batch: int) -> Route:

@@ -8,14 +8,36 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
+from operator import index
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from slm_fast.errors import InputError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+# The largest of what is counted: far more than anybody uses, and little enough to be tried.
+LARGEST = {
+    "layer": 10_000,
+    "k": 1024,
+    "groups": 4096,
+    "rank": 4096,
+    "slots": 4096,
+    "epochs": 1_000_000,
+    "accumulate": 1_000_000,
+    "batch_size": 1 << 20,
+    "batch_tokens": 1 << 30,
+    "max_length": 1 << 20,
+    "max_new_tokens": 1 << 20,
+    "top_k": 1 << 20,
+    "beams": 1024,
+    "seed": (1 << 63) - 1,
+}
+TEMPERATURES = (1e-4, 1e4)  # outside of these float32 has no probabilities left
 
 Options = TypeVar("Options", bound="DataclassInstance")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -59,11 +81,19 @@ class ModelConfig:
             ("route_on", ("input", "prompt")),
             ("aggregate", ("mean", "vote")),
         ):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name}: expected {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
-        _positive("temperature", self.temperature)
-        if self.k is not None and self.k < 1:
-            raise InputError(f"k: expected at least 1, got {self.k}")
+            _word(self, name, *choices)
+        _numbers(self, "temperature", *TEMPERATURES)
+        _integers(self, "k", "groups", "max_length", optional=True)
+        if self.first_layer is not None:
+            object.__setattr__(self, "first_layer", _layer("first_layer", self.first_layer))
+        if self.taps is not None:
+            object.__setattr__(self, "taps", tuple(_layer("taps", tap) for tap in _listed("taps", self.taps)))
+        object.__setattr__(self, "targets", _listed("targets", self.targets))
+        for value in self.targets:
+            if not isinstance(value, str):
+                raise InputError(f"targets: expected words, got {value!r}")
+        if self.encoder is not None and not isinstance(self.encoder, str):
+            raise InputError(f"encoder: expected a name or a path, got {reprlib.repr(self.encoder)}")
         if self.encoder is not None and self.query == "trunk":
             raise InputError(f"encoder: goes with query='sentence', got query='trunk' and encoder {self.encoder!r}")
         if self.taps is not None and self.query != "trunk":
@@ -102,13 +132,13 @@ class LearnOptions:
     autocast: bool = False
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "epochs", "batch_size", "accumulate", "rank", "slots")
-        if not 0 < self.learning_rate <= 1:
-            raise InputError(f"learning_rate: expected more than 0 and at most 1, got {self.learning_rate}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise InputError(f"weight_decay: expected a number not below 0, got {self.weight_decay}")
-        if not 0 <= self.warmup <= 1:
-            raise InputError(f"warmup: expected a share of 0 to 1, got {self.warmup}")
+        _integers(self, "batch_size", "accumulate", "rank")
+        _integers(self, "epochs", "slots", "max_length", optional=True)
+        _integers(self, "seed", least=-LARGEST["seed"])
+        _numbers(self, "learning_rate", 0, 1, above=True)
+        _numbers(self, "weight_decay", 0, 1e6)
+        _numbers(self, "warmup", 0, 1)
+        _switches(self, "joint", "autocast")
 
     def epochs_for(self, rows: int) -> int:
         """Epochs over so many rows."""
@@ -146,14 +176,15 @@ class PredictOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "batch_size", "batch_tokens", "max_new_tokens", "top_k", "beams")
-        if self.head not in ("mixed", "winner"):
-            raise InputError(f"head: expected 'mixed' or 'winner', got {self.head!r}")
-        _positive("temperature", self.temperature)
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
-        if not 0.0 <= float(self.abstain) <= 1.0:
-            raise InputError(f"abstain: expected True, False or a share of 0 to 1, got {self.abstain}")
+        _integers(self, "max_new_tokens", "beams")
+        _integers(self, "batch_size", "batch_tokens", "top_k", optional=True)
+        _integers(self, "seed", least=-LARGEST["seed"])
+        _word(self, "head", "mixed", "winner")
+        _numbers(self, "temperature", *TEMPERATURES)
+        _numbers(self, "top_p", 0, 1, above=True)
+        _switches(self, "bare", "sample")
+        if not isinstance(self.abstain, bool):
+            _numbers(self, "abstain", 0, 1, otherwise="True, False or ")
 
     @property
     def abstain_share(self) -> float | None:
@@ -161,16 +192,72 @@ class PredictOptions:
         return None if self.abstain is False else 0.99 if self.abstain is True else float(self.abstain)
 
 
-def _at_least_one(options: Any, *names: str) -> None:
+# Checks. What numpy or a configuration file gives as a number of another type becomes Python's own.
+
+
+def _word(options: Any, name: str, *choices: str) -> None:
+    value = getattr(options, name)
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{name}: expected {' or '.join(map(repr, choices))}, got {reprlib.repr(value)}")
+
+
+def _integers(options: Any, *names: str, least: int = 1, optional: bool = False) -> None:
     for name in names:
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name}: expected at least 1, got {value}")
+        if value is None and optional:
+            continue
+        number = _whole(value)
+        if number is None:
+            what = "an integer or None" if optional else "an integer"
+            raise InputError(f"{name}: expected {what}, got {reprlib.repr(value)}")
+        if number < least:
+            raise InputError(f"{name}: expected at least {least}, got {number}")
+        if number > LARGEST[name]:
+            raise InputError(f"{name}: expected at most {LARGEST[name]:,}, got {reprlib.repr(value)}")
+        object.__setattr__(options, name, number)
 
 
-def _positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise InputError(f"{name}: expected a positive number, got {value}")
+def _whole(value: Any) -> int | None:
+    """An integer of any type (but a truth value) as Python's own; None for anything else."""
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+        return None
+    try:
+        return index(value)
+    except TypeError:
+        return None
+
+
+def _layer(name: str, value: Any) -> int:
+    number = _whole(value)
+    if number is None or not 0 <= number <= LARGEST["layer"]:
+        raise InputError(f"{name}: expected a layer's number from 0 on, got {reprlib.repr(value)}")
+    return number
+
+
+def _listed(name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise InputError(f"{name}: expected a list, got {reprlib.repr(value)}")
+    return tuple(value)
+
+
+def _numbers(options: Any, name: str, least: float, most: float, *, above: bool = False, otherwise: str = "") -> None:
+    """A number from `least` (which it must exceed, if `above`) to `most`."""
+    value = getattr(options, name)
+    number = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
+    if not (least < number <= most if above else least <= number <= most):
+        bounds = f"more than {least:g} and at most {most:g}" if above else f"a number from {least:g} to {most:g}"
+        raise InputError(f"{name}: expected {otherwise}{bounds}, got {reprlib.repr(value)}")
+    object.__setattr__(options, name, number)
+
+
+def _switches(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if type(value).__name__ not in ("bool", "bool_"):  # the other is numpy's
+            raise InputError(f"{name}: expected True or False, got {reprlib.repr(value)}")
+        object.__setattr__(options, name, bool(value))
 
 
 # The same fields as keywords.

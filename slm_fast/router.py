@@ -12,7 +12,7 @@ from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,23 @@ def check_finite(query: Tensor) -> None:
         raise NotFinite(int(bad[0]))
 
 
+class Distance(NamedTuple):
+    """How far queries are from a task each.
+
+    distance: [B] float32. percentiles: [B, 101], how far the task's training queries were. sensitivity: [B], by how
+    much the distance may change with a small change of the query, as a share of its size.
+    """
+
+    distance: Tensor
+    percentiles: Tensor
+    sensitivity: Tensor
+
+    def exceeds(self, share: float, rounding: float) -> Tensor:
+        """Whether each query is farther than this share of its task's training queries were, [B] bool, also where as
+        much of it as `rounding` is not its own: what the other rows of its batch make of its last bits."""
+        return self.distance > self.percentiles[:, round(100 * share)] + rounding * self.sensitivity
+
+
 AnyRouter = TypeVar("AnyRouter", bound="Router")
 
 
@@ -66,6 +83,10 @@ class Router(ABC):
     @abstractmethod
     def _distance(self, query: Tensor, task: int) -> Tensor:
         """How far queries [N, D] are from a task: [N]."""
+
+    @abstractmethod
+    def _sensitivity(self, query: Tensor, task: int) -> Tensor:
+        """How much that distance may change with a small change of the query, as a share of its size: [N]."""
 
     def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device) -> None:
         """Route among these tasks, given by name or as a list in order, whose names are then 000000, 000001, ...
@@ -103,21 +124,33 @@ class Router(ABC):
             raise InputError(f"task {name!r}: the router does not have it; tasks: {', '.join(self.names) or 'none'}")
         return self.names.index(name)
 
+    @abstractmethod
+    def prepare(self) -> None:
+        """Compute what concerns all slots now, rather than when the first route is asked for.
+
+        Raises WorkError where that cannot be done.
+        """
+
     @cached_property
     def task_of_slot(self) -> list[int]:
         """Which task (its place in `names`) each slot belongs to."""
         return [i for i, part in enumerate(self.parts) for _ in range(len(part[self.per_slot]))]
 
-    def distance(self, query: Tensor, slot_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """How far each query [B, D] is from the task of its slot [B], and how far that task's training queries were:
-        distance [B] and percentiles [B, 101]."""
+    def distance(self, query: Tensor, slot_ids: Tensor) -> Distance:
+        """How far each query [B, D] is from the task of its slot [B]. A task whose distances cannot be computed (its
+        part is damaged) is infinitely far from everything."""
         task_B = torch.tensor(self.task_of_slot)[slot_ids.cpu()]
-        distance_B, percentiles_B = torch.zeros(len(query)), torch.zeros(len(query), PERCENTILES)
+        found = Distance(torch.zeros(len(query)), torch.zeros(len(query), PERCENTILES), torch.zeros(len(query)))
         for task in task_B.unique().tolist():
             rows = task_B == task
-            distance_B[rows] = self._distance(query.cpu()[rows], task).float()
-            percentiles_B[rows] = self.parts[task]["distance"]
-        return distance_B, percentiles_B
+            chosen = query.cpu()[rows]
+            found.percentiles[rows] = self.parts[task]["distance"]
+            try:
+                found.distance[rows] = self._distance(chosen, task).float()
+                found.sensitivity[rows] = self._sensitivity(chosen, task).float()
+            except WorkError:
+                found.distance[rows] = torch.inf
+        return found
 
 
 @dataclass
@@ -179,12 +212,19 @@ class DtkrRouter(Router):
         """All tasks' keys, prepared in a pass over P D numbers."""
         return ops.prepare_keys(torch.cat([part["keys"] for part in self.parts]).to(self.device), groups=self.groups)
 
+    def prepare(self) -> None:
+        if self.parts:
+            _ = self.keys
+
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
         check_finite(query)
         return ops.retrieve(query, self.keys, self.k, groups=self.groups, aggregate=self.aggregate, mask=mask)
 
     def _distance(self, query: Tensor, task: int) -> Tensor:
         return self._nearest(query, self.parts[task]["keys"])
+
+    def _sensitivity(self, query: Tensor, task: int) -> Tensor:
+        return torch.full((len(query),), 2.0)  # of a cosine at the most
 
 
 @dataclass
@@ -217,7 +257,7 @@ class GaussianRouter(Router):
         distances = []
         for fitted, held_out in (halves, halves[::-1]):
             half_count, half_mean, half_scatter = moments(fitted, slots, seed)
-            distances.append(mahalanobis(held_out, half_mean, whitener(half_count, half_scatter)))
+            distances.append(mahalanobis(held_out, half_mean, whitener(half_count, half_mean, half_scatter)))
         return {
             "count": count.float(),
             "mean": mean.float(),
@@ -249,12 +289,16 @@ class GaussianRouter(Router):
         all scores of a query, so no route changes, and float32 keeps more of their differences."""
         count = torch.cat([part["count"] for part in self.parts]).double()
         mean_PD = torch.cat([part["mean"] for part in self.parts]).double()
-        inverse = torch.cholesky_inverse(whitener(count, unpack(self.scatter.total())))
+        inverse = torch.cholesky_inverse(whitener(count, mean_PD, unpack(self.scatter.total())))
         centre = mean_PD.mean(0)
         centred_PD = mean_PD - centre
         keys_PD = centred_PD @ inverse
         bias = -0.5 * (keys_PD * centred_PD).sum(1)
         return centre.float().to(self.device), keys_PD.float().to(self.device), bias.float().to(self.device)
+
+    def prepare(self) -> None:
+        if self.parts and not all(part.isfinite().all() for part in self.discriminant):
+            raise WorkError("scatter: expected that of all tasks to have an inverse in float32, got one that has none")
 
     @property
     def centre(self) -> Tensor:
@@ -282,14 +326,21 @@ class GaussianRouter(Router):
         )
 
     def _distance(self, query: Tensor, task: int) -> Tensor:
+        return mahalanobis(query.double(), self.parts[task]["mean"].double(), self._whitener(task))
+
+    def _sensitivity(self, query: Tensor, task: int) -> Tensor:
+        return query.double().norm(dim=1) / self._whitener(task).diagonal().amin()
+
+    def _whitener(self, task: int) -> Tensor:
+        """The factor of a task's covariance, [D, D] float64; computed if it is not among those asked for last."""
         part, name = self.parts[task], self.names[task]
         lower = self.whiteners.pop(name, None)
         if lower is None:
-            lower = whitener(part["count"].double(), unpack(part["scatter"].double()))
+            lower = whitener(part["count"].double(), part["mean"].double(), unpack(part["scatter"].double()))
         self.whiteners[name] = lower  # the last is the one used last
         while len(self.whiteners) > max(1, WHITENER_BYTES // lower.nbytes):
             self.whiteners.pop(next(iter(self.whiteners)))
-        return mahalanobis(query.double(), part["mean"].double(), lower)
+        return lower
 
 
 def orthogonal_keys(slots: int, width: int, groups: int, generator: torch.Generator) -> Tensor:

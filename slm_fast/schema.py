@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_fast.covariance import PERCENTILES
+from slm_fast.covariance import PERCENTILES, is_scatter, unpack
 from slm_fast.data import check_name
 from slm_fast.errors import InputError, WorkError
 from slm_fast.fields import (
-    POSITIVE,
+    PLAIN,
     STRING,
     TEXT,
     Kind,
@@ -27,11 +27,13 @@ from slm_fast.fields import (
     fields,
     integer,
     list_of,
+    number,
     or_null,
     read_json,
     repeated,
     word,
 )
+from slm_fast.options import LARGEST, TEMPERATURES
 from slm_fast.tasks import LearnedTask
 
 FORMAT = 1
@@ -42,22 +44,37 @@ DIGEST: Kind = (
 INCREMENT = re.compile(r"values\.(?P<module>.+)\.lora_[ab]")
 # What the router keeps of a task, beside `distance` [101]: the tensors of a gaussian one, or of a dtkr one.
 ROUTERS = {"gaussian": ("count", "mean", "scatter"), "dtkr": ("keys",)}
+# What the numbers of a task may be. What is learned stays far below; what goes beyond would only be found as answers
+# that are no numbers. A scatter is summed over all tasks, in room for 128 of the largest.
+NUMBERS = (
+    ("values.", -1e4, 1e4),
+    ("head.", -1e6, 1e6),
+    ("count", 0, 2**40),
+    ("mean", -1e8, 1e8),
+    ("keys", -1e8, 1e8),
+    ("scatter", -(2**45), 2**45),
+    ("distance", -1e-3, 1e30),
+)
 
 # The fields of a model's configuration (slm_fast.options.ModelConfig, every choice made), as a manifest holds them.
 CONFIG: Mapping[str, Kind] = {
     "query": word("trunk", "sentence"),
     "router": word(*ROUTERS),
-    "taps": or_null(list_of(integer(0))),
+    "taps": or_null(list_of(integer(0, LARGEST["layer"]))),
     "encoder": or_null(TEXT),
     "targets": list_of(TEXT),
-    "first_layer": integer(0),
-    "k": integer(1),
-    "groups": integer(1),
+    "first_layer": integer(0, LARGEST["layer"]),
+    "k": integer(1, LARGEST["k"]),
+    "groups": integer(1, LARGEST["groups"]),
     "aggregate": word("mean", "vote"),
-    "temperature": POSITIVE,
+    "temperature": number(*TEMPERATURES),
     "route_on": word("input", "prompt"),
-    "max_length": integer(1),
+    "max_length": integer(1, LARGEST["max_length"]),
 }
+WIDTH = integer(1, 1 << 24)
+SHAPES: Mapping[str, Kind] = {"hidden": or_null(WIDTH), "query": WIDTH}  # beside `layers`, in a manifest's `shapes`
+# Fields of `model` that stores of earlier versions lack, and that are compared where both sides have them.
+WHEN_KNOWN = ("shapes",)
 
 # Field of the configuration -> what stores written before there was such a field meant. A new field of `CONFIG` has a
 # value here, so that older stores open and answer as they did.
@@ -88,7 +105,7 @@ def check_manifest(data: bytes, file: Path) -> tuple[dict[str, Any], dict[str, s
 
 
 def _model(model: Any) -> dict[str, Any]:
-    fields(model, "model", "backbone", "fingerprint", "config", optional=["encoder_fingerprint"])
+    fields(model, "model", "backbone", "fingerprint", "config", optional=["encoder_fingerprint", *WHEN_KNOWN])
     for field, kind in (("backbone", STRING), ("fingerprint", TEXT), ("encoder_fingerprint", TEXT)):
         if field in model:
             check(model[field], f"model.{field}", kind)
@@ -96,6 +113,12 @@ def _model(model: Any) -> dict[str, Any]:
     fields(config, "model.config", *CONFIG)
     for field, kind in CONFIG.items():
         check(config[field], f"model.config.{field}", kind)
+    if "shapes" in model:
+        shapes = fields(model["shapes"], "model.shapes", "layers", *SHAPES)
+        for field, kind in SHAPES.items():
+            check(shapes[field], f"model.shapes.{field}", kind)
+        for module, widths in fields(shapes["layers"], "model.shapes.layers", others=True).items():
+            check(widths, f"model.shapes.layers.{module}", list_of(WIDTH, 2))
     sentence = config["query"] == "sentence"
     for field, there, wanted in (
         ("config.taps", config["taps"] is not None, not sentence),
@@ -137,14 +160,17 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
     """
     try:
         check(metadata, "metadata", TEXT)
-        about = fields(read_json(metadata), "", "labels", "name", "options")
+        about = fields(read_json(metadata), "", "labels", "name", "options", optional=["origin"])
         check(about["name"], "name", TEXT)
         check_name(about["name"])
         check(about["labels"], "labels", or_null(list_of(TEXT)))
         labels = about["labels"]
         if repeated(labels or ()) is not None:
             raise Unfit("labels", f"{repeated(labels)!r} stands there twice")
-        fields(about["options"], "options", others=True)
+        for field, value in fields(about["options"], "options", others=True).items():
+            check(value, f"options.{field}", PLAIN)
+        if "origin" in about:
+            check(about["origin"], "origin", DIGEST)
         _check_tensors(tensors, labels)
     except Unknown as unknown:
         raise WorkError(f"{file}: {unknown}") from None
@@ -160,6 +186,7 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
         router={name: tensor for name, tensor in tensors.items() if not name.startswith(("values.", "head."))},
         head=(tensors["head.weight"], tensors["head.bias"]) if "head.weight" in tensors else None,
         options=about["options"],
+        origin=about.get("origin"),
     )
 
 
@@ -182,7 +209,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None) 
             raise Unfit("labels", "expected those of the head, got null")
     fields(tensors, "", *names)
     for name in names:
-        _check_numbers(name, tensors[name])
+        check_numbers(name, tensors[name])
 
     first = tensors[names[0]]
     slots, rank = first.shape[:2] if first.dim() == 3 else (None, None)
@@ -196,16 +223,47 @@ def _check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None) 
         _check_shape("count", tensors["count"], S=slots)
         _, width = _check_shape("mean", tensors["mean"], S=slots, D=None)
         _check_shape("scatter", tensors["scatter"], triangle=width * (width + 1) // 2)
+        if tensors["count"].sum() < 1:
+            raise Unfit("count", "expected at least one row, got none")
+        place = torch.arange(width)
+        if tensors["scatter"][place * width - place * (place - 1) // 2].amin() < 0:
+            raise Unfit("scatter", "expected no negative number on the diagonal")
     if "head.weight" in tensors:
         _check_shape("head.weight", tensors["head.weight"], C=len(labels or ()), H=None)
         _check_shape("head.bias", tensors["head.bias"], C=len(labels or ()))
 
 
-def _check_numbers(name: str, tensor: Tensor) -> None:
+def check_numbers(name: str, tensor: Tensor) -> None:
+    """Raise Unfit unless a task's tensor of this name holds numbers that it may hold."""
     if tensor.dtype != torch.float32:
         raise Unfit(name, f"expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
     if not tensor.isfinite().all():
         raise Unfit(name, "holds a number that is not finite")
+    least, most = next((least, most) for prefix, least, most in NUMBERS if name.startswith(prefix))
+    if tensor.numel():
+        lowest, highest = map(float, tensor.aminmax())
+        if lowest < least or highest > most:
+            raise Unfit(name, f"expected numbers from {least:g} to {most:g}, got {lowest:g} to {highest:g}")
+    if name == "distance" and (tensor.diff() < 0).any():
+        raise Unfit(name, "expected percentiles in rising order")
+
+
+def check_learned(task: LearnedTask) -> None:
+    """Raise WorkError unless a task that was just learned holds numbers that a store takes."""
+    tensors = [(f"values.{name}", tensor) for name, pair in task.values.items() for tensor in pair]
+    tensors += [("head.", tensor) for tensor in task.head or ()]
+    try:
+        for name, tensor in [*tensors, *task.router.items()]:
+            check_numbers(name, tensor)
+    except Unfit as error:
+        raise WorkError(f"task {task.name!r}: {error}; lower learning_rate") from None
+
+
+def check_scatter(task: LearnedTask, file: Path) -> None:
+    """Raise WorkError unless a task's scatter is one, that is positive semi-definite. In time D^3."""
+    scatter = task.router.get("scatter")
+    if scatter is not None and not is_scatter(unpack(scatter.double())):
+        raise WorkError(f"{file}: not a task file: scatter: expected a positive semi-definite matrix")
 
 
 def _check_shape(name: str, tensor: Tensor, **sizes: int | None) -> tuple[int, ...]:
@@ -220,23 +278,16 @@ def _check_shape(name: str, tensor: Tensor, **sizes: int | None) -> tuple[int, .
     return shape
 
 
-def check_fits(
-    task: LearnedTask,
-    modules: Mapping[str, tuple[int, int]],
-    width: int | None,
-    query_width: int,
-    router: str,
-    *,
-    file: Path | None = None,
-) -> None:
+def check_fits(task: LearnedTask, shapes: Mapping[str, Any], router: str, *, file: Path | None = None) -> None:
     """Raise WorkError unless a task fits the model that is to answer with it.
 
     Args:
-        modules: name -> (in_features I, out_features O) of each linear layer that carries increments.
-        width: H of an encoder-only backbone, whose tasks have heads; None for one that writes, whose tasks have none.
-        query_width: D. router: "gaussian" or "dtkr".
+        shapes: `layers`, name -> (in_features I, out_features O) of each linear layer that carries increments;
+            `hidden`, H of an encoder-only backbone, whose tasks have heads, or None for one that writes; `query`, D.
+        router: "gaussian" or "dtkr".
         file: where the task was read from, for the message.
     """
+    modules, width = shapes["layers"], shapes["hidden"]
     try:
         for module in sorted(task.values.keys() ^ modules.keys()):
             raise Unfit(f"values.{module}", "missing" if module in modules else "the model has no such layer")
@@ -249,7 +300,7 @@ def check_fits(
         if task.router.keys() != expected:
             raise Unfit("router", f"expected {', '.join(sorted(expected))}, got {', '.join(sorted(task.router))}")
         key = "keys" if router == "dtkr" else "mean"
-        _check_shape(key, task.router[key], S=slots, D=query_width)
+        _check_shape(key, task.router[key], S=slots, D=shapes["query"])
         if (task.head is None) != (width is None):
             raise Unfit("head", "missing" if task.head is None else "the model answers without one")
         if task.head is not None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from slm_fast.backbone import Backbone
 from slm_fast.data import Row, Task
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, evaluate
-from slm_fast.learn import learn_task
+from slm_fast.learn import check_task, learn_task
 from slm_fast.model import AdaptedModel
 from slm_fast.options import (
     LearnKeywords,
@@ -25,8 +27,10 @@ from slm_fast.options import (
 )
 from slm_fast.predict import Prediction, predict, predict_stream
 from slm_fast.predict_file import FileAnswered, predict_file
+from slm_fast.schema import WHEN_KNOWN, check_learned
 from slm_fast.store import Store, check_same
-from slm_fast.tasks import LearnedTask, in_name_order
+from slm_fast.task_file import digest_of
+from slm_fast.tasks import LearnedTask, in_name_order, origin_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,6 +46,7 @@ class ScalableLM:
     def __init__(self, backbone: Backbone, config: ModelConfig, store: Store | None = None) -> None:
         self.model = AdaptedModel(backbone, config)
         self.store = store
+        self._committed: dict[str, str] = {}  # task -> SHA-256 of its file, of the store as this model last knew it
 
     @classmethod
     @shows(ModelConfig)
@@ -80,11 +85,16 @@ class ScalableLM:
         tokenizer: Any = None,
         dtype: str = "float32",
         device: str = "auto",
+        skip_damaged: bool = False,
     ) -> ScalableLM:
         """Open a store. `backbone` says where its backbone is now, if not where the manifest says.
 
+        Args:
+            skip_damaged: leave out tasks whose files are damaged or do not fit, with a warning for each.
+
         Raises:
-            InputError: there is no store, or the backbone is not the one it was made with. WorkError: it is damaged.
+            InputError: there is no store, or the backbone is not the one it was made with. WorkError: it is damaged,
+            or there is not enough memory for it.
         """
         store = Store.open(path)
         config: dict[str, Any] = {
@@ -96,13 +106,14 @@ class ScalableLM:
             raise InputError(
                 f"backbone {loaded.name!r}: its fingerprint is {loaded.fingerprint}, store {path} has {expected}"
             )
-        slm = cls(loaded, ModelConfig(**config))
+        with memory_for(f"backbone {loaded.name!r}"):
+            slm = cls(loaded, ModelConfig(**config))
         check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {path}")
-        tasks = store.load()
-        for task in tasks:
-            slm.model.check_fits(task, store.file(task.name))
-        slm._set(tasks)
-        slm.store = store
+        store.about = {**slm.model.about, **store.about}  # what an earlier version did not say
+        with memory_for(f"store {path}"):
+            slm._set(store.load(skip_damaged=skip_damaged))
+            slm.model.router.prepare()
+        slm.store, slm._committed = store, dict(store.files)
         return slm
 
     @property
@@ -136,16 +147,23 @@ class ScalableLM:
             InputError: the name is taken, or an option does not fit. WorkError: training or the commit failed; all that
             was learned before is still there.
         """
-        kept = Store.open(self.store.path).files if self.store is not None else {}
-        if task.name in self.learned or task.name in kept:
-            raise InputError(f"task {task.name!r}: already learned; forget it first to learn it anew")
         chosen = combine(LearnOptions, options, changes)
         if isinstance(valid, (str, Path)):
             valid = Task.from_file(task.name, valid, training=False)
-        learned = learn_task(self.model, task, chosen, valid=valid, progress=progress)
-        with self.model.changing(add=[learned]):
-            if self.store is not None:
-                self.store.commit(add=[learned])
+        check_task(self.model, task, valid)
+        if self.store is not None:
+            self.store.check_writable()
+            self.refresh()
+        origin = self._origin(task, chosen, valid)
+        known = self.learned.get(task.name)
+        if known is not None and known.origin == origin:
+            return warn(f"task {task.name!r}: already learned from the same rows and options; kept as it is")
+        if known is not None or task.name in self._committed:
+            raise InputError(f"task {task.name!r}: already learned; forget it first to learn it anew")
+        with memory_for(f"task {task.name!r}"):
+            learned = replace(learn_task(self.model, task, chosen, valid=valid, progress=progress), origin=origin)
+        check_learned(learned)
+        self._know([learned])
 
     def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
         """Take in tasks learned elsewhere: what `learned` holds of another model of the same kind.
@@ -153,25 +171,79 @@ class ScalableLM:
         A model that belongs to a store commits them.
 
         Raises:
-            InputError: a name is taken. WorkError: a task does not fit this model.
+            InputError: a name is taken. WorkError: a task does not fit this model, or the commit failed.
         """
         tasks = [learned] if isinstance(learned, LearnedTask) else list(learned)
         for task in tasks:
             self.model.check_fits(task)
+            check_learned(task)
+        self.refresh()
+        self._know(tasks)
+
+    def _know(self, tasks: Sequence[LearnedTask]) -> None:
+        """Know more tasks and commit them. Those whose commit fails are known all the same: they took long to learn."""
+        failed: WorkError | None = None
         with self.model.changing(add=tasks):
-            if self.store is not None:
-                self.store.commit(add=tasks)
+            try:
+                self._commit(add=tasks)
+            except WorkError as error:
+                failed = error
+        if failed is not None:
+            names = ", ".join(task.name for task in tasks)
+            raise WorkError(f"{failed}; {names}: kept in memory, and `save_pretrained` commits it") from None
+
+    def _commit(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
+        if self.store is not None:
+            self.store.commit(add=add, remove=remove)
+            for name in remove:
+                self._committed.pop(name, None)
+            files = {task.name: digest_of(task) for task in add}
+            self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
+
+    def _origin(self, task: Task, options: LearnOptions, valid: Task | None) -> str:
+        """SHA-256 of what decides a learned task."""
+        about = {key: value for key, value in self.model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
+        about |= {"options": asdict(options), "labels": task.labels, "dtype": str(self.model.backbone.dtype)}
+        if options.joint:  # then the routes to other tasks' slots do too
+            about["others"] = {known.name: digest_of(known) for known in self.model.pool.tasks}
+        parts = [task.rows, [] if valid is None else valid.rows]
+        about["rows"] = [len(rows) for rows in parts]
+        return origin_of(task.name, about, ([row.text, row.target, row.instruction] for rows in parts for row in rows))
 
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.
 
         Raises InputError for a task that is not there.
         """
-        if name not in self.learned:
-            raise InputError(f"task {name!r}: not learned; tasks: {', '.join(self.tasks) or 'none'}")
-        with self.model.changing(remove=[name]):
-            if self.store is not None:
-                self.store.commit(remove=[name])
+        self.refresh()
+        known = name in self.learned
+        if not known and name not in self._committed:
+            raise InputError(f"task {name!r}: not learned; tasks: {some_of(self.tasks)}")
+        with self.model.changing(remove=[name] if known else []):
+            if name in self._committed:
+                self._commit(remove=[name])
+
+    def refresh(self) -> None:
+        """Take over what others have done to this model's store: tasks learned there are known, tasks forgotten gone.
+
+        `learn`, `add`, `forget` and `save_pretrained` begin with it. A new task that is damaged is left out, with a
+        warning.
+
+        Raises:
+            InputError: the store is no longer there. WorkError: its manifest is damaged.
+        """
+        if self.store is None:
+            return
+        with self.model.lock:
+            new = {task.name: task for task in self.store.load(known=self._committed, skip_damaged=True)}
+            files, was, gone = dict(self.store.files), self._committed, []
+            for name in self.learned:
+                if name in new or (name in was and files.get(name) != was[name]):
+                    gone.append(name)
+                if name in new and name not in was:
+                    warn(f"task {name!r}: {self.store.path} has another since; what was not committed here is dropped")
+            with self.model.changing(add=list(new.values()), remove=gone):
+                self._committed = files
 
     @shows(PredictOptions)
     def predict(
@@ -243,7 +315,7 @@ class ScalableLM:
             Path(source) if isinstance(source, str) else source,
             Path(sink) if isinstance(sink, str) else sink,
             combine(PredictOptions, options, changes),
-            files=None if self.store is None else {name: self.store.files.get(name, "") for name in self.tasks},
+            files=None if self.store is None else {name: self._committed.get(name, "") for name in self.tasks},
             task=task,
             strict=strict,
             overwrite=overwrite,
@@ -268,12 +340,21 @@ class ScalableLM:
     def save_pretrained(self, path: str | Path) -> None:
         """Write all tasks to a store; from then on learn and forget commit to it.
 
-        Raises InputError when the store there is of another model, or holds a task that this model does not.
+        A store of the same kind of model that is there is joined: its tasks are known from then on.
+
+        Raises InputError when the store there is of another model, or holds another task of a name.
         """
-        store = Store.open(path) if Store.exists(path) else Store(path, self.model.about, {})
-        check_same(store.about, self.model.about, str(path), "this model")
-        store.save(list(self.learned.values()))
-        self.store = store
+        with self.model.lock:
+            if self.store is not None and Store.exists(path) and os.path.samefile(self.store.path, path):
+                self.refresh()
+                uncommitted = [task for task in self.learned.values() if task.name not in self._committed]
+                self._committed |= self.store.save(uncommitted)
+            else:
+                store = Store.open(path) if Store.exists(path) else Store(path, self.model.about, {})
+                check_same(store.about, self.model.about, str(path), "this model")
+                self._committed = store.save(list(self.learned.values()))
+                self.store = store
+            self.refresh()
 
     def _set(self, tasks: Sequence[LearnedTask]) -> None:
         self.model.set_tasks(in_name_order(tasks))

@@ -2,83 +2,42 @@
 
     manifest.json                           what the store is, and the SHA-256 of each task's file
     tasks/<name>/<digest>.safetensors       one task
+    .lock, .reserve                         held by who writes; room for a manifest on a disk that is full
 
 A commit writes the task's file, flushes it to disk and renames it into place, then does the same with the manifest.
 The manifest is the last thing that changes, so after a kill at any point the store is the old one or the new one.
-One process writes at a time (a file lock); any number read.
+One process writes at a time (a file lock); any number read, beside it too.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
-
-from slm_fast.errors import InputError, WorkError, one_line
-from slm_fast.fields import read_json
-from slm_fast.schema import FORMAT, check_manifest, check_task, task_path
+from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
+from slm_fast.files import Reserve, flush_directory, locked, write
+from slm_fast.schema import FORMAT, WHEN_KNOWN, check_fits, check_manifest, check_scatter, task_path
+from slm_fast.task_file import read_file, task_from_bytes, task_from_file, task_to_bytes
 from slm_fast.tasks import LearnedTask
 
 MANIFEST = "manifest.json"
+LOCK, RESERVE = ".lock", ".reserve"
+PATIENT_READS, MOST_READS = 3, 100  # how often a reader begins again beside a busy writer before it asks for the lock
 TASK_FILE = re.compile(r"[0-9a-f]{64}\.safetensors(\.part)?")
-
-
-def task_to_bytes(task: LearnedTask) -> bytes:
-    """A task as one safetensors file: the same task always gives the same bytes."""
-    tensors = dict(task.router)
-    for module, (lora_a, lora_b) in task.values.items():
-        tensors[f"values.{module}.lora_a"] = lora_a
-        tensors[f"values.{module}.lora_b"] = lora_b
-    if task.head is not None:
-        tensors["head.weight"], tensors["head.bias"] = task.head
-    about = {"labels": task.labels and list(task.labels), "name": task.name, "options": dict(task.options)}
-    # One entry: with several, safetensors writes them in an order that changes from run to run.
-    metadata = {"slm_fast": json.dumps(about, sort_keys=True, ensure_ascii=False)}
-    return safetensors.torch.save({key: t.cpu().contiguous() for key, t in sorted(tensors.items())}, metadata)
-
-
-def task_from_file(path: Path, digest: str) -> LearnedTask:
-    """Read a task back. Raises WorkError when the file is missing, cut short, or not what the manifest says."""
-    return _task_from(_read(path, digest), path)
-
-
-def _read(path: Path, digest: str) -> bytes:
-    """The bytes of a task's file, if they are those that the manifest means."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise WorkError(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
-    return data
-
-
-def _task_from(data: bytes, path: Path) -> LearnedTask:
-    try:
-        tensors = safetensors.torch.load(data)
-        header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise WorkError(f"{path}: not a task file: {one_line(error)}") from None
-    return check_task((header.get("__metadata__") or {}).get("slm_fast"), tensors, path)
 
 
 class Store:
     """A directory of tasks for one kind of model.
 
     `about` is what its tasks have in common: the backbone's id and fingerprint and the model's configuration.
-    `files` maps each task's name to the SHA-256 of its file.
+    `files` maps each task's name to the SHA-256 of its file, as this object last saw it.
     """
 
     patience = 30.0  # seconds a writer waits for another one, whose commit takes far less
@@ -100,7 +59,8 @@ class Store:
             raise InputError(f"{path}: not a store (no {MANIFEST}); `slm-fast learn {path} ...` makes one") from None
         except OSError as error:
             raise WorkError(f"{manifest}: cannot be read: {error.strerror}") from None
-        return cls(path, *check_manifest(data, manifest))
+        with memory_for(str(manifest)):
+            return cls(path, *check_manifest(data, manifest))
 
     @classmethod
     def exists(cls, path: str | Path) -> bool:
@@ -109,43 +69,110 @@ class Store:
     def file(self, name: str) -> Path:
         return self.path / task_path(name, self.files[name])
 
-    def read(self, name: str) -> tuple[LearnedTask, bytes]:
-        """One task and the bytes of its file. Raises WorkError when they are not what the manifest says."""
+    # Reading
+
+    def read(self, name: str, *, thorough: bool = False) -> tuple[LearnedTask, bytes]:
+        """One task and the bytes of its file. `thorough`: what takes long is checked too, that its scatter is one.
+
+        Raises WorkError when they are not what the manifest says, or do not fit the store's model.
+        """
         file = self.file(name)
-        data = _read(file, self.files[name])
-        task = _task_from(data, file)
-        if task.name != name:
-            raise WorkError(f"{file}: holds task {task.name!r}, the manifest says {name!r}")
+        with memory_for(str(file)):
+            data = read_file(file, self.files[name])
+            task = task_from_bytes(data, file)
+            if task.name != name:
+                raise WorkError(f"{file}: holds task {task.name!r}, the manifest says {name!r}")
+            if "shapes" in self.about:
+                check_fits(task, self.about["shapes"], self.about["config"]["router"], file=file)
+            if thorough:
+                check_scatter(task, file)
         return task, data
 
-    def load(self) -> list[LearnedTask]:
-        """All tasks, by name. A reader whose task a writer takes away meanwhile starts again from the new manifest."""
-        manifest = self.path / MANIFEST
-        while True:
-            before = manifest.stat()
-            self.files = Store.open(self.path).files
-            try:
-                return [self.read(name)[0] for name in sorted(self.files)]
-            except WorkError:
-                # Every commit is another file in the manifest's place, also one that takes a change back.
-                now = manifest.stat()
-                if (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns):
-                    raise
+    def load(self, *, known: Mapping[str, str] | None = None, skip_damaged: bool = False) -> list[LearnedTask]:
+        """All tasks, by name, of one version of the store, whatever others write meanwhile.
+
+        Args:
+            known: the SHA-256 of tasks that need not be read, by name.
+            skip_damaged: leave out tasks that are damaged, with a warning, rather than raise WorkError for the first.
+        """
+        found: dict[str, LearnedTask] = {}
+
+        def look(name: str) -> None:
+            found[name] = self.read(name)[0]
+
+        for error in self.look_at(look, known or {}).values():
+            if not skip_damaged:
+                raise error
+            warn(f"{error}; left out")
+        return [found[name] for name in sorted(self.files) if name in found]
+
+    def verify(self) -> list[str]:
+        """Everything that is wrong with the store, a line each; an empty list when nothing is."""
+
+        def look(name: str) -> None:
+            self.read(name, thorough=True)
+
+        return [str(error) for error in self.look_at(look).values()]
+
+    def look_at(self, look: Callable[[str], None], known: Mapping[str, str] | None = None) -> dict[str, WorkError]:
+        """Call `look` for each task of the store as it is now but those `known`; the errors it raised, by name.
+
+        A writer may take a file away meanwhile. Then the manifest is another one, and what was wrong or is new is
+        looked at again. After a few times writers are asked to wait, so that this ends. `files` are those seen.
+        """
+        seen, wrong = dict(known or {}), dict[str, WorkError]()
+        for attempt in range(MOST_READS):
+            with self._writers_waiting(wanted=attempt >= PATIENT_READS) as waiting:
+                version, wrong = self._version(), {}
+                self.files = Store.open(self.path).files
+                for name in sorted(self.files):
+                    if seen.get(name) != self.files[name]:
+                        try:
+                            look(name)
+                            seen[name] = self.files[name]
+                        except WorkError as error:
+                            wrong[name] = error
+                if not wrong or waiting or self._version() == version:
+                    break
+        return wrong
+
+    def _version(self) -> tuple[int, int]:
+        """Every commit puts another file in the manifest's place, also one that takes a change back."""
+        try:
+            now = (self.path / MANIFEST).stat()
+        except OSError:
+            return 0, 0
+        return now.st_ino, now.st_mtime_ns
+
+    @contextmanager
+    def _writers_waiting(self, *, wanted: bool) -> Iterator[bool]:
+        """Keep writers away while the block runs, if that is wanted and can be had: whether it is so."""
+        with ExitStack() as stack:
+            waiting = False
+            if wanted:
+                with suppress(OSError):  # there never was a lock, or it may not be read
+                    waiting = stack.enter_context(locked(self.path / LOCK, self.patience, shared=True))
+            yield waiting
+
+    # Writing
 
     def commit(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
         """Make a new version of the store: on disk it is there whole, or not at all.
+
+        A task that is there, made from the same rows and options on another processor, stays as it is.
 
         Raises:
             InputError: a task to add is there already, or one to remove is not.
             WorkError: the disk is full, cannot be written, or another process keeps it; the store is as it was.
         """
         with self._writing():
+            add = [task for task in add if not self._has(task)]
             for task in add:
                 if task.name in self.files:
                     raise InputError(f"task {task.name!r}: already in {self.path}; forget it first to learn it anew")
             for name in remove:
                 if name not in self.files:
-                    raise InputError(f"task {name!r}: not in {self.path}; tasks: {', '.join(self.files) or 'none'}")
+                    raise InputError(f"task {name!r}: not in {self.path}; tasks: {some_of(self.files)}")
             files = {name: digest for name, digest in self.files.items() if name not in remove}
             for task in add:
                 data = task_to_bytes(task)
@@ -153,91 +180,122 @@ class Store:
                 self._place(task.name, files[task.name], data)
             self._finish(files)
 
-    def save(self, tasks: Sequence[LearnedTask]) -> None:
-        """Make the store hold exactly these tasks, of which it may already hold some.
+    def _has(self, task: LearnedTask) -> bool:
+        """Whether the store holds a task of this name that was made from the same."""
+        return task.name in self.files and _one_origin(task, self.read(task.name)[0])
+
+    def save(self, tasks: Sequence[LearnedTask]) -> dict[str, str]:
+        """Add those of these tasks that are not in the store yet. One that was made from the same rows and options, and
+        came out otherwise (on another processor), is one that is there. SHA-256 of those that are there bit for bit.
 
         Raises:
-            InputError: it holds a task that is not among them, or a different one of the same name.
+            InputError: the store holds a different task of the same name.
             WorkError: the disk is full or cannot be written; the store is as it was.
         """
-        written = {task.name: task_to_bytes(task) for task in tasks}
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in written.items()}
         with self._writing():
-            for name, digest in self.files.items():
-                if digests.get(name) != digest:
-                    what = "another task of this name" if name in digests else "it, and this model does not"
+            files, same = dict(self.files), {}
+            for task in tasks:
+                data = task_to_bytes(task)
+                digest = hashlib.sha256(data).hexdigest()
+                if files.get(task.name, digest) == digest:
+                    same[task.name] = digest
+                if task.name not in files:
+                    self._place(task.name, digest, data)
+                    files[task.name] = digest
+                elif files[task.name] != digest and not self._has(task):
                     raise InputError(
-                        f"task {name!r}: {self.path} holds {what}; save elsewhere, or forget it there first"
+                        f"task {task.name!r}: {self.path} holds another task of this name; "
+                        "save elsewhere, or forget it there first"
                     )
-            for name in sorted(digests.keys() - self.files.keys()):
-                self._place(name, digests[name], written[name])
-            self._finish(digests)
+            self._finish(files)
+        return same
 
-    def merge(self, sources: Sequence[Store]) -> None:
+    def merge(self, sources: Sequence[Store], *, prefer: str | Path | None = None) -> None:
         """Copy the tasks of other stores into this one.
+
+        Of two tasks of one name that were made from the same rows and options, and came out otherwise (on another
+        processor), the one that is there stays.
+
+        Args:
+            prefer: the store (this one or a source) whose task is taken where two hold different ones of a name.
 
         Raises:
             InputError: a source is of another backbone or configuration, or holds another task of the same name.
             WorkError: a file is damaged, or cannot be written; the store is as it was.
         """
+        preferred = None if prefer is None else Path(prefer).resolve()
+        if preferred is not None and preferred not in [store.path.resolve() for store in (self, *sources)]:
+            raise InputError(f"prefer: expected one of the stores that are merged, got {prefer}")
         with self._writing():
-            files, origin = dict(self.files), dict.fromkeys(self.files, self.path)
+            files, holder = dict(self.files), dict.fromkeys(self.files, self)
             for source in sources:
                 check_same(source.about, self.about, str(source.path), str(self.path))
-                for name, digest in source.files.items():
-                    if files.get(name, digest) != digest:
-                        raise InputError(
-                            f"task {name!r}: {origin[name]} and {source.path} hold different tasks of this name"
-                        )
-                    files[name], origin[name] = digest, source.path
-            for source in sources:
-                for name in sorted(source.files.keys() - self.files.keys()):
-                    if origin[name] == source.path:
-                        self._place(name, files[name], source.read(name)[1])
+                files, holder = self._merged(source, files, holder, preferred)
             self._finish(files)
 
-    def verify(self) -> list[str]:
-        """Everything that is wrong with the store, a line each; an empty list when nothing is."""
-        wrong = []
-        for name in sorted(self.files):
-            try:
-                self.read(name)
-            except WorkError as error:
-                wrong.append(str(error))
-        return wrong
+    def _merged(
+        self, source: Store, files: Mapping[str, str], holder: Mapping[str, Store], preferred: Path | None
+    ) -> tuple[dict[str, str], dict[str, Store]]:
+        """`files`, and the store that each of them was found in, with those of one source more, which are copied."""
+        taken: dict[str, str] = {}
 
-    # Writing
+        def look(name: str) -> None:
+            taken.pop(name, None)
+            digest = source.files[name]
+            if files.get(name) == digest:
+                return
+            task, data = source.read(name, thorough=True)
+            if name in files and preferred != source.path.resolve():
+                there, other = holder[name], task_from_file(self.path / task_path(name, files[name]), files[name])
+                if preferred == there.path.resolve() or _one_origin(task, other):
+                    return
+                raise InputError(
+                    f"task {name!r}: {there.path} and {source.path} hold different tasks of this name; "
+                    "--prefer STORE says whose to take"
+                )
+            self._place(name, digest, data)
+            taken[name] = digest
+
+        for error in source.look_at(look).values():
+            raise error
+        now = {name: digest for name, digest in taken.items() if source.files.get(name) == digest}
+        return {**files, **now}, {**holder, **dict.fromkeys(now, source)}
+
+    def check_writable(self) -> None:
+        """Raise WorkError unless this process may commit to the store: what can be known before a task is learned."""
+        with self._named_errors():
+            self.path.mkdir(parents=True, exist_ok=True)
+            with locked(self.path / LOCK, 0):
+                pass
+            for folder in (self.path, self.path / "tasks"):
+                if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+            raise WorkError(f"{self.path}: cannot be written: {reason}; the store is as it was") from None
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Hold the store's lock, with what is on disk read anew."""
-        try:
+        with self._named_errors():
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise WorkError(f"{self.path}: cannot be written: {error.strerror}") from None
-        try:
-            self._lock(lock)
-            if Store.exists(self.path):
-                now = Store.open(self.path)
-                check_same(now.about, self.about, str(self.path), "this model")
-                self.files = now.files
-            yield
-        except OSError as error:
-            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-            raise WorkError(f"{self.path}: cannot be written: {reason}; the store is as it was") from None
-        finally:
-            os.close(lock)  # lets the lock go
-
-    def _lock(self, lock: int) -> None:
-        until = time.monotonic() + self.patience
-        while True:
-            try:
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise WorkError(f"{self.path}: another process is writing to this store; try again later") from None
-                time.sleep(0.05)
+            with locked(self.path / LOCK, self.patience) as held:
+                if not held:
+                    raise WorkError(f"{self.path}: another process is writing to this store; try again later")
+                if Store.exists(self.path):
+                    now = Store.open(self.path)
+                    check_same(now.about, self.about, str(self.path), "this model")
+                    self.files, self.about = now.files, {**self.about, **now.about}
+                try:
+                    yield
+                except BaseException:
+                    self._clear()
+                    raise
 
     def _place(self, name: str, digest: str, data: bytes) -> None:
         file = self.path / task_path(name, digest)
@@ -245,21 +303,33 @@ class Store:
         if not folder.is_dir():
             folder.mkdir(parents=True)
             for made in (folder.parent, self.path):
-                _flush_directory(made)
-        _write(file, data)
-        _flush_directory(folder)
+                flush_directory(made)
+        write(file, data)
+        flush_directory(folder)
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """Commit the manifest, then clear away what it no longer names."""
         tasks = {name: {"file": task_path(name, digest), "sha256": digest} for name, digest in files.items()}
         content = {"format": FORMAT, "model": self.about, "tasks": tasks}
-        _write(self.path / MANIFEST, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        data = (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+        reserve = Reserve(self.path / RESERVE)
+        try:
+            write(self.path / MANIFEST, data)
+        except OSError as error:
+            if len(files) >= len(self.files) or not reserve.spend(error):  # it is for making room only
+                raise
+            write(self.path / MANIFEST, data)
         self.files = dict(files)
         try:
-            _flush_directory(self.path)
+            flush_directory(self.path)
         except OSError as error:
             raise WorkError(f"{self.path}: the change is made, but a power cut may undo it: {error.strerror}") from None
-        with suppress(OSError):  # the next commit tries again
+        self._clear()
+        reserve.keep(len(data))
+
+    def _clear(self) -> None:
+        """Remove what the manifest does not name. What cannot be removed now, the next commit removes."""
+        with suppress(OSError):
             for path in self.leftovers():
                 if path.is_dir():
                     path.rmdir()
@@ -268,8 +338,8 @@ class Store:
 
     def leftovers(self) -> list[Path]:
         """What an interrupted commit left behind: it lies in the store and the manifest does not name it."""
-        tasks, part = self.path / "tasks", self.path / f"{MANIFEST}.part"
-        found = [part] if part.exists() else []
+        tasks = self.path / "tasks"
+        found = [part for part in (self.path / f"{name}.part" for name in (MANIFEST, RESERVE)) if part.exists()]
         for folder in sorted(tasks.iterdir()) if tasks.is_dir() else []:
             if folder.is_dir():
                 files = list(folder.iterdir())
@@ -281,32 +351,21 @@ class Store:
         return found
 
 
+def _one_origin(one: LearnedTask, other: LearnedTask) -> bool:
+    """Whether two tasks were made from the same rows, options and backbone, as far as they say."""
+    return one.origin is not None and one.origin == other.origin
+
+
 def check_same(got: Mapping[str, Any], expected: Mapping[str, Any], got_from: str, expected_by: str) -> None:
-    """Raise InputError unless two stores, or a store and a model, are of one backbone and configuration."""
+    """Raise InputError unless two stores, or a store and a model, are of one backbone and configuration.
+
+    Fields of `WHEN_KNOWN` are compared where both have them.
+    """
     for part, theirs, ours in (("", got, expected), ("config.", got["config"], expected["config"])):
         for key in sorted(theirs.keys() | ours.keys()):
-            field = part + key
-            if field not in ("backbone", "config") and theirs.get(key) != ours.get(key):  # the backbone may have moved
-                raise InputError(f"{got_from}: {field} is {theirs.get(key)!r}, {expected_by} has {ours.get(key)!r}")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Put `data` at `path`, all of it or none: write beside it, flush to disk, rename, flush the directory."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            if part + key in ("backbone", "config"):  # the backbone may have moved
+                continue
+            if part + key in WHEN_KNOWN and (key not in theirs or key not in ours):
+                continue
+            if theirs.get(key) != ours.get(key):
+                raise InputError(f"{got_from}: {part}{key} is {theirs.get(key)!r}, {expected_by} has {ours.get(key)!r}")

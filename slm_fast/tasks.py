@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ class LearnedTask:
     router: what the router needs of this task (its keys, or its count, mean and scatter; and `distance` [101], the
         percentiles 0..100 of the training queries' distance from the task).
     head: (weight [C, H], bias [C]) for encoder-only backbones, in the order of `labels`; else None.
+    origin: SHA-256 of what it was made from (`origin_of`). Processors of another kind make other last bits of the same;
+        None where it is not known.
     """
 
     name: str
@@ -26,11 +29,20 @@ class LearnedTask:
     router: Mapping[str, Tensor]
     head: tuple[Tensor, Tensor] | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    origin: str | None = None
 
     @property
     def slots(self) -> int:
         """S, the number of slots this task brings to the pool."""
         return next(iter(self.values.values()))[0].shape[0]
+
+
+def origin_of(name: str, about: Mapping[str, Any], rows: Iterable[Sequence[Any]]) -> str:
+    """SHA-256 of what a task is made from: its name, what is said `about` model and options, and its rows in order."""
+    digest = hashlib.sha256()
+    for part in ([name, about], *rows):
+        digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def name_seed(name: str, seed: int) -> int:

@@ -129,6 +129,11 @@ def make_slm(name: str, seed: int = 0, **config: Any) -> ScalableLM:
     return ScalableLM.from_backbone(make_model(name, seed), tokenizer=make_tokenizer(name), **config)
 
 
+def reopened(path: Path, name: str = "bert", **options: Any) -> ScalableLM:
+    """A store opened again, over a model that nobody touched."""
+    return ScalableLM.from_pretrained(path, backbone=make_model(name), tokenizer=make_tokenizer(name), **options)
+
+
 def sentence(topic: str, rng: random.Random, *, cue: str | None = None, words: int | None = None) -> str:
     """Words of one topic, two cues among them if a label is to be recognised."""
     chosen = [f"{topic}{rng.randrange(20)}" for _ in range(words or rng.randint(3, 14))]

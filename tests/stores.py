@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from slm_fast.covariance import pack
 from slm_fast.errors import SlmError
 from slm_fast.store import Store, task_to_bytes
 from slm_fast.tasks import LearnedTask
@@ -41,11 +42,13 @@ def make_task(name: str, *, slots: int = 1, labels: tuple[str, ...] | None = ("n
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
+    rows = random(9, 4)
+    router = {"count": random(slots).abs() + 1, "mean": random(slots, 4), "scatter": pack(rows.T @ rows)}
     return LearnedTask(
         name=name,
         labels=labels,
         values={m: (random(slots, 2, 4), random(slots, 2, 3)) for m in ("layer.1.query", "layer.0.value")},
-        router={"count": random(slots), "mean": random(slots, 4), "scatter": random(10), "distance": random(101)},
+        router=router | {"distance": random(101).abs().sort().values},
         head=None if labels is None else (random(len(labels), 3), random(len(labels))),
         options={"rank": 2, "learning_rate": 1e-3, "targets": ["query", "value"], "label": "…", "slots": None},
     )
@@ -67,10 +70,9 @@ def writer(path: Path) -> Store:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file's bytes (a folder's are empty), but for the lock."""
+    """Every file's bytes (a folder's are empty), but for the lock and the room kept in reserve."""
     found = {str(p.relative_to(path)): p.read_bytes() if p.is_file() else b"" for p in path.rglob("*")}
-    found.pop(".lock", None)
-    return found
+    return {name: data for name, data in found.items() if name not in (".lock", ".reserve")}
 
 
 def version(path: Path) -> dict[str, bytes]:

@@ -131,4 +131,4 @@ def test_unpacking_undoes_packing(width: int) -> None:
 def test_a_scatter_that_is_that_of_no_rows_is_said_to_be_so() -> None:
     scatter = torch.tensor([[1.0, 5.0], [5.0, 1.0]], dtype=torch.float64)  # an eigenvalue of -4
     with pytest.raises(WorkError, match="scatter: expected a positive definite covariance, got one that is not"):
-        whitener(torch.tensor([1e6], dtype=torch.float64), scatter)
+        whitener(torch.tensor([1e6], dtype=torch.float64), torch.zeros(1, 2, dtype=torch.float64), scatter)

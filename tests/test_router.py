@@ -187,12 +187,12 @@ def test_queries_of_the_task_lie_within_its_distances_and_others_beyond() -> Non
     router = gaussian(draw(400, 1), draw(300, 2))
     unseen = draw(800, 1)[400:]  # of the same task
     slot = torch.zeros(400, dtype=torch.int64)
-    distance, limits = router.distance(unseen, slot)
+    distance, limits, _ = router.distance(unseen, slot)
     assert list(limits.shape) == [400, 101]
     assert (limits.diff(dim=1) >= 0).all()
     assert (distance > limits[:, 99]).float().mean() < 0.05
     assert 0.3 < (distance > limits[:, 50]).float().mean() < 0.7
-    distance, limits = router.distance(draw(400, 3, mean=3.0), slot)
+    distance, limits, _ = router.distance(draw(400, 3, mean=3.0), slot)
     assert (distance > limits[:, 100]).all()
 
 
@@ -210,9 +210,9 @@ def test_distance_is_mahalanobis_in_the_tasks_own_covariance_whatever_else_is_kn
 def test_distance_is_measured_from_the_task_of_the_slot_given() -> None:
     router = gaussian(draw(90, 1), draw(90, 2), slots=2)
     asked = draw(6, 1)
-    found, limits = router.distance(asked, torch.tensor([0, 1, 2, 3, 0, 2]))
+    found, limits, _ = router.distance(asked, torch.tensor([0, 1, 2, 3, 0, 2]))
     for i, task in enumerate([0, 0, 1, 1, 0, 1]):
-        alone, _ = router.distance(asked[i : i + 1], torch.tensor([2 * task]))
+        alone, _, _ = router.distance(asked[i : i + 1], torch.tensor([2 * task]))
         torch.testing.assert_close(found[i : i + 1], alone)
         assert torch.equal(limits[i], router.parts[task]["distance"])
 
@@ -286,7 +286,7 @@ def test_dtkr_distance_is_one_minus_the_cosine_to_the_tasks_nearest_key() -> Non
     parts = [router.fit(draw(60, seed), 2, seed=seed) for seed in range(2)]
     router.load(parts, CPU)
     asked, slots = draw(8, 0), torch.tensor([0, 1, 2, 3] * 2)
-    distance, limits = router.distance(asked, slots)
+    distance, limits, _ = router.distance(asked, slots)
     for i, task in enumerate((slots // 2).tolist()):
         grouped = [parts[task]["keys"].view(2, 3, -1), asked[i].view(1, 3, -1)]
         cosine = torch.nn.functional.cosine_similarity(*grouped, dim=-1).mean(1)
@@ -338,7 +338,7 @@ def test_no_queries_give_no_routes(kind: str) -> None:
     router = loaded(kind)
     route = router.route(torch.empty(0, WIDTH))
     assert list(route.slot_ids.shape) == list(route.weights.shape) == [0, 3]
-    distance, limits = router.distance(torch.empty(0, WIDTH), torch.empty(0, dtype=torch.int64))
+    distance, limits, _ = router.distance(torch.empty(0, WIDTH), torch.empty(0, dtype=torch.int64))
     assert (list(distance.shape), list(limits.shape)) == ([0], [0, 101])
 
 

@@ -92,7 +92,7 @@ def plain_route(parts: list[Part], asked: Tensor) -> Route:
     scatter = sum((part["scatter"].double() for part in parts), torch.zeros(()))
     count = torch.cat([part["count"] for part in parts]).double()
     mean_PD = torch.cat([part["mean"] for part in parts]).double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance(count, unpack(scatter))))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance(count, mean_PD, unpack(scatter))))
     centre = mean_PD.mean(0)
     keys_PD = (mean_PD - centre) @ inverse
     bias = (-0.5 * (keys_PD * (mean_PD - centre)).sum(1)).float()

@@ -86,18 +86,27 @@ def test_every_field_of_the_configuration_is_known_to_the_manifest() -> None:
         ("model/encoder_fingerprint", "beef", "damaged: model.encoder_fingerprint: does not go with query 'trunk'"),
         ("model/config", None, "damaged: model.config: expected an object"),
         ("model/config/k", GONE, "damaged: model.config.k: missing"),
-        ("model/config/k", 0, "damaged: model.config.k: expected an integer from 1 on, got 0"),
+        ("model/config/k", 0, "damaged: model.config.k: expected an integer from 1 to 1,024, got 0"),
+        ("model/config/k", 1025, "damaged: model.config.k: expected an integer from 1 to 1,024, got 1025"),
         ("model/config/k", 2.0, "damaged: model.config.k: expected an integer"),
         ("model/config/k", True, "damaged: model.config.k: expected an integer"),
         ("model/config/k", 2**31, "damaged: model.config.k: expected an integer"),
         ("model/config/groups", None, "damaged: model.config.groups: expected an integer"),
-        ("model/config/first_layer", -1, "damaged: model.config.first_layer: expected an integer from 0 on, got -1"),
+        (
+            "model/config/first_layer",
+            -1,
+            "damaged: model.config.first_layer: expected an integer from 0 to 10,000, got -1",
+        ),
         ("model/config/query", "both", "damaged: model.config.query: expected 'trunk' or 'sentence', got 'both'"),
         ("model/config/router", ["dtkr"], "damaged: model.config.router: expected 'gaussian' or 'dtkr'"),
         ("model/config/aggregate", "max", "damaged: model.config.aggregate: expected"),
         ("model/config/route_on", None, "damaged: model.config.route_on: expected"),
-        ("model/config/temperature", 0, "damaged: model.config.temperature: expected a positive number, got 0"),
-        ("model/config/temperature", "4", "damaged: model.config.temperature: expected a positive number"),
+        (
+            "model/config/temperature",
+            0,
+            "damaged: model.config.temperature: expected a number from 0.0001 to 10000, got 0",
+        ),
+        ("model/config/temperature", "4", "damaged: model.config.temperature: expected a number from 0.0001"),
         ("model/config/taps", 1, "damaged: model.config.taps: expected a list"),
         ("model/config/taps", [1, "3"], "damaged: model.config.taps: expected a list"),
         ("model/config/taps", [], "damaged: model.config.taps: expected a list"),
@@ -285,41 +294,45 @@ def test_a_task_has_increments_of_at_least_one_module() -> None:
 # A task and the model it is for
 
 MODULES = {"layer.0.value": (4, 3), "layer.1.query": (4, 3)}
-FITTING = {"modules": MODULES, "width": 3, "query_width": 4, "router": "gaussian"}
+SHAPES = {"layers": MODULES, "hidden": 3, "query": 4}
 
 
 def test_a_task_fits_the_model_it_was_learned_with() -> None:
     free, keyed = make_task("free", labels=None), with_keys(TASK)
-    assert check_fits(TASK, **FITTING) is None
-    assert check_fits(free, **{**FITTING, "width": None}) is None
-    assert check_fits(keyed, **{**FITTING, "router": "dtkr"}) is None
+    assert check_fits(TASK, SHAPES, "gaussian") is None
+    assert check_fits(free, {**SHAPES, "hidden": None}, "gaussian") is None
+    assert check_fits(keyed, SHAPES, "dtkr") is None
 
 
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("modules", {"layer.0.value": (4, 3)}, "values.layer.1.query: the model has no such layer"),
-        ("modules", {**MODULES, "layer.2.key": (4, 3)}, "values.layer.2.key: missing"),
-        ("modules", {**MODULES, "layer.0.value": (5, 3)}, "values.layer.0.value.lora_a: expected [3, 2, 5], got"),
-        ("modules", {**MODULES, "layer.1.query": (4, 8)}, "values.layer.1.query.lora_b: expected [3, 2, 8], got"),
-        ("width", 5, "head.weight: expected [2, 5], got [2, 3]"),
-        ("width", None, "head: the model answers without one"),
-        ("query_width", 6, "mean: expected [3, 6], got [3, 4]"),
-        ("router", "dtkr", "router: expected distance, keys, got count, distance, mean, scatter"),
+        ("layers", {"layer.0.value": (4, 3)}, "values.layer.1.query: the model has no such layer"),
+        ("layers", {**MODULES, "layer.2.key": (4, 3)}, "values.layer.2.key: missing"),
+        ("layers", {**MODULES, "layer.0.value": (5, 3)}, "values.layer.0.value.lora_a: expected [3, 2, 5], got"),
+        ("layers", {**MODULES, "layer.1.query": (4, 8)}, "values.layer.1.query.lora_b: expected [3, 2, 8], got"),
+        ("hidden", 5, "head.weight: expected [2, 5], got [2, 3]"),
+        ("hidden", None, "head: the model answers without one"),
+        ("query", 6, "mean: expected [3, 6], got [3, 4]"),
     ],
 )
 def test_a_task_that_does_not_fit_the_model_is_named(field: str, value: Any, said: str) -> None:
     for file, named in ((None, "task 'a'"), (Path("x.safetensors"), "x.safetensors")):
         with pytest.raises(WorkError) as caught:
-            check_fits(TASK, **{**FITTING, field: value}, file=file)
+            check_fits(TASK, {**SHAPES, field: value}, "gaussian", file=file)
         assert str(caught.value).startswith(f"{named}: does not fit the model: {said}")
+
+
+def test_a_task_of_another_router_does_not_fit() -> None:
+    with pytest.raises(WorkError, match="router: expected distance, keys, got count, distance, mean, scatter"):
+        check_fits(TASK, SHAPES, "dtkr")
 
 
 def test_an_encoders_task_needs_a_head() -> None:
     with pytest.raises(WorkError, match="task 'free': does not fit the model: head: missing"):
-        check_fits(make_task("free", labels=None), **FITTING)
+        check_fits(make_task("free", labels=None), SHAPES, "gaussian")
 
 
 def test_keys_fit_the_width_of_queries() -> None:
     with pytest.raises(WorkError, match=r"keys: expected \[3, 8\], got \[3, 4\]"):
-        check_fits(with_keys(TASK), **{**FITTING, "router": "dtkr", "query_width": 8})
+        check_fits(with_keys(TASK), {**SHAPES, "query": 8}, "dtkr")

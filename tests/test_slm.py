@@ -18,6 +18,7 @@ from models import (
     mixed,
     one_thread,  # noqa: F401
     random_task,
+    reopened,
     two_tasks,
 )
 
@@ -53,19 +54,33 @@ def test_a_task_of_a_taken_name_or_of_another_shape_is_not_taken_in(slm: Scalabl
     assert slm.predict(mixed()) == before
 
 
-def test_a_change_whose_commit_fails_changes_nothing(slm: ScalableLM, tmp_path: Path, monkeypatch) -> None:
+def full(*_: object, **__: object) -> None:
+    raise WorkError("the disk is full")
+
+
+def test_forgetting_that_cannot_be_committed_changes_nothing(slm: ScalableLM, tmp_path: Path, monkeypatch) -> None:
     slm.save_pretrained(tmp_path / "store")
     before = slm.predict(mixed())
+    monkeypatch.setattr(Store, "commit", full)
+    with pytest.raises(WorkError, match="the disk is full"):
+        slm.forget("sea")
+    assert slm.tasks == slm.model.pool.names == slm.model.router.names == ["farm", "sea"]
+    assert slm.predict(mixed()) == before
 
-    def fail(*_: object, **__: object) -> None:
-        raise WorkError("the disk is full")
 
-    monkeypatch.setattr(Store, "commit", fail)
-    for change in (lambda: slm.learn(easy("sky", rows=8), epochs=1), lambda: slm.forget("sea")):
-        with pytest.raises(WorkError, match="the disk is full"):
-            change()
-        assert slm.tasks == slm.model.pool.names == slm.model.router.names == ["farm", "sea"]
-        assert slm.predict(mixed()) == before
+def test_a_learned_task_whose_commit_fails_is_kept_and_can_be_committed(slm: ScalableLM, tmp_path: Path) -> None:
+    slm.save_pretrained(tmp_path / "store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "commit", full)
+        with pytest.raises(WorkError, match="the disk is full; sky: kept in memory, and `save_pretrained` commits it"):
+            slm.learn(easy("sky", rows=8), epochs=1)
+    assert slm.tasks == slm.model.pool.names == slm.model.router.names == ["farm", "sea", "sky"]
+    assert sorted(Store.open(tmp_path / "store").files) == ["farm", "sea"]
+    slm.learn(easy("city", rows=8), epochs=1)
+    assert sorted(Store.open(tmp_path / "store").files) == ["city", "farm", "sea"]
+    answers = slm.predict(mixed())
+    slm.save_pretrained(tmp_path / "store")
+    assert reopened(tmp_path / "store").predict(mixed()) == answers
 
 
 @pytest.mark.parametrize("router", ["gaussian", "dtkr"])

@@ -10,7 +10,7 @@ from typing import Any
 from slm_fast import ScalableLM, Task
 from slm_fast.evaluate import Evaluation
 from slm_fast.options import LearnOptions
-from slm_fast.store import task_to_bytes
+from slm_fast.task_file import task_to_bytes
 
 
 class Slm:

@@ -1,0 +1,85 @@
+"""Files that are there whole or not at all: durable writes, a lock, and room kept for when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+LEAST_RESERVE = 64 << 10
+
+
+def write(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, all of it or none: write beside it, flush to disk, rename. Raises OSError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def flush_directory(path: Path) -> None:
+    """Make what was renamed or made in a folder last."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, patience: float, *, shared: bool = False) -> Iterator[bool]:
+    """Hold the lock file at `path`, which is made if need be. Whether it could be had within `patience` seconds.
+
+    shared: as a reader, which keeps writers away but not other readers, and needs no right to write.
+    """
+    flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
+    lock = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        yield _lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, patience)
+    finally:
+        os.close(lock)  # lets the lock go
+
+
+def _lock(lock: int, kind: int, patience: float) -> bool:
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            # Readers ask more often, so that writers who take turns without a pause do not shut them out.
+            time.sleep(0.05 if kind == fcntl.LOCK_EX else 0.002)
+
+
+class Reserve:
+    """Room for one more manifest, kept as a file, so that something can be removed though the disk is full."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep(self, size: int) -> None:
+        """Make room for `size` bytes and more, if that is possible; nothing is lost where it is not."""
+        wanted = max(LEAST_RESERVE, 1 << (2 * size - 1).bit_length())
+        with suppress(OSError):
+            if self.path.exists() and self.path.stat().st_size == wanted:
+                return
+            write(self.path, b"\xff" * wanted)  # not zeros, which a copy may turn into a hole
+
+    def spend(self, error: OSError) -> bool:
+        """Give the room back where that may help against this error; whether there was any."""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.path.exists():
+            return False
+        self.path.unlink()
+        return True

@@ -1,0 +1,65 @@
+"""One task as one safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import safetensors.torch
+
+from slm_fast.errors import WorkError, lacks_memory, one_line
+from slm_fast.fields import read_json
+from slm_fast.schema import check_task
+from slm_fast.tasks import LearnedTask
+
+
+def task_to_bytes(task: LearnedTask) -> bytes:
+    """A task as one safetensors file: the same task always gives the same bytes."""
+    tensors = dict(task.router)
+    for module, (lora_a, lora_b) in task.values.items():
+        tensors[f"values.{module}.lora_a"] = lora_a
+        tensors[f"values.{module}.lora_b"] = lora_b
+    if task.head is not None:
+        tensors["head.weight"], tensors["head.bias"] = task.head
+    about = {"labels": task.labels and list(task.labels), "name": task.name, "options": dict(task.options)}
+    if task.origin is not None:
+        about["origin"] = task.origin
+    # One entry: with several, safetensors writes them in an order that changes from run to run.
+    metadata = {"slm_fast": json.dumps(about, sort_keys=True, ensure_ascii=False)}
+    return safetensors.torch.save({key: t.cpu().contiguous() for key, t in sorted(tensors.items())}, metadata)
+
+
+def digest_of(task: LearnedTask) -> str:
+    """SHA-256 of a task's file, which names it."""
+    return hashlib.sha256(task_to_bytes(task)).hexdigest()
+
+
+def task_from_file(path: Path, digest: str) -> LearnedTask:
+    """Read a task back. Raises WorkError when the file is missing, cut short, or not what the manifest says."""
+    return task_from_bytes(read_file(path, digest), path)
+
+
+def read_file(path: Path, digest: str) -> bytes:
+    """The bytes of a task's file, if they are those that the manifest means."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise WorkError(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
+    return data
+
+
+def task_from_bytes(data: bytes, path: Path) -> LearnedTask:
+    """The task that a file's bytes hold. Raises WorkError, naming the file, when they do not hold one."""
+    try:
+        tensors = safetensors.torch.load(data)
+        header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata = (header.get("__metadata__") or {}).get("slm_fast")
+    except Exception as error:  # what the library raises for a header that lies depends on the lie
+        if lacks_memory(error):
+            raise
+        raise WorkError(f"{path}: not a task file: {one_line(error)}") from None
+    return check_task(metadata, tensors, path)
