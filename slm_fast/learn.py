@@ -51,7 +51,7 @@ def learn_task(
         InputError: the task does not fit the backbone. WorkError: the loss is no longer a number.
     """
     check_task(model, task, valid, options.max_length)
-    with model.lock:
+    with model.lock, torch.inference_mode(False), torch.enable_grad():
         trainer = Trainer(model, task, options)
         with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
             examples, query = prepare(model, task, task.labels, trainer.max_length, advance)

@@ -60,13 +60,18 @@ class Tokenization:
         separator: tokens that tell a causal backbone that the prompt ends here and the answer begins.
     """
 
-    def __init__(self, tokenizer: Any, kind: str, device: torch.device) -> None:
+    def __init__(self, tokenizer: Any, kind: str, device: torch.device, vocabulary: int | None = None) -> None:
+        """vocabulary: how many ids the model reads; a special token that is beyond them is read as unknown."""
         self.tokenizer, self.device = tokenizer, device
         self.padding_side = "left" if kind == "causal" else "right"
         self.separator: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"] if kind == "causal" else []
         # A tokenizer's settings cannot be changed while another thread is using it, so texts on the way in have a copy.
         self._reader = copy.deepcopy(tokenizer)
         self._reading = threading.Lock()
+        special = tokenizer.all_special_ids if vocabulary is not None else ()
+        self._beyond = {index for index in special if index >= (vocabulary or 0)}
+        unknown = tokenizer.unk_token_id
+        self._instead = tokenizer.pad_token_id if unknown is None or unknown in self._beyond else unknown
         self._prefixes: PrefixReader | None = None  # made for the first long text
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,6 +108,8 @@ class Tokenization:
                 cut = [len(row) >= room and bool(e.overflowing) for row, e in zip(rows, read.encodings, strict=True)]
             else:
                 cut = [len(row) >= room and self._longer_than(t, room) for t, row in zip(texts, rows, strict=True)]
+        if self._beyond:
+            rows = [[self._instead if token in self._beyond else token for token in row] for row in rows]
         return [row + self.separator for row in rows] if self.separator else rows, cut
 
     def shorten_text(self, text: str, tokens: int) -> str:
