@@ -191,6 +191,15 @@ class Backbone:
         return dtype
 
     @property
+    def needs_one_thread(self) -> bool:
+        """Whether bits of its attention depend on the number of threads: torch's scratch for a head of fewer than 16
+        features is aligned in the first thread only. Models so small lose time to a second thread."""
+        config = self.model.config
+        heads = getattr(config, "num_attention_heads", None) or 1
+        width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or self.width // heads
+        return self.device.type == "cpu" and width < 16
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The trunk's layers, where the query is tapped."""
         layers: nn.ModuleList = self.model.get_submodule(self.family.layers)
@@ -242,7 +251,7 @@ class Backbone:
                 self.model(one, **({"decoder_input_ids": one} if self.kind == "seq2seq" else {}))
             for hook in hooks:
                 hook.remove()
-        return widths
+        return {name: widths[name] for name in names}
 
     def end_tokens(self) -> Tensor:
         """Ids of the tokens that end a generated text: the tokenizer's, and any others the model itself stops at."""

@@ -70,7 +70,7 @@ class AdaptedModel:
         self.backbone = backbone
         self.config = complete(config, backbone)
         models = [backbone.model]
-        self.lock = PinnedLock(models)
+        self.lock = PinnedLock(models, one_thread=backbone.needs_one_thread)
         with self.lock:
             self._build(backbone)
         if isinstance(self.query, SentenceQuery):

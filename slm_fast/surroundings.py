@@ -12,9 +12,10 @@ from torch import nn
 
 
 @contextmanager
-def pinned(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside the block new tensors are float32 on the CPU unless told otherwise, autocast is off, and the models are in
-    evaluation mode. Afterwards all is as it was."""
+def pinned(models: Sequence[nn.Module], *, one_thread: bool = False) -> Iterator[None]:
+    """Inside the block new tensors are float32 on the CPU unless told otherwise, autocast is off, the models are in
+    evaluation mode, and with `one_thread` torch uses no second one. Afterwards all is as it was."""
+    threads = torch.get_num_threads()
     dtype = torch.get_default_dtype()
     training = [module for model in models for module in model.modules() if module.training]
     with ExitStack() as stack:
@@ -26,6 +27,8 @@ def pinned(models: Sequence[nn.Module]) -> Iterator[None]:
         try:
             if dtype != torch.float32:
                 torch.set_default_dtype(torch.float32)
+            if one_thread and threads > 1:
+                torch.set_num_threads(1)
             for module in training:
                 module.training = False
             yield
@@ -34,13 +37,15 @@ def pinned(models: Sequence[nn.Module]) -> Iterator[None]:
                 module.training = True
             if dtype != torch.float32:
                 torch.set_default_dtype(dtype)
+            if one_thread and threads > 1:
+                torch.set_num_threads(threads)
 
 
 class PinnedLock:
     """A lock that the thread which holds it may take again, and that pins the surroundings while it is held."""
 
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        self._models = models
+    def __init__(self, models: Sequence[nn.Module], *, one_thread: bool = False) -> None:
+        self._models, self._one_thread = models, one_thread
         self._lock = threading.RLock()
         self._depth = 0
         self._pins: Any = None
@@ -49,7 +54,7 @@ class PinnedLock:
         self._lock.acquire()
         try:
             if self._depth == 0:
-                self._pins = pinned(self._models)
+                self._pins = pinned(self._models, one_thread=self._one_thread)
                 self._pins.__enter__()
             self._depth += 1
         except BaseException:

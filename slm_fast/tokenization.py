@@ -68,8 +68,8 @@ class Tokenization:
         # A tokenizer's settings cannot be changed while another thread is using it, so texts on the way in have a copy.
         self._reader = copy.deepcopy(tokenizer)
         self._reading = threading.Lock()
-        special = tokenizer.all_special_ids if vocabulary is not None else ()
-        self._beyond = {index for index in special if index >= (vocabulary or 0)}
+        known = tokenizer.get_vocab().values() if vocabulary is not None else ()
+        self._beyond = {index for index in known if index >= (vocabulary or 0)}
         unknown = tokenizer.unk_token_id
         self._instead = tokenizer.pad_token_id if unknown is None or unknown in self._beyond else unknown
         self._prefixes: PrefixReader | None = None  # made for the first long text
