@@ -308,7 +308,7 @@ def _predictions(model: AdaptedModel, passed: _Passed) -> Iterator[Answer]:
         elif not all(map(isfinite, (score[0], *route.weights))):
             yield WorkError(NO_SCORE)
         elif text is not None:  # a text that is one of the task's label words is a label
-            label = text if task is not None and text in (task.labels or ()) else None
+            label = None if task is None else model.label_of(task, text)
             yield Prediction(name, label, text, score[0], route, truncated, finish_reason=finish_reason)
         else:
             assert heads is not None

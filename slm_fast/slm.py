@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from slm_fast.backbone import Backbone
+from slm_fast.backbone import Backbone, load_backbone
 from slm_fast.data import Row, Task
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, evaluate
@@ -74,7 +74,7 @@ class ScalableLM:
             files are damaged.
         """
         complete = combine(ModelConfig, config, changes)
-        return cls(_load(backbone, tokenizer, dtype, device), complete)
+        return cls(load_backbone(backbone, tokenizer, dtype, device), complete)
 
     @classmethod
     def from_pretrained(
@@ -100,7 +100,8 @@ class ScalableLM:
         config: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in store.about["config"].items()
         }
-        loaded = _load(backbone or store.about["backbone"], tokenizer, dtype, device)
+        moved = "" if backbone else f"; say where the backbone of {path} is now with backbone= (--backbone)"
+        loaded = load_backbone(backbone or store.about["backbone"], tokenizer, dtype, device, hint=moved)
         expected = store.about["fingerprint"]
         if loaded.fingerprint != expected:
             raise InputError(
@@ -109,6 +110,8 @@ class ScalableLM:
         with memory_for(f"backbone {loaded.name!r}"):
             slm = cls(loaded, ModelConfig(**config))
         check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {path}")
+        if "tokens" not in store.about:
+            warn(f"store {path}: keeps no settings of its backbone and tokenizer, so changed ones cannot be told")
         store.about = {**slm.model.about, **store.about}  # what an earlier version did not say
         with memory_for(f"store {path}"):
             slm._set(store.load(skip_damaged=skip_damaged))
@@ -373,18 +376,6 @@ class ScalableLM:
 
     def _set(self, tasks: Sequence[LearnedTask]) -> None:
         self.model.set_tasks(in_name_order(tasks))
-
-
-def _load(backbone: Any, tokenizer: Any, dtype: str, device: str) -> Backbone:
-    if isinstance(backbone, (str, Path)):
-        if tokenizer is not None:
-            raise InputError("tokenizer: goes with a backbone given as a model; a path or name brings its own")
-        return Backbone.load(str(backbone), dtype=dtype, device=device)
-    if tokenizer is None:
-        raise InputError("tokenizer: needed beside a backbone that is given as a model")
-    if dtype != "float32" or device != "auto":
-        raise InputError("dtype, device: a backbone given as a model keeps its own")
-    return Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))
 
 
 def _refuse_one(rows: Any) -> None:
