@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
 from slm_fast.errors import InputError, WorkError, one_line
+from slm_fast.given import checked_tokenizer, unwrapped, without_head
+from slm_fast.identity import fingerprint, settings, tokens
 from slm_fast.layers import has_bfloat16, use_onednn
 from slm_fast.tokenization import Tokenization
 
@@ -104,21 +106,30 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class Backbone:
     """A frozen model with its tokenizer.
 
+    Attributes:
+        name: a hub name, or the whole path of a folder.
+        tokenizer: a copy of the one given, with an end and a padding token.
+        fingerprint, tokens, settings: what makes it this backbone and no other (see identity.py).
+
     Its weights never change (but are held rounded while a task is learned with autocast). Its plain linear layers go
     through oneDNN where that is faster, and `AdaptedModel` puts adapted layers in the place of some.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, known_fingerprint: str | None = None) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.family = _family(model.config.model_type)
+        model = unwrapped(model)
+        self.name = os.path.abspath(name) if name and os.path.isdir(name) else name
+        self.family = family = _family(model.config.model_type)
+        self.model = without_head(model, family.kind, family.layers, family.upper, family.auto_class)
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = _load_tokenizer(tokenizer)
+        self.tokenizer = checked_tokenizer(tokenizer, self.model, family.kind)
         self.model.eval().requires_grad_(False)
         use_onednn(self.model)
         if self.family.kind == "encoder":
             self.model.pooler = None  # answers come from the mean over tokens
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        self.fingerprint = known_fingerprint or fingerprint(model, tokenizer)
-        self.tokenization = Tokenization(tokenizer, self.kind, self.device)
+        self.fingerprint = known_fingerprint or fingerprint(self.model, self.tokenizer)
+        self.tokens, self.settings = tokens(self.tokenizer), settings(self.model.config.to_dict(), self.kind)
+        self.tokenization = Tokenization(self.tokenizer, self.kind, self.device, self.vocabulary)
 
     @classmethod
     def load(cls, name: str, *, dtype: str = "float32", device: str = "auto") -> Backbone:
@@ -134,8 +145,8 @@ class Backbone:
         """
         place = choose_device(device)
         number = choose_dtype(dtype, place)
-        path = resolve(name)
-        known = None
+        name = located(name)
+        path, known = resolve(name), None
         try:
             with quiet():
                 config = transformers.AutoConfig.from_pretrained(path)
@@ -161,6 +172,11 @@ class Backbone:
         return self.family.kind
 
     @property
+    def vocabulary(self) -> int:
+        """How many token ids the model reads."""
+        return len(self.model.get_input_embeddings().weight)
+
+    @property
     def width(self) -> int:
         """Width of the hidden states."""
         return int(self.model.config.hidden_size)
@@ -173,6 +189,15 @@ class Backbone:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    @property
+    def needs_one_thread(self) -> bool:
+        """Whether bits of its attention depend on the number of threads: torch's scratch for a head of fewer than 16
+        features is aligned in the first thread only. Models so small lose time to a second thread."""
+        config = self.model.config
+        heads = getattr(config, "num_attention_heads", None) or 1
+        width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or self.width // heads
+        return self.device.type == "cpu" and width < 16
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -226,7 +251,7 @@ class Backbone:
                 self.model(one, **({"decoder_input_ids": one} if self.kind == "seq2seq" else {}))
             for hook in hooks:
                 hook.remove()
-        return widths
+        return {name: widths[name] for name in names}
 
     def end_tokens(self) -> Tensor:
         """Ids of the tokens that end a generated text: the tokenizer's, and any others the model itself stops at."""
@@ -244,12 +269,60 @@ class Backbone:
         return int(limit) - (self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0)
 
 
+def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hint: str = "") -> Backbone:
+    """A backbone from what users give: a path or name, or a model with its tokenizer.
+
+    Raises InputError, with the hint at its end where nothing can be loaded from a path or name.
+    """
+    if isinstance(backbone, (str, Path)):
+        if not str(backbone):
+            raise InputError("backbone: expected a path, a name or a transformers model, got an empty name")
+        if tokenizer is not None:
+            raise InputError("tokenizer: goes with a backbone given as a model; a path or name brings its own")
+        try:
+            return Backbone.load(str(backbone), dtype=dtype, device=device)
+        except InputError as error:
+            raise InputError(f"{error}{hint}") from None
+    if tokenizer is None:
+        raise InputError("tokenizer: needed beside a backbone that is given as a model")
+    if dtype != "float32" or device != "auto":
+        raise InputError("dtype, device: a backbone given as a model keeps its own")
+    return Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))
+
+
 def _family(model_type: str) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise InputError(f"backbone: model type {model_type!r} is not supported; supported: {known}")
+
+
+def _load_tokenizer(name: str | Path) -> Any:
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(resolve(located(str(name))))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"tokenizer {str(name)!r}: cannot be loaded: {one_line(error)}") from None
+
+
+def located(name: str) -> str:
+    """A name as it is kept: that of a folder as its whole path, so that it means the same from anywhere.
+
+    Raises InputError for what can only be a path, and is not there; no hub is asked for it.
+    """
+    if name in PACKAGED:
+        return name
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return os.path.abspath(path)
+    parent = os.path.dirname(path)
+    if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != bool(parent) or os.path.isdir(parent):
+        what = "is a file, expected a folder" if os.path.isfile(path) else "no such folder"
+        raise InputError(f"backbone {name!r}: {what}")
+    return name
 
 
 def resolve(name: str) -> str:
@@ -293,25 +366,6 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return found
     quick = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else has_bfloat16()
     return torch.bfloat16 if quick else torch.float32
-
-
-def fingerprint(model: nn.Module, tokenizer: Any) -> str:
-    """SHA-256 over every tensor's name, shape and up to 1,024 evenly spaced elements (rounded to bfloat16, so the
-    precision a model is loaded in does not matter), and over the vocabulary."""
-    digest = hashlib.sha256()
-    # A model that is adapted already keeps its fingerprint: adapted layers hold their base under the name "base".
-    tensors = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
-    for name, tensor in sorted(tensors.items()):
-        if not isinstance(tensor, Tensor):  # packed parameters of a quantised layer
-            continue
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, -(-flat.numel() // 1024))]
-        sample = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample.to(torch.int64)
-        digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(sample.cpu().numpy()).tobytes())
-    for token, index in sorted(tokenizer.get_vocab().items()):
-        digest.update(f"{index} {token}\n".encode())
-    return digest.hexdigest()
 
 
 @contextmanager

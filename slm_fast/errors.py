@@ -10,7 +10,10 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "outofmemory", "not enough memory")
+NO_MEMORY = (
+    *("can't allocate memory", "cannot allocate memory", "out of memory", "outofmemory", "not enough memory"),
+    *("bad_alloc", "can't start new thread", "threadpoolbuilderror"),
+)
 
 
 class SlmError(Exception):
@@ -73,6 +76,6 @@ def lacks_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     said = f"{type(error).__name__}: {error}".lower()
-    if type(error).__name__ == "PanicException":  # of Rust
-        return "alloc" in said or "memory" in said
+    if type(error).__name__ == "PanicException" and ("alloc" in said or "memory" in said):  # of Rust
+        return True
     return any(words in said for words in NO_MEMORY)

@@ -16,8 +16,8 @@ from slm_fast.predict import predict
 class Evaluation:
     """accuracy and routing by task, shares of 0 to 1.
 
-    accuracy: rows answered with the right label, or with exactly the right text. routing: rows taken for the right
-    task. average: the mean accuracy over tasks.
+    accuracy: rows answered with the right label, or with exactly the right text, as the tokenizer writes it. routing:
+    rows taken for the right task. average: the mean accuracy over tasks.
     """
 
     accuracy: dict[str, float]
@@ -50,17 +50,25 @@ def evaluate(
         if name not in known:
             raise InputError(f"task {name!r}: not learned; tasks: {', '.join(known) or 'none'}")
         labels = known[name].labels
+        words = set(labels or ())
         for i, row in enumerate(task.rows, 1):
-            if labels is not None and row.target not in labels:
+            if labels is not None and row.target not in words:
                 raise WorkError(f"{name}: row {i}: label {row.target!r} is not one of {', '.join(labels)}")
         rows += task.rows
         names += [name] * len(task.rows)
     predictions = predict(model, rows, options, task=names if with_task_id else None, progress=progress)
+    targets: dict[str, str] = {}  # as they are written
+    if model.backbone.kind != "encoder":
+        texts = sorted({row.target or "" for row in rows})
+        longest = options.max_new_tokens + 2  # more than is ever written
+        targets = dict(zip(texts, model.backbone.tokenization.written(texts, longest), strict=True))
     right = dict.fromkeys(tasks, 0)
     routed = dict.fromkeys(tasks, 0)
     for name, row, prediction in zip(names, rows, predictions, strict=True):
-        answer = prediction.label if prediction.label is not None else prediction.text
-        right[name] += answer == row.target
+        if prediction.label is not None:
+            right[name] += prediction.label == row.target
+        elif prediction.text is not None:
+            right[name] += prediction.text in (row.target, targets[row.target or ""])
         routed[name] += prediction.task == name
     counts = {name: len(task.rows) for name, task in tasks.items()}
     return Evaluation(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from slm_fast.data import Task
+from slm_fast.errors import warn
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.query import TrunkQuery
@@ -61,12 +62,15 @@ def prepare(
     labels: of an encoder-only backbone's head. max_length: tokens read of an input.
     """
     backbone, rows = model.backbone, task.rows
-    prompts, _ = backbone.tokenization.tokenize([row.prompt for row in rows], max_length)
+    prompts, cut = backbone.tokenization.tokenize([row.prompt for row in rows], max_length)
+    if any(cut):
+        warn(f"{_of(task, cut)} inputs are longer than max_length={max_length} tokens and are read up to there")
     if backbone.kind == "encoder":
         index = {label: i for i, label in enumerate(labels or ())}
         answers = [[index[row.target or ""]] for row in rows]
     else:
         answers = backbone.tokenization.encode_answers([row.target or "" for row in rows], max_length)
+        _warn_of_answers(model, task, answers, max_length)
     causal = backbone.kind == "causal"
     sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)] if causal else prompts
     examples = Examples(sequences, answers, None)
@@ -93,6 +97,22 @@ def prepare(
     if not shared:
         queries = model.queries(rows, report=report)
     return Examples(sequences, answers, states), queries
+
+
+def _of(task: Task, some: Sequence[bool]) -> str:
+    return f"task {task.name!r}: {sum(some)} of {len(some)}"
+
+
+def _warn_of_answers(model: AdaptedModel, task: Task, answers: Sequence[Sequence[int]], max_length: int) -> None:
+    """Say which answers are not learned as they are."""
+    tokenizer = model.backbone.tokenizer
+    cut = [answer[-1:] != [tokenizer.eos_token_id] for answer in answers]
+    if any(cut):
+        warn(f"{_of(task, cut)} answers are longer than max_length={max_length} tokens and are learned up to there")
+    unknown = [tokenizer.unk_token_id in answer for answer in answers]
+    if task.labels is None and any(unknown):
+        example = (task.rows[unknown.index(True)].target or "")[:60]
+        warn(f"{_of(task, unknown)} answers hold what the tokenizer cannot write, such as {example!r}")
 
 
 def fits(model: AdaptedModel, sequences: Sequence[Sequence[int]]) -> bool:

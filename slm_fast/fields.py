@@ -101,11 +101,11 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_plain(value: Any, depth: int) -> bool:
+def is_plain(value: Any, depth: int) -> bool:
     if isinstance(value, Mapping):
-        return depth > 0 and all(_is_string(name) and _is_plain(part, depth - 1) for name, part in value.items())
+        return depth > 0 and all(_is_string(name) and is_plain(part, depth - 1) for name, part in value.items())
     if isinstance(value, list):
-        return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
+        return depth > 0 and all(is_plain(part, depth - 1) for part in value)
     return value is None or isinstance(value, bool) or _is_string(value) or _is_number(value)
 
 
@@ -115,7 +115,7 @@ def _is_number(value: Any) -> bool:
 
 STRING: Kind = "a string", _is_string
 TEXT: Kind = "a non-empty string", lambda value: _is_string(value) and value != ""
-PLAIN: Kind = "plain JSON, at most 4 deep", lambda value: _is_plain(value, 4)
+PLAIN: Kind = "plain JSON, at most 4 deep", lambda value: is_plain(value, 4)
 
 
 def word(*choices: str) -> Kind:

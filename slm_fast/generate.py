@@ -33,6 +33,7 @@ class Written:
 
     Attributes:
         texts, tokens, scores: of each; the score is the mean probability of its tokens.
+        finish_reasons: of each, "stop" or "length" (see `Generated`), or "error".
         route: [N, K] that they were written on.
         failed: rows whose query is not finite; their texts and routes are empty.
     """
@@ -40,6 +41,7 @@ class Written:
     texts: list[str]
     tokens: list[list[int]]
     scores: list[float]
+    finish_reasons: list[str | None]
     route: Route
     failed: list[int]
 
@@ -77,6 +79,7 @@ def generate(
         [text.strip() for text in texts],
         tokens,
         [row.score for row in found],
+        [row.finish_reason for row in found],
         _together(model, [row.route for row in found]),
         [i for i, row in enumerate(found) if row.finish_reason == "error"],
     )
@@ -188,8 +191,9 @@ def _generated(
     lm, tokenizer, kind = model.backbone.model, model.backbone.tokenizer, model.backbone.kind
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "num_beams": options.beams}
     settings["do_sample"] = options.sample
-    if options.sample:
+    if options.sample:  # logits that are no numbers are seen by the score; they must not stop the draw
         settings |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+        settings |= {"remove_invalid_values": True}
     with torch.random.fork_rng(enabled=options.sample):
         if options.sample:
             torch.manual_seed(seed)

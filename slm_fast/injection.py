@@ -6,6 +6,8 @@ route is found, and the layers above it, the only ones that carry increments, us
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -61,12 +63,16 @@ class Injection:
         self._context: ForwardContext | None = None
         for name in modules:
             parent, _, child = name.rpartition(".")
-            base = backbone.model.get_submodule(name)
-            setattr(backbone.model.get_submodule(parent), child, AdaptedLinear(base, name, self.adaptation))
-        for tap in trunk.taps if trunk else ():
-            backbone.layers[tap].register_forward_pre_hook(self._tap, with_kwargs=True)
-        # After the tap that may be on the same layer.
-        backbone.layers[first_layer].register_forward_pre_hook(self._enter, with_kwargs=True)
+            layer = backbone.model.get_submodule(name)
+            if not isinstance(layer, AdaptedLinear):
+                layer = AdaptedLinear(layer, name, self.adaptation)
+                setattr(backbone.model.get_submodule(parent), child, layer)
+            self.adaptation.layers.append(layer)
+        hooks = [(tap, _Hook(self, "_tap")) for tap in (trunk.taps if trunk else ())]
+        hooks.append((first_layer, _Hook(self, "_enter")))  # after the tap that may be on the same layer
+        for place, hook in hooks:
+            handle = backbone.layers[place].register_forward_pre_hook(hook, with_kwargs=True)
+            weakref.finalize(self, handle.remove)  # a model may be given many times
 
     def run(
         self, function: Callable[[], Result], context: ForwardContext, states: Tensor | None = None
@@ -130,6 +136,26 @@ class Injection:
         finally:
             for i, layer in zip(lower, replaced, strict=True):
                 layers[i] = layer
+
+
+class _Hook:
+    """A hook that does not keep its injection alive."""
+
+    def __init__(self, injection: Injection, method: str) -> None:
+        self.injection, self.method = weakref.ref(injection), method
+
+    def __call__(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        injection = self.injection()
+        if injection is not None:
+            getattr(injection, self.method)(layer, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        """The hook of a copied model serves the copy of the injection."""
+        hook = _Hook.__new__(_Hook)
+        memo[id(self)] = hook
+        injection = copy.deepcopy(self.injection(), memo)
+        hook.injection, hook.method = (lambda: injection), self.method  # type: ignore[assignment]
+        return hook
 
 
 class CachedLayer(torch.nn.Module):

@@ -145,7 +145,8 @@ class Adaptation:
             raise RuntimeError("the model is already adapting a batch; one batch passes at a time")
         self.values, self.route = values, route
         for layer in self.layers:
-            layer.__dict__["increments"] = values.get(layer.name)  # nn.Module's own way takes a microsecond
+            own = layer.__dict__  # nn.Module's own way takes a microsecond
+            own["adaptation"], own["increments"] = self, values.get(layer.name)
         try:
             yield
         finally:
@@ -160,6 +161,8 @@ class AdaptedLinear(nn.Module):
     Args:
         base: any module from [..., in_features] to [..., out_features].
         name: under which the pool keeps this layer's values.
+
+    A model that is given twice keeps its adapted layers: they serve whichever adaptation has a batch passing.
     """
 
     def __init__(self, base: nn.Module, name: str, adaptation: Adaptation) -> None:
@@ -170,7 +173,6 @@ class AdaptedLinear(nn.Module):
         # This layer's values while a batch passes. Were they looked up by name in `forward`, torch.compile would make a
         # graph for each layer where one serves all.
         self.increments: tuple[Tensor, Tensor] | None = None
-        adaptation.layers.append(self)
 
     @property
     def weight(self) -> Any:

@@ -50,8 +50,8 @@ def learn_task(
     Raises:
         InputError: the task does not fit the backbone. WorkError: the loss is no longer a number.
     """
-    check_task(model, task, valid)
-    with model.lock:
+    check_task(model, task, valid, options.max_length)
+    with model.lock, torch.inference_mode(False), torch.enable_grad():
         trainer = Trainer(model, task, options)
         with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
             examples, query = prepare(model, task, task.labels, trainer.max_length, advance)
@@ -66,7 +66,7 @@ def learn_task(
         return trainer.learned()
 
 
-def check_task(model: AdaptedModel, task: Task, valid: Task | None = None) -> None:
+def check_task(model: AdaptedModel, task: Task, valid: Task | None = None, max_length: int | None = None) -> None:
     """Raise unless this model can learn the task: what can be known before anything is computed."""
     if model.backbone.kind == "encoder" and task.labels is None:
         raise InputError(f"task {task.name!r}: an encoder-only backbone answers with labels, not with free text")
@@ -74,6 +74,28 @@ def check_task(model: AdaptedModel, task: Task, valid: Task | None = None) -> No
         unknown = {row.target for row in valid.rows} - set(task.labels)
         if unknown:
             raise WorkError(f"{valid.name}: validation label {min(map(str, unknown))!r} is not in the training rows")
+    if model.backbone.kind != "encoder" and task.labels is not None:
+        _check_words(model, task, max_length or model.config.max_length or 0)
+
+
+def _check_words(model: AdaptedModel, task: Task, max_length: int) -> None:
+    """Raise InputError unless the tokenizer can write every label, each in its own way."""
+    tokenization, labels = model.backbone.tokenization, task.labels or []
+    tokens = tokenization.encode_answers(labels, max_length)
+    seen: dict[str, str] = {}
+    for label, ids, text in zip(labels, tokens, tokenization.decode(tokens), strict=True):
+        if ids[-1] != model.backbone.tokenizer.eos_token_id:
+            raise InputError(f"task {task.name!r}: label {label[:60]!r} is longer than max_length={max_length} tokens")
+        if not text:
+            raise InputError(
+                f"task {task.name!r}: label {label!r} cannot be written: the tokenizer knows nothing of it"
+            )
+        if text in seen:
+            raise InputError(
+                f"task {task.name!r}: labels {seen[text]!r} and {label!r} are one to the backbone's tokenizer, which "
+                f"writes {text!r} for both; rename one"
+            )
+        seen[text] = label
 
 
 def optimizer_and_schedule(

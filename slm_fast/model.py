@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.backbone import Backbone
+from slm_fast.configure import complete, groups_of
 from slm_fast.covariance import ALIKE
 from slm_fast.data import Row
 from slm_fast.errors import InputError
@@ -20,9 +21,10 @@ from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.options import ModelConfig
 from slm_fast.pool import Pool
-from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, check_taps, default_taps
+from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery
 from slm_fast.router import DtkrRouter, GaussianRouter, Router
 from slm_fast.schema import check_fits
+from slm_fast.surroundings import PinnedLock
 from slm_fast.tasks import LearnedTask
 from slm_fast.tokenization import Encoded
 
@@ -62,25 +64,34 @@ class AdaptedModel:
     Attributes:
         modules: names of the linear layers that carry increments. widths: of each, (in_features, out_features).
         lock: held by whoever runs passes that belong together or changes the tasks; calls from other threads wait for
-            it. It may be taken again by the thread that holds it.
+            it. It may be taken again by the thread that holds it, and keeps out what that has set for torch.
     """
 
     def __init__(self, backbone: Backbone, config: ModelConfig) -> None:
         self.backbone = backbone
         self.config = complete(config, backbone)
-        self.lock = threading.RLock()
+        self._pinned = threading.local()
+        models = [backbone.model]
+        self.lock = PinnedLock(models, one_thread=backbone.needs_one_thread)
+        with self.lock:
+            self._build(backbone)
+        if isinstance(self.query, SentenceQuery):
+            models.append(self.query.encoder)
+
+    def _build(self, backbone: Backbone) -> None:
         self.query: TrunkQuery | SentenceQuery
         if self.config.taps is not None:
             self.query = TrunkQuery(self.config.taps, backbone.width, backbone.device)
         else:
             self.query = SentenceQuery(self.config.encoder or DEFAULT_ENCODER, backbone.device)
         self._shared = isinstance(self.query, SentenceQuery) and self.query.shares(backbone)
-        self.config = replace(self.config, groups=_groups(self.config.groups, self.query.width))
+        self.config = replace(self.config, groups=groups_of(self.config.groups, self.query.width))
         first_layer = self.config.first_layer or 0
         self.modules = backbone.find_linears(self.config.targets, first_layer)
         self.widths = backbone.widths(self.modules)
         trunk = self.query if isinstance(self.query, TrunkQuery) else None
         self._injection = Injection(backbone, self.modules, first_layer, trunk)
+        self._label_words: dict[str, tuple[LearnedTask, dict[str, str]]] = {}
         self.set_tasks([])
 
     @property
@@ -88,9 +99,10 @@ class AdaptedModel:
         """What a store of this model's tasks has in common; all but `backbone` must agree for it to be opened."""
         config = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.config).items()}
         about = {"backbone": self.backbone.name, "fingerprint": self.backbone.fingerprint, "config": config}
-        about["shapes"] = self.shapes
+        about |= {"shapes": self.shapes, "tokens": self.backbone.tokens, "settings": self.backbone.settings}
         if isinstance(self.query, SentenceQuery):
             about["encoder_fingerprint"] = self.query.fingerprint
+            about |= {"encoder_tokens": self.query.tokens, "encoder_settings": self.query.settings}
         return about
 
     # Tasks
@@ -129,13 +141,23 @@ class AdaptedModel:
             yield
             self._known = pool, router
 
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """For this thread the tasks stay as they are now, whatever others learn and forget before the block ends."""
+        before = getattr(self._pinned, "known", None)
+        self._pinned.known = before or self._known
+        try:
+            yield
+        finally:
+            self._pinned.known = before
+
     @property
     def pool(self) -> Pool:
-        return self._known[0]
+        return (getattr(self._pinned, "known", None) or self._known)[0]
 
     @property
     def router(self) -> Router:
-        return self._known[1]
+        return (getattr(self._pinned, "known", None) or self._known)[1]
 
     def new_router(self, tasks: Sequence[LearnedTask] = ()) -> Router:
         """A router as the configuration says, over these tasks' slots."""
@@ -146,6 +168,17 @@ class AdaptedModel:
             router = DtkrRouter(k=self.config.k or 1, groups=self.config.groups or 1, aggregate=self.config.aggregate)
         router.load({task.name: task.router for task in tasks}, self.backbone.device)
         return router
+
+    def label_of(self, task: LearnedTask, text: str) -> str | None:
+        """The label that a written text stands for; None where it is none of the task's."""
+        if task.labels is None:
+            return None
+        known = self._label_words.get(task.name)
+        if known is None or known[0] is not task:
+            longest = task.options.get("max_length") or self.config.max_length or 0
+            known = task, self.backbone.tokenization.label_words(task.labels, longest)
+            self._label_words[task.name] = known
+        return known[1].get(text)
 
     # From text to tokens
 
@@ -188,12 +221,13 @@ class AdaptedModel:
         """Queries [N, D] float32 of rows, without running the layers above the last tap."""
         texts = [row.query_text(self.config.route_on) for row in rows]
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        found = torch.empty(len(texts), self.query.width, device=self.backbone.device)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            found[chosen] = self._query_texts([texts[i] for i in chosen])
-            if report is not None:
-                report(len(chosen))
+        with self.lock:
+            found = torch.empty(len(texts), self.query.width, device=self.backbone.device)
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                found[chosen] = self._query_texts([texts[i] for i in chosen])
+                if report is not None:
+                    report(len(chosen))
         return found
 
     def find_queries(self, batch: Encoded) -> Tensor:
@@ -244,12 +278,14 @@ class AdaptedModel:
 
     def _query_texts(self, texts: Sequence[str]) -> Tensor:
         if isinstance(self.query, SentenceQuery):
-            return self.query.encode(texts).to(self.backbone.device)
+            with self.lock:
+                return self.query.encode(texts).to(self.backbone.device)
         return self._query_tokens(self.backbone.tokenization.encode(texts, self.config.max_length or 0))
 
     def _query_tokens(self, batch: Encoded) -> Tensor:
         if isinstance(self.query, SentenceQuery):
-            return self.query.encode_tokens(batch)
+            with self.lock:
+                return self.query.encode_tokens(batch)
         context = ForwardContext(batch.attention_mask, {}, stop="query")
         with self.lock:
             self._injection.run(lambda: self._trunk(batch), context)
@@ -358,36 +394,3 @@ class AdaptedModel:
         out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
         hidden: Tensor = out.last_hidden_state
         return hidden
-
-
-def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
-    """The configuration with every choice made but `groups`. Raises InputError where it does not fit the backbone."""
-    layers, trunk = len(backbone.layers), config.query == "trunk"
-    taps = check_taps(default_taps(layers) if config.taps is None else config.taps, layers) if trunk else None
-    lowest = taps[-1] if taps else 0
-    first_layer = config.first_layer if config.first_layer is not None else (lowest if taps else layers // 2)
-    if not lowest <= first_layer < layers:
-        raise InputError(f"first_layer: expected {lowest}..{layers - 1} (not below the last tap), got {first_layer}")
-    if not config.targets:
-        raise InputError(f"targets: expected at least one of {', '.join(backbone.family.linears)}, got none")
-    limit = backbone.max_positions()
-    max_length = min(256, limit or 256) if config.max_length is None else config.max_length
-    if max_length < 4 or (limit is not None and max_length > limit):
-        raise InputError(f"max_length: expected 4..{limit or 'any'} for this backbone, got {max_length}")
-    return replace(
-        config,
-        taps=taps,
-        encoder=None if trunk else config.encoder or DEFAULT_ENCODER,
-        targets=tuple(config.targets),
-        first_layer=first_layer,
-        k=config.k if config.k is not None else (2 if config.router == "gaussian" else 4),
-        max_length=max_length,
-    )
-
-
-def _groups(groups: int | None, width: int) -> int:
-    """Six, as the paper, where the query's width allows it."""
-    found = next(g for g in (6, 5, 4, 3, 2, 1) if width % g == 0) if groups is None else groups
-    if found < 1 or width % found:
-        raise InputError(f"groups: expected a divisor of the query width {width}, got {found}")
-    return found

@@ -6,14 +6,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from slm_fast.batching import length_buckets, token_budget
 from slm_fast.data import Row
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.generate import generate
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
@@ -22,8 +22,7 @@ from slm_fast.progress import bar
 from slm_fast.query import TrunkQuery
 from slm_fast.router import NotFinite
 from slm_fast.tokenization import Encoded
-
-WINDOW = 1024  # rows sorted by length together; two windows are what a stream holds in memory
+from slm_fast.windows import TaskID, Window, windows_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class Prediction:
         probabilities: of an encoder-only backbone's `top_k` labels, the most probable first; those of probability 0 are
             left out. None for text.
         truncated: the input was cut to max_length.
+        finish_reason: of a written text (which may be a label word): "stop" where it ended, "length" where it was cut
+            at max_new_tokens. None where nothing was written.
     """
 
     task: str | None
@@ -57,23 +58,12 @@ class Prediction:
     route: RouteTaken
     truncated: bool = False
     probabilities: Mapping[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Window:
-    """Neighbouring rows of an input that are sorted into batches together.
-
-    first: the place in the input of the first of them, from 0. rows: a row that could not be read is the error that
-    says why. task: one name, or one for each row, masks the pool: a given task-ID.
-    """
-
-    first: int
-    rows: Sequence[Row | WorkError]
-    task: str | Sequence[str] | None = None
+    finish_reason: str | None = None
 
 
 Answer = Prediction | WorkError
 NOT_FINITE = "its query holds a number that is not finite"
+NO_SCORE = "its score is not a number"
 
 
 def predict(
@@ -89,16 +79,12 @@ def predict(
     Raises:
         InputError: an unknown task, or no task learned yet. WorkError: a row's query is not finite.
     """
-    several = task is not None and not isinstance(task, str)
-    task = list(task) if task is not None and several else task
-    if several and len(task or ()) != len(rows):
-        raise InputError(f"task: {len(task or ())} names for {len(rows)} rows")
-    windows = (
-        Window(first, rows[first : first + WINDOW], task[first : first + WINDOW] if task and several else task)
-        for first in range(0, len(rows), WINDOW)
-    )
-    with bar("predicting", len(rows), progress) as advance:
-        return list(_good(answer(model, windows, options, advance)))
+    if task is not None and not isinstance(task, str):
+        task = list(task)
+        if len(task) != len(rows):
+            raise InputError(f"task: {len(task)} names for {len(rows)} rows")
+    with bar("predicting", len(rows), progress) as advance, model.pinned():
+        return list(_good(answer(model, windows_of(rows, task), options, advance)))
 
 
 def predict_stream(
@@ -106,24 +92,6 @@ def predict_stream(
 ) -> Iterator[Prediction]:
     """Answers in the order of the rows, holding no more than two windows of them."""
     yield from _good(answer(model, windows_of(rows, task), options))
-
-
-def windows_of(rows: Iterable[Row | WorkError], task: str | None, first: int = 0) -> Iterator[Window]:
-    """Rows in windows, the first row's place being `first`. When reading fails, what was read before is still given."""
-    rows = iter(rows)
-    failed: Exception | None = None
-    while failed is None:
-        window: list[Row | WorkError] = []
-        try:
-            for row in islice(rows, WINDOW):
-                window.append(row)
-        except Exception as error:
-            failed = error
-        if not window and failed is None:
-            return
-        yield Window(first, window, task)
-        first += len(window)
-    raise failed
 
 
 def _good(windows: Iterable[list[Answer]]) -> Iterator[Prediction]:
@@ -137,28 +105,33 @@ def _good(windows: Iterable[list[Answer]]) -> Iterator[Prediction]:
 
 
 def answer(
-    model: AdaptedModel, windows: Iterable[Window], options: PredictOptions, report: Report | None = None
+    model: AdaptedModel, windows: Iterable[Window | None], options: PredictOptions, report: Report | None = None
 ) -> Iterator[list[Answer]]:
     """The answers of each window, in order; a row that fails has its error there. `report` is told of rows done.
 
-    A thread tokenises the next window and makes its batches while this one is answered. Which rows share a batch
-    follows from the windows and the options alone, so answering the same input again gives the same bits.
+    A thread tokenises the next window and makes its batches while this one is answered; None among the windows says
+    that the next one may be long in coming. Which rows share a batch follows from the windows and the options alone, so
+    answering the same input again gives the same bits.
     """
-    waiting: deque[tuple[Window, Future[list[_Batch]]]] = deque()
+    waiting: deque[Future[_Ready]] = deque()
     windows, failed, more = iter(windows), None, True
     with ThreadPoolExecutor(1, "tokenise") as worker:
         while more or waiting:
+            pause = False
             try:
                 if more:
                     window = next(windows)
-                    waiting.append((window, worker.submit(_batches, model, window, options)))
+                    if window is None:
+                        pause = True
+                    else:
+                        waiting.append(worker.submit(_ready, model, window, options))
+                    del window  # its texts may be long, and are not needed once they are tokens
             except StopIteration:
                 more = False
             except Exception as error:  # what was read before it is answered first
                 failed, more = error, False
-            if len(waiting) == 2 or (waiting and not more):
-                window, batches = waiting.popleft()
-                yield _window(model, window, batches.result(), options, report)
+            while len(waiting) == 2 or (waiting and (pause or not more)):
+                yield _answers(model, waiting.popleft().result(), options, report)
     if failed is not None:
         raise failed
 
@@ -176,10 +149,29 @@ class _Batch:
         return _Batch([self.places[i] for i in kept], self.encoded.rows(kept))
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A window whose rows are tokens.
+
+    first, task: the window's. rows: how many it has. errors: of those that could not be read, by their places.
+    """
+
+    first: int
+    rows: int
+    task: TaskID
+    errors: Mapping[int, WorkError]
+    batches: Sequence[_Batch]
+
+
 def tokens_of_a_batch(model: AdaptedModel, options: PredictOptions) -> int:
     """The tokens of a batch, padding included."""
     backbone = model.backbone
     return options.batch_tokens or token_budget(backbone.device.type, backbone.kind, backbone.width)
+
+
+def _ready(model: AdaptedModel, window: Window, options: PredictOptions) -> _Ready:
+    errors = {i: row for i, row in enumerate(window.rows) if isinstance(row, WorkError)}
+    return _Ready(window.first, len(window.rows), window.task, errors, _batches(model, window, options))
 
 
 def _batches(model: AdaptedModel, window: Window, options: PredictOptions) -> list[_Batch]:
@@ -202,15 +194,13 @@ def _rows_at_once(model: AdaptedModel, longest: int, options: PredictOptions) ->
 
 
 @torch.inference_mode()
-def _window(
-    model: AdaptedModel, window: Window, batches: Sequence[_Batch], options: PredictOptions, report: Report | None
-) -> list[Answer]:
-    answers: dict[int, Answer] = {i: row for i, row in enumerate(window.rows) if isinstance(row, WorkError)}
+def _answers(model: AdaptedModel, window: _Ready, options: PredictOptions, report: Report | None) -> list[Answer]:
+    answers: dict[int, Answer] = dict(window.errors)
     report = report or (lambda _: None)
     report(len(answers))
     passed = []
     with model.lock:  # the tasks stay the same for a window
-        for batch in batches:
+        for batch in window.batches:
             while batch.places:
                 try:
                     passed.append(_pass(model, window, batch, options, report))
@@ -222,7 +212,7 @@ def _window(
         for one in passed:
             answers.update(zip(one.batch.places, _predictions(model, one), strict=True))
             answers.update((one.batch.places[i], WorkError(NOT_FINITE)) for i in one.failed)
-    return [answers[i] for i in range(len(window.rows))]
+    return [answers[i] for i in range(window.rows)]
 
 
 @dataclass(frozen=True)
@@ -236,10 +226,11 @@ class _Passed:
     score: list[float] | Tensor  # [B], or of the most probable words [B, W]
     words: Tensor | None = None  # [B, W] which of the heads' words they are
     texts: list[str] | None = None  # of a generating backbone
+    finish_reasons: list[str | None] | None = None  # of the texts
     failed: Sequence[int] = ()  # rows whose query is not finite
 
 
-def _pass(model: AdaptedModel, window: Window, batch: _Batch, options: PredictOptions, report: Report) -> _Passed:
+def _pass(model: AdaptedModel, window: _Ready, batch: _Batch, options: PredictOptions, report: Report) -> _Passed:
     rows, pool = len(batch.places), model.pool
     several = isinstance(window.task, (list, tuple))
     task = [window.task[i] for i in batch.places] if window.task and several else window.task
@@ -266,7 +257,7 @@ def _pass(model: AdaptedModel, window: Window, batch: _Batch, options: PredictOp
 
 def _write(
     model: AdaptedModel,
-    window: Window,
+    window: _Ready,
     batch: _Batch,
     encoded: Encoded,
     route: Route | None,
@@ -289,26 +280,39 @@ def _write(
     )
     pool, found = model.pool, written.route
     winner = pool.task_weights(found).argmax(1) if pool.slots else torch.zeros(rows, dtype=torch.int64)
-    return _Passed(batch, found, winner, written.scores, texts=written.texts, failed=written.failed)
+    return _Passed(
+        batch,
+        found,
+        winner,
+        written.scores,
+        texts=written.texts,
+        finish_reasons=written.finish_reasons,
+        failed=written.failed,
+    )
 
 
-def _predictions(model: AdaptedModel, passed: _Passed) -> Iterator[Prediction]:
+def _predictions(model: AdaptedModel, passed: _Passed) -> Iterator[Answer]:
     columns = (passed.route.slot_ids.tolist(), passed.route.weights.tolist(), passed.winner.tolist())
     scores = passed.score.tolist() if isinstance(passed.score, Tensor) else [[score] for score in passed.score]
     words = [[-1]] * len(scores) if passed.words is None else passed.words.tolist()
-    texts = [None] * len(scores) if passed.texts is None else passed.texts
-    cut = passed.batch.encoded.truncated
-    for ids, weights, winner, score, word, text, truncated in zip(*columns, scores, words, texts, cut, strict=True):
+    nothing: list[None] = [None] * len(scores)
+    texts = zip(passed.texts or nothing, passed.finish_reasons or nothing, strict=True)
+    cut, heads = passed.batch.encoded.truncated, model.pool.heads
+    for ids, weights, winner, score, word, written, truncated in zip(*columns, scores, words, texts, cut, strict=True):
+        text, finish_reason = written
         route = _taken(model, ids, weights)
         task = model.pool.tasks[winner] if route.slots else None
         name = None if task is None else task.name
-        if text is not None:  # a text that is one of the task's label words is a label
-            label = text if task is not None and text in (task.labels or ()) else None
-            yield Prediction(name, label, text, score[0], route, truncated)
-        elif task is None or model.pool.heads is None:
+        if text is None and (task is None or heads is None):
             yield Prediction(None, None, None, 0.0, route, truncated, {})
+        elif not all(map(isfinite, (score[0], *route.weights))):
+            yield WorkError(NO_SCORE)
+        elif text is not None:  # a text that is one of the task's label words is a label
+            label = None if task is None else model.label_of(task, text)
+            yield Prediction(name, label, text, score[0], route, truncated, finish_reason=finish_reason)
         else:
-            names = [model.pool.heads.words[i] for i in word]
+            assert heads is not None
+            names = [heads.words[i] for i in word]
             probabilities = {label: p for label, p in zip(names, score, strict=True) if p > 0}
             yield Prediction(name, names[0], None, score[0], route, truncated, probabilities)
 
@@ -319,7 +323,7 @@ def _slot_mask(model: AdaptedModel, task: str | Sequence[str] | None, rows: int)
     names = [task] * rows if isinstance(task, str) else list(task)
     for name in names:
         if name not in model.pool.names:
-            raise InputError(f"task {name!r}: not learned; tasks: {', '.join(model.pool.names) or 'none'}")
+            raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
     return torch.stack([model.pool.slots_of(name) for name in names])
 
 

@@ -1,26 +1,31 @@
-"""Answers to a file of rows: JSON Lines in, JSON Lines out, in input order; an interrupted run is taken up again."""
+"""Answers to a file or stream of rows: JSON Lines, in input order; an interrupted run is taken up again."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from slm_fast import __version__
 from slm_fast.data import Row, identified
-from slm_fast.errors import InputError, WorkError
-from slm_fast.model import AdaptedModel, Report
+from slm_fast.errors import InputError, SlmWarning, WorkError, some_of
+from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
-from slm_fast.predict import WINDOW, Prediction, answer, tokens_of_a_batch, windows_of
-from slm_fast.progress import bar
-from slm_fast.readers import read_records
-from slm_fast.resume import Output, check_resumable, open_input, survey
+from slm_fast.predict import Prediction, answer, tokens_of_a_batch
+from slm_fast.progress import bar, is_shown
+from slm_fast.readers import Record, read_records
+from slm_fast.resume import Output, check_resumable, digest_of
+from slm_fast.schema import WHEN_KNOWN
+from slm_fast.streams import Kind, kind_of, line_of, named, open_stream, write_all, wrong_name
+from slm_fast.windows import Feed, Window, is_live, windows_of
 
 Source = Path | IO[bytes]
 Sink = Path | IO[str]
@@ -35,19 +40,39 @@ class FileAnswered:
     failed: int
 
 
-def check_paths(source: Source, sink: Sink, *, overwrite: bool = False) -> None:
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read, where that is not plain from it: see `read_records`. text: the column of the input."""
+
+    format: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+    text: str | None = None
+
+    def records(self, source: Source) -> Iterator[Record]:
+        how = {"format": self.format, "delimiter": self.delimiter, "encoding": self.encoding}
+        return read_records(source, **how, columns=() if self.text is None else (self.text,))
+
+
+def check_paths(source: Source, sink: Sink, *, overwrite: bool = False, reading: Reading | None = None) -> None:
     """Raise InputError where reading `source` and writing `sink` cannot be right; nothing is opened for writing."""
-    if isinstance(source, Path) and not source.is_file():
-        raise InputError(f"{source}: no such file")
+    if isinstance(source, io.TextIOBase):
+        raise InputError("source: expected a binary stream, got one of text")
+    if isinstance(sink, (io.RawIOBase, io.BufferedIOBase)):
+        raise InputError("sink: expected a text stream, got a binary one")
+    if isinstance(source, Path) and kind_of(source, missing="no such file") is Kind.FILE:
+        (reading or Reading()).records(source)
     if not isinstance(sink, Path):
         return
-    if not sink.parent.is_dir():
-        raise InputError(f"{sink}: no such folder")
-    if sink.exists():
+    kind = kind_of(sink)
+    wrong = wrong_name(sink)
+    if wrong and kind is not Kind.STREAM:
+        raise InputError(f"{sink}: {wrong}")
+    if kind is Kind.FILE:
         if isinstance(source, Path) and sink.samefile(source):
             raise InputError(f"{sink}: is the input")
         if not overwrite and sink.stat().st_size:
-            if not isinstance(source, Path):
+            if not _is_file(source):
                 raise InputError(f"{sink}: is there already; --overwrite replaces it")
             check_resumable(sink)
 
@@ -58,19 +83,23 @@ def predict_file(
     sink: Sink,
     options: PredictOptions,
     *,
+    reading: Reading | None = None,
     files: Mapping[str, str] | None = None,
     task: str | None = None,
     strict: bool = False,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> FileAnswered:
-    """Answer each line of `source` that is not blank and write an answer or an error to `sink`, in order.
+    """Answer each row of `source` and write an answer or an error to `sink`, in order.
 
-    Memory is bounded by two windows of 1,024 rows, whatever the input's size.
+    Memory is bounded by two windows, of 1,024 rows or 8 MB of text, whatever the input's size. All rows are answered by
+    the tasks that are known when the call begins. What a program writes to a pipe is answered as soon as it pauses.
 
     Args:
-        source: a file of JSON Lines (.gz too), or a stream of them. sink: a file (.gz too), or a text stream. The same
-            call again goes on where an interrupted one stopped, if both are files.
+        source: a file of any format that tasks are learned from, a pipe, or a binary stream. sink: a file or pipe that
+            gets JSON Lines (.gz too), or a text stream. The same call again goes on where an interrupted one stopped,
+            if both are files.
+        reading: how `source` is read, where that is not plain from it.
         files: the SHA-256 of each task's file; an interrupted run is only taken up over the same ones. None: never.
         task: take every row for this task.
         strict: stop at the first bad row.
@@ -79,39 +108,101 @@ def predict_file(
     Raises:
         InputError: a path, the task, or an output of another run. WorkError: a bad row, if strict; a disk that is full.
     """
-    check_paths(source, sink, overwrite=overwrite)
+    reading = reading or Reading()
+    check_paths(source, sink, overwrite=overwrite, reading=reading)
     if task is not None and task not in model.pool.names:
-        raise InputError(f"task {task!r}: not learned; tasks: {', '.join(model.pool.names) or 'none'}")
+        raise InputError(f"task {task!r}: not learned; tasks: {some_of(model.pool.names)}")
     about, rows = None, None
-    if isinstance(source, Path) and files is not None:
-        digest, rows = survey(source)
-        about = {"input": digest, "task": task, "version": __version__, **_what_decides(model, options, files)}
+    if isinstance(source, Path) and _is_file(source):
+        if files is not None:
+            how = {name: value for name, value in asdict(reading).items() if value is not None}
+            about = {"input": digest_of(source), "task": task, "version": __version__, **how}
+            about |= _what_decides(model, options, files)
+        if is_shown(progress):
+            rows = _count(reading.records(source))
     with ExitStack() as stack:
-        lines = stack.enter_context(open_input(source)) if isinstance(source, Path) else source
+        stack.enter_context(model.pinned())
         output: Output | None = None
-        if isinstance(sink, Path) and (sink.is_file() or not sink.exists()):
+        stream: IO[str] | io.FileIO | None = None
+        if isinstance(sink, Path) and kind_of(sink) is not Kind.STREAM:
             output = stack.enter_context(Output(sink, about, overwrite=overwrite))
-        stream = (
-            stack.enter_context(sink.open("w", encoding="utf-8")) if isinstance(sink, Path) and not output else sink
-        )
+        else:
+            stream = stack.enter_context(open_stream(sink, "wb")) if isinstance(sink, Path) else sink
         before, failed = (output.rows, output.failed) if output else (0, 0)
         if output and output.bad and strict:
             raise _bad_row(source, output.bad)
-        answered = 0
-        again = before % WINDOW if before != rows else 0  # rows of a window begun are answered, and counted, once more
-        advance = stack.enter_context(bar("predicting", rows, progress, done=before - again))
-        for records in answer_lines(model, lines, task, options, done=before, rows=rows, report=advance):
+        ids: deque[Any] = deque()  # of the rows that were read and not answered yet
+        windows, start = _behind(_windows(source, reading, task, ids, stack), before, ids)
+        part, answered = before - start, 0  # rows of a window begun are answered, and counted, once more
+        advance = stack.enter_context(bar("predicting", rows, progress, done=start))
+        for answers in answer(model, windows, options, advance):
+            records = [{"id": ids.popleft()} | _as_json(found, options) for found in answers][part:]
+            part = 0
             bad = [i for i, record in enumerate(records) if "error" in record]
             if strict and bad:
                 records = records[: bad[0] + 1]
             if output:
                 output.write(records)
-            elif not isinstance(stream, Path):
-                stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            elif stream:
+                _write(stream, sink, "".join(map(line_of, records)))
             if bad and strict:
                 raise _bad_row(source, records[bad[0]])
             answered, failed = answered + len(records), failed + len(bad)
     return FileAnswered(before, answered, failed)
+
+
+def _is_file(source: Source) -> bool:
+    """Whether a source is a file that can be read again, from its beginning."""
+    return isinstance(source, Path) and kind_of(source) is Kind.FILE
+
+
+def _count(records: Iterator[Record]) -> int:
+    """How many there are, up to where the source breaks off."""
+    count = 0
+    with warnings.catch_warnings(), suppress(WorkError):
+        warnings.simplefilter("ignore", SlmWarning)  # whoever answers the rows is told
+        for _ in records:
+            count += 1
+    return count
+
+
+def _windows(
+    source: Source, reading: Reading, task: str | None, ids: deque[Any], stack: ExitStack
+) -> Iterator[Window | None]:
+    """The rows of a source in windows; `ids` gets the id of each, which is the number of its line unless it has one."""
+
+    def rows(source: Source) -> Iterator[Row | WorkError]:
+        for record in reading.records(source):
+            name, row = identified(record, text=reading.text)
+            ids.append(name)
+            yield row
+
+    if isinstance(source, Path) and not _is_file(source):
+        source = stack.enter_context(open_stream(source, "rb"))
+    if not isinstance(source, Path) and is_live(source):
+        return stack.enter_context(Feed(source, rows)).windows(task)
+    return windows_of(rows(source), task)
+
+
+def _behind(windows: Iterator[Window | None], done: int, ids: deque[Any]) -> tuple[Iterator[Window | None], int]:
+    """The windows that hold a row behind the first `done`, and the place where the first of them begins."""
+    for window in windows if done else ():
+        assert window is not None  # a pause: only of a stream, which is never taken up again
+        if window.first + len(window.rows) > done:
+            return chain([window], windows), window.first
+        for _ in window.rows:
+            ids.popleft()
+    return windows, done
+
+
+def _write(stream: IO[str] | io.FileIO, sink: Sink, lines: str) -> None:
+    """Now, since somebody may wait for them."""
+    if isinstance(stream, io.FileIO):
+        write_all(stream, lines.encode(), Path(str(sink)))
+        return
+    with named(Path("the output")):
+        stream.write(lines)
+        stream.flush()
 
 
 def _bad_row(source: Source, record: Mapping[str, Any]) -> WorkError:
@@ -120,7 +211,8 @@ def _bad_row(source: Source, record: Mapping[str, Any]) -> WorkError:
 
 def _what_decides(model: AdaptedModel, options: PredictOptions, files: Mapping[str, str]) -> dict[str, Any]:
     """What, beside the input, decides every byte of the answers: the tasks, the options and the precision."""
-    about = {key: value for key, value in model.about.items() if key != "backbone"}  # where it lies does not count
+    # Where the backbone lies does not count.
+    about = {key: value for key, value in model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
     return {
         "store": hashlib.sha256(json.dumps([about, dict(files)], sort_keys=True).encode()).hexdigest(),
         "dtype": str(model.backbone.dtype).removeprefix("torch."),
@@ -130,38 +222,7 @@ def _what_decides(model: AdaptedModel, options: PredictOptions, files: Mapping[s
     }
 
 
-def answer_lines(
-    model: AdaptedModel,
-    source: IO[bytes],
-    task: str | None,
-    options: PredictOptions,
-    *,
-    done: int = 0,
-    rows: int | None = None,
-    report: Report | None = None,
-) -> Iterator[list[dict[str, Any]]]:
-    """An answer or an error for each line that is not blank, in order, a window of rows at a time.
-
-    A row without an id gets the number of its line. The first `done` rows, of `rows` in all if that is known, were
-    answered before: those that share a window with others are answered again, for the same batches, and left out.
-    """
-    part = done % WINDOW if done != rows else 0
-    first = done - part
-    ids: deque[Any] = deque()  # of the rows that were read and not answered yet
-
-    def read() -> Iterator[Row | WorkError]:
-        for record in islice(read_records(source), first, None):
-            name, row = identified(record)
-            ids.append(name)
-            yield row
-
-    for answers in answer(model, windows_of(read(), task, first), options, report):
-        records = [{"id": ids.popleft()} | _as_json(found, options.top_k != 1) for found in answers]
-        yield records[part:]
-        part = 0
-
-
-def _as_json(found: Prediction | WorkError, probabilities: bool) -> dict[str, Any]:
+def _as_json(found: Prediction | WorkError, options: PredictOptions) -> dict[str, Any]:
     if isinstance(found, WorkError):
         return {"error": str(found)}
     labelled = found.label is not None or found.text is None
@@ -173,6 +234,8 @@ def _as_json(found: Prediction | WorkError, probabilities: bool) -> dict[str, An
         "score": round(found.score, 6),
         "route": [{"task": task, "slot": slot, "weight": round(weight, 6)} for task, slot, weight in taken],
     }
-    if probabilities and found.probabilities is not None:
+    if options.top_k != 1 and found.probabilities is not None:
         record["probabilities"] = {label: round(p, 6) for label, p in found.probabilities.items()}
+    if found.finish_reason == "length":
+        record |= {"finish_reason": "length", "max_new_tokens": options.max_new_tokens}
     return record | ({"truncated": True} if found.truncated else {})

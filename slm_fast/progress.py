@@ -28,11 +28,15 @@ class _Speed(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} rows/s" if speed >= 10 else f"{speed:.1f} rows/s")
 
 
+def is_shown(show: bool | None) -> bool:
+    """Whether a bar is seen: None shows it on a terminal only."""
+    return sys.stderr.isatty() if show is None else show
+
+
 @contextmanager
 def bar(title: str, total: int | None, show: bool | None = None, *, done: int = 0) -> Iterator[Advance]:
     """A bar with a count, rows a second and the time left. `show=None` shows it on a terminal only; `done` rows were
     done before."""
-    enabled = sys.stderr.isatty() if show is None else show
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -42,7 +46,7 @@ def bar(title: str, total: int | None, show: bool | None = None, *, done: int = 
         _Speed(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not enabled) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not is_shown(show)) as progress:
         task = progress.add_task(title, total=total, completed=done, note="")
 
         def advance(n: int = 1, note: str | None = None) -> None:

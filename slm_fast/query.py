@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slm_fast.backbone import Backbone, fingerprint, quiet, resolve
+from slm_fast.backbone import Backbone, located, quiet, resolve
 from slm_fast.errors import InputError, one_line
+from slm_fast.identity import fingerprint, settings, tokens
 from slm_fast.layers import use_onednn
-from slm_fast.tokenization import Encoded
+from slm_fast.tokenization import Encoded, Tokenization
 
 MAX_WIDTH = 1024  # wider queries are projected to this
 DEFAULT_ENCODER = "sentence-transformers/nli-mpnet-base-v2"  # the one in the paper's released code
@@ -89,7 +90,9 @@ class SentenceQuery:
 
         try:
             with quiet():
-                self.encoder: Any = sentence_transformers.SentenceTransformer(resolve(encoder), device=str(device))
+                self.encoder: Any = sentence_transformers.SentenceTransformer(
+                    resolve(located(encoder)), device=str(device)
+                )
         except (OSError, ValueError, ImportError) as error:
             raise InputError(f"encoder {encoder!r}: cannot be loaded: {one_line(error)}") from None
         self.encoder.eval().requires_grad_(False)
@@ -97,6 +100,26 @@ class SentenceQuery:
         self.width = int(self.encoder.get_embedding_dimension())
         self.longest: int | None = self.encoder.max_seq_length  # tokens it reads of a text
         self.fingerprint = fingerprint(self.encoder, self.encoder.tokenizer)
+        self.tokens, self.settings = tokens(self.encoder.tokenizer), self._settings()
+        self._texts = Tokenization(self.encoder.tokenizer, "encoder", device)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the encoder's modules make of their weights and texts, as `identity.settings`."""
+        modules = list(self.encoder)
+        found: dict[str, Any] = {"modules": [type(module).__name__ for module in modules]}
+        found |= {"max_seq_length": self.longest or 0, "prompt": self._prompt}
+        for module in modules:
+            config = getattr(getattr(module, "auto_model", None), "config", None)
+            options = config.to_dict() if config is not None else {}
+            if config is None and hasattr(module, "get_config_dict"):
+                options = {type(module).__name__: module.get_config_dict()}
+            found |= settings(options, "encoder")
+        return found
+
+    @property
+    def _prompt(self) -> str:
+        """What is put before every text."""
+        return (self.encoder.prompts or {}).get(self.encoder.default_prompt_name) or ""
 
     def shares(self, backbone: Backbone) -> bool:
         """Whether a text's tokens are the same for the encoder as for this backbone, so that they need be found once.
@@ -122,6 +145,9 @@ class SentenceQuery:
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """[B, D] float32."""
+        prompt = self._prompt
+        if self.longest is not None:
+            texts = [self._texts.shorten_text(prompt + text, self.longest)[len(prompt) :] for text in texts]
         vectors: Tensor = self.encoder.encode(
             list(texts), batch_size=len(texts), convert_to_tensor=True, show_progress_bar=False
         )

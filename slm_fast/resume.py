@@ -18,23 +18,19 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from slm_fast.errors import InputError, WorkError
+from slm_fast.streams import line_of, named, write_all
 
 
-def open_input(path: Path) -> IO[bytes]:
-    return cast("IO[bytes]", (gzip.open if path.suffix == ".gz" else open)(path, "rb"))
-
-
-def survey(path: Path) -> tuple[str, int]:
-    """SHA-256 of an input's lines, and how many of them hold a row. An input that breaks off counts up to there."""
-    digest, rows = hashlib.sha256(), 0
-    with open_input(path) as file:
-        try:
-            for line in file:
-                digest.update(line)
-                rows += bool(line.strip())
-        except (EOFError, OSError, zlib.error):
-            pass
-    return digest.hexdigest(), rows
+def digest_of(path: Path) -> str:
+    """SHA-256 of an input's bytes, unpacked; of one that breaks off, up to there."""
+    digest = hashlib.sha256()
+    try:
+        with cast("IO[bytes]", (gzip.open if path.suffix == ".gz" else open)(path, "rb")) as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except (EOFError, OSError, zlib.error):
+        pass  # whoever reads the rows says what is wrong, and where
+    return digest.hexdigest()
 
 
 class Output:
@@ -45,36 +41,43 @@ class Output:
             nothing can be resumed.
 
     Raises:
-        InputError: the file is there and is not the beginning of this run. WorkError: another process writes to it.
+        InputError: the file is there and is not the beginning of this run. WorkError: another process writes to it, or
+        it cannot be written.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any] | None, *, overwrite: bool) -> None:
         self.path, self.run = path, run_file(path)
         self.rows, self.failed = 0, 0
         self.bad: dict[str, Any] | None = None
-        self._file = path.open("ab")
+        with named(path):
+            self._file = path.open("ab", buffering=0)
         try:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise WorkError(f"{path}: another process is writing it") from None
-            if overwrite:
-                self._file.truncate(0)
-            if path.stat().st_size:
-                if about is None:
-                    raise InputError(f"{path}: is there already; --overwrite replaces it")
-                check_resumable(path, about)
-                self._keep_whole_rows()
-            elif about is None:
-                self.run.unlink(missing_ok=True)
-            else:
-                # After the output is empty: a run file must never stand beside rows of another run.
-                part = self.run.with_name(self.run.name + ".part")
-                part.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-                os.replace(part, self.run)
+            with named(path):
+                self._begin(about, overwrite)
         except BaseException:
             self._file.close()
             raise
+
+    def _begin(self, about: Mapping[str, Any] | None, overwrite: bool) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkError(f"{self.path}: another process is writing it") from None
+        if overwrite:
+            self._file.truncate(0)
+        if self.path.stat().st_size:
+            if about is None:
+                raise InputError(f"{self.path}: is there already; --overwrite replaces it")
+            check_resumable(self.path, about)
+            self._keep_whole_rows()
+        elif about is None:
+            self.run.unlink(missing_ok=True)
+        else:
+            # After the output is empty: a run file must never stand beside rows of another run.
+            part = self.run.with_name(self.run.name + ".part")
+            with named(self.run):
+                part.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+                os.replace(part, self.run)
 
     def __enter__(self) -> Output:
         return self
@@ -83,9 +86,9 @@ class Output:
         self._file.close()
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-        self._file.write(gzip.compress(data, mtime=0) if self.path.suffix == ".gz" else data)
-        self._file.flush()
+        """Raises WorkError, naming the file, where it cannot be written; what was written is kept."""
+        data = "".join(map(line_of, records)).encode()
+        write_all(self._file, gzip.compress(data, mtime=0) if self.path.suffix == ".gz" else data, self.path)
 
     def _keep_whole_rows(self) -> None:
         end = 0

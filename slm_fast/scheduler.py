@@ -304,6 +304,7 @@ def choose(logits: Tensor, sampling: Sequence[Sampling | None], chance: Sequence
         rare = ordered.softmax(1).cumsum(1) <= logits.new_tensor([[1 - one.top_p] for one in options])
         rare[:, -1] = False
         scaled = scaled.masked_fill(rare.scatter(1, token, rare), -torch.inf)
-    for row, chances in zip(drawn, scaled.softmax(1), strict=True):
+    # Logits that are no numbers are seen by the score; they must not stop the draw, and with it other rows.
+    for row, chances in zip(drawn, scaled.softmax(1).nan_to_num(nan=1.0), strict=True):
         tokens[row] = torch.multinomial(chances, 1, generator=chance[row])[0]
     return tokens

@@ -26,6 +26,7 @@ from slm_fast.fields import (
     check,
     fields,
     integer,
+    is_plain,
     list_of,
     number,
     or_null,
@@ -74,7 +75,8 @@ CONFIG: Mapping[str, Kind] = {
 WIDTH = integer(1, 1 << 24)
 SHAPES: Mapping[str, Kind] = {"hidden": or_null(WIDTH), "query": WIDTH}  # beside `layers`, in a manifest's `shapes`
 # Fields of `model` that stores of earlier versions lack, and that are compared where both sides have them.
-WHEN_KNOWN = ("shapes",)
+WHEN_KNOWN = ("shapes", "tokens", "settings", "encoder_tokens", "encoder_settings")
+SETTINGS: Kind = "plain JSON, at most 2 deep", lambda value: is_plain(value, 2)
 
 # Field of the configuration -> what stores written before there was such a field meant. A new field of `CONFIG` has a
 # value here, so that older stores open and answer as they did.
@@ -106,7 +108,10 @@ def check_manifest(data: bytes, file: Path) -> tuple[dict[str, Any], dict[str, s
 
 def _model(model: Any) -> dict[str, Any]:
     fields(model, "model", "backbone", "fingerprint", "config", optional=["encoder_fingerprint", *WHEN_KNOWN])
-    for field, kind in (("backbone", STRING), ("fingerprint", TEXT), ("encoder_fingerprint", TEXT)):
+    for field, kind in (
+        *(("backbone", STRING), ("fingerprint", TEXT), ("tokens", DIGEST), ("settings", SETTINGS)),
+        *(("encoder_fingerprint", TEXT), ("encoder_tokens", DIGEST), ("encoder_settings", SETTINGS)),
+    ):
         if field in model:
             check(model[field], f"model.{field}", kind)
     config = {**WHEN_ABSENT, **fields(model["config"], "model.config", others=True)}
@@ -116,6 +121,8 @@ def _model(model: Any) -> dict[str, Any]:
     for field in ("taps", "targets"):
         if repeated(config[field] or ()) is not None:
             raise Unfit(f"model.config.{field}", f"{repeated(config[field])!r} stands there twice")
+    for field in ("settings", "encoder_settings"):
+        fields(model.get(field, {}), f"model.{field}", others=True)
     if "shapes" in model:
         shapes = fields(model["shapes"], "model.shapes", "layers", *SHAPES)
         for field, kind in SHAPES.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from slm_fast.backbone import Backbone
+from slm_fast.backbone import Backbone, load_backbone
 from slm_fast.data import Row, Task
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, evaluate
@@ -26,7 +26,7 @@ from slm_fast.options import (
     shows,
 )
 from slm_fast.predict import Prediction, predict, predict_stream
-from slm_fast.predict_file import FileAnswered, predict_file
+from slm_fast.predict_file import FileAnswered, Reading, predict_file
 from slm_fast.schema import WHEN_KNOWN, check_learned
 from slm_fast.store import Store, check_same
 from slm_fast.task_file import digest_of
@@ -74,7 +74,7 @@ class ScalableLM:
             files are damaged.
         """
         complete = combine(ModelConfig, config, changes)
-        return cls(_load(backbone, tokenizer, dtype, device), complete)
+        return cls(load_backbone(backbone, tokenizer, dtype, device), complete)
 
     @classmethod
     def from_pretrained(
@@ -100,7 +100,8 @@ class ScalableLM:
         config: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in store.about["config"].items()
         }
-        loaded = _load(backbone or store.about["backbone"], tokenizer, dtype, device)
+        moved = "" if backbone else f"; say where the backbone of {path} is now with backbone= (--backbone)"
+        loaded = load_backbone(backbone or store.about["backbone"], tokenizer, dtype, device, hint=moved)
         expected = store.about["fingerprint"]
         if loaded.fingerprint != expected:
             raise InputError(
@@ -109,6 +110,8 @@ class ScalableLM:
         with memory_for(f"backbone {loaded.name!r}"):
             slm = cls(loaded, ModelConfig(**config))
         check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {path}")
+        if "tokens" not in store.about:
+            warn(f"store {path}: keeps no settings of its backbone and tokenizer, so changed ones cannot be told")
         store.about = {**slm.model.about, **store.about}  # what an earlier version did not say
         with memory_for(f"store {path}"):
             slm._set(store.load(skip_damaged=skip_damaged))
@@ -302,19 +305,23 @@ class ScalableLM:
         sink: str | Path | IO[str],
         options: PredictOptions | None = None,
         *,
+        format: str | None = None,
+        delimiter: str | None = None,
+        encoding: str | None = None,
+        text: str | None = None,
         task: str | None = None,
         strict: bool = False,
         overwrite: bool = False,
         progress: bool | None = None,
         **changes: Unpack[PredictKeywords],
     ) -> FileAnswered:
-        """Answer a file of JSON Lines into another, in order; memory stays bounded, and bad rows become error rows.
+        """Answer a file of rows into one of JSON Lines, in order; memory stays bounded, bad rows become error rows.
 
         The same call again goes on where an interrupted one stopped, if this model belongs to a store.
 
         Args:
-            source: lines of {"text": ...} or {"instruction": ..., "input": ...} with an optional "id"; .gz too, or a
-                stream. sink: a file (.gz too) or a text stream.
+            source, format, delimiter, encoding: a file as for `Task.from_file`, a pipe, or a binary stream; rows may
+                have an "id". text: the column of the input. sink: a file (.gz too), a pipe, or a text stream.
             task: take every row for this task. strict: stop at the first bad row. overwrite: replace an output.
             options: how rows are answered. changes: fields of them.
 
@@ -322,17 +329,19 @@ class ScalableLM:
             InputError: a path, an option, or an output of another run. WorkError: the work failed; what was written is
             kept, and the same call goes on.
         """
-        return predict_file(
-            self.model,
-            Path(source) if isinstance(source, str) else source,
-            Path(sink) if isinstance(sink, str) else sink,
-            combine(PredictOptions, options, changes),
-            files=None if self.store is None else {name: self._committed.get(name, "") for name in self.tasks},
-            task=task,
-            strict=strict,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        with self.model.pinned():
+            return predict_file(
+                self.model,
+                Path(source) if isinstance(source, str) else source,
+                Path(sink) if isinstance(sink, str) else sink,
+                combine(PredictOptions, options, changes),
+                reading=Reading(format, delimiter, encoding, text),
+                files=None if self.store is None else {name: self._committed.get(name, "") for name in self.tasks},
+                task=task,
+                strict=strict,
+                overwrite=overwrite,
+                progress=progress,
+            )
 
     @shows(PredictOptions)
     def evaluate(
@@ -370,18 +379,6 @@ class ScalableLM:
 
     def _set(self, tasks: Sequence[LearnedTask]) -> None:
         self.model.set_tasks(in_name_order(tasks))
-
-
-def _load(backbone: Any, tokenizer: Any, dtype: str, device: str) -> Backbone:
-    if isinstance(backbone, (str, Path)):
-        if tokenizer is not None:
-            raise InputError("tokenizer: goes with a backbone given as a model; a path or name brings its own")
-        return Backbone.load(str(backbone), dtype=dtype, device=device)
-    if tokenizer is None:
-        raise InputError("tokenizer: needed beside a backbone that is given as a model")
-    if dtype != "float32" or device != "auto":
-        raise InputError("dtype, device: a backbone given as a model keeps its own")
-    return Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))
 
 
 def _refuse_one(rows: Any) -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from slm_fast.errors import some_of
 from slm_fast.evaluate import Evaluation, forgetting
 from slm_fast.predict import Prediction
 from slm_fast.tasks import LearnedTask
+
+LISTED = 20  # labels of a task that are listed
+
+
+def console() -> Console:
+    """Standard output. Only a terminal has a width: whatever reads the output elsewhere gets whole names."""
+    return Console() if sys.stdout.isatty() else Console(width=1_000_000)
 
 
 def percent(share: float) -> str:
@@ -43,7 +53,7 @@ def accuracy_matrix(history: Sequence[Mapping[str, float]], title: str) -> Table
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     table = Table()
-    table.add_column("task")
+    table.add_column("task", overflow="fold")
     table.add_column("accuracy %", justify="right")
     table.add_column("routed to it %", justify="right")
     for name in evaluation.accuracy:
@@ -77,14 +87,16 @@ def answers_table(
 
 def tasks_table(tasks: Sequence[LearnedTask]) -> Table:
     table = Table()
-    table.add_column("task")
+    table.add_column("task", overflow="fold")
     table.add_column("slots", justify="right")
     table.add_column("rank", justify="right")
     table.add_column("values", justify="right")
-    table.add_column("answers")
+    table.add_column("answers", overflow="fold")
     for task in tasks:
         size = sum(a.numel() + b.numel() for a, b in task.values.values())
         rank = next(iter(task.values.values()))[0].shape[1]
-        answers = "free text" if task.labels is None else ", ".join(task.labels)
+        labels = task.labels or ()
+        many = f"{len(labels):,} labels: " if len(labels) > LISTED else ""
+        answers = "free text" if task.labels is None else many + some_of(labels, LISTED)
         table.add_row(task.name, str(task.slots), str(rank), f"{size:,}", Text(answers))
     return table

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slm_fast.prefix import LEAST, PrefixReader
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -58,17 +60,23 @@ class Tokenization:
         separator: tokens that tell a causal backbone that the prompt ends here and the answer begins.
     """
 
-    def __init__(self, tokenizer: Any, kind: str, device: torch.device) -> None:
+    def __init__(self, tokenizer: Any, kind: str, device: torch.device, vocabulary: int | None = None) -> None:
+        """vocabulary: how many ids the model reads; a special token that is beyond them is read as unknown."""
         self.tokenizer, self.device = tokenizer, device
         self.padding_side = "left" if kind == "causal" else "right"
         self.separator: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"] if kind == "causal" else []
         # A tokenizer's settings cannot be changed while another thread is using it, so texts on the way in have a copy.
         self._reader = copy.deepcopy(tokenizer)
         self._reading = threading.Lock()
+        known = tokenizer.get_vocab().values() if vocabulary is not None else ()
+        self._beyond = {index for index in known if index >= (vocabulary or 0)}
+        unknown = tokenizer.unk_token_id
+        self._instead = tokenizer.pad_token_id if unknown is None or unknown in self._beyond else unknown
+        self._prefixes: PrefixReader | None = None  # made for the first long text
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the lock, so that a model that is adapted can be copied."""
-        return {name: value for name, value in vars(self).items() if name != "_reading"}
+        return {name: value for name, value in vars(self).items() if name != "_reading"} | {"_prefixes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _reading=threading.Lock())
@@ -79,13 +87,16 @@ class Tokenization:
         return self.collate(ids, cut, padding_side=padding_side).to(self.device)
 
     def tokenize(self, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """The tokens of each text, cut to `max_length` (separator included), and which were cut."""
+        """The tokens of each text, cut to `max_length` (separator included), and which were cut.
+
+        Of a long text as many characters are read as its first tokens need.
+        """
         if not texts:
             return [], []
         room = max_length - len(self.separator)
         with self._reading:
             read = self._reader(
-                list(texts),
+                [self._shorten(text, room) for text in texts],
                 truncation=True,
                 max_length=room,
                 verbose=False,
@@ -97,7 +108,22 @@ class Tokenization:
                 cut = [len(row) >= room and bool(e.overflowing) for row, e in zip(rows, read.encodings, strict=True)]
             else:
                 cut = [len(row) >= room and self._longer_than(t, room) for t, row in zip(texts, rows, strict=True)]
+        if self._beyond:
+            rows = [[self._instead if token in self._beyond else token for token in row] for row in rows]
         return [row + self.separator for row in rows] if self.separator else rows, cut
+
+    def shorten_text(self, text: str, tokens: int) -> str:
+        """A text that has the same first tokens as this one, and more of them if this one has more."""
+        with self._reading:
+            return self._shorten(text, tokens)
+
+    def _shorten(self, text: str, tokens: int) -> str:
+        """A text that has the same first tokens, and is cut where the text would be."""
+        if len(text) <= LEAST or self._reader.truncation_side != "right" or not self._reader.is_fast:
+            return text
+        if self._prefixes is None:
+            self._prefixes = PrefixReader(self._reader.backend_tokenizer)
+        return self._prefixes.shorten(text, tokens)
 
     def shorten(self, row: list[int], length: int) -> list[int]:
         """A tokenised text as it would be if cut to `length` tokens: what ends a text stands at its end again."""
@@ -123,11 +149,37 @@ class Tokenization:
         return Encoded(ids, mask, truncated, query_inputs)
 
     def encode_answers(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids of answers, with the token that ends them."""
-        rows = self.tokenizer(
-            list(texts), truncation=True, max_length=max_length - 1, add_special_tokens=False, verbose=False
-        )["input_ids"]
-        return [[*row, self.tokenizer.eos_token_id] for row in rows]
+        """Token ids of answers, with the token that ends them, unless they are longer than `max_length` with it: then
+        their first `max_length` tokens, without an end."""
+        with self._reading:
+            rows = self._reader(
+                [self._shorten(text, max_length) for text in texts],
+                truncation=True,
+                max_length=max_length,
+                add_special_tokens=False,
+                verbose=False,
+            )["input_ids"]
+        return [[*row, self.tokenizer.eos_token_id] if len(row) < max_length else row for row in rows]
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts that rows of generated tokens are."""
+        with self._reading:
+            return [text.strip() for text in self._reader.batch_decode(list(rows), skip_special_tokens=True)]
+
+    def written(self, texts: Sequence[str], max_length: int) -> list[str]:
+        """How answers look that are written as these were learned: normalised, without what the tokenizer does not
+        know."""
+        return self.decode(self.encode_answers(texts, max_length)) if texts else []
+
+    def label_words(self, labels: Sequence[str], max_length: int) -> dict[str, str]:
+        """A task's labels by the texts that stand for them: as they are written, then as they are."""
+        words: dict[str, str] = {}
+        for text, label in [
+            *zip(self.written(labels, max_length), labels, strict=True),
+            *zip(labels, labels, strict=True),
+        ]:
+            words.setdefault(text, label)
+        return words
 
     def _longer_than(self, text: str, length: int) -> bool:
         return len(self._reader(text, truncation=True, max_length=length + 1)["input_ids"]) > length

@@ -129,7 +129,7 @@ def test_the_packaged_minilm_is_found_and_its_weights_are_checked():
 
 
 def test_a_backbone_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"backbone '.*missing': cannot be loaded") as caught:
+    with pytest.raises(InputError, match=r"backbone '.*missing': no such folder") as caught:
         Backbone.load(str(tmp_path / "missing"))
     assert "\n" not in str(caught.value)
 

@@ -32,8 +32,9 @@ from slm_fast import InputError, ScalableLM, Task, WorkError, predict
 from slm_fast.batching import length_buckets
 from slm_fast.data import Row
 from slm_fast.options import PredictOptions
-from slm_fast.predict import WINDOW, Prediction, RouteTaken, windows_of
+from slm_fast.predict import Prediction, RouteTaken
 from slm_fast.tasks import LearnedTask
+from slm_fast.windows import WINDOW, windows_of
 
 # Order
 
@@ -153,10 +154,10 @@ def test_an_encoder_with_the_backbones_tokenizer_shares_its_tokens(monkeypatch):
 
 
 def with_a_row_that_fails() -> tuple[ScalableLM, list[str], int]:
-    model = make_model("bert")
-    model.embeddings.word_embeddings.weight[make_tokenizer("bert").get_vocab()["word79"]] = torch.nan
-    slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer("bert"))
+    slm = make_slm("bert")
     knows(slm, *two_tasks(slm))
+    embeddings = slm.model.backbone.model.embeddings.word_embeddings.weight
+    embeddings[make_tokenizer("bert").get_vocab()["word79"]] = torch.nan
     texts = mixed(8)
     texts[5] += " word79"
     return slm, texts, 5

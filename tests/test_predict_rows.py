@@ -17,7 +17,7 @@ from models import (
 )
 
 from slm_fast import InputError, WorkError
-from slm_fast.predict import WINDOW
+from slm_fast.windows import WINDOW
 
 # Truncation
 

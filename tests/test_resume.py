@@ -15,8 +15,8 @@ from command import one_line, slm_fast
 from models import make_model, make_tokenizer, one_thread, random_task, sentence  # noqa: F401
 
 from slm_fast import ScalableLM, cli
-from slm_fast.predict import WINDOW
 from slm_fast.resume import run_file
+from slm_fast.windows import WINDOW
 
 ROWS = 2 * WINDOW + 200
 
@@ -66,7 +66,7 @@ def predict(store: Path, source: Path, output: Path, *more: object):
 def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(store, source, whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
     slow_imports = ["transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert"]
-    context.set_forkserver_preload(["slm_fast.jsonlines", "slm_fast.resume", "slm_fast.cli", *slow_imports])
+    context.set_forkserver_preload(["slm_fast.slm", "slm_fast.cli.shell", *slow_imports])
     rng, sizes = random.Random(1), set()
     for point in range(20):
         output = tmp_path / f"{point}.jsonl"

@@ -58,7 +58,8 @@ def test_answers_end_with_the_token_that_ends_them(name):
         [vocabulary["yes"], end],
         [vocabulary["the"], vocabulary["answer"], end],
     ]
-    assert backbone.tokenization.encode_answers([" ".join(["word1"] * 30)], 5) == [[vocabulary["word1"]] * 4 + [end]]
+    assert backbone.tokenization.encode_answers([" ".join(["word1"] * 30)], 5) == [[vocabulary["word1"]] * 5]
+    assert backbone.tokenization.encode_answers([" ".join(["word1"] * 4)], 5) == [[vocabulary["word1"]] * 4 + [end]]
 
 
 def test_roberta_reads_no_more_than_its_positions_allow():
@@ -69,3 +70,15 @@ def test_roberta_reads_no_more_than_its_positions_allow():
     assert slm.predict([" ".join(["sea1"] * 300)])[0].truncated
     with pytest.raises(InputError, match=r"max_length: expected 4..127"):
         make_slm("roberta", max_length=128)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_long_text_is_cut_as_if_it_had_been_read_whole(name):
+    backbone, tokenizer = make_backbone(name), make_tokenizer(name)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"] if name == "llama" else []
+    texts = ["sea1 farm2 " * 3000, "sea1" + " " * 30_000 + "farm1", "sea1 " * 500 + "x" * 50_000 + " farm1", "sea2"]
+    for length in (7, 64, 800):
+        rows, cut = backbone.tokenization.tokenize(texts, length)
+        whole = [tokenizer(text, truncation=True, max_length=length - len(newline))["input_ids"] for text in texts]
+        assert rows == [row + newline for row in whole]
+        assert cut == [True, False, length < 500, False]

@@ -8,12 +8,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, warn
+from slm_fast.options import PredictOptions
 
 if TYPE_CHECKING:
     from slm_fast.data import Task
     from slm_fast.slm import ScalableLM
 
+ABSTAIN, SHARE = "--abstain", 0.99
 Run = Callable[[argparse.Namespace], int]  # a verb at work: its exit status
 
 
@@ -103,6 +105,7 @@ def add_device_options(parser: argparse.ArgumentParser, dtype: str) -> None:
         help="float32, bfloat16, float16, or auto: bfloat16 where the processor or GPU has it",
     )
     parser.add_argument("--threads", type=int, help="processor threads; default: as torch chooses")
+    parser.add_argument("--skip-damaged", action="store_true", help="open a store without the tasks that are damaged")
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:
@@ -117,10 +120,10 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
         "--head", choices=("mixed", "winner"), default="mixed", help="weigh all tasks' heads or take one"
     )
     parser.add_argument(
-        "--abstain",
+        ABSTAIN,
         type=float,
         nargs="?",
-        const=0.99,
+        const=SHARE,
         default=False,
         metavar="SHARE",
         help="give no task to out-of-distribution rows: farther off than this share of training rows (0.99)",
@@ -131,6 +134,22 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample-temperature", dest="temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
+
+
+def with_share(argv: Sequence[str]) -> list[str]:
+    """A call in which `--abstain` has its share: argparse would take whatever stands behind it, the store too."""
+    return [
+        f"{ABSTAIN}={SHARE}" if word == ABSTAIN and not _is_number(following) else word
+        for word, following in zip(argv, [*argv[1:], ""], strict=False)
+    ]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def fields_of(arguments: argparse.Namespace, options: type[Any]) -> dict[str, Any]:
@@ -159,9 +178,29 @@ def open_store(arguments: argparse.Namespace) -> ScalableLM:
     from slm_fast.slm import ScalableLM
 
     set_threads(arguments.threads)
-    return ScalableLM.from_pretrained(
-        arguments.store, backbone=arguments.backbone, dtype=arguments.dtype, device=arguments.device
+    more: dict[str, Any] = {"skip_damaged": True} if arguments.skip_damaged else {}
+    slm = ScalableLM.from_pretrained(
+        arguments.store, backbone=arguments.backbone, dtype=arguments.dtype, device=arguments.device, **more
     )
+    if "sample" in vars(arguments):
+        _warn_of_idle_options(fields_of(arguments, PredictOptions), slm.model.backbone.kind == "encoder")
+    return slm
+
+
+def _warn_of_idle_options(given: Mapping[str, Any], is_encoder: bool) -> None:
+    """Options of answering that were given and change nothing."""
+    drawing = ("temperature", "top_p", "seed")
+    if is_encoder:
+        idle = dict.fromkeys(("max_new_tokens", "beams", "sample", *drawing), "an encoder-only backbone writes no text")
+    else:
+        idle = dict.fromkeys(("head", "top_k"), "a backbone that writes its answers weighs no labels")
+        if not given["sample"]:
+            idle |= dict.fromkeys(drawing, "it goes with --sample")
+    for name, why in idle.items():
+        default = getattr(PredictOptions, name)
+        if given.get(name, default) != default:
+            flag = "sample-temperature" if name == "temperature" else name.replace("_", "-")
+            warn(f"--{flag} has no effect: {why}")
 
 
 def set_threads(threads: int | None) -> None:

@@ -17,12 +17,12 @@ def run(_: argparse.Namespace) -> int:
     from importlib import import_module, metadata
 
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from slm_fast.backbone import PACKAGED, choose_device, choose_dtype, resolve
     from slm_fast.ops import backends
     from slm_fast.ops.dispatch import NATIVE_MISSING
+    from slm_fast.tables import console
 
     table = Table(show_header=False)
     table.add_row("slm_fast", metadata.version("slm-fast"))
@@ -46,7 +46,7 @@ def run(_: argparse.Namespace) -> int:
             table.add_row(f"backbone {name}", "ready, weights are those expected")
         except SlmError as error:
             table.add_row(f"backbone {name}", str(error))
-    Console().print(table)
+    console().print(table)
     if NATIVE_MISSING is not None:
         return complain(f"{NATIVE_MISSING}; until then a CPU runs the reference operators, which are slower", 1)
     return 0

@@ -6,15 +6,29 @@ import argparse
 import sys
 from pathlib import Path
 
-from slm_fast.cli.arguments import Verbs, add_predict_options, complain, fields_of, open_store
+from slm_fast.cli.arguments import (
+    Verbs,
+    add_predict_options,
+    add_reading_options,
+    complain,
+    fields_of,
+    open_store,
+)
 from slm_fast.options import PredictOptions
 
 
 def add(verbs: Verbs) -> None:
-    predict = verbs.add("predict", run, "answer JSON Lines of any tasks in any order")
-    predict.add_argument("--input", default="-", help='lines of {"text": ...} or {"instruction": ..., "input": ...}')
+    predict = verbs.add("predict", run, "answer rows of any tasks in any order")
     predict.add_argument(
-        "--output", default="-", help="where the answers go, in the order of the input; the same call again resumes"
+        "--input",
+        default="-",
+        help='JSON Lines of {"text": ...} or {"instruction": ..., "input": ...}, or any file that `learn` reads; - is '
+        "standard input",
+    )
+    predict.add_argument(
+        "--output",
+        default="-",
+        help="where the answers go, as JSON Lines in the order of the input; the same call again resumes",
     )
     predict.add_argument("--overwrite", action="store_true", help="replace an output that is there, do not resume")
     predict.add_argument("--strict", action="store_true", help="stop at the first bad row")
@@ -22,6 +36,7 @@ def add(verbs: Verbs) -> None:
     predict.add_argument(
         "--top-k", type=_count, default=1, metavar="N", help="give the probabilities of so many labels, or of 'all'"
     )
+    add_reading_options(predict, label=False)
     add_predict_options(predict)
 
 
@@ -35,16 +50,17 @@ def _count(text: str) -> int | None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from slm_fast.predict_file import check_paths
+    from slm_fast.predict_file import Reading, check_paths
 
     # All that can be wrong with the call is found before the model is loaded.
     options = PredictOptions(**fields_of(arguments, PredictOptions))
-    source = sys.stdin.buffer if arguments.input == "-" else Path(arguments.input)
-    sink = sys.stdout if arguments.output == "-" else Path(arguments.output)
-    check_paths(source, sink, overwrite=arguments.overwrite)
+    source = sys.stdin.buffer if arguments.input in ("-", "/dev/stdin") else Path(arguments.input)
+    sink = sys.stdout if arguments.output in ("-", "/dev/stdout") else Path(arguments.output)
+    columns = {"delimiter": arguments.delimiter, "encoding": arguments.encoding, "text": arguments.text_column}
+    check_paths(source, sink, overwrite=arguments.overwrite, reading=Reading(**columns))
     slm = open_store(arguments)
     done = slm.predict_file(
-        source, sink, options, task=arguments.task, strict=arguments.strict, overwrite=arguments.overwrite
+        source, sink, options, **columns, task=arguments.task, strict=arguments.strict, overwrite=arguments.overwrite
     )
     if done.failed:
         rows = f"{done.failed} row{'s' * (done.failed > 1)}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from slm_fast.cli.arguments import Verbs
+from slm_fast.errors import InputError, some_of
 
 
 def add(verbs: Verbs) -> None:
@@ -17,21 +19,22 @@ def add(verbs: Verbs) -> None:
     merge = verbs.add("merge", run_merge, "copy the tasks of other stores into one", store=False)
     merge.add_argument("store", metavar="DEST", help="the store that receives them; made if it is not there")
     merge.add_argument("sources", metavar="SRC", nargs="+")
+    merge.add_argument(
+        "--prefer", metavar="STORE", help="where stores hold different tasks of one name, take this store's"
+    )
     verbs.add("verify", run_verify, "check every file of a store against its manifest")
 
 
 def run_tasks(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from slm_fast.store import Store
-    from slm_fast.tables import tasks_table
+    from slm_fast.tables import console, tasks_table
 
     tasks = Store.open(arguments.store).load()
     if arguments.json:
         labels = {task.name: {"labels": task.labels, "slots": task.slots, "options": task.options} for task in tasks}
-        print(json.dumps(labels))
+        print(json.dumps(labels, allow_nan=False))
     else:
-        Console().print(tasks_table(tasks))
+        console().print(tasks_table(tasks))
     return 0
 
 
@@ -45,11 +48,14 @@ def run_forget(arguments: argparse.Namespace) -> int:
 def run_merge(arguments: argparse.Namespace) -> int:
     from slm_fast.store import Store
 
+    merged = [arguments.store, *arguments.sources]
+    if arguments.prefer is not None and Path(arguments.prefer).resolve() not in [Path(p).resolve() for p in merged]:
+        raise InputError(f"--prefer {arguments.prefer}: expected one of {some_of(merged)}")
     sources = [Store.open(path) for path in arguments.sources]
     exists = Store.exists(arguments.store)
     store = Store.open(arguments.store) if exists else Store(arguments.store, sources[0].about, {})
-    store.merge(sources)
-    print(f"{arguments.store} holds {len(store.files)} tasks: {', '.join(sorted(store.files))}", file=sys.stderr)
+    store.merge(sources, **({} if arguments.prefer is None else {"prefer": Path(arguments.prefer)}))
+    print(f"{arguments.store} holds {len(store.files):,} tasks: {some_of(sorted(store.files))}", file=sys.stderr)
     return 0
 
 

@@ -1,0 +1,43 @@
+"""Every choice that a configuration leaves open, made for a backbone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from slm_fast.backbone import Backbone
+from slm_fast.errors import InputError
+from slm_fast.options import ModelConfig
+from slm_fast.query import DEFAULT_ENCODER, check_taps, default_taps
+
+
+def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
+    """The configuration with every choice made but `groups`. Raises InputError where it does not fit the backbone."""
+    layers, trunk = len(backbone.layers), config.query == "trunk"
+    taps = check_taps(default_taps(layers) if config.taps is None else config.taps, layers) if trunk else None
+    lowest = taps[-1] if taps else 0
+    first_layer = config.first_layer if config.first_layer is not None else (lowest if taps else layers // 2)
+    if not lowest <= first_layer < layers:
+        raise InputError(f"first_layer: expected {lowest}..{layers - 1} (not below the last tap), got {first_layer}")
+    if not config.targets:
+        raise InputError(f"targets: expected at least one of {', '.join(backbone.family.linears)}, got none")
+    limit = backbone.max_positions()
+    max_length = min(256, limit or 256) if config.max_length is None else config.max_length
+    if max_length < 4 or (limit is not None and max_length > limit):
+        raise InputError(f"max_length: expected 4..{limit or 'any'} for this backbone, got {max_length}")
+    return replace(
+        config,
+        taps=taps,
+        encoder=None if trunk else config.encoder or DEFAULT_ENCODER,
+        targets=tuple(config.targets),
+        first_layer=first_layer,
+        k=config.k if config.k is not None else (2 if config.router == "gaussian" else 4),
+        max_length=max_length,
+    )
+
+
+def groups_of(groups: int | None, width: int) -> int:
+    """Six, as the paper, where the query's width allows it."""
+    found = next(g for g in (6, 5, 4, 3, 2, 1) if width % g == 0) if groups is None else groups
+    if found < 1 or width % found:
+        raise InputError(f"groups: expected a divisor of the query width {width}, got {found}")
+    return found

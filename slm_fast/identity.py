@@ -1,0 +1,108 @@
+"""What makes a backbone the one that a store was made with: weights, vocabulary, the tokenizer's rules, settings.
+
+Each part is kept in a store's manifest. What decides answers is compared; where a model lies, the precision it is
+loaded in and the versions of the libraries do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slm_fast.errors import WorkError
+
+# Texts on which tokenizers of unlike rules differ: case, accents, widths, spaces, lines, digits, signs, scripts.
+PROBES = (
+    "",
+    "The quick brown fox, doesn't it?",
+    "ÀÉÎõü Straße İstanbul e\u0301a\u0308 \ufb01ne ½ \uff21\uff22\uff43 \uff11\uff12",
+    "  leading, double  and trailing   ",
+    "one\ntwo\r\nthree\n\n\nfour\tfive\u3000six\u00a0seven\u200beight\x00nine",
+    "1234567 3.14 1,000,000 2024-01-31 v1.2.3 x=3+4",
+    "!?!?... --- *** (a) [b] {c} <d> \"e\" 'f' `g` #h @i $5 50% a_b c/d",
+    "正面负面 日本語テスト 한국어 ภาษาไทย العربية русский",
+    "😀 👨\u200d👩\u200d👧 🇩🇪 ❤️",
+    "unbelievablyantidisestablishmentarianism " + "x" * 200,
+)
+
+# Of a configuration, what decides no answer, or is seen in the weights and their vocabulary.
+_NEITHER = re.compile(
+    r"_?name_or_path|architectures|(torch_)?dtype|transformers_version|(id2label|label2id|quantization_config)(\..*)?|"
+    r"num_labels|problem_type|.*dropout.*|initializer_.*|output_.*|return_dict.*|use_(return_dict|cache)|"
+    r"chunk_size_feed_forward|pretraining_tp|finetuning_task|task_specific_params(\..*)?|max_position_embeddings|"
+    r"(bos|eos|sep)_token_id|_attn_implementation.*|.*experts_implementation.*|gradient_checkpointing"
+)
+
+
+def fingerprint(model: nn.Module, tokenizer: Any) -> str:
+    """SHA-256 over every tensor's name, shape and up to 1,024 evenly spaced elements (rounded to bfloat16, so the
+    precision a model is loaded in does not matter), and over the vocabulary.
+
+    Raises WorkError, which names the tensor, where one of these elements of a weight is not finite.
+    """
+    digest = hashlib.sha256()
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    # A model that is adapted already keeps its fingerprint: adapted layers hold their base under the name "base".
+    tensors = {re.sub(r"(\.base)+\.", ".", name): (name, tensor) for name, tensor in model.state_dict().items()}
+    for name, (full_name, tensor) in sorted(tensors.items()):
+        if not isinstance(tensor, Tensor):  # packed parameters of a quantised layer
+            continue
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, -(-flat.numel() // 1024))]
+        if full_name in weights and sample.is_floating_point() and not sample.isfinite().all():
+            raise WorkError(f"backbone: weight {name} holds a number that is not finite")
+        sample = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample.to(torch.int64)
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(sample.cpu().numpy()).tobytes())
+    for token, index in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{index} {token}\n".encode())
+    return digest.hexdigest()
+
+
+def tokens(tokenizer: Any) -> str:
+    """SHA-256 of the token ids that a tokenizer makes of `PROBES` and of its special tokens' spellings."""
+    special = sorted({str(token) for token in tokenizer.all_special_tokens})
+    texts = [*PROBES, " ".join(special), "".join(f"a{token} b" for token in special)]
+    rows = [list(map(int, tokenizer(text, truncation=False, verbose=False)["input_ids"])) for text in texts]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def settings(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What a configuration (`to_dict()`) makes of the weights: name -> a JSON scalar, or a list of them.
+
+    Names of nested settings are joined by dots. Settings without a value are left out (libraries fill them in), but
+    for a sliding window, which is then none.
+    """
+    found = {}
+    for name, value in _flat(config, ""):
+        if _NEITHER.fullmatch(name) or (kind == "causal" and name == "pad_token_id"):
+            continue
+        if value is not None or name == "sliding_window":
+            found[name] = value
+    return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in sorted(values.items(), key=lambda item: str(item[0])):
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}.")
+        elif isinstance(value, (list, tuple)):
+            yield name, [_scalar(each) for each in value]
+        else:
+            yield name, _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
+    """As JSON has it, every bit of a float kept."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return value if isinstance(value, float) and math.isfinite(value) else str(value)

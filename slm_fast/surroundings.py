@@ -1,0 +1,70 @@
+"""What a caller's program has set for itself, and which must not show in what is learned or answered."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def pinned(models: Sequence[nn.Module], *, one_thread: bool = False) -> Iterator[None]:
+    """Inside the block new tensors are float32 on the CPU unless told otherwise, autocast is off, the models are in
+    evaluation mode, and with `one_thread` torch uses no second one. Afterwards all is as it was."""
+    threads = torch.get_num_threads()
+    dtype = torch.get_default_dtype()
+    training = [module for model in models for module in model.modules() if module.training]
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        try:
+            if dtype != torch.float32:
+                torch.set_default_dtype(torch.float32)
+            if one_thread and threads > 1:
+                torch.set_num_threads(1)
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            if dtype != torch.float32:
+                torch.set_default_dtype(dtype)
+            if one_thread and threads > 1:
+                torch.set_num_threads(threads)
+
+
+class PinnedLock:
+    """A lock that the thread which holds it may take again, and that pins the surroundings while it is held."""
+
+    def __init__(self, models: Sequence[nn.Module], *, one_thread: bool = False) -> None:
+        self._models, self._one_thread = models, one_thread
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._pins: Any = None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            if self._depth == 0:
+                self._pins = pinned(self._models, one_thread=self._one_thread)
+                self._pins.__enter__()
+            self._depth += 1
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._depth -= 1
+            if self._depth == 0:
+                self._pins.__exit__(None, None, None)
+        finally:
+            self._lock.release()

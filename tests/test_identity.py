@@ -1,0 +1,106 @@
+"""A backbone is known by its tokenizer's rules and its settings, too; stores that do not say them still open."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+from models import make_model, make_slm, make_tokenizer, one_thread, random_task  # noqa: F401
+from tokenizers import normalizers
+
+from slm_fast import InputError, ScalableLM
+from slm_fast.errors import SlmWarning
+from slm_fast.identity import settings, tokens
+from slm_fast.store import Store
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A function that makes a backbone's folder and a store, and opens the store after a change of one's JSON files."""
+
+    def make(name, **config):
+        make_model(name).save_pretrained(tmp_path / "m")
+        make_tokenizer(name).save_pretrained(tmp_path / "m")
+        ScalableLM.from_backbone(str(tmp_path / "m"), **config).save_pretrained(tmp_path / "store")
+
+        def reopen(file="", change=lambda content: None):
+            if file:
+                path = tmp_path / file
+                content = json.loads(path.read_text())
+                change(content)
+                path.write_text(json.dumps(content))
+            return ScalableLM.from_pretrained(tmp_path / "store")
+
+        return reopen
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("bert", "hidden_act", "relu", "settings.hidden_act is 'relu', store .* has 'gelu'"),
+        ("bert", "layer_norm_eps", 1e-5, "settings.layer_norm_eps is 1e-05, store .* has 1e-12"),
+        ("t5", "relative_attention_max_distance", 64, "settings.relative_attention_max_distance is 64"),
+        ("llama", "rms_norm_eps", 1e-5, "settings.rms_norm_eps is 1e-05"),
+        ("mistral", "sliding_window", None, "settings.sliding_window is None, store .* has 64"),
+    ],
+)
+def test_a_changed_setting_is_named(name, field, value, message, store):
+    with pytest.raises(InputError, match=message):
+        store(name)("m/config.json", lambda content: content.update({field: value}))
+
+
+def test_changed_rules_of_the_tokenizer_are_told(store):
+    with pytest.raises(InputError, match="its tokenizer makes other tokens than that of store"):
+        store("llama")("m/tokenizer.json", lambda content: content.update(post_processor=None))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("attention_dropout", 0.5), ("architectures", ["X"]), ("initializer_range", 0.1), ("use_cache", False)],
+)
+def test_what_decides_no_answer_may_change(field, value, store):
+    store("llama")("m/config.json", lambda content: content.update({field: value}))
+
+
+def test_settings_that_only_one_library_has_are_not_compared(store):
+    reopen = store("llama")
+    reopen("store/manifest.json", lambda content: content["model"]["settings"].update(of_tomorrow=[1, "x"]))
+    reopen("store/manifest.json", lambda content: content["model"]["settings"].pop("rms_norm_eps"))
+
+
+def test_a_store_that_does_not_say_opens_with_a_warning_and_says_it_from_the_next_commit_on(store, tmp_path):
+    reopen = store("bert")
+
+    def forget(content):
+        for field in ("tokens", "settings"):
+            del content["model"][field]
+
+    with pytest.warns(SlmWarning, match="keeps no settings of its backbone and tokenizer"):
+        slm = reopen("store/manifest.json", forget)
+    slm.add(random_task(slm, "sea"))
+    assert Store.open(tmp_path / "store").about["settings"] == slm.model.about["settings"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reopen()
+
+
+def test_settings_survive_the_manifest_bit_for_bit():
+    about = make_slm("llama").model.about
+    assert json.loads(json.dumps(about)) == about
+
+
+def test_the_precision_a_model_is_loaded_in_is_no_setting():
+    model = make_model("llama")
+    assert settings(model.half().config.to_dict(), "causal") == settings(make_model("llama").config.to_dict(), "causal")
+
+
+def test_tokens_do_not_depend_on_what_the_tokenizer_did_last():
+    tokenizer = make_tokenizer("bert")
+    expected = tokens(tokenizer)
+    tokenizer("sea1 sea2 sea3", truncation=True, max_length=4, padding="max_length")
+    assert tokens(tokenizer) == expected
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert tokens(tokenizer) != expected

@@ -1,0 +1,92 @@
+"""What a caller has set for torch shows neither in what is learned nor in what is answered."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from models import easy, make_model, make_slm, make_tokenizer, saved
+
+from slm_fast import ScalableLM
+from slm_fast.surroundings import PinnedLock
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+SURROUNDINGS = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "another device": lambda: torch.device("meta"),
+    "two threads": lambda: threads(2),
+}
+TEXTS = ["sea1 sea2 good0", "sea3 sea4 bad0", "sea5"]
+
+
+def outcome(name, around, *, train=False, **config):
+    """The bytes of a task that was learned in these surroundings, and answers to some texts."""
+    model = make_model(name)
+    slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer(name), **config)
+    if train:
+        model.train()
+    with around:
+        slm.learn(easy("sea", 24), epochs=2)
+        answers = slm.predict(TEXTS, max_new_tokens=4)
+    assert all(module.training == train for module in (model, model.get_submodule(slm.model.backbone.family.layers)))
+    return saved(slm, "sea"), answers
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {name: outcome(name, threads(1)) for name in ("bert", "t5", "llama")}
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("around", SURROUNDINGS)
+def test_learning_and_answering_are_the_same_in_all_surroundings(name, around, plain):
+    assert outcome(name, SURROUNDINGS[around]()) == plain[name]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_model_in_train_mode_learns_and_answers_as_in_evaluation_mode(name, plain):
+    assert outcome(name, nullcontext(), train=True) == plain[name]
+
+
+def test_a_model_made_under_another_default_dtype_is_the_same(plain):
+    with default_dtype(torch.float64):
+        slm = make_slm("bert")
+    slm.learn(easy("sea", 24), epochs=2)
+    assert saved(slm, "sea") == plain["bert"][0]
+
+
+def test_what_was_set_is_back_after_the_last_holder_lets_the_lock_go():
+    model = torch.nn.Dropout().train()
+    lock = PinnedLock([model], one_thread=True)
+    with threads(2), default_dtype(torch.float64):
+        with lock, lock:
+            assert (torch.get_default_dtype(), torch.get_num_threads(), model.training) == (torch.float32, 1, False)
+        assert (torch.get_default_dtype(), torch.get_num_threads(), model.training) == (torch.float64, 2, True)
+        with pytest.raises(ZeroDivisionError), lock:
+            raise ZeroDivisionError
+        assert (torch.get_default_dtype(), torch.get_num_threads(), model.training) == (torch.float64, 2, True)
