@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from slm_fast.columns import LABELLED, Unclear, id_column
-from slm_fast.errors import InputError, WorkError, one_line
+from slm_fast.errors import InputError, WorkError, one_line, some_of
 from slm_fast.inputs import read_fields, table_of
 from slm_fast.labels import (
     are_words,
@@ -90,6 +90,10 @@ class Task:
                 raise WorkError(f"{name}: a task needs at least two labels, got only {self.labels[0]!r}")
             warn_of_alike(name, self.labels)
 
+    def __repr__(self) -> str:
+        labels = "free text" if self.labels is None else f"{len(self.labels)} labels: {some_of(self.labels, 5)}"
+        return f"Task({self.name!r}, {len(self.rows)} rows, {labels})"
+
     @classmethod
     def from_rows(
         cls,
@@ -126,6 +130,7 @@ class Task:
         delimiter: str | None = None,
         encoding: str | None = None,
         labels: str | Path | Sequence[str] | None = None,
+        known: Collection[str] = (),
         training: bool = True,
     ) -> Task:
         """Read a task from csv, tsv, jsonl, json (all also .gz) or parquet, or from a pipe or stream of these.
@@ -136,6 +141,8 @@ class Task:
             labels: the words that integer labels are the indices of, or a JSON file with a list of them. None means
                 `labels.json` beside the file, if its words are as many as the labels 0 to n - 1 of the file: a warning
                 says whether it is used.
+            known: the label words of a task that is learned already, whose rows these are: `labels.json` beside the
+                file is then used if it holds them.
 
         Raises:
             InputError: no such file, an unknown format or encoding, no such column. WorkError: what is in it, naming
@@ -152,7 +159,7 @@ class Task:
         placed = ((record.where, record.fields) for record in records)
         rows, free_text = _answered(source, placed, text, label)
         if not free_text:
-            rows = _named(source, file, rows, records, labels)
+            rows = _named(source, file, rows, records, labels, known)
         try:
             return cls(name, rows, free_text=free_text, training=training)
         except WorkError as error:
@@ -249,6 +256,7 @@ def _named(
     rows: list[Row],
     records: Sequence[Record],
     labels: str | Path | Sequence[str] | None,
+    known: Collection[str],
 ) -> list[Row]:
     """The rows with words for integer labels, where there is a list of them."""
     found = [row.target or "" for row in rows]
@@ -257,7 +265,7 @@ def _named(
         if are_words(found, words):
             return rows
     else:
-        beside = words_beside(path, found) if path is not None else None
+        beside = words_beside(path, found, known) if path is not None else None
         if beside is None:
             return rows
         words = beside

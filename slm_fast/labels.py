@@ -149,9 +149,10 @@ def are_words(labels: Collection[str], words: Collection[str]) -> bool:
     return set(labels) <= set(words) and not all(INDEX.match(label) for label in labels)
 
 
-def words_beside(path: Path, labels: Sequence[str]) -> list[str] | None:
+def words_beside(path: Path, labels: Sequence[str], known: Collection[str] = ()) -> list[str] | None:
     """The words of `labels.json` in the file's folder, if they are those of its labels without doubt: these are 0 to
-    n - 1, each of them there, and there are n words. A warning says whether they are used."""
+    n - 1, each of them there, and there are n words; or the words are those `known` of the task, so that it was learned
+    with the same list. A warning says whether they are used."""
     beside = path.parent / "labels.json"
     numbers = {label for label in labels if INDEX.match(label)}
     if len(numbers) < len(set(labels)) or not labels or not beside.is_file():
@@ -162,7 +163,10 @@ def words_beside(path: Path, labels: Sequence[str]) -> list[str] | None:
     except WorkError as error:
         warn(f"{path}: labels are not named: {error}")
         return None
-    if numbers != {str(i) for i in range(len(words))}:
+    every = {str(i) for i in range(len(words))}
+    if known and set(known) <= set(words) and not numbers <= set(known) and numbers <= every:
+        return words
+    if numbers != every:
         found = ", ".join(sorted(numbers, key=int)[:8]) + ", ..." * (len(numbers) > 8)
         warn(f"{path}: labels are not named by labels.json, which has {len(words)} words for labels {found}; {use}")
         return None

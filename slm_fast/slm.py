@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from slm_fast.backbone import Backbone, load_backbone
-from slm_fast.data import Row, Task
+from slm_fast.data import Task, rows_to_answer
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, evaluate
 from slm_fast.learn import check_task, learn_task
@@ -47,6 +47,13 @@ class ScalableLM:
         self.model = AdaptedModel(backbone, config)
         self.store = store
         self._committed: dict[str, str] = {}  # task -> SHA-256 of its file, of the store as this model last knew it
+
+    def __repr__(self) -> str:
+        backbone, config = self.model.backbone, self.model.config
+        parts = [repr(backbone.name or type(backbone.model).__name__), f"query={config.query!r}"]
+        parts += [f"router={config.router!r}", f"tasks=[{some_of(self.tasks)}]"]
+        parts += [] if self.store is None else [f"store={str(self.store.path)!r}"]
+        return f"ScalableLM({', '.join(parts)})"
 
     @classmethod
     @shows(ModelConfig)
@@ -155,7 +162,7 @@ class ScalableLM:
         """
         chosen = combine(LearnOptions, options, changes)
         if isinstance(valid, (str, Path)):
-            valid = Task.from_file(task.name, valid, training=False)
+            valid = Task.from_file(task.name, valid, known=task.labels or (), training=False)
         check_task(self.model, task, valid)
         if self.store is not None:
             self.store.check_writable()
@@ -263,7 +270,7 @@ class ScalableLM:
     @shows(PredictOptions)
     def predict(
         self,
-        rows: Sequence[Any],
+        rows: Iterable[Any],
         options: PredictOptions | None = None,
         *,
         task: str | Sequence[str] | None = None,
@@ -273,15 +280,14 @@ class ScalableLM:
         """Answer rows of any tasks, in any order, with no task-ID (`task` gives one all the same).
 
         Args:
-            rows: strings, or {"instruction": ..., "input": ...}.
+            rows: strings, or {"instruction": ..., "input": ...}; a list, a DataFrame, a Dataset.
             options: how they are answered. changes: fields of them, such as max_new_tokens=20.
 
         Raises:
             InputError: an option does not fit, a task is not known, or none is learned yet. WorkError: a row cannot be
             read or answered; it is named by its number, from 1.
         """
-        _refuse_one(rows)
-        parsed = [_parse(number, row) for number, row in enumerate(rows, 1)]
+        parsed = list(rows_to_answer(rows))
         return predict(self.model, parsed, combine(PredictOptions, options, changes), task=task, progress=progress)
 
     @shows(PredictOptions)
@@ -294,8 +300,7 @@ class ScalableLM:
         **changes: Unpack[PredictKeywords],
     ) -> Iterator[Prediction]:
         """As `predict`, for inputs of any size: answers come in order and memory stays bounded."""
-        _refuse_one(rows)
-        parsed = (_parse(number, row) for number, row in enumerate(rows, 1))
+        parsed = rows_to_answer(rows)
         return predict_stream(self.model, parsed, combine(PredictOptions, options, changes), task=task)
 
     @shows(PredictOptions)
@@ -381,22 +386,10 @@ class ScalableLM:
         self.model.set_tasks(in_name_order(tasks))
 
 
-def _refuse_one(rows: Any) -> None:
-    if isinstance(rows, (str, Mapping)):
-        raise InputError("rows: expected a list of texts, got a single one")
-
-
-def _parse(number: int, row: Any) -> Row:
-    try:
-        return Row.parse(row)
-    except WorkError as error:
-        raise WorkError(f"row {number}: {error}") from None
-
-
 def _as_task(learned: LearnedTask | None, name: str, source: Any) -> Task:
     if isinstance(source, Task):
         return source
     if isinstance(source, (str, Path)):
-        return Task.from_file(name, source, training=False)
+        return Task.from_file(name, source, known=(learned and learned.labels) or (), training=False)
     free_text = None if learned is None else learned.labels is None
     return Task(name, source, free_text=free_text, training=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from slm_fast.errors import InputError, warn
@@ -68,8 +68,14 @@ def add_label_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", action="append", default=[], metavar="NAME=FILE", help=about)
 
 
-def read_tasks(arguments: argparse.Namespace, files: Mapping[str, str], *, training: bool) -> dict[str, Task]:
-    """The tasks in these files, each read once; "-" is standard input."""
+def read_tasks(
+    arguments: argparse.Namespace,
+    files: Mapping[str, str],
+    *,
+    training: bool,
+    known: Mapping[str, Collection[str]] | None = None,
+) -> dict[str, Task]:
+    """The tasks in these files, each read once; "-" is standard input. known: the label words of those learned."""
     from slm_fast.data import Task
 
     labels = named_files(arguments.labels)
@@ -90,6 +96,7 @@ def read_tasks(arguments: argparse.Namespace, files: Mapping[str, str], *, train
             delimiter=arguments.delimiter,
             encoding=arguments.encoding,
             labels=labels.get(name),
+            known=(known or {}).get(name, ()),
             training=training,
         )
         for name, path in files.items()

@@ -35,8 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from slm_fast.tables import evaluation_table
 
-    tasks = read_tasks(arguments, named_files(arguments.tasks), training=False)
+    files = named_files(arguments.tasks)
     slm = open_store(arguments)
+    known = {name: task.labels or () for name, task in slm.learned.items()}
+    tasks = read_tasks(arguments, files, training=False, known=known)
     evaluation = slm.evaluate(tasks, with_task_id=arguments.with_task_id, **fields_of(arguments, PredictOptions))
     if arguments.json:
         result = {"accuracy": evaluation.accuracy, "routing": evaluation.routing, "average": evaluation.average}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from typing import TYPE_CHECKING
 
 from slm_fast.cli.arguments import (
     Verbs,
@@ -17,8 +19,14 @@ from slm_fast.cli.arguments import (
     read_tasks,
     set_threads,
 )
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, WorkError
 from slm_fast.options import LearnOptions, ModelConfig
+
+if TYPE_CHECKING:
+    from slm_fast.data import Task
+    from slm_fast.slm import ScalableLM
+
+PATIENCE, PAUSE = 600.0, 5.0  # seconds in which a learned task must be committed, and between two tries
 
 
 def add(verbs: Verbs) -> None:
@@ -86,9 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
             kept = store.about["config"].get(name)
             if name != "max_length" and (list(value) if isinstance(value, tuple) else value) != kept:
                 raise InputError(f"--{name.replace('_', '-')}: {arguments.store} was made with {kept!r}")
-        for task in tasks:
-            if task.name in store.files:
-                raise InputError(f"task {task.name!r}: already in {arguments.store}; forget it first to learn it anew")
+        store.check_writable()
         slm = open_store(arguments)
     else:
         if arguments.backbone is None:
@@ -97,13 +103,34 @@ def run(arguments: argparse.Namespace) -> int:
         slm = ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
     for task in tasks:
         check_task(slm.model, task, valid.get(task.name))
+        slm.knows(task, LearnOptions(**options), valid=valid.get(task.name))
     if slm.store is None:
         slm.save_pretrained(arguments.store)
     for task in tasks:
-        slm.learn(task, valid=valid.get(task.name), **options)
-        held = f"{arguments.store} holds {len(slm.tasks)}"
+        _learn(slm, task, LearnOptions(**options), valid.get(task.name))
+        held = f"{arguments.store} holds {len(Store.open(arguments.store).files)}"
         print(f"learned {task.name} from {len(task.rows)} rows; {held}", file=sys.stderr)
     return 0
+
+
+def _learn(slm: ScalableLM, task: Task, options: LearnOptions, valid: Task | None) -> None:
+    """Learn a task. One that is learned and cannot be committed is tried again: whoever made the disk full, or keeps
+    the store, has some time to mend it."""
+    assert slm.store is not None
+    try:
+        return slm.learn(task, options, valid=valid)
+    except WorkError as error:
+        if task.name not in slm.learned:
+            raise
+        last, until = error, time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        print(f"slm-fast: warning: {last.args[0].partition(';')[0]}; trying again (Ctrl-C gives up)", file=sys.stderr)
+        time.sleep(PAUSE)
+        try:
+            return slm.save_pretrained(slm.store.path)
+        except WorkError as error:
+            last = error
+    raise last
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from slm_fast.cli.arguments import Verbs
-from slm_fast.errors import InputError, some_of
+from slm_fast.errors import some_of
 
 
 def add(verbs: Verbs) -> None:
@@ -48,13 +47,10 @@ def run_forget(arguments: argparse.Namespace) -> int:
 def run_merge(arguments: argparse.Namespace) -> int:
     from slm_fast.store import Store
 
-    merged = [arguments.store, *arguments.sources]
-    if arguments.prefer is not None and Path(arguments.prefer).resolve() not in [Path(p).resolve() for p in merged]:
-        raise InputError(f"--prefer {arguments.prefer}: expected one of {some_of(merged)}")
     sources = [Store.open(path) for path in arguments.sources]
     exists = Store.exists(arguments.store)
     store = Store.open(arguments.store) if exists else Store(arguments.store, sources[0].about, {})
-    store.merge(sources, **({} if arguments.prefer is None else {"prefer": Path(arguments.prefer)}))
+    store.merge(sources, prefer=arguments.prefer)
     print(f"{arguments.store} holds {len(store.files):,} tasks: {some_of(sorted(store.files))}", file=sys.stderr)
     return 0
 
