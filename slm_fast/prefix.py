@@ -22,10 +22,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
-LETTERS, LEAST = 16, 4096  # characters first tried for each token that is wanted, and in all
+LETTERS, LEAST = 8, 2048  # characters first tried for each token that is wanted, and in all
 ENDS = 1024  # characters kept at the end of a stretch that is skipped
 
 COMPOSING = {"BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Precompiled"}
@@ -107,7 +107,9 @@ class PrefixReader:
         limit = len(head[:limit].rstrip()) if self.takes_spaces else limit
         tokens = zip(words, read.offsets, strict=True)
         last = words[-1] - self.margin
-        standing = sum(1 for _ in takewhile(lambda token: token[0] <= last and token[1][1] <= limit, tokens))
+        standing = sum(
+            1 for _ in takewhile(lambda token: token[0] <= last and token[1][1] <= limit, islice(tokens, enough + 1))
+        )
         begin = words.index(words[-1])
         if standing > enough or len(words) - begin < self.margin or self.whole_words:
             return standing
