@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from slm_fast.errors import InputError, WorkError, one_line
+from slm_fast.errors import InputError, SlmError, WorkError, memory_for, one_line
 from slm_fast.given import checked_tokenizer, unwrapped, without_head
 from slm_fast.identity import fingerprint, settings, tokens
 from slm_fast.layers import has_bfloat16, use_onednn
@@ -148,7 +148,7 @@ class Backbone:
         name = located(name)
         path, known = resolve(name), None
         try:
-            with quiet():
+            with quiet(), memory_for(f"backbone {name!r}"):
                 config = transformers.AutoConfig.from_pretrained(path)
                 auto_class = getattr(transformers, _family(config.model_type).auto_class)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -159,13 +159,14 @@ class Backbone:
                     known = fingerprint(first, tokenizer)
                     del first
                 model = auto_class.from_pretrained(path, dtype=number)
-        except InputError:
+        except SlmError:
             raise
         except (OSError, ValueError, ImportError) as error:
             raise InputError(f"backbone {name!r}: cannot be loaded: {one_line(error)}") from None
         except Exception as error:
             raise WorkError(f"backbone {name!r}: damaged: {one_line(error)}") from None
-        return cls(model.to(place), tokenizer, name, known)
+        with memory_for(f"backbone {name!r}"):
+            return cls(model.to(place), tokenizer, name, known)
 
     @property
     def kind(self) -> str:
@@ -308,7 +309,7 @@ def _load_tokenizer(name: str | Path) -> Any:
         raise InputError(f"tokenizer {str(name)!r}: cannot be loaded: {one_line(error)}") from None
 
 
-def located(name: str) -> str:
+def located(name: str, part: str = "backbone") -> str:
     """A name as it is kept: that of a folder as its whole path, so that it means the same from anywhere.
 
     Raises InputError for what can only be a path, and is not there; no hub is asked for it.
@@ -321,7 +322,7 @@ def located(name: str) -> str:
     parent = os.path.dirname(path)
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != bool(parent) or os.path.isdir(parent):
         what = "is a file, expected a folder" if os.path.isfile(path) else "no such folder"
-        raise InputError(f"backbone {name!r}: {what}")
+        raise InputError(f"{part} {name!r}: {what}")
     return name
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from slm_fast.backbone import Backbone
+from slm_fast.backbone import Backbone, located
 from slm_fast.errors import InputError
 from slm_fast.options import ModelConfig
 from slm_fast.query import DEFAULT_ENCODER, check_taps, default_taps
@@ -27,7 +27,7 @@ def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
     return replace(
         config,
         taps=taps,
-        encoder=None if trunk else config.encoder or DEFAULT_ENCODER,
+        encoder=None if trunk else located(config.encoder or DEFAULT_ENCODER, "encoder"),
         targets=tuple(config.targets),
         first_layer=first_layer,
         k=config.k if config.k is not None else (2 if config.router == "gaussian" else 4),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from slm_fast.data import Row, Task
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
 from slm_fast.predict import predict
@@ -48,12 +48,12 @@ def evaluate(
     known = {task.name: task for task in model.pool.tasks}
     for name, task in tasks.items():
         if name not in known:
-            raise InputError(f"task {name!r}: not learned; tasks: {', '.join(known) or 'none'}")
+            raise InputError(f"task {name!r}: not learned; tasks: {some_of(known)}")
         labels = known[name].labels
         words = set(labels or ())
         for i, row in enumerate(task.rows, 1):
             if labels is not None and row.target not in words:
-                raise WorkError(f"{name}: row {i}: label {row.target!r} is not one of {', '.join(labels)}")
+                raise WorkError(f"{name}: row {i}: label {row.target!r} is not one of {some_of(labels)}")
         rows += task.rows
         names += [name] * len(task.rows)
     predictions = predict(model, rows, options, task=names if with_task_id else None, progress=progress)

@@ -71,12 +71,11 @@ class AdaptedModel:
         self.backbone = backbone
         self.config = complete(config, backbone)
         self._pinned = threading.local()
-        models = [backbone.model]
-        self.lock = PinnedLock(models, one_thread=backbone.needs_one_thread)
+        self.lock = PinnedLock.of(backbone.model, one_thread=backbone.needs_one_thread)
         with self.lock:
             self._build(backbone)
         if isinstance(self.query, SentenceQuery):
-            models.append(self.query.encoder)
+            self.lock.models.append(self.query.encoder)
 
     def _build(self, backbone: Backbone) -> None:
         self.query: TrunkQuery | SentenceQuery

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, some_of
 from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask, in_name_order
@@ -68,7 +68,7 @@ class Pool:
         Raises InputError for a name that is not there.
         """
         if name not in self.names:
-            raise InputError(f"task {name!r}: the pool does not have it; tasks: {', '.join(self.names) or 'none'}")
+            raise InputError(f"task {name!r}: the pool does not have it; tasks: {some_of(self.names)}")
         i = self.names.index(name)
         tasks = self.tasks[:i] + self.tasks[i + 1 :]
         slots = self.slots - self.tasks[i].slots

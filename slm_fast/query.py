@@ -91,7 +91,7 @@ class SentenceQuery:
         try:
             with quiet():
                 self.encoder: Any = sentence_transformers.SentenceTransformer(
-                    resolve(located(encoder)), device=str(device)
+                    resolve(located(encoder, "encoder")), device=str(device)
                 )
         except (OSError, ValueError, ImportError) as error:
             raise InputError(f"encoder {encoder!r}: cannot be loaded: {one_line(error)}") from None

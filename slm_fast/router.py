@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slm_fast import ops
 from slm_fast.covariance import PERCENTILES, ExactSum, mahalanobis, moments, pack, percentiles, unpack, whitener
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.ops import Route
 from slm_fast.ops.retrieve import PreparedKeys
 
@@ -121,7 +121,7 @@ class Router(ABC):
 
     def _place(self, name: str) -> int:
         if name not in self.names:
-            raise InputError(f"task {name!r}: the router does not have it; tasks: {', '.join(self.names) or 'none'}")
+            raise InputError(f"task {name!r}: the router does not have it; tasks: {some_of(self.names)}")
         return self.names.index(name)
 
     @abstractmethod

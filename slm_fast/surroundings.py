@@ -42,19 +42,38 @@ def pinned(models: Sequence[nn.Module], *, one_thread: bool = False) -> Iterator
 
 
 class PinnedLock:
-    """A lock that the thread which holds it may take again, and that pins the surroundings while it is held."""
+    """A lock that the thread which holds it may take again, and that pins the surroundings while it is held.
+
+    models: those that are in evaluation mode meanwhile. one_thread: torch then uses no second one.
+    """
 
     def __init__(self, models: Sequence[nn.Module], *, one_thread: bool = False) -> None:
-        self._models, self._one_thread = models, one_thread
+        self.models, self._one_thread = list(models), one_thread
         self._lock = threading.RLock()
         self._depth = 0
         self._pins: Any = None
+
+    @classmethod
+    def of(cls, model: nn.Module, *, one_thread: bool = False) -> PinnedLock:
+        """The one lock of a model, however often it is wrapped."""
+        lock = vars(model).get("slm_fast_lock")
+        if not isinstance(lock, cls):
+            lock = cls([model], one_thread=one_thread)
+            model.slm_fast_lock = lock  # type: ignore[assignment]
+        return lock
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model has a lock of its own, that nobody holds."""
+        return {"models": self.models, "_one_thread": self._one_thread}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock(), _depth=0, _pins=None)
 
     def __enter__(self) -> None:
         self._lock.acquire()
         try:
             if self._depth == 0:
-                self._pins = pinned(self._models, one_thread=self._one_thread)
+                self._pins = pinned(self.models, one_thread=self._one_thread)
                 self._pins.__enter__()
             self._depth += 1
         except BaseException:

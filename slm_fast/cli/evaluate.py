@@ -31,9 +31,7 @@ def add(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from slm_fast.tables import evaluation_table
+    from slm_fast.tables import console, evaluation_table
 
     files = named_files(arguments.tasks)
     slm = open_store(arguments)
@@ -42,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     evaluation = slm.evaluate(tasks, with_task_id=arguments.with_task_id, **fields_of(arguments, PredictOptions))
     if arguments.json:
         result = {"accuracy": evaluation.accuracy, "routing": evaluation.routing, "average": evaluation.average}
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     else:
-        Console().print(evaluation_table(evaluation))
+        console().print(evaluation_table(evaluation))
     return 0

@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         set_threads(arguments.threads)
         slm = ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
     for task in tasks:
-        check_task(slm.model, task, valid.get(task.name))
+        check_task(slm.model, task, valid.get(task.name), options.get("max_length"))
         slm.knows(task, LearnOptions(**options), valid=valid.get(task.name))
     if slm.store is None:
         slm.save_pretrained(arguments.store)

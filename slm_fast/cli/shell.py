@@ -46,7 +46,8 @@ def _run(arguments: argparse.Namespace) -> int:
             if lacks_memory(cause):
                 return complain(f"not enough memory: {one_line(cause)}", 1)
         if isinstance(error, OSError):
-            return _flush(0) or complain(f"{type(error).__name__}: {error}", 1)
+            where = error.filename or "standard output"
+            return _flush(0) or complain(f"{where}: {error.strerror or error}", 1)
         raise
 
 
