@@ -137,7 +137,7 @@ class LearnOptions:
         _integers(self, "epochs", "slots", "max_length", optional=True)
         _integers(self, "seed", least=-LARGEST["seed"])
         _numbers(self, "learning_rate", 0, 1, above=True)
-        _numbers(self, "weight_decay", 0, 1e6)
+        _numbers(self, "weight_decay", 0, 1e38)
         _numbers(self, "warmup", 0, 1)
         _switches(self, "joint", "autocast")
 

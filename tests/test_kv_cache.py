@@ -29,7 +29,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from slm_fast import ScalableLM, generate, kv_cache, ops
+from slm_fast import PredictOptions, ScalableLM, generate, kv_cache, ops
+from slm_fast.data import Row
+from slm_fast.predict import answer
+from slm_fast.windows import windows_of
 
 aten = torch.ops.aten
 # What waits for numbers, or brings them from the host: an error while a stream is captured.
@@ -195,7 +198,7 @@ def test_a_row_that_is_no_longer_a_number_spoils_no_row_that_takes_its_place(cap
     read = {word for text in texts for word in text.split()}
     word, rows = next((w, n) for w, n in written.most_common() if w not in read and n < len(texts) - 5)
     slm.model.backbone.model.get_input_embeddings().weight.data[vocabulary[word]] = torch.nan
-    after = slm.predict(texts, **options)
+    [after] = answer(slm.model, windows_of(map(Row, texts), None), PredictOptions(**options))
     assert rows > 3
     for old, new in zip(before, after, strict=True):
         assert word in old.text.split() or new.text == old.text

@@ -27,6 +27,7 @@ def test_an_adapted_layer_adds_to_its_base_and_changes_nothing_that_others_hold(
     expected = ops.multi_lora(x, lora_a, lora_b, *route, base=base(x)).detach()
     adaptation = Adaptation()
     layer, before, seen = AdaptedLinear(base, "layer", adaptation), x.clone(), []
+    adaptation.layers.append(layer)
     alone = layer(x)
     with (
         torch.set_grad_enabled(gradients),

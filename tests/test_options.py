@@ -80,7 +80,7 @@ def test_an_unknown_keyword_is_named_with_those_there_are() -> None:
         (PredictOptions, "sample", "yes", "expected True or False, got 'yes'"),
         (PredictOptions, "head", ["mixed"], "expected 'mixed' or 'winner'"),
         (LearnOptions, "learning_rate", "1e-3", "expected more than 0 and at most 1, got '1e-3'"),
-        (LearnOptions, "weight_decay", 10**400, "expected a number from 0 to 1e+06"),
+        (LearnOptions, "weight_decay", 10**400, "expected a number from 0 to 1e+38"),
         (LearnOptions, "learning_rate", 0, "expected more than 0"),
         (LearnOptions, "epochs", 10**9, "expected at most 1,000,000"),
         (LearnOptions, "joint", 1, "expected True or False, got 1"),
