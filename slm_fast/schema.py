@@ -272,7 +272,7 @@ def check_learned(task: LearnedTask) -> None:
 def check_scatter(task: LearnedTask, file: Path) -> None:
     """Raise WorkError unless a task's scatter is one, that is positive semi-definite. In time D^3."""
     scatter = task.router.get("scatter")
-    if scatter is not None and not is_scatter(unpack(scatter.double())):
+    if scatter is not None and not is_scatter(unpack(scatter)):
         raise WorkError(f"{file}: not a task file: scatter: expected a positive semi-definite matrix")
 
 
