@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 test: lint
 	$(RUN) -m pytest
 
-# 10,000 damaged stores, 500 kills, two minutes of writers and readers: what `make test` does a little of.
+# 10,000 damaged stores, 5,000 lines, 500 kills, two minutes of writers and readers: `make test` does a little of each.
 fuzz: $(VENV)/.ready
 	SLM_FAST_FUZZ=1 $(RUN) -m pytest tests/fuzz
 

@@ -103,13 +103,15 @@ def run(arguments: argparse.Namespace) -> int:
         slm = ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
     for task in tasks:
         check_task(slm.model, task, valid.get(task.name), options.get("max_length"))
-        slm.knows(task, LearnOptions(**options), valid=valid.get(task.name))
+        slm.knows(task, LearnOptions(**options), valid=valid.get(task.name))  # raises for another task's name
     if slm.store is None:
         slm.save_pretrained(arguments.store)
     for task in tasks:
+        known = slm.learned.get(task.name)
         _learn(slm, task, LearnOptions(**options), valid.get(task.name))
-        held = f"{arguments.store} holds {len(Store.open(arguments.store).files)}"
-        print(f"learned {task.name} from {len(task.rows)} rows; {held}", file=sys.stderr)
+        if slm.learned.get(task.name) is not known:
+            held = f"{arguments.store} holds {len(Store.open(arguments.store).files)}"
+            print(f"learned {task.name} from {len(task.rows)} rows; {held}", file=sys.stderr)
     return 0
 
 
