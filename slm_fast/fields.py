@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Repeated = TypeVar("Repeated", bound=Hashable)
+MOST_PARTS = 1000  # of plain JSON, at each place
 Kind = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whether a value is that
 
 
@@ -101,11 +102,16 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _are_plain(values: Sequence[Any], depth: int) -> bool:
+    return all(is_plain(value, depth) for value in values)
+
+
 def is_plain(value: Any, depth: int) -> bool:
     if isinstance(value, Mapping):
-        return depth > 0 and all(_is_string(name) and is_plain(part, depth - 1) for name, part in value.items())
+        parts = list(value.values())
+        return depth > 0 and len(parts) <= MOST_PARTS and all(map(_is_string, value)) and _are_plain(parts, depth - 1)
     if isinstance(value, list):
-        return depth > 0 and all(is_plain(part, depth - 1) for part in value)
+        return depth > 0 and len(value) <= MOST_PARTS and _are_plain(value, depth - 1)
     return value is None or isinstance(value, bool) or _is_string(value) or _is_number(value)
 
 
