@@ -58,6 +58,8 @@ def plain_value(value: Any) -> Any:
 
 def whole(text: str, key: str) -> str:
     """The text, if it can be written. Raises WorkError."""
+    if text.isascii():  # which costs nothing, however long
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no file and no tokenizer can hold
