@@ -163,6 +163,7 @@ class ScalableLM:
         chosen = combine(LearnOptions, options, changes)
         if isinstance(valid, (str, Path)):
             valid = Task.from_file(task.name, valid, known=task.labels or (), training=False)
+        valid = valid and valid.spelled_as(task.labels or ())
         check_task(self.model, task, valid, chosen.max_length)
         if self.store is not None:
             self.store.check_writable()
