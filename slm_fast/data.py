@@ -180,6 +180,13 @@ class Task:
             raise WorkError(f"{source}: {error}") from None
 
 
+def checked(task: Any, what: str) -> Task:
+    """The task. Raises InputError for anything else."""
+    if not isinstance(task, Task):
+        raise InputError(f"{what}: expected a Task, got a {type(task).__name__}; Task(name, rows) makes one")
+    return task
+
+
 def check_name(name: str) -> None:
     if not isinstance(name, str) or not NAME.match(name):
         raise InputError(

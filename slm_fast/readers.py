@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 import reprlib
@@ -74,6 +75,8 @@ def read_records(
         opened or, when that row is asked for, read on.
     """
     path = Path(source) if isinstance(source, (str, Path)) else None
+    if path is None and (isinstance(source, io.TextIOBase) or not hasattr(source, "readline")):
+        raise InputError(f"source: expected a path or a binary stream, got a {type(source).__name__}")
     if format is not None and format not in FORMATS.values():
         names = ", ".join(dict.fromkeys(FORMATS.values()))
         raise InputError(f"format: expected one of {names}, got {format!r}")
