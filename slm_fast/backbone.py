@@ -283,7 +283,7 @@ def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hin
         try:
             return Backbone.load(str(backbone), dtype=dtype, device=device)
         except InputError as error:
-            raise InputError(f"{error}{hint}") from None
+            raise InputError(f"{error}{hint if str(error).startswith('backbone') else ''}") from None
     if tokenizer is None:
         raise InputError("tokenizer: needed beside a backbone that is given as a model")
     if dtype != "float32" or device != "auto":

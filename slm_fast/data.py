@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from slm_fast.labels import (
     name_label,
     read_words,
     same_words,
+    spellings,
     warn_of_alike,
     words_beside,
 )
@@ -94,6 +96,16 @@ class Task:
         labels = "free text" if self.labels is None else f"{len(self.labels)} labels: {some_of(self.labels, 5)}"
         return f"Task({self.name!r}, {len(self.rows)} rows, {labels})"
 
+    def spelled_as(self, words: Collection[str]) -> Task:
+        """This task with its labels written as a learned one writes them: 1 as 1.0, true as True."""
+        renamed = {} if self.labels is None else spellings(self.labels, words)
+        if not renamed:
+            return self
+        task = copy.copy(self)
+        task.rows = [replace(row, target=renamed.get(row.target or "", row.target)) for row in self.rows]
+        task.labels = sorted({row.target or "" for row in task.rows})
+        return task
+
     @classmethod
     def from_rows(
         cls,
@@ -155,7 +167,9 @@ class Task:
         source = "the input" if file is None else str(file)
         for record in records:
             if record.error is not None:
-                raise WorkError(f"{source}: {record.where}: {record.error}")
+                foreign = encoding is None and str(record.error).startswith("not UTF-8")
+                hint = "; encoding=NAME (--encoding) says what it is" if foreign else ""
+                raise WorkError(f"{source}: {record.where}: {record.error}{hint}")
         placed = ((record.where, record.fields) for record in records)
         rows, free_text = _answered(source, placed, text, label)
         if not free_text:
@@ -164,6 +178,13 @@ class Task:
             return cls(name, rows, free_text=free_text, training=training)
         except WorkError as error:
             raise WorkError(f"{source}: {error}") from None
+
+
+def checked(task: Any, what: str) -> Task:
+    """The task. Raises InputError for anything else."""
+    if not isinstance(task, Task):
+        raise InputError(f"{what}: expected a Task, got a {type(task).__name__}; Task(name, rows) makes one")
+    return task
 
 
 def check_name(name: str) -> None:
@@ -245,7 +266,10 @@ def _answered(
             raise wrong(f"{source}: {where}: {error}") from None
         rows.append(row)
     if not free_text:
-        words = same_words([row.target or "" for row in rows])
+        try:
+            words = same_words([row.target or "" for row in rows])
+        except WorkError as error:
+            raise WorkError(f"{source}: {error}") from None
         rows = [row if row.target == word else replace(row, target=word) for row, word in zip(rows, words, strict=True)]
     return rows, bool(free_text)
 

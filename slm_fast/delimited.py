@@ -33,11 +33,14 @@ def check_delimiter(delimiter: str) -> str:
 
 def columns_of(header: str, delimiter: str) -> list[str]:
     """The names in the first line of a header."""
+    return [name.strip("\ufeff \t\r\n\v\f") for name in _cells(header, delimiter)]
+
+
+def _cells(header: str, delimiter: str) -> list[str]:
     try:
-        names = next(csv.reader(header.splitlines(keepends=True), delimiter=delimiter), [])
+        return next(csv.reader(header.splitlines(keepends=True), delimiter=delimiter), [])
     except csv.Error:
         return []
-    return [name.strip("\ufeff \t\r\n\v\f") for name in names]
 
 
 def choose_delimiter(header: str, tabbed: bool = False, columns: Collection[str] = ()) -> str:
@@ -57,7 +60,7 @@ def read_delimited(lines: Lines, delimiter: str | None, tabbed: bool, columns: C
     first: list[str] = []  # lines up to the header
     header = ""
     for line in text:
-        declared = DECLARED.match(line.strip()) if not header else None
+        declared = DECLARED.match(line.strip("\ufeff \r\n")) if not header else None
         if declared:
             delimiter, line = delimiter or declared.group(1), "\n"
         first.append(line)
@@ -66,7 +69,9 @@ def read_delimited(lines: Lines, delimiter: str | None, tabbed: bool, columns: C
             break
     if delimiter is None:
         delimiter = choose_delimiter(header, tabbed, columns)
-    reader = csv.reader(chain(first, text), delimiter=delimiter, strict=True)
+    names = _cells(header, delimiter)[1:]
+    spaced = bool(names) and all(name[:1] == " " for name in names)  # `text, label`, and so `a, "b"`
+    reader = csv.reader(chain(first, text), delimiter=delimiter, strict=True, skipinitialspace=spaced)
     yield from _rows(reader, lines, delimiter, columns)
 
 
@@ -91,6 +96,8 @@ def _rows(reader: Any, lines: Lines, delimiter: str, columns: Collection[str]) -
                 yield place, {}, error
                 return
             continue
+        while len(row) > len(header) and not row[-1]:  # a separator at the end of each row
+            row.pop()
         if len(row) > len(header) and error is None:
             error = WorkError(f"more columns than the header; quote a text that holds a {_spoken(delimiter)}")
         yield place, dict.fromkeys(header) | dict(zip(header, row, strict=False)), error

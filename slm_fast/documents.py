@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection
 from typing import Any
 
 from slm_fast.columns import CHAT, known, listed, plain
 from slm_fast.errors import WorkError
+from slm_fast.fields import repeated
 
 
 def rows_of_document(value: Any, name: str, columns: Collection[str] = ()) -> list[Any]:
@@ -22,7 +24,7 @@ def rows_of_document(value: Any, name: str, columns: Collection[str] = ()) -> li
     if not isinstance(value, dict):
         raise WorkError(f"{name}: expected a JSON list of objects, got {type(value).__name__}")
     if {"columns", "data"} <= value.keys() and isinstance(value["columns"], list) and isinstance(value["data"], list):
-        return [dict(zip(value["columns"], row, strict=False)) for row in value["data"] if isinstance(row, list)]
+        return _split_table(value["columns"], value["data"], name)
     whole = _whole_columns(value, name) if known(value, columns) and not any(map(_chat, value)) else None
     if whole is not None:
         return whole
@@ -34,6 +36,17 @@ def rows_of_document(value: Any, name: str, columns: Collection[str] = ()) -> li
     if known(value, columns):
         return [value]
     raise WorkError(f"{name}: expected a list of rows, or columns of one length; fields: {listed(value)}")
+
+
+def _split_table(columns: list[Any], data: list[Any], name: str) -> list[dict[str, Any]]:
+    names = list(map(str, columns))
+    twice = repeated(names)
+    if twice is not None:
+        raise WorkError(f"{name}: has column {twice!r} twice")
+    for number, row in enumerate(data, 1):
+        if not isinstance(row, list) or len(row) != len(names):
+            raise WorkError(f"{name}: row {number}: expected a list of {len(names)}, got {reprlib.repr(row)}")
+    return [dict(zip(names, row, strict=True)) for row in data]
 
 
 def _is_table(rows: Any, columns: Collection[str]) -> bool:

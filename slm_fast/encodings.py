@@ -19,6 +19,13 @@ UTF8 = "utf-8-sig"
 LEGACY = "cp1252"
 MARKS = ((codecs.BOM_UTF8, UTF8), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
          (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+GZIP = b"\x1f\x8b"
+NO_TEXT = {
+    b"PK\x03\x04": "a zip archive or an Excel file",
+    b"\xd0\xcf\x11\xe0": "an old Excel file",
+    b"%PDF": "a PDF file",
+}
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # what no text of Windows-1252 holds
 UNDECODED = re.compile("[\udc00-\udcff]")
 
 
@@ -44,16 +51,14 @@ def check_encoding(encoding: str) -> str:
 
 
 def guess_encoding(head: bytes) -> str:
-    """From a byte order mark, or the zero bytes that the first letters have in UTF-16; else UTF-8."""
+    """From a byte order mark, or the zero bytes that ASCII letters have in UTF-16, all on one side; else UTF-8."""
     for mark, name in MARKS:
         if head.startswith(mark):
             return name
-    first = head[:8]
-    if len(first) >= 4 and not any(first[1::2]) and all(first[::2]):
-        return "utf-16-le"
-    if len(first) >= 4 and not any(first[::2]) and all(first[1::2]):
-        return "utf-16-be"
-    return UTF8
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if max(even, odd) < 2 or (even and odd):
+        return UTF8
+    return "utf-16-le" if odd else "utf-16-be"
 
 
 def settle(encoding: str | None, head: bytes) -> str:
@@ -161,6 +166,8 @@ def _is_legacy(path: Path) -> bool:
                     if not UNDECODED.search(line):
                         return False
                     line.encode("utf-8", "surrogateescape").decode(LEGACY)
+                if CONTROL.search(line):
+                    return False
         except (EOFError, OSError, zlib.error, UnicodeDecodeError):
             return False
     return True

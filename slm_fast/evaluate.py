@@ -50,6 +50,7 @@ def evaluate(
         if name not in known:
             raise InputError(f"task {name!r}: not learned; tasks: {some_of(known)}")
         labels = known[name].labels
+        task = task.spelled_as(labels or ())
         words = set(labels or ())
         for i, row in enumerate(task.rows, 1):
             if labels is not None and row.target not in words:

@@ -32,7 +32,7 @@ def read_json(data: bytes | str) -> Any:
     """JSON as the standard has it: no NaN, no field twice. Raises ValueError for anything else, however deep."""
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=_without_repeats)
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=without_repeats)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -42,7 +42,7 @@ def refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"field {repeated(name for name, _ in pairs)!a} stands there twice")

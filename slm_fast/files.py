@@ -9,8 +9,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from slm_fast.errors import InputError
 
 LEAST_RESERVE = 64 << 10
+
+
+def path_of(given: Any) -> Path:
+    """The path of a store's folder. Raises InputError for what is no path; an empty one would be the current folder."""
+    if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
+        raise InputError(f"store: expected the path of a folder, got {given!r}")
+    return Path(given)
 
 
 def write(path: Path, data: bytes) -> None:

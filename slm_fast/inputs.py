@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from dataclasses import fields as fields_of
+from itertools import islice
 from typing import Any
 
 from slm_fast.chats import read_chat
-from slm_fast.columns import CHATTED, LABELLED, Columns, find_columns, missing_answer
+from slm_fast.columns import CHATTED, LABELLED, Columns, find_columns, known, missing_answer
 from slm_fast.errors import InputError, WorkError
+from slm_fast.fields import repeated
 from slm_fast.labels import as_text, plain_value, shown, whole
 from slm_fast.readers import class_name
 
@@ -82,7 +85,11 @@ def _as_mapping(value: Any, given: bool) -> Mapping[str, Any]:
     if isinstance(value, tuple) and isinstance(fields, tuple):  # a named tuple: by its names, in whatever order
         return dict(zip(map(str, fields), value, strict=True))
     if isinstance(value, tuple) and len(value) == 2 and not given:
+        if hasattr(value[1], "keys"):  # a name and its row: of a groupby, of iterrows, of a dictionary's items
+            as_text(value[1], "label")
         return {"text": value[0], "label": value[1]}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields_of(value)}
     if not isinstance(value, Mapping):
         if not (hasattr(value, "keys") and hasattr(value, "__getitem__")):  # a row of pandas or sqlite3 has them
             one = "a text or an object with 'text' or 'instruction' and 'input'"
@@ -120,24 +127,33 @@ def _check_ready(fields: Mapping[str, Any], columns: Columns, instruction: str, 
 
 
 def table_of(rows: Any) -> Iterator[Any]:
-    """The rows of a list, a generator, a DataFrame (pandas or polars), a Series or array of texts, an Arrow table, or a
-    datasets.Dataset, whose class numbers become names.
+    """The rows of a list, a generator, a DataFrame (pandas or polars), a Series or array of texts, an Arrow table or
+    array, or a datasets.Dataset, whose class numbers become names.
 
-    Raises InputError for what has no rows: a text, a mapping, a single row.
+    Raises InputError for what has no rows: a text, a mapping, a single row; and for a table with a column twice.
     """
     if isinstance(rows, (str, bytes, Mapping)) or hasattr(rows, "_fields"):
         raise _no_rows(rows)
+    if hasattr(rows, "collect_schema") and hasattr(rows, "collect"):  # polars, not computed yet
+        rows = rows.collect()
     if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # pandas: iterating gives the names of columns
+        twice = repeated(map(str, rows.columns))
+        if twice is not None:
+            raise InputError(f"rows: the table has column {twice!r} twice")
         return iter(rows.to_dict("records"))
     if hasattr(rows, "iter_rows") and hasattr(rows, "to_dicts"):  # polars: iterating gives columns
         return iter(rows.iter_rows(named=True))
-    if hasattr(rows, "to_pylist") and hasattr(rows, "column_names"):  # Arrow
+    if hasattr(rows, "to_pylist"):  # Arrow
         return iter(rows.to_pylist())
+    if callable(getattr(rows, "keys", None)) and known(map(str, islice(rows.keys(), 64))):  # a row of pandas
+        raise _no_rows(rows)
+    features = getattr(rows, "features", None)
+    if features is not None and hasattr(rows, "with_format"):  # rows of numpy, torch or pandas hold other values
+        rows = rows.with_format(None)
     try:
         found = iter(rows)
     except TypeError:
         raise _no_rows(rows) from None
-    features = getattr(rows, "features", None)
     classes = {
         name: list(feature.names)
         for name, feature in (features.items() if isinstance(features, Mapping) else ())

@@ -86,7 +86,7 @@ def check_label(label: str) -> str:
 
 def same_words(labels: Sequence[str]) -> list[str]:
     """The labels of a whole column, written in one way: numbers without ".0" where all are whole numbers, and "True"
-    and "False" where all are truth values in several spellings."""
+    and "False" where all are truth values in several spellings. Raises WorkError where 1 may stand for True."""
     different = set(labels)
     numbers = {label: NUMBER.match(label) for label in different}
     words: dict[str, str] = {}
@@ -96,7 +96,30 @@ def same_words(labels: Sequence[str]) -> list[str]:
         spellings = (str.lower, str.capitalize, str.upper)
         if not any(all(label == spell(label) for label in different) for spell in spellings):
             words = {label: label.capitalize() for label in different}
+    values = {_value(label): label for label in different}
+    truths, digits = (sorted(values.keys() & pair) for pair in ({"True", "False"}, {"0", "1"}))
+    if truths and digits and len(truths) + len(digits) == len(values):
+        first, second = values[truths[-1]], values[digits[-1]]
+        raise WorkError(f"labels {first!r} and {second!r} may mean one thing; write truth values in one way")
     return [words.get(label, label) for label in labels] if words else list(labels)
+
+
+def spellings(labels: Collection[str], words: Collection[str]) -> dict[str, str]:
+    """For each label that is no word of a learned task, the one word that says the same: 1 and 1.0, true and True. The
+    labels of a few rows may look like whole numbers, or like one spelling, where those of all rows did not."""
+    alike: dict[str, list[str]] = {}
+    for word in words:
+        alike.setdefault(_value(word), []).append(word)
+    meant = {label: alike.get(_value(label), []) for label in set(labels) - set(words)}
+    return {label: found[0] for label, found in meant.items() if len(found) == 1}
+
+
+def _value(label: str) -> str:
+    """A label without what whole numbers and truth values are written in."""
+    number = NUMBER.match(label)
+    if number:
+        return str(int(number[1]))
+    return label.capitalize() if label.lower() in ("true", "false") else label
 
 
 def warn_of_alike(name: str, labels: Collection[str]) -> None:

@@ -319,6 +319,8 @@ def combine(kind: type[Options], options: Options | None, keywords: Mapping[str,
     unknown = sorted(keywords.keys() - set(names))
     if unknown:
         raise InputError(f"{unknown[0]}: unknown option; options: {', '.join(names)}")
+    if options is not None and not isinstance(options, kind):
+        raise InputError(f"options: expected {kind.__name__}, got a {type(options).__name__}")
     return replace(kind() if options is None else options, **keywords)
 
 

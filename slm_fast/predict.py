@@ -80,9 +80,14 @@ def predict(
         InputError: an unknown task, or no task learned yet. WorkError: a row's query is not finite.
     """
     if task is not None and not isinstance(task, str):
-        task = list(task)
+        try:
+            task = list(task)
+        except TypeError:
+            raise InputError(f"task: expected a name, or one for each row, got {task!r}") from None
         if len(task) != len(rows):
             raise InputError(f"task: {len(task)} names for {len(rows)} rows")
+    elif task is not None and task not in model.pool.names:
+        raise InputError(f"task {task!r}: not learned; tasks: {some_of(model.pool.names)}")
     with bar("predicting", len(rows), progress) as advance, model.pinned():
         return list(_good(answer(model, windows_of(rows, task), options, advance)))
 

@@ -58,6 +58,9 @@ def check_paths(source: Source, sink: Sink, *, overwrite: bool = False, reading:
     """Raise InputError where reading `source` and writing `sink` cannot be right; nothing is opened for writing."""
     if isinstance(source, io.TextIOBase):
         raise InputError("source: expected a binary stream, got one of text")
+    for name, given, method in (("source", source, "readline"), ("sink", sink, "write")):
+        if not isinstance(given, Path) and not hasattr(given, method):
+            raise InputError(f"{name}: expected a path or a stream, got a {type(given).__name__}")
     if isinstance(sink, (io.RawIOBase, io.BufferedIOBase)):
         raise InputError("sink: expected a text stream, got a binary one")
     if isinstance(source, Path) and kind_of(source, missing="no such file") is Kind.FILE:

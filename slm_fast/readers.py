@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import re
 import reprlib
@@ -9,14 +11,15 @@ import stat
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from slm_fast.columns import known, listed
 from slm_fast.delimited import check_delimiter, choose_delimiter, columns_of, read_delimited
 from slm_fast.documents import rows_of_document
-from slm_fast.encodings import Lines, check_encoding, open_binary, read_head, rejoined, settle
+from slm_fast.encodings import GZIP, NO_TEXT, Lines, check_encoding, open_binary, read_head, rejoined, settle
 from slm_fast.errors import InputError, WorkError, one_line
-from slm_fast.fields import refuse_constant
+from slm_fast.fields import refuse_constant, without_repeats
+from slm_fast.labels import plain_value
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 UNTOLD = ("", ".txt")  # suffixes that do not tell the format
@@ -63,8 +66,8 @@ def read_records(
         format: "csv", "tsv", "jsonl", "json" or "parquet". None means what the path ends in, whatever its case; where
             that does not tell, what the first line looks like.
         delimiter: what separates columns: one character, or "tab". None means what the header shows.
-        encoding: None means what the first bytes show: UTF-16 or UTF-8. A regular file of delimited text or JSON Lines
-            that is plainly no UTF-8 is read as Windows-1252, with a warning.
+        encoding: None means what the first bytes show: UTF-16 or UTF-8. A regular file of delimited text that is
+            plainly no UTF-8 is read as Windows-1252, with a warning.
         columns: names of columns that are known beside the usual ones.
 
     Raises:
@@ -72,6 +75,8 @@ def read_records(
         opened or, when that row is asked for, read on.
     """
     path = Path(source) if isinstance(source, (str, Path)) else None
+    if path is None and (isinstance(source, io.TextIOBase) or not hasattr(source, "readline")):
+        raise InputError(f"source: expected a path or a binary stream, got a {type(source).__name__}")
     if format is not None and format not in FORMATS.values():
         names = ", ".join(dict.fromkeys(FORMATS.values()))
         raise InputError(f"format: expected one of {names}, got {format!r}")
@@ -136,6 +141,12 @@ def _read_path(path: Path, regular: bool, format: str | None, how: _Reading) -> 
 
 def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator[Record]:
     head = read_head(file, how.name)
+    if how.again is not None and head.startswith(GZIP):  # whatever its name
+        file = cast("IO[bytes]", gzip.GzipFile(fileobj=rejoined(head, file)))
+        head = read_head(file, how.name)
+    for magic, kind in NO_TEXT.items():
+        if how.again is not None and head.startswith(magic):
+            raise WorkError(f"{how.name}: is {kind}; save it as CSV")
     if format is None and head.startswith(b"PAR1"):
         if how.again is None:
             raise InputError(f"{how.name}: parquet cannot be read from a pipe; save it to a file")
@@ -145,8 +156,9 @@ def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator
     untold, certain = None, format is not None
     if format is None:
         format, untold = _sniff(_first_line(head, encoding), how)
-    again = how.again if how.encoding is None else None
-    newline = "\n" if format in ("json", "jsonl") else ""
+    json_like = format in ("json", "jsonl")
+    again = how.again if how.encoding is None and not json_like else None
+    newline = "\n" if json_like and b"\n" in head else ""  # without one, lines may end in "\r" as of old
     lines = Lines(rejoined(head, file), how.name, encoding, newline, again)
     if format == "json":
         yield from _read_json(lines, how.columns, certain)
@@ -207,7 +219,7 @@ def _read_jsonl(lines: Lines, untold: WorkError | None = None) -> Iterator[Recor
 
 def _parse_line(number: int, line: str) -> Record:
     try:
-        value = json.loads(line, parse_constant=refuse_constant)
+        value = json.loads(line, parse_constant=refuse_constant, object_pairs_hook=without_repeats)
     except json.JSONDecodeError as error:
         return Record(number, error=WorkError(f"not JSON: {error.msg} at character {error.pos + 1}"))
     except RecursionError:
@@ -248,7 +260,7 @@ def _read_json(lines: Lines, columns: Collection[str], certain: bool) -> Iterato
 
 def _parse_document(text: str, name: str) -> Any:
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=without_repeats)
     except json.JSONDecodeError as error:
         wrong = f"line {error.lineno}: not JSON: {error.msg} at character {error.colno}"
     except RecursionError:
@@ -307,6 +319,7 @@ def _are_words(names: Any) -> bool:
 
 def class_name(value: Any, names: list[str]) -> Any:
     """The name of a class given by its number; -1 stands for none, as in data sets whose test rows have no labels."""
+    value = plain_value(value)
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     return names[value] if 0 <= value < len(names) else None

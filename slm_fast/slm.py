@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from slm_fast.backbone import Backbone, load_backbone
-from slm_fast.data import Task, rows_to_answer
+from slm_fast.data import Task, checked, rows_to_answer
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, evaluate
 from slm_fast.learn import check_task, learn_task
@@ -161,8 +161,10 @@ class ScalableLM:
             was learned before is still there.
         """
         chosen = combine(LearnOptions, options, changes)
+        known = checked(task, "task").labels or ()
         if isinstance(valid, (str, Path)):
-            valid = Task.from_file(task.name, valid, known=task.labels or (), training=False)
+            valid = Task.from_file(task.name, valid, known=known, training=False)
+        valid = None if valid is None else checked(valid, "valid").spelled_as(known)
         check_task(self.model, task, valid, chosen.max_length)
         if self.store is not None:
             self.store.check_writable()
@@ -359,6 +361,8 @@ class ScalableLM:
         **changes: Unpack[PredictKeywords],
     ) -> Evaluation:
         """Accuracy and routing accuracy on {task name: file or rows with answers}, all answered as one mixed stream."""
+        if not isinstance(tasks, Mapping):
+            raise InputError(f"tasks: expected {{name: a file or rows}}, got a {type(tasks).__name__}")
         given = {name: _as_task(self.learned.get(name), name, source) for name, source in tasks.items()}
         chosen = combine(PredictOptions, options, changes)
         return evaluate(self.model, given, chosen, with_task_id=with_task_id, progress=progress)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
-from slm_fast.files import Reserve, flush_directory, locked, write
+from slm_fast.files import Reserve, flush_directory, locked, path_of, write
 from slm_fast.schema import FORMAT, WHEN_KNOWN, check_fits, check_manifest, check_scatter, task_path
 from slm_fast.task_file import read_file, task_from_bytes, task_from_file, task_to_bytes
 from slm_fast.tasks import LearnedTask
@@ -43,7 +43,7 @@ class Store:
     patience = 30.0  # seconds a writer waits for another one, whose commit takes far less
 
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
-        self.path, self.about, self.files = Path(path), dict(about), dict(files)
+        self.path, self.about, self.files = path_of(path), dict(about), dict(files)
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -52,7 +52,7 @@ class Store:
         Raises:
             InputError: there is none. WorkError: its manifest is damaged or of a newer format.
         """
-        manifest = Path(path) / MANIFEST
+        manifest = path_of(path) / MANIFEST
         try:
             data = manifest.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -64,7 +64,7 @@ class Store:
 
     @classmethod
     def exists(cls, path: str | Path) -> bool:
-        return os.path.exists(Path(path) / MANIFEST)
+        return os.path.exists(path_of(path) / MANIFEST)
 
     def file(self, name: str) -> Path:
         return self.path / task_path(name, self.files[name])

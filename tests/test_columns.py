@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections import namedtuple
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from test_data import jsonl, write
 from test_rows import DataFrame, Dataset
 
 from slm_fast.data import Row, Task, identified, rows_to_answer
 from slm_fast.errors import InputError, SlmError, WorkError
-from slm_fast.readers import Record
+from slm_fast.readers import Record, class_name
 
 ASKED = [{"role": "user", "content": "Hi?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": " Hello. "}]
@@ -307,3 +309,41 @@ def test_a_row_that_cannot_be_answered_is_named_by_its_number(bad: object) -> No
     with pytest.raises(SlmError, match=r"^row 2: ") as caught:
         next(answered)
     assert "\n" not in str(caught.value)
+
+
+def test_a_name_and_its_row_are_no_text_and_label() -> None:
+    """As groupby, iterrows and the items of a dictionary give them."""
+    with pytest.raises(WorkError, match="row 1: 'label': expected a word or an integer"):
+        list(rows_to_answer({"first": {"text": "a", "label": "x"}}.items()))
+
+
+def test_dataclasses_and_arrays_of_arrow_are_rows_and_a_series_of_one_row_is_not() -> None:
+    @dataclass
+    class Ticket:
+        label: str
+        text: str
+
+    assert rows_of(Ticket("x", "a"), Ticket("y", "b")) == [Row("a", "x"), Row("b", "y")]
+    for rows in (pyarrow.array(["a", "b"]), pyarrow.chunked_array([["a"], ["b"]])):
+        assert list(rows_to_answer(rows)) == [Row("a"), Row("b")]
+    with pytest.raises(InputError, match="rows: expected an iterable of rows"):
+        rows_to_answer(Ticket("x", "a"))
+
+    class Series(list):  # of pandas: iterating gives values
+        keys = staticmethod(lambda: ["label", "text"])
+
+    with pytest.raises(InputError, match="rows: expected an iterable of rows"):
+        rows_to_answer(Series(["x", "a"]))
+
+
+def test_a_table_with_a_column_twice_is_refused() -> None:
+    frame = DataFrame(text=["a"], label=["x"])
+    frame.columns = ["text", "text", "label"]
+    with pytest.raises(InputError, match="rows: the table has column 'text' twice"):
+        rows_to_answer(frame)
+
+
+def test_classes_keep_their_names_in_whatever_format_a_dataset_gives_its_rows() -> None:
+    for number in (np.int64(1), torch.tensor(1), np.array(1), 1):
+        assert class_name(number, ["bad", "good"]) == "good"
+    assert class_name(np.int64(-1), ["bad", "good"]) is None

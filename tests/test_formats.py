@@ -41,16 +41,51 @@ def test_delimited_text_shows_its_separator_and_its_unicode(
     assert Task.from_file("x", path).rows == EXPECTED
 
 
-@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.csv.gz", "t.json"])
+@pytest.mark.parametrize("name", ["t.csv", "t.txt", "t.csv.gz"])
 def test_windows_1252_is_read_whole_and_said_once(tmp_path: Path, name: str) -> None:
-    lines = "".join(json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in ROWS)
-    data = (delimited(";") if "csv" in name else lines).encode("cp1252")
+    data = delimited(";").encode("cp1252")
     path = write(tmp_path / name, gzip.compress(data) if name.endswith("gz") else data)
     with pytest.warns(SlmWarning) as warned:
         assert Task.from_file("x", path).rows == EXPECTED
     [warning] = warned
     assert str(warning.message) == f'{path}: not UTF-8; read as Windows-1252 (encoding="cp1252"; --encoding)'
     assert Task.from_file("x", path, encoding="windows-1252").rows == EXPECTED  # asked for: nothing to say
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_json_is_utf8_unless_another_encoding_is_given(tmp_path: Path, name: str) -> None:
+    lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in ROWS]
+    path = write(tmp_path / name, "\n".join(lines).encode("cp1252"))
+    assert [record.error is None for record in read_records(path)] == [text.isascii() for text, _ in ROWS]
+    with pytest.raises(
+        WorkError, match=r"line 1: not UTF-8 \(byte 0x..\); encoding=NAME \(--encoding\) says what it is"
+    ):
+        Task.from_file("x", path)
+    assert Task.from_file("x", path, encoding="cp1252").rows == EXPECTED
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_what_is_in_a_file_counts_for_more_than_its_name(tmp_path: Path, name: str) -> None:
+    lines = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in ROWS)
+    data = (lines if name == "t.jsonl" else delimited(",")).encode()
+    assert Task.from_file("x", write(tmp_path / name, gzip.compress(data))).rows == EXPECTED
+    for magic, kind in ((b"PK\x03\x04", "Excel"), (b"%PDF-1.7\n", "PDF")):
+        with pytest.raises(WorkError, match=f"is an? .*{kind}.*; save it as CSV"):
+            Task.from_file("x", write(tmp_path / name, magic + data))
+    if name == "t.csv":  # no text of Windows-1252
+        with pytest.raises(WorkError, match="not UTF-8"):
+            Task.from_file("x", write(tmp_path / name, b"text,label\na\x01\xe4,b\nc,d\n"))
+
+
+def test_lines_may_end_in_carriage_returns_alone(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": text, "label": label}) + "\r" for text, label in ROWS)
+    assert Task.from_file("x", write(tmp_path / "t.jsonl", lines.encode())).rows == EXPECTED
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_without_a_mark_is_seen_by_any_ascii_in_its_first_line(tmp_path: Path, encoding: str) -> None:
+    path = write(tmp_path / "t.csv", "日本,label\n東京,x\n京都,y\n".encode(encoding))
+    assert [row.text for row in Task.from_file("x", path, text="日本").rows] == ["東京", "京都"]
 
 
 def test_one_bad_line_does_not_make_a_utf8_file_windows_1252_wherever_it_stands(tmp_path: Path) -> None:
@@ -252,3 +287,38 @@ def test_ids_that_json_cannot_hold_are_bad_rows() -> None:
     rows = [identified(record) for record in read_records(io.BytesIO(lines))]
     assert [name for name, _ in rows] == [1, 2, "k"]
     assert [isinstance(row, WorkError) for _, row in rows] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text,label\na,x,,\nb,y,\n",
+        "text,label,,\na,x,,\nb,y,,\n",
+        'text, label\na, "x"\n"b", y\n',
+        "sep=\t\ntext\tlabel\na\tx\nb\ty\n",
+        "\ufeffsep=,\r\ntext,label\r\na,x\r\nb,y\r\n",
+    ],
+    ids=["separators at the end", "columns without a name", "spaces behind commas", "a declared tab", "and a mark"],
+)
+def test_what_spreadsheets_add_to_delimited_text_is_no_part_of_it(tmp_path: Path, content: str) -> None:
+    assert Task.from_file("x", write(tmp_path / "t.csv", content)).rows == [Row("a", "x"), Row("b", "y")]
+    assert Task.from_file("x", io.BytesIO(content.encode())).rows == [Row("a", "x"), Row("b", "y")]
+
+
+def test_a_field_that_stands_in_a_row_twice_is_refused_wherever_it_is(tmp_path: Path) -> None:
+    twice = '{"text": "a", "text": "b", "label": "x"}'
+    error = "not JSON: field 'text' stands there twice"
+    assert found(io.BytesIO(f'{twice}\n{{"text": "c"}}\n'.encode())) == [(1, error), (2, {"text": "c"})]
+    for name, content in (("t.json", f"[{twice}]"), ("t.jsonl", twice)):
+        with pytest.raises(WorkError, match=error):
+            Task.from_file("x", write(tmp_path / name, content))
+    table = {"columns": ["text", "text"], "data": [["a", "b"]]}
+    with pytest.raises(WorkError, match="has column 'text' twice"):
+        Task.from_file("x", write(tmp_path / "t.json", json.dumps(table)))
+
+
+@pytest.mark.parametrize("row", [["a"], ["a", "x", 1], "ax", {"text": "a"}])
+def test_a_table_of_json_whose_rows_do_not_fit_its_columns_is_refused(tmp_path: Path, row: object) -> None:
+    table = {"columns": ["text", "label"], "data": [["a", "x"], row]}
+    with pytest.raises(WorkError, match="row 2: expected a list of 2, got "):
+        Task.from_file("x", write(tmp_path / "t.json", json.dumps(table)))

@@ -18,6 +18,7 @@ from test_data import jsonl, write, write_csv
 
 from slm_fast.data import Row, Task
 from slm_fast.errors import SlmWarning, WorkError
+from slm_fast.labels import words_beside
 
 
 class Rating(enum.IntEnum):
@@ -229,3 +230,40 @@ def test_the_class_names_in_a_parquet_schema_are_its_labels(tmp_path: Path, name
     plain = table.replace_schema_metadata({"huggingface": "[" * 10_000})
     pyarrow.parquet.write_table(plain, tmp_path / "t.parquet")
     assert Task.from_file("x", tmp_path / "t.parquet").labels == ["0", "1"]
+
+
+def test_truth_values_beside_their_numbers_are_refused() -> None:
+    for values in ([True, 1, 0], ["true", "0"], [np.bool_(False), 1.0, "1"]):
+        with pytest.raises(WorkError, match=r"x: labels .* may mean one thing") as caught:
+            labels_of(values)
+        assert "\n" not in str(caught.value)
+    assert labels_of([True, 1, 2, "x"]) == ["1", "2", "True", "x"]
+
+
+def test_a_few_rows_spell_their_labels_as_the_learned_task_does() -> None:
+    learned = labels_of(["1.0", "2.5", "x", "true"])
+    for values, words in ((["1.0", 1, 2.0], ["1.0", "1.0", "2"]), ([True, "true"], ["true", "true"])):
+        few = Task("x", [("a text", value) for value in values], training=False).spelled_as(learned)
+        assert [row.target for row in few.rows] == words
+        assert few.labels == sorted(set(words))
+    few = Task("x", [("a", "1"), ("b", "x")], training=False)
+    assert few.spelled_as(["1.0", "1.00", "x"]) is few  # nothing tells which
+    assert few.spelled_as(["1", "1.0", "x"]) is few
+
+
+def test_labels_json_names_a_part_of_a_learned_tasks_rows_if_it_holds_the_tasks_words(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "part.csv", ("a", "2"), ("b", "0"))
+    write(tmp_path / "labels.json", '["bad", "so so", "good"]')
+    with pytest.warns(SlmWarning, match="not named by labels.json, which has 3 words for labels 0, 2"):
+        assert Task.from_file("x", path, training=False).labels == ["0", "2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlmWarning)
+        assert Task.from_file("x", path, known=["bad", "good"], training=False).labels == ["bad", "good"]
+        assert words_beside(path, ["2", "0"], {"good", "so so"}) == ["bad", "so so", "good"]
+        assert words_beside(path, ["good"], {"good"}) is None  # named already
+    for known in (["0", "1", "2"], ["bad", "grand"]):  # the numbers themselves; another list
+        with pytest.warns(SlmWarning, match="not named by labels.json"):
+            assert Task.from_file("x", path, known=known, training=False).labels == ["0", "2"]
+    write_csv(path, ("a", "3"))
+    with pytest.warns(SlmWarning, match="not named by labels.json"):
+        assert words_beside(path, ["3"], {"bad", "good"}) is None  # there is no fourth word

@@ -117,7 +117,7 @@ def test_a_single_text_is_not_taken_for_a_list_of_letters():
     slm = make_slm("bert")
     knows(slm, *two_tasks(slm))
     for single in ("sea1", {"text": "sea1"}):
-        with pytest.raises(InputError, match="rows: expected an iterable of rows, got"):
+        with pytest.raises(InputError, match="rows: expected an iterable of rows, got "):
             slm.predict(single)
 
 

@@ -22,7 +22,7 @@ from models import (
     two_tasks,
 )
 
-from slm_fast import InputError, PredictOptions, ScalableLM, WorkError
+from slm_fast import InputError, PredictOptions, ScalableLM, Task, WorkError
 from slm_fast.store import Store
 
 
@@ -213,3 +213,29 @@ def test_a_model_without_a_store_does_not_go_on_with_anybodys_output(slm: Scalab
     with pytest.raises(InputError, match=r"out\.jsonl: is there already; --overwrite replaces it"):
         other.predict_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_what_is_no_task_rows_path_or_option_is_a_wrong_call_that_says_what_is_expected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    slm = make_slm("bert")
+    knows(slm, random_task(slm, "farm"))
+    task = Task("z", [("a", "b"), ("c", "d")])
+    for call, said in (
+        (lambda: slm.learn([("a", "b")]), "task: expected a Task, got a list; Task"),
+        (lambda: slm.learn(task, valid=[("a", "b")]), "valid: expected a Task, got a list"),
+        (lambda: slm.learn(task, {"epochs": 1}), "options: expected LearnOptions, got a dict"),
+        (lambda: slm.evaluate([("farm", [])]), "tasks: expected {name: a file or rows}, got a list"),
+        (lambda: slm.predict(["a"], task=3), "task: expected a name, or one for each row, got 3"),
+        (lambda: slm.predict([], task="nope"), "task 'nope': not learned"),
+        (lambda: slm.predict_file(["a"], "o.jsonl"), "source: expected a path or a stream, got a list"),
+        (lambda: slm.predict_file(io.BytesIO(), 4), "sink: expected a path or a stream, got a int"),
+        (lambda: Task.from_file("t", 3), "source: expected a path or a binary stream, got a int"),
+        (lambda: Task.from_file("t", io.StringIO("text,label\n")), "source: expected a path or a binary stream"),
+        (lambda: slm.save_pretrained(""), "store: expected the path of a folder, got ''"),
+        (lambda: ScalableLM.from_pretrained(None), "store: expected the path of a folder, got None"),
+    ):
+        with pytest.raises(InputError) as caught:
+            call()
+        assert str(caught.value).startswith(said)
+    assert slm.tasks == ["farm"]
+    assert list(tmp_path.iterdir()) == []

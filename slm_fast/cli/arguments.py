@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from slm_fast.data import Task
     from slm_fast.slm import ScalableLM
 
+STDIN = ("-", "/dev/stdin")
 ABSTAIN, SHARE = "--abstain", 0.99
 Run = Callable[[argparse.Namespace], int]  # a verb at work: its exit status
 
@@ -83,14 +84,10 @@ def read_tasks(
     for name in labels:
         if name not in named:
             raise InputError(f"--labels {name!r}: no --task of that name")
-    if list(files.values()).count("-") > 1:
-        raise InputError("standard input (-): can be read once, and is given twice")
-    if "-" in files.values() and sys.stdin is None:
-        raise InputError("standard input (-): is closed")
     return {
         name: Task.from_file(
             name,
-            sys.stdin.buffer if path == "-" else path,
+            sys.stdin.buffer if path in STDIN else path,
             text=arguments.text_column,
             label=arguments.label_column,
             delimiter=arguments.delimiter,
@@ -101,6 +98,12 @@ def read_tasks(
         )
         for name, path in files.items()
     }
+
+
+def check_stdin(*files: Mapping[str, str]) -> None:
+    """Raise InputError where more than one file is standard input."""
+    if sum(path in STDIN for group in files for path in group.values()) > 1:
+        raise InputError("standard input (-): can be read once, and is given twice")
 
 
 def add_device_options(parser: argparse.ArgumentParser, dtype: str) -> None:

@@ -11,6 +11,7 @@ from slm_fast.cli.arguments import (
     add_predict_options,
     add_reading_options,
     add_task_files,
+    check_stdin,
     fields_of,
     named_files,
     open_store,
@@ -34,6 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from slm_fast.tables import console, evaluation_table
 
     files = named_files(arguments.tasks)
+    check_stdin(files)
     slm = open_store(arguments)
     known = {name: task.labels or () for name, task in slm.learned.items()}
     tasks = read_tasks(arguments, files, training=False, known=known)

@@ -13,6 +13,7 @@ from slm_fast.cli.arguments import (
     add_label_files,
     add_reading_options,
     add_task_files,
+    check_stdin,
     fields_of,
     named_files,
     open_store,
@@ -83,8 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     for name in valid_files:
         if name not in files:
             raise InputError(f"--valid {name!r}: no --task of that name")
+    check_stdin(files, valid_files)
     tasks = list(read_tasks(arguments, files, training=True).values())
-    valid = read_tasks(arguments, valid_files, training=False)
+    known = {task.name: task.labels or () for task in tasks}
+    valid = read_tasks(arguments, valid_files, training=False, known=known)
+    valid = {name: task.spelled_as(known[name]) for name, task in valid.items()}
     options = fields_of(arguments, LearnOptions)
     LearnOptions(**options)
     given = {name: value for name, value in fields_of(arguments, ModelConfig).items() if value is not None}
@@ -103,15 +107,14 @@ def run(arguments: argparse.Namespace) -> int:
         slm = ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
     for task in tasks:
         check_task(slm.model, task, valid.get(task.name), options.get("max_length"))
-        slm.knows(task, LearnOptions(**options), valid=valid.get(task.name))  # raises for another task's name
+        slm.knows(task, LearnOptions(**options), valid=valid.get(task.name))
     if slm.store is None:
         slm.save_pretrained(arguments.store)
     for task in tasks:
-        known = slm.learned.get(task.name)
+        done = "kept" if task.name in slm.learned else "learned"
         _learn(slm, task, LearnOptions(**options), valid.get(task.name))
-        if slm.learned.get(task.name) is not known:
-            held = f"{arguments.store} holds {len(Store.open(arguments.store).files)}"
-            print(f"learned {task.name} from {len(task.rows)} rows; {held}", file=sys.stderr)
+        held = f"{arguments.store} holds {len(Store.open(arguments.store).files)}"
+        print(f"{done} {task.name} from {len(task.rows)} rows; {held}", file=sys.stderr)
     return 0
 
 

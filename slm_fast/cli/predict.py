@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from slm_fast.cli.arguments import (
+    STDIN,
     Verbs,
     add_predict_options,
     add_reading_options,
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # All that can be wrong with the call is found before the model is loaded.
     options = PredictOptions(**fields_of(arguments, PredictOptions))
-    source = sys.stdin.buffer if arguments.input in ("-", "/dev/stdin") else Path(arguments.input)
+    source = sys.stdin.buffer if arguments.input in STDIN else Path(arguments.input)
     sink = sys.stdout if arguments.output in ("-", "/dev/stdout") else Path(arguments.output)
     columns = {"delimiter": arguments.delimiter, "encoding": arguments.encoding, "text": arguments.text_column}
     check_paths(source, sink, overwrite=arguments.overwrite, reading=Reading(**columns))
