@@ -32,7 +32,7 @@ def read_json(data: bytes | str) -> Any:
     """JSON as the standard has it: no NaN, no field twice. Raises ValueError for anything else, however deep."""
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=without_repeats)
+        return STRICT.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -47,6 +47,10 @@ def without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError(f"field {repeated(name for name, _ in pairs)!a} stands there twice")
     return found
+
+
+# Made once: json.loads makes a decoder for each call that has such wishes.
+STRICT = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=without_repeats)
 
 
 def repeated(items: Iterable[Repeated]) -> Repeated | None:

@@ -18,7 +18,7 @@ from slm_fast.delimited import check_delimiter, choose_delimiter, columns_of, re
 from slm_fast.documents import rows_of_document
 from slm_fast.encodings import GZIP, NO_TEXT, Lines, check_encoding, open_binary, read_head, rejoined, settle
 from slm_fast.errors import InputError, WorkError, one_line
-from slm_fast.fields import refuse_constant, without_repeats
+from slm_fast.fields import STRICT
 from slm_fast.labels import plain_value
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
@@ -219,7 +219,7 @@ def _read_jsonl(lines: Lines, untold: WorkError | None = None) -> Iterator[Recor
 
 def _parse_line(number: int, line: str) -> Record:
     try:
-        value = json.loads(line, parse_constant=refuse_constant, object_pairs_hook=without_repeats)
+        value = STRICT.decode(line)
     except json.JSONDecodeError as error:
         return Record(number, error=WorkError(f"not JSON: {error.msg} at character {error.pos + 1}"))
     except RecursionError:
@@ -260,7 +260,7 @@ def _read_json(lines: Lines, columns: Collection[str], certain: bool) -> Iterato
 
 def _parse_document(text: str, name: str) -> Any:
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=without_repeats)
+        return STRICT.decode(text)
     except json.JSONDecodeError as error:
         wrong = f"line {error.lineno}: not JSON: {error.msg} at character {error.colno}"
     except RecursionError:
