@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from slm_fast.errors import InputError, SlmError, WorkError, memory_for, one_line
 from slm_fast.given import checked_tokenizer, unwrapped, without_head
-from slm_fast.identity import fingerprint, settings, tokens
+from slm_fast.identity import fingerprint, generation, settings, tokens
 from slm_fast.layers import has_bfloat16, use_onednn
+from slm_fast.surroundings import pinned
 from slm_fast.tokenization import Tokenization
 
 
@@ -123,12 +125,20 @@ class Backbone:
         if isinstance(tokenizer, (str, Path)):
             tokenizer = _load_tokenizer(tokenizer)
         self.tokenizer = checked_tokenizer(tokenizer, self.model, family.kind)
+        if family.kind == "seq2seq" and self.model.config.decoder_start_token_id is None:
+            raise InputError("backbone: its config names no decoder_start_token_id, with which answers begin; set it")
         self.model.eval().requires_grad_(False)
         use_onednn(self.model)
         if self.family.kind == "encoder":
             self.model.pooler = None  # answers come from the mean over tokens
         self.fingerprint = known_fingerprint or fingerprint(self.model, self.tokenizer)
-        self.tokens, self.settings = tokens(self.tokenizer), settings(self.model.config.to_dict(), self.kind)
+        writes = self.kind != "encoder"
+        self.tokens = tokens(self.tokenizer, writes=writes)
+        self.settings = settings(self.model.config.to_dict(), self.kind)
+        if writes:
+            start = self.start_token if self.kind == "seq2seq" else None
+            ends = self.end_tokens().tolist()
+            self.settings["generation"] = generation(self.model.generation_config, ends, start)
         self.tokenization = Tokenization(self.tokenizer, self.kind, self.device, self.vocabulary)
 
     @classmethod
@@ -148,7 +158,7 @@ class Backbone:
         name = located(name)
         path, known = resolve(name), None
         try:
-            with quiet(), memory_for(f"backbone {name!r}"):
+            with loading(), memory_for(f"backbone {name!r}"):
                 config = transformers.AutoConfig.from_pretrained(path)
                 auto_class = getattr(transformers, _family(config.model_type).auto_class)
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -156,7 +166,7 @@ class Backbone:
                     first = auto_class.from_pretrained(path, dtype=torch.bfloat16)
                     if getattr(first, "_keep_in_fp32_modules", None):
                         raise InputError(f"dtype: float16 overflows in {config.model_type} models; use bfloat16")
-                    known = fingerprint(first, tokenizer)
+                    known = cls(first, tokenizer, name).fingerprint
                     del first
                 model = auto_class.from_pretrained(path, dtype=number)
         except SlmError:
@@ -165,7 +175,7 @@ class Backbone:
             raise InputError(f"backbone {name!r}: cannot be loaded: {one_line(error)}") from None
         except Exception as error:
             raise WorkError(f"backbone {name!r}: damaged: {one_line(error)}") from None
-        with memory_for(f"backbone {name!r}"):
+        with pinned([]), memory_for(f"backbone {name!r}"):
             return cls(model.to(place), tokenizer, name, known)
 
     @property
@@ -193,12 +203,13 @@ class Backbone:
 
     @property
     def needs_one_thread(self) -> bool:
-        """Whether bits of its attention depend on the number of threads: torch's scratch for a head of fewer than 16
-        features is aligned in the first thread only. Models so small lose time to a second thread."""
+        """Whether bits depend on the number of threads, as they do in models so small that a second one costs time:
+        torch's scratch for a head of fewer than 16 features is aligned in the first thread only, and MKL sums products
+        of a few rows by at most 128 columns in another order."""
         config = self.model.config
         heads = getattr(config, "num_attention_heads", None) or 1
         width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or self.width // heads
-        return self.device.type == "cpu" and width < 16
+        return self.device.type == "cpu" and (width < 16 or self.width <= 128)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -261,6 +272,12 @@ class Backbone:
         known = {end for end in (self.tokenizer.eos_token_id, *others) if end is not None}
         return torch.tensor(sorted(known), dtype=torch.int64, device=self.device)
 
+    @property
+    def start_token(self) -> int:
+        """Id of the token that T5's decoder begins with."""
+        start: int | None = self.model.generation_config.decoder_start_token_id
+        return int(self.model.config.decoder_start_token_id) if start is None else start
+
     def max_positions(self) -> int | None:
         """The most positions the backbone can hold, where its positions are learned; else None."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -284,6 +301,7 @@ def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hin
             return Backbone.load(str(backbone), dtype=dtype, device=device)
         except InputError as error:
             raise InputError(f"{error}{hint if str(error).startswith('backbone') else ''}") from None
+    backbone = unwrapped(backbone)
     if tokenizer is None:
         raise InputError("tokenizer: needed beside a backbone that is given as a model")
     if dtype != "float32" or device != "auto":
@@ -301,8 +319,8 @@ def _family(model_type: str) -> Family:
 
 def _load_tokenizer(name: str | Path) -> Any:
     try:
-        with quiet():
-            return transformers.AutoTokenizer.from_pretrained(resolve(located(str(name))))
+        with loading():
+            return transformers.AutoTokenizer.from_pretrained(resolve(located(str(name), "tokenizer")))
     except InputError:
         raise
     except Exception as error:
@@ -320,9 +338,10 @@ def located(name: str, part: str = "backbone") -> str:
     if os.path.isdir(path):
         return os.path.abspath(path)
     parent = os.path.dirname(path)
+    if os.path.isfile(path):
+        raise InputError(f"{part} {name!r}: is a file, expected a folder")
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != bool(parent) or os.path.isdir(parent):
-        what = "is a file, expected a folder" if os.path.isfile(path) else "no such folder"
-        raise InputError(f"{part} {name!r}: {what}")
+        raise InputError(f"{part} {name!r}: no such folder")
     return name
 
 
@@ -369,16 +388,22 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if quick else torch.float32
 
 
+_LOADING = threading.RLock()
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and warnings about unused weights to itself while a model loads."""
+def loading() -> Iterator[None]:
+    """Around whatever transformers loads: one thread at a time, since it changes torch for the whole process while it
+    does (two at once leave weights as they were drawn); the surroundings are pinned, and its progress bars and warnings
+    about unused weights are kept to itself."""
     log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
+    with _LOADING, pinned([]):
+        level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+        try:
+            yield
+        finally:
+            log.set_verbosity(level)
+            if bars:
+                log.enable_progress_bar()

@@ -109,10 +109,29 @@ def _warn_of_answers(model: AdaptedModel, task: Task, answers: Sequence[Sequence
     cut = [answer[-1:] != [tokenizer.eos_token_id] for answer in answers]
     if any(cut):
         warn(f"{_of(task, cut)} answers are longer than max_length={max_length} tokens and are learned up to there")
+    if task.labels is not None:
+        return
+    ends = set(model.backbone.end_tokens().tolist())
+    early = [not ends.isdisjoint(answer[:-1]) for answer in answers]
+    if any(early):
+        warn(f"{_of(task, early)} answers hold a token that ends texts, such as {_example(task, early)}")
     unknown = [tokenizer.unk_token_id in answer for answer in answers]
-    if task.labels is None and any(unknown):
-        example = (task.rows[unknown.index(True)].target or "")[:60]
-        warn(f"{_of(task, unknown)} answers hold what the tokenizer cannot write, such as {example!r}")
+    if any(unknown):
+        warn(f"{_of(task, unknown)} answers hold what the tokenizer cannot write, such as {_example(task, unknown)}")
+    texts = model.backbone.tokenization.decode(answers)
+    said = [any(faults) for faults in zip(early, unknown, cut, strict=True)]
+    other = [
+        not known and text != (row.target or "").strip()
+        for known, text, row in zip(said, texts, task.rows, strict=True)
+    ]
+    if any(other):
+        text = texts[other.index(True)][:60]
+        warn(f"{_of(task, other)} answers are written otherwise: {_example(task, other)} as {text!r}")
+
+
+def _example(task: Task, some: Sequence[bool]) -> str:
+    """The answer of the first of these rows."""
+    return repr((task.rows[some.index(True)].target or "")[:60])
 
 
 def fits(model: AdaptedModel, sequences: Sequence[Sequence[int]]) -> bool:

@@ -10,21 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slm_fast.identity import OVERRULED
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
 from slm_fast.router import NotFinite
 from slm_fast.scheduler import Generated, Request, Sampling, Scheduler
 from slm_fast.tokenization import Encoded
-
-# Settings of a checkpoint's own generation_config that the scheduler honours, or that options overrule. With any other
-# (a repetition penalty, forced tokens, ...) transformers' generate is used.
-_HONOURED = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache"),
-    *("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens"),
-    *("cache_implementation", "_from_model_config", "return_dict_in_generate"),
-    *("output_attentions", "output_hidden_states", "output_scores"),
-}
 
 
 @dataclass(frozen=True)
@@ -86,11 +78,14 @@ def generate(
 
 
 def _is_plain(model: AdaptedModel, longest: int) -> bool:
-    """Whether the scheduler does for this checkpoint what transformers' generate would."""
+    """Whether the scheduler does for this checkpoint what transformers' generate would.
+
+    It knows no settings of a generation_config but those that are overruled (no repetition penalty, no forced tokens).
+    """
     lm = model.backbone.model
     window = getattr(lm.config, "sliding_window", None)
     return (
-        set(lm.generation_config.to_diff_dict()) <= _HONOURED
+        set(lm.generation_config.to_diff_dict()) <= OVERRULED
         and lm.config._attn_implementation in ("sdpa", "eager")
         and (window is None or longest <= window)
     )

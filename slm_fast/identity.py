@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,14 @@ _NEITHER = re.compile(
     r"(bos|eos|sep)_token_id|_attn_implementation.*|.*experts_implementation.*|gradient_checkpointing"
 )
 
+# Of a generation_config, what this package sets itself, or has elsewhere.
+OVERRULED = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache"),
+    *("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens"),
+    *("cache_implementation", "_from_model_config", "return_dict_in_generate"),
+    *("output_attentions", "output_hidden_states", "output_scores"),
+}
+
 
 def fingerprint(model: nn.Module, tokenizer: Any) -> str:
     """SHA-256 over every tensor's name, shape and up to 1,024 evenly spaced elements (rounded to bfloat16, so the
@@ -49,15 +57,14 @@ def fingerprint(model: nn.Module, tokenizer: Any) -> str:
     Raises WorkError, which names the tensor, where one of these elements of a weight is not finite.
     """
     digest = hashlib.sha256()
-    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    # A model that is adapted already keeps its fingerprint: adapted layers hold their base under the name "base".
-    tensors = {re.sub(r"(\.base)+\.", ".", name): (name, tensor) for name, tensor in model.state_dict().items()}
-    for name, (full_name, tensor) in sorted(tensors.items()):
+    # Adapted layers hold their base under the name "base", which a state dictionary does not show.
+    weights = {name.replace(".base.", ".") for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, Tensor):  # packed parameters of a quantised layer
             continue
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, -(-flat.numel() // 1024))]
-        if full_name in weights and sample.is_floating_point() and not sample.isfinite().all():
+        if name in weights and sample.is_floating_point() and not sample.isfinite().all():
             raise WorkError(f"backbone: weight {name} holds a number that is not finite")
         sample = sample.to(torch.bfloat16).view(torch.int16) if sample.is_floating_point() else sample.to(torch.int64)
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
@@ -67,12 +74,26 @@ def fingerprint(model: nn.Module, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def tokens(tokenizer: Any) -> str:
-    """SHA-256 of the token ids that a tokenizer makes of `PROBES` and of its special tokens' spellings."""
+def tokens(tokenizer: Any, *, writes: bool = False) -> str:
+    """SHA-256 of the token ids that a tokenizer makes of `PROBES` and of its special tokens' spellings, and of the side
+    at which it cuts. writes: of the texts that it makes of these ids, and of some others, too."""
     special = sorted({str(token) for token in tokenizer.all_special_tokens})
     texts = [*PROBES, " ".join(special), "".join(f"a{token} b" for token in special)]
     rows = [list(map(int, tokenizer(text, truncation=False, verbose=False)["input_ids"])) for text in texts]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    seen: list[Any] = [rows, tokenizer.truncation_side]
+    if writes:
+        known = sorted(tokenizer.get_vocab().values())
+        some = [int(index) for index in known[:: max(1, len(known) // 256)]]
+        seen.append(tokenizer.batch_decode([*rows, some], skip_special_tokens=True))
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+
+def generation(config: Any, ends: Sequence[int], start: int | None) -> str:
+    """What decides how a model writes, as JSON: the tokens that end a text, the one that a decoder begins with, and
+    what a `generation_config` asks for beside. (One text, for an absent penalty is not an unknown one.)"""
+    asked = {} if config is None else config.to_diff_dict()
+    asked = {name: value for name, value in asked.items() if name not in OVERRULED and value is not None}
+    return json.dumps({"ends": list(ends), "start": start, **dict(_flat(asked, ""))})
 
 
 def settings(config: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -173,6 +173,11 @@ class AdaptedLinear(nn.Module):
         # This layer's values while a batch passes. Were they looked up by name in `forward`, torch.compile would make a
         # graph for each layer where one serves all.
         self.increments: tuple[Tensor, Tensor] | None = None
+        self.register_load_state_dict_pre_hook(_under_base)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Weights have the names that they have without this layer, so that what is saved opens anywhere."""
+        return self.base.state_dict(*args, **kwargs)
 
     @property
     def weight(self) -> Any:
@@ -204,3 +209,9 @@ class AdaptedLinear(nn.Module):
         watched = base._forward_hooks or base._forward_pre_hooks or torch.is_autocast_enabled(x.device.type)
         same = x.dtype == base.weight.dtype == lora_a.dtype and x.dim() == 3 and len(x) == len(route.slot_ids)
         return not (watched or torch.is_grad_enabled()) and same
+
+
+def _under_base(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give the weights of a state dictionary the names that they have below an adapted layer."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}base.{name[len(prefix) :]}"] = state.pop(name)

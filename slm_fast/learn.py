@@ -83,9 +83,12 @@ def _check_words(model: AdaptedModel, task: Task, max_length: int) -> None:
     tokenization, labels = model.backbone.tokenization, task.labels or []
     tokens = tokenization.encode_answers(labels, max_length)
     seen: dict[str, str] = {}
+    ends = set(model.backbone.end_tokens().tolist())
     for label, ids, text in zip(labels, tokens, tokenization.decode(tokens), strict=True):
         if ids[-1] != model.backbone.tokenizer.eos_token_id:
             raise InputError(f"task {task.name!r}: label {label[:60]!r} is longer than max_length={max_length} tokens")
+        if not ends.isdisjoint(ids[:-1]):
+            raise InputError(f"task {task.name!r}: label {label[:60]!r} holds a token that ends texts; rename it")
         if not text:
             raise InputError(
                 f"task {task.name!r}: label {label!r} cannot be written: the tokenizer knows nothing of it"

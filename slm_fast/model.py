@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -76,6 +77,14 @@ class AdaptedModel:
             self._build(backbone)
         if isinstance(self.query, SentenceQuery):
             self.lock.models.append(self.query.encoder)
+            weakref.finalize(self, self.lock.models.remove, self.query.encoder)  # a model may be given many times
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is pinned to nothing."""
+        return {name: value for name, value in vars(self).items() if name != "_pinned"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _pinned=threading.local())
 
     def _build(self, backbone: Backbone) -> None:
         self.query: TrunkQuery | SentenceQuery

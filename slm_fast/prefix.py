@@ -11,7 +11,8 @@ few. A word that fills the prefix is split by the model alone:
   word[:m - L + 1] ... word[:m] is such a beginning, and the tokens that all of them begin with stand.
 - WordPiece makes one [UNK] of a word of more than 100 characters, and BPE and Unigram of neighbouring unknown
   characters. The middle of such a stretch says nothing, nor does that of one of which no token is made (spaces), so it
-  is skipped: of a stretch only a thousand characters at both ends are kept.
+  is skipped: of a stretch only a thousand characters at both ends are kept, of a word of plain letters that WordPiece
+  does not know only its beginning.
 
 A tokenizer with a part that is not known here reads its texts whole.
 """
@@ -26,12 +27,16 @@ from itertools import islice, takewhile
 from typing import Any
 
 LETTERS, LEAST = 8, 2048  # characters first tried for each token that is wanted, and in all
+WORD = 8192  # characters looked at for each token that is wanted, for words too long to be known
 ENDS = 1024  # characters kept at the end of a stretch that is skipped
 
 COMPOSING = {"BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Precompiled"}
 NORMALIZERS = COMPOSING | {"Lowercase", "StripAccents", "Strip", "Prepend", "Nmt", "ByteLevel", "Replace"}
 # Of these, what splits is a class of characters, so all that stands inside of a word may stand there anywhere.
 BY_CLASS = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Metaspace", "Punctuation", "Digits"}
+# These leave plain letters as many as they are, and never split between them.
+PLAIN = {"BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip"}
+PLAIN |= {"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation"}
 PRE_TOKENIZERS = BY_CLASS | {"ByteLevel", "UnicodeScripts", "CharDelimiterSplit", "Split"}
 # The one look ahead that is known to be local, GPT-2's: of spaces before a word the last goes with it.
 LOCAL_LOOK = re.compile(re.escape(r"(?!\S)"))
@@ -67,6 +72,12 @@ class PrefixReader:
         self.unknown = backend.token_to_id(unknown) if unknown is not None else model.get("unk_id")
         self.whole_words = model["type"] in ("WordPiece", "WordLevel")  # unknown as a whole, not by character
         self.word_limit = model.get("max_input_chars_per_word") or max(map(len, vocabulary), default=1)
+        # Of a word of plain letters that is too long to be known, as many are kept as make it so.
+        self.long_word: re.Pattern[str] | None = None
+        parts = {part["type"] for part in (*normalizers, *splitters)}
+        inside = re.compile("[A-Za-z0-9]|.*[A-Za-z0-9]$", re.DOTALL)  # added tokens that may be found inside of a word
+        if self.whole_words and parts <= PLAIN and not any(map(inside.match, self.added)):
+            self.long_word = re.compile(f"([A-Za-z0-9]{{{self.word_limit + 1}}})[A-Za-z0-9]+")
 
     def shorten(self, text: str, tokens: int) -> str:
         """A text whose first `tokens` tokens (those of a template not counted) are those of `text`, and which has more
@@ -74,6 +85,7 @@ class PrefixReader:
         size = first = max(LEAST, LETTERS * tokens)
         if not self.local:
             return text
+        long_word = self.long_word
         while len(text) > size:
             cut = _boundary(text, size) if self.composes else size
             head = text[: cut or size]
@@ -83,6 +95,11 @@ class PrefixReader:
             shorter = self._skip(text, head, read)
             if len(shorter) == len(text):
                 size *= 2
+                if long_word is not None and size == 8 * first:
+                    begin, rest = text[: WORD * tokens], text[WORD * tokens :]
+                    shorter, long_word = long_word.sub(r"\1", begin), None
+                    if len(shorter) < len(begin):
+                        text, size = shorter + rest, first
             else:
                 text, size = shorter, max(first, size // 2)
         return text

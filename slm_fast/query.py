@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slm_fast.backbone import Backbone, located, quiet, resolve
+from slm_fast.backbone import Backbone, loading, located, resolve
 from slm_fast.errors import InputError, one_line
 from slm_fast.identity import fingerprint, settings, tokens
 from slm_fast.layers import use_onednn
@@ -89,7 +89,7 @@ class SentenceQuery:
         import sentence_transformers  # a slow import that only this query needs
 
         try:
-            with quiet():
+            with loading():
                 self.encoder: Any = sentence_transformers.SentenceTransformer(
                     resolve(located(encoder, "encoder")), device=str(device)
                 )

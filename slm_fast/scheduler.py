@@ -209,8 +209,7 @@ class Scheduler:
         if self.causal:
             inputs |= {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "logits_to_keep": 1}
         else:
-            start = self.lm.generation_config.decoder_start_token_id
-            start = self.lm.config.decoder_start_token_id if start is None else start
+            start = self.model.backbone.start_token
             inputs["decoder_input_ids"] = torch.full((len(rows), 1), start, device=self.device)
         known = [self._whole(row.request.route) for row in rows if row.request.route is not None]
         out, _, route = self.model.call(

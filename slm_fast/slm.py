@@ -107,8 +107,10 @@ class ScalableLM:
         config: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in store.about["config"].items()
         }
-        moved = "" if backbone else f"; say where the backbone of {path} is now with backbone= (--backbone)"
-        loaded = load_backbone(backbone or store.about["backbone"], tokenizer, dtype, device, hint=moved)
+        moved = "" if backbone is not None else f"; say where the backbone of {path} is now with backbone= (--backbone)"
+        loaded = load_backbone(
+            store.about["backbone"] if backbone is None else backbone, tokenizer, dtype, device, hint=moved
+        )
         expected = store.about["fingerprint"]
         if loaded.fingerprint != expected:
             raise InputError(
@@ -120,7 +122,7 @@ class ScalableLM:
         if "tokens" not in store.about:
             warn(f"store {path}: keeps no settings of its backbone and tokenizer, so changed ones cannot be told")
         store.about = {**slm.model.about, **store.about}  # what an earlier version did not say
-        with memory_for(f"store {path}"):
+        with slm.model.lock, memory_for(f"store {path}"):
             slm._set(store.load(skip_damaged=skip_damaged))
             try:
                 slm.model.router.prepare()

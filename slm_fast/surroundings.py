@@ -17,7 +17,7 @@ def pinned(models: Sequence[nn.Module], *, one_thread: bool = False) -> Iterator
     evaluation mode, and with `one_thread` torch uses no second one. Afterwards all is as it was."""
     threads = torch.get_num_threads()
     dtype = torch.get_default_dtype()
-    training = [module for model in models for module in model.modules() if module.training]
+    training = _training(models)
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -39,6 +39,17 @@ def pinned(models: Sequence[nn.Module], *, one_thread: bool = False) -> Iterator
                 torch.set_default_dtype(dtype)
             if one_thread and threads > 1:
                 torch.set_num_threads(threads)
+
+
+def _training(models: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules in training mode. (`nn.Module.modules` would take most of the time of a lock.)"""
+    found, waiting = [], list(models)
+    while waiting:
+        module = waiting.pop()
+        if module.training:
+            found.append(module)
+        waiting += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 class PinnedLock:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -134,6 +137,28 @@ def test_tokens_beyond_the_embedding_are_refused():
         ScalableLM.from_backbone(make_model("bert"), tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_an_end_token_beyond_the_embedding_is_refused(name):
+    tokenizer = make_tokenizer(name)
+    tokenizer.add_special_tokens({"eos_token": "<END>"})
+    with pytest.raises(InputError, match=r"its end token '<END>' has id \d+, the model's embedding has \d+ rows"):
+        ScalableLM.from_backbone(make_model(name), tokenizer=tokenizer)
+
+
+def test_a_decoder_that_begins_with_nothing_is_refused():
+    model = make_model("t5")
+    model.config.decoder_start_token_id = None
+    with pytest.raises(InputError, match="names no decoder_start_token_id"):
+        ScalableLM.from_backbone(model, tokenizer=make_tokenizer("t5"))
+
+
+def test_a_compiled_model_opens_a_store(tmp_path):
+    make_slm("bert").save_pretrained(tmp_path / "store")
+    compiled = torch.compile(make_model("bert"))
+    slm = ScalableLM.from_pretrained(tmp_path / "store", backbone=compiled, tokenizer=make_tokenizer("bert"))
+    assert slm.tasks == []
+
+
 def test_a_weight_that_is_not_finite_is_named():
     model = make_model("bert")
     model.encoder.layer[1].output.dense.bias[3] = torch.nan
@@ -166,8 +191,45 @@ def test_a_model_that_is_given_many_times_is_adapted_once():
 def test_a_copy_of_an_adapted_model_answers_alone():
     slm = make_slm("bert")
     farm_and_sea(slm)
-    copied = copy.deepcopy(slm.model._injection)
-    assert all(layer.adaptation is copied.adaptation for layer in copied.adaptation.layers)
+    copied = copy.deepcopy(slm)
+    assert copied.model.lock is not slm.model.lock
+    injection = copied.model._injection
+    assert all(layer.adaptation is injection.adaptation for layer in injection.adaptation.layers)
+    assert copied.predict(mixed_texts(4)) == slm.predict(mixed_texts(4))
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_an_adapted_model_is_saved_under_its_own_names(name, tmp_path):
+    model, bare = make_model(name), make_model(name)
+    ScalableLM.from_backbone(model, tokenizer=make_tokenizer(name))
+    assert list(model.state_dict()) == list(bare.state_dict())
+    model.save_pretrained(tmp_path)
+    again, info = type(bare).from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] | info["unexpected_keys"] == set()
+    assert all(torch.equal(one, other) for one, other in zip(again.parameters(), bare.parameters(), strict=True))
+    changed = {key: value + 1 for key, value in bare.state_dict().items()}
+    model.load_state_dict(changed)
+    assert all(torch.equal(value, changed[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_that_is_given_again_keeps_no_earlier_sentence_encoder():
+    model, tokenizer = make_model("bert"), make_tokenizer("bert")
+    slm = ScalableLM.from_backbone(model, tokenizer=tokenizer)
+    for _ in range(2):
+        again = ScalableLM.from_backbone(model, tokenizer=tokenizer, query="sentence", encoder="minilm")
+        encoder = weakref.ref(again.model.query.encoder)
+        del again
+        gc.collect()
+    assert encoder() is None
+    assert slm.model.lock.models == [model]
+
+
+def test_models_may_be_loaded_by_several_threads(tmp_path):
+    make_model("t5").save_pretrained(tmp_path)
+    make_tokenizer("t5").save_pretrained(tmp_path)
+    with ThreadPoolExecutor(4) as several:
+        found = {slm.model.backbone.fingerprint for slm in several.map(ScalableLM.from_backbone, [str(tmp_path)] * 8)}
+    assert found == {make_slm("t5").model.backbone.fingerprint}
 
 
 # Paths

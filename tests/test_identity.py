@@ -57,6 +57,39 @@ def test_changed_rules_of_the_tokenizer_are_told(store):
         store("llama")("m/tokenizer.json", lambda content: content.update(post_processor=None))
 
 
+@pytest.mark.parametrize("name", ["t5", "llama"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("repetition_penalty", 5.0), ("no_repeat_ngram_size", 1), ("eos_token_id", [1, 2, 9]), ("suppress_tokens", [5])],
+)
+def test_what_a_checkpoint_asks_for_in_writing_is_a_setting(name, field, value, store):
+    with pytest.raises(InputError, match=r"settings\.generation is .*, store .* has"):
+        store(name)("m/generation_config.json", lambda content: content.update({field: value}))
+
+
+@pytest.mark.parametrize(("field", "value"), [("temperature", 0.3), ("max_length", 9), ("num_beams", 4)])
+def test_what_is_overruled_in_writing_is_none(field, value, store):
+    store("llama")("m/generation_config.json", lambda content: content.update({field: value}))
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("tokenizer.json", "decoder", {"type": "Replace", "pattern": {"String": "e"}, "content": "b"}),
+        ("tokenizer_config.json", "truncation_side", "left"),
+    ],
+)
+def test_how_a_tokenizer_writes_and_where_it_cuts_are_told(file, field, value, store):
+    with pytest.raises(InputError, match="its tokenizer makes other tokens"):
+        store("t5")(f"m/{file}", lambda content: content.update({field: value}))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_model_loaded_in_float16_is_the_same(name, store, tmp_path):
+    store(name)
+    assert ScalableLM.from_pretrained(tmp_path / "store", dtype="float16").tasks == []
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("attention_dropout", 0.5), ("architectures", ["X"]), ("initializer_range", 0.1), ("use_cache", False)],

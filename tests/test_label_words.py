@@ -62,6 +62,7 @@ def test_a_label_is_known_by_what_is_written_for_it(labels, written, slm):
         ),
         (("late  parcel", "late parcel"), "labels 'late  parcel' and 'late parcel' are one"),
         (("good", "{}"), "label '{}' cannot be written"),
+        (("good", "bad</s>star"), "label 'bad</s>star' holds a token that ends texts"),
         (("good", "1 4 3 " * 160), "is longer than max_length=256 tokens"),
     ],
 )
@@ -88,4 +89,14 @@ def test_what_is_cut_or_cannot_be_written_is_said_once(slm):
         "task 'free': 1 of 3 inputs are longer than max_length=16 tokens and are read up to there",
         "task 'free': 1 of 3 answers are longer than max_length=16 tokens and are learned up to there",
         "task 'free': 1 of 3 answers hold what the tokenizer cannot write, such as 'bad {star}'",
+    ]
+
+
+def test_answers_that_end_early_or_are_written_otherwise_are_said(slm):
+    answers = ["late</s>bad", "1/2  star", "\uff08a\uff09", "good"]
+    with pytest.warns(SlmWarning) as said:
+        slm.learn(Task("free", [{"input": answer, "output": answer} for answer in answers]), epochs=1)
+    assert [str(warning.message) for warning in said if warning.category is SlmWarning] == [
+        "task 'free': 1 of 4 answers hold a token that ends texts, such as 'late</s>bad'",
+        "task 'free': 2 of 4 answers are written otherwise: '1/2  star' as '1/2 star'",
     ]

@@ -145,6 +145,26 @@ def test_little_of_a_long_text_is_read(kind: str, text: str) -> None:
     assert len(PrefixReader(make(kind)).shorten(text, 5)) < 400
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "words"])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    words=st.lists(st.sampled_from(["a" * 300, "B1" * 90, "late", "a" * 20, "a" * 21, "正", "!", "é", "\u0301", " "])),
+    joint=st.sampled_from([" ", "", "-"]),
+    times=st.integers(1, 30),
+    tokens=st.integers(1, 30),
+)
+def test_of_long_words_as_much_is_read_as_makes_them_unknown(kind, words, joint, times, tokens) -> None:
+    tokenizer = Tokenizer(make(kind).model)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = make(kind).normalizer, make(kind).pre_tokenizer
+    tokenizer.add_special_tokens(["[SEP]"])
+    reader, text = PrefixReader(tokenizer), joint.join(words * times)
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
+    shortened = tokenizer.encode(reader.shorten(text, tokens), add_special_tokens=False).ids
+    assert shortened[:tokens] == whole[:tokens]
+    assert (len(shortened) > tokens) == (len(whole) > tokens)
+    assert len(reader.shorten(("ab" * 2000 + " ") * 50, 20)) < 3000
+
+
 def test_a_tokenizer_with_a_part_that_is_not_known_reads_its_texts_whole() -> None:
     text = "aa b " * 500
     for change in (

@@ -80,6 +80,20 @@ def test_a_model_made_under_another_default_dtype_is_the_same(plain):
     assert saved(slm, "sea") == plain["bert"][0]
 
 
+def test_a_backbone_and_a_store_are_opened_in_any_surroundings(tmp_path):
+    make_model("bert").save_pretrained(tmp_path)
+    make_tokenizer("bert").save_pretrained(tmp_path)
+    slm = ScalableLM.from_backbone(str(tmp_path))
+    slm.learn(easy("sea", 24), epochs=1)
+    slm.save_pretrained(tmp_path / "store")
+    expected = slm.predict(TEXTS)
+    for around in SURROUNDINGS.values():
+        with around():
+            assert ScalableLM.from_backbone(str(tmp_path)).model.about == slm.model.about
+            again = ScalableLM.from_pretrained(tmp_path / "store")
+        assert again.predict(TEXTS) == expected
+
+
 def test_what_was_set_is_back_after_the_last_holder_lets_the_lock_go():
     model = torch.nn.Dropout().train()
     lock = PinnedLock([model], one_thread=True)

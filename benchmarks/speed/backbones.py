@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from slm_fast.backbone import quiet, resolve
+from slm_fast.backbone import loading, resolve
 
 # Shape -> model class, its configuration for a number of layers.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,7 +31,7 @@ def pretrained(
     in its decoder unless told otherwise), on a GPU where there is one; and MiniLM's tokenizer, which serves all
     shapes."""
     path = resolve("minilm")
-    with quiet():
+    with loading():
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if shape == "minilm":
             return transformers.AutoModel.from_pretrained(path, dtype=dtype).eval().to(DEVICE), tokenizer

@@ -19,7 +19,7 @@ from benchmarks.speed.tasks import random_tasks
 from benchmarks.speed.texts import TASKS, mixed, texts_of
 from benchmarks.speed.timing import Others, Times, time_together
 from slm_fast import ScalableLM
-from slm_fast.backbone import quiet
+from slm_fast.backbone import loading
 
 Calls = Mapping[str, Sequence[Callable[[], object]]]  # what each way does, in parts
 
@@ -55,7 +55,7 @@ def make_ways(options: argparse.Namespace, folder: str) -> Ways:
     encoder = "minilm"
     if options.backbone != "minilm":  # a second model of the same size as BERT-base's, whole beside larger ones
         layers = layers_of(options) if options.backbone == "bert-base" else FULL["bert-base"]
-        with quiet():
+        with loading():
             for part in pretrained("bert-base", options.encoder_layers or layers, dtype):
                 part.save_pretrained(folder)
         encoder = folder
