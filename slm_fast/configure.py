@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from slm_fast.backbone import Backbone, located
+from slm_fast.backbone import Backbone
 from slm_fast.errors import InputError
+from slm_fast.loading import located
 from slm_fast.options import ModelConfig
 from slm_fast.query import DEFAULT_ENCODER, check_taps, default_taps
 

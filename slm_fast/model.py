@@ -80,8 +80,7 @@ class AdaptedModel:
             weakref.finalize(self, self.lock.models.remove, self.query.encoder)  # a model may be given many times
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is pinned to nothing."""
-        return {name: value for name, value in vars(self).items() if name != "_pinned"}
+        return {**vars(self), "_pinned": None}  # a copy is pinned to nothing
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _pinned=threading.local())
@@ -109,8 +108,7 @@ class AdaptedModel:
         about = {"backbone": self.backbone.name, "fingerprint": self.backbone.fingerprint, "config": config}
         about |= {"shapes": self.shapes, "tokens": self.backbone.tokens, "settings": self.backbone.settings}
         if isinstance(self.query, SentenceQuery):
-            about["encoder_fingerprint"] = self.query.fingerprint
-            about |= {"encoder_tokens": self.query.tokens, "encoder_settings": self.query.settings}
+            about |= {f"encoder_{name}": getattr(self.query, name) for name in ("fingerprint", "tokens", "settings")}
         return about
 
     # Tasks
@@ -169,10 +167,8 @@ class AdaptedModel:
 
     def new_router(self, tasks: Sequence[LearnedTask] = ()) -> Router:
         """A router as the configuration says, over these tasks' slots."""
-        router: Router
-        if self.config.router == "gaussian":
-            router = GaussianRouter(k=self.config.k or 1, temperature=self.config.temperature)
-        else:
+        router: Router = GaussianRouter(k=self.config.k or 1, temperature=self.config.temperature)
+        if self.config.router == "dtkr":
             router = DtkrRouter(k=self.config.k or 1, groups=self.config.groups or 1, aggregate=self.config.aggregate)
         router.load({task.name: task.router for task in tasks}, self.backbone.device)
         return router
@@ -281,21 +277,20 @@ class AdaptedModel:
 
     def empty_route(self, batch: int) -> Route:
         """No increments at all: the bare backbone."""
-        device = self.backbone.device
-        return Route(torch.full((batch, 1), -1, device=device), torch.zeros(batch, 1, device=device))
+        ids = torch.full((batch, 1), -1, device=self.backbone.device)
+        return Route(ids, torch.zeros(batch, 1, device=ids.device))
 
     def _query_texts(self, texts: Sequence[str]) -> Tensor:
-        if isinstance(self.query, SentenceQuery):
-            with self.lock:
+        with self.lock:
+            if isinstance(self.query, SentenceQuery):
                 return self.query.encode(texts).to(self.backbone.device)
         return self._query_tokens(self.backbone.tokenization.encode(texts, self.config.max_length or 0))
 
     def _query_tokens(self, batch: Encoded) -> Tensor:
-        if isinstance(self.query, SentenceQuery):
-            with self.lock:
-                return self.query.encode_tokens(batch)
-        context = ForwardContext(batch.attention_mask, {}, stop="query")
         with self.lock:
+            if isinstance(self.query, SentenceQuery):
+                return self.query.encode_tokens(batch)
+            context = ForwardContext(batch.attention_mask, {}, stop="query")
             self._injection.run(lambda: self._trunk(batch), context)
         assert context.query is not None
         return context.query

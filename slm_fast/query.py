@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slm_fast.backbone import Backbone, loading, located, resolve
+from slm_fast.backbone import Backbone
 from slm_fast.errors import InputError, one_line
 from slm_fast.identity import fingerprint, settings, tokens
 from slm_fast.layers import use_onednn
+from slm_fast.loading import loading, located, resolve
 from slm_fast.tokenization import Encoded, Tokenization
 
 MAX_WIDTH = 1024  # wider queries are projected to this

@@ -100,8 +100,7 @@ class ScalableLM:
             skip_damaged: leave out tasks whose files are damaged or do not fit, with a warning for each.
 
         Raises:
-            InputError: there is no store, or the backbone is not the one it was made with. WorkError: it is damaged,
-            or there is not enough memory for it.
+            InputError: no store, or the backbone is not the one it was made with. WorkError: damage, too little memory.
         """
         store = Store.open(path)
         config: dict[str, Any] = {

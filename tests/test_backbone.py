@@ -19,7 +19,9 @@ from models import (
 from torch import nn
 
 from slm_fast import InputError, ScalableLM, WorkError
-from slm_fast.backbone import PACKAGED, Backbone, fingerprint, resolve
+from slm_fast.backbone import Backbone
+from slm_fast.identity import fingerprint
+from slm_fast.loading import PACKAGED, resolve
 
 
 def make_backbone(name: str, seed: int = 0) -> Backbone:
@@ -85,7 +87,7 @@ def test_float16_is_refused_where_it_overflows(saved):
 
 @pytest.mark.parametrize(("has", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_is_bfloat16_where_the_processor_has_it(has, expected, saved, monkeypatch):
-    monkeypatch.setattr("slm_fast.backbone.has_bfloat16", lambda: has)
+    monkeypatch.setattr("slm_fast.loading.has_bfloat16", lambda: has)
     assert Backbone.load(str(saved("bert")), dtype="auto", device="cpu").dtype == expected
 
 

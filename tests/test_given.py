@@ -21,7 +21,8 @@ from models import (
 from torch import nn
 
 from slm_fast import InputError, ScalableLM, Task, WorkError
-from slm_fast.backbone import Backbone, located
+from slm_fast.backbone import Backbone
+from slm_fast.loading import located
 
 
 def head_model(class_name: str, name: str):

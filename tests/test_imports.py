@@ -31,6 +31,7 @@ LAYERS = (
     ("schema",),
     ("query", "router", "pool"),
     ("backbone",),
+    ("loading",),
     ("layers", "tokenization", "batching", "data", "tasks", "covariance", "identity", "given", "surroundings"),
     ("inputs",),
     ("readers", "chats", "labels", "prefix"),
@@ -188,7 +189,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 @pytest.mark.parametrize(
     ("library", "doors"),
     [
-        ("transformers", {"slm_fast.backbone", "slm_fast.query"}),
+        ("transformers", {"slm_fast.backbone", "slm_fast.loading", "slm_fast.query"}),
         ("sentence_transformers", {"slm_fast.query"}),
         ("pyarrow", {"slm_fast.readers"}),
         ("safetensors", {"slm_fast.task_file"}),

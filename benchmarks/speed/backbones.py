@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from slm_fast.backbone import loading, resolve
+from slm_fast.loading import loading, resolve
 
 # Shape -> model class, its configuration for a number of layers.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

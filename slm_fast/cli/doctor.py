@@ -19,7 +19,7 @@ def run(_: argparse.Namespace) -> int:
     import torch
     from rich.table import Table
 
-    from slm_fast.backbone import PACKAGED, choose_device, choose_dtype, resolve
+    from slm_fast.loading import PACKAGED, choose_device, choose_dtype, resolve
     from slm_fast.ops import backends
     from slm_fast.ops.dispatch import NATIVE_MISSING
     from slm_fast.tables import console

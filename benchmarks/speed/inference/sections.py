@@ -19,7 +19,7 @@ from benchmarks.speed.tasks import random_tasks
 from benchmarks.speed.texts import TASKS, mixed, texts_of
 from benchmarks.speed.timing import Others, Times, time_together
 from slm_fast import ScalableLM
-from slm_fast.backbone import loading
+from slm_fast.loading import loading
 
 Calls = Mapping[str, Sequence[Callable[[], object]]]  # what each way does, in parts
 
