@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,24 +264,23 @@ def test_the_room_in_reserve_grows_with_the_manifest(tmp_path: Path) -> None:
         assert (tmp_path / "room").stat().st_size == kept >= size
 
 
-def test_a_store_of_another_users_is_read_and_not_written(tmp_path: Path) -> None:
-    store = store_of(tmp_path / "store", A)
-    for path in (tmp_path, *tmp_path.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+def test_a_store_of_another_users_is_read_and_not_written() -> None:
     if os.getuid():
         pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory() as folder:  # not where only root may look
+        store = store_of(Path(folder) / "store", A)
+        for path in (Path(folder), *Path(folder).rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
-    def work() -> str:
-        become_nobody()
-        assert store.verify() == []
-        assert [task.name for task in store.load()] == ["a"]
-        with pytest.raises(WorkError, match="store: cannot be written: Permission denied"):
-            store.check_writable()
-        return "read"
+        def work() -> str:
+            become_nobody()
+            assert store.verify() == []
+            assert [task.name for task in store.load()] == ["a"]
+            with pytest.raises(WorkError, match="store: cannot be written: Permission denied"):
+                store.check_writable()
+            return "read"
 
-    os.chmod(tmp_path.parent, 0o755)
-    os.chmod(tmp_path.parent.parent, 0o755)
-    assert finish(start(work)) == (0, "done: read")
+        assert finish(start(work)) == (0, "done: read")
 
 
 # Memory
