@@ -84,13 +84,7 @@ def checked_tokenizer(tokenizer: Any, model: Any, kind: str) -> Any:
             f"tokenizer: has token ids up to {max(beyond)} ({vocabulary[max(beyond)]!r}), the model's embedding has "
             f"{rows} rows; call model.resize_token_embeddings(len(tokenizer)) first"
         )
-    end = tokenizer.eos_token_id
-    if kind != "encoder" and end is not None and end >= rows:
-        raise InputError(
-            f"tokenizer: its end token {tokenizer.eos_token!r} has id {end}, the model's embedding has {rows} rows; "
-            "call model.resize_token_embeddings(len(tokenizer)) first"
-        )
-    if kind != "encoder" and end is None:
+    if kind != "encoder" and tokenizer.eos_token_id is None:
         tokenizer.eos_token = _first_known(vocabulary, rows, *_ends(model))
         if tokenizer.eos_token is None:
             raise InputError("tokenizer: has no end token, with which answers end; set tokenizer.eos_token")

@@ -74,6 +74,12 @@ def check_task(model: AdaptedModel, task: Task, valid: Task | None = None, max_l
         unknown = {row.target for row in valid.rows} - set(task.labels)
         if unknown:
             raise WorkError(f"{valid.name}: validation label {min(map(str, unknown))!r} is not in the training rows")
+    end, rows = model.backbone.tokenizer.eos_token_id, model.backbone.vocabulary
+    if model.backbone.kind != "encoder" and end >= rows:  # it may answer, with what it has learned elsewhere
+        raise InputError(
+            f"tokenizer: its end token {model.backbone.tokenizer.eos_token!r} has id {end}, the model's embedding has "
+            f"{rows} rows; call model.resize_token_embeddings(len(tokenizer)) before from_backbone"
+        )
     if model.backbone.kind != "encoder" and task.labels is not None:
         _check_words(model, task, max_length or model.config.max_length or 0)
 

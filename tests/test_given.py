@@ -139,11 +139,12 @@ def test_tokens_beyond_the_embedding_are_refused():
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
-def test_an_end_token_beyond_the_embedding_is_refused(name):
+def test_with_an_end_token_beyond_the_embedding_nothing_can_be_learned(name):
     tokenizer = make_tokenizer(name)
     tokenizer.add_special_tokens({"eos_token": "<END>"})
+    slm = ScalableLM.from_backbone(make_model(name), tokenizer=tokenizer)
     with pytest.raises(InputError, match=r"its end token '<END>' has id \d+, the model's embedding has \d+ rows"):
-        ScalableLM.from_backbone(make_model(name), tokenizer=tokenizer)
+        slm.learn(Task("sea", [("sea1", "yes"), ("sea2", "no")]))
 
 
 def test_a_decoder_that_begins_with_nothing_is_refused():
