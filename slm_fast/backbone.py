@@ -157,7 +157,7 @@ class Backbone:
             raise InputError(f"backbone {name!r}: cannot be loaded: {one_line(error)}") from None
         except Exception as error:
             raise WorkError(f"backbone {name!r}: damaged: {one_line(error)}") from None
-        with pinned([]), memory_for(f"backbone {name!r}"):
+        with pinned(), memory_for(f"backbone {name!r}"):
             return cls(model.to(place), tokenizer, name, known)
 
     @property

@@ -103,7 +103,7 @@ def loading() -> Iterator[None]:
     does (two at once leave weights as they were drawn); the surroundings are pinned, and its progress bars and warnings
     about unused weights are kept to itself."""
     log = transformers.utils.logging
-    with _LOADING, pinned([]):
+    with _LOADING, pinned():
         level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
         log.set_verbosity_error()
         log.disable_progress_bar()

@@ -12,12 +12,12 @@ from torch import nn
 
 
 @contextmanager
-def pinned(models: Sequence[nn.Module], *, one_thread: bool = False) -> Iterator[None]:
-    """Inside the block new tensors are float32 on the CPU unless told otherwise, autocast is off, the models are in
+def pinned(modules: Sequence[nn.Module] = (), *, one_thread: bool = False) -> Iterator[None]:
+    """Inside the block new tensors are float32 on the CPU unless told otherwise, autocast is off, the modules are in
     evaluation mode, and with `one_thread` torch uses no second one. Afterwards all is as it was."""
     threads = torch.get_num_threads()
     dtype = torch.get_default_dtype()
-    training = _training(models)
+    training = [module for module in modules if module.training]
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -41,17 +41,6 @@ def pinned(models: Sequence[nn.Module], *, one_thread: bool = False) -> Iterator
                 torch.set_num_threads(threads)
 
 
-def _training(models: Sequence[nn.Module]) -> list[nn.Module]:
-    """The modules in training mode. (`nn.Module.modules` would take most of the time of a lock.)"""
-    found, waiting = [], list(models)
-    while waiting:
-        module = waiting.pop()
-        if module.training:
-            found.append(module)
-        waiting += [child for child in module._modules.values() if child is not None]
-    return found
-
-
 class PinnedLock:
     """A lock that the thread which holds it may take again, and that pins the surroundings while it is held.
 
@@ -63,6 +52,7 @@ class PinnedLock:
         self._lock = threading.RLock()
         self._depth = 0
         self._pins: Any = None
+        self._known: tuple[list[nn.Module], list[nn.Module]] = [], []
 
     @classmethod
     def of(cls, model: nn.Module, *, one_thread: bool = False) -> PinnedLock:
@@ -78,18 +68,27 @@ class PinnedLock:
         return {"models": self.models, "_one_thread": self._one_thread}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock(), _depth=0, _pins=None)
+        vars(self).update(state, _lock=threading.RLock(), _depth=0, _pins=None, _known=([], []))
 
     def __enter__(self) -> None:
         self._lock.acquire()
         try:
             if self._depth == 0:
-                self._pins = pinned(self.models, one_thread=self._one_thread)
+                self._pins = pinned(self._modules(), one_thread=self._one_thread)
                 self._pins.__enter__()
             self._depth += 1
         except BaseException:
             self._lock.release()
             raise
+
+    def _modules(self) -> list[nn.Module]:
+        """All modules of the models. To walk through them takes long beside a short pass, so they are walked through
+        anew only when a model is in training mode as a whole, or another model is there."""
+        models, modules = self._known
+        if models != self.models or any(model.training for model in models):
+            modules = [module for model in self.models for module in model.modules()]
+            self._known = list(self.models), modules
+        return modules
 
     def __exit__(self, *error: object) -> None:
         try:
