@@ -61,7 +61,7 @@ def whole(text: str, key: str) -> str:
     if text.isascii():  # which costs nothing, however long
         return text
     try:
-        text.encode()
+        text.encode("utf-16-le")  # the fastest encoding that refuses what UTF-8 cannot hold
     except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no file and no tokenizer can hold
         raise WorkError(f"{key!r}: holds half a character, got {text[:60]!a}") from None
     return text
