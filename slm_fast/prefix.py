@@ -22,13 +22,14 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import islice, takewhile
 from typing import Any
 
 LETTERS, LEAST = 8, 2048  # characters first tried for each token that is wanted, and in all
 WORD = 8192  # characters looked at for each token that is wanted, for words too long to be known
 ENDS = 1024  # characters kept at the end of a stretch that is skipped
+BLOCK = 1 << 16  # characters compared at once
 
 COMPOSING = {"BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Precompiled"}
 NORMALIZERS = COMPOSING | {"Lowercase", "StripAccents", "Strip", "Prepend", "Nmt", "ByteLevel", "Replace"}
@@ -177,8 +178,7 @@ class PrefixReader:
                 return text
         elif not all(self._is_silent(letter) for letter in letters):
             return text
-        match = re.compile("[" + "".join(map(re.escape, letters)) + "]*").match(text, begin)
-        end = match.end() - ENDS if match else 0
+        end = _end_of(letters, text, begin) - ENDS
         return head + text[end:] if end > len(head) else text
 
     def _is_silent(self, letter: str) -> bool:
@@ -194,6 +194,16 @@ class PrefixReader:
         if self.whole_words:
             return len(self._normal(stretch)) > 2 * self.word_limit
         return not (set(self._normal("a" + stretch)) - set(self._normal("a"))) & self.alphabet
+
+
+def _end_of(letters: Set[str], text: str, begin: int) -> int:
+    """Where a stretch of these letters, from `begin` on, ends."""
+    block = text[begin : begin + BLOCK]
+    if block and set(block) <= letters:  # a stretch is often one letter, and memory is compared faster than letters
+        while text.startswith(block, begin):
+            begin += len(block)
+    match = re.compile("[" + "".join(map(re.escape, letters)) + "]*").match(text, begin)
+    return match.end() if match else begin
 
 
 def _alike(pair: tuple[int, int]) -> bool:
