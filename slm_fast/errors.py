@@ -76,6 +76,7 @@ def lacks_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     said = f"{type(error).__name__}: {error}".lower()
-    if type(error).__name__ == "PanicException" and ("alloc" in said or "memory" in said):  # of Rust
+    # Of Rust; the last where Python had no memory for an object that Rust asked it for.
+    if type(error).__name__ == "PanicException" and any(w in said for w in ("alloc", "memory", "pointer is null")):
         return True
     return any(words in said for words in NO_MEMORY)

@@ -158,6 +158,7 @@ class PanicException(BaseException):
         (RuntimeError("std::bad_alloc"), 1, "not enough memory: std::bad_alloc"),
         (RuntimeError("can't start new thread"), 1, "not enough memory: can't start new thread"),
         (PanicException("ThreadPoolBuildError { kind: IOError"), 1, "not enough memory: ThreadPoolBuildError"),
+        (PanicException("PyObject pointer is null"), 1, "not enough memory: PyObject pointer is null"),
         (
             caused(ValueError("load"), OSError(errno.ENOMEM, "allocate memory")),
             1,
