@@ -11,11 +11,12 @@
 // What several backends have; `backend` is the name's end.
 // clang-format off
 #define MULTI_LORA(backend) "multi_lora_" backend "(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor? base) -> Tensor"
+#define MULTI_LORA_(backend) "multi_lora_" backend "_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor(a!) base) -> ()"
 #define RETRIEVE(backend, more) "retrieve_" backend "(Tensor query, Tensor keys, SymInt k, SymInt groups, Tensor? bias, Tensor? mask, str metric, str aggregate, str weighting, float temperature" more ") -> (Tensor, Tensor)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   library.def(MULTI_LORA("native"));
-  library.def("multi_lora_native_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor(a!) base) -> ()");
+  library.def(MULTI_LORA_("native"));
   library.def("multi_lora_native_backward(Tensor grad, Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(RETRIEVE("native", ", Tensor? prepared=None"));
   library.def("prepare_keys_native(Tensor keys, SymInt groups) -> Tensor");
@@ -23,6 +24,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   library.def("key_loss_native_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected) -> Tensor");
 #if defined(SLM_FAST_CUDA)
   library.def(MULTI_LORA("cuda"));
+  library.def(MULTI_LORA_("cuda"));
   library.def(RETRIEVE("cuda", ""));
 #endif
 }
@@ -31,6 +33,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
 #if defined(SLM_FAST_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(slm_fast, CUDA, library) {
   library.impl("multi_lora_cuda", TORCH_BOX(&slm_fast::cuda::multi_lora));
+  library.impl("multi_lora_cuda_", TORCH_BOX(&slm_fast::cuda::multi_lora_));
   library.impl("retrieve_cuda", TORCH_BOX(&slm_fast::cuda::retrieve));
 }
 #endif
@@ -75,6 +78,21 @@ PYBIND11_MODULE(_C, module) {
         return std::make_pair(in, out);
       },
       "How the CUDA decode kernel shares out a row: the spans of in-features and of out-features, one a block.");
+  module.def(
+      "token_cut",
+      [](int64_t samples, int64_t tokens, int64_t rank, int64_t features_in, int64_t features_out, int multiprocessors,
+         int64_t most_shared) {
+        using namespace slm_fast::cuda;
+        const TokenCut cut = cut_tokens(samples, tokens, rank, features_in, features_out, multiprocessors, most_shared);
+        std::vector<std::pair<int64_t, int64_t>> in, out;
+        for (int block = 0; block < cut.blocks; ++block) {
+          const auto i = share_of_tiles(features_in, cut.blocks, block), o = share_of_tiles(features_out, cut.blocks, block);
+          in.emplace_back(i.begin, i.end), out.emplace_back(o.begin, o.end);
+        }
+        return std::make_tuple(cut.tile, in, out, tokens_shared(cut.tile, token_columns(rank)));
+      },
+      "How the CUDA kernel for many tokens cuts its work: tokens a tile, the spans of in- and of out-features of the\n"
+      "blocks that share one, and their shared bytes.");
   module.def(
       "retrieve_cut",
       [](int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t vector, int multiprocessors) {

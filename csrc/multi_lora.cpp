@@ -40,19 +40,6 @@ MultiLora checked(
   return op;
 }
 
-struct Span {
-  const char *begin, *end;
-  explicit Span(const Tensor& tensor) : begin(static_cast<const char*>(tensor.data_ptr())), end(begin) {
-    int64_t last = 0;
-    for (int64_t i = 0; i < tensor.dim(); ++i) {
-      if (tensor.size(i) == 0) return;
-      last += (tensor.size(i) - 1) * tensor.stride(i);
-    }
-    end = begin + (last + 1) * static_cast<int64_t>(tensor.element_size());
-  }
-  bool overlaps(const Span& other) const { return begin < other.end && other.begin < end; }
-};
-
 // base is written: no two of its elements may share memory, nor any with what is read.
 void check_writable(const Tensor& base, const std::initializer_list<std::pair<const char*, const Tensor*>>& read) {
   const int64_t B = base.size(0), T = base.size(1), O = base.size(2);
@@ -63,7 +50,7 @@ void check_writable(const Tensor& base, const std::initializer_list<std::pair<co
   const bool by_token = (B == 1 || sample >= O) && (T == 1 || token >= (B - 1) * sample + O);
   if (!by_sample && !by_token) fail("base: rows overlap in memory, strides [", sample, ", ", token, ", 1]");
   for (const auto& [name, tensor] : read)
-    if (Span(base).overlaps(Span(*tensor))) fail("base: overlaps ", name, " in memory");
+    if (overlap(base, *tensor)) fail("base: overlaps ", name, " in memory");
 }
 
 }  // namespace

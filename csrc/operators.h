@@ -31,6 +31,7 @@ Tensor key_loss_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected
 namespace cuda {
 Tensor multi_lora(
     Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, std::optional<Tensor> base);
+void multi_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor base);
 std::tuple<Tensor, Tensor> retrieve(
     Tensor query, Tensor keys, int64_t k, int64_t groups, std::optional<Tensor> bias, std::optional<Tensor> mask,
     std::string metric, std::string aggregate, std::string weighting, double temperature);

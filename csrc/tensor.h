@@ -72,6 +72,24 @@ inline void check_like(const char* name, const Tensor& tensor, ScalarType type, 
       shape_of(tensor), tensor.is_cpu() ? "" : " elsewhere");
 }
 
+// The bytes from a tensor's first element to its last, those between that are not its own included.
+struct Extent {
+  const char *begin, *end;
+  explicit Extent(const Tensor& tensor) : begin(static_cast<const char*>(tensor.data_ptr())), end(begin) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) {
+      if (tensor.size(i) == 0) return;
+      last += (tensor.size(i) - 1) * tensor.stride(i);
+    }
+    end = begin + (last + 1) * static_cast<int64_t>(tensor.element_size());
+  }
+};
+
+inline bool overlap(const Tensor& one, const Tensor& other) {
+  const Extent a(one), b(other);
+  return a.begin < b.end && b.begin < a.end;
+}
+
 inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 inline Tensor dense_rows(const Tensor& tensor) {

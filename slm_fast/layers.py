@@ -191,7 +191,7 @@ class AdaptedLinear(nn.Module):
             y: Tensor = base(x)
             return y
         lora_a, lora_b = increments
-        if dispatch.MEASURED and self._in_one_kernel(base, x, lora_a, route):
+        if dispatch.fuses(x.device.type) and self._in_one_kernel(base, x, lora_a, route):
             return adapted_linear(x, base.weight, base.bias, lora_a, lora_b, route.slot_ids, route.weights)
         y = base(x)
         # What a plain linear layer without hooks returned is nobody else's, so it may be overwritten. Another module

@@ -23,6 +23,19 @@ struct Decode {
 };
 cudaError_t decode(const Decode&, bool clusters, cudaStream_t stream);
 
+// The same for any number of rows a route: x [samples, tokens, features_in], y and base [samples, tokens, features_out].
+struct Adapt {
+  Type type;  // bfloat16 or float16
+  int64_t samples, tokens, picks, slots, rank, features_in, features_out;
+  const void *x, *lora_a, *lora_b, *base;  // base null for zeros
+  const int64_t* slot_ids;
+  const float* weights;
+  void* y;         // may be base itself
+  float* partial;  // scratch where the card has no clusters: token_sums() numbers a block
+  int tile, blocks;
+};
+cudaError_t adapt(const Adapt&, bool clusters, cudaStream_t stream);
+
 struct RetrieveOnDevice {
   slm_fast::Retrieve call;
   int64_t* parts;  // [splits, B, K] scratch where splits > 1

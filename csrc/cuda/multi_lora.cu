@@ -31,67 +31,122 @@ __device__ inline void find_rows(const Decode& op, int64_t sample, Sums& sums) {
   __syncthreads();
 }
 
-// sums.part[j] = x . A[j] over this block's features; a warp takes every kWarps-th row.
+// sums.part[j] = x . A[j] over this block's features; a warp takes two of every 2 kWarps rows at once.
 template <class T>
 __device__ inline void shrink(const Decode& op, int64_t sample, int block, Sums& sums) {
   const Span span = share_of(op.features_in, op.blocks, block);
   const T* x = static_cast<const T*>(op.x) + sample * op.features_in;
-  const int lane = threadIdx.x % 32;
-  for (int j = threadIdx.x / 32; j < op.picks * op.rank; j += kWarps) {
-    float sum = 0.f;
-    if (sums.row[j] >= 0) {
-      const T* a = static_cast<const T*>(op.lora_a) + sums.row[j] * op.features_in;
-#pragma unroll 4
-      for (int64_t i = span.begin + lane * kPiece; i < span.end; i += 32 * kPiece) {
-        float x_piece[kPiece], a_piece[kPiece];
-        load(x + i, x_piece);
-        load(a + i, a_piece);
+  const int lane = threadIdx.x % 32, rows = static_cast<int>(op.picks * op.rank);
+  for (int j = threadIdx.x / 32; j < rows; j += 2 * kWarps) {
+    const int64_t row[2] = {sums.row[j], j + kWarps < rows ? sums.row[j + kWarps] : -1};
+    float sum[2] = {};
+#pragma unroll 2
+    for (int64_t i = span.begin + lane * kPiece; i < span.end; i += 32 * kPiece) {
+      float x_piece[kPiece], a_piece[2][kPiece] = {};
+      load(x + i, x_piece);
 #pragma unroll
-        for (int n = 0; n < kPiece; ++n) sum = fmaf(x_piece[n], a_piece[n], sum);
-      }
+      for (int m = 0; m < 2; ++m)
+        if (row[m] >= 0) load(static_cast<const T*>(op.lora_a) + row[m] * op.features_in + i, a_piece[m]);
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int n = 0; n < kPiece; ++n) sum[m] = fmaf(x_piece[n], a_piece[m][n], sum[m]);
     }
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (lane == 0) sums.part[j] = sum;
+    for (int step = 16; step > 0; step /= 2)
+#pragma unroll
+      for (int m = 0; m < 2; ++m) sum[m] += __shfl_xor_sync(~0u, sum[m], step);
+    if (lane == 0) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        if (j + m * kWarps < rows) sums.part[j + m * kWarps] = row[m] < 0 ? 0.f : sum[m];
+    }
   }
   __syncthreads();
 }
 
-// y = base + sums.whole . B over this block's features. Where there are fewer pieces than threads, several threads
-// share a column and their sums are added in order.
+// The sum of row j over all blocks, part(b) being where block b left its own, scaled by the row's weight.
+template <class Part>
+__device__ inline float whole(const Decode& op, int64_t sample, const Sums& sums, int j, const Part& part) {
+  float sum = 0.f;
+#pragma unroll
+  for (int block = 0; block < kMostBlocks; ++block)  // so that all are on their way at once
+    if (block < op.blocks) sum += part(block)[j];
+  return sums.row[j] < 0 ? 0.f : sum * op.weights[sample * op.picks + j / op.rank];
+}
+
+// Which of y's pieces a thread adds up. Where there are fewer pieces than threads, several share one: each takes every
+// `helpers`-th row, and the first adds up what the others have found, in order.
+struct Columns {
+  int many, helpers, helper;
+  int64_t begin;  // the thread's piece
+
+  __device__ Columns(const Span& span, int64_t first) {
+    many = static_cast<int>(min((span.end - span.begin) / kPiece - first, static_cast<int64_t>(kDecodeThreads)));
+    helpers = kDecodeThreads / max(many, 1), helper = threadIdx.x / max(many, 1);
+    begin = span.begin + (first + threadIdx.x % max(many, 1)) * kPiece;
+  }
+};
+
+// The first rows of B that a thread will need, read before it knows their coefficients.
 template <class T>
-__device__ inline void expand(const Decode& op, int64_t sample, int block, Sums& sums) {
+struct Ahead {
+  static constexpr int kRows = 4, kWords = kPiece * sizeof(T) / 16;
+  uint4 bits[kRows][kWords];
+
+  __device__ Ahead(const Decode& op, int block, const Sums& sums) {
+    const Columns columns(share_of(op.features_out, op.blocks, block), 0);
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      const int j = columns.helper + n * columns.helpers;
+      const int64_t row = columns.many > 0 && columns.helper < columns.helpers && j < op.picks * op.rank ? sums.row[j] : -1;
+      const T* from = static_cast<const T*>(op.lora_b) + row * op.features_out + columns.begin;
+#pragma unroll
+      for (int word = 0; word < kWords; ++word)
+        bits[n][word] = row < 0 ? uint4{0, 0, 0, 0} : reinterpret_cast<const uint4*>(from)[word];
+    }
+  }
+};
+
+// y = base + sums.whole . B over this block's features.
+template <class T>
+__device__ inline void expand(const Decode& op, int64_t sample, int block, Sums& sums, const Ahead<T>& ahead) {
   const Span span = share_of(op.features_out, op.blocks, block);
   const int rows = static_cast<int>(op.picks * op.rank);
-  const int64_t pieces = (span.end - span.begin) / kPiece;
-  for (int64_t first = 0; first < pieces; first += kDecodeThreads) {
-    const int columns = static_cast<int>(min(pieces - first, static_cast<int64_t>(kDecodeThreads)));
-    const int helpers = kDecodeThreads / columns, helper = threadIdx.x / columns;
-    const int64_t o = span.begin + (first + threadIdx.x % columns) * kPiece;
-    float sum[kPiece] = {};
-    if (helper < helpers) {
-#pragma unroll 4
-      for (int j = helper; j < rows; j += helpers) {
-        if (sums.row[j] < 0) continue;
-        float b_piece[kPiece];
-        load(static_cast<const T*>(op.lora_b) + sums.row[j] * op.features_out + o, b_piece);
+  const auto add = [&](int j, const T* b, float(&sum)[kPiece]) {
+    float b_piece[kPiece];
+    load(b, b_piece);
 #pragma unroll
-        for (int n = 0; n < kPiece; ++n) sum[n] = fmaf(sums.whole[j], b_piece[n], sum[n]);
+    for (int n = 0; n < kPiece; ++n) sum[n] = fmaf(sums.whole[j], b_piece[n], sum[n]);
+  };
+  for (int64_t first = 0; first < (span.end - span.begin) / kPiece; first += kDecodeThreads) {
+    const Columns columns(span, first);
+    float sum[kPiece] = {};
+    if (columns.helper < columns.helpers) {
+      int j = columns.helper;
+      if (first == 0) {
+#pragma unroll
+        for (int n = 0; n < Ahead<T>::kRows; ++n, j += columns.helpers)
+          if (j < rows && sums.row[j] >= 0) add(j, reinterpret_cast<const T*>(ahead.bits[n]), sum);
       }
+#pragma unroll 4
+      for (; j < rows; j += columns.helpers)
+        if (sums.row[j] >= 0)
+          add(j, static_cast<const T*>(op.lora_b) + sums.row[j] * op.features_out + columns.begin, sum);
 #pragma unroll
       for (int n = 0; n < kPiece; ++n) sums.spread[threadIdx.x][n] = sum[n];
     }
     __syncthreads();
-    if (helper == 0) {
-      for (int other = 1; other < helpers; ++other)
+    if (columns.helper == 0) {
+      for (int other = 1; other < columns.helpers; ++other)
 #pragma unroll
-        for (int n = 0; n < kPiece; ++n) sum[n] += sums.spread[other * columns + threadIdx.x][n];
+        for (int n = 0; n < kPiece; ++n) sum[n] += sums.spread[other * columns.many + threadIdx.x][n];
       if (op.base) {
         float base[kPiece];
-        load(static_cast<const T*>(op.base) + sample * op.features_out + o, base);
+        load(static_cast<const T*>(op.base) + sample * op.features_out + columns.begin, base);
 #pragma unroll
         for (int n = 0; n < kPiece; ++n) sum[n] += base[n];
       }
-      store(static_cast<T*>(op.y) + sample * op.features_out + o, sum);
+      store(static_cast<T*>(op.y) + sample * op.features_out + columns.begin, sum);
     }
     __syncthreads();
   }
@@ -106,14 +161,14 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_in_cluster(const Decode
   const int64_t sample = blockIdx.y;
   find_rows(op, sample, sums);
   shrink<T>(op, sample, blockIdx.x, sums);
+  const Ahead<T> ahead(op, blockIdx.x, sums);
   cluster.sync();
-  for (int j = threadIdx.x; j < op.picks * op.rank; j += kDecodeThreads) {
-    float sum = 0.f;
-    for (int block = 0; block < op.blocks; ++block) sum += cluster.map_shared_rank(sums.part, block)[j];
-    sums.whole[j] = sums.row[j] < 0 ? 0.f : sum * op.weights[sample * op.picks + j / op.rank];
-  }
-  cluster.sync();  // nobody leaves while its sums are read
-  expand<T>(op, sample, blockIdx.x, sums);
+  for (int j = threadIdx.x; j < op.picks * op.rank; j += kDecodeThreads)
+    sums.whole[j] = whole(op, sample, sums, j, [&](int block) { return cluster.map_shared_rank(sums.part, block); });
+  __syncthreads();
+  cluster.barrier_arrive();
+  expand<T>(op, sample, blockIdx.x, sums, ahead);
+  cluster.barrier_wait();  // nobody leaves while its sums are read
 #endif
 }
 
@@ -132,14 +187,12 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_expand(const Decode op)
   __shared__ Sums sums;
   const int64_t sample = blockIdx.y;
   find_rows(op, sample, sums);
+  const Ahead<T> ahead(op, blockIdx.x, sums);
   const float* from = op.partial + sample * op.blocks * op.picks * op.rank;
-  for (int j = threadIdx.x; j < op.picks * op.rank; j += kDecodeThreads) {
-    float sum = 0.f;
-    for (int block = 0; block < op.blocks; ++block) sum += from[block * op.picks * op.rank + j];
-    sums.whole[j] = sums.row[j] < 0 ? 0.f : sum * op.weights[sample * op.picks + j / op.rank];
-  }
+  for (int j = threadIdx.x; j < op.picks * op.rank; j += kDecodeThreads)
+    sums.whole[j] = whole(op, sample, sums, j, [&](int block) { return from + block * op.picks * op.rank; });
   __syncthreads();
-  expand<T>(op, sample, blockIdx.x, sums);
+  expand<T>(op, sample, blockIdx.x, sums, ahead);
 }
 
 template <class T>

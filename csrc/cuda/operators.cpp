@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <map>
+#include <mutex>
+
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/torch_cuda.h"
@@ -28,20 +31,37 @@ Tensor readable(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(whole.data_ptr()) % 16 ? torch::stable::clone(whole) : whole;
 }
 
+void done(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string("slm_fast: CUDA: ") + cudaGetErrorString(status));
+}
+
+// What a card is, looked up once.
+struct Card {
+  int multiprocessors = 0, major = 0, most_shared = 0;
+
+  static const Card& of(int device) {
+    static std::mutex mutex;
+    static std::map<int, Card> cards;
+    const std::lock_guard guard(mutex);
+    const auto [at, is_new] = cards.try_emplace(device);
+    Card& card = at->second;
+    if (is_new || card.multiprocessors == 0) {
+      done(cudaDeviceGetAttribute(&card.major, cudaDevAttrComputeCapabilityMajor, device));
+      done(cudaDeviceGetAttribute(&card.most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+      done(cudaDeviceGetAttribute(&card.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    }
+    return card;
+  }
+};
+
 // The tensor's device is the current one as long as this lives.
 struct OnDevice {
   torch::stable::accelerator::DeviceGuard guard;
-  void* stream;
-  int multiprocessors = 0, major = 0;
+  cudaStream_t stream;
+  const Card& card;
 
-  explicit OnDevice(int device) : guard(device), stream(current_stream(device)) {
-    done(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    done(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  }
-
-  static void done(cudaError_t status) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string("slm_fast: CUDA: ") + cudaGetErrorString(status));
-  }
+  explicit OnDevice(int device)
+      : guard(device), stream(static_cast<cudaStream_t>(current_stream(device))), card(Card::of(device)) {}
 };
 
 Tensor like(const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType type) {
@@ -50,43 +70,88 @@ Tensor like(const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType 
 
 }  // namespace
 
-Tensor multi_lora(
-    Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, std::optional<Tensor> base) {
-  Decode op{};
-  const ScalarType type = x.scalar_type();
-  op.type = type_of("x", x);
-  if (op.type == Type::float64) fail("x: expected at most float32, got ", name_of(type));
-  if (x.dim() != 3 || x.size(1) != 1 || !x.is_cuda()) fail("x: expected [B, 1, I] on cuda, got ", shape_of(x));
-  if (lora_a.dim() != 3) fail("lora_a: expected [P, r, I], got ", shape_of(lora_a));
-  if (lora_b.dim() != 3) fail("lora_b: expected [P, r, O], got ", shape_of(lora_b));
-  if (slot_ids.dim() != 2) fail("slot_ids: expected int64 [B, K], got ", shape_of(slot_ids));
-  const int device = x.get_device_index();
-  op.rows = x.size(0), op.features_in = x.size(2), op.slots = lora_a.size(0), op.rank = lora_a.size(1);
-  op.features_out = lora_b.size(2), op.picks = slot_ids.size(1);
-  check("lora_a", lora_a, type, {op.slots, op.rank, op.features_in}, device);
-  check("lora_b", lora_b, type, {op.slots, op.rank, op.features_out}, device);
-  check("slot_ids", slot_ids, ScalarType::Long, {op.rows, op.picks}, device);
-  check("weights", weights, ScalarType::Float, {op.rows, op.picks}, device);
-  if (base) check("base", *base, type, {op.rows, 1, op.features_out}, device);
-  if (op.features_in % kPiece != 0 || op.features_out % kPiece != 0 || op.picks * op.rank > kMostRank || op.rows > 65535)
-    fail("x: expected features in eights, at most ", kMostRank, " rows of rank and 65535 routes, got ", shape_of(x));
+namespace {
+
+// y, which may be base.
+void add_increments(
+    const Tensor& given_x, const Tensor& given_a, const Tensor& given_b, const Tensor& given_ids,
+    const Tensor& given_weights, const std::optional<Tensor>& given_base, const Tensor* given_y, Tensor& y) {
+  const ScalarType type = given_x.scalar_type();
+  const Type kind = type_of("x", given_x);
+  if (given_x.dim() != 3 || !given_x.is_cuda()) fail("x: expected [B, T, I] on cuda, got ", shape_of(given_x));
+  if (given_a.dim() != 3) fail("lora_a: expected [P, r, I], got ", shape_of(given_a));
+  if (given_b.dim() != 3) fail("lora_b: expected [P, r, O], got ", shape_of(given_b));
+  if (given_ids.dim() != 2) fail("slot_ids: expected int64 [B, K], got ", shape_of(given_ids));
+  const int device = given_x.get_device_index();
+  const int64_t samples = given_x.size(0), tokens = given_x.size(1), features_in = given_x.size(2);
+  const int64_t slots = given_a.size(0), rank = given_a.size(1), features_out = given_b.size(2);
+  const int64_t picks = given_ids.size(1), columns = picks * rank;
+  check("lora_a", given_a, type, {slots, rank, features_in}, device);
+  check("lora_b", given_b, type, {slots, rank, features_out}, device);
+  check("slot_ids", given_ids, ScalarType::Long, {samples, picks}, device);
+  check("weights", given_weights, ScalarType::Float, {samples, picks}, device);
+  if (given_base) check("base", *given_base, type, {samples, tokens, features_out}, device);
+  const bool one_row = tokens == 1 && columns <= kMostRank && samples <= 65535 && kind != Type::float64;
+  const bool narrow = columns <= kMostColumns && (kind == Type::bfloat16 || kind == Type::float16);
+  if (features_in % kPiece != 0 || features_out % kPiece != 0 || !(one_row || narrow))
+    fail("x: expected features in eights, and one token a route or 16-bit numbers and at most ", kMostColumns,
+         " rows of rank, got ", name_of(type), " ", shape_of(given_x), " and ", columns);
 
   const OnDevice on(device);
-  x = readable(x), lora_a = readable(lora_a), lora_b = readable(lora_b), slot_ids = dense(slot_ids);
-  weights = dense(weights);
-  Tensor y = like(x, {op.rows, 1, op.features_out}, type);
-  if (base) base = readable(*base);
-  if (op.rows == 0 || op.features_out == 0) return y;
-  op.x = x.data_ptr(), op.lora_a = lora_a.data_ptr(), op.lora_b = lora_b.data_ptr(), op.y = y.data_ptr();
-  op.base = base ? base->data_ptr() : nullptr;
-  op.slot_ids = static_cast<const int64_t*>(slot_ids.data_ptr());
-  op.weights = static_cast<const float*>(weights.data_ptr());
-  op.blocks = decode_blocks(op.rows, op.features_in, op.features_out, on.multiprocessors);
-  const bool clusters = on.major >= 9;
-  Tensor partial = like(x, {clusters ? 0 : op.rows * op.blocks * op.picks * op.rank}, ScalarType::Float);
-  op.partial = static_cast<float*>(partial.data_ptr());
-  OnDevice::done(decode(op, clusters, static_cast<cudaStream_t>(on.stream)));
+  const Tensor x = readable(given_x), lora_a = readable(given_a), lora_b = readable(given_b);
+  const Tensor slot_ids = dense(given_ids), weights = dense(given_weights);
+  std::optional<Tensor> base;
+  if (given_base) base = readable(*given_base);
+  y = given_y ? *given_y : like(x, {samples, tokens, features_out}, type);
+  if (samples * tokens * features_out == 0) return;
+  const bool clusters = on.card.major >= 9;
+  const auto fill = [&](auto& op) {
+    op.type = kind, op.picks = picks, op.slots = slots, op.rank = rank;
+    op.features_in = features_in, op.features_out = features_out;
+    op.x = x.data_ptr(), op.lora_a = lora_a.data_ptr(), op.lora_b = lora_b.data_ptr(), op.y = y.data_ptr();
+    op.base = base ? base->data_ptr() : nullptr;
+    op.slot_ids = static_cast<const int64_t*>(slot_ids.data_ptr());
+    op.weights = static_cast<const float*>(weights.data_ptr());
+  };
+  // Scratch where blocks cannot read each other's memory.
+  std::optional<Tensor> partial;
+  const auto scratch = [&](int64_t numbers) -> float* {
+    if (clusters) return nullptr;
+    partial = like(x, {numbers}, ScalarType::Float);
+    return static_cast<float*>(partial->data_ptr());
+  };
+  if (one_row) {
+    Decode op{};
+    fill(op);
+    op.rows = samples, op.blocks = decode_blocks(samples, features_in, features_out, on.card.multiprocessors);
+    op.partial = scratch(samples * op.blocks * columns);
+    done(decode(op, clusters, on.stream));
+    return;
+  }
+  Adapt op{};
+  fill(op);
+  const TokenCut cut =
+      cut_tokens(samples, tokens, columns, features_in, features_out, on.card.multiprocessors, on.card.most_shared);
+  op.samples = samples, op.tokens = tokens, op.tile = cut.tile, op.blocks = cut.blocks;
+  op.partial = scratch(samples * blocks_of(tokens, cut.tile) * cut.blocks * token_sums(columns));
+  done(adapt(op, clusters, on.stream));
+}
+
+}  // namespace
+
+Tensor multi_lora(
+    Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, std::optional<Tensor> base) {
+  Tensor y;
+  add_increments(x, lora_a, lora_b, slot_ids, weights, base, nullptr, y);
   return y;
+}
+
+void multi_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor base) {
+  if (!base.is_contiguous() || reinterpret_cast<uintptr_t>(base.data_ptr()) % 16) fail("base: expected dense rows");
+  for (const Tensor* other : {&x, &lora_a, &lora_b, &slot_ids, &weights})
+    if (overlap(base, *other)) fail("base: shares memory with another argument");
+  Tensor y;
+  add_increments(x, lora_a, lora_b, slot_ids, weights, base, &base, y);
 }
 
 std::tuple<Tensor, Tensor> retrieve(
@@ -128,12 +193,12 @@ std::tuple<Tensor, Tensor> retrieve(
   const int64_t vector = 16 / static_cast<int64_t>(query.element_size()), d = op.width / groups;
   const bool whole = d % vector == 0 && op.width % vector == 0 && reinterpret_cast<uintptr_t>(op.keys) % 16 == 0;
   on_device.vector = whole ? static_cast<int>(vector) : 1;
-  const RetrieveCut cut = cut_retrieve(op.queries, op.slots, op.width, groups, on_device.vector, on.multiprocessors);
+  const RetrieveCut cut = cut_retrieve(op.queries, op.slots, op.width, groups, on_device.vector, on.card.multiprocessors);
   if (cut.shared > kMostShared) fail("query: ", groups, " groups of ", d, " numbers are too wide");
   on_device.tiles = cut.tiles, on_device.splits = cut.splits, on_device.span = cut.span, on_device.shared = cut.shared;
   Tensor parts = like(query, {cut.splits > 1 ? cut.splits * op.queries * k : 0}, ScalarType::Long);
   on_device.parts = static_cast<int64_t*>(parts.data_ptr());
-  OnDevice::done(retrieve(on_device, static_cast<cudaStream_t>(on.stream)));
+  done(retrieve(on_device, on.stream));
   return {slot_ids, weights};
 }
 

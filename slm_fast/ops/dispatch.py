@@ -119,7 +119,13 @@ BACKENDS = (
         lambda: TRITON_MISSING,
         ("retrieve:wide", "key_loss:wide", "adapted_linear:other"),
     ),
-    Backend("cuda", ("retrieve:few", "retrieve:many", "multi_lora:decode"), lambda: CUDA_MISSING),
+    Backend(
+        "cuda",
+        ("retrieve:few", "retrieve:many", "multi_lora:decode", "multi_lora:tokens"),
+        lambda: CUDA_MISSING,
+        checks_arguments=True,
+        in_place=True,
+    ),
 )
 
 # For each device, the backends in the order they are tried.
@@ -227,6 +233,11 @@ def operator(stem: str, device: str, size: str = "") -> Any:
 def _order(stem: str, device: str, size: str) -> tuple[str, ...]:
     preferred = PREFERENCE.get(device, ())
     return (*MEASURED.get((device, stem, size), ()), *preferred) if MEASURED else preferred
+
+
+def fuses(device: str) -> bool:
+    """Whether `fused_wins` says so of any size on this device: asked in every adapted layer's pass."""
+    return any(order[0] == "triton" for key, order in MEASURED.items() if key[:2] == (device, "adapted_linear"))
 
 
 def fused_wins(device: str, size: str) -> bool:

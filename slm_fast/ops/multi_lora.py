@@ -93,13 +93,15 @@ def multi_lora_(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, wei
 
 
 def size_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor) -> str:
-    """What dispatch chooses by: "decode" is one row a route, as many as a block of threads has room for, in whole
-    16-byte pieces."""
+    """What dispatch chooses by: "decode" is one row a route, "tokens" many of 16-bit numbers, both as many as CUDA
+    kernels have room for and in whole 16-byte pieces."""
     features_in, features_out = x.shape[-1:].numel(), lora_b.shape[-1:].numel()
-    one_row = x.numel() == slot_ids.shape[:1].numel() * features_in
-    rank = lora_a.shape[1:2].numel() * slot_ids.shape[-1:].numel()
-    whole = features_in % 8 == 0 and features_out % 8 == 0 and 0 < rank <= 256 and len(x) <= 65535
-    return "decode" if one_row and whole and x.dtype != torch.float64 else "tokens"
+    rank, rows = lora_a.shape[1:2].numel() * slot_ids.shape[-1:].numel(), x.numel()
+    if features_in % 8 or features_out % 8 or rank == 0 or rows == 0 or x.dtype == torch.float64:
+        return "other"
+    if rank <= 256 and len(x) <= 65535 and rows == slot_ids.shape[:1].numel() * features_in:
+        return "decode"
+    return "tokens" if rank <= 64 and x.dtype.itemsize == 2 else "other"
 
 
 def _plain(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> bool:

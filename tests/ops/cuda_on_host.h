@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#define SLM_ON_HOST  // what stands here in the place of instructions that C++ has no word for
 #define __CUDA_ARCH__ 900
 #define __global__
 #define __device__
@@ -32,6 +34,15 @@ struct dim3 {
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 struct __half {
   _Float16 value;
@@ -89,7 +100,7 @@ struct Block {
   std::vector<bool> done;
   std::vector<int> arrived;  // at the block's barrier ([0]), at each warp's
   std::vector<int> turn;
-  std::vector<uint64_t> lanes;
+  std::vector<std::array<uint64_t, 6>> lanes;
   int running = 0;
   const std::function<void()>* kernel = nullptr;
   Cluster* cluster = nullptr;
@@ -163,17 +174,23 @@ auto launch(dim3 grid, int threads, Rest...) {
   return [=](const std::function<void()>& kernel) { launch_all(grid, threads, 1, kernel); };
 }
 
-// Every lane of the warp leaves a value; then reads lane `from`'s.
+// Every lane of the warp leaves values; then reads those of all: read(lane, which).
+template <class T, class Read, size_t N>
+void exchange(const T (&values)[N], const Read& read) {
+  const int thread = threadIdx.x, warp = thread / 32;
+  for (size_t n = 0; n < N; ++n) std::memcpy(&block->lanes[thread][n], &values[n], sizeof(T));
+  block->meet(1 + warp, 32, [] {});
+  read([&](int lane, int which) {
+    T value;
+    std::memcpy(&value, &block->lanes[warp * 32 + lane][which], sizeof(T));
+    return value;
+  });
+  block->meet(1 + warp, 32, [] {});
+}
 template <class T>
 T exchange(T value, int from) {
-  const int thread = threadIdx.x, warp = thread / 32;
-  block->lanes[thread] = 0;
-  std::memcpy(&block->lanes[thread], &value, sizeof(T));
-  block->meet(1 + warp, 32, [] {});
-  T result;
-  std::memcpy(&result, &block->lanes[warp * 32 + from], sizeof(T));
-  block->meet(1 + warp, 32, [] {});
-  return result;
+  exchange({value}, [&](const auto& of) { value = of(from, 0); });
+  return value;
 }
 
 }  // namespace on_host
@@ -193,13 +210,10 @@ T __shfl_up_sync(unsigned, T value, int step) {
   return on_host::exchange(value, lane < step ? lane : lane - step);
 }
 inline unsigned __ballot_sync(unsigned, bool vote) {
-  on_host::Block& block = *on_host::block;
-  const int thread = threadIdx.x, warp = thread / 32;
-  block.lanes[thread] = vote;
-  block.meet(1 + warp, 32, [] {});
   unsigned votes = 0;
-  for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(block.lanes[warp * 32 + lane]) << lane;
-  block.meet(1 + warp, 32, [] {});
+  on_host::exchange({vote}, [&](const auto& of) {
+    for (int lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(of(lane, 0)) << lane;
+  });
   return votes;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
@@ -220,6 +234,8 @@ struct cluster_group {
     on_host::Block& block = *on_host::block;
     block.meet(0, static_cast<int>(block.fibers.size()), [&] { block.cluster->barrier.arrive_and_wait(); });
   }
+  void barrier_arrive() const {}
+  void barrier_wait() const { sync(); }
   template <class T>
   T* map_shared_rank(T* mine, int rank) const {
     const on_host::Cluster& cluster = *on_host::block->cluster;
@@ -228,6 +244,45 @@ struct cluster_group {
 };
 inline cluster_group this_cluster() { return {}; }
 }  // namespace cooperative_groups
+
+namespace slm_fast::cuda {  // csrc/cuda/tensor_core.cuh says what these do
+inline void copy_or_zero(void* to, const void* from, bool copied) {
+  if (copied) std::memcpy(to, from, 16);
+  else std::memset(to, 0, 16);
+}
+inline void end_of_copies() {}
+template <int N>
+void wait_for_copies() {}
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  const int lane = threadIdx.x % 32;
+  on_host::exchange({static_cast<const uint32_t*>(row)}, [&](const auto& of) {
+    for (int m = 0; m < 4; ++m) to[m] = of(8 * m + lane / 4, 0)[lane % 4];
+  });
+}
+inline void load_transposed(uint32_t (&to)[4], const void* row) {
+  const int lane = threadIdx.x % 32, first = lane % 4 * 2;
+  on_host::exchange({static_cast<const uint16_t*>(row)}, [&](const auto& of) {
+    for (int m = 0; m < 4; ++m)
+      to[m] = of(8 * m + first, 0)[lane / 4] | static_cast<uint32_t>(of(8 * m + first + 1, 0)[lane / 4]) << 16;
+  });
+}
+template <class T>
+float one_of(uint32_t both, bool second);
+template <class T>
+void multiply(float (&sums)[4], const uint32_t (&p)[4], uint32_t q0, uint32_t q1) {
+  const int lane = threadIdx.x % 32;
+  on_host::exchange({p[0], p[1], p[2], p[3], q0, q1}, [&](const auto& of) {
+    for (int m = 0; m < 4; ++m) {
+      const int row = lane / 4, column = lane % 4 * 2 + m % 2;
+      double sum = sums[m];
+      for (int k = 0; k < 16; ++k)
+        sum += static_cast<double>(one_of<T>(of(row * 4 + k % 8 / 2, m / 2 + k / 8 * 2), k % 2)) *
+               one_of<T>(of(column * 4 + k % 8 / 2, 4 + k / 8), k % 2);
+      sums[m] = static_cast<float>(sum);
+    }
+  });
+}
+}  // namespace slm_fast::cuda
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
@@ -241,6 +296,7 @@ struct cudaLaunchAttribute {
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  int dynamicSmemBytes;
   cudaStream_t stream;
   cudaLaunchAttribute* attrs;
   int numAttrs;

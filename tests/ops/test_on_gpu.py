@@ -47,7 +47,7 @@ def calls():
     """(name, fill, call) for every operator of every backend that has kernels."""
     shapes = {
         "multi_lora_triton": [(3, 1, 5, 2, 8, 64, 72), (33, 1, 4, 2, 8, 64, 72), (2, 70, 5, 4, 12, 128, 200)],
-        "multi_lora_cuda": [(3, 1, 5, 2, 8, 4096, 1032), (300, 1, 5, 2, 8, 64, 72)],
+        "multi_lora_cuda": [(3, 1, 5, 2, 8, 4096, 1032), (300, 1, 5, 2, 8, 64, 72), (2, 70, 5, 4, 12, 128, 200)],
         "retrieve_triton": [(33, 5000, 96, 4, 3), (2, 7, 96, 4, 3), (33, 700, 96, 4, 3, "vote")],
         "retrieve_cuda": [(33, 5000, 96, 4, 3), (2, 7, 96, 4, 3)],
         "key_loss_triton": [(9, 700, 96, 4, 3)],

@@ -1,0 +1,74 @@
+// Copies that go on by themselves and products of 16-bit tiles, as any card since sm_80 has them. What a CPU does in
+// their place, for tests, is tests/ops/cuda_on_host.h.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace slm_fast::cuda {
+
+#if !defined(SLM_ON_HOST)
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, or 16 bytes of zeros. `from` must be readable either way.
+__device__ inline void copy_or_zero(void* to, const void* from, bool copied) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(copied ? 16 : 0));
+}
+__device__ inline void end_of_copies() { asm volatile("cp.async.commit_group;"); }
+// Until all but the last N groups of this thread's copies have arrived.
+template <int N>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit numbers, lane l pointing at row l % 8 of matrix l / 8: to[m] has the two numbers of row
+// lane / 4 and columns 2 (lane % 4), + 1; transposed, of that column and those rows.
+__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ inline void load_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// sums [16, 8] += p [16, 16] . q [16, 8], in float32. p: matrices of rows 0-7 and 8-15 of columns 0-7, then of 8-15;
+// q0, q1: rows 0-7 and 8-15, transposed. sums: rows lane / 4 and 8 more, columns 2 (lane % 4), + 1.
+template <class T>
+__device__ inline void multiply(float (&sums)[4], const uint32_t (&p)[4], uint32_t q0, uint32_t q1) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(q0), "r"(q1));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(q0), "r"(q1));
+}
+
+#endif
+
+// Two numbers side by side in 32 bits, the first in the lower half.
+template <class T>
+__device__ inline uint32_t two(float first, float second) {
+  const T low = static_cast<T>(first), high = static_cast<T>(second);
+  return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&low)) |
+         static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&high)) << 16;
+}
+template <class T>
+__device__ inline float one_of(uint32_t both, bool second) {
+  const uint16_t bits = second ? both >> 16 : both & 0xffff;
+  return static_cast<float>(*reinterpret_cast<const T*>(&bits));
+}
+
+}  // namespace slm_fast::cuda
