@@ -38,7 +38,9 @@ class Shape(cpu.Shape):
 
     @property
     def size(self) -> str:
-        return "decode" if self.T == 1 else "tokens"
+        if self.T == 1:
+            return "decode"
+        return "tokens" if self.dtype.itemsize == 2 and self.K * self.r <= 64 else "other"
 
 
 SEVEN_B = Shape(B=8, T=512, H=4096, P=20, K=4, r=8)
@@ -115,6 +117,13 @@ def _onto_linear(op: Callable[..., Tensor], arguments: tuple[Tensor, ...], matri
     return op(*arguments, torch.nn.functional.linear(arguments[0], matrix))
 
 
+def _before_linear(op: Callable[..., Tensor], arguments: tuple[Tensor, ...], matrix: Tensor) -> Tensor:
+    """The increments first, and the frozen product onto them: what a product adds to, it reads for next to nothing."""
+    y: Tensor = op(*arguments, None)
+    y.view(-1, y.shape[-1]).addmm_(arguments[0].view(-1, matrix.shape[1]), matrix.t())
+    return y
+
+
 def forward_ways(
     shape: Shape, given: dict[str, Tensor], compiled: Callable[..., Tensor] | None, slow_ones: bool = True
 ) -> Ways:
@@ -127,6 +136,8 @@ def forward_ways(
     for name in backends_of("multi_lora", shape.size, device):
         op = getattr(torch.ops.slm_fast, f"multi_lora_{name}")
         calls[name] = partial(_onto_linear, op, arguments, matrix)
+    if "cuda" in calls:
+        calls["cuda before linear"] = lambda: _before_linear(torch.ops.slm_fast.multi_lora_cuda, arguments, matrix)
     widest = 256 // size
     if "triton" in backends_of("adapted_linear", "", device) and shape.K * shape.r <= widest:
         fused = torch.ops.slm_fast.adapted_linear_triton
@@ -159,7 +170,7 @@ def backward_ways(shape: Shape, given: dict[str, Tensor]) -> Ways:
     def gradients(result: Tensor) -> Callable[[], object]:
         return lambda: (grad @ matrix, *torch.autograd.grad(result, leaves, grad, retain_graph=True))
 
-    for name in backends_of("multi_lora", "tokens", x.device.type):
+    for name in backends_of("multi_lora", "other", x.device.type):  # those that go back
         op = getattr(torch.ops.slm_fast, f"multi_lora_{name}")
         calls[name] = gradients(op(leaves[0], leaves[1], leaves[2], ids, leaves[3], y))
     calls["gather bmm"] = gradients(cpu.gather_bmm(y, leaves[0], leaves[1], leaves[2], ids, leaves[3]))
