@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from slm_fast import Task
@@ -18,10 +19,53 @@ ORDERS = {
 }
 
 
-def load(data: Path, name: str, split: str, rows: int) -> Task:
-    """The first rows of `<data>/<name>/<split>.jsonl.gz`."""
+@dataclass(frozen=True)
+class Stream:
+    """Tasks that are learned together.
+
+    folder: of the data, with a folder a task. rows: training rows a task, at the most. seeds: how many drawings of the
+    training rows there are, each in a folder seed<k> of the task's; 0 where there is one. out_of_scope: a folder beside
+    the tasks' whose test rows belong to none of them.
+    """
+
+    folder: str
+    tasks: tuple[str, ...]
+    rows: int
+    seeds: int = 0
+    out_of_scope: str | None = None
+
+    def load(self, data: Path, split: str, seed: int, rows: int | None = None) -> dict[str, Task]:
+        """Each task's rows of a split, the first `rows` of them where that is given."""
+        part = f"seed{seed % self.seeds}" if self.seeds else ""
+        return {name: load(data / self.folder, name, split, rows, part) for name in self.tasks}
+
+
+CLINC = tuple(
+    f"clinc_{name}"
+    for name in (
+        *("auto_and_commute", "banking", "credit_cards", "home", "kitchen_and_dining"),
+        *("meta", "small_talk", "travel", "utility", "work"),
+    )
+)
+HWU = tuple(
+    f"hwu_{name}"
+    for name in (
+        *("alarm", "audio", "calendar", "datetime", "email", "general", "iot", "lists", "music"),
+        *("other", "play", "qa", "recommendation", "social", "takeaway", "transport"),
+    )
+)
+STREAMS = {
+    "far": Stream("classification", ORDERS[4], 1500),  # news, two kinds of reviews, questions, encyclopedia articles
+    "clinc": Stream("intents", CLINC, 1500, out_of_scope="out_of_scope"),  # ten domains of one assistant's requests
+    "intents": Stream("intents", ("atis", "banking77", *CLINC, *HWU, "snips"), 600, out_of_scope="out_of_scope"),
+    "few": Stream("fewshot", ORDERS[4], 1500, seeds=2),  # 16 rows a class
+}
+
+
+def load(data: Path, name: str, split: str, rows: int | None, part: str = "") -> Task:
+    """The first rows of `<data>/<name>/<part>/<split>.jsonl.gz`, all where `rows` is None."""
     training = split == "train"
     words = data / name / "labels.json"
     labels = words if words.is_file() else None
-    task = Task.from_file(name, data / name / f"{split}.jsonl.gz", labels=labels, training=training)
+    task = Task.from_file(name, data / name / part / f"{split}.jsonl.gz", labels=labels, training=training)
     return Task(name, task.rows[:rows], free_text=False, training=training)

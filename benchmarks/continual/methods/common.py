@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.peers import shuffled, train
+from benchmarks.peers import train
 from slm_fast.backbone import Backbone
+from slm_fast.batching import shuffled_buckets
 from slm_fast.data import Row, Task
 from slm_fast.options import LearnOptions
 from slm_fast.progress import bar
@@ -38,6 +39,8 @@ class Classifier(nn.Module):
     def fit(self, task: Task, options: LearnOptions, progress: bool | None = None) -> None:
         """Train every parameter that requires a gradient on one task."""
         rows, generator = task.rows, torch.Generator().manual_seed(name_seed(task.name, options.seed))
+        tokens, _ = self.backbone.tokenization.tokenize([row.prompt for row in rows], self.max_length)
+        lengths = torch.tensor([len(row) for row in tokens])
 
         def loss_of(chosen: list[int]) -> Tensor:
             answers = torch.tensor([self.labels.index(rows[i].target or "") for i in chosen])
@@ -49,17 +52,21 @@ class Classifier(nn.Module):
                 loss_of,
                 len(rows),
                 options,
-                lambda: shuffled(len(rows), options.batch_size, generator),
+                lambda: shuffled_buckets(lengths, options.batch_size, generator),
                 lambda done, loss: advance(done, note=f"loss {loss.item():.3f}"),
             )
 
     @torch.inference_mode()
-    def accuracy(self, rows: Sequence[Row], batch_size: int = 32) -> float:
-        """Share of rows answered with their label, the choice being among all `labels`."""
-        right = 0
-        ordered = sorted(rows, key=lambda row: len(row.prompt))
-        for start in range(0, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            best = self([row.prompt for row in batch]).argmax(1).tolist()
-            right += sum(self.labels[i] == row.target for i, row in zip(best, batch, strict=True))
-        return right / len(rows)
+    def answers(self, rows: Sequence[Row], batch_size: int = 32) -> list[str]:
+        """Each row's label, the choice being among all `labels`."""
+        found = [""] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for i, best in zip(batch, self([rows[i].prompt for i in batch]).argmax(1).tolist(), strict=True):
+                found[i] = self.labels[best]
+        return found
+
+    def accuracy(self, rows: Sequence[Row]) -> float:
+        """Share of rows answered with their label."""
+        return sum(a == row.target for a, row in zip(self.answers(rows), rows, strict=True)) / len(rows)

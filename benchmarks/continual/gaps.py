@@ -1,0 +1,235 @@
+"""What it costs not to be told the task: every row answered twice, with its task given and without.
+
+    python -m benchmarks.continual.gaps --data DIR --stream clinc --seeds 0 1 2 3 4 --work WORK
+
+slm_fast learns the stream once a seed; Separate (a PEFT LoRA model a task, its task given) learns it with the same
+batches, epochs and learning rate. Both answer the same rows, so that differences are paired: their standard error is
+over rows, whose differences are averaged over seeds first, and over seeds. With --held-out the last tenth of the
+training rows is answered instead of the test rows, and not learned: what is decided is decided on that.
+
+Each method's answers with each seed are kept in WORK and not computed again; what slm_fast has learned is a store there
+that an interrupted run goes on with. Results: benchmarks/results/gaps_<stream>.csv, and which tasks were taken for
+which in gaps_<stream>_confusions.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.continual.methods.separate import Separate
+from benchmarks.continual.streams import STREAMS, Stream
+from benchmarks.tables import RESULTS, table, write_csv
+from slm_fast import ScalableLM, SlmError, Task
+from slm_fast.options import LearnOptions
+
+METHODS = ("slm", "separate")
+NOWHERE = "(none)"  # the task of a row that was abstained from, and of one that belongs to none
+Answers = list[dict[str, str]]  # a row each: task, row, told, routed, named, kept
+
+
+def split(stream: Stream, options: argparse.Namespace, seed: int) -> tuple[dict[str, Task], dict[str, Task]]:
+    """What is learned and what is answered, by task."""
+    train = stream.load(options.data, "train", seed, options.train or stream.rows)
+    if not options.held_out:
+        return train, stream.load(options.data, "test", seed)
+    learned, answered = {}, {}
+    for name, task in train.items():
+        cut = len(task.rows) - max(1, len(task.rows) // 10)
+        learned[name] = Task(name, task.rows[:cut], free_text=False)
+        known = set(learned[name].labels or ())
+        held = [row for row in task.rows[cut:] if row.target in known]
+        answered[name] = Task(name, held, free_text=False, training=False)
+    return learned, answered
+
+
+def slm_answers(stream: Stream, options: argparse.Namespace, seed: int, store: Path) -> Answers:
+    """Learn what the store does not have yet, then answer."""
+    train, test = split(stream, options, seed)
+    if store.exists():
+        slm = ScalableLM.from_pretrained(store)
+    else:
+        slm = ScalableLM.from_backbone("minilm", max_length=options.max_length)
+        slm.save_pretrained(store)
+    for name, task in train.items():
+        if name not in slm.learned:
+            slm.learn(task, progress=False, epochs=options.epochs, seed=seed)
+            print(f"seed {seed}: learned {name}", file=sys.stderr)
+    rows = [(name, i, row) for name, task in test.items() for i, row in enumerate(task.rows)]
+    texts, names = [row.text for _, _, row in rows], [name for name, _, _ in rows]
+    told, routed = slm.predict(texts, task=names), slm.predict(texts)
+    kept = slm.predict(texts, abstain=options.abstain)
+    found = [
+        {
+            "task": name,
+            "row": str(i),
+            "told": str(int(own.label == row.target)),
+            "routed": str(int(any_.label == row.target)),
+            "named": any_.task or NOWHERE,
+            "kept": str(int(near.task is not None)),
+        }
+        for (name, i, row), own, any_, near in zip(rows, told, routed, kept, strict=True)
+    ]
+    if stream.out_of_scope and not options.held_out:
+        with gzip.open(
+            options.data / stream.folder / stream.out_of_scope / "test.jsonl.gz", "rt", encoding="utf-8"
+        ) as file:
+            strangers = [json.loads(line)["text"] for line in file]
+        pairs = zip(slm.predict(strangers), slm.predict(strangers, abstain=options.abstain), strict=True)
+        for i, (any_, near) in enumerate(pairs):
+            own = {"task": NOWHERE, "row": str(i), "told": "", "routed": "", "named": any_.task or NOWHERE}
+            found.append(own | {"kept": str(int(near.task is not None))})
+    return found
+
+
+def separate_answers(stream: Stream, options: argparse.Namespace, seed: int) -> Answers:
+    train, test = split(stream, options, seed)
+    found: Answers = []
+    for name, task in train.items():
+        method = Separate("minilm", options.max_length, LearnOptions(epochs=options.epochs, seed=seed))
+        method.learn(task, progress=False)
+        rows = test[name].rows
+        answers = method.models[name].answers(rows)
+        print(f"seed {seed}: separate learned {name}", file=sys.stderr)
+        found += [
+            {"task": name, "row": str(i), "told": str(int(a == row.target)), "routed": "", "named": "", "kept": ""}
+            for i, (a, row) in enumerate(zip(answers, rows, strict=True))
+        ]
+    return found
+
+
+def answers_of(method: str, stream: Stream, options: argparse.Namespace, seed: int, folder: Path) -> Answers:
+    """Those kept in the folder, or new ones, which are kept there."""
+    path = folder / f"{method}-seed{seed}.csv"
+    if not path.exists():
+        if method == "slm":
+            found = slm_answers(stream, options, seed, folder / f"store-seed{seed}")
+        else:
+            found = separate_answers(stream, options, seed)
+        unfinished = path.with_suffix(".part")
+        with unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(found[0]))
+            writer.writeheader()
+            writer.writerows(found)
+        unfinished.replace(path)
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- what the answers say ----
+
+
+def paired(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Of [seeds][rows] each: mean of second - first, its standard error over rows (each row's difference averaged over
+    seeds) and over seeds (nan for one seed)."""
+    by_seed = [mean(b - a for a, b in zip(*pair, strict=True)) for pair in zip(first, second, strict=True)]
+    columns = zip(
+        *([b - a for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)), strict=True
+    )
+    by_row = [mean(column) for column in columns]
+    over_rows = stdev(by_row) / len(by_row) ** 0.5 if len(by_row) > 1 else float("nan")
+    over_seeds = stdev(by_seed) / len(by_seed) ** 0.5 if len(by_seed) > 1 else float("nan")
+    return mean(by_seed), over_rows, over_seeds
+
+
+def summary(answers: Mapping[str, Sequence[Answers]], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """A line for each task and one for all rows, in percent. answers: by method, then seed, the same rows in each."""
+
+    def column(method: str, field: str, chosen: set[str]) -> list[list[float]]:
+        return [
+            [
+                float(a["named"] == a["task"]) if field == "right task" else float(a[field])
+                for a in seed
+                if a["task"] in chosen
+            ]
+            for seed in answers[method]
+        ]
+
+    def percent(values: Sequence[Sequence[float]]) -> str:
+        return f"{100 * mean(mean(seed) for seed in values):.2f}"
+
+    found = []
+    for name, chosen in [*((task, {task}) for task in tasks), ("all rows", set(tasks))]:
+        told, routed = column("slm", "told", chosen), column("slm", "routed", chosen)
+        gap, rows, seeds = paired(told, routed)
+        line = {
+            "task": name,
+            "rows": len(told[0]),
+            "told": percent(told),
+            "routed": percent(routed),
+            "gap": f"{100 * gap:.2f}",
+            "gap_se_rows": f"{100 * rows:.2f}",
+            "gap_se_seeds": f"{100 * seeds:.2f}",
+            "right_task": percent(column("slm", "right task", chosen)),
+            "kept": percent(column("slm", "kept", chosen)),
+        }
+        if "separate" in answers:
+            separate = column("separate", "told", chosen)
+            ahead, rows, seeds = paired(separate, routed)
+            line |= {"separate": percent(separate), "routed_less_separate": f"{100 * ahead:.2f}"}
+            line |= {"separate_se_rows": f"{100 * rows:.2f}", "separate_se_seeds": f"{100 * seeds:.2f}"}
+        found.append(line)
+    if any(a["task"] == NOWHERE for a in answers["slm"][0]):
+        strangers = column("slm", "kept", {NOWHERE})
+        empty = dict.fromkeys(found[0], "")
+        found.append(empty | {"task": "out of scope", "rows": len(strangers[0]), "kept": percent(strangers)})
+    return found
+
+
+def confusions(answers: Sequence[Answers]) -> list[dict[str, Any]]:
+    """Which tasks were taken for which, the most frequent first, counted over all seeds."""
+    pairs = Counter((a["task"], a["named"]) for seed in answers for a in seed if a["named"] != a["task"] != NOWHERE)
+    return [{"task": task, "taken_for": other, "rows": many} for (task, other), many in pairs.most_common()]
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the streams' folders")
+    parser.add_argument("--stream", choices=list(STREAMS), required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for what is learned and answered")
+    parser.add_argument("--train", type=int, help="training rows a task at the most; default: the stream's")
+    parser.add_argument("--epochs", type=int, help="default: slm_fast's")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
+    parser.add_argument("--abstain", type=float, default=0.95, help="the share that `kept` and `out of scope` are of")
+    parser.add_argument(
+        "--held-out", action="store_true", help="answer a tenth of the training rows, not the test rows"
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gaps_<stream>.csv")
+    options = parser.parse_args(arguments)
+    stream = STREAMS[options.stream]
+    rows = options.train or stream.rows
+    held = "-heldout" if options.held_out else ""
+    folder = options.work / f"{options.stream}-{rows}-{options.epochs or 'default'}-{options.max_length}{held}"
+    folder.mkdir(parents=True, exist_ok=True)
+    methods = [m for m in METHODS if m == "slm" or m in options.methods]
+    try:
+        answers = {m: [answers_of(m, stream, options, seed, folder) for seed in options.seeds] for m in methods}
+    except SlmError as error:
+        print(f"gaps: error: {error}", file=sys.stderr)
+        return error.status
+    found = summary(answers, stream.tasks)
+    epochs = f"{options.epochs} epochs" if options.epochs else "slm_fast's epochs"
+    notes = {
+        "setup": f"{'held-out training rows' if held else 'test rows'}; at most {rows} training rows a task, {epochs}, "
+        f"seeds {', '.join(map(str, options.seeds))}, at most {options.max_length} tokens, abstain {options.abstain}"
+    }
+    output = options.output or RESULTS / f"gaps_{options.stream}{held.replace('-', '_')}.csv"
+    write_csv(output, found, notes)
+    if pairs := confusions(answers["slm"]):
+        write_csv(output.with_name(f"{output.stem}_confusions.csv"), pairs, notes)
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
