@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_backward(
 std::tuple<Tensor, Tensor> retrieve(
     Tensor query, Tensor keys, int64_t k, int64_t groups, std::optional<Tensor> bias, std::optional<Tensor> mask,
     std::string metric, std::string aggregate, std::string weighting, double temperature,
-    std::optional<Tensor> prepared);
+    std::optional<Tensor> prepared, std::optional<Tensor> key_slot);
 Tensor prepare_keys(Tensor keys, int64_t groups);
 std::tuple<Tensor, Tensor> key_loss(
     Tensor query, Tensor keys, int64_t k, int64_t groups, double mask_prob, int64_t seed);

@@ -1,4 +1,7 @@
 // The retrieve and prepare_keys operators on a CPU: check every argument, then hand plain pointers to the kernel.
+#include <algorithm>
+#include <cstdint>
+
 #include "check_pair.h"
 #include "cpu/kernels.h"
 #include "operators.h"
@@ -13,12 +16,23 @@ bool one_of(const char* name, const std::string& got, const char* no, const char
   return got == yes;
 }
 
+// Keys stand in the order of their slots. Counts the keys of the slot that has most.
+void check_key_slot(Retrieve& op, int64_t slots) {
+  int64_t own = 0;
+  for (int64_t i = 0; i < op.slots; ++i) {
+    const int64_t slot = op.key_slot[i], before = i ? op.key_slot[i - 1] : 0;
+    if (slot < before || slot >= slots) fail("key_slot: expected rising slots from 0, got ", slot, " after ", before);
+    own = i && slot == before ? own + 1 : 1;
+    op.most_keys = std::max(op.most_keys, own);
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> retrieve(
     Tensor query, Tensor keys, int64_t k, int64_t groups, std::optional<Tensor> bias, std::optional<Tensor> mask,
     std::string metric, std::string aggregate, std::string weighting, double temperature,
-    std::optional<Tensor> prepared) {
+    std::optional<Tensor> prepared, std::optional<Tensor> key_slot) {
   check_pair(query, keys, k, groups);
   query = dense(query), keys = dense(keys);
   Retrieve op{};
@@ -44,10 +58,19 @@ std::tuple<Tensor, Tensor> retrieve(
     bias = dense(bias->scalar_type() == ScalarType::Float ? *bias : torch::stable::to(*bias, ScalarType::Float));
     op.bias = static_cast<const float*>(bias->data_ptr());
   }
+  int64_t slots = op.slots;
+  if (key_slot) {
+    if (op.vote) fail("key_slot: goes with aggregate='mean', got 'vote'");
+    check_like("key_slot", *key_slot, ScalarType::Long, {op.slots});
+    key_slot = dense(*key_slot);
+    op.key_slot = static_cast<const int64_t*>(key_slot->data_ptr());
+    slots = op.mask_slots = mask && mask->dim() > 0 ? mask->size(mask->dim() - 1) : INT64_MAX;
+    check_key_slot(op, slots);
+  }
   if (mask) {
     op.mask_per_query = mask->dim() == 2;
-    if (op.mask_per_query) check_like("mask", *mask, ScalarType::Bool, {op.queries, op.slots});
-    else check_like("mask", *mask, ScalarType::Bool, {op.slots});
+    if (op.mask_per_query) check_like("mask", *mask, ScalarType::Bool, {op.queries, slots});
+    else check_like("mask", *mask, ScalarType::Bool, {slots});
     mask = dense(*mask);
     op.mask = static_cast<const bool*>(mask->data_ptr());
   }

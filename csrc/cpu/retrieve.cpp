@@ -51,17 +51,39 @@ struct All {
 struct Masked {
   static constexpr bool kAsks = true;
   const bool* mask;
-  int64_t row;  // P, or 0 when one mask serves all queries
-  bool operator()(int64_t query, int64_t, int64_t slot) const { return mask[query * row + slot]; }
+  int64_t row;              // P, or 0 when one mask serves all queries
+  const int64_t* key_slot;  // null where each slot has one key
+  bool operator()(int64_t query, int64_t, int64_t key) const {
+    return mask[query * row + (key_slot ? key_slot[key] : key)];
+  }
 };
+
+// The slots of keys, each with its best key's score: at most k of them. Keys that are equal stand in the order of their
+// slots, so slots do too.
+int64_t slots_of(const Ranked* keys, int64_t count, const int64_t* key_slot, int64_t k, Ranked* slots) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < count && found < k; ++i) {
+    const int64_t slot = key_slot[slot_of(keys[i])];
+    if (std::none_of(slots, slots + found, [&](Ranked known) { return slot_of(known) == slot; }))
+      slots[found++] = ranked(score_of(keys[i]), slot);
+  }
+  return found;
+}
 
 template <class T>
 void retrieve_as(const Retrieve& op, const Threads& threads) {
-  const Search asked{op.queries, op.slots, op.width, op.groups, op.vote ? std::min(op.k, op.slots) : op.k,
-                      op.query,   op.keys,  op.prepared, op.bias, op.cosine, op.vote};
-  Buffer<Ranked> votes(op.vote ? op.queries * op.groups * asked.k : 0);
+  // Where slots have several keys, so many that the best keys of the best k slots are certainly among them.
+  const int64_t keys = op.key_slot ? std::min((std::min(op.k, op.slots) - 1) * op.most_keys + 1, op.slots)
+                                   : op.vote ? std::min(op.k, op.slots) : op.k;
+  const Search asked{op.queries, op.slots, op.width, op.groups, keys, op.query, op.keys, op.prepared, op.bias,
+                      op.cosine,  op.vote};
+  Buffer<Ranked> votes(op.vote ? op.queries * op.groups * asked.k : op.key_slot ? op.queries * op.k : 0);
   Buffer<int64_t> counts(op.queries);
   auto use = [&](int64_t query, int64_t group, const Ranked* best, int64_t count) {
+    if (op.key_slot) {
+      Ranked* slots = votes.data() + query * op.k;
+      return write_route(op, slots, slots_of(best, count, op.key_slot, op.k, slots), query);
+    }
     if (!op.vote) return write_route(op, best, count, query);
     Ranked* mine = votes.data() + query * op.groups * asked.k;
     if (group == 0) counts[query] = 0;
@@ -71,7 +93,8 @@ void retrieve_as(const Retrieve& op, const Threads& threads) {
     const int64_t slots = add_votes(mine, counts[query], op.groups);
     write_route(op, mine, std::min(slots, op.k), query);
   };
-  if (op.mask) search<T>(asked, threads, Masked{op.mask, op.mask_per_query ? op.slots : 0}, use);
+  const int64_t slots = op.key_slot ? op.mask_slots : op.slots;
+  if (op.mask) search<T>(asked, threads, Masked{op.mask, op.mask_per_query ? slots : 0, op.key_slot}, use);
   else search<T>(asked, threads, All{}, use);
 }
 

@@ -76,6 +76,7 @@ class Backend:
     checks_arguments: `multi_lora` raises ValueError for whatever does not fit, before it touches memory.
     in_place: it also has `slm_fast::multi_lora_<name>_`, which overwrites `base`.
     prepares_keys: it also has `slm_fast::prepare_keys_<name>`, and its `retrieve` takes what that returns.
+    takes_key_slot: its `retrieve` takes several keys a slot; of the others more keys are asked for.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Backend:
     checks_arguments: bool = False
     in_place: bool = False
     prepares_keys: bool = False
+    takes_key_slot: bool = False
 
     def serves(self, stem: str, size: str = "") -> bool:
         sized = f"{stem}:{size}"
@@ -104,7 +106,7 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("reference", ("retrieve", "key_loss", "multi_lora", "adapted_linear")),
+    Backend("reference", ("retrieve", "key_loss", "multi_lora", "adapted_linear"), takes_key_slot=True),
     Backend(
         "native",
         ("retrieve", "key_loss", "multi_lora"),
@@ -112,6 +114,7 @@ BACKENDS = (
         checks_arguments=True,
         in_place=True,
         prepares_keys=True,
+        takes_key_slot=True,
     ),
     Backend(
         "triton",

@@ -53,12 +53,13 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Definition:
-    """What all backends of an operator have in common."""
+    """What all backends of an operator have in common, and `more`, arguments that the reference takes beyond."""
 
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     gradient: Gradient | None = None
+    more: str = ""
 
 
 DEFINITIONS = {
@@ -67,6 +68,7 @@ DEFINITIONS = {
         " str weighting, float temperature) -> (Tensor, Tensor)",
         reference_retrieve,
         fake_retrieve,
+        more=", Tensor? key_slot=None",
     ),
     "key_loss": Definition(
         "(Tensor query, Tensor keys, SymInt k, SymInt groups, float mask_prob, SymInt seed) -> (Tensor, Tensor)",
@@ -130,7 +132,7 @@ def _register(stem: str, backend: Backend, definition: Definition) -> None:
     name, gradient = f"slm_fast::{stem}_{backend.name}", definition.gradient
     in_triton = import_module(f"slm_fast.ops.triton.{stem}") if backend.name == "triton" else None
     if backend.name == "reference":
-        _define(name, definition.reference, definition.schema)
+        _define(name, definition.reference, definition.schema.replace(") ->", f"{definition.more}) ->"))
     elif in_triton:
         _define(name, in_triton.forward, definition.schema)
     torch.library.register_fake(name, definition.fake)

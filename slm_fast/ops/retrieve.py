@@ -5,7 +5,9 @@ Dynamic Task-related Knowledge Retrieval (SLM, ICLR 2024, Section 3.2). Group g 
     s[b, p] = mean_g cos(query[b, g], key[p, g])                        metric="cosine"
     s[b, p] = query[b] . key[p] + bias[p]                               metric="dot"
 
-Shape suffixes: B queries, P slots, G groups, K retrieved, D query width, d = D / G.
+A slot may have several keys; its score is then its best key's.
+
+Shape suffixes: B queries, P slots, N keys (P where each slot has one), G groups, K retrieved, D query width, d = D / G.
 """
 
 from __future__ import annotations
@@ -31,27 +33,35 @@ class Route(NamedTuple):
 class PreparedKeys(NamedTuple):
     """Keys that many queries will be compared with; made by `prepare_keys`. The keys must not change afterwards."""
 
-    keys: Tensor  # [P, D]
+    keys: Tensor  # [N, D]
     groups: int
     prepared: Tensor | None  # [bytes] uint8, the backend's own: lengths, and rows of unit length; None if it needs none
+    key_slot: Tensor | None = None  # [N] int64
+    most: int = 1  # keys of a slot
 
 
-def prepare_keys(keys: Tensor, *, groups: int = 1) -> PreparedKeys:
-    """Does once what `retrieve` by cosine does with keys [P, D] at each call: their lengths and, where the processor
-    multiplies bfloat16, rounded rows (on a CPU that takes half the memory of float32 keys). The routes stay the same.
+def prepare_keys(keys: Tensor, *, groups: int = 1, key_slot: Tensor | None = None) -> PreparedKeys:
+    """Does once what `retrieve` by cosine does with keys [N, D] at each call: their lengths and, where the processor
+    multiplies bfloat16, rounded rows (on a CPU that takes half the memory of float32 keys); and, where slots have
+    several keys, the look at `key_slot` for which a GPU would have to be waited for. The routes stay the same.
 
-    Raises InputError when groups does not divide D.
+    Raises InputError when groups does not divide D, or `key_slot` [N] is not one of `retrieve`'s.
     """
     if keys.dim() != 2 or not keys.is_floating_point():
         raise InputError(f"keys: expected floating [P, D], got {keys.dtype} {list(keys.shape)}")
     if groups < 1 or keys.shape[1] % groups != 0:
         raise InputError(f"groups: expected a divisor of the key width {keys.shape[1]}, got {groups}")
+    most = 1
+    if key_slot is not None:
+        _check_like_keys(key_slot, keys)
+        check_key_slot(key_slot)
+        most = most_keys(key_slot)
     keys, prepared = keys.detach(), None
     if keys.device.type == "cpu":
         backend = dispatch.chosen("retrieve", "cpu")
         if backend.prepares_keys:
             prepared = getattr(torch.ops.slm_fast, f"prepare_keys_{backend.name}")(keys, groups)
-    return PreparedKeys(keys, groups, prepared)
+    return PreparedKeys(keys, groups, prepared, key_slot, most)
 
 
 def retrieve(
@@ -62,6 +72,7 @@ def retrieve(
     groups: int = 1,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
+    key_slot: Tensor | None = None,
     metric: str = "cosine",
     aggregate: str = "mean",
     weighting: str = "ratio",
@@ -70,11 +81,13 @@ def retrieve(
     """The K best slots of each query and their weights.
 
     Args:
-        query: [B, D] floating. keys: [P, D], same dtype, or `prepare_keys` of them. Ranked in float32 in any dtype.
+        query: [B, D] floating. keys: [N, D], same dtype, or `prepare_keys` of them. Ranked in float32 in any dtype.
         k: slots to return, at least 1. It may exceed P: the places left over are id -1, weight 0.
         groups: G, a divisor of D; more than one only with metric="cosine".
-        bias: [P], added to the score; only with metric="dot".
+        bias: [N], added to a key's score; only with metric="dot".
         mask: [P] or [B, P] bool; a slot that is False is never returned.
+        key_slot: [N] int64, the slot of each key, in rising order from 0; a slot without a key is never returned. None:
+            one key a slot. Not with aggregate="vote".
         aggregate: "mean" ranks by the mean cosine over groups (the authors' code). "vote" lets each group keep its own
             top K cosines and ranks by their sum over groups divided by G (the paper's text); a slot that no group kept
             is never returned.
@@ -88,11 +101,15 @@ def retrieve(
     Raises:
         InputError: an argument does not fit, or (on a CPU) the query holds a number that is not finite.
     """
-    prepared = None
+    prepared, most = None, None
     if isinstance(keys, PreparedKeys):
         if metric == "cosine" and groups != keys.groups:
             raise InputError(f"groups: expected {keys.groups}, as the keys were prepared for, got {groups}")
-        keys, _, prepared = keys
+        if keys.key_slot is not None and key_slot is not None and key_slot is not keys.key_slot:
+            raise InputError("key_slot: the keys were prepared with one of their own")
+        most = None if keys.key_slot is None else keys.most
+        key_slot = keys.key_slot if key_slot is None else key_slot
+        keys, _, prepared, _, _ = keys
     check_pair(query, keys, k, groups)
     if metric not in ("cosine", "dot"):
         raise InputError(f"metric: expected 'cosine' or 'dot', got {metric!r}")
@@ -108,25 +125,74 @@ def retrieve(
         raise InputError(f"temperature: expected a positive number, got {temperature}")
     if bias is not None and bias.shape != keys.shape[:1]:
         raise InputError(f"bias: expected [{keys.shape[0]}] to match keys, got {list(bias.shape)}")
+    if key_slot is not None:
+        _check_like_keys(key_slot, keys)
+        if aggregate == "vote":
+            raise InputError("key_slot: goes with aggregate='mean', got 'vote'")
     if mask is not None:
-        shapes = (keys.shape[:1], (query.shape[0], keys.shape[0]))
-        if mask.dtype != torch.bool or mask.shape not in shapes:
+        slots = keys.shape[0] if key_slot is None else mask.shape[-1] if mask.dim() else 0
+        if mask.dtype != torch.bool or mask.shape not in ((slots,), (query.shape[0], slots)):
+            P = "P" if key_slot is not None else slots
             raise InputError(
-                f"mask: expected bool {list(shapes[0])} or {list(shapes[1])}, got {mask.dtype} {list(mask.shape)}"
+                f"mask: expected bool [{P}] or [{query.shape[0]}, {P}], got {mask.dtype} {list(mask.shape)}"
             )
     for name, tensor in (("bias", bias), ("mask", mask)):
         if tensor is not None and tensor.device != query.device:
             raise InputError(f"{name}: expected device {query.device} to match query, got {tensor.device}")
-    size = "" if query.device.type == "cpu" and not dispatch.INTERPRETED else size_of(query, keys, k, groups, aggregate)
+    query, keys, bias = query.detach(), keys.detach(), None if bias is None else bias.detach()
+    wanted, size = k, ""
+    if query.device.type != "cpu" or dispatch.INTERPRETED:
+        if key_slot is not None and len(key_slot):
+            # So many keys that the best of each of the best k slots are certainly among them.
+            most = most_keys(key_slot) if most is None else most
+            wanted = min((min(k, len(key_slot)) - 1) * most + 1, len(key_slot))
+        size = size_of(query, keys, wanted, groups, aggregate)
     backend = dispatch.chosen("retrieve", query.device.type, size)
     op = getattr(torch.ops.slm_fast, f"retrieve_{backend.name}")
-    query, keys, bias = query.detach(), keys.detach(), None if bias is None else bias.detach()
-    more = (prepared,) if backend.prepares_keys and metric == "cosine" else ()
+    more = {"prepared": prepared} if backend.prepares_keys and metric == "cosine" else {}
+    if key_slot is not None and backend.takes_key_slot:
+        more["key_slot"] = key_slot
+    options = (metric, aggregate, weighting, temperature)
     try:
-        slot_ids, weights = op(query, keys, k, groups, bias, mask, metric, aggregate, weighting, temperature, *more)
+        if key_slot is None or backend.takes_key_slot:
+            return Route(*op(query, keys, k, groups, bias, mask, *options, **more))
+        of_keys = None if mask is None else mask[..., key_slot]
+        return _best_slots(Route(*op(query, keys, wanted, groups, bias, of_keys, *options)), key_slot, k)
     except ValueError as error:  # what only the backend sees, such as a number that is not finite
         raise InputError(str(error)) from None
-    return Route(slot_ids, weights)
+
+
+def _best_slots(keys: Route, key_slot: Tensor, k: int) -> Route:
+    """The slots of the best keys [B, n], k of them, each with its best key's share."""
+    found, places = keys.slot_ids >= 0, keys.slot_ids.shape[1]
+    slot_Bn = torch.where(found, key_slot[keys.slot_ids.clamp(min=0)] if len(key_slot) else keys.slot_ids, -1)
+    earlier = torch.ones(places, places, dtype=torch.bool, device=found.device).tril(-1)
+    first = found & ~((slot_Bn[:, :, None] == slot_Bn[:, None, :]) & earlier).any(2)
+    rank = first.cumsum(1) - 1
+    place = torch.where(first & (rank < k), rank, k)  # the last one is cut off
+    ids = slot_Bn.new_full((len(slot_Bn), k + 1), -1).scatter_(1, place, slot_Bn)[:, :k]
+    weights = keys.weights.new_zeros(len(slot_Bn), k + 1).scatter_(1, place, keys.weights)[:, :k]
+    weights = torch.where(ids >= 0, weights, 0.0)
+    return Route(ids, weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _check_like_keys(key_slot: Tensor, keys: Tensor) -> None:
+    if key_slot.dtype != torch.int64 or key_slot.shape != keys.shape[:1] or key_slot.device != keys.device:
+        raise InputError(
+            f"key_slot: expected int64 [{keys.shape[0]}] on {keys.device} to match keys, got {key_slot.dtype} "
+            f"{list(key_slot.shape)} on {key_slot.device}"
+        )
+
+
+def check_key_slot(key_slot: Tensor) -> None:
+    """Raises InputError unless slots rise from 0."""
+    if len(key_slot) and (int(key_slot[0]) < 0 or bool((key_slot.diff() < 0).any())):
+        raise InputError("key_slot: expected slots in rising order from 0")
+
+
+def most_keys(key_slot: Tensor) -> int:
+    """How many keys the slot that has most has."""
+    return int(key_slot.unique_consecutive(return_counts=True)[1].max()) if len(key_slot) else 1
 
 
 def size_of(query: Tensor, keys: Tensor, k: int, groups: int, aggregate: str) -> str:
@@ -155,6 +221,7 @@ def reference_retrieve(
     aggregate: str,
     weighting: str,
     temperature: float,
+    key_slot_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, P = query_BD.shape[0], keys_PD.shape[0]
     if query_BD.device.type == "cpu" and not bool(query_BD.isfinite().all()):
@@ -163,6 +230,12 @@ def reference_retrieve(
     # Scores are rounded to float32 from float64. A float32 product gives equal keys scores that differ in the last bit,
     # depending on where they stand, and the lower id would not come first.
     query_BD, keys_PD = query_BD.double(), keys_PD.double()
+    if key_slot_N is not None:
+        check_key_slot(key_slot_N)
+        last = int(key_slot_N[-1]) if P else -1
+        P = last + 1 if mask is None else mask.shape[-1]
+        if last >= P:
+            raise InputError(f"key_slot: expected slots below {P}, as mask has, got {last}")
     allowed_BP = torch.ones(B, P, dtype=torch.bool, device=query_BD.device) if mask is None else mask.expand(B, P)
 
     if metric == "dot":
@@ -181,6 +254,11 @@ def reference_retrieve(
             cosine_BGP = cosine_BGP * kept_BGP
             allowed_BP = kept_BGP.any(1)
         score_BP = cosine_BGP.sum(1) / groups
+
+    if key_slot_N is not None:
+        lowest_BP = score_BP.new_full((B, P), -torch.inf)
+        score_BP = lowest_BP.scatter_reduce(1, key_slot_N.expand(B, -1), score_BP, "amax")
+        allowed_BP = allowed_BP & torch.zeros_like(allowed_BP).index_fill(1, key_slot_N, True)
 
     K = min(k, P)
     ids_BK = best(score_BP.masked_fill(~allowed_BP, -torch.inf), K)

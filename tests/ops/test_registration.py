@@ -74,6 +74,9 @@ def retrieve(backend):
     if backend == "native":
         prepared = torch.ops.slm_fast.prepare_keys_native(keys, 2)
         yield query, keys, 2, 2, None, None, "cosine", "mean", "ratio", 1.0, prepared
+    own = (None,) * (backend == "native") + (torch.tensor([0, 0, 1, 3, 3]),)
+    if backend in ("native", "reference"):
+        yield query, keys, 2, 2, None, mask[:, 1:], "cosine", "mean", "ratio", 1.0, *own
 
 
 def prepare_keys(backend):

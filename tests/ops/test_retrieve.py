@@ -22,8 +22,11 @@ def cosine(u, v):
 
 
 def loops(query, keys, k, *, groups=1, bias=None, mask=None, metric="cosine", aggregate="mean", weighting="ratio",
-          temperature=1.0):  # fmt: skip
+          temperature=1.0, key_slot=None):  # fmt: skip
     """The specification with Python numbers: one query, one group, one slot at a time."""
+    if key_slot is not None:
+        return loops_over_keys(query, keys, k, key_slot, mask, groups=groups, bias=bias, metric=metric,
+                               weighting=weighting, temperature=temperature)  # fmt: skip
     ids, weights = [], []
     slots, d = range(len(keys)), query.shape[1] // groups
     for b, q in enumerate(query.tolist()):
@@ -55,6 +58,31 @@ def loops(query, keys, k, *, groups=1, bias=None, mask=None, metric="cosine", ag
     return torch.tensor(ids, dtype=torch.int64).view(shape), torch.tensor(weights, dtype=torch.float32).view(shape)
 
 
+def loops_over_keys(query, keys, k, key_slot, mask, *, groups, bias, metric, weighting, temperature):
+    """The same where slots have several keys: each slot by its best key's score."""
+    ids, weights, d = [], [], query.shape[1] // groups
+    for b, q in enumerate(query.tolist()):
+        score = {}
+        for n, p in enumerate(key_slot.tolist()):
+            if mask is not None and not mask.expand(len(query), -1)[b, p]:
+                continue
+            key = keys[n].tolist()
+            if metric == "dot":
+                own = sum(u * v for u, v in zip(q, key, strict=True)) + (0.0 if bias is None else float(bias[n]))
+            else:
+                own = sum(cosine(q[g * d : (g + 1) * d], key[g * d : (g + 1) * d]) for g in range(groups)) / groups
+            score[p] = max(own, score.get(p, -math.inf))
+        found = sorted(score, key=lambda p: (-score[p], p))[:k]
+        share = [max(score[p], 0.0) for p in found]
+        share = share if any(share) else [1.0] * len(found)
+        if weighting == "softmax":
+            share = [math.exp((score[p] - score[found[0]]) / temperature) for p in found]
+        ids.append(found + [-1] * (k - len(found)))
+        weights.append([s / sum(share) for s in share] + [0.0] * (k - len(found)))
+    shape = (len(query), k)
+    return torch.tensor(ids, dtype=torch.int64).view(shape), torch.tensor(weights, dtype=torch.float32).view(shape)
+
+
 def assert_same_route(route, expected, device, tolerance=2e-5):
     assert route.slot_ids.dtype == torch.int64
     assert route.weights.dtype == torch.float32
@@ -71,7 +99,7 @@ def check(query, keys, k, device, **options):
     assert_same_route(route, loops(query, keys, k, **options), device)
     with ops.use_backend("reference"):
         assert_same_route(route, ops.retrieve(*args, **moved), device)
-    prepared = ops.prepare_keys(args[1], groups=options.get("groups", 1))
+    prepared = ops.prepare_keys(args[1], groups=options.get("groups", 1), key_slot=moved.pop("key_slot", None))
     for got, expected in zip(ops.retrieve(args[0], prepared, k, **moved), route, strict=True):
         assert torch.equal(got, expected)
     return route
@@ -118,6 +146,33 @@ def test_non_contiguous_query_and_keys_equal_the_specification(device):
     check(normal(24, 4).T, normal(9, 48, seed=1)[:, ::2], 3, device, groups=2)
 
 
+SEVERAL = {name: options for name, options in OPTIONS.items() if "vote" not in name}
+
+
+@pytest.mark.parametrize("options", SEVERAL.values(), ids=SEVERAL.keys())
+@pytest.mark.parametrize("mask", [None, normal(7, seed=3) > -0.5, normal(5, 7, seed=4) > 0.0], ids=["", "P", "BP"])
+@pytest.mark.parametrize("k", [1, 3, 6, 9])
+def test_a_slot_of_several_keys_has_its_best_keys_score(device, options, mask, k):
+    """Of seven slots the third has four keys, others one to three, the fifth none."""
+    key_slot = torch.tensor([0, 1, 1, 2, 2, 2, 2, 3, 5, 6, 6])
+    check(normal(5, 42), normal(11, 42, seed=1), k, device, mask=mask, key_slot=key_slot, **options)
+
+
+@pytest.mark.parametrize(("B", "slots", "most"), [(33, 9, 31), (1, 3, 60), (2, 0, 1), (0, 2, 2), (3, 70, 1)])
+def test_many_keys_a_slot_empty_batch_and_pool_equal_the_specification(device, B, slots, most):
+    counts = torch.randint(1, most + 1, (slots,), generator=torch.Generator().manual_seed(0))
+    key_slot = torch.arange(slots).repeat_interleave(counts)
+    check(normal(B, 24), normal(len(key_slot), 24, seed=1), 3, device, groups=2, key_slot=key_slot)
+
+
+def test_of_slots_with_equal_best_keys_the_lower_comes_first(device):
+    query, key = normal(1, 12), normal(1, 12, seed=1)
+    keys = torch.cat([-key, key, key, -key, key])
+    route = check(query * query.sign(), keys, 3, device, key_slot=torch.tensor([0, 0, 1, 1, 2]))
+    if float(query @ key.T) > 0:
+        assert route.slot_ids.tolist() == [[0, 1, 2]]
+
+
 @settings(
     deadline=None, derandomize=True, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -141,6 +196,8 @@ def test_any_shape_full_of_exact_ties_equals_the_specification(device, data):
         options |= {"groups": groups, "aggregate": draw(st.sampled_from(["mean", "vote"]))}
     else:
         options |= {"metric": "dot", "bias": torch.randint(-4, 5, (P,), generator=random) / 2}
+    if options.get("aggregate") != "vote" and draw(st.booleans()):
+        options["key_slot"] = torch.randint(P, (P,), generator=random).sort().values
     route = check(query, keys, k, device, **options)
     found = (route.slot_ids >= 0).any(1)
     assert torch.allclose(route.weights.sum(1), found.float(), atol=1e-5)
@@ -233,6 +290,13 @@ ERRORS = [
     ("bias", {"metric": "dot", "bias": ONES(2)}),
     ("bias", {"metric": "dot", "bias": ONES(3, device="meta")}),
     ("mask", {"mask": ONES(2, dtype=torch.bool)}),
+    ("mask", {"mask": ONES(3, 2, dtype=torch.bool), "key_slot": torch.tensor([0, 0, 1])}),
+    ("key_slot", {"key_slot": torch.tensor([0, 1])}),
+    ("key_slot", {"key_slot": ONES(3)}),
+    ("key_slot", {"key_slot": torch.tensor([0, 2, 1])}),
+    ("key_slot", {"key_slot": torch.tensor([-1, 0, 1])}),
+    ("key_slot", {"key_slot": torch.tensor([0, 1, 2]), "mask": ONES(2, dtype=torch.bool)}),
+    ("key_slot", {"key_slot": torch.tensor([0, 1, 2]), "aggregate": "vote"}),
     ("mask", {"mask": ONES(3, 2, dtype=torch.bool)}),
     ("mask", {"mask": ONES(3)}),
     ("mask", {"mask": ONES(3, dtype=torch.bool, device="meta")}),
@@ -249,6 +313,11 @@ def test_each_wrong_argument_is_an_error_that_names_it(name, wrong):
 def test_keys_prepared_for_other_groups_or_that_cannot_be_are_an_error():
     with pytest.raises(InputError, match=r"^groups: expected 2, as the keys were prepared for, got 4$"):
         ops.retrieve(ONES(2, 8), ops.prepare_keys(ONES(3, 8), groups=2), 1, groups=4)
+    other = torch.tensor([0, 1, 1])
+    with pytest.raises(InputError, match=r"^key_slot: the keys were prepared with one of their own$"):
+        ops.retrieve(ONES(2, 8), ops.prepare_keys(ONES(3, 8), key_slot=torch.tensor([0, 0, 1])), 1, key_slot=other)
+    with pytest.raises(InputError, match=r"^key_slot: expected slots in rising order from 0$"):
+        ops.prepare_keys(ONES(3, 8), key_slot=other.flip(0))
     for name, keys in (("keys", ONES(3)), ("keys", ONES(3, 8, dtype=torch.int64)), ("groups", ONES(3, 7))):
         with pytest.raises(InputError, match=rf"^{name}: "):
             ops.prepare_keys(keys, groups=2)
@@ -257,5 +326,7 @@ def test_keys_prepared_for_other_groups_or_that_cannot_be_are_an_error():
 def test_it_compiles_into_one_graph(device):
     query, keys = normal(3, 8).to(device), normal(5, 8).to(device)
     compiled = torch.compile(lambda q, p: ops.retrieve(q, p, 2, groups=2), fullgraph=True, backend="aot_eager")
-    for asked in (keys, ops.prepare_keys(keys, groups=2)):
-        assert_same_route(compiled(query, asked), ops.retrieve(query, keys, 2, groups=2), device)
+    several = ops.prepare_keys(keys, groups=2, key_slot=torch.tensor([0, 0, 1, 2, 2], device=device))
+    for asked in (keys, ops.prepare_keys(keys, groups=2), several):
+        torch.compiler.reset()
+        assert_same_route(compiled(query, asked), ops.retrieve(query, asked, 2, groups=2), device)
