@@ -75,8 +75,11 @@ def _planes(term: Tensor) -> tuple[Tensor, Tensor]:
     return coarse.long(), fine.long()
 
 
-def moments(query: Tensor, slots: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Count [S], mean [S, D] and the scatter within slots [D, D] of queries [N, D] float64."""
+def moments(
+    query: Tensor, slots: int, seed: int, labels: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of queries [N, D] float64: count [M] and mean [M, D] of each label [N] in each slot, the slot of each [M] in
+    rising order, and the scatter within [D, D]. Without labels there is one mean a slot."""
     if slots == 1:
         assignment, centre = torch.zeros(len(query), dtype=torch.int64), torch.zeros(1, query.shape[1]).double()
     else:
@@ -86,11 +89,19 @@ def moments(query: Tensor, slots: int, seed: int) -> tuple[Tensor, Tensor, Tenso
             raise InputError(f"slots: {slots} slots need at least as many rows, got {len(query)}")
         means = KMeans(slots, n_init=4, random_state=seed % 2**32).fit(query.numpy())
         assignment, centre = torch.from_numpy(means.labels_).long(), torch.from_numpy(means.cluster_centers_)
-    count = torch.bincount(assignment, minlength=slots).double()
-    mean = torch.zeros(slots, query.shape[1], dtype=torch.float64).index_add_(0, assignment, query) / count[:, None]
-    mean = torch.where(count[:, None] > 0, mean, centre)  # fewer distinct rows than slots leave slots empty
+    slot = torch.arange(slots)
+    if labels is not None:
+        # Pairs of a slot and a label that there are; fewer distinct rows than slots leave slots empty, which stay.
+        many = int(labels.max()) + 1
+        pairs = assignment * many + labels
+        empty = slot[torch.bincount(assignment, minlength=slots) == 0] * many
+        known = torch.cat([pairs, empty]).unique()
+        assignment, slot = torch.searchsorted(known, pairs), known // many
+    count = torch.bincount(assignment, minlength=len(slot)).double()
+    mean = torch.zeros(len(slot), query.shape[1], dtype=torch.float64).index_add_(0, assignment, query) / count[:, None]
+    mean = torch.where(count[:, None] > 0, mean, centre[slot])
     centred = query - mean[assignment]
-    return count, mean, centred.T @ centred
+    return count, mean, slot, centred.T @ centred
 
 
 def pack(symmetric: Tensor) -> Tensor:

@@ -58,12 +58,20 @@ def learn_task(
         slots = options.slots or (1 if model.config.router == "gaussian" else 4)
         seed = name_seed(task.name, options.seed)
         try:
-            part = model.new_router().fit(query, slots, seed)
+            part = model.new_router().fit(query, slots, seed, label_numbers(task))
         except NotFinite as error:
             raise WorkError(f"{task.name}: row {error.row + 1}: its query holds a number that is not finite") from None
         trainer.allocate(slots, part, torch.Generator().manual_seed(seed))
         trainer.fine_tune(trainer.routed(examples, query), valid, progress)
         return trainer.learned()
+
+
+def label_numbers(task: Task) -> Tensor | None:
+    """Which of its labels each row has, [N]; None for free text."""
+    if task.labels is None:
+        return None
+    number = {label: i for i, label in enumerate(task.labels)}
+    return torch.tensor([number[row.target or ""] for row in task.rows])
 
 
 def check_task(model: AdaptedModel, task: Task, valid: Task | None = None, max_length: int | None = None) -> None:

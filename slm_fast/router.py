@@ -12,7 +12,7 @@ from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,11 +70,14 @@ class Router(ABC):
     """
 
     k: int
-    per_slot: ClassVar[str]  # the entry of a part that has a row for each slot
 
     @abstractmethod
-    def fit(self, query: Tensor, slots: int, seed: int) -> dict[str, Tensor]:
-        """A task's part from its training queries [N, D]."""
+    def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """A task's part from its training queries [N, D] and, where it has them, the numbers of their labels [N]."""
+
+    @abstractmethod
+    def slots(self, part: Part) -> int:
+        """How many slots a task has."""
 
     @abstractmethod
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
@@ -115,7 +118,7 @@ class Router(ABC):
         return router
 
     def _hold(self, names: list[str], parts: list[Part], device: torch.device) -> None:
-        for computed in ("task_of_slot", "keys", "discriminant"):
+        for computed in ("task_of_slot", "keys", "discriminant", "prepared"):
             vars(self).pop(computed, None)
         self.names, self.parts, self.device = names, parts, device
 
@@ -134,7 +137,7 @@ class Router(ABC):
     @cached_property
     def task_of_slot(self) -> list[int]:
         """Which task (its place in `names`) each slot belongs to."""
-        return [i for i, part in enumerate(self.parts) for _ in range(len(part[self.per_slot]))]
+        return [i for i, part in enumerate(self.parts) for _ in range(self.slots(part))]
 
     def distance(self, query: Tensor, slot_ids: Tensor) -> Distance:
         """How far each query [B, D] is from the task of its slot [B]. A task whose distances cannot be computed (its
@@ -161,8 +164,6 @@ class DtkrRouter(Router):
     itself in the last third. A small task gets as many epochs as make `steps` steps, or its keys would hardly move.
     """
 
-    per_slot = "keys"
-
     k: int = 4
     groups: int = 6
     aggregate: str = "mean"
@@ -172,7 +173,7 @@ class DtkrRouter(Router):
     learning_rate: float = 1e-3
     batch_size: int = 32
 
-    def fit(self, query: Tensor, slots: int, seed: int) -> dict[str, Tensor]:
+    def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
         check_finite(query)
         if query.shape[1] % self.groups:
             raise InputError(f"groups: expected a divisor of the query width {query.shape[1]}, got {self.groups}")
@@ -216,6 +217,9 @@ class DtkrRouter(Router):
         if self.parts:
             _ = self.keys
 
+    def slots(self, part: Part) -> int:
+        return len(part["keys"])
+
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
         check_finite(query)
         return ops.retrieve(query, self.keys, self.k, groups=self.groups, aggregate=self.aggregate, mask=mask)
@@ -229,41 +233,53 @@ class DtkrRouter(Router):
 
 @dataclass
 class GaussianRouter(Router):
-    """Linear discriminant analysis over slots: a mean for each slot, one covariance shared by all.
+    """Linear discriminant analysis: a mean for each label of a slot, one covariance within them, shared by all.
 
-        score[b, p] = q' S^-1 m_p - m_p' S^-1 m_p / 2,    weights = softmax(score / temperature) over the top K
+        score[b, p] = the highest of q' S^-1 m - m' S^-1 m / 2 over the slot's means m,
+        weights = softmax(score / temperature) over the top K
 
-    Streaming LDA (Hayes & Kanan 2020). A task's part is (count, mean, scatter), and scatters add up, so no old data is
-    needed. The covariance is shrunk towards a multiple of the identity by the amount that the oracle-approximating
-    formula of Chen, Wiesel, Eldar & Hero (2010) gives. Distance is Mahalanobis (Lee et al. 2018) in the task's own
-    covariance, so that it does not change when other tasks are learned.
+    Streaming LDA (Hayes & Kanan 2020). Tasks that resemble each other are told apart by their labels: what one task's
+    labels differ in says nothing of which task it is. A task's part is (count, mean, whose each mean is, scatter), and
+    scatters add up, so no old data is needed. The covariance is shrunk towards a multiple of the identity by the amount
+    that the oracle-approximating formula of Chen, Wiesel, Eldar & Hero (2010) gives. Distance is Mahalanobis (Lee et
+    al. 2018) in the task's own covariance, so that it does not change when other tasks are learned.
 
     A task more or less costs its scatter's D (D + 1) / 2 numbers. The next route then takes a Cholesky factor of [D, D]
     and a product [P, D] [D, D]. Scatters are summed exactly and means stand in name order, so no history shows in them.
     whiteners: task name -> the factor [D, D] of its covariance, of those whose distance was asked for last.
     """
 
-    per_slot = "count"
-
     k: int = 2
     temperature: float = 4.0
 
-    def fit(self, query: Tensor, slots: int, seed: int) -> dict[str, Tensor]:
+    def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
         check_finite(query)
         query = query.double().cpu()
-        count, mean, scatter = moments(query, slots, seed)
+        count, mean, mean_slot, scatter = moments(query, slots, seed, labels)
         # Held-out distances: those of training rows from a fit to themselves would be too small.
-        halves = (query[0::2], query[1::2]) if len(query) >= 4 * slots else (query, query)
+        rows = torch.arange(len(query))
+        halves = (rows[0::2], rows[1::2]) if len(query) >= 4 * slots else (rows, rows)
         distances = []
         for fitted, held_out in (halves, halves[::-1]):
-            half_count, half_mean, half_scatter = moments(fitted, slots, seed)
-            distances.append(mahalanobis(held_out, half_mean, whitener(half_count, half_mean, half_scatter)))
+            own = None if labels is None else labels[fitted]
+            half_count, half_mean, _, half_scatter = moments(query[fitted], slots, seed, own)
+            distances.append(mahalanobis(query[held_out], half_mean, whitener(half_count, half_mean, half_scatter)))
         return {
             "count": count.float(),
             "mean": mean.float(),
+            "mean_slot": mean_slot.float(),
             "scatter": pack(scatter).float(),
             "distance": percentiles(torch.cat(distances)),
         }
+
+    def slots(self, part: Part) -> int:
+        return int(self.mean_slot(part)[-1]) + 1
+
+    @staticmethod
+    def mean_slot(part: Part) -> Tensor:
+        """The slot of each mean, [M] int64, in rising order. Files of before there were labels' means have one a
+        slot."""
+        return part["mean_slot"].long() if "mean_slot" in part else torch.arange(len(part["count"]))
 
     def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device) -> None:
         super().load(parts, device)
@@ -285,8 +301,9 @@ class GaussianRouter(Router):
     @cached_property
     @torch.inference_mode(False)
     def discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Centre [D], keys [P, D], bias [P]. Queries are measured from the centre of the means. That adds the same to
-        all scores of a query, so no route changes, and float32 keeps more of their differences."""
+        """Centre [D], and of all means keys [M, D] and bias [M]. Queries are measured from the centre of the means.
+        That adds the same to all scores of a query, so no route changes, and float32 keeps more of their
+        differences."""
         count = torch.cat([part["count"] for part in self.parts]).double()
         mean_PD = torch.cat([part["mean"] for part in self.parts]).double()
         inverse = torch.cholesky_inverse(whitener(count, mean_PD, unpack(self.scatter.total())))
@@ -312,11 +329,22 @@ class GaussianRouter(Router):
     def bias(self) -> Tensor:
         return self.discriminant[2]
 
+    @cached_property
+    def prepared(self) -> PreparedKeys:
+        """The keys and whose each of them is."""
+        key_slots, first, most = [], 0, 1
+        for part in self.parts:
+            slot = self.mean_slot(part)
+            key_slots.append(slot + first)
+            first += int(slot[-1]) + 1
+            most = max(most, int(slot.bincount().max()))
+        return PreparedKeys(self.keys, 1, None, torch.cat(key_slots).to(self.device), most)
+
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
         check_finite(query)
         return ops.retrieve(
             query - self.centre,
-            self.keys,
+            self.prepared,
             self.k,
             bias=self.bias,
             mask=mask,

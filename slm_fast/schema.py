@@ -45,12 +45,14 @@ DIGEST: Kind = (
 INCREMENT = re.compile(r"values\.(?P<module>.+)\.lora_[ab]")
 # What the router keeps of a task, beside `distance` [101]: the tensors of a gaussian one, or of a dtkr one.
 ROUTERS = {"gaussian": ("count", "mean", "scatter"), "dtkr": ("keys",)}
+MEAN_SLOT = "mean_slot"  # and of a gaussian one, unless it is of before labels had means
 # What the numbers of a task may be. What is learned stays far below; what goes beyond would only be found as answers
 # that are no numbers. A scatter is summed over all tasks, in room for 128 of the largest.
 NUMBERS = (
     ("values.", -1e4, 1e4),
     ("head.", -1e6, 1e6),
     ("count", 0, 2**40),
+    ("mean_slot", 0, 2**20),
     ("mean", -1e8, 1e8),
     ("keys", -1e8, 1e8),
     ("scatter", -(2**45), 2**45),
@@ -213,6 +215,8 @@ def _check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None) 
     router = "dtkr" if "keys" in tensors else "gaussian"
     names = [f"values.{module}.{half}" for module in modules for half in ("lora_a", "lora_b")]
     names += ["distance", *ROUTERS[router]]
+    if router == "gaussian" and MEAN_SLOT in tensors:
+        names.append(MEAN_SLOT)
     if "head.weight" in tensors or "head.bias" in tensors:
         names += ["head.weight", "head.bias"]
         if labels is None:
@@ -230,8 +234,12 @@ def _check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None) 
     if router == "dtkr":
         _check_shape("keys", tensors["keys"], S=slots, D=None)
     else:
-        _check_shape("count", tensors["count"], S=slots)
-        _, width = _check_shape("mean", tensors["mean"], S=slots, D=None)
+        slot = tensors.get(MEAN_SLOT)
+        means = slots if slot is None else _check_shape(MEAN_SLOT, slot, M=None)[0]
+        if slot is not None and slot.unique_consecutive().tolist() != list(range(slots or 0)):
+            raise Unfit(MEAN_SLOT, f"expected each of 0..{(slots or 0) - 1} in rising order")
+        _check_shape("count", tensors["count"], M=means)
+        _, width = _check_shape("mean", tensors["mean"], M=means, D=None)
         _check_shape("scatter", tensors["scatter"], triangle=width * (width + 1) // 2)
         if tensors["count"].sum() < 1:
             raise Unfit("count", "expected at least one row, got none")
@@ -307,10 +315,12 @@ def check_fits(task: LearnedTask, shapes: Mapping[str, Any], router: str, *, fil
             _check_shape(f"values.{module}.lora_a", lora_a, S=slots, r=rank, I=features_in)
             _check_shape(f"values.{module}.lora_b", lora_b, S=slots, r=rank, O=features_out)
         expected = {"distance", *ROUTERS[router]}
-        if task.router.keys() != expected:
+        if task.router.keys() - ({MEAN_SLOT} if router == "gaussian" else set()) != expected:
             raise Unfit("router", f"expected {', '.join(sorted(expected))}, got {', '.join(sorted(task.router))}")
-        key = "keys" if router == "dtkr" else "mean"
-        _check_shape(key, task.router[key], S=slots, D=shapes["query"])
+        if router == "dtkr":
+            _check_shape("keys", task.router["keys"], S=slots, D=shapes["query"])
+        else:
+            _check_shape("mean", task.router["mean"], M=None, D=shapes["query"])
         if (task.head is None) != (width is None):
             raise Unfit("head", "missing" if task.head is None else "the model answers without one")
         if task.head is not None:

@@ -7,6 +7,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from gaussians import WIDTH, closed_form, draw, softmax
 from torch import Tensor
 
 from slm_fast import ops
@@ -14,43 +15,12 @@ from slm_fast.errors import InputError, WorkError
 from slm_fast.router import DtkrRouter, GaussianRouter, orthogonal_keys, percentiles
 
 CPU = torch.device("cpu")
-WIDTH = 12
-
-
-def draw(rows: int, seed: int, *, width: int = WIDTH, mean: float = 1.0) -> Tensor:
-    """Queries [rows, width] of one task: a mean of its own and a correlated spread that all tasks share."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(width, width, generator=torch.Generator().manual_seed(7))
-    centre = mean * torch.randn(width, generator=generator)
-    return centre + torch.randn(rows, width, generator=generator) @ mix / width**0.5
 
 
 def gaussian(*queries: Tensor, slots: int = 1, **options: float) -> GaussianRouter:
     router = GaussianRouter(**options)
     router.load([router.fit(query, slots, seed=0) for query in queries], CPU)
     return router
-
-
-def closed_form(queries: list[Tensor], asked: Tensor) -> np.ndarray:
-    """log N(asked; m_p, S) [B, P] in numpy float64, up to what all slots of a row share.
-
-    S is the pooled covariance with the oracle-approximating shrinkage of scikit-learn (Chen et al. 2010).
-    """
-    data = [query.double().numpy() for query in queries]
-    means = np.stack([rows.mean(0) for rows in data])
-    centred = np.concatenate([rows - rows.mean(0) for rows in data])
-    width, freedom = centred.shape[1], len(centred) - len(data)
-    sample = centred.T @ centred / freedom
-    mu, alpha = np.trace(sample) / width, np.mean(sample**2)
-    shrinkage = min(1.0, (alpha + mu**2) / ((freedom + 1) * (alpha - mu**2 / width)))
-    covariance = (1 - shrinkage) * sample + shrinkage * mu * np.eye(width)
-    difference = asked.double().numpy()[:, None] - means  # [B, P, D]
-    return -0.5 * np.einsum("bpd,bpd->bp", difference, np.linalg.solve(covariance, difference[..., None])[..., 0])
-
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(scores - scores.max(1, keepdims=True))
-    return exponentials / exponentials.sum(1, keepdims=True)
 
 
 # Gaussian
@@ -99,7 +69,7 @@ def test_a_tasks_part_is_its_own_count_mean_and_packed_scatter() -> None:
     centred = query.double() - query.double().mean(0)
     scatter = centred.T @ centred
     assert {name: list(tensor.shape) for name, tensor in part.items()} == {
-        "count": [1], "mean": [1, WIDTH], "scatter": [WIDTH * (WIDTH + 1) // 2], "distance": [101],
+        "count": [1], "mean": [1, WIDTH], "mean_slot": [1], "scatter": [WIDTH * (WIDTH + 1) // 2], "distance": [101],
     }  # fmt: skip
     assert part["count"].item() == 33
     torch.testing.assert_close(part["mean"][0], query.double().mean(0).float())

@@ -243,6 +243,11 @@ LORA_A, LORA_B = "values.layer.1.query.lora_a", "values.layer.0.value.lora_b"
         ("distance", torch.zeros(100), "distance: expected [101], got [100]"),
         ("count", GONE, "count: missing"),
         ("count", torch.zeros(SLOTS + 1), "count: expected [3], got [4]"),
+        ("mean_slot", torch.tensor([0.0, 1.0, 2.0, 2.0]), "count: expected [4], got [3]"),
+        ("mean_slot", torch.tensor([0.0, 2.0, 1.0]), "mean_slot: expected each of 0..2 in rising order"),
+        ("mean_slot", torch.tensor([0.0, 1.0, 1.0]), "mean_slot: expected each of 0..2 in rising order"),
+        ("mean_slot", torch.tensor([0.0, 0.5, 1.0]), "mean_slot: expected each of 0..2 in rising order"),
+        ("mean_slot", torch.zeros(1, 3), "mean_slot: expected [M], got [1, 3]"),
         ("mean", torch.zeros(SLOTS, 5), "scatter: expected [15], got [10]"),
         ("mean", torch.zeros(1, 4), "mean: expected [3, D], got [1, 4]"),
         ("mean", torch.zeros(SLOTS), "mean: expected [3, D], got [3]"),
@@ -316,7 +321,7 @@ def test_a_task_fits_the_model_it_was_learned_with() -> None:
         ("layers", {**MODULES, "layer.1.query": (4, 8)}, "values.layer.1.query.lora_b: expected [3, 2, 8], got"),
         ("hidden", 5, "head.weight: expected [2, 5], got [2, 3]"),
         ("hidden", None, "head: the model answers without one"),
-        ("query", 6, "mean: expected [3, 6], got [3, 4]"),
+        ("query", 6, "mean: expected [M, 6], got [3, 4]"),
     ],
 )
 def test_a_task_that_does_not_fit_the_model_is_named(field: str, value: Any, said: str) -> None:
