@@ -321,19 +321,25 @@ def test_the_retrieve_kernels_code_gives_the_route_of_the_specification(
         torch.testing.assert_close(weights, expected.weights, rtol=2e-5, atol=2e-5)
 
 
+def on_gpu(dtype, B, T, P, K, r, I, O):
+    """Arguments of multi_lora on a GPU, and what the specification makes of them in float64."""
+    random = torch.Generator().manual_seed(0)
+    x, a, b, base = (
+        torch.randn(shape, generator=random).to("cuda", dtype) for shape in ((B, T, I), (P, r, I), (P, r, O), (B, T, O))
+    )
+    ids, weights = torch.randint(-1, P, (B, K), generator=random).cuda(), torch.rand(B, K, generator=random).cuda()
+    with ops.use_backend("reference"):
+        expected = ops.multi_lora(x.double(), a.double(), b.double(), ids, weights, base.double())
+    return x, a, b, ids, weights, base, expected
+
+
 @no_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("B", "P", "K", "r", "I", "O"), [(1, 1, 1, 1, 8, 8), (33, 20, 4, 12, 768, 1032), (3, 7, 2, 128, 4096, 520)]
 )
 def test_decoding_equals_the_specification_and_ignores_ids_that_are_no_slots(dtype, B, P, K, r, I, O):
-    random = torch.Generator().manual_seed(0)
-    x, a, b, base = (
-        torch.randn(shape, generator=random).to("cuda", dtype) for shape in ((B, 1, I), (P, r, I), (P, r, O), (B, 1, O))
-    )
-    ids, weights = torch.randint(-1, P, (B, K), generator=random).cuda(), torch.rand(B, K, generator=random).cuda()
-    with ops.use_backend("reference"):
-        expected = ops.multi_lora(x.double(), a.double(), b.double(), ids, weights, base.double())
+    x, a, b, ids, weights, base, expected = on_gpu(dtype, B, 1, P, K, r, I, O)
     with ops.use_backend("cuda"):
         got = ops.multi_lora(x, a, b, ids, weights, base)
         assert torch.equal(got, ops.multi_lora(x, a, b, ids.where(ids >= 0, P + 3), weights, base))
@@ -352,13 +358,7 @@ def test_decoding_equals_the_specification_and_ignores_ids_that_are_no_slots(dty
     ],
 )
 def test_many_tokens_equal_the_specification_in_place_too(dtype, B, T, P, K, r, I, O):
-    random = torch.Generator().manual_seed(0)
-    x, a, b, base = (
-        torch.randn(shape, generator=random).to("cuda", dtype) for shape in ((B, T, I), (P, r, I), (P, r, O), (B, T, O))
-    )
-    ids, weights = torch.randint(-1, P, (B, K), generator=random).cuda(), torch.rand(B, K, generator=random).cuda()
-    with ops.use_backend("reference"):
-        expected = ops.multi_lora(x.double(), a.double(), b.double(), ids, weights, base.double())
+    x, a, b, ids, weights, base, expected = on_gpu(dtype, B, T, P, K, r, I, O)
     with ops.use_backend("cuda"):
         got = ops.multi_lora(x, a, b, ids, weights, base)
         assert torch.equal(got, ops.multi_lora(x, a, b, ids.where(ids >= 0, P + 3), weights, base))

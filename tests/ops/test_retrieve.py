@@ -166,11 +166,10 @@ def test_many_keys_a_slot_empty_batch_and_pool_equal_the_specification(device, B
 
 
 def test_of_slots_with_equal_best_keys_the_lower_comes_first(device):
-    query, key = normal(1, 12), normal(1, 12, seed=1)
+    query, key = normal(1, 12).abs(), normal(1, 12, seed=1).abs()
     keys = torch.cat([-key, key, key, -key, key])
-    route = check(query * query.sign(), keys, 3, device, key_slot=torch.tensor([0, 0, 1, 1, 2]))
-    if float(query @ key.T) > 0:
-        assert route.slot_ids.tolist() == [[0, 1, 2]]
+    route = check(query, keys, 3, device, key_slot=torch.tensor([0, 0, 1, 1, 2]))
+    assert route.slot_ids.tolist() == [[0, 1, 2]]
 
 
 @settings(
