@@ -257,7 +257,8 @@ class GaussianRouter(Router):
         query = query.double().cpu()
         count, mean, mean_slot, scatter = moments(query, slots, seed, labels)
         # Held-out distances: those of training rows from a fit to themselves would be too small.
-        rows = torch.arange(len(query))
+        # Each label's rows are dealt out to both halves, in whatever order the labels stand.
+        rows = torch.arange(len(query)) if labels is None else labels.argsort(stable=True)
         halves = (rows[0::2], rows[1::2]) if len(query) >= 4 * slots else (rows, rows)
         distances = []
         for fitted, held_out in (halves, halves[::-1]):

@@ -97,3 +97,14 @@ def test_labels_of_few_or_equal_rows_give_numbers(rows: str) -> None:
     assert (route.slot_ids[:12, 0] == 0).all()
     assert router.distance(query, route.slot_ids[:12, 0]).distance.isfinite().all()
     assert all(tensor.isfinite().all() for tensor in router.parts[0].values())
+
+
+def test_held_out_distances_are_to_the_rows_own_label_in_whatever_order_labels_stand() -> None:
+    query, number = labelled(200, 5, 2)  # one label after the other, in turns
+    query = query + 30.0 * number[:, None]
+    in_blocks = number.argsort(stable=True)
+    turns, blocks = (
+        GaussianRouter().fit(query[order], 1, 0, number[order]) for order in (torch.arange(200), in_blocks)
+    )
+    assert float(turns["distance"][95]) < 2.3 * WIDTH**0.5
+    torch.testing.assert_close(turns["distance"], blocks["distance"])
