@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from slm_fast.backbone import Backbone
 from slm_fast.errors import InputError
 from slm_fast.loading import located
 from slm_fast.options import ModelConfig
-from slm_fast.query import DEFAULT_ENCODER, check_taps, default_taps
+from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, check_taps, default_taps
+from slm_fast.random_features import RandomFeatureRouter, feature_matrix
+from slm_fast.router import DtkrRouter, GaussianRouter, Router
+
+MAX_FEATURES = 2048  # random features of a query, unless more are asked for
 
 
 def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
-    """The configuration with every choice made but `groups`. Raises InputError where it does not fit the backbone."""
+    """The configuration with every choice made but those of `complete_for`.
+
+    Raises InputError where it does not fit the backbone.
+    """
     layers, trunk = len(backbone.layers), config.query == "trunk"
     taps = check_taps(default_taps(layers) if config.taps is None else config.taps, layers) if trunk else None
     lowest = taps[-1] if taps else 0
@@ -25,15 +34,35 @@ def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
     max_length = min(256, limit or 256) if config.max_length is None else config.max_length
     if max_length < 4 or (limit is not None and max_length > limit):
         raise InputError(f"max_length: expected 4..{limit or 'any'} for this backbone, got {max_length}")
+    gaussian = config.router == "gaussian"
     return replace(
         config,
         taps=taps,
         encoder=None if trunk else located(config.encoder or DEFAULT_ENCODER, "encoder"),
         targets=tuple(config.targets),
         first_layer=first_layer,
-        k=config.k if config.k is not None else (2 if config.router == "gaussian" else 4),
+        k=config.k if config.k is not None else (2 if gaussian else 4),
+        features=config.features if gaussian else 0,
         max_length=max_length,
     )
+
+
+def complete_for(config: ModelConfig, width: int) -> ModelConfig:
+    """The configuration with the choices made, too, that depend on the query's width."""
+    features = min(MAX_FEATURES, 2 * width) if config.features is None else config.features
+    return replace(config, groups=groups_of(config.groups, width), features=features)
+
+
+def router_of(config: ModelConfig, query: TrunkQuery | SentenceQuery, device: torch.device) -> Router:
+    """The router that a complete configuration means, without tasks."""
+    k = config.k or 1
+    if config.router == "dtkr":
+        return DtkrRouter(k=k, groups=config.groups or 1, aggregate=config.aggregate)
+    if not config.features:  # as stores of before there were random features
+        return GaussianRouter(k=k, temperature=config.temperature)
+    leading = query.means if isinstance(query, TrunkQuery) else query.width
+    matrix = feature_matrix(leading, config.features, device)
+    return RandomFeatureRouter(k=k, temperature=config.temperature, matrix=matrix)
 
 
 def groups_of(groups: int | None, width: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,11 +76,20 @@ def _planes(term: Tensor) -> tuple[Tensor, Tensor]:
     return coarse.long(), fine.long()
 
 
-def moments(
-    query: Tensor, slots: int, seed: int, labels: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of queries [N, D] float64: count [M] and mean [M, D] of each label [N] in each slot, the slot of each [M] in
-    rising order, and the scatter within [D, D]. Without labels there is one mean a slot."""
+class Moments(NamedTuple):
+    """Of queries [N, D]: rows [M] and mean [M, D] of each label in each slot, the slot [M] of each in rising order, its
+    label [M] (-1 without labels), the scatter within [D, D], and which mean is that of each query [N]."""
+
+    rows: Tensor
+    mean: Tensor
+    slot: Tensor
+    label: Tensor
+    scatter: Tensor
+    assignment: Tensor
+
+
+def moments(query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> Moments:
+    """Of queries [N, D] float64 and the numbers of their labels [N]. Without labels there is one mean a slot."""
     if slots == 1:
         assignment, centre = torch.zeros(len(query), dtype=torch.int64), torch.zeros(1, query.shape[1]).double()
     else:
@@ -89,19 +99,19 @@ def moments(
             raise InputError(f"slots: {slots} slots need at least as many rows, got {len(query)}")
         means = KMeans(slots, n_init=4, random_state=seed % 2**32).fit(query.numpy())
         assignment, centre = torch.from_numpy(means.labels_).long(), torch.from_numpy(means.cluster_centers_)
-    slot = torch.arange(slots)
+    slot, label = torch.arange(slots), torch.full((slots,), -1)
     if labels is not None:
         # Pairs of a slot and a label that there are; fewer distinct rows than slots leave slots empty, which stay.
         many = int(labels.max()) + 1
         pairs = assignment * many + labels
         empty = slot[torch.bincount(assignment, minlength=slots) == 0] * many
         known = torch.cat([pairs, empty]).unique()
-        assignment, slot = torch.searchsorted(known, pairs), known // many
+        assignment, slot, label = torch.searchsorted(known, pairs), known // many, known % many
     count = torch.bincount(assignment, minlength=len(slot)).double()
     mean = torch.zeros(len(slot), query.shape[1], dtype=torch.float64).index_add_(0, assignment, query) / count[:, None]
     mean = torch.where(count[:, None] > 0, mean, centre[slot])
     centred = query - mean[assignment]
-    return count, mean, slot, centred.T @ centred
+    return Moments(count, mean, slot, label, centred.T @ centred, assignment)
 
 
 def pack(symmetric: Tensor) -> Tensor:
@@ -121,8 +131,17 @@ def _upper(width: int) -> Tensor:
     return torch.ones(width, width, dtype=torch.bool).triu()
 
 
-def covariance(count: Tensor, mean: Tensor, scatter: Tensor) -> Tensor:
-    """The pooled covariance [D, D], shrunk (oracle-approximating shrinkage, Chen et al. 2010, Eq. 23).
+class Covariance(NamedTuple):
+    """matrix: [D, D]. shrinkage: the share of it that is a multiple of the identity. freedom: of the rows it is of."""
+
+    matrix: Tensor
+    shrinkage: float
+    freedom: float
+
+
+def covariance(count: Tensor, mean: Tensor, scatter: Tensor, strength: float = 1.0, most: float = 1.0) -> Covariance:
+    """The pooled covariance, shrunk `strength` times as much as the oracle-approximating formula says (Chen et al.
+    2010, Eq. 23), and at `most` so much.
 
     Rows that differ from their means [S, D] by rounding alone have no covariance, and get the identity.
     """
@@ -132,21 +151,26 @@ def covariance(count: Tensor, mean: Tensor, scatter: Tensor) -> Tensor:
     scale = float(sample.trace()) / width
     identity = torch.eye(width, dtype=sample.dtype)
     if scale <= (ALIKE**2) * float((mean**2).mean()):
-        return identity
+        return Covariance(identity, 1.0, freedom)
     squared = float((sample**2).mean())
     numerator = squared + scale**2
     denominator = (freedom + 1) * (squared - scale**2 / width)
-    shrinkage = 1.0 if denominator <= 0 else min(numerator / denominator, 1.0)
-    return (1 - shrinkage) * sample + shrinkage * scale * identity
+    shrinkage = min(1.0 if denominator <= 0 else strength * min(numerator / denominator, 1.0), most)
+    return Covariance((1 - shrinkage) * sample + shrinkage * scale * identity, shrinkage, freedom)
 
 
 def whitener(count: Tensor, mean: Tensor, scatter: Tensor) -> Tensor:
-    """Lower-triangular L [D, D] with L L' = covariance. Raises WorkError where there is none.
+    """Lower-triangular L [D, D] with L L' = covariance. Raises as `factorised`."""
+    return factorised(covariance(count, mean, scatter).matrix)
+
+
+def factorised(full: Tensor) -> Tensor:
+    """Lower-triangular L [D, D] with L L' = a shrunk covariance, which is overwritten. Raises WorkError where there is
+    none.
 
     Of more rows than a float32 scatter can tell apart, the shrunk covariance may be short of positive definite by
     rounding; then as little of its mean variance as helps is added to the diagonal.
     """
-    full = covariance(count, mean, scatter)
     variance = full.diagonal().mean()
     for ridge in (0.0, 1e-6, 1e-4, 1e-2):
         if ridge:

@@ -103,8 +103,8 @@ class Injection:
             return
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         beams = hidden.shape[0] // context.mask.shape[0]  # generation repeats each row for its beams
-        context.pooled.append(self.trunk.pool(hidden, context.mask.repeat_interleave(beams, 0)))
-        if len(context.pooled) < len(self.trunk.taps):
+        self.trunk.read(hidden, context.mask.repeat_interleave(beams, 0), context.pooled)
+        if not self.trunk.complete(context.pooled):
             return
         context.query = self.trunk.join(context.pooled)
         if context.stop == "query":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.backbone import Backbone
-from slm_fast.configure import complete, groups_of
+from slm_fast.configure import complete, complete_for, router_of
 from slm_fast.covariance import ALIKE
 from slm_fast.data import Row
 from slm_fast.errors import InputError
@@ -23,7 +23,7 @@ from slm_fast.ops import Route
 from slm_fast.options import ModelConfig
 from slm_fast.pool import Pool
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery
-from slm_fast.router import DtkrRouter, GaussianRouter, Router
+from slm_fast.router import Router
 from slm_fast.schema import check_fits
 from slm_fast.surroundings import PinnedLock
 from slm_fast.tasks import LearnedTask
@@ -88,11 +88,14 @@ class AdaptedModel:
     def _build(self, backbone: Backbone) -> None:
         self.query: TrunkQuery | SentenceQuery
         if self.config.taps is not None:
-            self.query = TrunkQuery(self.config.taps, backbone.width, backbone.device)
+            self.query = TrunkQuery(
+                self.config.taps, backbone.width, backbone.device, maximum=self.config.features != 0
+            )
         else:
             self.query = SentenceQuery(self.config.encoder or DEFAULT_ENCODER, backbone.device)
         self._shared = isinstance(self.query, SentenceQuery) and self.query.shares(backbone)
-        self.config = replace(self.config, groups=groups_of(self.config.groups, self.query.width))
+        self.config = complete_for(self.config, self.query.width)
+        self._new_router = router_of(self.config, self.query, backbone.device)
         first_layer = self.config.first_layer or 0
         self.modules = backbone.find_linears(self.config.targets, first_layer)
         self.widths = backbone.widths(self.modules)
@@ -118,11 +121,11 @@ class AdaptedModel:
         """What a task's tensors must fit: a manifest's `shapes`."""
         hidden = self.backbone.width if self.backbone.kind == "encoder" else None
         layers = {name: list(widths) for name, widths in self.widths.items()}
-        return {"layers": layers, "hidden": hidden, "query": self.query.width}
+        return {"layers": layers, "hidden": hidden, "query": self.query.width + (self.config.features or 0)}
 
     def check_fits(self, task: LearnedTask) -> None:
         """Raise WorkError unless a task fits this model."""
-        check_fits(task, self.shapes, self.config.router)
+        check_fits(task, self.shapes, asdict(self.config))
 
     def set_tasks(self, tasks: Sequence[LearnedTask]) -> None:
         """Know these tasks and no others. Pool and router change together, at the very end."""
@@ -167,9 +170,7 @@ class AdaptedModel:
 
     def new_router(self, tasks: Sequence[LearnedTask] = ()) -> Router:
         """A router as the configuration says, over these tasks' slots."""
-        router: Router = GaussianRouter(k=self.config.k or 1, temperature=self.config.temperature)
-        if self.config.router == "dtkr":
-            router = DtkrRouter(k=self.config.k or 1, groups=self.config.groups or 1, aggregate=self.config.aggregate)
+        router = replace(self._new_router)
         router.load({task.name: task.router for task in tasks}, self.backbone.device)
         return router
 

@@ -26,6 +26,7 @@ LARGEST = {
     "layer": 10_000,
     "k": 1024,
     "groups": 4096,
+    "features": 1 << 14,
     "rank": 4096,
     "slots": 4096,
     "epochs": 1_000_000,
@@ -58,6 +59,8 @@ class ModelConfig:
         k: slots retrieved for an input; None means 2 (gaussian) or 4 (dtkr).
         groups, aggregate: of the dtkr router; "mean" or "vote".
         temperature: of the gaussian router's weights.
+        features: random ReLU features that the gaussian router adds to a query, which then reads maxima over tokens,
+            too; None means twice the query's width, at most 2,048; 0 with dtkr.
         route_on: "input" (a row's instruction does not help routing) or "prompt".
         max_length: tokens read of an input; None means 256, or fewer where the backbone holds fewer.
     """
@@ -72,6 +75,7 @@ class ModelConfig:
     groups: int | None = None
     aggregate: str = "mean"
     temperature: float = 4.0
+    features: int | None = None
     route_on: str = "input"
     max_length: int | None = None
 
@@ -85,6 +89,7 @@ class ModelConfig:
             _word(self, name, *choices)
         _numbers(self, "temperature", *TEMPERATURES)
         _integers(self, "k", "groups", "max_length", optional=True)
+        _integers(self, "features", least=0, optional=True)
         if self.first_layer is not None:
             object.__setattr__(self, "first_layer", _layer("first_layer", self.first_layer))
         if self.taps is not None:
@@ -99,6 +104,8 @@ class ModelConfig:
             raise InputError(f"encoder: goes with query='sentence', got query='trunk' and encoder {self.encoder!r}")
         if self.taps is not None and self.query != "trunk":
             raise InputError(f"taps: go with query='trunk', got query='sentence' and taps {list(self.taps)}")
+        if self.features and self.router != "gaussian":
+            raise InputError(f"features: go with router='gaussian', got router='dtkr' and features {self.features}")
 
 
 @dataclass(frozen=True)
@@ -276,6 +283,7 @@ class ModelKeywords(TypedDict, total=False):
     groups: int | None
     aggregate: str
     temperature: float
+    features: int | None
     route_on: str
     max_length: int | None
 

@@ -17,6 +17,8 @@ from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask, in_name_order
 
+LABEL_TEMPERATURE = 64.0  # of what a router says of labels, a score of thousands of numbers that are not independent
+
 
 class Pool:
     """Values and heads of the given tasks. Slots are numbered through the tasks in the order of their names.
@@ -195,6 +197,19 @@ class Heads:
     word: Tensor
     words: list[str]
 
+    def prior(self, scores: Tensor, task: Tensor, label: Tensor) -> Tensor:
+        """What a router's scores [B, M] of means say of labels: the highest of each label's over LABEL_TEMPERATURE,
+        [B, C]; the lowest of all where a label has no mean.
+
+        task, label: [M], the place of each mean's task, and its label's number there (-1 for none).
+        """
+        column = self.column[task, label.clamp(min=0)]
+        known = (label >= 0) & (column >= 0)
+        found = scores.new_full((len(scores), len(self.bias)), -torch.inf)
+        found.scatter_reduce_(1, column[known].expand(len(scores), -1), scores[:, known], "amax")
+        lowest = scores.amin(1, keepdim=True).expand_as(found)
+        return torch.where(found.isinf(), lowest, found) / LABEL_TEMPERATURE
+
     @classmethod
     def of(cls, tasks: Sequence[LearnedTask], device: torch.device) -> Heads:
         heads = [task.head for task in tasks if task.head is not None]
@@ -210,9 +225,12 @@ class Heads:
         weight, bias = torch.cat([weight for weight, _ in heads]), torch.cat([bias for _, bias in heads])
         return cls(weight.to(device), bias.to(device), column.to(device), word.to(device), words)
 
-    def answer(self, features: Tensor, slot_task: Tensor, route: Route) -> Tensor:
-        """Distribution over `words`, sum_t p(t) softmax(head_t(features)): features [B, H] -> [B, words] float32."""
+    def answer(self, features: Tensor, slot_task: Tensor, route: Route, prior: Tensor | None = None) -> Tensor:
+        """Distribution over `words`, sum_t p(t) softmax(head_t(features) + prior_t): features [B, H] -> [B, words]
+        float32. prior: [B, C], what is known of the labels beside the features."""
         logits = features.float() @ self.weight.T + self.bias  # [B, C]
+        if prior is not None:
+            logits += prior
         answer = logits.new_zeros(len(features), len(self.words))
         task_BK = slot_task[route.slot_ids.clamp(min=0)]
         for k in range(task_BK.shape[1]):

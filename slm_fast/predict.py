@@ -246,11 +246,18 @@ def _pass(model: AdaptedModel, window: _Ready, batch: _Batch, options: PredictOp
         return _write(model, window, batch, encoded, route, slot_mask, options, report)
     if pool.heads is None:
         raise InputError("no task is learned yet: an encoder-only backbone has no answer of its own")
+    query = None
+    if route is None and (encoded.query_inputs or not isinstance(model.query, TrunkQuery)):
+        query = model.find_queries(encoded)
+        route = model.route(query, slot_mask, options.abstain_share)
     output = model.forward(encoded, route, slot_mask=slot_mask, abstain=options.abstain_share)
+    query = output.query if query is None else query
+    known = None if query is None else model.router.label_scores(query)
+    prior = None if known is None else pool.heads.prior(*known)
     features = TrunkQuery.pool(output.hidden, encoded.attention_mask)
     winner = pool.task_weights(output.route).argmax(1)
     weighed = _winners_alone(model, output.route, winner) if options.head == "winner" else output.route
-    answer = pool.heads.answer(features, pool.slot_task, weighed)
+    answer = pool.heads.answer(features, pool.slot_task, weighed, prior)
     if options.top_k == 1:
         score, words = answer.max(1, keepdim=True)
     else:  # of equal probabilities the first word, as max has it

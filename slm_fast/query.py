@@ -22,6 +22,8 @@ from slm_fast.loading import loading, located, resolve
 from slm_fast.tokenization import Encoded, Tokenization
 
 MAX_WIDTH = 1024  # wider queries are projected to this
+MAX_WIDTH_WITH_MAX = 1536  # or, with maxima beside the means, those wider than this
+MAX_SCALE = 0.25  # of the maxima: they vary more than the means, and shrinking a covariance looks at all alike
 DEFAULT_ENCODER = "sentence-transformers/nli-mpnet-base-v2"  # the one in the paper's released code
 
 
@@ -38,20 +40,25 @@ def check_taps(taps: Sequence[int], layers: int) -> tuple[int, ...]:
 
 
 class TrunkQuery:
-    """The mean hidden state over real tokens after each of a few layers, concatenated.
+    """The mean hidden state over real tokens after each of a few layers, concatenated; with `maximum` the maximum
+    over them after the last of these layers, too.
 
     Args:
         taps: numbers of layers, 0 being the embeddings. The route is known after the last one.
-        width: of the hidden states. A query wider than 1,024 is projected by a fixed random matrix of +-1/sqrt(1024)
-            (Achlioptas 2003), the same on every machine.
+        width: of the hidden states. A query wider than 1,024 (with maxima 1,536) is projected to 1,024 by a fixed
+            random matrix of +-1/sqrt(1024) (Achlioptas 2003), the same on every machine.
+
+    Attributes:
+        width: D of the query. means: how many of its numbers, the first ones, are means.
     """
 
-    def __init__(self, taps: Sequence[int], width: int, device: torch.device) -> None:
-        self.taps = tuple(taps)
-        full = width * len(self.taps)
-        self.width = min(full, MAX_WIDTH)
+    def __init__(self, taps: Sequence[int], width: int, device: torch.device, *, maximum: bool = False) -> None:
+        self.taps, self.maximum = tuple(taps), maximum
+        full, limit = width * (len(self.taps) + self.maximum), MAX_WIDTH_WITH_MAX if self.maximum else MAX_WIDTH
+        self.width = MAX_WIDTH if full > limit else full
+        self.means = MAX_WIDTH if full > limit else width * len(self.taps)
         self.projection: nn.Linear | None = None
-        if full > MAX_WIDTH:
+        if full > limit:
             # numpy's legacy generator is frozen for good, so these bits never change.
             signs = torch.from_numpy(np.random.RandomState(0).randint(0, 2, (full, MAX_WIDTH), dtype=np.int8))
             linear = nn.utils.skip_init(nn.Linear, full, MAX_WIDTH, bias=False, device=device)  # draws no numbers
@@ -77,8 +84,20 @@ class TrunkQuery:
             total = total + padded.sum(1, dtype=torch.float32)
         return total / real.sum(1).clamp(min=1)
 
+    def read(self, hidden: Tensor, mask: Tensor, pooled: list[Tensor]) -> None:
+        """Add to what is `pooled` of the taps below, [B, H] each, that of the next: hidden [B, T, H], mask [B, T]."""
+        pooled.append(self.pool(hidden, mask))
+        if self.maximum and len(pooled) == len(self.taps):
+            real = mask.unsqueeze(-1) != 0
+            highest = hidden.masked_fill(~real, -torch.inf).amax(1).float() * MAX_SCALE
+            pooled.append(highest.masked_fill(~real.any(1), 0.0))
+
+    def complete(self, pooled: Sequence[Tensor]) -> bool:
+        """Whether that is all a query takes."""
+        return len(pooled) == len(self.taps) + self.maximum
+
     def join(self, pooled: Sequence[Tensor]) -> Tensor:
-        """The pooled states of all taps, [B, H] each, lowest first -> query [B, D]."""
+        """All that is pooled, [B, H] each, as `read` does -> query [B, D]."""
         query = torch.cat(list(pooled), dim=-1)
         return query if self.projection is None else self.projection(query)
 

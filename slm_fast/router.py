@@ -83,9 +83,18 @@ class Router(ABC):
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
         """query [B, D], mask [B, P] or [P] of slots allowed -> Route."""
 
+    def label_scores(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Scores [B, M] of labels for queries [B, D], and [M] the place of each one's task and its number there (-1 for
+        no label). None where nothing is known of labels."""
+        return None
+
     @abstractmethod
     def _distance(self, query: Tensor, task: int) -> Tensor:
         """How far queries [N, D] are from a task: [N]."""
+
+    def _percentiles(self, task: int) -> Tensor:
+        """How far the task's training queries are from it: percentiles 0, 1, ..., 100 [101]."""
+        return self.parts[task]["distance"]
 
     @abstractmethod
     def _sensitivity(self, query: Tensor, task: int) -> Tensor:
@@ -118,8 +127,9 @@ class Router(ABC):
         return router
 
     def _hold(self, names: list[str], parts: list[Part], device: torch.device) -> None:
-        for computed in ("task_of_slot", "keys", "discriminant", "prepared"):
-            vars(self).pop(computed, None)
+        for kind in type(self).__mro__:  # what is computed of all tasks is computed anew
+            for attribute in [name for name, value in vars(kind).items() if isinstance(value, cached_property)]:
+                vars(self).pop(attribute, None)
         self.names, self.parts, self.device = names, parts, device
 
     def _place(self, name: str) -> int:
@@ -147,8 +157,8 @@ class Router(ABC):
         for task in task_B.unique().tolist():
             rows = task_B == task
             chosen = query.cpu()[rows]
-            found.percentiles[rows] = self.parts[task]["distance"]
             try:
+                found.percentiles[rows] = self._percentiles(task)
                 found.distance[rows] = self._distance(chosen, task).float()
                 found.sensitivity[rows] = self._sensitivity(chosen, task).float()
             except WorkError:
@@ -255,7 +265,7 @@ class GaussianRouter(Router):
     def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
         check_finite(query)
         query = query.double().cpu()
-        count, mean, mean_slot, scatter = moments(query, slots, seed, labels)
+        whole = moments(query, slots, seed, labels)
         # Held-out distances: those of training rows from a fit to themselves would be too small.
         # Each label's rows are dealt out to both halves, in whatever order the labels stand.
         rows = torch.arange(len(query)) if labels is None else labels.argsort(stable=True)
@@ -263,13 +273,13 @@ class GaussianRouter(Router):
         distances = []
         for fitted, held_out in (halves, halves[::-1]):
             own = None if labels is None else labels[fitted]
-            half_count, half_mean, _, half_scatter = moments(query[fitted], slots, seed, own)
-            distances.append(mahalanobis(query[held_out], half_mean, whitener(half_count, half_mean, half_scatter)))
+            half = moments(query[fitted], slots, seed, own)
+            distances.append(mahalanobis(query[held_out], half.mean, whitener(half.rows, half.mean, half.scatter)))
         return {
-            "count": count.float(),
-            "mean": mean.float(),
-            "mean_slot": mean_slot.float(),
-            "scatter": pack(scatter).float(),
+            "count": whole.rows.float(),
+            "mean": whole.mean.float(),
+            "mean_slot": whole.slot.float(),
+            "scatter": pack(whole.scatter).float(),
             "distance": percentiles(torch.cat(distances)),
         }
 
@@ -282,20 +292,25 @@ class GaussianRouter(Router):
         slot."""
         return part["mean_slot"].long() if "mean_slot" in part else torch.arange(len(part["count"]))
 
+    def _term(self, part: Part) -> Tensor:
+        """A task's scatter, packed."""
+        return part["scatter"]
+
     def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device) -> None:
         super().load(parts, device)
-        self.scatter = ExactSum.of(part["scatter"] for part in self.parts)
+        self.scatter = ExactSum.of(map(self._term, self.parts))
         self.whiteners: dict[str, Tensor] = {}
 
     def with_part(self, name: str, part: Part) -> GaussianRouter:
         router = super().with_part(name, part)
-        router.scatter = self.scatter.plus(part["scatter"]) if self.parts else ExactSum.of([part["scatter"]])
+        term = self._term(part)
+        router.scatter = self.scatter.plus(term) if self.parts else ExactSum.of([term])
         router.whiteners = dict(self.whiteners)
         return router
 
     def without(self, name: str) -> GaussianRouter:
         router = super().without(name)
-        router.scatter = self.scatter.minus(self.parts[self._place(name)]["scatter"])
+        router.scatter = self.scatter.minus(self._term(self.parts[self._place(name)]))
         router.whiteners = {task: lower for task, lower in dict(self.whiteners).items() if task != name}
         return router
 

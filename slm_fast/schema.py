@@ -35,6 +35,7 @@ from slm_fast.fields import (
     word,
 )
 from slm_fast.options import LARGEST, TEMPERATURES
+from slm_fast.scatter import EXPONENTS, RANK
 from slm_fast.tasks import LearnedTask
 
 FORMAT = 1
@@ -43,9 +44,16 @@ DIGEST: Kind = (
     lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
 )
 INCREMENT = re.compile(r"values\.(?P<module>.+)\.lora_[ab]")
-# What the router keeps of a task, beside `distance` [101]: the tensors of a gaussian one, or of a dtkr one.
-ROUTERS = {"gaussian": ("count", "mean", "scatter"), "dtkr": ("keys",)}
-MEAN_SLOT = "mean_slot"  # and of a gaussian one, unless it is of before labels had means
+# What the router keeps of a task: the tensors of a gaussian one without and with random features, or of a dtkr one.
+ROUTERS = {
+    "gaussian": ("count", "mean", "scatter", "distance"),
+    "features": (
+        *("count", "mean", "mean_slot", "mean_label", "factor", "exponent", "diagonal"),
+        *("sample", "sample_mean"),
+    ),
+    "dtkr": ("keys", "distance"),
+}
+MEAN_SLOT = "mean_slot"  # and of a gaussian one without features, unless it is of before labels had means
 # What the numbers of a task may be. What is learned stays far below; what goes beyond would only be found as answers
 # that are no numbers. A scatter is summed over all tasks, in room for 128 of the largest.
 NUMBERS = (
@@ -53,7 +61,13 @@ NUMBERS = (
     ("head.", -1e6, 1e6),
     ("count", 0, 2**40),
     ("mean_slot", 0, 2**20),
+    ("mean_label", -1, 2**20),
     ("mean", -1e8, 1e8),
+    ("factor", -127, 127),
+    ("exponent", *EXPONENTS),
+    ("diagonal", 0, 2**45),
+    ("sample_mean", 0, 2**20),
+    ("sample", -1e8, 1e8),
     ("keys", -1e8, 1e8),
     ("scatter", -(2**45), 2**45),
     ("distance", -1e-3, 1e30),
@@ -62,7 +76,7 @@ NUMBERS = (
 # The fields of a model's configuration (slm_fast.options.ModelConfig, every choice made), as a manifest holds them.
 CONFIG: Mapping[str, Kind] = {
     "query": word("trunk", "sentence"),
-    "router": word(*ROUTERS),
+    "router": word("gaussian", "dtkr"),
     "taps": or_null(list_of(integer(0, LARGEST["layer"]))),
     "encoder": or_null(TEXT),
     "targets": list_of(TEXT),
@@ -71,6 +85,7 @@ CONFIG: Mapping[str, Kind] = {
     "groups": integer(1, LARGEST["groups"]),
     "aggregate": word("mean", "vote"),
     "temperature": number(*TEMPERATURES),
+    "features": integer(0, LARGEST["features"]),
     "route_on": word("input", "prompt"),
     "max_length": integer(1, LARGEST["max_length"]),
 }
@@ -82,7 +97,7 @@ SETTINGS: Kind = "plain JSON, at most 2 deep", lambda value: is_plain(value, 2)
 
 # Field of the configuration -> what stores written before there was such a field meant. A new field of `CONFIG` has a
 # value here, so that older stores open and answer as they did.
-WHEN_ABSENT: Mapping[str, Any] = {}
+WHEN_ABSENT: Mapping[str, Any] = {"features": 0}
 
 
 # The manifest
@@ -212,9 +227,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None) 
     modules = _modules(tensors)
     if not modules:
         raise Unfit("values", "expected increments of at least one module, got none")
-    router = "dtkr" if "keys" in tensors else "gaussian"
+    router = "dtkr" if "keys" in tensors else "features" if "factor" in tensors else "gaussian"
     names = [f"values.{module}.{half}" for module in modules for half in ("lora_a", "lora_b")]
-    names += ["distance", *ROUTERS[router]]
+    names += ROUTERS[router]
     if router == "gaussian" and MEAN_SLOT in tensors:
         names.append(MEAN_SLOT)
     if "head.weight" in tensors or "head.bias" in tensors:
@@ -230,31 +245,60 @@ def _check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None) 
     for module in modules:
         _check_shape(f"values.{module}.lora_a", tensors[f"values.{module}.lora_a"], S=slots, r=rank, I=None)
         _check_shape(f"values.{module}.lora_b", tensors[f"values.{module}.lora_b"], S=slots, r=rank, O=None)
-    _check_shape("distance", tensors["distance"], percentiles=PERCENTILES)
+    if "distance" in names:
+        _check_shape("distance", tensors["distance"], percentiles=PERCENTILES)
     if router == "dtkr":
         _check_shape("keys", tensors["keys"], S=slots, D=None)
     else:
-        slot = tensors.get(MEAN_SLOT)
-        means = slots if slot is None else _check_shape(MEAN_SLOT, slot, M=None)[0]
-        if slot is not None and slot.unique_consecutive().tolist() != list(range(slots or 0)):
-            raise Unfit(MEAN_SLOT, f"expected each of 0..{(slots or 0) - 1} in rising order")
-        _check_shape("count", tensors["count"], M=means)
-        _, width = _check_shape("mean", tensors["mean"], M=means, D=None)
-        _check_shape("scatter", tensors["scatter"], triangle=width * (width + 1) // 2)
-        if tensors["count"].sum() < 1:
-            raise Unfit("count", "expected at least one row, got none")
-        place = torch.arange(width)
-        if tensors["scatter"][place * width - place * (place - 1) // 2].amin() < 0:
-            raise Unfit("scatter", "expected no negative number on the diagonal")
+        means, width = _check_means(tensors, slots or 0)
+        if router == "features":
+            _check_features(tensors, means, width, labels)
+        else:
+            _check_shape("scatter", tensors["scatter"], triangle=width * (width + 1) // 2)
+            place = torch.arange(width)
+            if tensors["scatter"][place * width - place * (place - 1) // 2].amin() < 0:
+                raise Unfit("scatter", "expected no negative number on the diagonal")
     if "head.weight" in tensors:
         _check_shape("head.weight", tensors["head.weight"], C=len(labels or ()), H=None)
         _check_shape("head.bias", tensors["head.bias"], C=len(labels or ()))
 
 
+def _check_means(tensors: Mapping[str, Tensor], slots: int) -> tuple[int, int]:
+    """M and D of a gaussian router's means [M, D]."""
+    slot = tensors.get(MEAN_SLOT)
+    means = slots if slot is None else _check_shape(MEAN_SLOT, slot, M=None)[0]
+    if slot is not None and slot.unique_consecutive().tolist() != list(range(slots)):
+        raise Unfit(MEAN_SLOT, f"expected each of 0..{slots - 1} in rising order")
+    _check_shape("count", tensors["count"], M=means)
+    _, width = _check_shape("mean", tensors["mean"], M=means, D=None)
+    if tensors["count"].sum() < 1:
+        raise Unfit("count", "expected at least one row, got none")
+    return means, width
+
+
+def _check_features(tensors: Mapping[str, Tensor], means: int, width: int, labels: Sequence[str] | None) -> None:
+    """What the router over random features keeps beside counts and means."""
+    rank, _ = _check_shape("factor", tensors["factor"], R=None, D=width)
+    if rank > RANK:
+        raise Unfit("factor", f"expected at most {RANK} rows, got {rank}")
+    _check_shape("exponent", tensors["exponent"], D=width)
+    _check_shape("diagonal", tensors["diagonal"], D=width)
+    _check_shape("mean_label", tensors["mean_label"], M=means)
+    if (tensors["mean_label"] >= max(1, len(labels or ()))).any():
+        raise Unfit("mean_label", f"expected numbers of {len(labels or ())} labels, or -1")
+    sample, mean = tensors["sample"], tensors["sample_mean"]
+    if sample.dim() != 2 or mean.shape != sample.shape[:1] or not 0 < sample.shape[1] < width:
+        raise Unfit("sample", f"expected [m, Q] for sample_mean [m], got {list(sample.shape)} for {list(mean.shape)}")
+    if (mean >= means).any() or (tensors["count"][mean.long()] < 2).any():
+        raise Unfit("sample_mean", "expected means of two rows or more")
+
+
 def check_numbers(name: str, tensor: Tensor) -> None:
     """Raise Unfit unless a task's tensor of this name holds numbers that it may hold."""
-    if tensor.dtype != torch.float32:
-        raise Unfit(name, f"expected float32, got {str(tensor.dtype).removeprefix('torch.')}")
+    dtype = torch.int8 if name in ("factor", "exponent") else torch.float32
+    if tensor.dtype != dtype:
+        wanted, got = (str(one).removeprefix("torch.") for one in (dtype, tensor.dtype))
+        raise Unfit(name, f"expected {wanted}, got {got}")
     if not tensor.isfinite().all():
         raise Unfit(name, "holds a number that is not finite")
     least, most = next((least, most) for prefix, least, most in NUMBERS if name.startswith(prefix))
@@ -296,16 +340,19 @@ def _check_shape(name: str, tensor: Tensor, **sizes: int | None) -> tuple[int, .
     return shape
 
 
-def check_fits(task: LearnedTask, shapes: Mapping[str, Any], router: str, *, file: Path | None = None) -> None:
+def check_fits(
+    task: LearnedTask, shapes: Mapping[str, Any], config: Mapping[str, Any], *, file: Path | None = None
+) -> None:
     """Raise WorkError unless a task fits the model that is to answer with it.
 
     Args:
         shapes: `layers`, name -> (in_features I, out_features O) of each linear layer that carries increments;
             `hidden`, H of an encoder-only backbone, whose tasks have heads, or None for one that writes; `query`, D.
-        router: "gaussian" or "dtkr".
+        config: of the model; its `router` and `features` count.
         file: where the task was read from, for the message.
     """
     modules, width = shapes["layers"], shapes["hidden"]
+    router = "features" if config["features"] else config["router"]
     try:
         for module in sorted(task.values.keys() ^ modules.keys()):
             raise Unfit(f"values.{module}", "missing" if module in modules else "the model has no such layer")
@@ -314,13 +361,15 @@ def check_fits(task: LearnedTask, shapes: Mapping[str, Any], router: str, *, fil
             lora_a, lora_b = task.values[module]
             _check_shape(f"values.{module}.lora_a", lora_a, S=slots, r=rank, I=features_in)
             _check_shape(f"values.{module}.lora_b", lora_b, S=slots, r=rank, O=features_out)
-        expected = {"distance", *ROUTERS[router]}
+        expected = set(ROUTERS[router])
         if task.router.keys() - ({MEAN_SLOT} if router == "gaussian" else set()) != expected:
             raise Unfit("router", f"expected {', '.join(sorted(expected))}, got {', '.join(sorted(task.router))}")
         if router == "dtkr":
             _check_shape("keys", task.router["keys"], S=slots, D=shapes["query"])
         else:
             _check_shape("mean", task.router["mean"], M=None, D=shapes["query"])
+            if router == "features" and task.router["sample"].shape[1] != shapes["query"] - config["features"]:
+                raise Unfit("sample", f"expected queries of {shapes['query'] - config['features']} numbers")
         if (task.head is None) != (width is None):
             raise Unfit("head", "missing" if task.head is None else "the model answers without one")
         if task.head is not None:

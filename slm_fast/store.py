@@ -83,7 +83,7 @@ class Store:
             if task.name != name:
                 raise WorkError(f"{file}: holds task {task.name!r}, the manifest says {name!r}")
             if "shapes" in self.about:
-                check_fits(task, self.about["shapes"], self.about["config"]["router"], file=file)
+                check_fits(task, self.about["shapes"], self.about["config"], file=file)
             if thorough:
                 check_scatter(task, file)
         return task, data

@@ -21,6 +21,7 @@ from slm_fast.tasks import LearnedTask
 CONFIG = {
     "query": "trunk",
     "router": "gaussian",
+    "features": 0,
     "taps": [1, 3],
     "encoder": None,
     "targets": ["query", "value"],

@@ -16,6 +16,7 @@ from slm_fast import ops
 from slm_fast.covariance import covariance, unpack
 from slm_fast.errors import InputError, WorkError
 from slm_fast.ops import Route
+from slm_fast.random_features import RandomFeatureRouter, feature_matrix
 from slm_fast.router import DtkrRouter, GaussianRouter, Part, Router
 
 # Tasks come and go
@@ -24,7 +25,12 @@ from slm_fast.router import DtkrRouter, GaussianRouter, Part, Router
 SLOTS = {"a": 1, "b": 3, "c": 2, "d": 1, "e": 2}  # by task, each of which has queries of its own size
 
 
+KINDS = ("gaussian", "features", "dtkr")
+
+
 def new_router(kind: str) -> Router:
+    if kind == "features":
+        return RandomFeatureRouter(k=3, matrix=feature_matrix(WIDTH, 20, CPU))
     return GaussianRouter(k=3) if kind == "gaussian" else dtkr(k=3, epochs=1, steps=1)
 
 
@@ -33,7 +39,7 @@ PARTS: dict[str, dict[str, Part]] = {
         name: new_router(kind).fit(10.0**i * draw(20 + 9 * i, i), slots, seed=i)
         for i, (name, slots) in enumerate(SLOTS.items())
     }
-    for kind in ("gaussian", "dtkr")
+    for kind in KINDS
 }
 
 
@@ -71,7 +77,7 @@ def assert_same(router: Router, fresh: Router) -> None:
         assert torch.equal(mine_B, theirs_B)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "dtkr"])
+@pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.sampled_from(sorted(SLOTS)), st.booleans()), max_size=12))
 def test_a_router_with_any_history_is_that_of_its_tasks_alone(kind: str, history: list[tuple[str, bool]]) -> None:
@@ -92,7 +98,7 @@ def plain_route(parts: list[Part], asked: Tensor) -> Route:
     scatter = sum((part["scatter"].double() for part in parts), torch.zeros(()))
     count = torch.cat([part["count"] for part in parts]).double()
     mean_PD = torch.cat([part["mean"] for part in parts]).double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance(count, mean_PD, unpack(scatter))))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance(count, mean_PD, unpack(scatter)).matrix))
     centre = mean_PD.mean(0)
     keys_PD = (mean_PD - centre) @ inverse
     bias = (-0.5 * (keys_PD * (mean_PD - centre)).sum(1)).float()
@@ -191,7 +197,7 @@ def test_a_task_learned_anew_is_measured_by_its_new_covariance() -> None:
     assert torch.equal(again.distance(asked, slot)[0], alone.distance(asked, slot)[0])
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "dtkr"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("change", ["add", "remove", "route"])
 def test_a_change_broken_off_anywhere_leaves_the_router_as_it_was(kind: str, change: str) -> None:
     router = fresh_router(kind, ["a", "b", "d"])
@@ -219,7 +225,7 @@ def test_a_scatter_that_cannot_be_summed_exactly_is_refused_and_nothing_changes(
     assert_same(router, fresh_router("gaussian", ["a", "b"]))
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "dtkr"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_name_that_is_taken_and_one_that_is_not_there_are_wrong_calls(kind: str) -> None:
     router = fresh_router(kind, ["a", "b"])
     with pytest.raises(InputError, match="task 'a': the router has it already"):
@@ -228,7 +234,7 @@ def test_a_name_that_is_taken_and_one_that_is_not_there_are_wrong_calls(kind: st
         router.without("c")
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "dtkr"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_options_stay_when_tasks_come_and_go(kind: str) -> None:
     router = GaussianRouter(k=1, temperature=9.0) if kind == "gaussian" else dtkr(k=1, aggregate="vote")
     router.load({}, CPU)

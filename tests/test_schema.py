@@ -22,6 +22,7 @@ from slm_fast.store import task_to_bytes
 from slm_fast.tasks import LearnedTask
 
 FILE = Path("here")
+GAUSSIAN, DTKR = ({"router": router, "features": 0} for router in ("gaussian", "dtkr"))
 DIGEST = "0123456789abcdef" * 4
 ENTRY = {"file": f"tasks/a/{DIGEST}.safetensors", "sha256": DIGEST}
 MANIFEST = {"format": 1, "model": ABOUT, "tasks": {"a": ENTRY}}
@@ -172,6 +173,12 @@ def test_a_missing_field_takes_the_value_that_older_stores_meant(monkeypatch: py
     assert check_manifest(given, FILE)[0]["config"]["pooling"] == "last"
 
 
+def test_a_store_of_before_there_were_random_features_has_none() -> None:
+    older = {key: value for key, value in CONFIG.items() if key != "features"}
+    data = json.dumps(changed(MANIFEST, "model/config", older)).encode()
+    assert check_manifest(data, FILE)[0]["config"] == CONFIG
+
+
 # A task's file
 
 SLOTS = 3
@@ -307,9 +314,9 @@ SHAPES = {"layers": MODULES, "hidden": 3, "query": 4}
 
 def test_a_task_fits_the_model_it_was_learned_with() -> None:
     free, keyed = make_task("free", labels=None), with_keys(TASK)
-    assert check_fits(TASK, SHAPES, "gaussian") is None
-    assert check_fits(free, {**SHAPES, "hidden": None}, "gaussian") is None
-    assert check_fits(keyed, SHAPES, "dtkr") is None
+    assert check_fits(TASK, SHAPES, GAUSSIAN) is None
+    assert check_fits(free, {**SHAPES, "hidden": None}, GAUSSIAN) is None
+    assert check_fits(keyed, SHAPES, DTKR) is None
 
 
 @pytest.mark.parametrize(
@@ -327,20 +334,20 @@ def test_a_task_fits_the_model_it_was_learned_with() -> None:
 def test_a_task_that_does_not_fit_the_model_is_named(field: str, value: Any, said: str) -> None:
     for file, named in ((None, "task 'a'"), (Path("x.safetensors"), "x.safetensors")):
         with pytest.raises(WorkError) as caught:
-            check_fits(TASK, {**SHAPES, field: value}, "gaussian", file=file)
+            check_fits(TASK, {**SHAPES, field: value}, GAUSSIAN, file=file)
         assert str(caught.value).startswith(f"{named}: does not fit the model: {said}")
 
 
 def test_a_task_of_another_router_does_not_fit() -> None:
     with pytest.raises(WorkError, match="router: expected distance, keys, got count, distance, mean, scatter"):
-        check_fits(TASK, SHAPES, "dtkr")
+        check_fits(TASK, SHAPES, DTKR)
 
 
 def test_an_encoders_task_needs_a_head() -> None:
     with pytest.raises(WorkError, match="task 'free': does not fit the model: head: missing"):
-        check_fits(make_task("free", labels=None), SHAPES, "gaussian")
+        check_fits(make_task("free", labels=None), SHAPES, GAUSSIAN)
 
 
 def test_keys_fit_the_width_of_queries() -> None:
     with pytest.raises(WorkError, match=r"keys: expected \[3, 8\], got \[3, 4\]"):
-        check_fits(with_keys(TASK), {**SHAPES, "query": 8}, "dtkr")
+        check_fits(with_keys(TASK), {**SHAPES, "query": 8}, DTKR)

@@ -55,6 +55,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--groups", type=int, help="groups of the dtkr router")
     group.add_argument("--aggregate", choices=("mean", "vote"), help="how the dtkr router joins its groups")
     group.add_argument("--temperature", type=float, help="of the gaussian router's weights")
+    group.add_argument("--features", type=int, help="random features of the gaussian router; default up to 2,048")
     group.add_argument("--route-on", choices=("input", "prompt"), help="whether an instruction helps routing")
     about = "tokens read of an input: by a new store's model or, where the store is there, in learning these tasks"
     group.add_argument("--max-length", type=int, help=about)

@@ -1,0 +1,217 @@
+"""The gaussian router over random features of the query: near tasks differ in what no linear score sees.
+
+What it keeps of a task is small (`slm_fast.scatter`), and says how far a query is from all that the router knows.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slm_fast.covariance import PERCENTILES, covariance, factorised, moments, pack, percentiles, unpack
+from slm_fast.layers import use_onednn
+from slm_fast.ops import Route
+from slm_fast.router import GaussianRouter, Part, check_finite
+from slm_fast.scatter import compress, expand
+
+SHRINKAGE = 4.0  # times the oracle-approximating amount, which takes queries for Gaussian: their tails are heavier
+MOST_SHRINKAGE = 0.9
+SAMPLE = 96  # training queries kept of a task, which say how far its own rows are
+ROUNDING = 1e-3  # of a distance, at the most
+LEAST_LEFT = 0.05  # of a row's share in a covariance that is taken away, for what compression made of it
+
+
+@dataclass
+class RandomFeatureRouter(GaussianRouter):
+    """`GaussianRouter` over (q, relu(W q)), W a fixed random matrix (as RanPAC, McDonnell et al. 2023).
+
+    matrix: W, which reads the query's first `in_features` numbers (`feature_matrix`).
+
+    A task's part: `count`, `mean`, `mean_slot` as there, `mean_label` [M], the number of the label whose mean it is (-1
+    without labels), the scatter as `slm_fast.scatter` keeps it, and `sample` [m, Q] with `sample_mean` [m], queries of
+    at most 96 of its training rows and which of its means is theirs.
+
+    Distance is the share of the task's own rows that are not so far as a query, the larger of two: how little nearer it
+    is to the task's nearest mean than to the centre of all means (Ren et al. 2021; the negative of its highest score),
+    which finds what resembles the tasks and belongs to none; and half of its squared distance from that mean (Lee et
+    al. 2018), which finds what resembles nothing known. Both are taken in the covariance of all tasks and change with
+    them; so the rows of the sample are measured anew, each as if it had not been among those that mean and covariance
+    are made of.
+    """
+
+    matrix: nn.Linear = field(default_factory=lambda: feature_matrix(1, 1, torch.device("cpu")))
+
+    def __post_init__(self) -> None:
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def expand(self, query: Tensor) -> Tensor:
+        """Queries [B, Q] and their random features: [B, D] float32."""
+        if self._last is not None and self._last[0] is query:
+            return self._last[1]
+        matrix = (
+            self.matrix if query.device == self.matrix.weight.device else copy.deepcopy(self.matrix).to(query.device)
+        )
+        expanded = torch.cat([query, matrix(query[:, : matrix.in_features]).relu_()], 1)
+        self._last = query, expanded  # label_scores asks for what route has just asked for
+        return expanded
+
+    @torch.no_grad()
+    def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
+        check_finite(query)
+        query = query.float().cpu()
+        found = moments(self.expand(query).double(), slots, seed, labels)
+        self._last = None
+        sample = _spread(found.assignment, found.rows)
+        return {
+            "count": found.rows.float(),
+            "mean": found.mean.float(),
+            "mean_slot": found.slot.float(),
+            "mean_label": found.label.float(),
+            **compress(found.scatter, len(query), seed),
+            "sample": query[sample],
+            "sample_mean": found.assignment[sample].float(),
+        }
+
+    def _term(self, part: Part) -> Tensor:
+        return pack(expand(part["factor"], part["exponent"], part["diagonal"]))
+
+    def _covariance(self) -> Tensor:
+        count = torch.cat([part["count"] for part in self.parts]).double()
+        mean_PD = torch.cat([part["mean"] for part in self.parts]).double()
+        found = covariance(count, mean_PD, unpack(self.scatter.total()), SHRINKAGE, MOST_SHRINKAGE)
+        self.freedom, self.kept = found.freedom, 1 - found.shrinkage
+        return factorised(found.matrix)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def lower(self) -> Tensor:
+        """The Cholesky factor [D, D] float64 of the covariance, for those who ask for distances."""
+        return self._covariance()
+
+    @cached_property
+    @torch.inference_mode(False)
+    def discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
+        lower = self._covariance()
+        mean_PD = torch.cat([part["mean"] for part in self.parts]).double()
+        centre = mean_PD.mean(0)
+        centred_PD = mean_PD - centre
+        keys_PD = torch.cholesky_solve(centred_PD.T, lower).T
+        bias = -0.5 * (keys_PD * centred_PD).sum(1)
+        return (
+            centre.float().to(self.device),
+            keys_PD.float().contiguous().to(self.device),
+            bias.float().to(self.device),
+        )
+
+    @cached_property
+    def label_of_mean(self) -> tuple[Tensor, Tensor]:
+        """Of each mean: the place of its task, and the number of its label there (-1 for none), [M] int64 each."""
+        task = [torch.full((len(part["mean_label"]),), i) for i, part in enumerate(self.parts)]
+        label = [part["mean_label"].long() for part in self.parts]
+        return torch.cat(task).to(self.device), torch.cat(label).to(self.device)
+
+    def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
+        check_finite(query)
+        return super().route(self.expand(query), mask)
+
+    def label_scores(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ((self.expand(query) - self.centre) @ self.keys.T + self.bias, *self.label_of_mean)
+
+    # Distances
+
+    def _distance(self, query: Tensor, task: int) -> Tensor:
+        centre, keys, bias = self._own_discriminant(task)
+        expanded = self.expand(query).double()
+        score, nearest = ((expanded - centre) @ keys.T + bias).max(1)
+        apart = expanded - self.parts[task]["mean"].double()[nearest]
+        return self._share(-score, self._squared(apart), task)
+
+    def _sensitivity(self, query: Tensor, task: int) -> Tensor:
+        return torch.zeros(len(query))  # of shares of at most 96 rows nothing is so small
+
+    def _percentiles(self, task: int) -> Tensor:
+        if not len(self.parts[task]["sample"]):
+            return torch.full((PERCENTILES,), torch.inf)  # there is nothing to compare with
+        return percentiles(self._share(*self._left_out(task), task))
+
+    def _share(self, relative: Tensor, absolute: Tensor, task: int) -> Tensor:
+        """The share [N] of the sample that is nearer than these two distances [N] say, more than 1 beyond all of it."""
+        known = self._left_out(task)
+        if not len(known[0]):
+            return torch.zeros(len(relative))
+        own = len(self.parts[task]["count"])
+        halved = absolute if own == 1 else absolute / 2  # without labels the relative one says little
+        shares = [_share(distance, sample) for distance, sample in zip((relative, halved), known, strict=True)]
+        return shares[1] if own == len(self.keys) == 1 else torch.maximum(*shares)  # a mean that is its own centre
+
+    def _own_discriminant(self, task: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Centre [D], and keys [own, D] and bias [own] of a task's means, float64."""
+        centre, keys, bias = (tensor.double().cpu() for tensor in self.discriminant)
+        first = sum(len(part["count"]) for part in self.parts[:task])
+        own = slice(first, first + len(self.parts[task]["count"]))
+        return centre, keys[own], bias[own]
+
+    def _squared(self, apart: Tensor) -> Tensor:
+        """d' S^-1 d of differences [N, D]: [N]."""
+        return torch.linalg.solve_triangular(self.lower, apart.T, upper=False).square().sum(0)
+
+    @cached_property
+    def left_out(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """`_left_out` of the tasks that were asked for."""
+        return {}
+
+    def _left_out(self, task: int) -> tuple[Tensor, Tensor]:
+        """The two distances [m] of the rows of a task's sample, each row taken out of mean and covariance: what Sherman
+        & Morrison's formula makes of them."""
+        if (known := self.left_out.get(self.names[task])) is not None:
+            return known
+        part, (centre, keys, bias) = self.parts[task], self._own_discriminant(task)
+        row, mean = torch.arange(len(part["sample"])), part["sample_mean"].long()
+        query = self.expand(part["sample"]).double()
+        apart, count = query - part["mean"].double()[mean], part["count"].double()[mean]  # r and n of each row
+        leverage = self._squared(apart)  # r' S^-1 r
+        share = self.kept * count / ((count - 1) * self.freedom)
+        left = (1 - share * leverage).clamp(min=LEAST_LEFT)
+        toward = apart @ keys.T  # r' S^-1 m
+        along = toward[row, mean] + leverage  # r' S^-1 q
+        squared = -2 * bias  # m' S^-1 m
+        scores = (query - centre) @ keys.T + (share * along / left)[:, None] * toward
+        scores -= (squared + (share / left)[:, None] * toward.square()) / 2
+        near = squared[mean] + 2 * toward[row, mean] + leverage + share * along.square() / left
+        far = (count / (count - 1)).square() * leverage / left
+        scores[row, mean] = (near - far) / 2
+        found = self.left_out[self.names[task]] = -scores.amax(1), far
+        return found
+
+
+def _share(distance: Tensor, sample: Tensor) -> Tensor:
+    """Where distances [N] lie among those of a sample [m], from 0 to 1; beyond them 1 and what they are farther by, in
+    units of the sample's upper half. What rounding may make of a distance is not farther."""
+    sample = sample.sort().values
+    middle, last = float(sample[len(sample) // 2]), float(sample[-1])
+    rounding = ROUNDING * (1 + float(sample.abs().max()))
+    among = torch.from_numpy(np.interp(distance.numpy(), sample.numpy(), np.linspace(0, 1, len(sample))))
+    return among + (distance - last - rounding).clamp(min=0) / (last - middle + rounding)
+
+
+def _spread(assignment: Tensor, count: Tensor) -> Tensor:
+    """At most SAMPLE of rows [N], evenly over the means they belong to, of those that are not a mean by themselves."""
+    rows = assignment.argsort(stable=True)
+    rows = rows[count[assignment[rows]] > 1]
+    return rows[torch.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().long()]
+
+
+def feature_matrix(leading: int, features: int, device: torch.device) -> nn.Linear:
+    """W [features, leading], +-1/sqrt(leading) drawn once and for all."""
+    # numpy's legacy generator is frozen for good, so these bits never change.
+    signs = torch.from_numpy(np.random.RandomState(1).randint(0, 2, (features, leading), dtype=np.int8))
+    linear = nn.utils.skip_init(nn.Linear, leading, features, bias=False, device=device)  # draws no numbers
+    linear.requires_grad_(False)
+    linear.weight.copy_((signs.float() * 2 - 1) / leading**0.5)
+    use_onednn(linear)
+    return linear

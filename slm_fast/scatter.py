@@ -1,0 +1,52 @@
+"""A scatter matrix in few bytes: its strongest directions in eight bits, the rest as a diagonal.
+
+A task's scatter [D, D] of N rows has rank N at most, and what tells tasks apart stands in its strongest directions. It
+is kept as `factor` [R, D] int8, `exponent` [D] int8 and `diagonal` [D] float32, and means
+
+    scatter[i, j] = sum_r factor[r, i] factor[r, j] 2^(exponent[i] + exponent[j]) + (i == j) diagonal[i]
+
+which is positive semi-definite as it stands. Sums of products of so small integers are exact in float32, in whatever
+order, so that all machines make the same bits of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RANK = 256  # directions kept. 256 127^2 < 2^24: float32 counts exactly so far
+EXPONENTS = (-40, 12)  # of a factor's units; a scatter is then below 2^46
+SPARE = 32  # directions more that are looked at, and PASSES times, to find the strongest (Halko et al. 2011)
+PASSES = 4
+
+
+def compress(scatter: Tensor, rows: int, seed: int) -> dict[str, Tensor]:
+    """`factor`, `exponent` and `diagonal` of a scatter [D, D] float64 of so many rows. Its diagonal stays as it is."""
+    factor = _strongest(scatter, min(rows, RANK, len(scatter)), seed)
+    largest = factor.abs().amax(0).clamp(min=2.0 ** EXPONENTS[0])
+    exponent = (largest / 127).log2().ceil().clamp(*EXPONENTS)
+    factor = (factor / exponent.exp2()).round().clamp(-127, 127)
+    kept = (factor * exponent.exp2()).square().sum(0)
+    diagonal = (scatter.diagonal() - kept).clamp(min=0)
+    return {"factor": factor.to(torch.int8), "exponent": exponent.to(torch.int8), "diagonal": diagonal.float()}
+
+
+def expand(factor: Tensor, exponent: Tensor, diagonal: Tensor) -> Tensor:
+    """The scatter [D, D] float64 that these mean, the same bits everywhere."""
+    whole = factor.float()
+    units = exponent.double().exp2()
+    scatter = (whole.T @ whole).double() * units * units[:, None]
+    scatter.diagonal().add_(diagonal.double())
+    return scatter
+
+
+def _strongest(scatter: Tensor, rank: int, seed: int) -> Tensor:
+    """F [R, D] whose F'F is the part of a scatter in its R strongest directions: subspace iteration."""
+    width = len(scatter)
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(width, min(width, rank + SPARE), generator=generator, dtype=torch.float64)
+    for _ in range(PASSES):
+        basis, _ = torch.linalg.qr(scatter @ basis)
+    value, vector = torch.linalg.eigh(basis.T @ scatter @ basis)
+    value, vector = value[-rank:].flip(0), vector[:, -rank:].flip(1)
+    return value.clamp(min=0).sqrt()[:, None] * (basis @ vector).T
