@@ -252,7 +252,8 @@ def _pass(model: AdaptedModel, window: _Ready, batch: _Batch, options: PredictOp
         route = model.route(query, slot_mask, options.abstain_share)
     output = model.forward(encoded, route, slot_mask=slot_mask, abstain=options.abstain_share)
     query = output.query if query is None else query
-    known = None if query is None else model.router.label_scores(query)
+    # Where the task is given, its answers are its own, whatever else is learned.
+    known = None if query is None or task is not None else model.router.label_scores(query)
     prior = None if known is None else pool.heads.prior(*known)
     features = TrunkQuery.pool(output.hidden, encoded.attention_mask)
     winner = pool.task_weights(output.route).argmax(1)

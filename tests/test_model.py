@@ -36,7 +36,7 @@ def test_default_taps_stand_a_sixth_and_half_of_the_way_up(layers, taps):
 
 
 @pytest.mark.parametrize("name", sorted(BACKBONES))
-def test_a_trunk_query_is_the_mean_hidden_state_at_each_tap(name):
+def test_a_trunk_query_is_the_mean_state_at_each_tap_and_the_highest_at_the_last(name):
     slm = make_slm(name, taps=(0, 2))
     texts = ["sea1 sea2", "farm1 farm2 farm3 farm4 farm5 word6"]
     queries = slm.model.queries([Row(text) for text in texts])
@@ -46,7 +46,7 @@ def test_a_trunk_query_is_the_mean_hidden_state_at_each_tap(name):
         ids = slm.model.backbone.tokenization.encode([text], 64).input_ids
         with torch.inference_mode():
             states = model(input_ids=ids, output_hidden_states=True).hidden_states
-        expected = torch.cat([states[0][0].mean(0), states[2][0].mean(0)])
+        expected = torch.cat([states[0][0].mean(0), states[2][0].mean(0), states[2][0].amax(0) / 4])
         torch.testing.assert_close(query, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -242,5 +242,11 @@ def test_the_number_of_groups_follows_from_the_width_of_the_query():
 def test_the_configuration_records_every_choice_made():
     config = make_slm("bert").model.config
     assert config == ModelConfig(
-        taps=(0, 1), targets=("query", "value", "out", "up", "down"), first_layer=1, k=2, groups=4, max_length=128
+        taps=(0, 1),
+        targets=("query", "value", "out", "up", "down"),
+        first_layer=1,
+        k=2,
+        groups=6,
+        max_length=128,
+        features=192,
     )
