@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from slm_fast.errors import InputError, WorkError
 PERCENTILES = 101
 ALIKE = 2.0**-18  # how far apart, of their size, rounding may leave two float32 queries of one text
 COARSE, FINE = 2.0**10, 2.0**56  # one over the units of the two planes
+ROWS_AT_ONCE = 4096
 LARGEST_TERM, LARGEST_PLANE = 2.0**52, 2**62
 
 
@@ -88,10 +89,17 @@ class Moments(NamedTuple):
     assignment: Tensor
 
 
-def moments(query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> Moments:
-    """Of queries [N, D] float64 and the numbers of their labels [N]. Without labels there is one mean a slot."""
+def moments(
+    query: Tensor,
+    slots: int,
+    seed: int,
+    labels: Tensor | None = None,
+    expand: Callable[[Tensor], Tensor] = lambda query: query,
+) -> Moments:
+    """Of queries [N, Q], expanded to [N, D] a few at a time, and the numbers of their labels [N]; sums are in float64.
+    Without labels there is one mean a slot. Slots are clusters of the queries as they come."""
     if slots == 1:
-        assignment, centre = torch.zeros(len(query), dtype=torch.int64), torch.zeros(1, query.shape[1]).double()
+        assignment, centre = torch.zeros(len(query), dtype=torch.int64), query[:1]
     else:
         from sklearn.cluster import KMeans  # a slow import that only several slots a task need
 
@@ -108,10 +116,17 @@ def moments(query: Tensor, slots: int, seed: int, labels: Tensor | None = None) 
         known = torch.cat([pairs, empty]).unique()
         assignment, slot, label = torch.searchsorted(known, pairs), known // many, known % many
     count = torch.bincount(assignment, minlength=len(slot)).double()
-    mean = torch.zeros(len(slot), query.shape[1], dtype=torch.float64).index_add_(0, assignment, query) / count[:, None]
-    mean = torch.where(count[:, None] > 0, mean, centre[slot])
-    centred = query - mean[assignment]
-    return Moments(count, mean, slot, label, centred.T @ centred, assignment)
+    label = label.where(count > 0, -1)
+    middle = expand(centre.to(query.dtype)).double()
+    mean = torch.zeros(len(slot), middle.shape[1], dtype=torch.float64)
+    scatter = torch.zeros(middle.shape[1], middle.shape[1], dtype=torch.float64)
+    for own, part in zip(assignment.split(ROWS_AT_ONCE), query.split(ROWS_AT_ONCE), strict=True):
+        mean.index_add_(0, own, expand(part).double())
+    mean = torch.where(count[:, None] > 0, mean / count[:, None], middle[slot])
+    for own, part in zip(assignment.split(ROWS_AT_ONCE), query.split(ROWS_AT_ONCE), strict=True):
+        centred = expand(part).double() - mean[own]
+        scatter += centred.T @ centred
+    return Moments(count, mean, slot, label, scatter, assignment)
 
 
 def pack(symmetric: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,14 @@ MOST_SHRINKAGE = 0.9
 SAMPLE = 96  # training queries kept of a task, which say how far its own rows are
 ROUNDING = 1e-3  # of a distance, at the most
 LEAST_LEFT = 0.05  # of a row's share in a covariance that is taken away, for what compression made of it
+
+
+class Pooled(NamedTuple):
+    """lower: the Cholesky factor [D, D] float64 of all tasks' shrunk covariance. of_a_row: how much of d d' is in that
+    covariance for a row that is d from its mean."""
+
+    lower: Tensor
+    of_a_row: float
 
 
 @dataclass
@@ -53,9 +63,9 @@ class RandomFeatureRouter(GaussianRouter):
         """Queries [B, Q] and their random features: [B, D] float32."""
         if self._last is not None and self._last[0] is query:
             return self._last[1]
-        matrix = (
-            self.matrix if query.device == self.matrix.weight.device else copy.deepcopy(self.matrix).to(query.device)
-        )
+        matrix = self.matrix
+        if matrix.weight.device != query.device:  # queries are fitted on the CPU
+            matrix = copy.deepcopy(matrix).to(query.device)
         expanded = torch.cat([query, matrix(query[:, : matrix.in_features]).relu_()], 1)
         self._last = query, expanded  # label_scores asks for what route has just asked for
         return expanded
@@ -64,7 +74,7 @@ class RandomFeatureRouter(GaussianRouter):
     def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
         check_finite(query)
         query = query.float().cpu()
-        found = moments(self.expand(query).double(), slots, seed, labels)
+        found = moments(query, slots, seed, labels, self.expand)
         self._last = None
         sample = _spread(found.assignment, found.rows)
         return {
@@ -80,33 +90,30 @@ class RandomFeatureRouter(GaussianRouter):
     def _term(self, part: Part) -> Tensor:
         return pack(expand(part["factor"], part["exponent"], part["diagonal"]))
 
-    def _covariance(self) -> Tensor:
-        count = torch.cat([part["count"] for part in self.parts]).double()
-        mean_PD = torch.cat([part["mean"] for part in self.parts]).double()
-        found = covariance(count, mean_PD, unpack(self.scatter.total()), SHRINKAGE, MOST_SHRINKAGE)
-        self.freedom, self.kept = found.freedom, 1 - found.shrinkage
-        return factorised(found.matrix)
-
     @cached_property
     @torch.inference_mode(False)
-    def lower(self) -> Tensor:
-        """The Cholesky factor [D, D] float64 of the covariance, for those who ask for distances."""
-        return self._covariance()
+    def pooled(self) -> Pooled:
+        """Kept only for those who ask for distances: it is as large as a covariance."""
+        return self._pooled()
+
+    def _pooled(self) -> Pooled:
+        count = torch.cat([part["count"] for part in self.parts]).double()
+        found = covariance(count, self._means(), unpack(self.scatter.total()), SHRINKAGE, MOST_SHRINKAGE)
+        return Pooled(factorised(found.matrix), (1 - found.shrinkage) / found.freedom)
+
+    def _means(self) -> Tensor:
+        return torch.cat([part["mean"] for part in self.parts]).double()
 
     @cached_property
     @torch.inference_mode(False)
     def discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
-        lower = self._covariance()
-        mean_PD = torch.cat([part["mean"] for part in self.parts]).double()
-        centre = mean_PD.mean(0)
-        centred_PD = mean_PD - centre
-        keys_PD = torch.cholesky_solve(centred_PD.T, lower).T
-        bias = -0.5 * (keys_PD * centred_PD).sum(1)
-        return (
-            centre.float().to(self.device),
-            keys_PD.float().contiguous().to(self.device),
-            bias.float().to(self.device),
-        )
+        mean_MD = self._means()
+        centre = mean_MD.mean(0)
+        centred_MD = mean_MD - centre
+        keys_MD = torch.cholesky_solve(centred_MD.T, self._pooled().lower).T
+        bias = -0.5 * (keys_MD * centred_MD).sum(1)
+        keys_MD, device = keys_MD.float().contiguous(), self.device
+        return centre.float().to(device), keys_MD.to(device), bias.float().to(device)
 
     @cached_property
     def label_of_mean(self) -> tuple[Tensor, Tensor]:
@@ -151,14 +158,18 @@ class RandomFeatureRouter(GaussianRouter):
 
     def _own_discriminant(self, task: int) -> tuple[Tensor, Tensor, Tensor]:
         """Centre [D], and keys [own, D] and bias [own] of a task's means, float64."""
-        centre, keys, bias = (tensor.double().cpu() for tensor in self.discriminant)
-        first = sum(len(part["count"]) for part in self.parts[:task])
-        own = slice(first, first + len(self.parts[task]["count"]))
-        return centre, keys[own], bias[own]
+        own = slice(self.first_mean[task], self.first_mean[task] + len(self.parts[task]["count"]))
+        centre, keys, bias = self.centre, self.keys[own], self.bias[own]
+        return centre.double().cpu(), keys.double().cpu(), bias.double().cpu()
+
+    @cached_property
+    def first_mean(self) -> list[int]:
+        """Where each task's means begin."""
+        return list(accumulate((len(part["count"]) for part in self.parts), initial=0))
 
     def _squared(self, apart: Tensor) -> Tensor:
         """d' S^-1 d of differences [N, D]: [N]."""
-        return torch.linalg.solve_triangular(self.lower, apart.T, upper=False).square().sum(0)
+        return torch.linalg.solve_triangular(self.pooled.lower, apart.T, upper=False).square().sum(0)
 
     @cached_property
     def left_out(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -175,7 +186,7 @@ class RandomFeatureRouter(GaussianRouter):
         query = self.expand(part["sample"]).double()
         apart, count = query - part["mean"].double()[mean], part["count"].double()[mean]  # r and n of each row
         leverage = self._squared(apart)  # r' S^-1 r
-        share = self.kept * count / ((count - 1) * self.freedom)
+        share = self.pooled.of_a_row * count / (count - 1)
         left = (1 - share * leverage).clamp(min=LEAST_LEFT)
         toward = apart @ keys.T  # r' S^-1 m
         along = toward[row, mean] + leverage  # r' S^-1 q

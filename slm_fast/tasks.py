@@ -16,8 +16,8 @@ class LearnedTask:
     """All that is kept of a task: what its file in the store holds, and nothing else depends on it.
 
     values: module name -> (lora_a [S, r, I], lora_b [S, r, O]) float32.
-    router: what the router needs of this task (its keys, or its count, mean and scatter; and `distance` [101], the
-        percentiles 0..100 of the training queries' distance from the task).
+    router: what the router needs of this task (`slm_fast.schema.ROUTERS`): its keys, or its counts, means and scatter,
+        and what says how far its own training queries are.
     head: (weight [C, H], bias [C]) for encoder-only backbones, in the order of `labels`; else None.
     origin: SHA-256 of what it was made from (`origin_of`). Processors of another kind make other last bits of the same;
         None where it is not known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from slm_fast import ops
 from slm_fast.ops import Route
-from slm_fast.pool import Pool
+from slm_fast.pool import LABEL_TEMPERATURE, Pool
 from slm_fast.tasks import LearnedTask
 
 CPU = torch.device("cpu")
@@ -179,3 +180,26 @@ def test_words_that_many_tasks_share_keep_their_order_and_the_lower_one_wins_a_t
     best = answer.max(1).indices
     assert answer[0, [0, 8]].tolist() == [0.5, 0.5]
     assert pool.heads.words[int(best)] == "same"
+
+
+def test_what_a_router_says_of_labels_is_put_to_the_heads() -> None:
+    heads = pool_of(APPLE, MANGO, ZEBRA).heads
+    assert heads is not None
+    # Means of apple's labels 0 and 2, of a slot without one, of mango's two, and two of zebra's label 1.
+    task, label = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 2, -1, 0, 1, 1, 1])
+    scores = torch.tensor([[4.0, -2.0, 99.0, 6.0, 8.0, 1.0, 3.0]])
+    lowest = -2.0  # of labels without a mean: apple's 1, zebra's 0
+    expected = torch.tensor([[4.0, lowest, -2.0, 6.0, 8.0, lowest, 3.0]])
+    torch.testing.assert_close(heads.prior(scores, task, label), expected / LABEL_TEMPERATURE)
+
+
+def test_a_prior_is_added_to_the_heads_before_each_tasks_softmax() -> None:
+    pool = pool_of(APPLE, MANGO, ZEBRA)
+    assert pool.heads is not None
+    features = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    prior = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    found = pool.heads.answer(features, pool.slot_task, ROUTE, prior)
+    heads = dataclasses.replace(pool.heads, bias=torch.zeros(7), weight=torch.eye(7))
+    logits = features @ pool.heads.weight.T + pool.heads.bias + prior
+    torch.testing.assert_close(found, heads.answer(logits, pool.slot_task, ROUTE))
+    assert not torch.allclose(found, pool.heads.answer(features, pool.slot_task, ROUTE))

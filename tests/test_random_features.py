@@ -95,13 +95,13 @@ def test_without_labels_scores_name_none() -> None:
 def test_rows_of_the_sample_are_measured_as_if_they_had_been_left_out(task: int) -> None:
     router = loaded("a", "b", "c")
     relative, absolute = router._left_out(task)
-    part, sigma = router.parts[task], router.lower @ router.lower.T
+    part, sigma = router.parts[task], router.pooled.lower @ router.pooled.lower.T
     mean, query = part["mean"].double(), router.expand(part["sample"]).double()
     for row, own in enumerate(part["sample_mean"].long().tolist()):
         count, apart = float(part["count"][own]), query[row] - mean[own]
         others = mean.clone()
         others[own] -= apart / (count - 1)
-        share = router.kept * count / ((count - 1) * router.freedom)
+        share = router.pooled.of_a_row * count / (count - 1)
         inverse = torch.linalg.inv(sigma - share * apart.outer(apart))
         towards = others - router.centre.double()
         scores = (query[row] - router.centre.double()) @ inverse @ towards.T
