@@ -21,7 +21,7 @@ from slm_fast.injection import ForwardContext, Injection
 from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.options import ModelConfig
-from slm_fast.pool import Pool
+from slm_fast.pool import Pool, emptied
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery
 from slm_fast.router import Router
 from slm_fast.schema import check_fits
@@ -88,9 +88,8 @@ class AdaptedModel:
     def _build(self, backbone: Backbone) -> None:
         self.query: TrunkQuery | SentenceQuery
         if self.config.taps is not None:
-            self.query = TrunkQuery(
-                self.config.taps, backbone.width, backbone.device, maximum=self.config.features != 0
-            )
+            maximum = self.config.features != 0
+            self.query = TrunkQuery(self.config.taps, backbone.width, backbone.device, maximum=maximum)
         else:
             self.query = SentenceQuery(self.config.encoder or DEFAULT_ENCODER, backbone.device)
         self._shared = isinstance(self.query, SentenceQuery) and self.query.shares(backbone)
@@ -269,12 +268,13 @@ class AdaptedModel:
         """
         with self.lock:
             route = self.router.route(query, slot_mask)
-            if abstain is None:
-                return route
-            distance = self.router.distance(query, route.slot_ids[:, 0].clamp(min=0))
+            return route if abstain is None else emptied(route, self.distance(query, route) > abstain)
+
+    def distance(self, query: Tensor, route: Route) -> Tensor:
+        """How far queries [B, D] are from the tasks of their best slots, [B] float32: `Router.distance`."""
         rounding = max(ALIKE, torch.finfo(self.backbone.dtype).eps)
-        far = distance.exceeds(abstain, rounding).to(query.device)[:, None]
-        return Route(route.slot_ids.masked_fill(far, -1), route.weights.masked_fill(far, 0.0))
+        with self.lock:
+            return self.router.distance(query, route.slot_ids[:, 0].clamp(min=0), rounding).to(query.device)
 
     def empty_route(self, batch: int) -> Route:
         """No increments at all: the bare backbone."""

@@ -165,6 +165,7 @@ class PredictOptions:
         head: "mixed" weighs the heads of all tasks on the route, "winner" uses the best task's.
         abstain: answer with the bare backbone (or no task) when a row is farther from its task than this share of the
             task's training rows; True means 0.99.
+        distance: give each prediction's `distance` without `abstain`, too, for a threshold of one's own.
         bare: always answer with the bare backbone.
         sample, temperature, top_p, seed: draw generated text (nucleus sampling) rather than take the likeliest token.
         beams: beam search over so many hypotheses.
@@ -176,6 +177,7 @@ class PredictOptions:
     top_k: int | None = 1
     head: str = "mixed"
     abstain: bool | float = False
+    distance: bool = False
     bare: bool = False
     sample: bool = False
     beams: int = 1
@@ -190,7 +192,7 @@ class PredictOptions:
         _word(self, "head", "mixed", "winner")
         _numbers(self, "temperature", *TEMPERATURES)
         _numbers(self, "top_p", 0, 1, above=True)
-        _switches(self, "bare", "sample")
+        _switches(self, "distance", "bare", "sample")
         if not isinstance(self.abstain, bool):
             _numbers(self, "abstain", 0, 1, otherwise="True, False or ")
 
@@ -198,6 +200,11 @@ class PredictOptions:
     def abstain_share(self) -> float | None:
         """The share of training rows that `abstain` means; None when rows are never abstained from."""
         return None if self.abstain is False else 0.99 if self.abstain is True else float(self.abstain)
+
+    @property
+    def measures(self) -> bool:
+        """Whether distances are asked for."""
+        return self.distance or self.abstain_share is not None
 
 
 # Checks. What numpy or a configuration file gives as a number of another type becomes Python's own.
@@ -310,6 +317,7 @@ class PredictKeywords(TypedDict, total=False):
     top_k: int | None
     head: str
     abstain: bool | float
+    distance: bool
     bare: bool
     sample: bool
     beams: int

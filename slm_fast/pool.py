@@ -183,6 +183,11 @@ class _Buffers:
         return held
 
 
+def emptied(route: Route, rows: Tensor) -> Route:
+    """The route with no slots for some of its rows [B] bool, which the bare backbone then answers."""
+    return Route(route.slot_ids.masked_fill(rows[:, None], -1), route.weights.masked_fill(rows[:, None], 0.0))
+
+
 @dataclass(frozen=True)
 class Heads:
     """Every task's head side by side, so that one product serves a batch that mixes tasks.

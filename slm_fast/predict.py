@@ -18,6 +18,7 @@ from slm_fast.generate import generate
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
+from slm_fast.pool import emptied
 from slm_fast.progress import bar
 from slm_fast.query import TrunkQuery
 from slm_fast.router import NotFinite
@@ -47,6 +48,9 @@ class Prediction:
         probabilities: of an encoder-only backbone's `top_k` labels, the most probable first; those of probability 0 are
             left out. None for text.
         truncated: the input was cut to max_length.
+        distance: how unlike its task the row is: the share of the task's training rows that are nearer to it, more than
+            1 beyond all of them. A row whose distance exceeds `abstain` is abstained from. None unless `abstain` or
+            `distance` asks for it.
         finish_reason: of a written text (which may be a label word): "stop" where it ended, "length" where it was cut
             at max_new_tokens. None where nothing was written.
     """
@@ -59,6 +63,7 @@ class Prediction:
     truncated: bool = False
     probabilities: Mapping[str, float] | None = None
     finish_reason: str | None = None
+    distance: float | None = None
 
 
 Answer = Prediction | WorkError
@@ -233,6 +238,7 @@ class _Passed:
     texts: list[str] | None = None  # of a generating backbone
     finish_reasons: list[str | None] | None = None  # of the texts
     failed: Sequence[int] = ()  # rows whose query is not finite
+    distance: Tensor | None = None  # [B] of the rows from their tasks
 
 
 def _pass(model: AdaptedModel, window: _Ready, batch: _Batch, options: PredictOptions, report: Report) -> _Passed:
@@ -249,15 +255,16 @@ def _pass(model: AdaptedModel, window: _Ready, batch: _Batch, options: PredictOp
     query = None
     if route is None and (encoded.query_inputs or not isinstance(model.query, TrunkQuery)):
         query = model.find_queries(encoded)
-        route = model.route(query, slot_mask, options.abstain_share)
-    output = model.forward(encoded, route, slot_mask=slot_mask, abstain=options.abstain_share)
+        route = model.route(query, slot_mask)
+    output = model.forward(encoded, route, slot_mask=slot_mask)
     query = output.query if query is None else query
+    route, distance = _measured(model, query, output.route, options)
     # Where the task is given, its answers are its own, whatever else is learned.
     known = None if query is None or task is not None else model.router.label_scores(query)
     prior = None if known is None else pool.heads.prior(*known)
     features = TrunkQuery.pool(output.hidden, encoded.attention_mask)
-    winner = pool.task_weights(output.route).argmax(1)
-    weighed = _winners_alone(model, output.route, winner) if options.head == "winner" else output.route
+    winner = pool.task_weights(route).argmax(1)
+    weighed = _winners_alone(model, route, winner) if options.head == "winner" else route
     answer = pool.heads.answer(features, pool.slot_task, weighed, prior)
     if options.top_k == 1:
         score, words = answer.max(1, keepdim=True)
@@ -265,7 +272,19 @@ def _pass(model: AdaptedModel, window: _Ready, batch: _Batch, options: PredictOp
         score, words = answer.sort(dim=1, descending=True, stable=True)
         score, words = score[:, : options.top_k], words[:, : options.top_k]
     report(rows)
-    return _Passed(batch, output.route, winner, score, words)
+    return _Passed(batch, route, winner, score, words, distance=distance)
+
+
+def _measured(
+    model: AdaptedModel, query: Tensor | None, route: Route, options: PredictOptions
+) -> tuple[Route, Tensor | None]:
+    """The route, empty for rows that are abstained from, and how far rows are from their tasks [B], if that is asked
+    for."""
+    if query is None or not options.measures:
+        return route, None
+    distance = model.distance(query, route)
+    share = options.abstain_share
+    return (route if share is None else emptied(route, distance > share)), distance
 
 
 def _write(
@@ -280,12 +299,14 @@ def _write(
 ) -> _Passed:
     """Texts for the rows of a window, as many at once as fit a batch."""
     rows, at_once = len(batch.places), _rows_at_once(model, encoded.input_ids.shape[1], options)
-    if route is None and encoded.query_inputs:
+    distance = None
+    if route is None and (encoded.query_inputs or options.measures):
         parts = []
         for start in range(0, rows, at_once):
             part = range(start, min(start + at_once, rows))
             parts.append(model.find_queries(encoded.rows(part)))
-        route = model.route(torch.cat(parts), slot_mask, options.abstain_share)
+        query = torch.cat(parts)
+        route, distance = _measured(model, query, model.route(query, slot_mask), options)
     # Each row samples from a seed of its own, so that it does not matter which rows run beside it.
     seeds = [options.seed + window.first + place for place in batch.places]
     written = generate(
@@ -301,6 +322,7 @@ def _write(
         texts=written.texts,
         finish_reasons=written.finish_reasons,
         failed=written.failed,
+        distance=distance,
     )
 
 
@@ -311,23 +333,27 @@ def _predictions(model: AdaptedModel, passed: _Passed) -> Iterator[Answer]:
     nothing: list[None] = [None] * len(scores)
     texts = zip(passed.texts or nothing, passed.finish_reasons or nothing, strict=True)
     cut, heads = passed.batch.encoded.truncated, model.pool.heads
-    for ids, weights, winner, score, word, written, truncated in zip(*columns, scores, words, texts, cut, strict=True):
+    distances = nothing if passed.distance is None else passed.distance.tolist()
+    each = zip(*columns, scores, words, texts, cut, distances, strict=True)
+    for ids, weights, winner, score, word, written, truncated, distance in each:
         text, finish_reason = written
         route = _taken(model, ids, weights)
         task = model.pool.tasks[winner] if route.slots else None
         name = None if task is None else task.name
         if text is None and (task is None or heads is None):
-            yield Prediction(None, None, None, 0.0, route, truncated, {})
+            yield Prediction(None, None, None, 0.0, route, truncated, {}, distance=distance)
         elif not all(map(isfinite, (score[0], *route.weights))):
             yield WorkError(NO_SCORE)
         elif text is not None:  # a text that is one of the task's label words is a label
             label = None if task is None else model.label_of(task, text)
-            yield Prediction(name, label, text, score[0], route, truncated, finish_reason=finish_reason)
+            yield Prediction(
+                name, label, text, score[0], route, truncated, finish_reason=finish_reason, distance=distance
+            )
         else:
             assert heads is not None
             names = [heads.words[i] for i in word]
             probabilities = {label: p for label, p in zip(names, score, strict=True) if p > 0}
-            yield Prediction(name, names[0], None, score[0], route, truncated, probabilities)
+            yield Prediction(name, names[0], None, score[0], route, truncated, probabilities, distance=distance)
 
 
 def _slot_mask(model: AdaptedModel, task: str | Sequence[str] | None, rows: int) -> Tensor | None:

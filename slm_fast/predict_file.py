@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any
 
@@ -239,6 +240,8 @@ def _as_json(found: Prediction | WorkError, options: PredictOptions) -> dict[str
     }
     if options.top_k != 1 and found.probabilities is not None:
         record["probabilities"] = {label: round(p, 6) for label, p in found.probabilities.items()}
+    if found.distance is not None and isfinite(found.distance):
+        record["distance"] = round(found.distance, 6)
     if found.finish_reason == "length":
         record |= {"finish_reason": "length", "max_new_tokens": options.max_new_tokens}
     return record | ({"truncated": True} if found.truncated else {})

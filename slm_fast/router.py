@@ -12,13 +12,13 @@ from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from slm_fast import ops
-from slm_fast.covariance import PERCENTILES, ExactSum, mahalanobis, moments, pack, percentiles, unpack, whitener
+from slm_fast.covariance import ExactSum, mahalanobis, moments, pack, percentiles, unpack, whitener
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.ops import Route
 from slm_fast.ops.retrieve import PreparedKeys
@@ -39,23 +39,6 @@ def check_finite(query: Tensor) -> None:
     bad = (~query.isfinite().all(1)).nonzero()
     if len(bad):
         raise NotFinite(int(bad[0]))
-
-
-class Distance(NamedTuple):
-    """How far queries are from a task each.
-
-    distance: [B] float32. percentiles: [B, 101], how far the task's training queries were. sensitivity: [B], by how
-    much the distance may change with a small change of the query, as a share of its size.
-    """
-
-    distance: Tensor
-    percentiles: Tensor
-    sensitivity: Tensor
-
-    def exceeds(self, share: float, rounding: float) -> Tensor:
-        """Whether each query is farther than this share of its task's training queries were, [B] bool, also where as
-        much of it as `rounding` is not its own: what the other rows of its batch make of its last bits."""
-        return self.distance > self.percentiles[:, round(100 * share)] + rounding * self.sensitivity
 
 
 AnyRouter = TypeVar("AnyRouter", bound="Router")
@@ -149,21 +132,36 @@ class Router(ABC):
         """Which task (its place in `names`) each slot belongs to."""
         return [i for i, part in enumerate(self.parts) for _ in range(self.slots(part))]
 
-    def distance(self, query: Tensor, slot_ids: Tensor) -> Distance:
-        """How far each query [B, D] is from the task of its slot [B]. A task whose distances cannot be computed (its
-        part is damaged) is infinitely far from everything."""
-        task_B = torch.tensor(self.task_of_slot)[slot_ids.cpu()]
-        found = Distance(torch.zeros(len(query)), torch.zeros(len(query), PERCENTILES), torch.zeros(len(query)))
+    def distance(self, query: Tensor, slot_ids: Tensor, rounding: float = 0.0) -> Tensor:
+        """How far each query [B, D] is from the task of its slot [B]: the share of that task's training rows that are
+        nearer [B] float32, more than 1 beyond all of them.
+
+        As much of a query as `rounding` is not its own: what the other rows of its batch make of its last bits. A task
+        whose distances cannot be computed (its part is damaged) is infinitely far from everything.
+        """
+        task_B, query = torch.tensor(self.task_of_slot)[slot_ids.cpu()], query.cpu()
+        found = torch.full((len(query),), torch.inf)
         for task in task_B.unique().tolist():
             rows = task_B == task
-            chosen = query.cpu()[rows]
             try:
-                found.percentiles[rows] = self._percentiles(task)
-                found.distance[rows] = self._distance(chosen, task).float()
-                found.sensitivity[rows] = self._sensitivity(chosen, task).float()
+                distance = self._distance(query[rows], task) - rounding * self._sensitivity(query[rows], task)
+                found[rows] = share_below(distance.float(), self._percentiles(task)).float()
             except WorkError:
-                found.distance[rows] = torch.inf
+                pass
         return found
+
+
+def share_below(distance: Tensor, percentiles: Tensor) -> Tensor:
+    """Where distances [N] lie among percentiles 0, 1, ..., 100 [101], from 0 to 1; beyond them 1 and what they are
+    farther by, in units of the upper half. What lies on a percentile is not beyond it."""
+    distance, percentiles, last = distance.double(), percentiles.double(), len(percentiles) - 1
+    above = torch.searchsorted(percentiles, distance)  # how many are less
+    lower = percentiles[(above - 1).clamp(min=0)]
+    step = (percentiles[above.clamp(max=last)] - lower).clamp(min=1e-30)
+    among = (above - 1 + (distance - lower) / step) / last
+    half = (percentiles[last] - percentiles[last // 2]).clamp(min=1e-6 * percentiles[last].abs() + 1e-30)
+    beyond = 1 + (distance - percentiles[last]) / half
+    return torch.where(above > last, beyond, among.where(above > 0, torch.zeros_like(among)))
 
 
 @dataclass

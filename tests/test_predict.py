@@ -8,12 +8,7 @@ import threading
 import pytest
 import torch
 from models import (
-    DEMO,
     FAMILIES,
-    FAR,
-    GENERATORS,
-    bare_text,
-    demo_slm,
     knows,
     make_model,
     make_slm,
@@ -23,16 +18,14 @@ from models import (
     one_thread,  # noqa: F401
     random_task,
     sentence,
-    texts_of,
-    toy_task,
     two_tasks,
 )
 
-from slm_fast import InputError, ScalableLM, Task, WorkError, predict
+from slm_fast import InputError, ScalableLM, WorkError, predict
 from slm_fast.batching import length_buckets
 from slm_fast.data import Row
 from slm_fast.options import PredictOptions
-from slm_fast.predict import Prediction, RouteTaken
+from slm_fast.predict import RouteTaken
 from slm_fast.tasks import LearnedTask
 from slm_fast.windows import WINDOW, windows_of
 
@@ -277,114 +270,3 @@ def test_a_list_of_task_ids_must_be_as_long_as_the_rows():
     knows(slm, *two_tasks(slm))
     with pytest.raises(InputError, match="task: 1 names for 2 rows"):
         slm.predict(["sea1", "sea2"], task=["sea"])
-
-
-# Abstaining and the bare backbone
-
-
-def test_an_encoder_abstains_from_text_of_another_domain():
-    slm = make_slm("bert")
-    knows(slm, *two_tasks(slm))
-    near = [row.text for row in toy_task("sea", rows=20, seed=2).rows]
-    *kept, far = slm.predict([*near, FAR], abstain=True)
-    assert far == Prediction(None, None, None, 0.0, RouteTaken((), (), ()), False, {})
-    assert slm.predict([FAR])[0].task is not None
-    assert sum(answer.task is not None for answer in kept) > 15
-
-
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
-def test_a_dtkr_task_abstains_from_its_share_of_its_own_training_rows(share):
-    slm = make_slm("bert", router="dtkr", groups=8)
-    task = toy_task("sea", rows=40)
-    slm.learn(task, epochs=1)
-    answers = slm.predict([row.text for row in task.rows], abstain=share)
-    assert abs(sum(answer.task is None for answer in answers) - 40 * (1 - share)) <= 1
-
-
-def test_on_real_text_what_a_task_was_learned_for_is_kept_and_what_is_far_from_all_is_not():
-    slm = demo_slm()
-    rows = texts_of(*(Task.from_file(name, DEMO / f"{name}.test.csv") for name in ("help_desk", "recipe_steps")))
-    far = ["01001 0101 11 0 0 1 1 1 0", "ὅτι οὐκ ἔστιν", "x = lambda y: [z ** 2 for z in y]"]
-    answers = slm.predict([*rows, *far], abstain=True)
-    kept = [answer.task is not None for answer in answers]
-    assert sum(kept[: len(rows)]) / len(rows) > 0.85
-    assert kept[len(rows) :] == [False] * 3
-    for answer, whole in zip(answers, slm.predict(rows), strict=False):
-        if answer.task is not None:
-            assert (answer.task, answer.label, answer.route.slots) == (whole.task, whole.label, whole.route.slots)
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-def test_abstaining_gives_the_bare_backbones_text(name):
-    slm = make_slm(name)
-    knows(slm, *two_tasks(slm))
-    far, near = slm.predict([FAR, "sea1 sea2 sea3 sea4 sea5"], abstain=1.0, max_new_tokens=5)
-    assert far.task is None
-    assert far.route == RouteTaken((), (), ())
-    assert far.text == bare_text(name, FAR, 5)
-    assert near.task == "sea"
-    assert near.text != bare_text(name, "sea1 sea2 sea3 sea4 sea5", 5)
-
-
-@pytest.mark.parametrize("router", ["gaussian", "dtkr"])
-@pytest.mark.parametrize("texts", [["sea1 sea2"], ["sea1 sea2", "sea3 good1"], ["sea1", "sea2 sea3", "sea4 bad1 sea5"]])
-def test_no_training_row_is_abstained_from_at_the_share_of_all_whatever_stands_beside_it(router, texts):
-    slm = make_slm("bert", router=router)
-    slm.learn(Task("sea", [(text, "ab"[i % 2]) for i, text in enumerate(texts * 10)]), epochs=1)
-    slm.learn(toy_task("farm", rows=12), epochs=1)
-    long = " ".join(["farm1"] * 40)
-    alone = [slm.predict([text], abstain=1.0)[0].task for text in texts]
-    beside = [slm.predict([long, text, *texts], abstain=1.0)[1].task for text in texts]
-    assert alone == beside == ["sea"] * len(texts)
-    if router == "gaussian":
-        assert slm.predict([FAR], abstain=1.0, task="sea")[0].task is None
-
-
-def test_a_smaller_share_abstains_from_more():
-    slm = make_slm("bert")
-    knows(slm, *two_tasks(slm))
-    texts = [row.text for topic in ("sea", "farm") for row in toy_task(topic, rows=30, seed=5).rows]
-    counts = [sum(a.task is None for a in slm.predict(texts, abstain=share)) for share in (0.0, 0.5, 1.0)]
-    assert counts == sorted(counts, reverse=True)
-    assert counts[0] > counts[-1]
-    assert sum(a.task is None for a in slm.predict(texts, abstain=False)) == 0
-
-
-def test_abstaining_follows_from_the_tasks_there_are_not_from_how_they_came():
-    slm = make_slm("bert")
-    texts = [row.text for row in toy_task("sea", rows=30, seed=5).rows]
-    slm.learn(toy_task("sea", rows=20), epochs=1)
-    before = slm.predict(texts, abstain=0.5)
-    slm.learn(toy_task("farm", rows=20), epochs=1)
-    slm.predict(texts, abstain=0.5)
-    slm.forget("farm")
-    assert slm.predict(texts, abstain=0.5) == before
-    assert {"sea", None} == {answer.task for answer in before}
-
-
-@pytest.mark.parametrize("name", GENERATORS)
-@pytest.mark.parametrize("known", [False, True])
-def test_the_bare_backbone_answers_before_any_task_is_learned_and_when_asked(name, known):
-    slm = make_slm(name)
-    if known:
-        knows(slm, *two_tasks(slm))
-    for text, answer in zip(mixed(), slm.predict(mixed(), bare=known, max_new_tokens=6), strict=True):
-        assert (answer.task, answer.label, answer.route) == (None, None, RouteTaken((), (), ()))
-        assert answer.text == bare_text(name, text, 6)
-
-
-def test_an_encoder_without_tasks_has_no_answer():
-    with pytest.raises(InputError, match="no task is learned yet: an encoder-only backbone"):
-        make_slm("bert").predict(["sea1"])
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_task_id_without_any_task_is_a_wrong_call(name):
-    with pytest.raises(InputError, match=r"task 'sea': not learned; tasks: none|no task is learned yet"):
-        make_slm(name).predict(["sea1"], task="sea")
-
-
-def test_a_bare_encoder_names_no_task():
-    slm = make_slm("bert")
-    knows(slm, *two_tasks(slm))
-    assert slm.predict(["sea1"], bare=True) == [Prediction(None, None, None, 0.0, RouteTaken((), (), ()), False, {})]

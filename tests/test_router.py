@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slm_fast import ops
 from slm_fast.errors import InputError, WorkError
-from slm_fast.router import DtkrRouter, GaussianRouter, orthogonal_keys, percentiles
+from slm_fast.router import DtkrRouter, GaussianRouter, orthogonal_keys, percentiles, share_below
 
 CPU = torch.device("cpu")
 
@@ -157,13 +157,10 @@ def test_queries_of_the_task_lie_within_its_distances_and_others_beyond() -> Non
     router = gaussian(draw(400, 1), draw(300, 2))
     unseen = draw(800, 1)[400:]  # of the same task
     slot = torch.zeros(400, dtype=torch.int64)
-    distance, limits, _ = router.distance(unseen, slot)
-    assert list(limits.shape) == [400, 101]
-    assert (limits.diff(dim=1) >= 0).all()
-    assert (distance > limits[:, 99]).float().mean() < 0.05
-    assert 0.3 < (distance > limits[:, 50]).float().mean() < 0.7
-    distance, limits, _ = router.distance(draw(400, 3, mean=3.0), slot)
-    assert (distance > limits[:, 100]).all()
+    distance = router.distance(unseen, slot)
+    assert (distance > 0.99).float().mean() < 0.05
+    assert 0.3 < (distance > 0.5).float().mean() < 0.7
+    assert (router.distance(draw(400, 3, mean=3.0), slot) > 1.0).all()
 
 
 def test_distance_is_mahalanobis_in_the_tasks_own_covariance_whatever_else_is_known() -> None:
@@ -171,20 +168,37 @@ def test_distance_is_mahalanobis_in_the_tasks_own_covariance_whatever_else_is_kn
     slot = torch.zeros(20, dtype=torch.int64)
     alone = gaussian(query).distance(asked, slot)
     beside = gaussian(query, draw(90, 2, mean=9.0)).distance(asked, slot)
-    assert torch.equal(alone[0], beside[0])
-    assert torch.equal(alone[1], beside[1])
-    expected = np.sqrt(-2 * closed_form([query], asked)[:, 0])
-    np.testing.assert_allclose(alone[0], expected, rtol=1e-4)
+    assert torch.equal(alone, beside)
+    expected = torch.from_numpy(np.sqrt(-2 * closed_form([query], asked)[:, 0]))
+    limits = gaussian(query).parts[0]["distance"]
+    np.testing.assert_allclose(alone, share_below(expected, limits), atol=1e-3)
+    assert 0.1 < alone.std() < 0.5
+
+
+def test_a_share_is_where_a_distance_lies_among_percentiles() -> None:
+    limits = torch.linspace(2.0, 4.0, 101)
+    given = torch.tensor([-1.0, 2.0, 2.01, 3.0, 4.0, 4.5, torch.inf])
+    found = share_below(given, limits)
+    np.testing.assert_allclose(found[:-1], [0.0, 0.0, 0.005, 0.5, 1.0, 1.5], atol=1e-6)
+    assert found[-1] == torch.inf
+    steps = torch.cat([torch.zeros(51), torch.ones(50)])  # a half of the rows alike, and the other
+    assert share_below(torch.tensor([0.0, 1e-6, 1.0, 1.1]), steps).tolist()[:1] == [0.0]
+    assert (share_below(torch.tensor([0.0, 1e-6, 1.0, 1.1]), steps) > 0.5).tolist() == [False, True, True, True]
+    assert (share_below(torch.tensor([0.0, 1e-6, 1.0, 1.1]), steps) > 1.0).tolist() == [False, False, False, True]
+    one = torch.full((101,), 3.0)
+    assert share_below(torch.tensor([2.9, 3.0]), one).tolist() == [0.0, 0.0]
+    assert share_below(torch.tensor([3.1]), one) > 1.0
+    assert share_below(given, torch.full((101,), torch.inf)).tolist() == [0.0] * 7
 
 
 def test_distance_is_measured_from_the_task_of_the_slot_given() -> None:
     router = gaussian(draw(90, 1), draw(90, 2), slots=2)
     asked = draw(6, 1)
-    found, limits, _ = router.distance(asked, torch.tensor([0, 1, 2, 3, 0, 2]))
+    found = router.distance(asked, torch.tensor([0, 1, 2, 3, 0, 2]))
     for i, task in enumerate([0, 0, 1, 1, 0, 1]):
-        alone, _, _ = router.distance(asked[i : i + 1], torch.tensor([2 * task]))
-        torch.testing.assert_close(found[i : i + 1], alone)
-        assert torch.equal(limits[i], router.parts[task]["distance"])
+        alone = GaussianRouter()
+        alone.load([router.parts[task]], CPU)
+        torch.testing.assert_close(found[i : i + 1], alone.distance(asked[i : i + 1], torch.tensor([0])))
 
 
 def test_the_distances_kept_of_a_task_are_those_of_each_half_of_its_rows_from_the_other() -> None:
@@ -256,12 +270,12 @@ def test_dtkr_distance_is_one_minus_the_cosine_to_the_tasks_nearest_key() -> Non
     parts = [router.fit(draw(60, seed), 2, seed=seed) for seed in range(2)]
     router.load(parts, CPU)
     asked, slots = draw(8, 0), torch.tensor([0, 1, 2, 3] * 2)
-    distance, limits, _ = router.distance(asked, slots)
+    distance = router.distance(asked, slots)
     for i, task in enumerate((slots // 2).tolist()):
         grouped = [parts[task]["keys"].view(2, 3, -1), asked[i].view(1, 3, -1)]
         cosine = torch.nn.functional.cosine_similarity(*grouped, dim=-1).mean(1)
-        torch.testing.assert_close(distance[i], 1 - cosine.max(), atol=1e-5, rtol=0)
-        assert torch.equal(limits[i], parts[task]["distance"])
+        expected = share_below(1 - cosine.max()[None], parts[task]["distance"])
+        torch.testing.assert_close(distance[i : i + 1], expected.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_groups_that_do_not_divide_the_width_are_a_wrong_call() -> None:
@@ -308,8 +322,7 @@ def test_no_queries_give_no_routes(kind: str) -> None:
     router = loaded(kind)
     route = router.route(torch.empty(0, WIDTH))
     assert list(route.slot_ids.shape) == list(route.weights.shape) == [0, 3]
-    distance, limits, _ = router.distance(torch.empty(0, WIDTH), torch.empty(0, dtype=torch.int64))
-    assert (list(distance.shape), list(limits.shape)) == ([0], [0, 101])
+    assert router.distance(torch.empty(0, WIDTH), torch.empty(0, dtype=torch.int64)).shape == (0,)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "dtkr"])
@@ -327,9 +340,8 @@ def test_queries_that_differ_by_rounding_have_no_covariance_of_their_own() -> No
     query = draw(1, 1).repeat(20, 1)
     near = query * (1 + 2.0**-21 * torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(2)))
     slot = torch.zeros(20, dtype=torch.int64)
-    distance = gaussian(near).distance(query, slot)
-    assert not distance.exceeds(1.0, 2.0**-18).any()
-    assert gaussian(near).distance(query + 0.1, slot).exceeds(1.0, 2.0**-18).all()
+    assert (gaussian(near).distance(query, slot, 2.0**-18) <= 1.0).all()
+    assert (gaussian(near).distance(query + 0.1, slot, 2.0**-18) > 1.0).all()
 
 
 def test_a_task_whose_distances_cannot_be_computed_is_far_from_everything() -> None:
@@ -338,5 +350,4 @@ def test_a_task_whose_distances_cannot_be_computed_is_far_from_everything() -> N
     part["scatter"] = part["scatter"].flip(0) * 1e3
     router.parts[1] = part
     distance = router.distance(query, torch.tensor([0, 1, 0]))
-    assert distance.distance.isinf().tolist() == [False, True, False]
-    assert distance.exceeds(1.0, 0.0)[1]
+    assert distance.isinf().tolist() == [False, True, False]

@@ -138,6 +138,9 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="give no task to out-of-distribution rows: farther off than this share of training rows (0.99)",
     )
+    parser.add_argument(
+        "--distance", action="store_true", help="say how unlike its task each row is, as --abstain does, too"
+    )
     parser.add_argument("--bare", action="store_true", help="answer with the bare backbone")
     parser.add_argument("--beams", type=int, default=1, help="beam search over so many hypotheses")
     parser.add_argument("--sample", action="store_true", help="sample generated text")
