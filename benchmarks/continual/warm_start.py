@@ -7,13 +7,15 @@ task given and without; so differences are paired. Their standard error is over 
 over the seeds that answered it first) and over seeds. With --held-out validation rows are answered, or where a stream
 has none the training rows behind those that are learned: what is decided is decided on these, and not on test rows.
 
-What is learned with each seed is a store in WORK, which an interrupted run goes on with. The first task has nothing to
-start from, and is learned once. Results: benchmarks/results/warm_start_<stream>.csv.
+What is learned with each seed is a store in WORK, which an interrupted run goes on with, and what it answered is kept
+there too. The first task has nothing to start from, and is learned once. Results:
+benchmarks/results/warm_start_<stream>.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -41,19 +43,23 @@ def answered(stream: Stream, options: argparse.Namespace, seed: int) -> dict[str
     return {name: Task(name, task.rows[learned:], free_text=False, training=False) for name, task in rows.items()}
 
 
+def folder_of(options: argparse.Namespace, seed: int) -> Path:
+    """Where what belongs to a seed is kept."""
+    rows: int = options.train or STREAMS[options.stream].rows
+    folder: Path = options.work / f"{options.stream}-{rows}-{options.max_length}-{seed}"
+    return folder
+
+
 def learn(stream: Stream, options: argparse.Namespace, seed: int, way: str) -> ScalableLM:
     """A model that knows the stream's tasks, learned as far as its store does not have them."""
-
-    def store(way: str) -> Path:
-        return options.work / f"{options.stream}-{options.train or stream.rows}-{options.max_length}-{seed}-{way}"
-
-    if store(way).exists():
-        slm = ScalableLM.from_pretrained(store(way))
+    store = folder_of(options, seed) / way
+    if store.exists():
+        slm = ScalableLM.from_pretrained(store)
     else:
         slm = ScalableLM.from_backbone("minilm", max_length=options.max_length)
         if WAYS[way]:
-            slm.add(ScalableLM.from_pretrained(store("anew")).learned[stream.tasks[0]])
-        slm.save_pretrained(store(way))
+            slm.add(ScalableLM.from_pretrained(store.with_name("anew")).learned[stream.tasks[0]])
+        slm.save_pretrained(store)
     for name, task in stream.load(options.data, "train", seed, options.train or stream.rows).items():
         if name not in slm.learned:
             slm.learn(task, progress=False, seed=seed, warm_start=WAYS[way])
@@ -61,7 +67,25 @@ def learn(stream: Stream, options: argparse.Namespace, seed: int, way: str) -> S
     return slm
 
 
+def answers_of(stream: Stream, options: argparse.Namespace, seed: int) -> tuple[dict[str, Right], dict[str, str]]:
+    """What was answered right each way, and the task that each one started from: as kept, or found now and kept."""
+    kept = folder_of(options, seed) / f"{'held-out' if options.held_out else 'test'}-{options.rows or 'all'}.json"
+    if not kept.exists():
+        rows, found, starts = answered(stream, options, seed), dict[str, Right](), dict[str, str]()
+        for way in WAYS:
+            slm = learn(stream, options, seed, way)
+            found[way] = answer(slm, rows)
+            begun = {name: slm.learned[name].options.get("warm_start") for name in stream.tasks}
+            starts |= {name: start["task"] for name, start in begun.items() if isinstance(start, dict)}
+        unfinished = kept.with_suffix(".part")
+        unfinished.write_text(json.dumps([found, starts]))
+        unfinished.replace(kept)
+    found, starts = json.loads(kept.read_text())
+    return found, starts
+
+
 def answer(slm: ScalableLM, tasks: dict[str, Task]) -> Right:
+    """Every row answered twice, with its task given and without."""
     rows = [(name, row) for name, task in tasks.items() for row in task.rows]
     texts, names = [row.text for _, row in rows], [name for name, _ in rows]
     found: Right = {}
@@ -126,21 +150,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--held-out", action="store_true", help="answer validation or training rows, not test rows")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/warm_start_<stream>.csv")
     options = parser.parse_args(arguments)
-    stream, found, starts = STREAMS[options.stream], {way: list[Right]() for way in WAYS}, []
-    options.work.mkdir(parents=True, exist_ok=True)
+    stream = STREAMS[options.stream]
     try:
         for seed in options.seeds:
-            rows = answered(stream, options, seed)
-            for way in WAYS:
-                slm = learn(stream, options, seed, way)
-                found[way].append(answer(slm, rows))
-            begun = {name: slm.learned[name].options.get("warm_start") for name in stream.tasks}
-            starts.append({name: start["task"] for name, start in begun.items() if isinstance(start, dict)})
+            folder_of(options, seed).mkdir(parents=True, exist_ok=True)
+        answers = [answers_of(stream, options, seed) for seed in options.seeds]
     except SlmError as error:
         print(f"warm_start: error: {error}", file=sys.stderr)
         return error.status
     drawing = [seed % stream.seeds if stream.seeds else 0 for seed in options.seeds]
-    lines = summary(found, starts, drawing, stream.tasks)
+    found = {way: [right[way] for right, _ in answers] for way in WAYS}
+    lines = summary(found, [starts for _, starts in answers], drawing, stream.tasks)
     kind = "held-out rows" if options.held_out else "test rows"
     held = "_heldout" if options.held_out else ""
     notes = {

@@ -78,7 +78,7 @@ def test_a_run_learns_each_way_once_and_answers_both_with_the_same_rows(data, ca
     assert lines["news_desk"]["told_gain"] == "0.00"
     assert float(lines["all rows"]["told_anew"]) > 40  # chance is 25
     assert "test rows, 12 a task at most; at most 24 training rows" in read_head(data / "out.csv")["setup"]
-    anew, warm = (ScalableLM.from_pretrained(data / "work" / f"few-24-32-0-{way}").learned for way in ("anew", "warm"))
+    anew, warm = (ScalableLM.from_pretrained(data / "work" / "few-24-32-0" / way).learned for way in ("anew", "warm"))
     assert warm["recipe_steps"].options["warm_start"]["task"] == "news_desk"
     assert "warm_start" not in anew["recipe_steps"].options
     assert warm["news_desk"].origin == anew["news_desk"].origin
