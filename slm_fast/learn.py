@@ -2,7 +2,8 @@
 
 Queries and routes of the training rows come from frozen weights, so they are computed once. By default the routes run
 over the task's own slots only, and everything random is drawn from a seed made of the task's name; then what is learned
-depends on the task, the backbone and the options alone, in whatever order and wherever tasks are learned.
+depends on the task, the backbone and the options alone, in whatever order and wherever tasks are learned. With `joint`
+and `warm_start` it depends on the tasks learned before, too.
 """
 
 from __future__ import annotations
