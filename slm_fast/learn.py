@@ -2,7 +2,8 @@
 
 Queries and routes of the training rows come from frozen weights, so they are computed once. By default the routes run
 over the task's own slots only, and everything random is drawn from a seed made of the task's name; then what is learned
-depends on the task, the backbone and the options alone, in whatever order and wherever tasks are learned.
+depends on the task, the backbone and the options alone, in whatever order and wherever tasks are learned. With `joint`
+and `warm_start` it depends on the tasks learned before, too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from slm_fast.query import TrunkQuery
 from slm_fast.router import NotFinite
 from slm_fast.tasks import LearnedTask, name_seed
 from slm_fast.tokenization import Encoded, pad
+from slm_fast.warm_start import Start, find_start, kept_options, slot_weights
 
 IGNORE = -100  # the label transformers' losses skip
 LOOK = 16  # steps between looks at the loss
@@ -62,7 +64,9 @@ def learn_task(
         except NotFinite as error:
             raise WorkError(f"{task.name}: row {error.row + 1}: its query holds a number that is not finite") from None
         trainer.allocate(slots, part, torch.Generator().manual_seed(seed))
-        trainer.fine_tune(trainer.routed(examples, query), valid, progress)
+        examples = trainer.routed(examples, query)
+        trainer.warm_start(examples, query)
+        trainer.fine_tune(examples, valid, progress)
         return trainer.learned()
 
 
@@ -134,8 +138,8 @@ def _join(mine: Tensor, theirs: Tensor) -> Tensor:
 
 
 class Trainer:
-    """The values, head and training loop of one task. `learn_task` calls, in order: `allocate`, `routed`, `fine_tune`,
-    `learned`."""
+    """The values, head and training loop of one task. `learn_task` calls, in order: `allocate`, `routed`,
+    `warm_start`, `fine_tune`, `learned`."""
 
     def __init__(self, model: AdaptedModel, task: Task, options: LearnOptions) -> None:
         self.model, self.task, self.options = model, task, options
@@ -206,6 +210,13 @@ class Trainer:
     def routed(self, examples: Examples, query: Tensor) -> Examples:
         route = self.router.route(query)
         return replace(examples, route=Route(self.renumber[route.slot_ids.cpu()], route.weights.cpu()))
+
+    def warm_start(self, examples: Examples, query: Tensor) -> None:
+        """Begin at another task's values, if the options say so."""
+        assert examples.route is not None
+        self.start: Start | None = find_start(self.model, self.task.name, self.options, query)
+        if self.start is not None:
+            self.start.fill(self.params, slot_weights(examples.route, self.slots))
 
     def fine_tune(self, examples: Examples, valid: Task | None, progress: bool | None) -> None:
         options = self.options
@@ -342,5 +353,5 @@ class Trainer:
             values={name: kept(pair) for name, pair in self.params.items()},
             router={key: tensor.cpu() for key, tensor in self.part.items()},
             head=None if self.head is None else kept(self.head),
-            options=asdict(self.options),
+            options=kept_options(self.options, self.start),
         )

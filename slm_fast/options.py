@@ -121,6 +121,8 @@ class LearnOptions:
         seed: everything random is drawn from it and the task's name.
         max_length: tokens read of an input; None means the model's.
         joint: train on routes over all tasks' slots, as the paper does, rather than over the task's own.
+        warm_start: begin at the values of a task that is learned already, rather than anew: True (the one that most of
+            the training rows would be routed to, if there is any) or its name. They then depend on that task's.
         weight_decay: of AdamW. warmup: the share of all steps that warm up.
         accumulate: gradient accumulation: a step's gradients are computed in so many parts, to save memory.
         autocast: compute in bfloat16 though the weights are float32; queries, values and optimiser stay as they are.
@@ -134,6 +136,7 @@ class LearnOptions:
     seed: int = 0
     max_length: int | None = None
     joint: bool = False
+    warm_start: bool | str = False
     weight_decay: float = 0.01
     warmup: float = 0.06
     accumulate: int = 1
@@ -147,6 +150,8 @@ class LearnOptions:
         _numbers(self, "weight_decay", 0, 1e38)
         _numbers(self, "warmup", 0, 1)
         _switches(self, "joint", "autocast")
+        if not isinstance(self.warm_start, str):
+            _switches(self, "warm_start", otherwise=" or a task's name")
 
     def epochs_for(self, rows: int) -> int:
         """Epochs over so many rows."""
@@ -268,11 +273,12 @@ def _numbers(options: Any, name: str, least: float, most: float, *, above: bool 
     object.__setattr__(options, name, number)
 
 
-def _switches(options: Any, *names: str) -> None:
+def _switches(options: Any, *names: str, otherwise: str = "") -> None:
     for name in names:
         value = getattr(options, name)
         if type(value).__name__ not in ("bool", "bool_"):  # the other is numpy's
-            raise InputError(f"{name}: expected True or False, got {reprlib.repr(value)}")
+            said = f"True, False{otherwise}" if otherwise else "True or False"
+            raise InputError(f"{name}: expected {said}, got {reprlib.repr(value)}")
         object.__setattr__(options, name, bool(value))
 
 
@@ -304,6 +310,7 @@ class LearnKeywords(TypedDict, total=False):
     seed: int
     max_length: int | None
     joint: bool
+    warm_start: bool | str
     weight_decay: float
     warmup: float
     accumulate: int

@@ -196,6 +196,8 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
             raise Unfit("labels", f"{repeated(labels)!r} stands there twice")
         for field, value in fields(about["options"], "options", others=True).items():
             check(value, f"options.{field}", PLAIN)
+        if "warm_start" in about["options"]:
+            _check_start(about["options"]["warm_start"])
         if "origin" in about:
             check(about["origin"], "origin", DIGEST)
         _check_tensors(tensors, labels)
@@ -215,6 +217,14 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
         options=about["options"],
         origin=about.get("origin"),
     )
+
+
+def _check_start(start: Any) -> None:
+    """What a task's values began at: true where there was nothing to begin at."""
+    if start is not True:
+        fields(start, "options.warm_start", "task", "sha256")
+        check(start["task"], "options.warm_start.task", TEXT)
+        check(start["sha256"], "options.warm_start.sha256", DIGEST)
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
@@ -25,12 +25,14 @@ from slm_fast.options import (
     combine,
     shows,
 )
+from slm_fast.origin import is_same, origin
 from slm_fast.predict import Prediction, predict, predict_stream
 from slm_fast.predict_file import FileAnswered, Reading, predict_file
-from slm_fast.schema import WHEN_KNOWN, check_learned
+from slm_fast.schema import check_learned
 from slm_fast.store import Store, check_same
 from slm_fast.task_file import digest_of
-from slm_fast.tasks import LearnedTask, in_name_order, origin_of
+from slm_fast.tasks import LearnedTask, in_name_order
+from slm_fast.warm_start import check_start
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -174,20 +176,21 @@ class ScalableLM:
             return warn(f"task {task.name!r}: already learned from the same rows and options; kept as it is")
         with memory_for(f"task {task.name!r}"):
             learned = learn_task(self.model, task, chosen, valid=valid, progress=progress)
-        learned = replace(learned, origin=self._origin(task, chosen, valid))
+        learned = replace(learned, origin=origin(self.model, task, learned.options, valid))
         check_learned(learned)
         self._know([learned])
 
     def knows(self, task: Task, options: LearnOptions | None = None, *, valid: Task | None = None) -> bool:
         """Whether this very task is learned already, from the same rows and options; `learn` then does nothing.
 
-        Raises InputError when the name is another task's.
+        Raises InputError when the name is another task's, or the task to start from is not learned.
         """
-        known = self.learned.get(task.name)
-        if known is not None and known.origin == self._origin(task, options or LearnOptions(), valid):
+        known, options = self.learned.get(task.name), options or LearnOptions()
+        if known is not None and is_same(known, self.model, task, options, valid):
             return True
         if known is not None or task.name in self._committed:
             raise InputError(f"task {task.name!r}: already learned; forget it first to learn it anew")
+        check_start(self.model, task.name, options)
         return False
 
     def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
@@ -224,16 +227,6 @@ class ScalableLM:
                 self._committed.pop(name, None)
             files = {task.name: digest_of(task) for task in add}
             self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
-
-    def _origin(self, task: Task, options: LearnOptions, valid: Task | None) -> str:
-        """SHA-256 of what decides a learned task."""
-        about = {key: value for key, value in self.model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
-        about |= {"options": asdict(options), "labels": task.labels, "dtype": str(self.model.backbone.dtype)}
-        if options.joint:  # then the routes to other tasks' slots do too
-            about["others"] = {known.name: digest_of(known) for known in self.model.pool.tasks}
-        parts = [task.rows, [] if valid is None else valid.rows]
-        about["rows"] = [len(rows) for rows in parts]
-        return origin_of(task.name, about, ([row.text, row.target, row.instruction] for rows in parts for row in rows))
 
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.

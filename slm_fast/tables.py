@@ -92,11 +92,20 @@ def tasks_table(tasks: Sequence[LearnedTask]) -> Table:
     table.add_column("rank", justify="right")
     table.add_column("values", justify="right")
     table.add_column("answers", overflow="fold")
-    for task in tasks:
+    starts = [started_from(task) for task in tasks]
+    if any(starts):
+        table.add_column("warm start", overflow="fold")
+    for task, start in zip(tasks, starts, strict=True):
         size = sum(a.numel() + b.numel() for a, b in task.values.values())
         rank = next(iter(task.values.values()))[0].shape[1]
         labels = task.labels or ()
         many = f"{len(labels):,} labels: " if len(labels) > LISTED else ""
         answers = "free text" if task.labels is None else many + some_of(labels, LISTED)
-        table.add_row(task.name, str(task.slots), str(rank), f"{size:,}", Text(answers))
+        table.add_row(task.name, str(task.slots), str(rank), f"{size:,}", Text(answers), *[start] * any(starts))
     return table
+
+
+def started_from(task: LearnedTask) -> str:
+    """The task whose values this one's began at, and what its file was; nothing for an ordinary start."""
+    start = task.options.get("warm_start")
+    return f"{start['task']} {start['sha256'][:12]}" if isinstance(start, Mapping) else ""

@@ -84,6 +84,10 @@ def test_an_unknown_keyword_is_named_with_those_there_are() -> None:
         (LearnOptions, "learning_rate", 0, "expected more than 0"),
         (LearnOptions, "epochs", 10**9, "expected at most 1,000,000"),
         (LearnOptions, "joint", 1, "expected True or False, got 1"),
+        *(
+            (LearnOptions, "warm_start", value, "expected True, False or a task's name, got")
+            for value in (None, 1, ["sea"])
+        ),
         (LearnOptions, "warmup", -0.1, "expected a number from 0 to 1"),
         (ModelConfig, "k", "2", "expected an integer or None"),
         (ModelConfig, "k", 2**31, "expected at most 1,024"),

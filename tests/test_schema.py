@@ -235,6 +235,31 @@ def test_a_wrong_field_of_a_tasks_metadata_is_named(field: str, value: Any, said
     assert refusal(check_task, json.dumps(changed(about, field, value)), tensors, FILE).startswith(said)
 
 
+def with_start(start: Any) -> tuple[str, dict[str, torch.Tensor]]:
+    """Metadata and tensors of a task whose file says that its values began there."""
+    about, tensors = parts(TASK)
+    return json.dumps({**about, "options": {**about["options"], "warm_start": start}}), tensors
+
+
+@pytest.mark.parametrize("start", [True, {"task": "b", "sha256": DIGEST}])
+def test_what_a_tasks_values_began_at_is_read_as_it_was_written(start: Any) -> None:
+    assert check_task(*with_start(start), FILE).options["warm_start"] == start
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (False, "not a task file: options.warm_start: expected an object, got False"),
+        ({"task": "b"}, "not a task file: options.warm_start.sha256: missing"),
+        ({"task": "", "sha256": DIGEST}, "not a task file: options.warm_start.task: expected a non"),
+        ({"task": "b", "sha256": "b"}, "not a task file: options.warm_start.sha256: expected 64"),
+        ({**ENTRY, "task": "b"}, "options.warm_start.file: not known; written by a newer version"),
+    ],
+)
+def test_a_start_that_cannot_have_been_is_refused(start: Any, said: str) -> None:
+    assert refusal(check_task, *with_start(start), FILE).startswith(said)
+
+
 @pytest.mark.parametrize("metadata", [None, "", "[]", "{", '{"name": NaN}', '{"options": ' + DEEP, DEEP, "7"])
 def test_metadata_that_is_no_object_is_no_task(metadata: str | None) -> None:
     assert refusal(check_task, metadata, parts(TASK)[1], FILE).startswith("not a task file: ")

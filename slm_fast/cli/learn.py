@@ -72,6 +72,8 @@ def _add_learn_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of all that is random")
     group.add_argument("--accumulate", type=int, default=1, help="gradient accumulation: parts of a step")
     group.add_argument("--autocast", action="store_true", help="compute in bfloat16 though the weights are float32")
+    about = "begin at the values of a learned task: TASK, or the one that most rows would be routed to"
+    group.add_argument("--warm-start", nargs="?", const=True, default=False, metavar="TASK", help=about)
     group.add_argument("--joint", action="store_true", help="train on routes over all tasks' slots, as the paper does")
 
 

@@ -1,0 +1,177 @@
+"""Whether it pays to begin a task at another's values: a stream learned anew and with warm_start=True, seed by seed.
+
+    python -m benchmarks.continual.warm_start --data DIR --stream few --seeds 0 1 2 3 4 --work WORK
+
+Both learn the same rows with the same seeds, which draw the same order of rows, and both answer the same rows, with the
+task given and without; so differences are paired. Their standard error is over rows (a row's differences are averaged
+over the seeds that answered it first) and over seeds. With --held-out validation rows are answered, or where a stream
+has none the training rows behind those that are learned: what is decided is decided on these, and not on test rows.
+
+What is learned with each seed is a store in WORK, which an interrupted run goes on with, and what it answered is kept
+there too. The first task has nothing to start from, and is learned once. Results:
+benchmarks/results/warm_start_<stream>.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.continual.gaps import paired
+from benchmarks.continual.streams import STREAMS, Stream
+from benchmarks.tables import RESULTS, table, write_csv
+from slm_fast import ScalableLM, SlmError, Task
+
+WAYS = {"anew": False, "warm": True}  # what warm_start is
+Right = dict[str, dict[str, list[float]]]  # "told" or "routed" -> task -> whether each of its rows was answered right
+
+
+def answered(stream: Stream, options: argparse.Namespace, seed: int) -> dict[str, Task]:
+    """The rows that are answered, by task."""
+    if not options.held_out:
+        return stream.load(options.data, "test", seed, options.rows)
+    if stream.seeds:
+        return stream.load(options.data, "valid", seed, options.rows)
+    learned = options.train or stream.rows
+    rows = stream.load(options.data, "train", seed, None if options.rows is None else learned + options.rows)
+    return {name: Task(name, task.rows[learned:], free_text=False, training=False) for name, task in rows.items()}
+
+
+def folder_of(options: argparse.Namespace, seed: int) -> Path:
+    """Where what belongs to a seed is kept."""
+    rows: int = options.train or STREAMS[options.stream].rows
+    folder: Path = options.work / f"{options.stream}-{rows}-{options.max_length}-{seed}"
+    return folder
+
+
+def learn(stream: Stream, options: argparse.Namespace, seed: int, way: str) -> ScalableLM:
+    """A model that knows the stream's tasks, learned as far as its store does not have them."""
+    store = folder_of(options, seed) / way
+    if store.exists():
+        slm = ScalableLM.from_pretrained(store)
+    else:
+        slm = ScalableLM.from_backbone("minilm", max_length=options.max_length)
+        if WAYS[way]:
+            slm.add(ScalableLM.from_pretrained(store.with_name("anew")).learned[stream.tasks[0]])
+        slm.save_pretrained(store)
+    for name, task in stream.load(options.data, "train", seed, options.train or stream.rows).items():
+        if name not in slm.learned:
+            slm.learn(task, progress=False, seed=seed, warm_start=WAYS[way])
+            print(f"seed {seed}: {way}: learned {name}", file=sys.stderr)
+    return slm
+
+
+def answers_of(stream: Stream, options: argparse.Namespace, seed: int) -> tuple[dict[str, Right], dict[str, str]]:
+    """What was answered right each way, and the task that each one started from: as kept, or found now and kept."""
+    kept = folder_of(options, seed) / f"{'held-out' if options.held_out else 'test'}-{options.rows or 'all'}.json"
+    if not kept.exists():
+        rows, found, starts = answered(stream, options, seed), dict[str, Right](), dict[str, str]()
+        for way in WAYS:
+            slm = learn(stream, options, seed, way)
+            found[way] = answer(slm, rows)
+            begun = {name: slm.learned[name].options.get("warm_start") for name in stream.tasks}
+            starts |= {name: start["task"] for name, start in begun.items() if isinstance(start, dict)}
+        unfinished = kept.with_suffix(".part")
+        unfinished.write_text(json.dumps([found, starts]))
+        unfinished.replace(kept)
+    found, starts = json.loads(kept.read_text())
+    return found, starts
+
+
+def answer(slm: ScalableLM, tasks: dict[str, Task]) -> Right:
+    """Every row answered twice, with its task given and without."""
+    rows = [(name, row) for name, task in tasks.items() for row in task.rows]
+    texts, names = [row.text for _, row in rows], [name for name, _ in rows]
+    found: Right = {}
+    for how, answers in (("told", slm.predict(texts, task=names)), ("routed", slm.predict(texts))):
+        right: dict[str, list[float]] = defaultdict(list)
+        for (name, row), given in zip(rows, answers, strict=True):
+            right[name].append(float(given.label == row.target))
+        found[how] = dict(right)
+    return found
+
+
+def gain(
+    anew: Sequence[Sequence[float]], warm: Sequence[Sequence[float]], drawing: Sequence[int]
+) -> tuple[float, float, float]:
+    """Mean of warm - anew over seeds, its standard error over rows and over seeds. anew, warm: for each seed its rows,
+    which are the same for seeds of one `drawing`."""
+    parts = []
+    for one in sorted(set(drawing)):
+        own = [i for i, drawn in enumerate(drawing) if drawn == one]
+        parts.append((len(own) / len(drawing), paired([anew[i] for i in own], [warm[i] for i in own])))
+    over_rows = sum((share * error) ** 2 for share, (_, error, _) in parts) ** 0.5
+    means = [[mean(seed)] for seed in anew], [[mean(seed)] for seed in warm]
+    total, _, over_seeds = paired(*means)
+    return total, over_rows, over_seeds
+
+
+def summary(
+    found: dict[str, list[Right]], starts: Sequence[dict[str, str]], drawing: Sequence[int], tasks: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A line for each task and one for all rows, in percent. found: by way, then seed; starts: by seed, then task."""
+    lines = []
+    for name, chosen in [*((task, [task]) for task in tasks), ("all rows", list(tasks))]:
+        begun = Counter(seed[name] for seed in starts if name in seed)
+        line: dict[str, Any] = {
+            "task": name,
+            "rows": 0,
+            "started_from": ", ".join(f"{t} {n}x" for t, n in begun.items()),
+        }
+        for how in ("told", "routed"):
+            anew, warm = ([[x for task in chosen for x in seed[how][task]] for seed in found[way]] for way in WAYS)
+            total, over_rows, over_seeds = gain(anew, warm, drawing)
+            line["rows"] = len(anew[0])
+            line |= {
+                f"{how}_anew": f"{100 * mean(map(mean, anew)):.2f}",
+                f"{how}_warm": f"{100 * mean(map(mean, warm)):.2f}",
+            }
+            line |= {f"{how}_gain": f"{100 * total:.2f}", f"{how}_se_rows": f"{100 * over_rows:.2f}"}
+            line[f"{how}_se_seeds"] = f"{100 * over_seeds:.2f}"
+        lines.append(line)
+    return lines
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the streams' folders")
+    parser.add_argument("--stream", choices=list(STREAMS), required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for what is learned")
+    parser.add_argument("--train", type=int, help="training rows a task at the most; default: the stream's")
+    parser.add_argument("--rows", type=int, help="rows answered a task at the most; default: all")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
+    parser.add_argument("--held-out", action="store_true", help="answer validation or training rows, not test rows")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/warm_start_<stream>.csv")
+    options = parser.parse_args(arguments)
+    stream = STREAMS[options.stream]
+    try:
+        for seed in options.seeds:
+            folder_of(options, seed).mkdir(parents=True, exist_ok=True)
+        answers = [answers_of(stream, options, seed) for seed in options.seeds]
+    except SlmError as error:
+        print(f"warm_start: error: {error}", file=sys.stderr)
+        return error.status
+    drawing = [seed % stream.seeds if stream.seeds else 0 for seed in options.seeds]
+    found = {way: [right[way] for right, _ in answers] for way in WAYS}
+    lines = summary(found, [starts for _, starts in answers], drawing, stream.tasks)
+    kind = "held-out rows" if options.held_out else "test rows"
+    held = "_heldout" if options.held_out else ""
+    notes = {
+        "setup": f"{kind}{f', {options.rows} a task at most' if options.rows else ''}; at most "
+        f"{options.train or stream.rows} training rows a task, seeds {', '.join(map(str, options.seeds))}, at most "
+        f"{options.max_length} tokens; gain: warm less anew, in points; its standard error over rows and over seeds"
+    }
+    write_csv(options.output or RESULTS / f"warm_start_{options.stream}{held}.csv", lines, notes)
+    print(table(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

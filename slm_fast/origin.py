@@ -1,0 +1,34 @@
+"""What a learned task is made from, so that the same is known when it comes again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from slm_fast.data import Task
+from slm_fast.model import AdaptedModel
+from slm_fast.options import LearnOptions
+from slm_fast.schema import WHEN_KNOWN
+from slm_fast.task_file import digest_of
+from slm_fast.tasks import LearnedTask, origin_of
+from slm_fast.warm_start import is_wanted, kept_options
+
+
+def origin(model: AdaptedModel, task: Task, options: Mapping[str, Any], valid: Task | None) -> str:
+    """SHA-256 of what decides a learned task. options: as its file keeps them."""
+    about = {key: value for key, value in model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
+    about |= {"options": dict(options), "labels": task.labels, "dtype": str(model.backbone.dtype)}
+    if options["joint"]:  # then the routes to other tasks' slots do too
+        about["others"] = {known.name: digest_of(known) for known in model.pool.tasks}
+    parts = [task.rows, [] if valid is None else valid.rows]
+    about["rows"] = [len(rows) for rows in parts]
+    return origin_of(task.name, about, ([row.text, row.target, row.instruction] for rows in parts for row in rows))
+
+
+def is_same(known: LearnedTask, model: AdaptedModel, task: Task, options: LearnOptions, valid: Task | None) -> bool:
+    """Whether a learned task was made from these rows and options. One that was to start from whatever was nearest is
+    the same whatever that was then."""
+    asked = kept_options(options, None)
+    if "warm_start" in asked:
+        asked["warm_start"] = known.options.get("warm_start")
+    return is_wanted(options, known.options) and known.origin == origin(model, task, asked, valid)

@@ -1,0 +1,122 @@
+"""Where a task's values begin if not anew: at the slots of a task that is learned already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slm_fast.errors import InputError, some_of
+from slm_fast.model import AdaptedModel
+from slm_fast.ops import Route
+from slm_fast.options import LearnOptions
+from slm_fast.task_file import digest_of
+from slm_fast.tasks import LearnedTask
+
+
+@dataclass(frozen=True)
+class Start:
+    """The task that another one's values begin at. weights: [N, S] float64, of its slots for each training row."""
+
+    task: LearnedTask
+    weights: Tensor
+
+    @torch.no_grad()
+    def fill(self, values: Mapping[str, tuple[Tensor, Tensor]], own: Tensor) -> None:
+        """Let new values begin here: each new slot at the slot that weighs most for the new slot's rows.
+
+        Of a larger rank the nearest increments of the new one are taken. Of a smaller rank all are taken, and the rows
+        that are left stay as they are.
+
+        Args:
+            values: module name -> (lora_a [S, r, I], lora_b [S, r, O]), changed in place.
+            own: [N, S] float64, what each new slot weighs for each training row.
+        """
+        slots = self.slots_for(own)
+        for module, pair in values.items():
+            rank = pair[0].shape[1]
+            theirs = self.task.values[module][0][slots], self.task.values[module][1][slots]
+            if theirs[0].shape[1] > rank:
+                theirs = nearest_of_rank(*theirs, rank)
+            for new, old in zip(pair, theirs, strict=True):
+                new[:, : old.shape[1]] = old.to(new)
+
+    def slots_for(self, own: Tensor) -> Tensor:
+        """Which slot each new one begins at, [S] int64. own: [N, S], as in `fill`."""
+        own = torch.where(own.sum(0) > 0, own, 1.0)  # a slot without rows goes by all of them
+        return (own.T @ self.weights).argmax(1)
+
+
+def nearest_of_rank(lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Slots [S, r, I] and [S, r, O] -> [S, rank, I] and [S, rank, O], whose products lora_a' lora_b are the nearest of
+    that rank (Eckart & Young 1936), both halves with the same norms. A layer narrower than that has as many rows as it
+    is wide. float32, computed in float64."""
+    left, upper_a = torch.linalg.qr(lora_a.double().mT)  # [S, I, r], [S, r, r] of a layer wider than r
+    right, upper_b = torch.linalg.qr(lora_b.double().mT)
+    u, s, v = torch.linalg.svd(upper_a @ upper_b.mT, full_matrices=False)
+    root = s[:, :rank].sqrt()[:, None]  # [S, 1, rank]
+    short_a, short_b = left @ (u[:, :, :rank] * root), right @ (v.mT[:, :, :rank] * root)
+    return short_a.mT.float(), short_b.mT.float()
+
+
+def check_start(model: AdaptedModel, task: str, options: LearnOptions) -> None:
+    """Raise InputError where a task is to start from one that is not learned."""
+    others = [name for name in model.pool.names if name != task]
+    if isinstance(options.warm_start, str) and options.warm_start not in others:
+        raise InputError(f"warm_start: task {options.warm_start!r} is not learned; tasks: {some_of(others)}")
+
+
+@torch.no_grad()
+def find_start(model: AdaptedModel, task: str, options: LearnOptions, query: Tensor) -> Start | None:
+    """The task to start from: the one named, or the one that most of the training queries [N, D] are routed to by what
+    is known so far (of several the first by name). None where no start is wanted or nothing else is learned.
+
+    Raises InputError for a name that is not learned.
+    """
+    check_start(model, task, options)
+    pool, router = model.pool, model.router
+    others = torch.tensor([name != task for name in pool.slot_names], dtype=torch.bool, device=query.device)
+    if not options.warm_start or not others.any():
+        return None
+    name = options.warm_start
+    if not isinstance(name, str):
+        route = router.route(query, others)
+        owner = pool.slot_task[route.slot_ids.clamp(min=0)]  # [N, K]
+        shared = ((owner[:, :, None] == owner[:, None]) * route.weights[:, None]).sum(2)  # p(t) of each slot's task
+        found = owner.gather(1, shared.argmax(1, keepdim=True)).cpu()
+        name = pool.names[int(found.flatten().bincount().argmax())]
+    allowed = pool.slots_of(name)
+    route = router.route(query, allowed)
+    first, known = int(allowed.nonzero()[0]), pool.tasks[pool.names.index(name)]
+    route = Route(torch.where(route.slot_ids < 0, -1, route.slot_ids - first), route.weights)
+    return Start(known, slot_weights(route, known.slots))
+
+
+def slot_weights(route: Route, slots: int) -> Tensor:
+    """What each of the slots 0..slots-1 weighs in each row of a route: [N, slots] float64, on the CPU."""
+    ids, weights = route.slot_ids.cpu(), route.weights.cpu().double()
+    inside = (ids >= 0) & (ids < slots)
+    found = torch.zeros(len(ids), slots, dtype=torch.float64)
+    return found.scatter_add_(1, ids.where(inside, 0), weights * inside)
+
+
+def kept_options(options: LearnOptions, start: Start | None) -> dict[str, Any]:
+    """Options as a task's file keeps them. `warm_start` is there only if it was wanted: {"task": name, "sha256": that
+    of its file}, or True where there was nothing to start from."""
+    kept = asdict(options)
+    if not options.warm_start:
+        del kept["warm_start"]
+    elif start is not None:
+        kept["warm_start"] = {"task": start.task.name, "sha256": digest_of(start.task)}
+    return kept
+
+
+def is_wanted(options: LearnOptions, kept: Mapping[str, Any]) -> bool:
+    """Whether the start that a task's file tells of is one that these options ask for."""
+    start = kept.get("warm_start", False)
+    if isinstance(options.warm_start, str):
+        return isinstance(start, Mapping) and start["task"] == options.warm_start
+    return bool(start) == options.warm_start
