@@ -1,5 +1,7 @@
-"""Rivals, one file each: ways to learn a stream of tasks, with the table of them, and `Identifier`s, which only name the
-task of a row (`benchmarks/continual/routers.py` has their table)."""
+"""Rivals, one file each: ways to learn a stream of tasks, with the table of them, and `Identifier`s.
+
+These only name the task of a row; `benchmarks/continual/routers.py` has their table.
+"""
 
 from __future__ import annotations
 
