@@ -1,10 +1,14 @@
-"""What each part of the router brings: the task named right on training rows held out, fold by fold.
+"""Which task a row belongs to: slm_fast's router, what each part of it brings, and the routers of EPI and Any-SSR.
 
     python -m benchmarks.continual.routers --data DIR --stream clinc
+    python -m benchmarks.continual.routers --data DIR --stream clinc --test
 
-No values are learned: routes depend on frozen states alone. Every row is answered once, by a router that did not have
-it, over all tasks of the stream; so what one part more brings is paired by row. Results:
-benchmarks/results/routers_<stream>.csv, with what a task keeps for its router in bytes and what a row costs.
+No values are learned: routes depend on frozen states alone, which all routers read from the same pass. Training rows
+are answered once each, fold by fold, by a router that did not have them; with --test all training rows are learned and
+the test rows answered. Differences from the first line are paired by row. Results:
+benchmarks/results/routers_<stream>.csv, or routers_<stream>_test.csv, with what is kept in bytes (what all tasks share
+is divided by their number), seconds to fit a task and, once for all tasks, to prepare, and what a row costs beyond its
+frozen states.
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,91 +26,117 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.continual.methods.any_ssr import AnySsr
+from benchmarks.continual.methods.epi import Epi
+from benchmarks.continual.methods.identifier import Identifier
+from benchmarks.continual.methods.slm_router import SlmRouter
+from benchmarks.continual.states import States, states
 from benchmarks.continual.streams import STREAMS, Stream
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import SlmError, Task
 from slm_fast.backbone import Backbone
 from slm_fast.learn import label_numbers
-from slm_fast.model import AdaptedModel
-from slm_fast.options import ModelConfig
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A router: how many random features (0: none, and no maxima), and whether labels have means of their own."""
+    """A router, and which of a row's frozen states it reads (`States.read`)."""
 
     name: str
-    features: int
-    labels: bool = True
+    reads: str
+    make: Callable[[], Identifier]
 
 
 VARIANTS = (
-    Variant("a mean a task", 0, labels=False),
-    Variant("a mean a label", 0),
-    Variant("and maxima, 512 random features", 512),
-    Variant("and maxima, 1,024 random features", 1024),
-    Variant("and maxima, 2,048 random features", 2048),
-    Variant("and maxima, 4,096 random features", 4096),
-    Variant("2,048 random features, a mean a task", 2048, labels=False),
+    Variant("a mean a task", "means", partial(SlmRouter, 0, labels=False)),
+    Variant("a mean a label", "means", partial(SlmRouter, 0)),
+    Variant("and maxima", "query", partial(SlmRouter, 0)),
+    Variant("and 2,048 random features", "means", partial(SlmRouter, 2048)),
+    Variant("and maxima, 512 random features", "query", partial(SlmRouter, 512)),
+    Variant("and maxima, 1,024 random features", "query", partial(SlmRouter, 1024)),
+    Variant("and maxima, 2,048 random features", "query", partial(SlmRouter, 2048)),
+    Variant("and maxima, 4,096 random features", "query", partial(SlmRouter, 4096)),
+    Variant("2,048 random features, a mean a task", "query", partial(SlmRouter, 2048, labels=False)),
+    Variant("EPI", "last", Epi),
+    Variant("EPI of our mean states", "means", Epi),
+    Variant("Any-SSR", "means", AnySsr),
 )
 
 
-def folds_of(task: Task, folds: int) -> Tensor:
-    """The fold of each row [N]: each label's rows are dealt out."""
-    numbers = label_numbers(task)
-    assert numbers is not None
-    fold = torch.empty(len(numbers), dtype=torch.int64)
-    fold[numbers.argsort(stable=True)] = torch.arange(len(numbers)) % folds
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a task: their frozen states, and the numbers of their labels [N], None for free text."""
+
+    states: States
+    labels: Tensor | None
+
+    def chosen(self, which: Tensor) -> Rows:
+        """Those rows, `which` being [N] bool."""
+        query, means, last = self.states
+        labels = None if self.labels is None else self.labels[which]
+        return Rows(States(query[which], means, last[which]), labels)
+
+
+Stage = tuple[Mapping[str, Rows], Mapping[str, Rows]]  # what is learned and what is then answered, by task
+
+
+def rows_of(task: Task, backbone: Backbone, work: Path | None) -> Rows:
+    return Rows(states(backbone, task.rows, 128, work), label_numbers(task))
+
+
+def folds_of(labels: Tensor | None, rows: int, folds: int) -> Tensor:
+    """The fold of each row [N]: each label's rows are dealt out, or all rows where there are no labels."""
+    fold = torch.empty(rows, dtype=torch.int64)
+    order = torch.arange(rows) if labels is None else labels.argsort(stable=True)
+    fold[order] = torch.arange(rows) % folds
     return fold
 
 
-def measure(
-    variant: Variant, tasks: dict[str, Task], queries: dict[bool, dict[str, Tensor]], folds: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """Whether each row's task is named right [rows], and the variant's line without what it gains. `queries`, without
-    maxima and with, are kept there for the next variant."""
-    model = AdaptedModel(Backbone.load("minilm"), ModelConfig(max_length=128, features=variant.features))
-    if (variant.features > 0) not in queries:
-        queries[variant.features > 0] = {name: model.queries(task.rows) for name, task in tasks.items()}
-    own_queries = queries[variant.features > 0]
-    labels = {name: label_numbers(task) if variant.labels else None for name, task in tasks.items()}
-    fold_of = {name: folds_of(task, folds) for name, task in tasks.items()}
-    right = {name: torch.zeros(len(task.rows)) for name, task in tasks.items()}
-    fit_s, route_s, kept = 0.0, 0.0, 0
+def held_out(tasks: Mapping[str, Rows], folds: int) -> Iterator[Stage]:
+    """Each fold once answered by what the others teach."""
+    fold_of = {name: folds_of(rows.labels, len(rows.states.last), folds) for name, rows in tasks.items()}
     for fold in range(folds):
-        parts, started = {}, time.perf_counter()
-        for name, query in own_queries.items():
-            own = fold_of[name] != fold
-            numbers = labels[name]
-            parts[name] = model.new_router().fit(query[own], 1, 0, None if numbers is None else numbers[own])
-        fit_s += time.perf_counter() - started
-        kept += sum(tensor.nbytes for part in parts.values() for tensor in part.values())
-        router = model.new_router()
-        router.load(parts, torch.device("cpu"))
-        router.prepare()
-        for place, name in enumerate(router.names):
-            own = fold_of[name] == fold
+        learned = {name: rows.chosen(fold_of[name] != fold) for name, rows in tasks.items()}
+        yield learned, {name: rows.chosen(fold_of[name] == fold) for name, rows in tasks.items()}
+
+
+def measure(variant: Variant, stages: Sequence[Stage]) -> tuple[Tensor, dict[str, Any]]:
+    """Whether each row's task is named right [rows], and the variant's line without what it gains."""
+    right: dict[str, list[Tensor]] = {name: [] for name in stages[0][1]}
+    kept, fit_s, prepare_s, route_s = 0, 0.0, 0.0, 0.0
+    for learned, answered in stages:
+        identifier = variant.make()
+        started = time.perf_counter()
+        for name, rows in learned.items():
+            identifier.observe(name, rows.states.read(variant.reads), rows.labels)
+        fitted = time.perf_counter()
+        identifier.prepare()
+        fit_s, prepare_s = fit_s + fitted - started, prepare_s + time.perf_counter() - fitted
+        kept += identifier.nbytes
+        for name, rows in answered.items():
+            query, place = rows.states.read(variant.reads), identifier.names.index(name)
             started = time.perf_counter()
-            right[name][own] = (router.route(own_queries[name][own]).slot_ids[:, 0] == place).float()
+            right[name].append((identifier.identify(query) == place).float())
             route_s += time.perf_counter() - started
-    found = torch.cat(list(right.values()))
+    by_task = [torch.cat(found) for found in right.values()]
+    found = torch.cat(by_task)
     line = {
         "router": variant.name,
         "right_task": f"{100 * float(found.mean()):.2f}",
-        "bytes_a_task": round(kept / folds / len(tasks)),
-        "fit_s_a_task": f"{fit_s / folds / len(tasks):.2f}",
+        "mean_over_tasks": f"{100 * mean(float(own.mean()) for own in by_task):.2f}",
+        "bytes_a_task": round(kept / len(stages) / len(by_task)),
+        "fit_s_a_task": f"{fit_s / len(stages) / len(by_task):.2f}",
+        "prepare_s": f"{prepare_s / len(stages):.2f}",
         "route_us_a_row": f"{1e6 * route_s / len(found):.1f}",
     }
     return found, line
 
 
-def ablation(stream: Stream, options: argparse.Namespace) -> list[dict[str, Any]]:
+def comparison(variants: Sequence[Variant], stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """A line a variant: the task named right in percent, what it gains over the first, and its standard error."""
-    tasks = stream.load(options.data, "train", 0, options.train or stream.rows)
-    queries: dict[bool, dict[str, Tensor]] = {}
     first, lines = None, []
-    for variant in VARIANTS:
-        found, line = measure(variant, tasks, queries, options.folds)
+    for variant in variants:
+        found, line = measure(variant, stages)
         first = found if first is None else first
         gain = (100 * (found - first)).tolist()
         line |= {"gain": f"{mean(gain):.2f}", "gain_se": f"{stdev(gain) / len(gain) ** 0.5:.2f}"}
@@ -114,22 +145,40 @@ def ablation(stream: Stream, options: argparse.Namespace) -> list[dict[str, Any]
     return lines
 
 
+def stages_of(stream: Stream, options: argparse.Namespace) -> list[Stage]:
+    backbone = Backbone.load("minilm")
+    train = stream.load(options.data, "train", 0, options.train or stream.rows)
+    learned = {name: rows_of(task, backbone, options.work) for name, task in train.items()}
+    if not options.test:
+        return list(held_out(learned, options.folds))
+    test = stream.load(options.data, "test", 0, options.answer)
+    return [(learned, {name: rows_of(task, backbone, options.work) for name, task in test.items()})]
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the streams' folders")
     parser.add_argument("--stream", choices=list(STREAMS), required=True)
     parser.add_argument("--train", type=int, help="training rows a task at the most; default: the stream's")
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/routers_<stream>.csv")
+    parser.add_argument("--test", action="store_true", help="learn all training rows and answer the test rows")
+    parser.add_argument("--answer", type=int, help="test rows a task at the most; default: all")
+    parser.add_argument("--routers", nargs="+", choices=[v.name for v in VARIANTS], help="default: all")
+    parser.add_argument("--work", type=Path, help="folder that keeps frozen states for the next run")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/routers_<stream>[_test].csv")
     options = parser.parse_args(arguments)
+    stream, test = STREAMS[options.stream], "_test" if options.test else ""
     try:
-        lines = ablation(STREAMS[options.stream], options)
+        chosen = [v for v in VARIANTS if v.name in (options.routers or [v.name])]
+        lines = comparison(chosen, stages_of(stream, options))
     except SlmError as error:
         print(f"routers: error: {error}", file=sys.stderr)
         return error.status
-    rows = options.train or STREAMS[options.stream].rows
-    notes = {"setup": f"training rows, {options.folds} folds, at most {rows} rows a task, at most 128 tokens"}
-    write_csv(options.output or RESULTS / f"routers_{options.stream}.csv", lines, notes)
+    most = f", at most {options.answer} a task" if options.answer else ""
+    answered = f"test rows{most}" if options.test else f"training rows, {options.folds} folds"
+    rows = options.train or stream.rows
+    notes = {"setup": f"{answered}; at most {rows} training rows a task, at most 128 tokens"}
+    write_csv(options.output or RESULTS / f"routers_{options.stream}{test}.csv", lines, notes)
     print(table(lines))
     return 0
 

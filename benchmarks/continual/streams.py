@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gzip
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slm_fast import Task
+from slm_fast.data import Row
 
 # The paper's task sequences (Table 7), less those of LLaMA.
 ORDERS = {
@@ -25,7 +29,7 @@ class Stream:
 
     folder: of the data, with a folder a task. rows: training rows a task, at the most. seeds: how many drawings of the
     training rows there are, each in a folder seed<k> of the task's; 0 where there is one. out_of_scope: a folder beside
-    the tasks' whose test rows belong to none of them.
+    the tasks' whose test rows belong to none of them. elsewhere: the folder of each task that is not in `folder`.
     """
 
     folder: str
@@ -33,11 +37,13 @@ class Stream:
     rows: int
     seeds: int = 0
     out_of_scope: str | None = None
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, data: Path, split: str, seed: int, rows: int | None = None) -> dict[str, Task]:
         """Each task's rows of a split, the first `rows` of them where that is given."""
         part = f"seed{seed % self.seeds}" if self.seeds else ""
-        return {name: load(data / self.folder, name, split, rows, part) for name in self.tasks}
+        folders = {name: data / self.elsewhere.get(name, self.folder) for name in self.tasks}
+        return {name: load(folder, name, split, rows, part) for name, folder in folders.items()}
 
 
 CLINC = tuple(
@@ -54,18 +60,43 @@ HWU = tuple(
         *("other", "play", "qa", "recommendation", "social", "takeaway", "transport"),
     )
 )
+GENERATION = ("finance", "mmlu", "medical", "medical_synth")
+MULTIPLE_CHOICE = ("arc_easy", "piqa", "winogrande")
 STREAMS = {
     "far": Stream("classification", ORDERS[4], 1500),  # news, two kinds of reviews, questions, encyclopedia articles
     "clinc": Stream("intents", CLINC, 1500, out_of_scope="out_of_scope"),  # ten domains of one assistant's requests
     "intents": Stream("intents", ("atis", "banking77", *CLINC, *HWU, "snips"), 600, out_of_scope="out_of_scope"),
     "few": Stream("fewshot", ORDERS[4], 1500, seeds=2),  # 16 rows a class
+    "thirteen": Stream(  # six kinds of texts with labels, two of which are Yahoo's, and seven answered in free text
+        "classification",
+        (*ORDERS[4], "yahoo_titles", *GENERATION, *MULTIPLE_CHOICE),
+        400,
+        elsewhere=dict.fromkeys(GENERATION, "generation") | dict.fromkeys(MULTIPLE_CHOICE, "zeroshot"),
+    ),
 }
+TRAINING_OF_TEST = 400  # rows of a task that has test rows only are for training, the first ones
 
 
 def load(data: Path, name: str, split: str, rows: int | None, part: str = "") -> Task:
     """The first rows of `<data>/<name>/<part>/<split>.jsonl.gz`, all where `rows` is None."""
     training = split == "train"
+    folder = data / name / part
+    if not (folder / "train.jsonl.gz").is_file() and (folder / "test.jsonl.gz").is_file():
+        found = multiple_choice(folder / "test.jsonl.gz")
+        found = found[:TRAINING_OF_TEST] if training else found[TRAINING_OF_TEST:]
+        return Task(name, found[:rows], free_text=True, training=training)
     words = data / name / "labels.json"
     labels = words if words.is_file() else None
-    task = Task.from_file(name, data / name / part / f"{split}.jsonl.gz", labels=labels, training=training)
-    return Task(name, task.rows[:rows], free_text=False, training=training)
+    task = Task.from_file(name, folder / f"{split}.jsonl.gz", labels=labels, training=training)
+    return Task(name, task.rows[:rows], free_text=task.labels is None, training=training)
+
+
+def multiple_choice(path: Path) -> list[Row]:
+    """Rows of question, choices and the answer's number: the question and lettered choices, answered with a letter."""
+    found = []
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            choices = [f"{letter}. {choice}" for letter, choice in zip("ABCDE", row["choices"], strict=False)]
+            found.append(Row("\n".join([row["question"], *choices]), "ABCDE"[row["answer"]]))
+    return found

@@ -1,4 +1,7 @@
-"""Ways to learn a stream of tasks, one file each, and the table of them."""
+"""Rivals, one file each: ways to learn a stream of tasks, with the table of them, and `Identifier`s.
+
+These only name the task of a row; `benchmarks/continual/routers.py` has their table.
+"""
 
 from __future__ import annotations
 

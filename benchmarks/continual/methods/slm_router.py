@@ -1,0 +1,45 @@
+"""slm_fast's router, behind the face of an identifier of tasks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from slm_fast.backbone import Backbone
+from slm_fast.model import AdaptedModel
+from slm_fast.options import ModelConfig
+
+
+@lru_cache(maxsize=1)
+def configured(features: int) -> AdaptedModel:
+    """MiniLM with a router of so many random features, kept for the folds of one variant."""
+    return AdaptedModel(Backbone.load("minilm"), ModelConfig(max_length=128, features=features))
+
+
+class SlmRouter:
+    """One slot a task. features: random features of the query's means, 0 for none. labels: a mean a label, else one a
+    task."""
+
+    def __init__(self, features: int, *, labels: bool = True) -> None:
+        self.router, self.labels = configured(features).new_router(), labels
+        self.parts: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.parts)
+
+    def observe(self, name: str, query: Tensor, labels: Tensor | None) -> None:
+        self.parts[name] = self.router.fit(query, 1, 0, labels if self.labels else None)
+
+    def prepare(self) -> None:
+        self.router.load(self.parts, torch.device("cpu"))
+        self.router.prepare()
+
+    def identify(self, query: Tensor) -> Tensor:
+        return self.router.route(query).slot_ids[:, 0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for part in self.parts.values() for tensor in part.values())
