@@ -1,6 +1,7 @@
 // What is searched for; lengths and rounded rows for the fast pass; the float64 scores that ranks are made of.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -50,14 +51,11 @@ inline float inverse_length(float length) {
 }
 
 // The length of what rounding to bfloat16 took from the groups of a unit row: of the group that lost most, or, where the
-// groups' mean is ranked, the mean over groups.
+// groups' mean is ranked, the mean over groups. A NaN is passed over: scores there are NaN too.
 struct Lost {
   float worst, mean;
   float of(bool by_group) const { return by_group ? worst : mean; }
-  void keep_larger(Lost other) {  // a NaN stays
-    worst = other.worst <= worst ? worst : other.worst;
-    mean = other.mean <= mean ? mean : other.mean;
-  }
+  void keep_larger(Lost other) { worst = std::max(worst, other.worst), mean = std::max(mean, other.mean); }
 };
 
 // A row with each group of unit length in bfloat16, padded with zeros to `padded` numbers a group.
@@ -81,7 +79,7 @@ inline Lost round_row(const T* from, int64_t groups, int64_t d, int64_t padded, 
     float parts[4];
     sum_each_of_4<float>(lost, parts);
     const float here = std::sqrt(parts[0] + parts[1] + parts[2]);
-    all.worst = here <= all.worst ? all.worst : here;
+    all.worst = std::max(all.worst, here);
     all.mean += here / static_cast<float>(groups);
   }
   return all;

@@ -160,7 +160,8 @@ class Searcher {
     for (int64_t first = begin; first < end; first += step) {
       const int64_t count = std::min(step, end - first);
       Chunk chunk = keys.take(first, count, scratch.keys);
-      slack = chunk.slack <= slack ? slack : chunk.slack;
+      const float before = slack;
+      slack = std::max(slack, chunk.slack);
       if (first + 2 * step > end) chunk.next = nullptr;
       for (int64_t block = first_block; block < last_block; ++block)
         for (int64_t list = 0; list < s.lists(); ++list) {
@@ -171,13 +172,12 @@ class Searcher {
             for (int64_t key = 0; key < count; ++key)
               for (int64_t q = 0; q < kQueries; ++q) scratch.scores[key * kQueries + q] += s.bias[first + key];
           float* thresholds = scratch.thresholds.data() + ((block - first_block) * s.lists() + list) * kQueries;
-          if (first == begin && !Allowed::kAsks && s.k <= kSeeded && count >= s.k) {
-            kth_best(scratch.scores.data(), count, kQueries, s.k, thresholds);
-            for (int64_t q = block * kQueries; q < std::min((block + 1) * kQueries, s.queries); ++q) {
-              float& threshold = thresholds[q - block * kQueries];
-              threshold = Shortlist::below(cutoff(threshold, q, slack));
-            }
-          }
+          const int64_t queries = std::min(kQueries, s.queries - block * kQueries);
+          const bool seeded = first == begin && !Allowed::kAsks && s.k <= kSeeded && count >= s.k;
+          if (seeded) kth_best(scratch.scores.data(), count, kQueries, s.k, thresholds);
+          if (seeded || slack > before)  // or scores may be wrong by more than when thresholds were set
+            for (int64_t q = 0; q < queries; ++q)
+              thresholds[q] = Shortlist::below(cutoff(thresholds[q], block * kQueries + q, slack));
           offer(scratch.scores.data(), count, block, first, r, list, thresholds, slack, allowed);
         }
     }
@@ -300,7 +300,7 @@ class Searcher {
     if (k == 0) return 0;
     const float* slacks = key_slack.data() + query / kQueries / panels_at_once * ranges;
     float slack = 0;
-    for (int64_t r = 0; r < ranges; ++r) slack = slacks[r] <= slack ? slack : slacks[r];
+    for (int64_t r = 0; r < ranges; ++r) slack = std::max(slack, slacks[r]);
     const float lowest = cutoff(score_of(found[k - 1]), query, slack);
     const bool complete = all.count < most || most == s.slots;
     const bool clear = complete || score_of(found[all.count - 1]) < lowest;

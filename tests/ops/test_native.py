@@ -224,6 +224,23 @@ def test_retrieved_routes_equal_the_specification_among_near_and_exact_ties(B, P
         assert_routes_equal_the_specification(query, keys, k, **options)
 
 
+@pytest.mark.parametrize("B", [1, 30])
+def test_a_score_that_is_far_less_exact_than_those_before_it_is_ranked_all_the_same(B):
+    """48 keys, and then one a million times as long whose product with the first query is slightly the largest."""
+    found = []
+    for seed in range(20):
+        random = torch.Generator().manual_seed(seed)
+        query, keys = (torch.randn(rows, 384, generator=random) for rows in (B, 1048))
+        first, highest = query[0].double(), (query[0].double() @ keys[:48].double().T).max() / 100
+        away = 1e4 * keys[48:].double()
+        for _ in range(3):
+            away = (away - ((away @ first - highest) / (first @ first))[:, None] * first).float().double()
+        above = away @ first - highest
+        keys = torch.cat([keys[:48] / 100, away[(above > 1e-6) & (above < 5e-3)][:1].float()])
+        found.append(ops.retrieve(query, keys, 1, metric="dot").slot_ids[0, 0].item())
+    assert found == [48] * 20
+
+
 def test_a_large_pool_gives_the_route_of_the_specification():
     query, keys = torch.randn(40, 32), torch.randn(50_000, 32)
     for queries in (query, query[:3]):
