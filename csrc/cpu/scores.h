@@ -11,14 +11,16 @@ namespace slm_fast::SLM_ISA {
 
 constexpr double kEpsilon = 1e-12;  // a vector no longer than this has cosine 0 with everything
 
-// What is asked of every slot.
+// What is asked of every slot. Where slots have several keys, `slots` counts keys, and a slot goes by any of its keys' ids.
 struct Search {
   int64_t queries, slots, width, groups, k;
   const void *query, *keys;
   const void* prepared;  // by prepare_keys, or null
   const float* bias;
   bool cosine, by_group;  // by_group: each group ranks its own slots, else the mean over groups is ranked
+  const int64_t* key_slot = nullptr;  // [slots] whose each key is, rising; or null: each slot has one
   int64_t lists() const { return by_group ? groups : 1; }
+  bool same_slot(int64_t key, int64_t other) const { return key_slot && key_slot[key] == key_slot[other]; }
 };
 
 // The length of each group of a row, in float32.
