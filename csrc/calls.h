@@ -51,7 +51,6 @@ struct Retrieve {
   float* weights;     // [B, K]
   // On a CPU, where slots have several keys each (then `slots` above is how many keys there are):
   const int64_t* key_slot;  // [N] whose each key is, rising; or null
-  int64_t most_keys;        // of one slot
   int64_t mask_slots;       // the P of a mask [B, P]
 };
 

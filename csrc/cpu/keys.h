@@ -2,6 +2,8 @@
 // prepare_keys finds of them once for all searches.
 #pragma once
 
+#include <algorithm>
+
 #include "buffer.h"
 #include "scores.h"
 #include "threads.h"
@@ -110,7 +112,7 @@ class Keys {
     } else {
       for (int64_t i = 0; i < keys; ++i)
         chunk.slack = measure(first + i, scratch.factors.data() + i * s.groups, chunk.slack);
-      if (s.cosine) chunk.factors = scratch.factors.data();
+      if (s.cosine) chunk.factors = scratch.factors.data(), chunk.slack = 0;
       if constexpr (kAsStored) {
         chunk.rows = row(first);
       } else {
@@ -133,7 +135,7 @@ class Keys {
   float measure(int64_t key, float* lengths, float longest) const {
     if (s.prepared) std::copy_n(prepared.lengths + key * s.groups, s.groups, lengths);
     else group_lengths(row(key), s.groups, s.width / s.groups, lengths);
-    longest = lengths[0] <= longest ? longest : lengths[0];
+    longest = std::max(longest, lengths[0]);
     for (int64_t g = 0; g < s.groups; ++g) lengths[g] = inverse_length(lengths[g]);
     return longest;
   }

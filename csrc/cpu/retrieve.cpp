@@ -20,13 +20,14 @@ int64_t add_votes(Ranked* votes, int64_t count, int64_t groups) {
   return slots;
 }
 
-// One query's output row: ids by falling score, their weights, then -1 and 0.
+// One query's output row: slots by falling score (of slots with several keys, found by one of them), their weights,
+// then -1 and 0.
 void write_route(const Retrieve& op, const Ranked* best, int64_t count, int64_t query) {
   int64_t* ids = op.slot_ids + query * op.k;
   float* weights = op.weights + query * op.k;
   float total = 0, highest = -std::numeric_limits<float>::infinity();
   for (int64_t i = 0; i < op.k; ++i) {
-    ids[i] = i < count ? slot_of(best[i]) : -1;
+    ids[i] = i >= count ? -1 : op.key_slot ? op.key_slot[slot_of(best[i])] : slot_of(best[i]);
     weights[i] = 0;
     if (i >= count) continue;
     const float score = score_of(best[i]);
@@ -58,34 +59,16 @@ struct Masked {
   }
 };
 
-// The slots of keys, each with its best key's score: at most k of them. Keys that are equal stand in the order of their
-// slots, so slots do too.
-int64_t slots_of(const Ranked* keys, int64_t count, const int64_t* key_slot, int64_t k, Ranked* slots) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < count && found < k; ++i) {
-    const int64_t slot = key_slot[slot_of(keys[i])];
-    if (std::none_of(slots, slots + found, [&](Ranked known) { return slot_of(known) == slot; }))
-      slots[found++] = ranked(score_of(keys[i]), slot);
-  }
-  return found;
-}
-
 template <class T>
 void retrieve_as(const Retrieve& op, const Threads& threads) {
-  // Where slots have several keys, so many that the best keys of the best k slots are certainly among them.
-  const int64_t keys = op.key_slot ? std::min((std::min(op.k, op.slots) - 1) * op.most_keys + 1, op.slots)
-                                   : op.vote ? std::min(op.k, op.slots) : op.k;
-  const Search asked{op.queries, op.slots, op.width, op.groups, keys, op.query, op.keys, op.prepared, op.bias,
-                      op.cosine,  op.vote};
-  Buffer<Ranked> votes(op.vote ? op.queries * op.groups * asked.k : op.key_slot ? op.queries * op.k : 0);
+  const int64_t k = op.vote ? std::min(op.k, op.slots) : op.k;
+  const Search asked{op.queries,  op.slots, op.width,  op.groups, k,          op.query, op.keys,
+                     op.prepared, op.bias,  op.cosine, op.vote,   op.key_slot};
+  Buffer<Ranked> votes(op.vote ? op.queries * op.groups * k : 0);
   Buffer<int64_t> counts(op.queries);
   auto use = [&](int64_t query, int64_t group, const Ranked* best, int64_t count) {
-    if (op.key_slot) {
-      Ranked* slots = votes.data() + query * op.k;
-      return write_route(op, slots, slots_of(best, count, op.key_slot, op.k, slots), query);
-    }
     if (!op.vote) return write_route(op, best, count, query);
-    Ranked* mine = votes.data() + query * op.groups * asked.k;
+    Ranked* mine = votes.data() + query * op.groups * k;
     if (group == 0) counts[query] = 0;
     std::copy_n(best, count, mine + counts[query]);
     counts[query] += count;

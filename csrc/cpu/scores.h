@@ -1,6 +1,7 @@
 // What is searched for; lengths and rounded rows for the fast pass; the float64 scores that ranks are made of.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -10,14 +11,16 @@ namespace slm_fast::SLM_ISA {
 
 constexpr double kEpsilon = 1e-12;  // a vector no longer than this has cosine 0 with everything
 
-// What is asked of every slot.
+// What is asked of every slot. Where slots have several keys, `slots` counts keys, and a slot goes by any of its keys' ids.
 struct Search {
   int64_t queries, slots, width, groups, k;
   const void *query, *keys;
   const void* prepared;  // by prepare_keys, or null
   const float* bias;
   bool cosine, by_group;  // by_group: each group ranks its own slots, else the mean over groups is ranked
+  const int64_t* key_slot = nullptr;  // [slots] whose each key is, rising; or null: each slot has one
   int64_t lists() const { return by_group ? groups : 1; }
+  bool same_slot(int64_t key, int64_t other) const { return key_slot && key_slot[key] == key_slot[other]; }
 };
 
 // The length of each group of a row, in float32.
@@ -50,14 +53,11 @@ inline float inverse_length(float length) {
 }
 
 // The length of what rounding to bfloat16 took from the groups of a unit row: of the group that lost most, or, where the
-// groups' mean is ranked, the mean over groups.
+// groups' mean is ranked, the mean over groups. A NaN is passed over: scores there are NaN too.
 struct Lost {
   float worst, mean;
   float of(bool by_group) const { return by_group ? worst : mean; }
-  void keep_larger(Lost other) {  // a NaN stays
-    worst = other.worst <= worst ? worst : other.worst;
-    mean = other.mean <= mean ? mean : other.mean;
-  }
+  void keep_larger(Lost other) { worst = std::max(worst, other.worst), mean = std::max(mean, other.mean); }
 };
 
 // A row with each group of unit length in bfloat16, padded with zeros to `padded` numbers a group.
@@ -81,7 +81,7 @@ inline Lost round_row(const T* from, int64_t groups, int64_t d, int64_t padded, 
     float parts[4];
     sum_each_of_4<float>(lost, parts);
     const float here = std::sqrt(parts[0] + parts[1] + parts[2]);
-    all.worst = here <= all.worst ? all.worst : here;
+    all.worst = std::max(all.worst, here);
     all.mean += here / static_cast<float>(groups);
   }
   return all;

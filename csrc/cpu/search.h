@@ -8,6 +8,9 @@
 // The fast pass multiplies float32, or, where the processor can, pairs of bfloat16: twice as fast, and wrong by at most
 // what rounding the query and the keys to bfloat16 took away from them, which is measured. Queries with more slots too
 // close to call than were kept go on to the next way: from bfloat16 to float32, and from there to float64 for all slots.
+//
+// Where slots have several keys, each is kept by its best key alone. If another of its keys is too close to call, the
+// ranking scores them all.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +18,7 @@
 #include <limits>
 
 #include "across.h"
+#include "best_keys.h"
 #include "buffer.h"
 #include "keys.h"
 #include "ranked.h"
@@ -92,9 +96,11 @@ class Searcher {
  private:
   struct Scratch {
     typename Keys<T, P>::Scratch keys;
-    Buffer<float> scores, thresholds;
+    Buffer<float> thresholds;
+    BestKeysBuffer best, open;  // of a chunk; of the slots that go on in the next chunk, for each panel and list
     explicit Scratch(const Searcher& of)
-        : keys(of.keys), scores(kKeys * kQueries), thresholds(of.s.lists() * of.panels_at_once * kQueries) {}
+        : keys(of.keys), thresholds(of.s.lists() * of.panels_at_once * kQueries), best(kKeys * kQueries),
+          open(of.s.key_slot ? of.s.lists() * of.panels_at_once * kQueries : 0) {}
   };
 
   const T* query_row(int64_t q) const { return static_cast<const T*>(s.query) + q * s.width; }
@@ -145,11 +151,18 @@ class Searcher {
     void add_first(int64_t key, int64_t column, Vec<float> sum, int64_t) const { add(key, column, sum); }
   };
 
+  // The first key of a range of chunks. No slot is in two ranges.
+  int64_t range_begin(int64_t r) const {
+    int64_t key = std::min(chunks * r / ranges * kKeys, s.slots);
+    while (key > 0 && key < s.slots && s.same_slot(key - 1, key)) ++key;
+    return key;
+  }
+
   // Returns the keys' part in what a score may be wrong by.
   template <class Allowed>
   float search_range(int64_t first_block, int64_t r, const Allowed& allowed, Scratch& scratch) {
     const int64_t last_block = std::min(first_block + panels_at_once, blocks), step = few ? kFewKeys : kKeys;
-    const int64_t begin = chunks * r / ranges * kKeys, end = std::min(chunks * (r + 1) / ranges * kKeys, s.slots);
+    const int64_t begin = range_begin(r), end = range_begin(r + 1);
     std::fill_n(
         scratch.thresholds.data(), s.lists() * panels_at_once * kQueries, std::numeric_limits<float>::quiet_NaN());
     for (int64_t list = 0; list < s.lists(); ++list)
@@ -157,28 +170,33 @@ class Searcher {
         counts[list_at(r, list, q)] = 0;
 
     float slack = 0;
-    for (int64_t first = begin; first < end; first += step) {
-      const int64_t count = std::min(step, end - first);
+    const BestKeys best = scratch.best.data();
+    for (int64_t first = begin, count; first < end; first += count) {
+      count = std::min({step, end - first, kKeys - first % kKeys});
       Chunk chunk = keys.take(first, count, scratch.keys);
-      slack = chunk.slack <= slack ? slack : chunk.slack;
+      const float before = slack;
+      slack = std::max(slack, chunk.slack);
       if (first + 2 * step > end) chunk.next = nullptr;
       for (int64_t block = first_block; block < last_block; ++block)
         for (int64_t list = 0; list < s.lists(); ++list) {
-          if (few) score_few(chunk, count, list, scratch.scores.data());
-          else score(chunk, count, block, list, scratch.scores.data());
+          if (few) score_few(chunk, count, list, best.score);
+          else score(chunk, count, block, list, best.score);
           if (list + 1 == s.lists()) chunk.next = nullptr;  // the first panel's pass fetched it
           if (s.bias)
             for (int64_t key = 0; key < count; ++key)
-              for (int64_t q = 0; q < kQueries; ++q) scratch.scores[key * kQueries + q] += s.bias[first + key];
-          float* thresholds = scratch.thresholds.data() + ((block - first_block) * s.lists() + list) * kQueries;
-          if (first == begin && !Allowed::kAsks && s.k <= kSeeded && count >= s.k) {
-            kth_best(scratch.scores.data(), count, kQueries, s.k, thresholds);
-            for (int64_t q = block * kQueries; q < std::min((block + 1) * kQueries, s.queries); ++q) {
-              float& threshold = thresholds[q - block * kQueries];
-              threshold = Shortlist::below(cutoff(threshold, q, slack));
-            }
-          }
-          offer(scratch.scores.data(), count, block, first, r, list, thresholds, slack, allowed);
+              for (int64_t q = 0; q < kQueries; ++q) best.score[key * kQueries + q] += s.bias[first + key];
+          const int64_t place = ((block - first_block) * s.lists() + list) * kQueries;
+          const int64_t queries = std::min(kQueries, s.queries - block * kQueries);
+          const int64_t found = s.key_slot ? join_keys(s.key_slot, s.slots, first, count, kQueries, queries, best,
+                                                       scratch.open.data().at(place))
+                                           : count;
+          float* thresholds = scratch.thresholds.data() + place;
+          const bool seeded = first == begin && !Allowed::kAsks && s.k <= kSeeded && found >= s.k;
+          if (seeded) kth_best(best.score, found, kQueries, s.k, thresholds);
+          if (seeded || slack > before)  // or scores may be wrong by more than when thresholds were set
+            for (int64_t q = 0; q < queries; ++q)
+              thresholds[q] = Shortlist::below(cutoff(thresholds[q], block * kQueries + q, slack));
+          offer(best, found, block, first, r, list, thresholds, slack, allowed);
         }
     }
     return slack;
@@ -244,29 +262,30 @@ class Searcher {
 
   template <class Allowed>
   void offer(
-      const float* scores, int64_t keys, int64_t block, int64_t first, int64_t r, int64_t list, float* thresholds,
+      const BestKeys& best, int64_t slots, int64_t block, int64_t first, int64_t r, int64_t list, float* thresholds,
       float slack, const Allowed& allowed) {
     constexpr int L = kLanes<float>;
     const int64_t count = std::min(kQueries, s.queries - block * kQueries);
-    for (int64_t key = 0; key < keys; ++key) {
-      const int64_t id = first + key;
+    for (int64_t slot = 0; slot < slots; ++slot)
       for (int64_t column = 0; column < count; column += L) {
-        const Vec<float> score = load<float>(scores + key * kQueries + column);
+        const BestKeys at = best.at(slot * kQueries + column);
+        const Vec<float> score = load<float>(at.score);
         uint32_t bits = lanes_not_at_most(score, load<float>(thresholds + column));
         if (count - column < L) bits &= (1u << (count - column)) - 1;
         for (; bits; bits &= bits - 1) {
           const int lane = __builtin_ctz(bits);
           const int64_t q = block * kQueries + column + lane;
+          int64_t id = s.key_slot ? at.key[lane] : first + slot;
           if (!allowed(q, list, id)) continue;
-          const int64_t at = list_at(r, list, q);
-          Shortlist shortlist{kept.data() + at * most_listed, counts[at], most};
+          if (s.key_slot && !(at.second[lane] < cutoff(score[lane], q, slack))) id |= kClose;
+          const int64_t own = list_at(r, list, q);
+          Shortlist shortlist{kept.data() + own * most_listed, counts[own], most};
           if (shortlist.add(ranked(score[lane], id)))
             thresholds[column + lane] =
                 shortlist.keep_likely(std::min(s.k, most), [&](float kth) { return cutoff(kth, q, slack); });
-          counts[at] = shortlist.count;
+          counts[own] = shortlist.count;
         }
       }
-    }
   }
 
   // ---- the ranking ----
@@ -300,21 +319,22 @@ class Searcher {
     if (k == 0) return 0;
     const float* slacks = key_slack.data() + query / kQueries / panels_at_once * ranges;
     float slack = 0;
-    for (int64_t r = 0; r < ranges; ++r) slack = slacks[r] <= slack ? slack : slacks[r];
+    for (int64_t r = 0; r < ranges; ++r) slack = std::max(slack, slacks[r]);
     const float lowest = cutoff(score_of(found[k - 1]), query, slack);
     const bool complete = all.count < most || most == s.slots;
     const bool clear = complete || score_of(found[all.count - 1]) < lowest;
     if (clear && !std::isnan(score_of(found[0])) && !std::isnan(lowest)) {
       int64_t count = 0;
       for (; count < all.count && score_of(found[count]) >= lowest; ++count)
-        found[count] = ranked(exact(list, slot_of(found[count])), slot_of(found[count]));
+        found[count] = exact_best(exact, list, slot_of(found[count]));
       std::sort(found, found + count, Better{});
       return k;
     }
     if constexpr (kRounded) return -1;
     all.count = 0;
-    for (int64_t slot = 0; slot < s.slots; ++slot)
-      if (allowed(query, list, slot) && all.add(ranked(exact(list, slot), slot))) all.keep_best();
+    for (int64_t key = 0; key < s.slots;)
+      if (!allowed(query, list, key)) ++key;
+      else if (all.add(exact_best_from(exact, list, key))) all.keep_best();
     all.keep_best();
     std::sort(found, found + all.count, Better{});
     return k;

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.speed.operators import bench_multi_lora, bench_retrieve
+from benchmarks.speed.operators import bench_multi_lora, bench_retrieve, bench_retrieve_keys
 from benchmarks.speed.operators.command import run
 
 SMALL = bench_multi_lora.Shape(B=3, T=5, H=64, P=4, K=2, r=3)
@@ -55,6 +55,15 @@ def test_every_way_to_retrieve_finds_the_same_slots(vote: bool) -> None:
             found, shares = way()
             assert torch.equal(found, ids), name
             torch.testing.assert_close(shares, weights, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_every_way_to_retrieve_by_several_keys_finds_slots_of_the_best_keys() -> None:
+    for shape in (bench_retrieve_keys.Shape(3, 40), bench_retrieve_keys.Shape(3, 40, G=6, K=4, metric="cosine")):
+        with torch.inference_mode():
+            ways = bench_retrieve_keys.candidates(shape)
+            best = ways["1 key"]().slot_ids[:, 0]
+            for name, way in ways.items():
+                assert torch.equal(way().slot_ids[:, 0], best // int(name.split()[0])), name
 
 
 def test_the_command_saves_a_line_for_each_way(tmp_path, capsys) -> None:

@@ -131,11 +131,14 @@ for dtype in (torch.float32, torch.bfloat16):
             torch.set_num_threads(threads)
             assert all(torch.equal(p, q) for p, q in zip(one, bits(*shape, dtype), strict=True)), (shape, threads)
 query, keys = torch.randn(60, 48), torch.randn(700, 48)
+def routes():
+    loss = ops.key_loss(query, keys, 3, groups=3, mask_prob=0.3, seed=1)
+    several = ops.retrieve(query, keys, 5, groups=3, key_slot=torch.arange(700) // 33)
+    return *ops.retrieve(query, keys, 5, groups=3), *several, loss
 torch.set_num_threads(1)
-one = ops.retrieve(query, keys, 5, groups=3), ops.key_loss(query, keys, 3, groups=3, mask_prob=0.3, seed=1)
+one = routes()
 torch.set_num_threads(4)
-more = ops.retrieve(query, keys, 5, groups=3), ops.key_loss(query, keys, 3, groups=3, mask_prob=0.3, seed=1)
-assert all(torch.equal(p, q) for p, q in zip((*one[0], one[1]), (*more[0], more[1]), strict=True))
+assert all(torch.equal(p, q) for p, q in zip(one, routes(), strict=True))
 """
 
 
@@ -222,6 +225,78 @@ def test_retrieved_routes_equal_the_specification_among_near_and_exact_ties(B, P
     keys = torch.where(nudged, torch.nextafter(keys, keys + 1), keys)
     for options in ({"groups": 3}, {"groups": 3, "aggregate": "vote"}, {"metric": "dot"}):
         assert_routes_equal_the_specification(query, keys, k, **options)
+
+
+def joined(query, keys, k, key_slot, mask=None, **options):
+    """The k best slots [B, k] from all keys ranked one by one, which takes them all to float64."""
+    of_keys = None if mask is None else mask[..., key_slot]
+    ids = torch.full((len(query), k), -1)
+    for row, order in zip(ids, ops.retrieve(query, keys, len(keys), mask=of_keys, **options).slot_ids, strict=True):
+        slots = list(dict.fromkeys(key_slot[order[order >= 0]].tolist()))[:k]  # in the order of their best keys
+        row[: len(slots)] = torch.tensor(slots, dtype=torch.int64)
+    return ids
+
+
+def assert_slots_are_ranked_by_their_best_keys(query, keys, k, key_slot, **options):
+    got = ops.retrieve(query, keys, k, key_slot=key_slot, **options)
+    assert torch.equal(got.slot_ids, joined(query, keys, k, key_slot, **options))
+    prepared = ops.prepare_keys(keys, groups=options.get("groups", 1), key_slot=key_slot)
+    for own, other in zip(got, ops.retrieve(query, prepared, k, **options), strict=True):
+        assert torch.equal(own.nan_to_num(9), other.nan_to_num(9))
+    return got
+
+
+@given(st.integers(1, 60), st.integers(1, 300), st.integers(1, 60), st.integers(1, 9), st.integers(0, 2**32))
+@SETTINGS
+def test_slots_of_several_keys_are_ranked_among_near_and_exact_ties_within_and_across_them(B, N, P, k, seed):
+    """Also slots without a key, masks, and a key that is not a number."""
+    random = torch.Generator().manual_seed(seed)
+    query, kinds = torch.randn(B, 24, generator=random), torch.randn(4, 24, generator=random)
+    keys = kinds[torch.randint(4, (N,), generator=random)]
+    nudged = torch.rand(N, 24, generator=random) > 0.9
+    keys = torch.where(nudged, torch.nextafter(keys, keys + 1), keys)
+    if seed % 8 == 0:
+        keys[N // 2] = torch.nan
+    key_slot = torch.randint(P, (N,), generator=random).sort().values
+    bias = torch.randint(3, (N,), generator=random) / 1e6
+    for mask in (None, torch.rand(P, generator=random) > 0.3, torch.rand(B, P, generator=random) > 0.6):
+        for options in ({"groups": 3}, {"metric": "dot"}, {"metric": "dot", "bias": bias}):
+            assert_slots_are_ranked_by_their_best_keys(query, keys, k, key_slot, mask=mask, **options)
+
+
+@pytest.mark.parametrize("B", [1, 5, 33, 200])
+@pytest.mark.parametrize("most", [5, 50, 1000, 3000])
+def test_slots_that_no_chunk_of_keys_and_no_thread_has_to_itself_are_ranked_by_all_their_keys(B, most):
+    random = torch.Generator().manual_seed(most)
+    counts = torch.randint(1, most + 1, (3000 // most + 1,), generator=random)
+    key_slot = (2 * torch.arange(len(counts))).repeat_interleave(counts)
+    query, keys = (torch.randn(rows, 36, generator=random) for rows in (B, len(key_slot)))
+    bias, threads = torch.randn(len(keys), generator=random), torch.get_num_threads()
+    for options in ({"groups": 2}, {"metric": "dot", "bias": bias}):
+        for torch_threads in (1, 4):
+            torch.set_num_threads(torch_threads)
+            got = assert_slots_are_ranked_by_their_best_keys(query, keys, 4, key_slot, **options)
+            with ops.use_backend("reference"):
+                expected = ops.retrieve(query, keys, 4, key_slot=key_slot, **options)
+            torch.testing.assert_close(got.weights, expected.weights, rtol=1e-5, atol=1e-6)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("B", [1, 30])
+def test_a_score_that_is_far_less_exact_than_those_before_it_is_ranked_all_the_same(B):
+    """48 keys, and then one a million times as long whose product with the first query is slightly the largest."""
+    found = []
+    for seed in range(20):
+        random = torch.Generator().manual_seed(seed)
+        query, keys = (torch.randn(rows, 384, generator=random) for rows in (B, 1048))
+        first, highest = query[0].double(), (query[0].double() @ keys[:48].double().T).max() / 100
+        away = 1e4 * keys[48:].double()
+        for _ in range(3):
+            away = (away - ((away @ first - highest) / (first @ first))[:, None] * first).float().double()
+        above = away @ first - highest
+        keys = torch.cat([keys[:48] / 100, away[(above > 1e-6) & (above < 5e-3)][:1].float()])
+        found.append(ops.retrieve(query, keys, 1, metric="dot").slot_ids[0, 0].item())
+    assert found == [48] * 20
 
 
 def test_a_large_pool_gives_the_route_of_the_specification():

@@ -42,12 +42,15 @@ def run(
     targets: Sequence[Case],
     sweep: Sequence[Case],
     lines: Callable[[Case, argparse.Namespace], list[dict[str, Any]]],
-    plot: Callable[[list[dict[str, str]], Path], None],
+    plot: Callable[[list[dict[str, str]], Path], None] | None,
     arguments: Sequence[str],
 ) -> int:
-    """The whole command: measure the cases asked for, print and save what `lines` says of each."""
+    """The whole command: measure the cases asked for, print and save what `lines` says of each. A benchmark without
+    `plot` has no sweep."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="every axis around the targets, and the plot")
+    parser.set_defaults(sweep=False)
+    if plot:
+        parser.add_argument("--sweep", action="store_true", help="every axis around the targets, and the plot")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile the strongest alternative (slow)")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each way and case")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases to run, from 0")
@@ -67,7 +70,7 @@ def run(
         print(f"case {number} of {len(cases)}\n{table(found)}", flush=True)
         rows += found
         write_csv(output, rows)
-    if options.sweep:
+    if plot and options.sweep:
         plot(read_csv(output), output.with_suffix(".png"))
     print(f"saved to {output}")
     return 0
