@@ -17,8 +17,6 @@ from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask, in_name_order
 
-LABEL_TEMPERATURE = 64.0  # of what a router says of labels, a score of thousands of numbers that are not independent
-
 
 class Pool:
     """Values and heads of the given tasks. Slots are numbered through the tasks in the order of their names.
@@ -203,8 +201,8 @@ class Heads:
     words: list[str]
 
     def prior(self, scores: Tensor, task: Tensor, label: Tensor) -> Tensor:
-        """What a router's scores [B, M] of means say of labels: the highest of each label's over LABEL_TEMPERATURE,
-        [B, C]; the lowest of all where a label has no mean.
+        """What a router's scores [B, M] of means say of labels: the highest of each label's, [B, C]; the lowest of all
+        where a label has no mean.
 
         task, label: [M], the place of each mean's task, and its label's number there (-1 for none).
         """
@@ -213,7 +211,7 @@ class Heads:
         found = scores.new_full((len(scores), len(self.bias)), -torch.inf)
         found.scatter_reduce_(1, column[known].expand(len(scores), -1), scores[:, known], "amax")
         lowest = scores.amin(1, keepdim=True).expand_as(found)
-        return torch.where(found.isinf(), lowest, found) / LABEL_TEMPERATURE
+        return torch.where(found.isinf(), lowest, found)
 
     @classmethod
     def of(cls, tasks: Sequence[LearnedTask], device: torch.device) -> Heads:

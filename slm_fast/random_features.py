@@ -23,6 +23,9 @@ from slm_fast.scatter import compress, expand
 
 SHRINKAGE = 4.0  # times the oracle-approximating amount, which takes queries for Gaussian: their tails are heavier
 MOST_SHRINKAGE = 0.9
+KEPT, PRIOR_ROWS = 0.6, 2.0  # of n rows' distance from their task's mean a label keeps KEPT n / (n + PRIOR_ROWS)
+LABEL_TEMPERATURE = 24.0  # of labels' scores, which are of thousands of numbers that are not independent
+BEFORE = (1.0, 0.0, 64.0)  # these three, in files of before they were written
 SAMPLE = 96  # training queries kept of a task, which say how far its own rows are
 ROUNDING = 1e-3  # of a distance, at the most
 LEAST_LEFT = 0.05  # of a row's share in a covariance that is taken away, for what compression made of it
@@ -43,8 +46,14 @@ class RandomFeatureRouter(GaussianRouter):
     matrix: W, which reads the query's first `in_features` numbers (`feature_matrix`).
 
     A task's part: `count`, `mean`, `mean_slot` as there, `mean_label` [M], the number of the label whose mean it is (-1
-    without labels), the scatter as `slm_fast.scatter` keeps it, and `sample` [m, Q] with `sample_mean` [m], queries of
-    at most 96 of its training rows and which of its means is theirs.
+    without labels), the scatter as `slm_fast.scatter` keeps it, `constants` [3] (KEPT, PRIOR_ROWS and
+    LABEL_TEMPERATURE as they were when it was learned), and `sample` [m, Q] with `sample_mean` [m], queries of at most
+    96 of its training rows and which of its means is theirs.
+
+    Keys are made of means that are drawn towards the mean of their task's rows (as James & Stein 1961): of what sets a
+    label of n rows apart in its task the share KEPT n / (n + PRIOR_ROWS) is left. What few rows say of so many numbers
+    is mostly chance, and counts against their label; and that a row is like one label of a task says less of the task
+    than that it is like its rows.
 
     Distance is the share of the task's own rows that are not so far as a query, the larger of two: how little nearer it
     is to the task's nearest mean than to the centre of all means (Ren et al. 2021; the negative of its highest score),
@@ -82,6 +91,7 @@ class RandomFeatureRouter(GaussianRouter):
             "mean": found.mean.float(),
             "mean_slot": found.slot.float(),
             "mean_label": found.label.float(),
+            "constants": torch.tensor([KEPT, PRIOR_ROWS, LABEL_TEMPERATURE]),
             **compress(found.scatter, len(query), seed),
             "sample": query[sample],
             "sample_mean": found.assignment[sample].float(),
@@ -98,16 +108,14 @@ class RandomFeatureRouter(GaussianRouter):
 
     def _pooled(self) -> Pooled:
         count = torch.cat([part["count"] for part in self.parts]).double()
-        found = covariance(count, self._means(), unpack(self.scatter.total()), SHRINKAGE, MOST_SHRINKAGE)
+        mean = torch.cat([part["mean"] for part in self.parts]).double()
+        found = covariance(count, mean, unpack(self.scatter.total()), SHRINKAGE, MOST_SHRINKAGE)
         return Pooled(factorised(found.matrix), (1 - found.shrinkage) / found.freedom)
-
-    def _means(self) -> Tensor:
-        return torch.cat([part["mean"] for part in self.parts]).double()
 
     @cached_property
     @torch.inference_mode(False)
     def discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
-        mean_MD = self._means()
+        mean_MD = torch.cat([drawn_means(part) for part in self.parts])
         centre = mean_MD.mean(0)
         centred_MD = mean_MD - centre
         keys_MD = torch.cholesky_solve(centred_MD.T, self._pooled().lower).T
@@ -122,12 +130,19 @@ class RandomFeatureRouter(GaussianRouter):
         label = [part["mean_label"].long() for part in self.parts]
         return torch.cat(task).to(self.device), torch.cat(label).to(self.device)
 
+    @cached_property
+    def label_temperature(self) -> Tensor:
+        """Of each mean [M]."""
+        each = [torch.full((len(part["count"]),), constants(part)[2]) for part in self.parts]
+        return torch.cat(each).to(self.device)
+
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
         check_finite(query)
         return super().route(self.expand(query), mask)
 
     def label_scores(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return ((self.expand(query) - self.centre) @ self.keys.T + self.bias, *self.label_of_mean)
+        scores = (self.expand(query) - self.centre) @ self.keys.T + self.bias
+        return (scores / self.label_temperature, *self.label_of_mean)
 
     # Distances
 
@@ -135,8 +150,8 @@ class RandomFeatureRouter(GaussianRouter):
         centre, keys, bias = self._own_discriminant(task)
         expanded = self.expand(query).double()
         score, nearest = ((expanded - centre) @ keys.T + bias).max(1)
-        apart = expanded - self.parts[task]["mean"].double()[nearest]
-        return self._share(-score, self._squared(apart), task)
+        apart = expanded - drawn_means(self.parts[task])[nearest]
+        return self._share(-score, self._white(apart).square().sum(0), task)
 
     def _sensitivity(self, query: Tensor, task: int) -> Tensor:
         return torch.zeros(len(query))  # of shares of at most 96 rows nothing is so small
@@ -167,9 +182,9 @@ class RandomFeatureRouter(GaussianRouter):
         """Where each task's means begin."""
         return list(accumulate((len(part["count"]) for part in self.parts), initial=0))
 
-    def _squared(self, apart: Tensor) -> Tensor:
-        """d' S^-1 d of differences [N, D]: [N]."""
-        return torch.linalg.solve_triangular(self.pooled.lower, apart.T, upper=False).square().sum(0)
+    def _white(self, rows: Tensor) -> Tensor:
+        """Rows [N, D] where the covariance is the identity, [D, N]."""
+        return torch.linalg.solve_triangular(self.pooled.lower, rows.T, upper=False)
 
     @cached_property
     def left_out(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -184,20 +199,43 @@ class RandomFeatureRouter(GaussianRouter):
         part, (centre, keys, bias) = self.parts[task], self._own_discriminant(task)
         row, mean = torch.arange(len(part["sample"])), part["sample_mean"].long()
         query = self.expand(part["sample"]).double()
-        apart, count = query - part["mean"].double()[mean], part["count"].double()[mean]  # r and n of each row
-        leverage = self._squared(apart)  # r' S^-1 r
-        share = self.pooled.of_a_row * count / (count - 1)
-        left = (1 - share * leverage).clamp(min=LEAST_LEFT)
-        toward = apart @ keys.T  # r' S^-1 m
-        along = toward[row, mean] + leverage  # r' S^-1 q
-        squared = -2 * bias  # m' S^-1 m
-        scores = (query - centre) @ keys.T + (share * along / left)[:, None] * toward
-        scores -= (squared + (share / left)[:, None] * toward.square()) / 2
-        near = squared[mean] + 2 * toward[row, mean] + leverage + share * along.square() / left
-        far = (count / (count - 1)).square() * leverage / left
-        scores[row, mean] = (near - far) / 2
+        apart, count = query - part["mean"].double()[mean], part["count"].double()[mean]
+        own = drawn_means(part, query, mean)
+        # r = S^-1/2 (q - m), and so on; S less w (q - m) (q - m)' has the products x'y + w (x'r) (y'r) / (1 - w r'r).
+        r, q, m, left = self._white(torch.cat([apart, query - centre, own - centre, query - own])).chunk(4, 1)
+        weight = self.pooled.of_a_row * count / (count - 1)
+        weight = weight / (1 - weight * r.square().sum(0)).clamp(min=LEAST_LEFT)
+
+        def product(x: Tensor, y: Tensor) -> Tensor:
+            return (x * y).sum(0) + weight * (x * r).sum(0) * (y * r).sum(0)
+
+        toward = apart @ keys.T  # r' of all means
+        scores = (query - centre) @ keys.T + (weight * (q * r).sum(0))[:, None] * toward
+        scores += bias - weight[:, None] * toward.square() / 2
+        scores[row, mean] = product(q, m) - product(m, m) / 2
+        far = product(left, left)
         found = self.left_out[self.names[task]] = -scores.amax(1), far
         return found
+
+
+def constants(part: Part) -> tuple[float, float, float]:
+    """KEPT, PRIOR_ROWS and LABEL_TEMPERATURE as they were when a task was learned."""
+    kept, prior, temperature = part["constants"].tolist() if "constants" in part else BEFORE
+    return kept, prior, temperature
+
+
+def drawn_means(part: Part, query: Tensor | None = None, mean: Tensor | None = None) -> Tensor:
+    """A task's means [M, D] float64, drawn towards the mean of all its rows. With some of these rows, `query` [m, D]
+    and which `mean` is theirs [m]: that mean as it would be without the row, [m, D]."""
+    plain, count = part["mean"].double(), part["count"].double()
+    kept, prior, _ = constants(part)
+    rows, whole = count.sum(), (count / count.sum()) @ plain
+    if query is not None and mean is not None:
+        whole = whole + (whole - query) / (rows - 1)
+        plain = plain[mean] + (plain[mean] - query) / (count[mean] - 1)[:, None]
+        count = count[mean] - 1
+    share = torch.where(count > 0, 1 - kept * count / (count + prior), 0.0)  # the mean of a slot without rows stays
+    return plain + share[:, None] * (whole - plain)
 
 
 def _share(distance: Tensor, sample: Tensor) -> Tensor:

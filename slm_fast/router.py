@@ -67,7 +67,7 @@ class Router(ABC):
         """query [B, D], mask [B, P] or [P] of slots allowed -> Route."""
 
     def label_scores(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Scores [B, M] of labels for queries [B, D], and [M] the place of each one's task and its number there (-1 for
+        """Log-odds [B, M] of labels for queries [B, D], and [M] the place of each one's task and its number there (-1:
         no label). None where nothing is known of labels."""
         return None
 

@@ -53,7 +53,9 @@ ROUTERS = {
     ),
     "dtkr": ("keys", "distance"),
 }
-MEAN_SLOT = "mean_slot"  # and of a gaussian one without features, unless it is of before labels had means
+# And what those of before there were means a label, or constants were written, lack.
+MEAN_SLOT = "mean_slot"
+NEWER = {"gaussian": MEAN_SLOT, "features": "constants"}
 # What the numbers of a task may be. What is learned stays far below; what goes beyond would only be found as answers
 # that are no numbers. A scatter is summed over all tasks, in room for 128 of the largest.
 NUMBERS = (
@@ -62,6 +64,7 @@ NUMBERS = (
     ("count", 0, 2**40),
     ("mean_slot", 0, 2**20),
     ("mean_label", -1, 2**20),
+    ("constants", 0, 2**20),
     ("mean", -1e8, 1e8),
     ("factor", -127, 127),
     ("exponent", *EXPONENTS),
@@ -240,8 +243,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None) 
     router = "dtkr" if "keys" in tensors else "features" if "factor" in tensors else "gaussian"
     names = [f"values.{module}.{half}" for module in modules for half in ("lora_a", "lora_b")]
     names += ROUTERS[router]
-    if router == "gaussian" and MEAN_SLOT in tensors:
-        names.append(MEAN_SLOT)
+    names += [name for name in tensors if name == NEWER.get(router)]
     if "head.weight" in tensors or "head.bias" in tensors:
         names += ["head.weight", "head.bias"]
         if labels is None:
@@ -294,6 +296,10 @@ def _check_features(tensors: Mapping[str, Tensor], means: int, width: int, label
     _check_shape("exponent", tensors["exponent"], D=width)
     _check_shape("diagonal", tensors["diagonal"], D=width)
     _check_shape("mean_label", tensors["mean_label"], M=means)
+    if "constants" in tensors:
+        _check_shape("constants", tensors["constants"], numbers=3)
+        if tensors["constants"][2] <= 0:
+            raise Unfit("constants", "expected a temperature above 0")
     if (tensors["mean_label"] >= max(1, len(labels or ()))).any():
         raise Unfit("mean_label", f"expected numbers of {len(labels or ())} labels, or -1")
     sample, mean = tensors["sample"], tensors["sample_mean"]
@@ -372,7 +378,7 @@ def check_fits(
             _check_shape(f"values.{module}.lora_a", lora_a, S=slots, r=rank, I=features_in)
             _check_shape(f"values.{module}.lora_b", lora_b, S=slots, r=rank, O=features_out)
         expected = set(ROUTERS[router])
-        if task.router.keys() - ({MEAN_SLOT} if router == "gaussian" else set()) != expected:
+        if task.router.keys() - {NEWER.get(router)} != expected:
             raise Unfit("router", f"expected {', '.join(sorted(expected))}, got {', '.join(sorted(task.router))}")
         if router == "dtkr":
             _check_shape("keys", task.router["keys"], S=slots, D=shapes["query"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slm_fast import ops
 from slm_fast.ops import Route
-from slm_fast.pool import LABEL_TEMPERATURE, Pool
+from slm_fast.pool import Pool
 from slm_fast.tasks import LearnedTask
 
 CPU = torch.device("cpu")
@@ -190,7 +190,7 @@ def test_what_a_router_says_of_labels_is_put_to_the_heads() -> None:
     scores = torch.tensor([[4.0, -2.0, 99.0, 6.0, 8.0, 1.0, 3.0]])
     lowest = -2.0  # of labels without a mean: apple's 1, zebra's 0
     expected = torch.tensor([[4.0, lowest, -2.0, 6.0, 8.0, lowest, 3.0]])
-    torch.testing.assert_close(heads.prior(scores, task, label), expected / LABEL_TEMPERATURE)
+    torch.testing.assert_close(heads.prior(scores, task, label), expected)
 
 
 def test_a_prior_is_added_to_the_heads_before_each_tasks_softmax() -> None:

@@ -12,7 +12,17 @@ from gaussians import softmax
 from models import make_slm, reopened, toy_task
 from torch import Tensor
 
-from slm_fast.random_features import MOST_SHRINKAGE, SAMPLE, SHRINKAGE, RandomFeatureRouter, feature_matrix
+from slm_fast.random_features import (
+    KEPT,
+    LABEL_TEMPERATURE,
+    MOST_SHRINKAGE,
+    PRIOR_ROWS,
+    SAMPLE,
+    SHRINKAGE,
+    RandomFeatureRouter,
+    drawn_means,
+    feature_matrix,
+)
 from slm_fast.scatter import expand
 
 CPU, WIDTH, LEADING, FEATURES = torch.device("cpu"), 9, 6, 14
@@ -49,10 +59,16 @@ def test_features_are_the_query_and_rectified_signed_sums_of_its_first_numbers()
     assert torch.equal(feature_matrix(LEADING, FEATURES, CPU).weight, weight)
 
 
+def drawn(mean: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Means [M, D] of a task's labels, drawn towards the mean of all its rows."""
+    whole = (count[:, None] * mean).sum(0) / count.sum()
+    return whole + (KEPT * count / (count + PRIOR_ROWS))[:, None] * (mean - whole)
+
+
 def discriminant(router: RandomFeatureRouter, asked: Tensor) -> np.ndarray:
     """Scores [B, M] in numpy float64 of what the router's parts hold, up to what all of a row share."""
     parts = router.parts
-    mean = np.concatenate([part["mean"].double().numpy() for part in parts])
+    mean = np.concatenate([drawn(part["mean"].double().numpy(), part["count"].double().numpy()) for part in parts])
     scatter = sum(expand(part["factor"], part["exponent"], part["diagonal"]).numpy() for part in parts)
     freedom = sum(float(part["count"].sum()) for part in parts) - len(mean)
     sample, width = scatter / freedom, mean.shape[1]
@@ -80,8 +96,30 @@ def test_label_scores_are_those_of_the_means_and_say_whose_they_are() -> None:
     asked = QUERIES["a"][:6]
     scores, task, label = router.label_scores(asked)
     assert (task.tolist(), label.tolist()) == ([0, 0, 0, 1, 1], [0, 1, 2, 0, 1])
-    expected = discriminant(router, asked)
-    np.testing.assert_allclose(scores - scores[:, :1], expected - expected[:, :1], atol=2e-3, rtol=1e-4)
+    expected = discriminant(router, asked) / LABEL_TEMPERATURE
+    np.testing.assert_allclose(scores - scores[:, :1], expected - expected[:, :1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_part_of_before_constants_were_written_routes_by_its_means_as_they_are() -> None:
+    router, older = loaded("a", "b", "c"), new_router(2)
+    parts = [{name: tensor for name, tensor in part.items() if name != "constants"} for part in router.parts]
+    older.load(parts, CPU)
+    asked = torch.cat([query[:9] for query in QUERIES.values()])
+    plain = new_router(2)
+    plain.load([part | {"constants": torch.tensor([1.0, 0.0, 64.0])} for part in parts], CPU)
+    assert torch.equal(older.label_scores(asked)[0], plain.label_scores(asked)[0])
+    assert not torch.allclose(older.label_scores(asked)[0], router.label_scores(asked)[0])
+    slot = older.route(asked).slot_ids[:, 0]
+    assert torch.equal(older.distance(asked, slot), plain.distance(asked, slot))
+
+
+def test_the_mean_of_a_slot_without_rows_stays_where_it_is() -> None:
+    part = new_router().fit(QUERIES["a"][:2].repeat(4, 1), 3, 0)
+    assert (part["count"] == 0).any()
+    found = drawn_means(part)
+    empty = part["count"] == 0
+    torch.testing.assert_close(found[empty], part["mean"].double()[empty])
+    assert not torch.allclose(found[~empty], part["mean"].double()[~empty])
 
 
 def test_without_labels_scores_name_none() -> None:
@@ -97,10 +135,17 @@ def test_rows_of_the_sample_are_measured_as_if_they_had_been_left_out(task: int)
     relative, absolute = router._left_out(task)
     part, sigma = router.parts[task], router.pooled.lower @ router.pooled.lower.T
     mean, query = part["mean"].double(), router.expand(part["sample"]).double()
+    counts, whole = (
+        part["count"].double().numpy(),
+        torch.from_numpy(drawn(mean.numpy(), part["count"].double().numpy())),
+    )
     for row, own in enumerate(part["sample_mean"].long().tolist()):
         count, apart = float(part["count"][own]), query[row] - mean[own]
-        others = mean.clone()
-        others[own] -= apart / (count - 1)
+        fewer, left_out = counts.copy(), mean.clone()
+        fewer[own] -= 1
+        left_out[own] -= apart / (count - 1)
+        others = whole.clone()  # its share in the other labels' means stays
+        others[own] = torch.from_numpy(drawn(left_out.numpy(), fewer))[own]
         share = router.pooled.of_a_row * count / (count - 1)
         inverse = torch.linalg.inv(sigma - share * apart.outer(apart))
         towards = others - router.centre.double()

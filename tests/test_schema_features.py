@@ -33,6 +33,14 @@ def test_a_task_that_was_written_is_read_and_fits() -> None:
     assert check_fits(found, {**SHAPES, "query": WIDTH}, CONFIG) is None
 
 
+def test_a_task_of_before_constants_were_written_is_read_as_it_was_written() -> None:
+    older = {name: tensor for name, tensor in PART.items() if name != "constants"}
+    about, tensors = parts(dataclasses.replace(TASK, router=older))
+    found = check_task(json.dumps(about), tensors, FILE)
+    assert found.router.keys() == older.keys()
+    assert check_fits(found, {**SHAPES, "query": WIDTH}, CONFIG) is None
+
+
 def test_a_task_whose_labels_have_one_row_each_keeps_no_sample() -> None:
     part = ROUTER.fit(torch.randn(2, QUERY, generator=torch.Generator().manual_seed(1)), 1, 0, torch.arange(2))
     about, tensors = parts(dataclasses.replace(TASK, router=part))
@@ -52,6 +60,9 @@ def test_a_task_whose_labels_have_one_row_each_keeps_no_sample() -> None:
         ("diagonal", torch.full((WIDTH,), torch.nan), "diagonal: holds a number that is not finite"),
         ("mean_label", torch.tensor([0.0, 2.0]), "mean_label: expected numbers of 2 labels, or -1"),
         ("mean_label", torch.zeros(3), "mean_label: expected [2], got [3]"),
+        ("constants", torch.ones(2), "constants: expected [3], got [2]"),
+        ("constants", torch.tensor([0.6, 2.0, 0.0]), "constants: expected a temperature above 0"),
+        ("constants", torch.tensor([-1.0, 2.0, 24.0]), "constants: expected numbers from 0 to"),
         ("sample", PART["sample"][:5], "sample: expected [m, Q] for sample_mean [m], got [5, 4] for [12]"),
         ("sample", torch.zeros(12, WIDTH), "sample: expected [m, Q] for sample_mean [m], got [12, 10] for [12]"),
         ("sample_mean", torch.full((12,), 2.0), "sample_mean: expected means of two rows or more"),
@@ -70,7 +81,7 @@ def test_a_tensor_that_cannot_be_is_named(name: str, tensor: torch.Tensor, said:
     [
         (WIDTH + 1, FEATURES, "mean: expected [M, 11], got [2, 10]"),
         (WIDTH, FEATURES - 1, "sample: expected queries of 5 numbers"),
-        (WIDTH, 0, "router: expected count, distance, mean, scatter, got count, diagonal"),
+        (WIDTH, 0, "router: expected count, distance, mean, scatter, got constants, count"),
     ],
 )
 def test_a_task_of_other_features_does_not_fit(query: int, features: int, said: str) -> None:
