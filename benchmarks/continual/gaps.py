@@ -19,6 +19,7 @@ import csv
 import gzip
 import json
 import sys
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,10 +31,11 @@ from benchmarks.continual.streams import STREAMS, Stream
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM, SlmError, Task
 from slm_fast.options import LearnOptions
+from slm_fast.predict import Prediction
 
 METHODS = ("slm", "separate")
 NOWHERE = "(none)"  # the task of a row that was abstained from, and of one that belongs to none
-Answers = list[dict[str, str]]  # a row each: task, row, told, routed, named, kept
+Answers = list[dict[str, str]]  # a row each: task, row, told, routed, named, kept, distance
 
 
 def split(stream: Stream, options: argparse.Namespace, seed: int) -> tuple[dict[str, Task], dict[str, Task]]:
@@ -65,29 +67,29 @@ def slm_answers(stream: Stream, options: argparse.Namespace, seed: int, store: P
             print(f"seed {seed}: learned {name}", file=sys.stderr)
     rows = [(name, i, row) for name, task in test.items() for i, row in enumerate(task.rows)]
     texts, names = [row.text for _, _, row in rows], [name for name, _, _ in rows]
-    told, routed = slm.predict(texts, task=names), slm.predict(texts)
-    kept = slm.predict(texts, abstain=options.abstain)
+    told, routed = slm.predict(texts, task=names), slm.predict(texts, distance=True)
     found = [
-        {
-            "task": name,
-            "row": str(i),
-            "told": str(int(own.label == row.target)),
-            "routed": str(int(any_.label == row.target)),
-            "named": any_.task or NOWHERE,
-            "kept": str(int(near.task is not None)),
-        }
-        for (name, i, row), own, any_, near in zip(rows, told, routed, kept, strict=True)
+        {"task": name, "row": str(i), "told": str(int(own.label == row.target))}
+        | {"routed": str(int(any_.label == row.target)), **_named(any_, options.abstain)}
+        for (name, i, row), own, any_ in zip(rows, told, routed, strict=True)
     ]
     if stream.out_of_scope and not options.held_out:
         with gzip.open(
             options.data / stream.folder / stream.out_of_scope / "test.jsonl.gz", "rt", encoding="utf-8"
         ) as file:
             strangers = [json.loads(line)["text"] for line in file]
-        pairs = zip(slm.predict(strangers), slm.predict(strangers, abstain=options.abstain), strict=True)
-        for i, (any_, near) in enumerate(pairs):
-            own = {"task": NOWHERE, "row": str(i), "told": "", "routed": "", "named": any_.task or NOWHERE}
-            found.append(own | {"kept": str(int(near.task is not None))})
+        found += [
+            {"task": NOWHERE, "row": str(i), "told": "", "routed": "", **_named(any_, options.abstain)}
+            for i, any_ in enumerate(slm.predict(strangers, distance=True))
+        ]
     return found
+
+
+def _named(found: Prediction, share: float) -> dict[str, str]:
+    """The task that a row was taken for, how far it is from it, and whether it would be abstained from."""
+    assert found.distance is not None
+    kept = str(int(found.distance <= share))
+    return {"named": found.task or NOWHERE, "kept": kept, "distance": f"{found.distance:.6f}"}
 
 
 def separate_answers(stream: Stream, options: argparse.Namespace, seed: int) -> Answers:
@@ -100,7 +102,8 @@ def separate_answers(stream: Stream, options: argparse.Namespace, seed: int) -> 
         answers = method.models[name].answers(rows)
         print(f"seed {seed}: separate learned {name}", file=sys.stderr)
         found += [
-            {"task": name, "row": str(i), "told": str(int(a == row.target)), "routed": "", "named": "", "kept": ""}
+            {"task": name, "row": str(i), "told": str(int(a == row.target))}
+            | dict.fromkeys(("routed", "named", "kept", "distance"), "")
             for i, (a, row) in enumerate(zip(answers, rows, strict=True))
         ]
     return found
@@ -179,9 +182,20 @@ def summary(answers: Mapping[str, Sequence[Answers]], tasks: Sequence[str]) -> l
         found.append(line)
     if any(a["task"] == NOWHERE for a in answers["slm"][0]):
         strangers = column("slm", "kept", {NOWHERE})
+        apart = mean(_auroc(seed) for seed in answers["slm"])
+        found = [line | {"auroc": ""} for line in found]
         empty = dict.fromkeys(found[0], "")
-        found.append(empty | {"task": "out of scope", "rows": len(strangers[0]), "kept": percent(strangers)})
+        line = {"task": "out of scope", "rows": len(strangers[0]), "kept": percent(strangers), "auroc": f"{apart:.4f}"}
+        found.append(empty | line)
     return found
+
+
+def _auroc(answers: Answers) -> float:
+    """How often a row that belongs to no task is farther than one that belongs to one; half of what is as far."""
+    inside = sorted(float(a["distance"]) for a in answers if a["task"] != NOWHERE)
+    outside = [float(a["distance"]) for a in answers if a["task"] == NOWHERE]
+    nearer = sum(bisect_left(inside, distance) + bisect_right(inside, distance) for distance in outside)
+    return nearer / (2 * len(inside) * len(outside))
 
 
 def confusions(answers: Sequence[Answers]) -> list[dict[str, Any]]:

@@ -55,6 +55,7 @@ VARIANTS = (
     Variant("and maxima, 512 random features", "query", partial(SlmRouter, 512)),
     Variant("and maxima, 1,024 random features", "query", partial(SlmRouter, 1024)),
     Variant("and maxima, 2,048 random features", "query", partial(SlmRouter, 2048)),
+    Variant("2,048, labels' means as they are", "query", partial(SlmRouter, 2048, drawn=False)),
     Variant("and maxima, 4,096 random features", "query", partial(SlmRouter, 4096)),
     Variant("2,048 random features, a mean a task", "query", partial(SlmRouter, 2048, labels=False)),
     Variant("EPI", "last", Epi),

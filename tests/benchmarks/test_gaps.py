@@ -28,17 +28,18 @@ def test_differences_are_paired_by_row_and_their_errors_are_over_rows_and_over_s
     assert gaps.paired([[1.0, 1.0]], [[1.0, 0.0]])[:2] == (-0.5, pytest.approx(0.5))
 
 
-def row(task: str, number: int, told: str, routed: str, named: str, kept: str = "1") -> dict[str, str]:
-    return {"task": task, "row": str(number), "told": told, "routed": routed, "named": named, "kept": kept}
+def row(task: str, number: int, told: str, routed: str, named: str, distance: float = 0.5) -> dict[str, str]:
+    own = {"task": task, "row": str(number), "told": told, "routed": routed, "named": named}
+    return own | {"kept": str(int(distance <= 0.95)), "distance": str(distance)}
 
 
 def test_the_table_has_each_task_all_rows_and_what_is_out_of_scope():
     slm = [
         row("a", 0, "1", "1", "a"),
         row("a", 1, "1", "0", "b"),
-        row("b", 0, "0", "1", "b", "0"),
-        row(gaps.NOWHERE, 0, "", "", "a", "0"),
-        row(gaps.NOWHERE, 1, "", "", "b"),
+        row("b", 0, "0", "1", "b", 0.99),
+        row(gaps.NOWHERE, 0, "", "", "a", 1.2),
+        row(gaps.NOWHERE, 1, "", "", "b", 0.5),
     ]
     separate = [row("a", 0, "1", "", ""), row("a", 1, "1", "", ""), row("b", 0, "1", "", "")]
     found = {line["task"]: line for line in gaps.summary({"slm": [slm], "separate": [separate]}, ["a", "b"])}
@@ -52,6 +53,7 @@ def test_the_table_has_each_task_all_rows_and_what_is_out_of_scope():
     assert (found["b"]["gap"], found["b"]["separate"], found["b"]["kept"]) == ("100.00", "100.00", "0.00")
     assert (found["all rows"]["gap"], found["all rows"]["routed_less_separate"]) == ("0.00", "-33.33")
     assert (found["out of scope"]["rows"], found["out of scope"]["kept"]) == (2, "50.00")
+    assert (found["out of scope"]["auroc"], found["a"]["auroc"]) == (f"{(3 + 1) / 6:.4f}", "")
     assert gaps.confusions([slm, slm]) == [{"task": "a", "taken_for": "b", "rows": 2}]
 
 
@@ -81,6 +83,8 @@ def test_a_run_answers_each_row_told_and_not_told_and_goes_on_where_it_was(data,
     assert float(lines["all rows"]["separate"]) > 50
     assert float(lines["all rows"]["right_task"]) > 90
     assert lines["all rows"]["gap_se_seeds"] == "nan"
+    assert float(lines["out of scope"]["auroc"]) > 0.9
+    assert float(lines["all rows"]["kept"]) > 80
     assert "test rows; at most 40 training rows" in read_head(data / "both.csv")["setup"]
     again = {line["task"]: line for line in read_csv(data / "one.csv")}
     assert again["all rows"]["routed"] == lines["all rows"]["routed"]

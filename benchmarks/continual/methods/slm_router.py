@@ -20,10 +20,10 @@ def configured(features: int) -> AdaptedModel:
 
 class SlmRouter:
     """One slot a task. features: random features of the query's means, 0 for none. labels: a mean a label, else one a
-    task."""
+    task. drawn: with features, labels' means are drawn to their task's (`random_features.drawn_means`)."""
 
-    def __init__(self, features: int, *, labels: bool = True) -> None:
-        self.router, self.labels = configured(features).new_router(), labels
+    def __init__(self, features: int, *, labels: bool = True, drawn: bool = True) -> None:
+        self.router, self.labels, self.drawn = configured(features).new_router(), labels, drawn
         self.parts: dict[str, dict[str, Tensor]] = {}
 
     @property
@@ -31,7 +31,8 @@ class SlmRouter:
         return sorted(self.parts)
 
     def observe(self, name: str, query: Tensor, labels: Tensor | None) -> None:
-        self.parts[name] = self.router.fit(query, 1, 0, labels if self.labels else None)
+        part = self.router.fit(query, 1, 0, labels if self.labels else None)
+        self.parts[name] = part if self.drawn else {key: part[key] for key in part if key != "constants"}
 
     def prepare(self) -> None:
         self.router.load(self.parts, torch.device("cpu"))
