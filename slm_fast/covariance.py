@@ -15,7 +15,7 @@ from slm_fast.errors import InputError, WorkError
 PERCENTILES = 101
 ALIKE = 2.0**-18  # how far apart, of their size, rounding may leave two float32 queries of one text
 COARSE, FINE = 2.0**10, 2.0**56  # one over the units of the two planes
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE, NUMBERS_AT_ONCE = 4096, 1 << 15
 LARGEST_TERM, LARGEST_PLANE = 2.0**52, 2**62
 
 
@@ -40,41 +40,44 @@ class ExactSum:
         """Raises WorkError for a term that is not finite or of another shape, or a sum that is too large."""
         total = None
         for term in terms:
-            total = cls(*_planes(term)) if total is None else total.plus(term)
+            total = total or cls(*torch.zeros(2, *term.shape, dtype=torch.int64))
+            total._add(term)
         return total or cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
     def plus(self, term: Tensor) -> ExactSum:
         """Raises as `of`."""
-        if term.shape != self.coarse.shape:
-            raise WorkError(f"scatter: expected {list(self.coarse.shape)} as other tasks have, got {list(term.shape)}")
-        coarse, fine = _planes(term)
-        coarse += self.coarse  # less than 2^63, as both are at most 2^62
-        fine += self.fine
-        for plane in (coarse, fine):
-            if plane.numel() and max(map(abs, map(int, plane.aminmax()))) > LARGEST_PLANE:
-                raise WorkError("scatter: expected a sum over all tasks below 2^52, got a larger one")
-        return ExactSum(coarse, fine)
+        total = ExactSum(self.coarse.clone(), self.fine.clone())
+        total._add(term)
+        return total
 
     def minus(self, term: Tensor) -> ExactSum:
         """Without a term that is in the sum."""
-        coarse, fine = _planes(term)
-        return ExactSum(self.coarse - coarse, self.fine - fine)
+        total = ExactSum(self.coarse.clone(), self.fine.clone())
+        total._add(term, -1)
+        return total
+
+    def _add(self, term: Tensor, sign: int = 1) -> None:
+        """Add a term to the planes where they lie, as many of its numbers at once as the caches hold."""
+        if term.shape != self.coarse.shape:
+            raise WorkError(f"scatter: expected {list(self.coarse.shape)} as other tasks have, got {list(term.shape)}")
+        whole = [plane.flatten().split(NUMBERS_AT_ONCE) for plane in (self.coarse, self.fine)]
+        for coarse, fine, part in zip(*whole, term.flatten().split(NUMBERS_AT_ONCE), strict=True):
+            if not len(part):
+                continue
+            lowest, highest = part.aminmax()
+            if not (lowest > -LARGEST_TERM and highest < LARGEST_TERM):  # not a number fails this too
+                raise WorkError(f"scatter: expected finite numbers below 2^52, got {float(lowest)}..{float(highest)}")
+            scaled = part.double() * COARSE
+            units = scaled.round()
+            rest = (scaled - units).mul_(FINE / COARSE).round_()
+            for plane, more in ((coarse, units), (fine, rest)):
+                plane.add_(more.long(), alpha=sign)  # less than 2^63, as both are at most 2^62
+                if max(map(abs, map(int, plane.aminmax()))) > LARGEST_PLANE:
+                    raise WorkError("scatter: expected a sum over all tasks below 2^52, got a larger one")
 
     def total(self) -> Tensor:
         """float64, within a few units in the last place."""
         return self.coarse.double() / COARSE + self.fine.double() / FINE
-
-
-def _planes(term: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 term in coarse and fine units, int64."""
-    if term.numel():
-        lowest, highest = term.aminmax()
-        if not (lowest > -LARGEST_TERM and highest < LARGEST_TERM):  # not a number fails this too
-            raise WorkError(f"scatter: expected finite numbers below 2^52, got {float(lowest)}..{float(highest)}")
-    scaled = term.double() * COARSE
-    coarse = scaled.round()
-    fine = (scaled - coarse).mul_(FINE / COARSE).round_()
-    return coarse.long(), fine.long()
 
 
 class Moments(NamedTuple):

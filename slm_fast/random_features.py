@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slm_fast.covariance import PERCENTILES, covariance, factorised, moments, pack, percentiles, unpack
+from slm_fast.covariance import PERCENTILES, covariance, factorised, moments, percentiles, unpack
 from slm_fast.layers import use_onednn
 from slm_fast.ops import Route
 from slm_fast.router import GaussianRouter, Part, check_finite
@@ -98,7 +98,7 @@ class RandomFeatureRouter(GaussianRouter):
         }
 
     def _term(self, part: Part) -> Tensor:
-        return pack(expand(part["factor"], part["exponent"], part["diagonal"]))
+        return expand(part["factor"], part["exponent"], part["diagonal"])
 
     @cached_property
     @torch.inference_mode(False)

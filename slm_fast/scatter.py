@@ -18,6 +18,7 @@ RANK = 256  # directions kept. 256 127^2 < 2^24: float32 counts exactly so far
 EXPONENTS = (-40, 12)  # of a factor's units; a scatter is then below 2^46
 SPARE = 32  # directions more that are looked at, and PASSES times, to find the strongest (Halko et al. 2011)
 PASSES = 4
+COLUMNS_AT_ONCE = 64
 
 
 def compress(scatter: Tensor, rows: int, seed: int) -> dict[str, Tensor]:
@@ -32,12 +33,20 @@ def compress(scatter: Tensor, rows: int, seed: int) -> dict[str, Tensor]:
 
 
 def expand(factor: Tensor, exponent: Tensor, diagonal: Tensor) -> Tensor:
-    """The scatter [D, D] float64 that these mean, the same bits everywhere."""
-    whole = factor.float()
-    units = exponent.double().exp2()
-    scatter = (whole.T @ whole).double() * units * units[:, None]
-    scatter.diagonal().add_(diagonal.double())
-    return scatter
+    """The upper triangle, row by row, of the scatter that these mean [D (D + 1) / 2] float64, the same bits everywhere.
+
+    A few rows at a time, so that they stay in the caches.
+    """
+    whole, units, width = factor.float(), exponent.double().exp2(), len(diagonal)
+    place, packed = 0, torch.empty(width * (width + 1) // 2, dtype=torch.float64)
+    for first in range(0, width, COLUMNS_AT_ONCE):
+        rows = slice(first, first + COLUMNS_AT_ONCE)
+        part = (whole[:, rows].T @ whole[:, first:]).double() * units[first:] * units[rows, None]
+        part.diagonal().add_(diagonal[rows].double())
+        upper = part[torch.ones_like(part, dtype=torch.bool).triu()]
+        packed[place : place + len(upper)] = upper
+        place += len(upper)
+    return packed
 
 
 def _strongest(scatter: Tensor, rank: int, seed: int) -> Tensor:

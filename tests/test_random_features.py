@@ -12,6 +12,7 @@ from gaussians import softmax
 from models import make_slm, reopened, toy_task
 from torch import Tensor
 
+from slm_fast.covariance import unpack
 from slm_fast.random_features import (
     KEPT,
     LABEL_TEMPERATURE,
@@ -69,7 +70,7 @@ def discriminant(router: RandomFeatureRouter, asked: Tensor) -> np.ndarray:
     """Scores [B, M] in numpy float64 of what the router's parts hold, up to what all of a row share."""
     parts = router.parts
     mean = np.concatenate([drawn(part["mean"].double().numpy(), part["count"].double().numpy()) for part in parts])
-    scatter = sum(expand(part["factor"], part["exponent"], part["diagonal"]).numpy() for part in parts)
+    scatter = sum(unpack(expand(part["factor"], part["exponent"], part["diagonal"])).numpy() for part in parts)
     freedom = sum(float(part["count"].sum()) for part in parts) - len(mean)
     sample, width = scatter / freedom, mean.shape[1]
     scale, alpha = np.trace(sample) / width, np.mean(sample**2)

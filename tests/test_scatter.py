@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from slm_fast.covariance import unpack
 from slm_fast.scatter import RANK, compress, expand
 
 
@@ -23,7 +24,7 @@ def scatter_of(rows: int, width: int, seed: int = 0, scale: float = 1.0) -> Tens
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 7), (5, 40), (40, 5), (90, 64)])
 def test_a_scatter_of_few_rows_comes_back_but_for_eight_bits(rows: int, width: int, scale: float) -> None:
     scatter = scatter_of(rows, width, scale=scale)
-    found = expand(**compress(scatter, rows, 0))
+    found = unpack(expand(**compress(scatter, rows, 0)))
     error = (found - scatter).abs() / scatter.diagonal().outer(scatter.diagonal()).sqrt()
     assert float(error.max()) < 0.03
 
@@ -35,7 +36,7 @@ def test_of_many_rows_the_strongest_directions_are_kept() -> None:
     value, vector = torch.linalg.eigh(scatter)
     best = (vector[:, -RANK:] * value[-RANK:]) @ vector[:, -RANK:].T
     best.diagonal().copy_(scatter.diagonal())
-    found = expand(**kept)
+    found = unpack(expand(**kept))
     assert float((found - scatter).norm()) < 1.1 * float((best - scatter).norm()) + 0.02 * float(scatter.norm())
     torch.testing.assert_close(found.diagonal(), scatter.diagonal(), rtol=0.02, atol=0)
 
@@ -45,7 +46,7 @@ def test_what_comes_back_is_exact_whatever_the_order_of_sums() -> None:
     factor = torch.randint(-127, 128, (RANK, 33), generator=generator).to(torch.int8)
     factor[:, :2] = 127  # the largest sums there are
     exponent = torch.randint(-40, 13, (33,), generator=generator).to(torch.int8)
-    found = expand(factor, exponent, torch.zeros(33))
+    found = unpack(expand(factor, exponent, torch.zeros(33)))
     whole = factor.numpy().astype(np.int64)
     unit = np.exp2(exponent.numpy().astype(np.float64))
     np.testing.assert_array_equal(found.numpy(), (whole.T @ whole) * unit * unit[:, None])
@@ -53,7 +54,7 @@ def test_what_comes_back_is_exact_whatever_the_order_of_sums() -> None:
 
 @pytest.mark.parametrize("rows", [3, 300])
 def test_it_is_positive_semi_definite_as_it_stands(rows: int) -> None:
-    found = expand(**compress(scatter_of(rows, 70), rows, 0))
+    found = unpack(expand(**compress(scatter_of(rows, 70), rows, 0)))
     assert float(torch.linalg.eigvalsh(found)[0]) > -1e-9 * float(found.trace())
 
 
@@ -63,5 +64,5 @@ def test_the_same_scatter_gives_the_same_bytes() -> None:
 
 
 def test_rows_that_are_all_alike_have_none() -> None:
-    found = expand(**compress(torch.zeros(6, 6, dtype=torch.float64), 4, 0))
+    found = unpack(expand(**compress(torch.zeros(6, 6, dtype=torch.float64), 4, 0)))
     assert torch.equal(found, torch.zeros(6, 6, dtype=torch.float64))
