@@ -260,7 +260,7 @@ def _pass(model: AdaptedModel, window: _Ready, batch: _Batch, options: PredictOp
     query = output.query if query is None else query
     route, distance = _measured(model, query, output.route, options)
     # Where the task is given, its answers are its own, whatever else is learned.
-    known = None if query is None or task is not None else model.router.label_scores(query)
+    known = None if query is None or task is not None else model.router.label_scores(query, route.slot_ids)
     prior = None if known is None else pool.heads.prior(*known)
     features = TrunkQuery.pool(output.hidden, encoded.attention_mask)
     winner = pool.task_weights(route).argmax(1)

@@ -26,6 +26,7 @@ MOST_SHRINKAGE = 0.9
 KEPT, PRIOR_ROWS = 0.6, 2.0  # of n rows' distance from their task's mean a label keeps KEPT n / (n + PRIOR_ROWS)
 LABEL_TEMPERATURE = 24.0  # of labels' scores, which are of thousands of numbers that are not independent
 BEFORE = (1.0, 0.0, 64.0)  # these three, in files of before they were written
+MANY_MEANS = 1024  # beyond so many only those that are asked for are scored, for fewer it takes longer to find them
 SAMPLE = 96  # training queries kept of a task, which say how far its own rows are
 ROUNDING = 1e-3  # of a distance, at the most
 LEAST_LEFT = 0.05  # of a row's share in a covariance that is taken away, for what compression made of it
@@ -140,9 +141,15 @@ class RandomFeatureRouter(GaussianRouter):
         check_finite(query)
         return super().route(self.expand(query), mask)
 
-    def label_scores(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scores = (self.expand(query) - self.centre) @ self.keys.T + self.bias
-        return (scores / self.label_temperature, *self.label_of_mean)
+    def label_scores(self, query: Tensor, slot_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        keys, bias, temperature, (task, label) = self.keys, self.bias, self.label_temperature, self.label_of_mean
+        if slot_ids is not None and len(keys) > MANY_MEANS:
+            asked = torch.zeros(len(self.parts), dtype=torch.bool, device=keys.device)
+            asked[torch.tensor(self.task_of_slot, device=keys.device)[slot_ids.clamp(min=0)]] = True
+            (chosen,) = asked[task].nonzero(as_tuple=True)
+            keys, bias, temperature, task, label = (own[chosen] for own in (keys, bias, temperature, task, label))
+        scores = (self.expand(query) - self.centre) @ keys.T + bias
+        return scores / temperature, task, label
 
     # Distances
 

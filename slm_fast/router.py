@@ -66,9 +66,9 @@ class Router(ABC):
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
         """query [B, D], mask [B, P] or [P] of slots allowed -> Route."""
 
-    def label_scores(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    def label_scores(self, query: Tensor, slot_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
         """Log-odds [B, M] of labels for queries [B, D], and [M] the place of each one's task and its number there (-1:
-        no label). None where nothing is known of labels."""
+        no label); of the tasks of some slots, or all. None where nothing is known of labels."""
         return None
 
     @abstractmethod

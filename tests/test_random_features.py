@@ -12,6 +12,7 @@ from gaussians import softmax
 from models import make_slm, reopened, toy_task
 from torch import Tensor
 
+import slm_fast.random_features
 from slm_fast.covariance import unpack
 from slm_fast.random_features import (
     KEPT,
@@ -99,6 +100,18 @@ def test_label_scores_are_those_of_the_means_and_say_whose_they_are() -> None:
     assert (task.tolist(), label.tolist()) == ([0, 0, 0, 1, 1], [0, 1, 2, 0, 1])
     expected = discriminant(router, asked) / LABEL_TEMPERATURE
     np.testing.assert_allclose(scores - scores[:, :1], expected - expected[:, :1], atol=1e-4, rtol=1e-4)
+
+
+def test_of_many_means_those_of_the_routes_tasks_alone_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = loaded("a", "b", "c")
+    asked = QUERIES["b"][:6]
+    everything, task, _ = router.label_scores(asked)
+    monkeypatch.setattr(slm_fast.random_features, "MANY_MEANS", 5)
+    scores, own, label = router.label_scores(asked, torch.tensor([[2, 1], [1, -1]]))
+    assert (own.tolist(), label.tolist()) == ([0, 0, 0, 1, 1, 2], [0, 1, 2, 0, 1, 0])  # -1 is slot 0, of no weight
+    scores, own, label = router.label_scores(asked, torch.tensor([[2, 1], [1, 2]]))
+    assert (own.tolist(), label.tolist()) == ([1, 1, 2], [0, 1, 0])
+    torch.testing.assert_close(scores, everything[:, task > 0])
 
 
 def test_a_part_of_before_constants_were_written_routes_by_its_means_as_they_are() -> None:
