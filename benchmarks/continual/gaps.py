@@ -130,21 +130,27 @@ def answers_of(method: str, stream: Stream, options: argparse.Namespace, seed: i
 # ---- what the answers say ----
 
 
-def paired(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Of [seeds][rows] each: mean of second - first, its standard error over rows (each row's difference averaged over
-    seeds) and over seeds (nan for one seed)."""
-    by_seed = [mean(b - a for a, b in zip(*pair, strict=True)) for pair in zip(first, second, strict=True)]
-    columns = zip(
-        *([b - a for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)), strict=True
-    )
-    by_row = [mean(column) for column in columns]
-    over_rows = stdev(by_row) / len(by_row) ** 0.5 if len(by_row) > 1 else float("nan")
+def paired(
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], drawing: Sequence[int] | None = None
+) -> tuple[float, float, float]:
+    """Mean of second - first over seeds, its standard error over rows and over seeds (nan for one). Of each seed its
+    rows, which are the same for seeds of one `drawing` (None: for all): a row's differences are averaged over those."""
+    apart = [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
+    squared = 0.0
+    for one in set(drawing or [0]):
+        own = [rows for i, rows in enumerate(apart) if drawing is None or drawing[i] == one]
+        by_row = [mean(column) for column in zip(*own, strict=True)]
+        error = stdev(by_row) / len(by_row) ** 0.5 if len(by_row) > 1 else float("nan")
+        squared += (len(own) / len(apart) * error) ** 2
+    by_seed = [mean(rows) for rows in apart]
     over_seeds = stdev(by_seed) / len(by_seed) ** 0.5 if len(by_seed) > 1 else float("nan")
-    return mean(by_seed), over_rows, over_seeds
+    return mean(by_seed), squared**0.5, over_seeds
 
 
-def summary(answers: Mapping[str, Sequence[Answers]], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """A line for each task and one for all rows, in percent. answers: by method, then seed, the same rows in each."""
+def summary(
+    answers: Mapping[str, Sequence[Answers]], tasks: Sequence[str], drawing: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """A line for each task and one for all rows, in percent. answers: by method, then seed; drawing: as in `paired`."""
 
     def column(method: str, field: str, chosen: set[str]) -> list[list[float]]:
         return [
@@ -162,7 +168,7 @@ def summary(answers: Mapping[str, Sequence[Answers]], tasks: Sequence[str]) -> l
     found = []
     for name, chosen in [*((task, {task}) for task in tasks), ("all rows", set(tasks))]:
         told, routed = column("slm", "told", chosen), column("slm", "routed", chosen)
-        gap, rows, seeds = paired(told, routed)
+        gap, rows, seeds = paired(told, routed, drawing)
         line = {
             "task": name,
             "rows": len(told[0]),
@@ -176,7 +182,7 @@ def summary(answers: Mapping[str, Sequence[Answers]], tasks: Sequence[str]) -> l
         }
         if "separate" in answers:
             separate = column("separate", "told", chosen)
-            ahead, rows, seeds = paired(separate, routed)
+            ahead, rows, seeds = paired(separate, routed, drawing)
             line |= {"separate": percent(separate), "routed_less_separate": f"{100 * ahead:.2f}"}
             line |= {"separate_se_rows": f"{100 * rows:.2f}", "separate_se_seeds": f"{100 * seeds:.2f}"}
         found.append(line)
@@ -231,7 +237,7 @@ def main(arguments: Sequence[str]) -> int:
     except SlmError as error:
         print(f"gaps: error: {error}", file=sys.stderr)
         return error.status
-    found = summary(answers, stream.tasks)
+    found = summary(answers, stream.tasks, stream.drawings(options.seeds))
     epochs = f"{options.epochs} epochs" if options.epochs else "slm_fast's epochs"
     notes = {
         "setup": f"{'held-out training rows' if held else 'test rows'}; at most {rows} training rows a task, {epochs}, "

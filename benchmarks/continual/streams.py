@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,10 @@ class Stream:
     seeds: int = 0
     out_of_scope: str | None = None
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+
+    def drawings(self, seeds: Sequence[int]) -> list[int]:
+        """Which drawing of the rows each seed has."""
+        return [seed % self.seeds if self.seeds else 0 for seed in seeds]
 
     def load(self, data: Path, split: str, seed: int, rows: int | None = None) -> dict[str, Task]:
         """Each task's rows of a split, the first `rows` of them where that is given."""

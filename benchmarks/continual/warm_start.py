@@ -97,21 +97,6 @@ def answer(slm: ScalableLM, tasks: dict[str, Task]) -> Right:
     return found
 
 
-def gain(
-    anew: Sequence[Sequence[float]], warm: Sequence[Sequence[float]], drawing: Sequence[int]
-) -> tuple[float, float, float]:
-    """Mean of warm - anew over seeds, its standard error over rows and over seeds. anew, warm: for each seed its rows,
-    which are the same for seeds of one `drawing`."""
-    parts = []
-    for one in sorted(set(drawing)):
-        own = [i for i, drawn in enumerate(drawing) if drawn == one]
-        parts.append((len(own) / len(drawing), paired([anew[i] for i in own], [warm[i] for i in own])))
-    over_rows = sum((share * error) ** 2 for share, (_, error, _) in parts) ** 0.5
-    means = [[mean(seed)] for seed in anew], [[mean(seed)] for seed in warm]
-    total, _, over_seeds = paired(*means)
-    return total, over_rows, over_seeds
-
-
 def summary(
     found: dict[str, list[Right]], starts: Sequence[dict[str, str]], drawing: Sequence[int], tasks: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -126,7 +111,7 @@ def summary(
         }
         for how in ("told", "routed"):
             anew, warm = ([[x for task in chosen for x in seed[how][task]] for seed in found[way]] for way in WAYS)
-            total, over_rows, over_seeds = gain(anew, warm, drawing)
+            total, over_rows, over_seeds = paired(anew, warm, drawing)
             line["rows"] = len(anew[0])
             line |= {
                 f"{how}_anew": f"{100 * mean(map(mean, anew)):.2f}",
@@ -158,7 +143,7 @@ def main(arguments: Sequence[str]) -> int:
     except SlmError as error:
         print(f"warm_start: error: {error}", file=sys.stderr)
         return error.status
-    drawing = [seed % stream.seeds if stream.seeds else 0 for seed in options.seeds]
+    drawing = stream.drawings(options.seeds)
     found = {way: [right[way] for right, _ in answers] for way in WAYS}
     lines = summary(found, [starts for _, starts in answers], drawing, stream.tasks)
     kind = "held-out rows" if options.held_out else "test rows"

@@ -28,6 +28,22 @@ def test_differences_are_paired_by_row_and_their_errors_are_over_rows_and_over_s
     assert gaps.paired([[1.0, 1.0]], [[1.0, 0.0]])[:2] == (-0.5, pytest.approx(0.5))
 
 
+def test_differences_are_paired_within_a_drawing_of_rows_and_weighed_by_its_seeds():
+    random = torch.Generator().manual_seed(0)
+    drawing, rows = [0, 1, 0], {0: 50, 1: 70}
+    anew, warm = (
+        [torch.randint(0, 2, (rows[drawn],), generator=random).double() for drawn in drawing] for _ in range(2)
+    )
+    total, over_rows, over_seeds = gaps.paired([x.tolist() for x in anew], [x.tolist() for x in warm], drawing)
+    gains = [after - before for before, after in zip(anew, warm, strict=True)]
+    means = torch.stack([gain.mean() for gain in gains])
+    assert total == pytest.approx(float(means.mean()))
+    assert over_seeds == pytest.approx(float(means.std() / 3**0.5))
+    first, second = (gains[0] + gains[2]) / 2, gains[1]
+    expected = (2 / 3) ** 2 * first.var() / 50 + (1 / 3) ** 2 * second.var() / 70
+    assert over_rows == pytest.approx(float(expected) ** 0.5)
+
+
 def row(task: str, number: int, told: str, routed: str, named: str, distance: float = 0.5) -> dict[str, str]:
     own = {"task": task, "row": str(number), "told": told, "routed": routed, "named": named}
     return own | {"kept": str(int(distance <= 0.95)), "distance": str(distance)}

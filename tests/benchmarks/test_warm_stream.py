@@ -8,28 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.continual import warm_start
 from benchmarks.continual.streams import STREAMS, Stream
 from benchmarks.tables import read_csv, read_head
 from slm_fast import ScalableLM, demo
-
-
-def test_gains_are_paired_within_a_drawing_of_rows_and_weighed_by_its_seeds():
-    random = torch.Generator().manual_seed(0)
-    drawing, rows = [0, 1, 0], {0: 50, 1: 70}
-    anew, warm = (
-        [torch.randint(0, 2, (rows[drawn],), generator=random).double() for drawn in drawing] for _ in range(2)
-    )
-    total, over_rows, over_seeds = warm_start.gain([x.tolist() for x in anew], [x.tolist() for x in warm], drawing)
-    gains = [after - before for before, after in zip(anew, warm, strict=True)]
-    means = torch.stack([gain.mean() for gain in gains])
-    assert total == pytest.approx(float(means.mean()))
-    assert over_seeds == pytest.approx(float(means.std() / 3**0.5))
-    first, second = (gains[0] + gains[2]) / 2, gains[1]
-    expected = (2 / 3) ** 2 * first.var() / 50 + (1 / 3) ** 2 * second.var() / 70
-    assert over_rows == pytest.approx(float(expected) ** 0.5)
 
 
 def test_the_table_has_each_task_all_rows_and_what_tasks_started_from():
