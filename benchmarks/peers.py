@@ -31,6 +31,7 @@ def train(
     options: LearnOptions,
     epoch: Callable[[], Iterable[Tensor]],
     report: Callable[[int, Tensor], None] | None = None,
+    head: Sequence[Tensor] = (),
 ) -> None:
     """The training loop of slm_fast: AdamW, linear warm-up and decay, clipping at 1.
 
@@ -39,14 +40,16 @@ def train(
         rows: of the task.
         epoch: batches of row numbers, asked for once an epoch.
         report: told how many rows a step had, and its loss.
+        head: parameters that learn at the rate of heads.
     """
-    optimizer, schedule = optimizer_and_schedule(parameters, options, rows)
+    optimizer, schedule = optimizer_and_schedule(parameters, options, rows, head)
+    every = [*parameters, *head]
     for _ in range(options.epochs_for(rows)):
         for batch in epoch():
             loss = loss_of(batch.tolist())
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(every, 1.0)
             optimizer.step()
             schedule.step()
             if report is not None:

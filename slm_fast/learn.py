@@ -120,10 +120,14 @@ def _check_words(model: AdaptedModel, task: Task, max_length: int) -> None:
 
 
 def optimizer_and_schedule(
-    parameters: Sequence[Tensor], options: LearnOptions, rows: int
+    parameters: Sequence[Tensor], options: LearnOptions, rows: int, head: Sequence[Tensor] = ()
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW, with a linear warm-up and decay over all steps."""
-    optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    """AdamW over parameters and, at a rate of its own, a head's (weight [C, H], bias [C]), with a linear warm-up and
+    decay over all steps."""
+    groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": options.learning_rate}]
+    if head:
+        groups.append({"params": list(head), "lr": options.head_rate(len(head[0]))})
+    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
     steps = options.epochs_for(rows) * math.ceil(rows / options.batch_size)
     warmup = max(1, round(options.warmup * steps))
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
@@ -221,7 +225,8 @@ class Trainer:
     def fine_tune(self, examples: Examples, valid: Task | None, progress: bool | None) -> None:
         options = self.options
         valid_examples = None if valid is None else self._valid_examples(valid)
-        optimizer, scheduler = optimizer_and_schedule(self.parameters(), options, len(examples))
+        values = [parameter for pair in self.params.values() for parameter in pair]
+        optimizer, scheduler = optimizer_and_schedule(values, options, len(examples), self.head or ())
         epochs, lengths = options.epochs_for(len(examples)), examples.lengths
         best, best_score = self._snapshot() if valid is not None else [], -math.inf
         progressing = bar(f"{self.task.name}: learning", epochs * len(examples), progress)

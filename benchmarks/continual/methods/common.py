@@ -37,7 +37,7 @@ class Classifier(nn.Module):
         return logits
 
     def fit(self, task: Task, options: LearnOptions, progress: bool | None = None) -> None:
-        """Train every parameter that requires a gradient on one task."""
+        """Train every parameter that requires a gradient on one task, the head's at the rate of heads."""
         rows, generator = task.rows, torch.Generator().manual_seed(name_seed(task.name, options.seed))
         tokens, _ = self.backbone.tokenization.tokenize([row.prompt for row in rows], self.max_length)
         lengths = torch.tensor([len(row) for row in tokens])
@@ -48,12 +48,13 @@ class Classifier(nn.Module):
 
         with bar(f"{task.name}: learning", options.epochs_for(len(rows)) * len(rows), progress) as advance:
             train(
-                [p for p in self.parameters() if p.requires_grad],
+                [p for p in self.encoder.parameters() if p.requires_grad],
                 loss_of,
                 len(rows),
                 options,
                 lambda: shuffled_buckets(lengths, options.batch_size, generator),
                 lambda done, loss: advance(done, note=f"loss {loss.item():.3f}"),
+                list(self.head.parameters()),
             )
 
     @torch.inference_mode()
