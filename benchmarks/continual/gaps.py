@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.continual.methods.method import Setup
 from benchmarks.continual.methods.separate import Separate
 from benchmarks.continual.streams import STREAMS, Stream
 from benchmarks.tables import RESULTS, table, write_csv
@@ -96,10 +97,11 @@ def separate_answers(stream: Stream, options: argparse.Namespace, seed: int) -> 
     train, test = split(stream, options, seed)
     found: Answers = []
     for name, task in train.items():
-        method = Separate("minilm", options.max_length, LearnOptions(epochs=options.epochs, seed=seed))
+        learning = LearnOptions(epochs=options.epochs, seed=seed)
+        method = Separate(Setup("minilm", tuple(task.labels or ()), options.max_length, learning))
         method.learn(task, progress=False)
         rows = test[name].rows
-        answers = method.models[name].answers(rows)
+        answers = [answer.text for answer in method.answers(rows, [name] * len(rows))]
         print(f"seed {seed}: separate learned {name}", file=sys.stderr)
         found += [
             {"task": name, "row": str(i), "told": str(int(a == row.target))}

@@ -1,73 +1,206 @@
-"""What the rivals share: a classifier over a backbone."""
+"""What the rivals train: a backbone that answers with a head or in writing, and the loop that trains it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks.continual.methods.method import Setup
 from benchmarks.peers import train
 from slm_fast.backbone import Backbone
 from slm_fast.batching import shuffled_buckets
-from slm_fast.data import Row, Task
+from slm_fast.data import Row
 from slm_fast.options import LearnOptions
 from slm_fast.progress import bar
 from slm_fast.query import TrunkQuery
 from slm_fast.tasks import name_seed
+from slm_fast.tokenization import Encoded, pad
+
+IGNORE = -100  # the label that losses skip
+BATCH = 32  # rows answered together
 
 
-class Classifier(nn.Module):
-    """Mean last hidden state over real tokens, then one linear head over `labels`."""
+class Model(nn.Module, ABC):
+    """A backbone that answers rows. `network` is its module, which a method may wrap."""
 
-    def __init__(self, backbone: Backbone, labels: Sequence[str], max_length: int, seed: int) -> None:
+    def __init__(self, backbone: Backbone, max_length: int) -> None:
         super().__init__()
-        self.backbone, self.labels, self.max_length = backbone, list(labels), max_length
-        self.encoder = backbone.model
-        self.head = nn.Linear(backbone.width, len(self.labels))
-        nn.init.normal_(self.head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
-        nn.init.zeros_(self.head.bias)
+        self.backbone, self.max_length = backbone, max_length
+        self.network: Any = backbone.model
 
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """Logits [B, labels] of B texts."""
-        encoded = self.backbone.tokenization.encode(texts, self.max_length)
-        hidden = self.encoder(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
-        logits: Tensor = self.head(TrunkQuery.pool(hidden, encoded.attention_mask))
-        return logits
+    @abstractmethod
+    def losses(self, rows: Sequence[Row]) -> Tensor:
+        """The loss of each row, [B]: of its label, or the mean over its answer's tokens."""
 
-    def fit(self, task: Task, options: LearnOptions, progress: bool | None = None) -> None:
-        """Train every parameter that requires a gradient on one task, the head's at the rate of heads."""
-        rows, generator = task.rows, torch.Generator().manual_seed(name_seed(task.name, options.seed))
+    @abstractmethod
+    def answers(self, rows: Sequence[Row]) -> list[str]:
+        """What is answered to a batch of rows."""
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Weight and bias of the head, which learns faster; empty without one."""
+        return []
+
+    def trained(self) -> list[nn.Parameter]:
+        """Every parameter that requires a gradient."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def fit(
+        self,
+        name: str,
+        rows: Sequence[Row],
+        options: LearnOptions,
+        progress: bool | None = None,
+        *,
+        loss_of: Callable[[list[Row]], Tensor] | None = None,
+        parameters: Iterable[nn.Parameter] | None = None,
+        after_step: Callable[[], None] | None = None,
+    ) -> None:
+        """Train on rows, in batches of like lengths.
+
+        Args:
+            name: of the task; the order of the rows is drawn from it.
+            loss_of: the loss of a batch; default: the mean of `losses`.
+            parameters: what is trained; default: all that requires a gradient.
+            after_step: called after each step.
+        """
+        generator = torch.Generator().manual_seed(name_seed(name, options.seed))
         tokens, _ = self.backbone.tokenization.tokenize([row.prompt for row in rows], self.max_length)
         lengths = torch.tensor([len(row) for row in tokens])
+        chosen = list(self.trained() if parameters is None else parameters)
+        head = [parameter for parameter in self.head_parameters() if any(parameter is p for p in chosen)]
+        others = [parameter for parameter in chosen if not any(parameter is p for p in head)]
 
-        def loss_of(chosen: list[int]) -> Tensor:
-            answers = torch.tensor([self.labels.index(rows[i].target or "") for i in chosen])
-            return cross_entropy(self([rows[i].prompt for i in chosen]), answers.to(self.backbone.device))
+        def loss(numbers: list[int]) -> Tensor:
+            batch = [rows[i] for i in numbers]
+            return self.losses(batch).mean() if loss_of is None else loss_of(batch)
 
-        with bar(f"{task.name}: learning", options.epochs_for(len(rows)) * len(rows), progress) as advance:
+        with bar(f"{name}: learning", options.epochs_for(len(rows)) * len(rows), progress) as advance:
+
+            def report(done: int, loss: Tensor) -> None:
+                advance(done, note=f"loss {loss.item():.3f}")
+                if after_step is not None:
+                    after_step()
+
             train(
-                [p for p in self.encoder.parameters() if p.requires_grad],
-                loss_of,
+                others,
+                loss,
                 len(rows),
                 options,
                 lambda: shuffled_buckets(lengths, options.batch_size, generator),
-                lambda done, loss: advance(done, note=f"loss {loss.item():.3f}"),
-                list(self.head.parameters()),
+                report,
+                head,
             )
 
     @torch.inference_mode()
-    def answers(self, rows: Sequence[Row], batch_size: int = 32) -> list[str]:
-        """Each row's label, the choice being among all `labels`."""
+    def answer(self, rows: Sequence[Row]) -> list[str]:
+        """What is answered to any number of rows."""
         found = [""] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            for i, best in zip(batch, self([rows[i].prompt for i in batch]).argmax(1).tolist(), strict=True):
-                found[i] = self.labels[best]
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            for i, text in zip(batch, self.answers([rows[i] for i in batch]), strict=True):
+                found[i] = text
         return found
 
-    def accuracy(self, rows: Sequence[Row]) -> float:
-        """Share of rows answered with their label."""
-        return sum(a == row.target for a, row in zip(self.answers(rows), rows, strict=True)) / len(rows)
+
+class Classifier(Model):
+    """Mean last hidden state over real tokens, then one linear head over `labels`."""
+
+    def __init__(self, backbone: Backbone, labels: Sequence[str], max_length: int, seed: int) -> None:
+        super().__init__(backbone, max_length)
+        self.labels = list(labels)
+        self.head = nn.Linear(backbone.width, len(self.labels), device=backbone.device)
+        nn.init.normal_(self.head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.head.bias)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return list(self.head.parameters())
+
+    def hidden(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """The last hidden states [B, T, H] of a batch, and the mask [B, T] of those that count."""
+        out = self.network(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask)
+        return out.last_hidden_state, encoded.attention_mask
+
+    def features(self, rows: Sequence[Row]) -> Tensor:
+        """What the head reads, [B, H]."""
+        encoded = self.backbone.tokenization.encode([row.prompt for row in rows], self.max_length)
+        return TrunkQuery.pool(*self.hidden(encoded))
+
+    def forward(self, rows: Sequence[Row]) -> Tensor:
+        """Logits [B, labels]."""
+        logits: Tensor = self.head(self.features(rows))
+        return logits
+
+    def targets(self, rows: Sequence[Row]) -> Tensor:
+        """The number of each row's label, [B]."""
+        return torch.tensor([self.labels.index(row.target or "") for row in rows], device=self.backbone.device)
+
+    def losses(self, rows: Sequence[Row]) -> Tensor:
+        return cross_entropy(self(rows), self.targets(rows), reduction="none")
+
+    def answers(self, rows: Sequence[Row]) -> list[str]:
+        return [self.labels[best] for best in self(rows).argmax(1).tolist()]
+
+
+class Writer(Model):
+    """A language model that writes its answer, greedily."""
+
+    def __init__(self, backbone: Backbone, max_length: int, max_new_tokens: int) -> None:
+        super().__init__(backbone, max_length)
+        self.max_new_tokens = max_new_tokens
+
+    def losses(self, rows: Sequence[Row]) -> Tensor:
+        text = self.backbone.tokenization
+        prompts, _ = text.tokenize([row.prompt for row in rows], self.max_length)
+        answers = text.encode_answers([row.target or "" for row in rows], self.max_length)
+        causal = self.backbone.kind == "causal"
+        read = [p + a for p, a in zip(prompts, answers, strict=True)] if causal else prompts
+        said = [[IGNORE] * len(p) + a for p, a in zip(prompts, answers, strict=True)] if causal else answers
+        ids, mask = (each.to(self.backbone.device) for each in pad(read, text.tokenizer.pad_token_id))
+        labels = pad(said, IGNORE)[0].to(self.backbone.device)
+        if causal:
+            logits, labels = self.logits(ids, mask, None)[:, :-1], labels[:, 1:]
+        else:
+            logits = self.logits(ids, mask, labels)
+        each = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        return each.sum(1) / (labels != IGNORE).sum(1)
+
+    def logits(self, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
+        """[B, T, vocabulary] of a batch of tokens [B, T], or with `labels` of the answers to it."""
+        inputs = {} if labels is None else {"labels": labels}
+        found: Tensor = self.network(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
+        return found
+
+    def answers(self, rows: Sequence[Row]) -> list[str]:
+        text = self.backbone.tokenization
+        encoded = text.encode([row.prompt for row in rows], self.max_length, padding_side=text.padding_side)
+        written = self.write(encoded)
+        if self.backbone.kind == "causal":
+            written = written[:, encoded.input_ids.shape[1] :]
+        return text.decode(written.tolist())
+
+    def write(self, encoded: Encoded) -> Tensor:
+        """What `generate` returns for a batch of prompts."""
+        tokenizer = self.backbone.tokenizer
+        written: Tensor = self.network.generate(
+            input_ids=encoded.input_ids,
+            attention_mask=encoded.attention_mask,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return written
+
+
+def make_model(backbone: Backbone, setup: Setup, labels: Sequence[str], seed: int) -> Model:
+    """A backbone that answers in the way of its kind; an encoder with a head over `labels`."""
+    if backbone.kind == "encoder":
+        return Classifier(backbone, labels, setup.max_length, seed)
+    return Writer(backbone, setup.max_length, setup.max_new_tokens)

@@ -1,35 +1,47 @@
 """Finetune: one model, all its weights trained on task after task, one head over all label words.
 
-The lower bound of continual learning (the paper's first row): what is learned first is forgotten.
+The lower bound of continual learning (the paper's first row): what is learned first is forgotten. Other methods that
+train one whole model begin here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.continual.methods.common import Classifier
+from benchmarks.continual.methods.common import make_model
+from benchmarks.continual.methods.method import Answer, Setup, State
 from slm_fast.backbone import Backbone
-from slm_fast.data import Task
-from slm_fast.evaluate import Evaluation
-from slm_fast.options import LearnOptions
+from slm_fast.data import Row, Task
 
 LEARNING_RATE = 5e-5  # of Devlin et al. 2018 for fine-tuning all of BERT
 
 
 class Finetune:
-    """Learns the tasks of a stream one after another and answers without a task-ID."""
+    """A `Method`."""
 
-    def __init__(self, backbone: str, tasks: Mapping[str, Task], max_length: int, options: LearnOptions) -> None:
-        words = sorted({label for task in tasks.values() for label in task.labels or ()})
-        loaded = Backbone.load(backbone)
+    def __init__(self, setup: Setup) -> None:
+        loaded = Backbone.load(setup.backbone)
         loaded.model.requires_grad_(True)
-        self.classifier = Classifier(loaded, words, max_length, options.seed)
-        self.options = replace(options, learning_rate=LEARNING_RATE)
+        self.setup, self.options = setup, replace(setup.options, learning_rate=LEARNING_RATE)
+        self.model = make_model(loaded, setup, setup.labels, setup.options.seed)
 
     def learn(self, task: Task, progress: bool | None = None) -> None:
-        self.classifier.fit(task, self.options, progress)
+        self.model.fit(task.name, task.rows, self.options, progress)
 
-    def evaluate(self, tasks: Mapping[str, Task]) -> Evaluation:
-        accuracy = {name: self.classifier.accuracy(task.rows) for name, task in tasks.items()}
-        return Evaluation(accuracy, {})
+    def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
+        return [Answer(text) for text in self.model.answer(rows)]
+
+    def state(self) -> State:
+        return {"model": self.model.state_dict()}
+
+    def restore(self, state: State) -> None:
+        self.model.load_state_dict(state["model"])
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.trained())
+
+    @property
+    def kept(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.head_parameters())

@@ -5,38 +5,67 @@ The upper bound of what values of this size can learn: nothing is shared, nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import peft
 import torch
 
-from benchmarks.continual.methods.common import Classifier
+from benchmarks.continual.methods.common import Model, make_model
+from benchmarks.continual.methods.method import Answer, Setup, State
 from benchmarks.peers import adapted_layers
 from slm_fast.backbone import Backbone
-from slm_fast.data import Task
-from slm_fast.evaluate import Evaluation
-from slm_fast.options import LearnOptions
+from slm_fast.data import Row, Task
 from slm_fast.tasks import name_seed
 
 
 class Separate:
-    """One PEFT LoRA model a task, on the layers and with the rank that slm_fast uses by default."""
+    """A `Method`: one PEFT LoRA model a task, on the layers and with the rank that slm_fast uses by default."""
 
-    def __init__(self, backbone: str, max_length: int, options: LearnOptions) -> None:
-        self.backbone, self.max_length, self.options = backbone, max_length, options
-        self.models: dict[str, Classifier] = {}
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.models: dict[str, Model] = {}
 
     def learn(self, task: Task, progress: bool | None = None) -> None:
-        loaded = Backbone.load(self.backbone)
-        modules = adapted_layers(loaded)
-        seed = name_seed(task.name, self.options.seed)
-        classifier = Classifier(loaded, task.labels or [], self.max_length, seed)
-        torch.manual_seed(seed)
-        lora = peft.LoraConfig(r=self.options.rank, lora_alpha=self.options.rank, target_modules=modules)
-        classifier.encoder = peft.get_peft_model(loaded.model, lora)
-        classifier.fit(task, self.options, progress)
-        self.models[task.name] = classifier
+        self.models[task.name] = self._new(task.name, task.labels or [])
+        self.models[task.name].fit(task.name, task.rows, self.setup.options, progress)
 
-    def evaluate(self, tasks: Mapping[str, Task]) -> Evaluation:
-        accuracy = {name: self.models[name].accuracy(task.rows) for name, task in tasks.items()}
-        return Evaluation(accuracy, {})
+    def _new(self, name: str, labels: Sequence[str]) -> Model:
+        loaded, options = Backbone.load(self.setup.backbone), self.setup.options
+        modules = adapted_layers(loaded)
+        seed = name_seed(name, options.seed)
+        model = make_model(loaded, self.setup, labels, seed)
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=modules)
+        model.network = peft.get_peft_model(loaded.model, lora)
+        return model
+
+    def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
+        assert tasks is not None
+        found = [Answer("")] * len(rows)
+        for name in dict.fromkeys(tasks):
+            own = [i for i, task in enumerate(tasks) if task == name]
+            for i, text in zip(own, self.models[name].answer([rows[i] for i in own]), strict=True):
+                found[i] = Answer(text, name)
+        return found
+
+    def state(self) -> State:
+        return {
+            name: {
+                "labels": getattr(model, "labels", []),
+                "trained": {key: p.detach() for key, p in model.named_parameters() if p.requires_grad},
+            }
+            for name, model in self.models.items()
+        }
+
+    def restore(self, state: State) -> None:
+        for name, own in state.items():
+            self.models[name] = self._new(name, own["labels"])
+            self.models[name].load_state_dict(own["trained"], strict=False)
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for model in self.models.values() for parameter in model.trained())
+
+    @property
+    def kept(self) -> int:
+        return sum(parameter.nbytes for model in self.models.values() for parameter in model.trained())

@@ -4,39 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from benchmarks.continual.methods.method import Answer, Setup, State
 from slm_fast import ScalableLM, Task
-from slm_fast.evaluate import Evaluation
-from slm_fast.options import LearnOptions
-from slm_fast.task_file import task_to_bytes
+from slm_fast.data import Row
+from slm_fast.task_file import task_from_bytes, task_to_bytes
 
 
 class Slm:
-    """MiniLM, with these fields of the model's configuration."""
+    """A `Method`, with these fields of the model's configuration. told: each row's task is given (SLM-TI)."""
 
-    def __init__(self, options: LearnOptions, **config: Any) -> None:
-        self.slm, self.options = ScalableLM.from_backbone("minilm", **config), options
+    def __init__(self, setup: Setup, *, told: bool = False, **config: Any) -> None:
+        self.slm = ScalableLM.from_backbone(setup.backbone, max_length=setup.max_length, **config)
+        self.setup, self.told = setup, told
 
     def learn(self, task: Task, progress: bool | None = None) -> None:
-        self.slm.learn(task, progress=progress, epochs=self.options.epochs, seed=self.options.seed)
+        self.slm.learn(task, options=self.setup.options, progress=progress)
 
-    def evaluate(self, tasks: Mapping[str, Task]) -> Evaluation:
-        return self.slm.evaluate(tasks, progress=False)
+    def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
+        found = self.slm.predict(
+            rows,
+            task=list(tasks) if self.told and tasks is not None else None,
+            max_new_tokens=self.setup.max_new_tokens,
+            progress=False,
+        )
+        return [Answer(one.label or one.text or "", one.task, one.route.tasks) for one in found]
+
+    def state(self) -> State:
+        return {name: task_to_bytes(task) for name, task in self.slm.learned.items()}
+
+    def restore(self, state: State) -> None:
+        self.slm.add([task_from_bytes(data, Path(name)) for name, data in state.items()])
 
     def digest(self, name: str) -> str:
+        """SHA-256 of the task's file, by which runs in other orders are seen to have learned the same."""
         return hashlib.sha256(task_to_bytes(self.slm.learned[name])).hexdigest()
 
-    def invariance(self, tasks: Mapping[str, Task], rows: int) -> tuple[int, float]:
-        """Rows whose slots change, and the largest change of a weight or score, when a mixed batch is answered in
-        another order and batch size."""
-        texts = [row.text for task in tasks.values() for row in task.rows]
-        random.Random(0).shuffle(texts)
-        texts = texts[:rows]
-        first = self.slm.predict(texts, batch_size=32)
-        order = random.Random(1).sample(range(len(texts)), len(texts))
-        second = dict(zip(order, self.slm.predict([texts[i] for i in order], batch_size=7), strict=True))
+    def invariance(self, rows: Sequence[Row]) -> tuple[int, float]:
+        """Rows whose slots change, and the largest change of a weight or score, when mixed rows are answered in another
+        order and batch size."""
+        first = self.slm.predict(rows, batch_size=32, progress=False)
+        order = random.Random(1).sample(range(len(rows)), len(rows))
+        second = dict(zip(order, self.slm.predict([rows[i] for i in order], batch_size=7, progress=False), strict=True))
         rerouted = sum(a.route.slots != second[i].route.slots for i, a in enumerate(first))
         change = max(
             abs(x - y)
@@ -44,3 +56,13 @@ class Slm:
             for x, y in zip((*a.route.weights, a.score), (*second[i].route.weights, second[i].score), strict=True)
         )
         return rerouted, change
+
+    @property
+    def parameters(self) -> int:
+        tasks = self.slm.learned.values()
+        values = sum(a.numel() + b.numel() for task in tasks for a, b in task.values.values())
+        return values + sum(part.numel() for task in tasks for part in task.head or ())
+
+    @property
+    def kept(self) -> int:
+        return sum(len(task_to_bytes(task)) for task in self.slm.learned.values())
