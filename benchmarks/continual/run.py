@@ -1,132 +1,194 @@
-"""A stream of text-classification tasks learned in sequence: accuracy, forgetting and routing, beside rivals.
+"""The paper's experiments: a stream of tasks learned in sequence by slm_fast and by its rivals, as a folder of results.
 
-    python -m benchmarks.continual.run --data DIR --order 4 --train 1500 --test 500
+    slm-fast repro RUN --data DIR --stream order4 --methods slm separate finetune --seeds 0 1 2
+    slm-fast report RUN
 
-DIR holds a folder a task (ag_news, yelp, amazon, dbpedia, yahoo) with train.jsonl.gz, test.jsonl.gz and labels.json.
-Each method runs in a process of its own, for its peak memory. Results: benchmarks/results/stream_order<N>.csv and .png.
+DIR holds the streams' data (see --list). Each method runs with each seed in a process of its own, for its peak memory,
+`--jobs` at a time. What is done is kept: the same command again goes on where it was stopped, and further methods and
+seeds may be added to a RUN later. `method:option=value` is an ablation, such as slm-paper:groups=3,k=2,rank=4.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from benchmarks.continual.methods import METHODS
-from benchmarks.continual.methods.slm import Slm
-from benchmarks.continual.report import plot, show
-from benchmarks.continual.streams import ORDERS, load
-from benchmarks.tables import RESULTS, read_csv, read_head, write_csv
-from slm_fast import SlmError
-from slm_fast.evaluate import forgetting
+from benchmarks.continual.cell import run_cell, stages_of
+from benchmarks.continual.methods import METHODS, method_of
+from benchmarks.continual.methods.method import Setup
+from benchmarks.continual.stream_file import read_stream
+from benchmarks.continual.streams import STREAMS, Stream
+from benchmarks.continual.summary import show
+from benchmarks.machine import describe
+from slm_fast import InputError, SlmError, Task, WorkError
+from slm_fast.backbone import Backbone
+from slm_fast.files import write
 from slm_fast.options import LearnOptions
+from slm_fast.tables import console
+
+FORMAT = 1
 
 
-def run(method: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Learn the stream with one method: a record for each (task learned, task evaluated)."""
-    names = ORDERS[arguments.order]
-    train = {name: load(arguments.data, name, "train", arguments.train) for name in names}
-    test = {name: load(arguments.data, name, "test", arguments.test) for name in names}
-    learner = METHODS[method].make(
-        train, arguments.max_length, LearnOptions(epochs=arguments.epochs, seed=arguments.seed)
-    )
-    history: list[dict[str, float]] = []
-    records: list[dict[str, Any]] = []
-    for number, name in enumerate(names, 1):
-        started = time.perf_counter()
-        learner.learn(train[name])
-        seconds = time.perf_counter() - started
-        evaluation = learner.evaluate({seen: test[seen] for seen in names[:number]})
-        history.append(evaluation.accuracy)
-        lost = forgetting(history)[-1]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{method}: learned {name} in {seconds:.0f} s, average {100 * evaluation.average:.2f} %", file=sys.stderr)
-        for seen in names[:number]:
-            records.append(
-                {
-                    "order": arguments.order,
-                    "method": method,
-                    "after": name,
-                    "task": seen,
-                    "accuracy": round(evaluation.accuracy[seen], 5),
-                    "routing": round(evaluation.routing[seen], 5) if evaluation.routing else "",
-                    "forgetting": round(lost, 5),
-                    "seconds": round(seconds, 1),
-                    "peak_mib": round(peak),
-                    "sha256": learner.digest(seen) if isinstance(learner, Slm) else "",
-                }
-            )
-    if isinstance(learner, Slm) and arguments.invariance:
-        rerouted, change = learner.invariance(test, arguments.invariance)
-        print(
-            f"{method}: {arguments.invariance} mixed rows in another order and batch size: {rerouted} routes change, "
-            f"outputs by at most {change:.1e}",
-            file=sys.stderr,
-        )
-    return records
+def stream_of(name: str) -> Stream:
+    """A stream by its name, or from a YAML file. Raises InputError."""
+    if name in STREAMS:
+        return STREAMS[name]
+    if name.endswith((".yaml", ".yml")):
+        return read_stream(Path(name))
+    raise InputError(f"--stream {name!r}: not known; streams: {', '.join(STREAMS)}, or a YAML file")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Learn the five tasks in sequence, with slm_fast and with rivals.")
-    parser.add_argument("--data", type=Path, required=True, help="folder with a folder a task")
-    parser.add_argument("--order", type=int, choices=sorted(ORDERS), default=4, help="the paper's task sequence")
-    parser.add_argument("--train", type=int, default=1500, help="training rows a task")
-    parser.add_argument("--test", type=int, default=500, help="test rows a task")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
-    parser.add_argument("--invariance", type=int, default=1000, help="rows answered twice to compare batches; 0: none")
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="the others' lines are kept"
-    )
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/stream_order<N>.csv")
-    parser.add_argument("--records", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    for name in ORDERS[arguments.order]:
-        for split in ("train", "test"):
-            if not (arguments.data / name / f"{split}.jsonl.gz").is_file():
-                parser.error(f"{arguments.data / name / split}.jsonl.gz: no such file")
-    if arguments.records:
-        try:
-            print(json.dumps(run(arguments.methods[0], arguments)))
-        except SlmError as error:
-            print(f"stream: error: {error}", file=sys.stderr)
-            return error.status
-        return 0
+def cell_folder(run: Path, spec: str, seed: int) -> Path:
+    """Where one method with one seed keeps what it did."""
+    return run / spec.replace(":", ",") / f"seed{seed}"
 
-    output = arguments.output or RESULTS / f"stream_order{arguments.order}.csv"
-    notes = {
-        "setup": f"{arguments.train} training and {arguments.test} test rows a task, {arguments.epochs} epochs, seed "
-        f"{arguments.seed}, at most {arguments.max_length} tokens"
+
+def described(options: argparse.Namespace, stream: Stream) -> dict[str, Any]:
+    """What a RUN is of; the same for all its methods and seeds."""
+    settings = ("train", "test", "epochs", "max_length", "max_new_tokens", "unseen")
+    return {
+        "format": FORMAT,
+        "stream": {"name": Path(options.stream).stem, "tasks": list(stream.tasks)},
+        "backbone": options.backbone,
+        "settings": {name: getattr(options, name) for name in settings},
     }
-    records: list[dict[str, Any]] = []
-    if output.exists():  # what was measured of other methods in the same setup stays, and the head says so
-        head = read_head(output)
-        records = [row for row in read_csv(output) if row["method"] not in arguments.methods]
-        if records and head.get("setup") != notes["setup"]:
-            parser.error(f"--output: {output} has other methods' results of {head.get('setup')}; name another file")
-    if kept := ", ".join(dict.fromkeys(row["method"] for row in records)):
-        notes["kept from an earlier run"] = kept
-    for method in arguments.methods:
-        command = [sys.executable, "-m", "benchmarks.continual.run", *sys.argv[1:], "--records", "--methods", method]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            return done.returncode  # it has said why
-        records += json.loads(done.stdout)
-        records.sort(key=lambda row: list(METHODS).index(row["method"]))
-        write_csv(output, records, notes)
-    show(records, Console())
-    plot(records, output.with_suffix(".png"))
-    print(f"saved to {output} and {output.with_suffix('.png')}")
+
+
+def opened(run: Path, about: Mapping[str, Any]) -> None:
+    """Make the RUN, or check that it is of the same stream and settings.
+
+    Raises InputError where it is of others, WorkError where it cannot be read.
+    """
+    path = run / "run.json"
+    if not path.exists():
+        if run.exists() and any(run.iterdir()):
+            raise InputError(f"{run}: not empty, and no run of this benchmark; name another folder")
+        run.mkdir(parents=True, exist_ok=True)
+        measured = {"machine": describe(), "date": time.strftime("%Y-%m-%d")}
+        write(path, (json.dumps({**about, **measured}, indent=1) + "\n").encode())
+        return
+    try:
+        known = json.loads(path.read_text())
+        version = known["format"]
+    except (ValueError, KeyError, TypeError):
+        raise WorkError(f"{path}: damaged; name another folder, or delete this one to start again") from None
+    if version != FORMAT:
+        raise WorkError(f"{path}: of format {version!r}, this version reads {FORMAT}; name another folder")
+    for key, value in about.items():
+        if known.get(key) != value:
+            raise InputError(f"{run}: a run of {key} {known.get(key)}, not {value}; name another folder")
+
+
+def check_methods(specs: Sequence[str], backbone: str) -> None:
+    """Raise InputError for a method that is not known, or that this backbone cannot run."""
+    entries = {spec: method_of(spec)[0] for spec in specs}
+    if all(len(entry.kinds) == 3 for entry in entries.values()):
+        return
+    kind = Backbone.load(backbone).kind
+    for spec, entry in entries.items():
+        if kind not in entry.kinds:
+            raise InputError(f"method {spec!r}: runs on {' and '.join(entry.kinds)} backbones, {backbone!r} is {kind}")
+
+
+def tasks_of(options: argparse.Namespace, stream: Stream, seed: int) -> tuple[dict[str, Task], dict[str, Task]]:
+    """Training and test rows by task. Raises InputError where there is no data."""
+    if options.stream in STREAMS and not (options.data / stream.folder).is_dir():
+        raise InputError(f"--data: {options.data / stream.folder}: no such folder; expected a folder a task in it")
+    train = stream.load(options.data, "train", seed, options.train or stream.rows)
+    return train, stream.load(options.data, "test", seed, options.test)
+
+
+def work(options: argparse.Namespace, stream: Stream) -> int:
+    """In a process of its own: one method, one seed."""
+    (spec,), (seed,) = options.methods, options.seeds
+    train, test = tasks_of(options, stream, seed)
+    labels = tuple(sorted({label for task in train.values() for label in task.labels or ()}))
+    setup = Setup(
+        options.backbone,
+        labels,
+        options.max_length,
+        LearnOptions(epochs=options.epochs, seed=seed),
+        options.max_new_tokens,
+    )
+    folder = cell_folder(options.run, spec, seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    entry = method_of(spec)[0]
+    title = entry.title + (f" ({spec.partition(':')[2]})" if ":" in spec else "")
+    write(folder.parent / "about.json", (json.dumps({"title": title, "told": entry.told}) + "\n").encode())
+    run_cell(folder, spec, stream, setup, train, test, unseen=options.unseen)
     return 0
 
 
+def all_cells(options: argparse.Namespace, stream: Stream, arguments: Sequence[str]) -> int:
+    """Start a process for each cell that is not done, `jobs` at a time; the first failure's status, after all."""
+    cells = [(spec, seed) for seed in options.seeds for spec in options.methods]
+    waiting = [c for c in cells if len(stages_of(cell_folder(options.run, *c))) < len(stream.tasks)]
+    done, status = len(cells) - len(waiting), 0
+    running: dict[subprocess.Popen[bytes], tuple[str, int, float]] = {}
+    if done:
+        print(f"{done} of {len(cells)} done before", file=sys.stderr)
+    while waiting or running:
+        while waiting and len(running) < options.jobs:
+            spec, seed = waiting.pop(0)
+            own = [*arguments, "--methods", spec, "--seeds", str(seed), "--cell"]
+            process = subprocess.Popen([sys.executable, "-m", "benchmarks.continual.run", *own])
+            running[process] = spec, seed, time.monotonic()
+        time.sleep(0.2)
+        for process in [each for each in running if each.poll() is not None]:
+            spec, seed, started = running.pop(process)
+            done += 1
+            ended = f"{time.monotonic() - started:.0f} s" if not process.returncode else f"status {process.returncode}"
+            print(f"[{done}/{len(cells)}] {spec}, seed {seed}: {ended}", file=sys.stderr)
+            status = status or process.returncode
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        "slm-fast repro", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("run", type=Path, metavar="RUN", help="folder of the results; made if it is not there")
+    found.add_argument("--data", type=Path, default=Path("data"), help="folder with the streams' folders")
+    found.add_argument("--stream", default="order4", help=f"{', '.join(STREAMS)}, or a YAML file of your own")
+    about = f"{', '.join(METHODS)}; with options after a colon, an ablation"
+    found.add_argument("--methods", nargs="+", default=["slm", "separate", "finetune"], help=about)
+    found.add_argument("--seeds", type=int, nargs="+", default=[0])
+    found.add_argument("--backbone", default="minilm", help="a name or a folder")
+    found.add_argument("--train", type=int, help="training rows a task at the most; default: the stream's")
+    found.add_argument("--test", type=int, help="test rows a task at the most; default: all")
+    found.add_argument("--epochs", type=int, help="default: slm_fast's")
+    found.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
+    found.add_argument("--max-new-tokens", type=int, default=32, help="written of an answer")
+    found.add_argument("--unseen", action="store_true", help="answer tasks before they are learned: forward transfer")
+    found.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    found.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        stream = stream_of(options.stream)
+        if options.cell:
+            return work(options, stream)
+        check_methods(options.methods, options.backbone)
+        tasks_of(options, stream, options.seeds[0])  # what can be wrong with the data is said before anything runs
+        opened(options.run, described(options, stream))
+        status = all_cells(options, stream, arguments)
+        show(options.run, console())
+    except SlmError as error:
+        print(f"repro: error: {error}", file=sys.stderr)
+        return error.status
+    if not status:
+        print(f"done; `slm-fast report {options.run}` makes a page of it")
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ from pathlib import Path
 from slm_fast import Task
 from slm_fast.data import Row
 
-# The paper's task sequences (Table 7), less those of LLaMA.
+# The paper's task sequences (Table 7): 1 to 3 are T5's, of 16 rows a class, 4 to 7 BERT's, 8 and 9 LLaMA's.
 ORDERS = {
     1: ("dbpedia", "amazon", "yahoo", "ag_news"),
     2: ("dbpedia", "amazon", "ag_news", "yahoo"),
@@ -20,6 +20,8 @@ ORDERS = {
     5: ("yelp", "yahoo", "amazon", "dbpedia", "ag_news"),
     6: ("dbpedia", "yahoo", "ag_news", "amazon", "yelp"),
     7: ("yelp", "ag_news", "dbpedia", "amazon", "yahoo"),
+    8: ("medical", "mmlu", "finance"),
+    9: ("finance", "mmlu", "medical"),
 }
 
 
@@ -77,6 +79,9 @@ STREAMS = {
         400,
         elsewhere=dict.fromkeys(GENERATION, "generation") | dict.fromkeys(MULTIPLE_CHOICE, "zeroshot"),
     ),
+    **{f"order{n}": Stream("fewshot", ORDERS[n], 1500, seeds=2) for n in (1, 2, 3)},
+    **{f"order{n}": Stream("classification", ORDERS[n], 1500) for n in (4, 5, 6, 7)},
+    **{f"order{n}": Stream("generation", ORDERS[n], 1500) for n in (8, 9)},
 }
 TRAINING_OF_TEST = 400  # rows of a task that has test rows only are for training, the first ones
 

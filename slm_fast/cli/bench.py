@@ -1,8 +1,9 @@
-"""`slm-fast bench`: runs the benchmarks of the repository, which are not part of the installed package."""
+"""`slm-fast bench` and `repro`: run what the repository has beside the package."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,16 +27,37 @@ BENCHMARKS = MappingProxyType(
         "generation": ("benchmarks.speed.generation", "writing texts beside the bare model and the paper's way"),
     }
 )
+REPRO = "benchmarks.continual.run"
 
 
 def add(verbs: Verbs) -> None:
     bench = verbs.add("bench", _run, "run a benchmark of the repository; what follows its name goes to it", store=False)
     bench.add_argument("name", choices=list(BENCHMARKS), help="; ".join(f"{n}: {b[1]}" for n, b in BENCHMARKS.items()))
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="such as --help")
+    about = "learn a stream of tasks with slm_fast and with its rivals, as the paper does, into a folder RUN"
+    repro = verbs.add("repro", _repro, about, store=False)
+    repro.add_argument("folder", metavar="RUN", help="where the results go; the same call again goes on with it")
+    about = "--data DIR --stream order4 --methods slm finetune ...; `slm-fast repro RUN --help` says everything"
+    repro.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=about)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     return run(arguments.name, arguments.arguments)
+
+
+def _repro(arguments: argparse.Namespace) -> int:
+    return repro([arguments.folder, *arguments.arguments])
+
+
+def repro(arguments: Sequence[str], root: Path | None = None) -> int:
+    """Run the paper's experiments in a process of their own, in the current folder, and return its exit status.
+
+    Raises InputError when there is no repository around the package (`root`), and says what to do.
+    """
+    root = root or Path(__file__).parents[2]
+    _check(root, REPRO, "repro")
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return subprocess.run([sys.executable, "-m", REPRO, *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
 
 
 def run(name: str, arguments: Sequence[str], root: Path | None = None) -> int:
@@ -45,10 +67,14 @@ def run(name: str, arguments: Sequence[str], root: Path | None = None) -> int:
     """
     root = root or Path(__file__).parents[2]
     module = BENCHMARKS[name][0]
+    _check(root, module, f"bench {name}")
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=root).returncode
+
+
+def _check(root: Path, module: str, verb: str) -> None:
     path = Path(*module.split("."))
     if not any((root / file).is_file() for file in (path.with_suffix(".py"), path / "__main__.py")):
         raise InputError(
-            f"bench {name}: {root} has no {path}; benchmarks come with the repository: "
+            f"{verb}: {root} has no {path}; benchmarks come with the repository: "
             "clone it, `pip install -e '.[demo,bench]'` there, and run this again"
         )
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=root).returncode

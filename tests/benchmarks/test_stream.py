@@ -1,58 +1,305 @@
-"""A stream's records hold what its methods answered, and its report sums them up."""
+"""A run's stages hold what its methods answered; it goes on where it was stopped, and refuses what is not its own."""
 
 from __future__ import annotations
 
-import argparse
+import csv
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
-from benchmarks.continual import report, run
-from benchmarks.continual.methods import METHODS, Entry
-from benchmarks.continual.streams import ORDERS
-from slm_fast import Task
-from slm_fast.evaluate import Evaluation
+from benchmarks.continual import cell, run, summary
+from benchmarks.continual.measures import (
+    average_accuracy,
+    average_incremental_accuracy,
+    backward_transfer,
+    final_forgetting,
+    forward_transfer,
+)
+from benchmarks.continual.methods import METHODS, method_of
+from benchmarks.continual.methods.method import Answer, Entry, Setup
+from benchmarks.continual.scoring import scores
+from benchmarks.continual.stream_file import read_stream
+from slm_fast import InputError, ScalableLM, Task, WorkError
+from slm_fast.data import Row
+from slm_fast.options import LearnOptions
+
+NAMES = ("first", "second", "third")
 
 
 class Forgetful:
     """Answers the task learned last without a mistake, and half of the rows of all others."""
 
-    def learn(self, task: Task, progress: bool | None = None) -> None:
-        self.last = task.name
+    parameters, kept = 7, 28
 
-    def evaluate(self, tasks: Mapping[str, Task]) -> Evaluation:
-        return Evaluation({name: 1.0 if name == self.last else 0.5 for name in tasks}, {})
+    def __init__(self, setup: Setup) -> None:
+        self.learned: list[str] = []
+
+    def learn(self, task: Task, progress: bool | None = None) -> None:
+        self.learned.append(task.name)
+
+    def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
+        assert tasks is None
+        last = self.learned[-1]
+        return [
+            Answer(row.target if last in row.text or i % 2 else "wrong", last, (last, last, NAMES[0]))
+            for i, row in enumerate(rows)
+        ]
+
+    def state(self):
+        return {"learned": self.learned, "random": torch.ones(2)}
+
+    def restore(self, state) -> None:
+        self.learned = state["learned"]
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    for name in ORDERS[1]:
+def stream(tmp_path: Path) -> Path:
+    for name in NAMES:
         for split in ("train", "test"):
-            path = tmp_path / name / f"{split}.jsonl.gz"
-            path.parent.mkdir(exist_ok=True)
-            rows = [json.dumps({"text": f"{name} {i}", "label": str(i % 2)}) for i in range(4)]
-            path.write_bytes(gzip.compress("\n".join(rows).encode()))
-    return tmp_path
+            rows = [json.dumps({"text": f"{name} {i}", "label": "ab"[i // 2 % 2]}) for i in range(8)]
+            (tmp_path / f"{name}.{split}.jsonl").write_text("\n".join(rows))
+    path = tmp_path / "own.yaml"
+    tasks = "".join(f"  {name}: {{train: {name}.train.jsonl, test: {name}.test.jsonl}}\n" for name in NAMES)
+    path.write_text(f"rows: 4\ntasks:\n{tasks}")
+    return path
 
 
-def test_a_stream_is_recorded_task_by_task_and_its_report_is_of_the_last(data, monkeypatch, tmp_path) -> None:
-    monkeypatch.setitem(METHODS, "forgetful", Entry("forgets", lambda *_: Forgetful()))
-    options = argparse.Namespace(data=data, order=1, train=4, test=4, max_length=32, epochs=1, seed=0, invariance=0)
-    records = run.run("forgetful", options)
-    assert [(r["after"], r["task"]) for r in records] == [
-        (after, task) for n, after in enumerate(ORDERS[1], 1) for task in ORDERS[1][:n]
+@pytest.fixture
+def forgetful(monkeypatch) -> None:
+    monkeypatch.setitem(METHODS, "forgetful", Entry("forgets", Forgetful))
+
+
+def go(stream: Path, folder: Path, method: str = "forgetful", *more: str) -> int:
+    """One method with one seed, in this process."""
+    return run.main([str(folder), "--stream", str(stream), "--methods", method, "--seeds", "0", *more, "--cell"])
+
+
+def test_a_stream_is_recorded_task_by_task(stream, forgetful, tmp_path):
+    folder = tmp_path / "run"
+    assert go(stream, folder) == 0
+    stages = cell.stages_of(folder / "forgetful" / "seed0")
+    assert [stage["after"] for stage in stages] == list(NAMES)
+    found = [{name: own["accuracy"] for name, own in stage["tasks"].items()} for stage in stages]
+    assert found == [
+        {"first": 1.0},
+        {"first": 0.5, "second": 1.0},
+        {"first": 0.5, "second": 0.5, "third": 1.0},
     ]
-    assert [r["accuracy"] for r in records] == [1.0, 0.5, 1.0, 0.5, 0.5, 1.0, 0.5, 0.5, 0.5, 1.0]
-    assert {r["forgetting"] for r in records if r["after"] != ORDERS[1][0]} == {0.5}
-    console = Console(record=True, width=120)
-    report.show(records, console)
-    last = console.export_text().splitlines()[-2]
-    assert "forgets" in last
-    assert "62.50" in last
-    assert "50.00" in last
-    report.plot(records, tmp_path / "stream.png")
-    assert (tmp_path / "stream.png").stat().st_size > 1000
+    assert [stage["tasks"]["first"]["routed"] for stage in stages] == [1.0, 0.0, 0.0]
+    assert [stage["tasks"][stage["after"]]["retrieved"] for stage in stages] == [1.0, 1.0, 1.0]
+    assert {(stage["parameters"], stage["kept_bytes"]) for stage in stages} == {(7, 28)}
+    assert [stage["rows_answered"] for stage in stages] == [8, 16, 24]
+    with gzip.open(folder / "forgetful" / "seed0" / "answers-3.csv.gz", "rt", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24
+    assert rows[0] == {"task": "first", "row": "0", "right": "0", "named": "third"}
+    assert sum(float(row["right"]) for row in rows if row["task"] == "second") == 4
+
+
+def test_a_stopped_run_goes_on_and_learns_nothing_twice(stream, forgetful, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    saves = []
+    save = cell._save
+
+    def stop_after_the_second(*given: object) -> None:
+        save(*given)
+        saves.append(given[2])
+        if given[2] == 2:
+            raise KeyboardInterrupt  # learned and kept, not answered yet
+
+    monkeypatch.setattr(cell, "_save", stop_after_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        go(stream, folder)
+    assert len(cell.stages_of(folder / "forgetful" / "seed0")) == 1
+    monkeypatch.setattr(cell, "_save", save)
+    learned = []
+    learn = Forgetful.learn
+    monkeypatch.setattr(Forgetful, "learn", lambda self, task, p=None: (learned.append(task.name), learn(self, task)))
+    assert go(stream, folder) == 0
+    assert learned == ["third"]
+    straight = tmp_path / "straight"
+    go(stream, straight)
+    both = [cell.stages_of(where / "forgetful" / "seed0") for where in (folder, straight)]
+    assert [s["tasks"] for s in both[0]] == [s["tasks"] for s in both[1]]
+
+
+def test_slm_goes_on_from_its_own_state_with_the_same_bytes(stream, tmp_path, monkeypatch):
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    assert go(stream, straight, "slm:epochs=1", "--max-length", "16") == 0
+    real = cell.run_cell
+    first = read_stream(stream)
+    short = type(first)(first.folder, first.tasks[:2], first.rows, described=first.described, path=first.path)
+    monkeypatch.setattr(
+        run, "run_cell", lambda folder, spec, stream, *rest, **more: real(folder, spec, short, *rest, **more)
+    )
+    assert go(stream, halves, "slm:epochs=1", "--max-length", "16") == 0
+    monkeypatch.setattr(run, "run_cell", real)
+    assert go(stream, halves, "slm:epochs=1", "--max-length", "16") == 0
+    ends = [cell.stages_of(where / "slm,epochs=1" / "seed0") for where in (straight, halves)]
+    assert ends[0][-1]["sha256"] == ends[1][-1]["sha256"]
+    assert ScalableLM.from_pretrained(straight / "slm,epochs=1" / "seed0" / "store").tasks == sorted(NAMES)
+
+
+def test_a_run_in_processes_of_their_own_ends_in_a_table(stream, tmp_path, capsys):
+    folder = tmp_path / "run"
+    call = [str(folder), "--stream", str(stream), "--methods", "separate:epochs=1", "--max-length", "16"]
+    assert run.main(call) == 0
+    said = capsys.readouterr()
+    assert "[1/1] separate:epochs=1, seed 0" in said.err
+    assert "Separate LoRA, task-ID given" in said.out
+    assert run.main(call) == 0
+    assert "1 of 1 done before" in capsys.readouterr().err
+    assert run.main([*call, "--test", "3"]) == 2
+    assert "a run of settings" in capsys.readouterr().err
+
+
+def test_the_table_has_means_over_seeds_and_says_what_is_not_done(stream, forgetful, tmp_path):
+    folder = tmp_path / "run"
+    for method in ("forgetful", "separate"):
+        for seed in (0, 1):
+            where = run.cell_folder(folder, method, seed)
+            where.mkdir(parents=True)
+            (where.parent / "about.json").write_text(json.dumps({"title": method, "told": False}))
+    options = run.parser().parse_args([str(folder), "--stream", str(stream)])
+    (folder / "run.json").write_text(json.dumps(run.described(options, read_stream(stream))))
+    for seed, last in ((0, 1.0), (1, 0.8)):
+        accuracies = [{"first": 1.0}, {"first": 0.5, "second": 1.0}, {"first": 0.5, "second": 0.5, "third": last}]
+        stages = [
+            {
+                "after": NAMES[n],
+                "tasks": {name: {"accuracy": a, "routed": None} for name, a in own.items()},
+                "learn_seconds": 2.0,
+                "peak_mib": 100,
+            }
+            for n, own in enumerate(accuracies)
+        ]
+        text = "".join(json.dumps(stage) + "\n" for stage in stages)
+        (run.cell_folder(folder, "forgetful", seed) / "stages.jsonl").write_text(text)
+    console = Console(record=True, width=160)
+    summary.show(folder, console)
+    text = console.export_text()
+    assert "63.33 ± 4.71" in text
+    assert "50.00 ± 0.00" in text
+    assert "0 of 3 tasks" in text
+
+
+def test_measures_are_those_of_their_definitions():
+    matrix = [{"a": 0.9, "b": 0.2, "c": 0.1}, {"a": 0.6, "b": 0.8, "c": 0.3}, {"a": 0.7, "b": 0.5, "c": 0.6}]
+    order = ("a", "b", "c")
+    assert average_accuracy(matrix, order) == pytest.approx(0.6)
+    assert average_incremental_accuracy(matrix, order) == pytest.approx((0.9 + 0.7 + 0.6) / 3)
+    assert final_forgetting(matrix, order) == pytest.approx((0.2 + 0.3) / 2)
+    assert backward_transfer(matrix, order) == pytest.approx((-0.2 - 0.3) / 2)
+    assert forward_transfer(matrix, order, {"b": 0.1, "c": 0.1}) == pytest.approx((0.1 + 0.2) / 2)
+    seen = [{"a": 0.9}, {"a": 0.6, "b": 0.8}]
+    assert forward_transfer(seen, order, {"b": 0.1}) is None
+    assert final_forgetting(matrix[:1], order[:1]) is None
+    assert backward_transfer(matrix[:1], order[:1]) is None
+
+
+def test_free_text_is_right_by_its_first_words_and_a_label_as_it_is():
+    rows = [Row("t", "B"), Row("t", "B"), Row("t", "very positive"), Row("t", "Bad breath is a sign"), Row("t", "b")]
+    texts = ["b. the second one", "A", "Very positive!", "bad breath, is one of many", "B"]
+    assert scores(texts, rows, [True] * 4 + [False]) == [1, 0, 1, 1, 0]
+
+
+def test_an_ablation_names_options_of_learning_and_of_the_model():
+    entry, make = method_of("slm-paper:k=2,groups=3,rank=4,taps=1+3")
+    assert entry is METHODS["slm-paper"]
+    setup = Setup("minilm", (), 16, LearnOptions())
+    with pytest.raises(InputError, match="taps: go with query='trunk'"):
+        make(setup)
+    method = method_of("slm-paper:k=2,groups=3,rank=4")[1](setup)
+    assert (method.slm.model.config.k, method.slm.model.config.groups, method.setup.options.rank) == (2, 3, 4)
+    for spec, said in (("nonesuch", "not known; methods: slm"), ("slm:depth=2", "'depth=2' is no option of it")):
+        with pytest.raises(InputError, match=said):
+            method_of(spec)
+    with pytest.raises(InputError, match="no option"):
+        method_of("finetune:k=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tasks: [", "not YAML"),
+        ("rows: 4", "'tasks': expected names"),
+        ("tasks: {}", "'tasks': expected names"),
+        ("tasks: {a: {train: x.csv}}", "task 'a': expected train and test"),
+        ("tasks: {a: {train: x.csv, test: 3}}", "'test': expected a word, got 3"),
+        ("tasks: {a: {train: x.csv, test: y.csv, file: z}}", "and of config"),
+        ("tasks: {a: {train: x.csv, test: y.csv}}", "x.csv: no such file"),
+        ("tasks: {a: {train: first.train.jsonl, test: first.test.jsonl}}\nrow: 4", "'row': unknown"),
+        ("tasks: {a: {train: first.train.jsonl, test: first.test.jsonl}}\nrows: none", "'rows': expected a whole"),
+        (
+            "tasks:\n  a: {train: first.train.jsonl, test: first.test.jsonl}\n"
+            "  a: {train: first.train.jsonl, test: first.test.jsonl}",
+            "task 'a' is there twice",
+        ),
+    ],
+)
+def test_a_stream_file_that_says_something_else_is_refused_in_one_line(stream, text, said):
+    stream.write_text(text)
+    with pytest.raises((InputError, WorkError)) as caught:
+        read_stream(stream)
+    assert said in str(caught.value)
+    assert str(stream) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_run_is_said_before_anything_is_made(stream, forgetful, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+
+    def refused(*more: str) -> str:
+        status = run.main([str(folder), "--stream", str(stream), *more])
+        said = capsys.readouterr().err
+        assert status in (1, 2)
+        assert said.count("\n") == 1
+        assert not folder.exists()
+        return said
+
+    assert "nonesuch" in refused("--stream", "nonesuch")
+    assert "no such folder" in refused("--stream", "order4", "--data", str(tmp_path))
+    assert "not known; methods" in refused("--methods", "nonesuch")
+    monkeypatch.setitem(METHODS, "t5only", Entry("t5", Forgetful, kinds=("seq2seq",)))
+    assert "runs on seq2seq backbones, 'minilm' is encoder" in refused("--methods", "t5only")
+
+
+def test_a_folder_of_another_kind_or_a_damaged_one_is_refused_and_left_alone(stream, forgetful, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    call = [str(folder), "--stream", str(stream), "--methods", "forgetful"]
+    assert run.main(call) == 2
+    assert "not empty, and no run" in capsys.readouterr().err
+    (folder / "run.json").write_text("{")
+    assert run.main(call) == 1
+    assert "damaged" in capsys.readouterr().err
+    (folder / "run.json").write_text('{"format": 99}')
+    assert run.main(call) == 1
+    assert "of format 99, this version reads 1" in capsys.readouterr().err
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["line", "state", "count"])
+def test_a_damaged_cell_says_what_to_delete(stream, forgetful, tmp_path, capsys, damage):
+    folder = tmp_path / "run"
+    go(stream, folder)
+    where = folder / "forgetful" / "seed0"
+    stages = (where / "stages.jsonl").read_text().splitlines(keepends=True)
+    if damage == "line":
+        (where / "stages.jsonl").write_text(stages[0] + stages[1][:20] + "\n")
+    else:
+        (where / "stages.jsonl").write_text("".join(stages[: 2 if damage == "state" else 1]))
+        if damage == "state":
+            (where / "state.pt").write_bytes(b"not a state")
+    capsys.readouterr()
+    assert go(stream, folder) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "delete" in said
+    assert {"line": "line 2", "state": "state.pt", "count": "of 3 tasks"}[damage] in said

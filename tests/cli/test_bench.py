@@ -6,7 +6,7 @@ import pytest
 from command import one_line, slm_fast
 
 from slm_fast import InputError
-from slm_fast.cli.bench import BENCHMARKS, run
+from slm_fast.cli.bench import BENCHMARKS, repro, run
 
 
 def test_a_benchmark_gets_its_arguments_and_gives_its_status(capfd, tmp_path):
@@ -34,3 +34,23 @@ def test_an_unknown_benchmark_is_a_wrong_call():
 def test_every_benchmark_is_here_and_says_how_it_is_called(name, capfd):
     assert run(name, ["--help"]) == 0
     assert "usage:" in capfd.readouterr().out
+
+
+def test_repro_runs_in_the_current_folder_and_gives_its_status(capfd, tmp_path, monkeypatch):
+    folder = tmp_path / "clone" / "benchmarks" / "continual"
+    folder.mkdir(parents=True)
+    for package in (folder.parent, folder):
+        (package / "__init__.py").touch()
+    (folder / "run.py").write_text("import os, sys\nprint(os.getcwd(), sys.argv[1:])\nsys.exit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    assert repro(["RUN", "--seeds", "7"], tmp_path / "clone") == 3
+    assert capfd.readouterr().out == f"{tmp_path} ['RUN', '--seeds', '7']\n"
+    with pytest.raises(InputError, match=r"repro: .*clone it"):
+        repro(["RUN"], tmp_path)
+
+
+def test_repro_says_how_it_is_called(capfd):
+    assert repro(["--help"]) == 0
+    said = capfd.readouterr().out
+    assert "usage: slm-fast repro" in said
+    assert "--stream" in said

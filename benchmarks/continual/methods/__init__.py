@@ -7,12 +7,17 @@ of `METHODS`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
 from benchmarks.continual.methods.finetune import Finetune
-from benchmarks.continual.methods.method import Entry
+from benchmarks.continual.methods.method import Entry, Method, Setup
 from benchmarks.continual.methods.separate import Separate
 from benchmarks.continual.methods.slm import Slm
+from slm_fast import InputError
+from slm_fast.options import LearnOptions, ModelConfig
 
 METHODS = {
     "slm": Entry("SLM, trunk + gaussian (the default)", Slm),
@@ -23,3 +28,45 @@ METHODS = {
     "separate": Entry("Separate LoRA, task-ID given", Separate, told=True),
     "finetune": Entry("Finetune, one model in sequence", Finetune),
 }
+
+
+def method_of(spec: str) -> tuple[Entry, Callable[[Setup], Method]]:
+    """The method that a word such as "finetune" or "slm-paper:k=2,rank=4" names, and what makes it.
+
+    Options after the colon are fields of LearnOptions or, for slm_fast, of ModelConfig; targets and taps are joined
+    with "+".
+
+    Raises InputError for a name or an option that is not known.
+    """
+    name, _, given = spec.partition(":")
+    if name not in METHODS:
+        raise InputError(f"method {name!r}: not known; methods: {', '.join(METHODS)}")
+    entry = METHODS[name]
+    config: dict[str, Any] = {}
+    learning: dict[str, Any] = {}
+    of_model = {field.name for field in fields(ModelConfig)} if name.startswith("slm") else set()
+    for part in filter(None, given.split(",")):
+        option, equals, value = part.partition("=")
+        if equals and option in of_model:
+            config[option] = _value(value)
+        elif equals and option in {field.name for field in fields(LearnOptions)}:
+            learning[option] = _value(value)
+        else:
+            raise InputError(f"method {spec!r}: {part!r} is no option of it, as k=2 or rank=4 may be")
+
+    def make(setup: Setup) -> Method:
+        return entry.make(replace(setup, options=replace(setup.options, **learning)), **config)
+
+    return entry, make
+
+
+def _value(text: str) -> object:
+    """A number, a truth value, a list of them joined with "+", or a word."""
+    if "+" in text:
+        return tuple(_value(part) for part in text.split("+"))
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None}.get(text.lower(), text)

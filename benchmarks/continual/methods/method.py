@@ -74,6 +74,6 @@ class Entry(NamedTuple):
     """
 
     title: str
-    make: Callable[[Setup], Method]
+    make: Callable[..., Method]  # (setup), and for slm_fast fields of its configuration
     kinds: tuple[str, ...] = ("encoder", "seq2seq", "causal")
     told: bool = False

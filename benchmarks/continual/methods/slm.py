@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.continual.methods.method import Answer, Setup, State
 from slm_fast import ScalableLM, Task
 from slm_fast.data import Row
@@ -31,13 +33,17 @@ class Slm:
             max_new_tokens=self.setup.max_new_tokens,
             progress=False,
         )
-        return [Answer(one.label or one.text or "", one.task, one.route.tasks) for one in found]
+        # More than half of the slots can be one task's only where tasks bring so many.
+        most = max((task.slots for task in self.slm.learned.values()), default=0)
+        countable = 2 * most > (self.slm.model.config.k or 0)
+        return [Answer(a.label or a.text or "", a.task, a.route.tasks if countable else ()) for a in found]
 
     def state(self) -> State:
-        return {name: task_to_bytes(task) for name, task in self.slm.learned.items()}
+        files = {name: task_to_bytes(task) for name, task in self.slm.learned.items()}
+        return {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in files.items()}
 
     def restore(self, state: State) -> None:
-        self.slm.add([task_from_bytes(data, Path(name)) for name, data in state.items()])
+        self.slm.add([task_from_bytes(data.numpy().tobytes(), Path(name)) for name, data in state.items()])
 
     def digest(self, name: str) -> str:
         """SHA-256 of the task's file, by which runs in other orders are seen to have learned the same."""

@@ -1,0 +1,164 @@
+"""One method with one seed on one stream: learned task after task, answered after each, kept as it goes.
+
+Its folder, `RUN/<method>/seed<k>/`, holds:
+
+    stages.jsonl        a line a task learned: accuracies, seconds, memory (what `slm-fast report` reads)
+    answers-<n>.csv.gz  after the n-th task: each row's task and number, whether it was right, the task it was taken for
+    state.pt            what the method is after the last task learned; a run that was stopped goes on from it
+    store/              of slm_fast, at the end
+
+A stage is there once its line is whole in stages.jsonl. The state is written before it, so that a process killed
+between the two answers again and does not learn again.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.continual.methods import method_of
+from benchmarks.continual.methods.method import Answer, Method, Setup
+from benchmarks.continual.methods.slm import Slm
+from benchmarks.continual.scoring import scores
+from benchmarks.continual.streams import Stream
+from slm_fast import Task, WorkError
+from slm_fast.files import write
+from slm_fast.progress import bar
+
+
+def stages_of(folder: Path) -> list[dict[str, Any]]:
+    """The stages that are done. Raises WorkError for a line that is none."""
+    path = folder / "stages.jsonl"
+    found = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        try:
+            stage = json.loads(line)
+            assert isinstance(stage["tasks"], dict)
+            assert isinstance(stage["after"], str)
+        except (ValueError, TypeError, KeyError, AssertionError):
+            raise WorkError(
+                f"{path}: line {number} is damaged; delete {folder} to run this method and seed again"
+            ) from None
+        found.append(stage)
+    return found
+
+
+def run_cell(
+    folder: Path,
+    spec: str,
+    stream: Stream,
+    setup: Setup,
+    train: Mapping[str, Task],
+    test: Mapping[str, Task],
+    *,
+    unseen: bool = False,
+    progress: bool | None = None,
+) -> list[dict[str, Any]]:
+    """Learn and answer what is not done yet, and return all stages.
+
+    Args:
+        spec: a method's name, with options for an ablation (`method_of`).
+        unseen: answer the tasks that are not learned yet, too, for forward transfer.
+
+    Raises:
+        WorkError: the folder is damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = stages_of(folder)
+    if len(stages) == len(stream.tasks):
+        return stages
+    entry, make = method_of(spec)
+    method = make(setup)
+    learned, seconds = _restore(folder, method)
+    if not len(stages) <= learned <= len(stages) + 1:
+        raise WorkError(
+            f"{folder}: state.pt is of {learned} tasks and stages.jsonl of {len(stages)}; delete the folder"
+        )
+    for number, name in enumerate(stream.tasks[len(stages) :], len(stages) + 1):
+        if learned < number:
+            started = time.perf_counter()
+            method.learn(train[name], progress)
+            seconds = time.perf_counter() - started
+            _save(folder, method, number, seconds)
+        asked = stream.tasks if unseen else stream.tasks[:number]
+        stage = _answered(
+            folder / f"answers-{number}.csv.gz", method, entry.told, {n: test[n] for n in asked}, progress
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        stage = {"after": name, **stage, "learn_seconds": round(seconds, 2), "peak_mib": round(peak)}
+        stage |= {"parameters": method.parameters, "kept_bytes": method.kept}
+        if isinstance(method, Slm):
+            stage["sha256"] = {known: method.digest(known) for known in stream.tasks[:number]}
+        stages.append(stage)
+        write(folder / "stages.jsonl", "".join(json.dumps(each) + "\n" for each in stages).encode())
+    if isinstance(method, Slm) and not (folder / "store").exists():
+        method.slm.save_pretrained(folder / "store")
+    return stages
+
+
+def _save(folder: Path, method: Method, learned: int, seconds: float) -> None:
+    data = io.BytesIO()
+    torch.save({"learned": learned, "seconds": seconds, "state": method.state()}, data)
+    write(folder / "state.pt", data.getvalue())
+
+
+def _restore(folder: Path, method: Method) -> tuple[int, float]:
+    """How many tasks the method has learned, and how long the last one took."""
+    path = folder / "state.pt"
+    if not path.exists():
+        return 0, 0.0
+    try:
+        kept = torch.load(path, weights_only=True)
+        method.restore(kept["state"])
+    except Exception as error:
+        raise WorkError(f"{path}: cannot be read ({type(error).__name__}); delete {folder} to start again") from None
+    return int(kept["learned"]), float(kept["seconds"])
+
+
+def _answered(
+    path: Path, method: Method, told: bool, tasks: Mapping[str, Task], progress: bool | None
+) -> dict[str, Any]:
+    """Answer all rows of these tasks, mixed; write them down, and sum them up."""
+    rows = [row for task in tasks.values() for row in task.rows]
+    names = [name for name, task in tasks.items() for _ in task.rows]
+    started = time.perf_counter()
+    with bar("answering", len(rows), progress) as advance:
+        answers = method.answers(rows, names if told else None)
+        advance(len(rows))
+    seconds = time.perf_counter() - started
+    right = scores([answer.text for answer in answers], rows, [tasks[name].labels is None for name in names])
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(("task", "row", "right", "named"))
+    place = dict.fromkeys(tasks, 0)
+    for name, value, answer in zip(names, right, answers, strict=True):
+        lines.writerow((name, place[name], f"{value:g}", answer.task or ""))
+        place[name] += 1
+    write(path, gzip.compress(text.getvalue().encode(), mtime=0))
+    found: dict[str, Any] = {}
+    for name in tasks:
+        own = [i for i, task in enumerate(names) if task == name]
+        found[name] = {"rows": len(own), "accuracy": sum(right[i] for i in own) / len(own)}
+        found[name] |= _named([answers[i] for i in own], name, told)
+    return {"tasks": found, "answer_seconds": round(seconds, 2), "rows_answered": len(rows)}
+
+
+def _named(answers: Sequence[Answer], task: str, told: bool) -> dict[str, float | None]:
+    """How many of a task's rows were taken for it, and of how many more than half of the slots are its own (the paper's
+    Eq. 13); None where the method does not say, or is told."""
+    routed = retrieved = None
+    if not told and all(answer.task is not None for answer in answers):
+        routed = sum(answer.task == task for answer in answers) / len(answers)
+    if not told and all(answer.slots for answer in answers):
+        own = [2 * sum(name == task for name in answer.slots) > len(answer.slots) for answer in answers]
+        retrieved = sum(own) / len(own)
+    return {"routed": routed, "retrieved": retrieved}

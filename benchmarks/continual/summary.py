@@ -1,0 +1,64 @@
+"""A RUN on a terminal: a line a method, with means and standard deviations over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.continual.cell import stages_of
+from benchmarks.continual.measures import average_accuracy, backward_transfer, final_forgetting
+
+UNDEFINED = "n/a"
+
+
+def show(run: Path, console: Console) -> None:
+    """Print what a RUN has so far. Raises WorkError for a damaged one."""
+    about = json.loads((run / "run.json").read_text())
+    tasks = about["stream"]["tasks"]
+    table = Table(title=f"{about['stream']['name']}: after the last task", title_justify="left")
+    columns = ("method", "seeds", "average %", "forgetting", "backward", "routing %", "seconds a task", "peak MiB")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for folder in sorted(path.parent for path in run.glob("*/about.json")):
+        title = json.loads((folder / "about.json").read_text())["title"]
+        seeds = [stages_of(path) for path in sorted(folder.glob("seed*"))]
+        whole = [stages for stages in seeds if len(stages) == len(tasks)]
+        if not whole:
+            done = max(map(len, seeds), default=0)
+            table.add_row(title, f"{done} of {len(tasks)} tasks", *[UNDEFINED] * (len(columns) - 2))
+            continue
+        table.add_row(title, str(len(whole)), *line(whole, tasks))
+    console.print(table)
+
+
+def line(seeds: Sequence[Sequence[dict[str, Any]]], tasks: Sequence[str]) -> list[str]:
+    """What the stages of several seeds come to, as words."""
+    matrices = [[{name: own["accuracy"] for name, own in s["tasks"].items()} for s in stages] for stages in seeds]
+    last = [stages[-1]["tasks"] for stages in seeds]
+    routed = [[own["routed"] for own in tasks_.values()] for tasks_ in last]
+    return [
+        spread([100 * average_accuracy(matrix, tasks) for matrix in matrices]),
+        spread([_percent(final_forgetting(matrix, tasks)) for matrix in matrices]),
+        spread([_percent(backward_transfer(matrix, tasks)) for matrix in matrices]),
+        spread([None if None in own else 100 * mean(own) for own in routed]),
+        f"{mean(stage['learn_seconds'] for stages in seeds for stage in stages):.0f}",
+        f"{max(stage['peak_mib'] for stages in seeds for stage in stages):.0f}",
+    ]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean ± standard deviation of values that are there; n/a where one is not."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return UNDEFINED
+    return f"{mean(known):.2f}" + (f" ± {stdev(known):.2f}" if len(known) > 1 else "")
