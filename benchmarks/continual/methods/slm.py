@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,20 +47,6 @@ class Slm:
     def digest(self, name: str) -> str:
         """SHA-256 of the task's file, by which runs in other orders are seen to have learned the same."""
         return hashlib.sha256(task_to_bytes(self.slm.learned[name])).hexdigest()
-
-    def invariance(self, rows: Sequence[Row]) -> tuple[int, float]:
-        """Rows whose slots change, and the largest change of a weight or score, when mixed rows are answered in another
-        order and batch size."""
-        first = self.slm.predict(rows, batch_size=32, progress=False)
-        order = random.Random(1).sample(range(len(rows)), len(rows))
-        second = dict(zip(order, self.slm.predict([rows[i] for i in order], batch_size=7, progress=False), strict=True))
-        rerouted = sum(a.route.slots != second[i].route.slots for i, a in enumerate(first))
-        change = max(
-            abs(x - y)
-            for i, a in enumerate(first)
-            for x, y in zip((*a.route.weights, a.score), (*second[i].route.weights, second[i].score), strict=True)
-        )
-        return rerouted, change
 
     @property
     def parameters(self) -> int:
