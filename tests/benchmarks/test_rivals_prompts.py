@@ -2,60 +2,25 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
-from models import BACKBONES, FAMILIES, easy, make_model, make_tokenizer, toy_task
+from models import FAMILIES
+from prompt_rivals import LABELS, assert_resumes, ragged, setup_of, task_of, tiny  # noqa: F401
 
 from benchmarks.continual.methods.common import make_model as bare_model
-from benchmarks.continual.methods.method import Setup
 from benchmarks.continual.methods.progressive_prompts import ProgressivePrompts, Reparameterised
 from benchmarks.continual.methods.prompt_tuning import PromptTuning
 from benchmarks.continual.methods.prompts import make_prompted, prompt_inputs, starting_prompt
 from slm_fast.backbone import Backbone
-from slm_fast.data import Task
-from slm_fast.options import LearnOptions
 
 SEQUENTIAL = [PromptTuning, ProgressivePrompts]
-LABELS = ("no", "yes")
 SMALL = {PromptTuning: {"length": 3}, ProgressivePrompts: {"length": 2, "bottleneck": 400}}
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    """Backbones are tiny random models, named by their type."""
-    monkeypatch.setattr(Backbone, "load", lambda name: Backbone(make_model(name), make_tokenizer(name), name))
-
-
-def setup_of(name: str, **options) -> Setup:
-    return Setup(name, LABELS, 32, LearnOptions(**({"epochs": 2, "batch_size": 8} | options)), max_new_tokens=4)
-
-
-def task_of(backbone: str, topic: str, rows: int = 12) -> Task:
-    """Of labels, or of text to write where the backbone writes."""
-    task = easy(topic, rows)
-    if BACKBONES[backbone][0] == "encoder":
-        return task
-    return Task(topic, [{"instruction": row.text, "output": row.target} for row in task.rows])
-
-
-def ragged(each: int = 3) -> list:
-    """Rows of two topics and many lengths."""
-    return [row for topic in ("sea", "farm") for row in toy_task(topic, rows=each).rows]
 
 
 def prompted(name: str, length: int):
     backbone = Backbone.load(name)
     prompt = starting_prompt(backbone, length, 0)
     return make_prompted(backbone, setup_of(name), LABELS, 0, lambda rows: prompt)
-
-
-def saved_and_loaded(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "t5", "llama"])
@@ -111,34 +76,8 @@ def test_a_prompt_begins_at_the_mean_embedding_of_each_word_and_then_at_random_t
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("method", SEQUENTIAL)
 def test_a_run_resumed_from_its_state_ends_as_one_that_was_never_interrupted(method, name):
-    setup, tasks = setup_of(name), [task_of(name, topic) for topic in ("sea", "farm")]
-    whole, resumed = method(setup, **SMALL[method]), method(setup, **SMALL[method])
-    whole.learn(tasks[0], False)
-    state = saved_and_loaded(whole.state())
-    whole.learn(tasks[1], False)
-    torch.manual_seed(7)
-    resumed.restore(state)
-    resumed.learn(tasks[1], False)
-    rows, told = [row for task in tasks for row in task.rows], [task.name for task in tasks for _ in task.rows]
-    assert whole.answers(rows, told) == resumed.answers(rows, told)
-    assert_same(whole.state(), resumed.state())
-    assert (whole.kept, whole.parameters) == (resumed.kept, resumed.parameters)
-
-
-def assert_same(one, other) -> None:
-    """States with the same bits."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        for key in one:
-            assert_same(one[key], other[key])
-    elif isinstance(one, list):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_same(a, b)
-    else:
-        assert one == other
+    tasks = [task_of(name, topic) for topic in ("sea", "farm")]
+    assert_resumes(lambda: method(setup_of(name), **SMALL[method]), tasks)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

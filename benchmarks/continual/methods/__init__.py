@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from functools import partial
 
+from benchmarks.continual.methods.dtkr_adapter import DtkrAdapter
+from benchmarks.continual.methods.dtkr_prompt import DtkrPrompt
 from benchmarks.continual.methods.finetune import Finetune
 from benchmarks.continual.methods.method import Entry
+from benchmarks.continual.methods.progressive_prompts import ProgressivePrompts
+from benchmarks.continual.methods.prompt_tuning import PromptTuning
 from benchmarks.continual.methods.separate import Separate
 from benchmarks.continual.methods.slm import Slm
 
@@ -22,4 +26,8 @@ METHODS = {
     ),
     "separate": Entry("Separate LoRA, task-ID given", Separate, told=True),
     "finetune": Entry("Finetune, one model in sequence", Finetune),
+    "prompt": Entry("Prompt tuning, one prompt in sequence", PromptTuning),
+    "progressive": Entry("Progressive Prompts, task-ID given", ProgressivePrompts, told=True),
+    "dtkr-prompt": Entry("DTKR + Prompt", DtkrPrompt),
+    "dtkr-adapter": Entry("DTKR + Adapter", DtkrAdapter, ("encoder", "causal")),
 }

@@ -22,8 +22,9 @@ from slm_fast.options import LearnOptions
 from slm_fast.tokenization import Encoded
 
 # Embeddings differ in size, and so do the steps that change them: 0.3 is Lester et al.'s for T5, 0.03 that of PEFT's
-# example of prompt tuning a causal model.
-LEARNING_RATES = {"encoder": 1e-2, "seq2seq": 0.3, "causal": 0.03}
+# example of prompt tuning a causal model. An encoder's was chosen on MiniLM, two tasks of the demonstration learned in
+# sequence, training rows held out: 1e-3 and 3e-3 name 80 % of both tasks' rows right, 1e-2 forgets more (63 %).
+LEARNING_RATES = {"encoder": 3e-3, "seq2seq": 0.3, "causal": 0.03}
 WEIGHT_DECAY = 1e-5  # Lester et al. 2021
 
 PromptOf = Callable[[Sequence[Row]], Tensor]  # rows -> [P, H], or [B, P, H] where they differ
