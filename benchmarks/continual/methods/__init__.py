@@ -12,6 +12,7 @@ from functools import partial
 from benchmarks.continual.methods.dtkr_adapter import DtkrAdapter
 from benchmarks.continual.methods.dtkr_prompt import DtkrPrompt
 from benchmarks.continual.methods.finetune import Finetune
+from benchmarks.continual.methods.lfpt5 import Lfpt5
 from benchmarks.continual.methods.method import Entry
 from benchmarks.continual.methods.progressive_prompts import ProgressivePrompts
 from benchmarks.continual.methods.prompt_tuning import PromptTuning
@@ -28,6 +29,7 @@ METHODS = {
     "finetune": Entry("Finetune, one model in sequence", Finetune),
     "prompt": Entry("Prompt tuning, one prompt in sequence", PromptTuning),
     "progressive": Entry("Progressive Prompts, task-ID given", ProgressivePrompts, told=True),
+    "lfpt5": Entry("LFPT5", Lfpt5, ("seq2seq",)),
     "dtkr-prompt": Entry("DTKR + Prompt", DtkrPrompt),
     "dtkr-adapter": Entry("DTKR + Adapter", DtkrAdapter, ("encoder", "causal")),
 }
