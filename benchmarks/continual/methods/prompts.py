@@ -23,7 +23,8 @@ from slm_fast.tokenization import Encoded
 
 # Embeddings differ in size, and so do the steps that change them: 0.3 is Lester et al.'s for T5, 0.03 that of PEFT's
 # example of prompt tuning a causal model. An encoder's was chosen on MiniLM, two tasks of the demonstration learned in
-# sequence, training rows held out: 1e-3 and 3e-3 name 80 % of both tasks' rows right, 1e-2 forgets more (63 %).
+# sequence (20 vectors, 80 rows a task, 40 others answered): 80 % right at 1e-3, 79 at 3e-3, 63 at 1e-2; of Progressive
+# Prompts 91 and 94 % at the first two.
 LEARNING_RATES = {"encoder": 3e-3, "seq2seq": 0.3, "causal": 0.03}
 WEIGHT_DECAY = 1e-5  # Lester et al. 2021
 
