@@ -7,13 +7,25 @@ of `METHODS`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
+from benchmarks.continual.methods.dtkr_adapter import DtkrAdapter
+from benchmarks.continual.methods.dtkr_prompt import DtkrPrompt
+from benchmarks.continual.methods.ewc import Ewc
 from benchmarks.continual.methods.finetune import Finetune
+from benchmarks.continual.methods.idbr import Idbr
+from benchmarks.continual.methods.joint import Joint
+from benchmarks.continual.methods.lfpt5 import Lfpt5
+from benchmarks.continual.methods.mbpa import Mbpa
 from benchmarks.continual.methods.method import Entry, Method, Setup
+from benchmarks.continual.methods.olora import OLora
+from benchmarks.continual.methods.progressive_prompts import ProgressivePrompts
+from benchmarks.continual.methods.prompt_tuning import PromptTuning
+from benchmarks.continual.methods.replay import Replay
 from benchmarks.continual.methods.separate import Separate
 from benchmarks.continual.methods.slm import Slm
 from slm_fast import InputError
@@ -26,15 +38,26 @@ METHODS = {
         "SLM, sentence + dtkr (as the paper)", partial(Slm, query="sentence", router="dtkr", encoder="minilm")
     ),
     "separate": Entry("Separate LoRA, task-ID given", Separate, told=True),
+    "joint": Entry("Joint, all tasks so far together", Joint),
     "finetune": Entry("Finetune, one model in sequence", Finetune),
+    "replay": Entry("Replay, 1 % of rows kept", Replay),
+    "ewc": Entry("EWC", Ewc),
+    "mbpa": Entry("MbPA++, adapted to each row", Mbpa),
+    "idbr": Entry("IDBR, 1 % of rows kept", Idbr, ("encoder",)),
+    "olora": Entry("O-LoRA", OLora),
+    "prompt": Entry("Prompt tuning, one prompt in sequence", PromptTuning),
+    "progressive": Entry("Progressive Prompts, task-ID given", ProgressivePrompts, told=True),
+    "lfpt5": Entry("LFPT5", Lfpt5, ("seq2seq",)),
+    "dtkr-prompt": Entry("DTKR + Prompt", DtkrPrompt),
+    "dtkr-adapter": Entry("DTKR + Adapter", DtkrAdapter, ("encoder", "causal")),
 }
 
 
 def method_of(spec: str) -> tuple[Entry, Callable[[Setup], Method]]:
     """The method that a word such as "finetune" or "slm-paper:k=2,rank=4" names, and what makes it.
 
-    Options after the colon are fields of LearnOptions or, for slm_fast, of ModelConfig; targets and taps are joined
-    with "+".
+    Options after the colon are fields of LearnOptions, the keywords of the method's class or, for slm_fast, fields of
+    ModelConfig; targets and taps are joined with "+".
 
     Raises InputError for a name or an option that is not known.
     """
@@ -44,10 +67,13 @@ def method_of(spec: str) -> tuple[Entry, Callable[[Setup], Method]]:
     entry = METHODS[name]
     config: dict[str, Any] = {}
     learning: dict[str, Any] = {}
-    of_model = {field.name for field in fields(ModelConfig)} if name.startswith("slm") else set()
+    keywords = inspect.signature(entry.make).parameters.values()
+    own = {keyword.name for keyword in keywords if keyword.kind is keyword.KEYWORD_ONLY} - {"told"}
+    if any(keyword.kind is keyword.VAR_KEYWORD for keyword in keywords):
+        own |= {field.name for field in fields(ModelConfig)}
     for part in filter(None, given.split(",")):
         option, equals, value = part.partition("=")
-        if equals and option in of_model:
+        if equals and option in own:
             config[option] = _value(value)
         elif equals and option in {field.name for field in fields(LearnOptions)}:
             learning[option] = _value(value)

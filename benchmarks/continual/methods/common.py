@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -186,10 +186,13 @@ class Writer(Model):
 
     def write(self, encoded: Encoded) -> Tensor:
         """What `generate` returns for a batch of prompts."""
+        return self.generate({"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask})
+
+    def generate(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What `generate` returns, greedily, for what the network reads."""
         tokenizer = self.backbone.tokenizer
         written: Tensor = self.network.generate(
-            input_ids=encoded.input_ids,
-            attention_mask=encoded.attention_mask,
+            **inputs,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             num_beams=1,
