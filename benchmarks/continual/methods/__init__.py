@@ -9,8 +9,14 @@ from __future__ import annotations
 
 from functools import partial
 
+from benchmarks.continual.methods.ewc import Ewc
 from benchmarks.continual.methods.finetune import Finetune
+from benchmarks.continual.methods.idbr import Idbr
+from benchmarks.continual.methods.joint import Joint
+from benchmarks.continual.methods.mbpa import Mbpa
 from benchmarks.continual.methods.method import Entry
+from benchmarks.continual.methods.olora import OLora
+from benchmarks.continual.methods.replay import Replay
 from benchmarks.continual.methods.separate import Separate
 from benchmarks.continual.methods.slm import Slm
 
@@ -22,4 +28,10 @@ METHODS = {
     ),
     "separate": Entry("Separate LoRA, task-ID given", Separate, told=True),
     "finetune": Entry("Finetune, one model in sequence", Finetune),
+    "joint": Entry("Joint, all tasks so far together", Joint),
+    "replay": Entry("Replay, 1 % of rows kept", Replay),
+    "ewc": Entry("EWC", Ewc),
+    "mbpa": Entry("MbPA++, adapted to each row", Mbpa),
+    "olora": Entry("O-LoRA", OLora),
+    "idbr": Entry("IDBR, 1 % of rows kept", Idbr, kinds=("encoder",)),
 }
