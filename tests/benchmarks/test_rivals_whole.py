@@ -23,12 +23,8 @@ from slm_fast.options import LearnOptions
 
 ONCE = LearnOptions(epochs=1, batch_size=8)
 SHORT = {"ewc": {"fisher_rows": 8}, "mbpa": {"steps": 3, "every": 4}, "replay": {"share": 0.1}}
-RESUMED = [
-    (method, name)
-    for method in ("joint", "replay", "ewc", "mbpa", "olora", "idbr")
-    for name, kind in (("bert", "encoder"), ("t5", "seq2seq"), ("llama", "causal"))
-    if kind in METHODS[method].kinds and (method != "joint" or name == "bert")
-]
+RESUMED = [(method, "bert") for method in ("joint", "replay", "ewc", "mbpa", "olora", "idbr")]
+RESUMED += [("ewc", "t5"), ("olora", "t5"), ("replay", "llama"), ("mbpa", "llama")]
 
 
 @pytest.fixture(scope="module")
@@ -193,5 +189,5 @@ def test_ewc_holds_the_weights_that_a_task_needs(name, folder):
         fisher, before = [f.clone() for f in method.fisher], [w.detach().clone() for w in method.model.trained()]
         method.learn(second, progress=False)
         parts = zip(fisher, before, method.model.trained(), strict=True)
-        moved.append(float(sum((f * (w - b).square()).sum() for f, b, w in parts)))
+        moved.append(sum((f * (w - b).square()).sum().item() for f, b, w in parts))
     assert 0 < moved[0] < 0.2 * moved[1]

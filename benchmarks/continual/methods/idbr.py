@@ -53,16 +53,17 @@ class Spaces(Classifier):
         self.specific = self.layer(backbone.width, WIDTH, generator)
         self.head = self.layer(2 * WIDTH, len(self.labels), generator)
         self.order = self.layer(WIDTH, 2, generator)  # whether halves are in order (0) or not (1)
-        self.task = self.layer(WIDTH, 0, generator)
+        self.task = self.layer(WIDTH, 1, generator)  # of the tasks so far, which
 
     def layer(self, width: int, outputs: int, generator: Generator) -> nn.Linear:
+        """A new layer, its weights drawn as torch does but from this generator, its biases zero."""
         linear = nn.utils.skip_init(nn.Linear, width, outputs)
         nn.init.uniform_(linear.weight, -(width**-0.5), width**-0.5, generator=generator)
         nn.init.zeros_(linear.bias)
         return linear.to(self.backbone.device)
 
     def add_task(self, seed: int) -> None:
-        """Make room for one more in the layer that names tasks."""
+        """Make room for a second task and any after it in the layer that names them."""
         wider = self.layer(WIDTH, self.task.out_features + 1, Generator().manual_seed(seed))
         with torch.no_grad():
             wider.weight[:-1], wider.bias[:-1] = self.task.weight, self.task.bias
@@ -88,10 +89,10 @@ class Spaces(Classifier):
             types.append([0] * (len(first) + 2) + [1] * (len(second) + 1))
         device = self.backbone.device
         padded, mask = (each.to(device) for each in pad(ids, self.backbone.tokenizer.pad_token_id))
-        inputs = (
-            {"token_type_ids": pad(types, 0)[0].to(device)} if self.backbone.model.config.type_vocab_size > 1 else {}
-        )
-        hidden = self.network(input_ids=padded, attention_mask=mask, **inputs).last_hidden_state
+        inputs = {"input_ids": padded, "attention_mask": mask}
+        if self.backbone.model.config.type_vocab_size > 1:  # RoBERTa knows no second half
+            inputs["token_type_ids"] = pad(types, 0)[0].to(device)
+        hidden = self.network(**inputs).last_hidden_state
         return TrunkQuery.pool(hidden, mask)
 
     def spaces(self, embedded: Tensor) -> Tensor:
@@ -121,9 +122,8 @@ class Spaces(Classifier):
 
 def distance(spaces: Tensor, before: Tensor) -> Tensor:
     """How far a batch's spaces [B, 2 WIDTH] are from what they were, a scalar."""
-    return GENERIC * mse_loss(spaces[:, :WIDTH], before[:, :WIDTH]) + SPECIFIC * mse_loss(
-        spaces[:, WIDTH:], before[:, WIDTH:]
-    )
+    generic, specific = (mse_loss(spaces[:, part], before[:, part]) for part in (slice(WIDTH), slice(WIDTH, None)))
+    return GENERIC * generic + SPECIFIC * specific
 
 
 def central(points: Tensor, count: int, seed: int) -> list[int]:
@@ -152,7 +152,8 @@ class Idbr(Finetune):
     def learn(self, task: Task, progress: bool | None = None) -> None:
         model, kept = self.model, self.memory.rows
         seed, number = name_seed(task.name, self.options.seed), len(self.memory.tasks)
-        model.add_task(seed)
+        if number:
+            model.add_task(seed)
         rows = [*task.rows, *kept]
         places = {id(row): i for i, row in enumerate(rows)}
         sizes = [len(task.rows), *map(len, self.memory.tasks.values())]
@@ -185,7 +186,7 @@ class Idbr(Finetune):
 
     def restore(self, state: State) -> None:
         self.memory.restore(state["memory"])
-        for _ in self.memory.tasks:
+        for _ in range(len(self.memory.tasks) - 1):
             self.model.add_task(0)
         super().restore(state)
 

@@ -64,23 +64,27 @@ class Mbpa(Finetune):
         self.keys = torch.empty(0, self.key_network.width, device=self.key_network.device)  # [rows of the memory, H]
         self.batches = 0  # learned so far, of all tasks
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def keys_of(self, rows: Sequence[Row]) -> Tensor:
         """[rows, H] float32."""
-        network, model = self.key_network, self.key_network.model
-        model = {"encoder": model, "seq2seq": getattr(model, "encoder", None), "causal": model.base_model}[network.kind]
+        network = self.key_network
+        model = network.model.get_encoder() if network.kind == "seq2seq" else network.model.base_model
         parts = [self.keys[:0]]
         for start in range(0, len(rows), BATCH):
             texts = [row.prompt for row in rows[start : start + BATCH]]
             encoded = network.tokenization.encode(texts, self.setup.max_length)
             hidden = model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
             parts.append(TrunkQuery.pool(hidden, encoded.attention_mask))
-        return torch.cat(parts).clone()
+        return torch.cat(parts)
 
     def nearest(self, rows: Sequence[Row]) -> list[list[int]]:
         """For each row the numbers of the memories with the nearest keys, the nearest first."""
-        distances = torch.cdist(self.keys_of(rows), self.keys)  # [rows, memories]
-        found: list[list[int]] = distances.topk(min(self.neighbours, len(self.keys)), largest=False).indices.tolist()
+        found: list[list[int]] = []
+        for queries in self.keys_of(rows).split(BATCH):
+            distances = torch.cdist(
+                queries, self.keys, compute_mode="donot_use_mm_for_euclid_dist"
+            )  # [BATCH, memories]
+            found += distances.topk(min(self.neighbours, len(self.keys)), largest=False).indices.tolist()
         return found
 
     def learn(self, task: Task, progress: bool | None = None) -> None:
@@ -141,4 +145,5 @@ class Mbpa(Finetune):
 
     @property
     def kept(self) -> int:
-        return super().kept + self.memory.nbytes + self.keys.nbytes
+        network = sum(parameter.nbytes for parameter in self.key_network.model.parameters())
+        return super().kept + network + self.memory.nbytes + self.keys.nbytes
