@@ -42,10 +42,10 @@ def test_mbpa_has_the_papers_constants():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_mbpas_neighbours_are_the_nearest_of_all_rows_by_keys_that_learning_leaves_alone(name, folder):
-    tasks = make_tasks(name)
+    tasks = make_tasks(name, rows=24)
     method = taught(Mbpa(make_setup(folder, name), neighbours=5), tasks)
     fresh, memories = Mbpa(make_setup(folder, name)), [row for task in tasks for row in task.rows]
-    asked = make_tasks(name, rows=56)[0].rows[48:]
+    asked = make_tasks(name, rows=32)[0].rows[24:]
     keys, queries = (np.stack([fresh.keys_of([row])[0].numpy() for row in rows]) for rows in (memories, asked))
     for query, found in zip(queries, method.nearest(asked), strict=True):
         distances = np.linalg.norm(keys - query, axis=1)
@@ -63,7 +63,7 @@ def test_mbpas_key_is_the_mean_of_the_frozen_encoders_last_states(folder):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_mbpa_adapts_to_each_row_and_restores_every_weight(name, folder, monkeypatch):
-    method, tasks = Mbpa(make_setup(folder, name), rate=0.5, steps=4), make_tasks(name)
+    method, tasks = Mbpa(make_setup(folder, name), rate=0.5, steps=2), make_tasks(name, rows=24)
     taught(method, tasks)
     before, during, adapt = weights(method), [], method.adapt
 
@@ -92,7 +92,7 @@ def test_mbpa_restores_the_weights_of_a_row_that_fails(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_mbpa_without_local_steps_answers_as_its_base_model(name, folder):
-    method, tasks = Mbpa(make_setup(folder, name), steps=0), make_tasks(name)
+    method, tasks = Mbpa(make_setup(folder, name), steps=0), make_tasks(name, rows=24)
     taught(method, tasks)
     assert method.answers(tasks[0].rows) == Finetune.answers(method, tasks[0].rows)
 
@@ -137,24 +137,24 @@ def test_mbpa_refuses_more_rows_than_its_budget_rather_than_shorten_anything(fol
 def test_oloras_penalty_is_zero_of_orthogonal_subspaces_and_the_sum_of_overlaps_of_others(folder):
     method = OLora(make_setup(folder), strength=0.5)
     method.add(1)
-    assert float(method.penalty()) == 0
+    assert float(method.penalty().detach()) == 0
     method.add(2)
     expected = sum(
         (a @ b.T).abs().sum().item() for a, b in zip(method.reading("lora0"), method.reading("lora1"), strict=True)
     )
-    assert float(method.penalty()) == pytest.approx(0.5 * expected, rel=1e-5)
+    assert float(method.penalty().detach()) == pytest.approx(0.5 * expected, rel=1e-5)
     assert expected > 0
     for number, name in enumerate(method.loras):
         for a in method.reading(name):
             a.data = torch.eye(16, a.shape[1])[8 * number :][:8].contiguous()
-    assert float(method.penalty()) == 0
+    assert float(method.penalty().detach()) == 0
     method.add(3)
-    assert float(method.penalty()) > 0
+    assert float(method.penalty().detach()) > 0
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_olora_leaves_earlier_loras_and_the_backbone_as_they_are(name, folder):
-    method, (first, second) = OLora(make_setup(folder, name)), make_tasks(name)
+    method, (first, second) = OLora(make_setup(folder, name)), make_tasks(name, rows=24)
     method.learn(first, progress=False)
     before = weights(method)
     method.learn(second, progress=False)
@@ -184,11 +184,11 @@ def test_olora_answers_with_all_loras_summed(folder):
 
 
 def test_oloras_penalty_makes_subspaces_less_alike(folder):
-    overlaps, setup = [], make_setup(folder, options=LearnOptions(epochs=6, batch_size=8))
+    overlaps, setup = [], make_setup(folder, options=LearnOptions(epochs=4, batch_size=8))
     for strength in (0.0, 0.5):
         method = taught(OLora(setup, strength=strength), make_tasks())
         method.strength = 1.0
-        overlaps.append(float(method.penalty()))
+        overlaps.append(float(method.penalty().detach()))
     assert overlaps[1] < 0.8 * overlaps[0]
 
 
