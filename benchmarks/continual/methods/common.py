@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class Model(nn.Module, ABC):
     def answers(self, rows: Sequence[Row]) -> list[str]:
         """What is answered to a batch of rows."""
 
+    @abstractmethod
+    def predictions(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Logits [B, T, V] and what they should say [B, T]: labels (T = 1) or tokens, `IGNORE` where neither."""
+
     def head_parameters(self) -> list[nn.Parameter]:
         """Weight and bias of the head, which learns faster; empty without one."""
         return []
@@ -59,6 +64,8 @@ class Model(nn.Module, ABC):
         loss_of: Callable[[list[Row]], Tensor] | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
         after_step: Callable[[], None] | None = None,
+        kept: Sequence[Row] = (),
+        arrange: Callable[[list[Tensor], torch.Generator], list[Tensor]] | None = None,
     ) -> None:
         """Train on rows, in batches of like lengths.
 
@@ -67,6 +74,8 @@ class Model(nn.Module, ABC):
             loss_of: the loss of a batch; default: the mean of `losses`.
             parameters: what is trained; default: all that requires a gradient.
             after_step: called after each step.
+            kept: rows of earlier tasks, whose numbers follow those of `rows`, for `arrange` to put among them.
+            arrange: takes the batches of all epochs and makes of them those to train on, by row numbers.
         """
         generator = torch.Generator().manual_seed(name_seed(name, options.seed))
         tokens, _ = self.backbone.tokenization.tokenize([row.prompt for row in rows], self.max_length)
@@ -75,26 +84,25 @@ class Model(nn.Module, ABC):
         head = [parameter for parameter in self.head_parameters() if any(parameter is p for p in chosen)]
         others = [parameter for parameter in chosen if not any(parameter is p for p in head)]
 
+        epochs = range(options.epochs_for(len(rows)))
+        batches = [batch for _ in epochs for batch in shuffled_buckets(lengths, options.batch_size, generator)]
+        if arrange is not None:
+            batches = arrange(batches, generator)
+        known = [*rows, *kept]
+
         def loss(numbers: list[int]) -> Tensor:
-            batch = [rows[i] for i in numbers]
+            batch = [known[i] for i in numbers]
             return self.losses(batch).mean() if loss_of is None else loss_of(batch)
 
-        with bar(f"{name}: learning", options.epochs_for(len(rows)) * len(rows), progress) as advance:
+        with bar(f"{name}: learning", sum(map(len, batches)), progress) as advance:
 
             def report(done: int, loss: Tensor) -> None:
                 advance(done, note=f"loss {loss.item():.3f}")
                 if after_step is not None:
                     after_step()
 
-            train(
-                others,
-                loss,
-                len(rows),
-                options,
-                lambda: shuffled_buckets(lengths, options.batch_size, generator),
-                report,
-                head,
-            )
+            steps = len(batches) * options.batch_size
+            train(others, loss, steps, replace(options, epochs=1), lambda: batches, report, head)
 
     @torch.inference_mode()
     def answer(self, rows: Sequence[Row]) -> list[str]:
@@ -140,6 +148,9 @@ class Classifier(Model):
         """The number of each row's label, [B]."""
         return torch.tensor([self.labels.index(row.target or "") for row in rows], device=self.backbone.device)
 
+    def predictions(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        return self(rows).unsqueeze(1), self.targets(rows).unsqueeze(1)
+
     def losses(self, rows: Sequence[Row]) -> Tensor:
         return cross_entropy(self(rows), self.targets(rows), reduction="none")
 
@@ -155,6 +166,11 @@ class Writer(Model):
         self.max_new_tokens = max_new_tokens
 
     def losses(self, rows: Sequence[Row]) -> Tensor:
+        logits, labels = self.predictions(rows)
+        each = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        return each.sum(1) / (labels != IGNORE).sum(1)
+
+    def predictions(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         text = self.backbone.tokenization
         prompts, _ = text.tokenize([row.prompt for row in rows], self.max_length)
         answers = text.encode_answers([row.target or "" for row in rows], self.max_length)
@@ -167,8 +183,7 @@ class Writer(Model):
             logits, labels = self.logits(ids, mask, None)[:, :-1], labels[:, 1:]
         else:
             logits = self.logits(ids, mask, labels)
-        each = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
-        return each.sum(1) / (labels != IGNORE).sum(1)
+        return logits.float(), labels
 
     def logits(self, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
         """[B, T, vocabulary] of a batch of tokens [B, T], or with `labels` of the answers to it."""

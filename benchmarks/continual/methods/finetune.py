@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.continual.methods.common import make_model
+from benchmarks.continual.methods.common import Model, make_model
 from benchmarks.continual.methods.method import Answer, Setup, State
 from slm_fast.backbone import Backbone
 from slm_fast.data import Row, Task
@@ -21,10 +21,14 @@ class Finetune:
     """A `Method`."""
 
     def __init__(self, setup: Setup) -> None:
-        loaded = Backbone.load(setup.backbone)
-        loaded.model.requires_grad_(True)
         self.setup, self.options = setup, replace(setup.options, learning_rate=LEARNING_RATE)
-        self.model = make_model(loaded, setup, setup.labels, setup.options.seed)
+        self.model = self.pretrained()
+
+    def pretrained(self) -> Model:
+        """The model before it learns anything."""
+        loaded = Backbone.load(self.setup.backbone)
+        loaded.model.requires_grad_(True)
+        return make_model(loaded, self.setup, self.setup.labels, self.setup.options.seed)
 
     def learn(self, task: Task, progress: bool | None = None) -> None:
         self.model.fit(task.name, task.rows, self.options, progress)

@@ -1,0 +1,38 @@
+"""Joint: at each task one model is trained anew, from the pretrained weights, on all rows of all tasks so far.
+
+The upper bound of continual learning with one model: no task comes after another. All rows are kept.
+
+Epochs are passes over all rows so far, as many as the options give for that number of rows: with epochs set to 3, the
+last of five models sees each row of each task three times, and the five trainings pass 3 (1 + 2 + 3 + 4 + 5) tasks.
+"""
+
+from __future__ import annotations
+
+from benchmarks.continual.methods.finetune import Finetune
+from benchmarks.continual.methods.memory import Memory
+from benchmarks.continual.methods.method import Setup, State
+from slm_fast.data import Task
+
+
+class Joint(Finetune):
+    """A `Method`."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.memory = Memory()
+
+    def learn(self, task: Task, progress: bool | None = None) -> None:
+        self.memory.keep(task.name, task.rows)
+        self.model = self.pretrained()
+        self.model.fit(task.name, self.memory.rows, self.options, progress)
+
+    def state(self) -> State:
+        return {**super().state(), "memory": self.memory.state()}
+
+    def restore(self, state: State) -> None:
+        super().restore(state)
+        self.memory.restore(state["memory"])
+
+    @property
+    def kept(self) -> int:
+        return super().kept + self.memory.nbytes

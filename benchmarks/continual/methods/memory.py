@@ -1,0 +1,85 @@
+"""Rows kept of tasks learned before, and batches of them among a task's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from benchmarks.continual.methods.method import State
+from slm_fast.data import Row
+from slm_fast.tasks import name_seed
+
+SHARE = 0.01  # of a task's rows, kept
+EVERY = 10  # batches, of which the last has kept rows mixed in
+
+
+class Memory:
+    """Rows by the task that they are of, tasks in the order they were learned."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[str, list[Row]] = {}
+
+    def keep(self, name: str, rows: Sequence[Row]) -> None:
+        self.tasks[name] = list(rows)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All of them."""
+        return [row for rows in self.tasks.values() for row in rows]
+
+    def numbers(self, first: int) -> list[Tensor]:
+        """The place of each task's rows, [rows], when all `rows` stand in a line behind `first` others."""
+        numbers = torch.arange(first, first + len(self.rows))
+        return list(numbers.split([len(rows) for rows in self.tasks.values()]))
+
+    def state(self) -> State:
+        return {name: [[row.text, row.target, row.instruction] for row in rows] for name, rows in self.tasks.items()}
+
+    def restore(self, state: State) -> None:
+        self.tasks = {name: [Row(*row) for row in rows] for name, rows in state.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the texts."""
+        return sum(len(f"{row.text}{row.target}{row.instruction}".encode()) for row in self.rows)
+
+
+def shared(rows: int, share: float) -> int:
+    """How many rows are kept of so many: this share, rounded down, and at least one."""
+    return max(1, int(share * rows))
+
+
+def sample(name: str, rows: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """A share of a task's rows, all alike likely, drawn from its name."""
+    generator = Generator().manual_seed(name_seed(f"{name}/memory", seed))
+    chosen = torch.randperm(len(rows), generator=generator)[: shared(len(rows), share)]
+    return [rows[i] for i in chosen.tolist()]
+
+
+def mix(
+    batches: Sequence[Tensor], kept: Sequence[Tensor], size: int, every: int, generator: Generator
+) -> tuple[list[Tensor], list[bool]]:
+    """Put kept rows among the batches as IDBR and its Replay baseline do (Huang et al. 2021).
+
+    To the last of `every` batches come at most `size` rows of each earlier task, drawn without replacement; all of
+    these are shuffled together and cut into batches of `size`, so that they are as many more steps.
+
+    Args:
+        batches: of row numbers. kept: the row numbers of each earlier task.
+
+    Returns the batches, and which of them were mixed.
+    """
+    found: list[Tensor] = []
+    mixed: list[bool] = []
+    for count, batch in enumerate(batches, 1):
+        parts: Sequence[Tensor] = [batch]
+        replays = bool(kept) and count % every == 0
+        if replays:
+            drawn = [rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in kept]
+            pool = torch.cat([batch, *drawn])
+            parts = pool[torch.randperm(len(pool), generator=generator)].split(size)
+        found += parts
+        mixed += [replays] * len(parts)
+    return found, mixed

@@ -1,0 +1,51 @@
+"""Tiny backbones in folders, and toy tasks, for the tests of rivals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from models import make_model, make_tokenizer, toy_task
+
+from benchmarks.continual.methods.method import Setup
+from slm_fast.data import Task
+from slm_fast.options import LearnOptions
+
+OPTIONS = LearnOptions(epochs=2, batch_size=8)
+
+
+def make_setup(folder: Path, name: str = "bert", options: LearnOptions = OPTIONS) -> Setup:
+    """A setup whose backbone is the tiny random model of this type, saved in the folder."""
+    place = folder / name
+    if not place.exists():
+        make_model(name).save_pretrained(place)
+        make_tokenizer(name).save_pretrained(place)
+    return Setup(str(place), ("no", "yes"), 32, options, 4)
+
+
+def make_tasks(name: str = "bert", rows: int = 48) -> list[Task]:
+    """Two of them, in the form that a backbone of this type learns."""
+    instruction = "" if name == "bert" else "the question :"
+    return [toy_task(topic, rows=rows, instruction=instruction) for topic in ("sea", "farm")]
+
+
+def weights(method) -> dict[str, torch.Tensor]:
+    """A copy of all the model's weights."""
+    return {name: weight.clone() for name, weight in method.model.state_dict().items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def watch(method, monkeypatch) -> list[list[str]]:
+    """The texts of each batch whose losses are asked for from now on."""
+    seen: list[list[str]] = []
+    losses = method.model.losses
+
+    def watched(rows):
+        seen.append([row.text for row in rows])
+        return losses(rows)
+
+    monkeypatch.setattr(method.model, "losses", watched)
+    return seen
