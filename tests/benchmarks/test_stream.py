@@ -24,7 +24,7 @@ from benchmarks.continual.methods import METHODS, method_of
 from benchmarks.continual.methods.method import Answer, Entry, Setup
 from benchmarks.continual.scoring import scores
 from benchmarks.continual.stream_file import read_stream
-from slm_fast import InputError, ScalableLM, Task, WorkError
+from slm_fast import InputError, ScalableLM, Task, WorkError, demo
 from slm_fast.data import Row
 from slm_fast.options import LearnOptions
 
@@ -156,6 +156,26 @@ def test_a_run_in_processes_of_their_own_ends_in_a_table(stream, tmp_path, capsy
     assert "1 of 1 done before" in capsys.readouterr().err
     assert run.main([*call, "--test", "3"]) == 2
     assert "a run of settings" in capsys.readouterr().err
+
+
+def test_in_a_miniature_stream_finetune_forgets_and_slm_does_not(tmp_path):
+    names = ("news_desk", "recipe_steps", "help_desk")
+    train, test = demo.load("train"), demo.load("test")
+    for name in names:
+        for split, rows in (("train", train[name].rows[:48]), ("test", test[name].rows[:24])):
+            lines = [json.dumps({"text": row.text, "label": row.target}) for row in rows]
+            (tmp_path / f"{name}.{split}.jsonl").write_text("\n".join(lines))
+    tasks = "".join(f"  {name}: {{train: {name}.train.jsonl, test: {name}.test.jsonl}}\n" for name in names)
+    (tmp_path / "own.yaml").write_text(f"tasks:\n{tasks}")
+    lost = {}
+    for method in ("slm:epochs=6", "finetune:epochs=12"):
+        assert go(tmp_path / "own.yaml", tmp_path / "run", method, "--max-length", "24") == 0
+        stages = cell.stages_of(run.cell_folder(tmp_path / "run", method, 0))
+        matrix = [{name: own["accuracy"] for name, own in stage["tasks"].items()} for stage in stages]
+        assert min(row[name] for row, name in zip(matrix, names, strict=True)) > 0.6  # each is learned
+        lost[method.partition(":")[0]] = final_forgetting(matrix, names)
+    assert lost["slm"] <= 0.05
+    assert lost["finetune"] > 0.4
 
 
 def test_the_table_has_means_over_seeds_and_says_what_is_not_done(stream, forgetful, tmp_path):
