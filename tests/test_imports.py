@@ -19,7 +19,7 @@ LAYERS = (
     ("cli", "server", "integrations"),
     ("demo",),
     ("slm",),
-    ("learn", "evaluate", "predict_file", "tables"),
+    ("learn", "evaluate", "predict_file", "tables", "measures"),
     ("predict", "examples", "origin", "resume"),
     ("generate", "windows"),
     ("scheduler",),
