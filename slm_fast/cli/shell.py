@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,9 @@ def run(argv: Sequence[str]) -> int:
     _speak_utf8()
     with _one_line_warnings():
         try:
-            status = _run(_parser().parse_args(with_share(argv)))
+            arguments = _parser().parse_args(with_share(argv))
+            arguments.command = shlex.join(["slm-fast", *argv])
+            status = _run(arguments)
         except SystemExit as stop:  # argparse has said what there is to say
             status = int(stop.code or 0)
         return _flush(status)
