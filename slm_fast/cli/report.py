@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from slm_fast.report import check_output, run_report, save
 
     output = arguments.output or arguments.runs[0] / "report.html"
-    if arguments.output is not None:
+    if arguments.output is not None or output.parent.is_dir():
         check_output(output, files=arguments.files)
     save(run_report(arguments.runs, command=arguments.command), output, files=arguments.files)
     print(output)

@@ -73,7 +73,7 @@ def points(figure: Points) -> str:
     for group, name, a, b in figure.points:
         x, y = WIDTH / 2 + (a - middle[0]) * scale, HEIGHT / 2 - (b - middle[1]) * scale
         marks.append(f"<g>{_mark(groups[group], x, y)}<title>{escape(f'{group}: {name}')}</title></g>")
-        spots.append((x, y, cut(name, 16)))
+        spots.append((x, y, cut(figure.label(group, name), 16)))
     names = _names(spots) if len(spots) <= NAMED else []
     keys = [f'<svg viewBox="0 0 16 16" aria-hidden="true">{_mark(i, 8, 9)}</svg>' for i in groups.values()]
     return _svg(figure.title, [*marks, '<g class="names">', *names, "</g>"]) + legend(keys, list(groups))

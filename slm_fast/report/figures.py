@@ -139,6 +139,10 @@ class Points:
     def groups(self) -> list[str]:
         return list(dict.fromkeys(group for group, _, _, _ in self.points))
 
+    def label(self, group: str, name: str) -> str:
+        """What is written at a point: its name, or its group's where it is the only one of it."""
+        return name if sum(own == group for own, _, _, _ in self.points) > 1 else group
+
 
 @dataclass(frozen=True)
 class Note:

@@ -28,7 +28,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 WITH_NUMBERS, NAMED = 16, 24  # columns of a heat map beyond which cells have no numbers, and columns no names
 SMALL = 8  # columns of heat maps that stand three in a line
 LARGEST_GRID = 60  # rows and columns of a heat map that are shown
-DARK = 0.6  # the share of the strongest colour from which writing on it is light
+DARK = 0.7  # the share of the strongest colour from which writing on it is light
 LONGEST_TEXT = 400  # characters of a row that are shown
 
 
@@ -51,7 +51,7 @@ def html(report: Report) -> str:
 
 
 def _part(part: Part, several: bool) -> str:
-    title = f"<h2>{bdi(part.title)}</h2>" if several else ""
+    title = f'<h2 class="title">{bdi(part.title)}</h2>' if several else ""
     headline = "".join(
         f"<div><dt>{escape(what)}</dt><dd>{_number(number)}</dd></div>" for number, what in part.headline
     )

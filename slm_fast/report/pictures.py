@@ -131,8 +131,10 @@ def _points(axes: Any, figure: Points) -> None:
         marker = MARKERS[i // len(COLOURS) % len(MARKERS)]
         axes.scatter(*zip(*own, strict=True), s=22, color=COLOURS[i % len(COLOURS)], marker=marker, label=_text(group))
     if len(figure.points) <= 30:
-        for _, name, x, y in figure.points:
-            axes.annotate(_text(name, 16), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        for group, name, x, y in figure.points:
+            axes.annotate(
+                _text(figure.label(group, name), 16), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7
+            )
     axes.set(xticks=[], yticks=[])
     axes.set_aspect("equal", adjustable="datalim")
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)

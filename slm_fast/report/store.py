@@ -99,7 +99,14 @@ def report_on(
     made = [("command", command)] if command else []
     made += [("store", place)] if place else []
     config = slm.model.config
-    made += [("backbone", f"{slm.model.backbone.name}, {slm.model.backbone.dtype}".replace("torch.", ""))]
+    made += [
+        (
+            "backbone",
+            f"{slm.model.backbone.name or type(slm.model.backbone.model).__name__}, {slm.model.backbone.dtype}".replace(
+                "torch.", ""
+            ),
+        )
+    ]
     made += [("router", f"{config.router}, query {config.query}"), ("versions", versions())]
     title = "How well the tasks are answered"
     return Report(title, [Part(title, answer, headline, sections)], READING, made)

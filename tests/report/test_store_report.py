@@ -26,7 +26,7 @@ from slm_fast.data import Row
 from slm_fast.evaluate import Marked, mark, tally
 from slm_fast.options import PredictOptions
 from slm_fast.report import html, keys, report_on, save, store_report
-from slm_fast.report.figures import Grid, Listing, Note, Points, Report, Table, written
+from slm_fast.report.figures import Grid, Listing, Note, Part, Points, Report, Section, Table, written
 
 NASTY = (
     '<script>alert("x")</script>',
@@ -216,6 +216,12 @@ def test_many_keys_are_compared_by_task():
     grid = next(block for block in shown if isinstance(block, Grid))
     assert list(grid.rows) == ["t0", "t1"]
     assert grid.values == [[pytest.approx(1 / 40), 0.0], [0.0, pytest.approx(1 / 40)]]
+
+
+def test_the_only_key_of_a_task_goes_by_the_tasks_name():
+    points = [("a", "slot 1", 0.0, 0.0), ("b", "slot 1", 0.0, 9.0), ("b", "slot 2", 9.0, 0.0), ("c", "no", 9.0, 9.0)]
+    report = Report("t", [Part("t", "", [], [Section("s", [Points("map", "m", points)])])], [])
+    assert re.findall(r"<text [^>]*>([^<]*)</text>", html(report)) == ["a", "slot 1", "slot 2", "c"]
 
 
 def test_keys_that_are_one_point_have_a_map():
