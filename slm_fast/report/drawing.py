@@ -84,7 +84,7 @@ def _names(spots: list[tuple[float, float, str]]) -> list[str]:
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in spots]
     found = []
     for x, y, name in spots:
-        wide = 6.2 * len(name)
+        wide = 6.8 * len(name)
         for at, anchor, base in (
             (x + 8, "start", y + 3.5),
             (x - 8 - wide, "end", y + 3.5),
