@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from slm_fast.data import Row, Task
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
-from slm_fast.predict import predict
+from slm_fast.predict import Prediction, predict
+from slm_fast.tasks import LearnedTask
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,16 @@ class Evaluation:
         return sum(self.accuracy.values()) / len(self.accuracy)
 
 
+@dataclass(frozen=True)
+class Marked:
+    """A row of a task and its answer. right: whether the answer is the row's, as `Evaluation` says."""
+
+    task: str
+    row: Row
+    prediction: Prediction
+    right: bool
+
+
 def evaluate(
     model: AdaptedModel,
     tasks: Mapping[str, Task],
@@ -37,6 +51,21 @@ def evaluate(
     progress: bool | None = None,
 ) -> Evaluation:
     """Answer the rows of all tasks as one mixed stream and count. `with_task_id` gives each row its task (SLM-TI).
+
+    Raises as `mark`.
+    """
+    return tally(mark(model, tasks, options, with_task_id=with_task_id, progress=progress))
+
+
+def mark(
+    model: AdaptedModel,
+    tasks: Mapping[str, Task],
+    options: PredictOptions,
+    *,
+    with_task_id: bool = False,
+    progress: bool | None = None,
+) -> list[Marked]:
+    """The rows of all tasks, in order, with their answers.
 
     Raises:
         InputError: no tasks, or one that is not learned. WorkError: a row's label is not one of the task's.
@@ -63,18 +92,35 @@ def evaluate(
         texts = sorted({row.target or "" for row in rows})
         longest = options.max_new_tokens + 2  # more than is ever written
         targets = dict(zip(texts, model.backbone.tokenization.written(texts, longest), strict=True))
-    right = dict.fromkeys(tasks, 0)
-    routed = dict.fromkeys(tasks, 0)
+    marked = []
     for name, row, prediction in zip(names, rows, predictions, strict=True):
+        right = False
         if prediction.label is not None:
-            right[name] += prediction.label == row.target
+            right = prediction.label == row.target
         elif prediction.text is not None:
-            right[name] += prediction.text in (row.target, targets[row.target or ""])
-        routed[name] += prediction.task == name
-    counts = {name: len(task.rows) for name, task in tasks.items()}
+            right = prediction.text in (row.target, targets[row.target or ""])
+        marked.append(Marked(name, row, prediction, right))
+    return marked
+
+
+def tally(marked: Sequence[Marked]) -> Evaluation:
+    """Accuracy and routing of rows answered, tasks in the order in which they come."""
+    rows = Counter(one.task for one in marked)
+    right = Counter(one.task for one in marked if one.right)
+    routed = Counter(one.task for one in marked if one.prediction.task == one.task)
     return Evaluation(
-        {name: right[name] / counts[name] for name in tasks}, {name: routed[name] / counts[name] for name in tasks}
+        {name: right[name] / rows[name] for name in rows}, {name: routed[name] / rows[name] for name in rows}
     )
+
+
+def as_task(learned: LearnedTask | None, name: str, source: Any) -> Task:
+    """Rows to be marked, from a Task, a file or rows; `learned`, the task of that name, says how labels are written."""
+    if isinstance(source, Task):
+        return source
+    if isinstance(source, (str, Path)):
+        return Task.from_file(name, source, known=(learned and learned.labels) or (), training=False)
+    free_text = None if learned is None else learned.labels is None
+    return Task(name, source, free_text=free_text, training=False)
 
 
 def forgetting(history: Sequence[Mapping[str, float]]) -> list[float]:

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 from slm_fast.backbone import Backbone, load_backbone
 from slm_fast.data import Task, checked, rows_to_answer
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
-from slm_fast.evaluate import Evaluation, evaluate
+from slm_fast.evaluate import Evaluation, as_task, evaluate
 from slm_fast.learn import check_task, learn_task
 from slm_fast.model import AdaptedModel
 from slm_fast.options import (
@@ -357,7 +357,7 @@ class ScalableLM:
         """Accuracy and routing accuracy on {task name: file or rows with answers}, all answered as one mixed stream."""
         if not isinstance(tasks, Mapping):
             raise InputError(f"tasks: expected {{name: a file or rows}}, got a {type(tasks).__name__}")
-        given = {name: _as_task(self.learned.get(name), name, source) for name, source in tasks.items()}
+        given = {name: as_task(self.learned.get(name), name, source) for name, source in tasks.items()}
         chosen = combine(PredictOptions, options, changes)
         return evaluate(self.model, given, chosen, with_task_id=with_task_id, progress=progress)
 
@@ -382,12 +382,3 @@ class ScalableLM:
 
     def _set(self, tasks: Sequence[LearnedTask]) -> None:
         self.model.set_tasks(in_name_order(tasks))
-
-
-def _as_task(learned: LearnedTask | None, name: str, source: Any) -> Task:
-    if isinstance(source, Task):
-        return source
-    if isinstance(source, (str, Path)):
-        return Task.from_file(name, source, known=(learned and learned.labels) or (), training=False)
-    free_text = None if learned is None else learned.labels is None
-    return Task(name, source, free_text=free_text, training=False)

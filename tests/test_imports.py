@@ -17,9 +17,9 @@ PACKAGE = Path(slm_fast.__file__).parent
 # From the top down. A module, or a folder of them, may import what stands in its own row or below.
 LAYERS = (
     ("cli", "server", "integrations"),
-    ("demo",),
+    ("demo", "report"),
     ("slm",),
-    ("learn", "evaluate", "predict_file", "tables"),
+    ("learn", "evaluate", "predict_file", "tables", "measures"),
     ("predict", "examples", "origin", "resume"),
     ("generate", "windows"),
     ("scheduler",),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.continual.cell import stages_of
-from benchmarks.continual.measures import average_accuracy, backward_transfer, final_forgetting
+from slm_fast.measures import average_accuracy, backward_transfer, final_forgetting
 
 UNDEFINED = "n/a"
 

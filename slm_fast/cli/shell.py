@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from slm_fast.cli import bench, demo, doctor, evaluate, learn, predict, store
+from slm_fast.cli import bench, demo, doctor, evaluate, learn, predict, report, store
 from slm_fast.cli.arguments import Parser, Verbs, complain, with_share
 from slm_fast.errors import SlmError, SlmWarning, lacks_memory, one_line, warn
 
-VERBS = (demo, learn, predict, evaluate, store, bench, doctor)  # in the order of --help
+VERBS = (demo, learn, predict, evaluate, store, report, bench, doctor)  # in the order of --help
 
 
 def run(argv: Sequence[str]) -> int:
@@ -24,7 +25,9 @@ def run(argv: Sequence[str]) -> int:
     _speak_utf8()
     with _one_line_warnings():
         try:
-            status = _run(_parser().parse_args(with_share(argv)))
+            arguments = _parser().parse_args(with_share(argv))
+            arguments.command = shlex.join(["slm-fast", *argv])
+            status = _run(arguments)
         except SystemExit as stop:  # argparse has said what there is to say
             status = int(stop.code or 0)
         return _flush(status)

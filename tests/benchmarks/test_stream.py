@@ -13,19 +13,19 @@ import torch
 from rich.console import Console
 
 from benchmarks.continual import cell, run, summary
-from benchmarks.continual.measures import (
-    average_accuracy,
-    average_incremental_accuracy,
-    backward_transfer,
-    final_forgetting,
-    forward_transfer,
-)
 from benchmarks.continual.methods import METHODS, method_of
 from benchmarks.continual.methods.method import Answer, Entry, Setup
 from benchmarks.continual.scoring import scores
 from benchmarks.continual.stream_file import read_stream
 from slm_fast import InputError, ScalableLM, Task, WorkError, demo
 from slm_fast.data import Row
+from slm_fast.measures import (
+    average_accuracy,
+    average_incremental_accuracy,
+    backward_transfer,
+    final_forgetting,
+    forward_transfer,
+)
 from slm_fast.options import LearnOptions
 
 NAMES = ("first", "second", "third")

@@ -1,0 +1,9 @@
+"""Reports: one HTML file that says what came of a store's tasks or of a benchmark's runs, and its figures as files."""
+
+from slm_fast.report.figures import Report
+from slm_fast.report.page import html
+from slm_fast.report.run import run_report
+from slm_fast.report.store import report_on, store_report
+from slm_fast.report.writing import check_output, save
+
+__all__ = ["Report", "check_output", "html", "report_on", "run_report", "save", "store_report"]

@@ -1,0 +1,274 @@
+"""What a report is made of: tables, heat maps, lines, bars and points as data.
+
+A page shows them (`page.py`, `drawing.py`), files hold the same numbers (`writing.py`). What is not defined is None,
+and reads `n/a`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+NOT_DEFINED = "n/a"
+
+
+class Spread(NamedTuple):
+    """A mean over seeds, and their standard deviation (None for one seed)."""
+
+    mean: float
+    deviation: float | None
+
+
+Value = str | float | int | Spread | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """name: its heading. kind: how its values are written (`written`). about: what it means, in a sentence."""
+
+    name: str
+    kind: str = "text"
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: a value a column. last: the last row sums up the others. muted: it is beside the point, and looks so."""
+
+    stem: str
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Value]]
+    note: str = ""
+    last: bool = False
+    muted: bool = False
+
+    def records(self) -> list[list[Any]]:
+        """A heading and the rows; a Spread is two columns."""
+        spread = [any(isinstance(row[i], Spread) for row in self.rows) for i in range(len(self.columns))]
+        heading: list[Any] = []
+        for column, two in zip(self.columns, spread, strict=True):
+            heading += [column.name, f"{column.name}, standard deviation"] if two else [column.name]
+        found = [heading]
+        for row in self.rows:
+            values: list[Any] = []
+            for value, two in zip(row, spread, strict=True):
+                values += [*(value if isinstance(value, Spread) else (value, None))] if two else [value]
+            found.append(values)
+        return found
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A heat map. values: [rows][columns], None where there is nothing to say.
+
+    kind: how cells are written. groups: of each row, what it belongs to; a gap is where that changes. down: what rows
+    are. across: what columns are.
+    """
+
+    stem: str
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    down: str = ""
+    across: str = ""
+    kind: str = "percent"
+    groups: Sequence[str] = ()
+    note: str = ""
+
+    def records(self) -> list[list[Any]]:
+        return [[self.down, *self.columns]] + [
+            [name, *values] for name, values in zip(self.rows, self.values, strict=True)
+        ]
+
+    @property
+    def largest(self) -> float:
+        """What the strongest colour stands for."""
+        if self.kind in ("percent", "similarity"):
+            return 1.0
+        return max((value for row in self.values for value in row if value is not None), default=0.0) or 1.0
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Shares of 0 to 1 over tasks learned. series: (name, values, whether it is drawn strongly)."""
+
+    stem: str
+    title: str
+    across: Sequence[str]
+    series: Sequence[tuple[str, Sequence[float | None], bool]]
+    note: str = ""
+
+    def records(self) -> list[list[Any]]:
+        return [["after learning", *(name for name, _, _ in self.series)]] + [
+            [name, *(values[i] if i < len(values) else None for _, values, _ in self.series)]
+            for i, name in enumerate(self.across)
+        ]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A value each, the differences of shares in points. bars: (name, value, whether it is drawn strongly)."""
+
+    stem: str
+    title: str
+    bars: Sequence[tuple[str, float | None, bool]]
+    note: str = ""
+
+    def records(self) -> list[list[Any]]:
+        return [["name", "value"], *([name, value] for name, value, _ in self.bars)]
+
+
+@dataclass(frozen=True)
+class Points:
+    """A map whose axes mean nothing. points: (group, name, x, y)."""
+
+    stem: str
+    title: str
+    points: Sequence[tuple[str, str, float, float]]
+    note: str = ""
+
+    def records(self) -> list[list[Any]]:
+        return [["task", "name", "x", "y"], *(list(point) for point in self.points)]
+
+    @property
+    def groups(self) -> list[str]:
+        return list(dict.fromkeys(group for group, _, _, _ in self.points))
+
+    def label(self, group: str, name: str) -> str:
+        """What is written at a point: its name, or its group's where it is the only one of it."""
+        return name if sum(own == group for own, _, _, _ in self.points) > 1 else group
+
+
+@dataclass(frozen=True)
+class Note:
+    """A few sentences, where a figure would be or beside one."""
+
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Things to look at one by one. entries: (text, {what: value}) each."""
+
+    stem: str
+    title: str
+    entries: Sequence[tuple[str, Mapping[str, str]]]
+    note: str = ""
+
+    def records(self) -> list[list[Any]]:
+        names = list(dict.fromkeys(name for _, facts in self.entries for name in facts))
+        return [["text", *names], *([text, *(facts.get(name) for name in names)] for text, facts in self.entries)]
+
+
+Figure = Table | Grid | Lines | Bars | Points | Listing
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    blocks: Sequence[Figure | Note]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """title: of what. answer: what came of it, in a sentence or two. headline: (number, what it is) each."""
+
+    title: str
+    answer: str
+    headline: Sequence[tuple[str, str]]
+    sections: Sequence[Section]
+    warning: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """about: (what, value) of how it was made. reading: (term, meaning), to read it by."""
+
+    title: str
+    parts: Sequence[Part]
+    reading: Sequence[tuple[str, str]]
+    about: Sequence[tuple[str, str]] = field(default=())
+
+    def figures(self) -> Iterator[tuple[Part, Figure]]:
+        """All of them, with the part each is in."""
+        for part in self.parts:
+            for section in part.sections:
+                for block in section.blocks:
+                    if not isinstance(block, Note):
+                        yield part, block
+
+    def stems(self) -> list[str]:
+        """A file name without ending for each of `figures`, no two the same."""
+        found: list[str] = []
+        for _, figure in self.figures():
+            plain = re.sub(r"[^A-Za-z0-9._-]+", "-", figure.stem).strip("-.")[:80] or "figure"
+            stem, number = plain, 2
+            while stem.lower() in (other.lower() for other in found):
+                stem, number = f"{plain}-{number}", number + 1
+            found.append(stem)
+        return found
+
+    def numbers(self) -> dict[str, Any]:
+        """All that is shown, as JSON has it."""
+        stems, parts = iter(self.stems()), []
+        for part in self.parts:
+            figures = {}
+            for own, figure in self.figures():
+                if own is part:
+                    heading, *rows = figure.records()
+                    named = [dict(zip(map(str, heading), row, strict=True)) for row in rows]
+                    figures[next(stems)] = {"title": figure.title, "rows": named}
+            headline = {what: number for number, what in part.headline}
+            parts.append({"title": part.title, "answer": part.answer, "headline": headline, "figures": figures})
+        return {"format": 1, "title": self.title, "about": dict(self.about), "parts": parts}
+
+
+def written(value: Value, kind: str) -> str:
+    """A value for a reader. kind: text, percent (of a share), points (a difference of shares), similarity, count,
+    short (of a count), number, seconds, bytes or mib."""
+    if isinstance(value, Spread):
+        mean = written(value.mean, kind)
+        if value.deviation is None or not math.isfinite(value.mean):
+            return mean
+        return f"{mean} ± {written(value.deviation, 'percent' if kind == 'points' else kind)}"
+    if isinstance(value, str):
+        return value
+    if value is None or not math.isfinite(value):
+        return NOT_DEFINED
+    if kind == "percent":
+        return f"{100 * value:.1f}"
+    if kind == "points":
+        return _signed(f"{100 * value:.1f}")
+    if kind == "similarity":
+        return _signed(f"{value:.2f}")
+    if kind == "short" and value >= 1e5:
+        return f"{value / 1e9:,.2f} B" if value >= 1e9 else f"{value / 1e6:,.1f} M"
+    if kind == "bytes":
+        return _bytes(value)
+    if kind == "mib":
+        return _bytes(value * 2**20)
+    if kind == "number":
+        return f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
+    if kind == "seconds":
+        return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.0f}"
+    return f"{value:,.0f}"
+
+
+def _signed(number: str) -> str:
+    """A number with a minus sign in place of a hyphen, and none before zero."""
+    return number if float(number) > 0 else number.replace("-", "\u2212" if float(number) else "")
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:,.0f} {unit}" if unit == "bytes" or size >= 99.95 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"

@@ -1,0 +1,150 @@
+"""The keys by which a router tells tasks apart: how much each is like another, and a map of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slm_fast.random_features import RandomFeatureRouter, drawn_means
+from slm_fast.report.figures import Figure, Grid, Note, Points
+from slm_fast.router import DtkrRouter, GaussianRouter, Part, Router
+from slm_fast.tasks import LearnedTask
+
+FEWEST, MOST_POINTS, MOST_KEYS = 4, 1000, 60
+FEW = "Too few keys for a map: it takes four."
+
+
+@dataclass(frozen=True)
+class Keys:
+    """tasks, names: of each key, its task and what it is the key of there. gram: [M, M] float64, their inner products,
+    as the router takes them."""
+
+    tasks: Sequence[str]
+    names: Sequence[str]
+    gram: Tensor
+
+    @property
+    def similarity(self) -> Tensor:
+        """Cosines [M, M], each key's with itself 1."""
+        norm = self.gram.diagonal().clamp(min=1e-30).sqrt()
+        return (self.gram / (norm[:, None] * norm)).clamp(-1, 1).fill_diagonal_(1.0)
+
+    @property
+    def by_task(self) -> tuple[list[str], Tensor]:
+        """The tasks, and the mean cosine [T, T] between keys of one and the other."""
+        names = list(dict.fromkeys(self.tasks))
+        own = torch.tensor([[float(task == name) for task in self.tasks] for name in names], dtype=torch.float64)
+        own = own / own.sum(1, keepdim=True)
+        return names, own @ self.similarity @ own.T
+
+
+def router_of(tasks: Sequence[LearnedTask], config: Mapping[str, Any]) -> Router:
+    """What routes among a store's tasks, for its keys alone: no backbone is needed. config: the store's."""
+    parts: dict[str, Part] = {task.name: task.router for task in tasks}
+    first = next(iter(parts.values()), {})
+    router: Router
+    if "keys" in first:
+        router = DtkrRouter(groups=config.get("groups", 6))
+    else:
+        router = RandomFeatureRouter() if "factor" in first else GaussianRouter()
+    router.load(parts, torch.device("cpu"))
+    return router
+
+
+@torch.no_grad()
+def keys_of(router: Router, tasks: Sequence[LearnedTask]) -> Keys:
+    """All keys of a router that holds these tasks.
+
+    Learned keys are compared as `dtkr` compares them with queries, by the mean cosine over groups; means in the
+    covariance of all tasks, from their centre (m_i' S^-1 m_j), which is what `gaussian` sees of them.
+    """
+    labels = {task.name: task.labels or () for task in tasks}
+    owner: list[str] = []
+    names: list[str] = []
+    for task, part in zip(router.names, router.parts, strict=True):
+        own = _names(part, labels[task])
+        owner += [task] * len(own)
+        names += own
+    if not owner:
+        return Keys((), (), torch.zeros(0, 0, dtype=torch.float64))
+    if isinstance(router, DtkrRouter):
+        keys = torch.cat([part["keys"] for part in router.parts]).double()
+        grouped = keys.view(len(keys), router.groups, -1)
+        unit = torch.nn.functional.normalize(grouped, dim=-1).flatten(1) / router.groups**0.5
+        return Keys(owner, names, unit @ unit.T)
+    assert isinstance(router, GaussianRouter)
+    is_drawn = isinstance(router, RandomFeatureRouter)
+    means = torch.cat([drawn_means(part) if is_drawn else part["mean"].double() for part in router.parts]).cpu()
+    gram = (means - means.mean(0)) @ router.keys.double().cpu().T
+    return Keys(owner, names, (gram + gram.T) / 2)
+
+
+def _names(part: Part, labels: Sequence[str]) -> list[str]:
+    """What each key of a task's is the key of: a label, a slot, or a label's rows in a slot."""
+    if "keys" in part:
+        return [f"slot {i}" for i in range(1, len(part["keys"]) + 1)]
+    slot = [int(i) + 1 for i in GaussianRouter.mean_slot(part)]
+    numbers = [int(i) for i in part["mean_label"]] if "mean_label" in part else [-1] * len(slot)
+    named: list[str] = []
+    for place, (i, number) in enumerate(zip(slot, numbers, strict=True)):
+        if 0 <= number < len(labels):
+            named.append(f"{labels[number]}, slot {i}" if max(slot) > 1 else labels[number])
+        else:  # files that do not say whose mean it is
+            named.append(f"slot {i}, mean {slot[: place + 1].count(i)}" if slot.count(i) > 1 else f"slot {i}")
+    return named
+
+
+def figures(keys: Keys, stem: str = "") -> list[Figure | Note]:
+    """The similarity of keys (of tasks, where there are many), and their map. stem: how their files begin."""
+    if not len(keys.tasks):
+        return [Note("No task is learned, so there are no keys.")]
+    if len(keys.tasks) <= MOST_KEYS:
+        rows = [f"{task}: {name}" for task, name in zip(keys.tasks, keys.names, strict=True)]
+        values, groups, note = keys.similarity, list(keys.tasks), ""
+    else:
+        rows, values = keys.by_task
+        groups, note = [], f"Means over pairs of the {len(keys.tasks):,} keys."
+    cells: list[list[float | None]] = [[round(value, 6) for value in row] for row in values.tolist()]
+    what = "task" if note else "key"
+    title = f"How much {what}s resemble each other"
+    note = f"{note} Cosine, as the router measures it: 1 is the same, 0 unrelated, below 0 opposed.".strip()
+    alike = Grid(f"{stem}similarity", title, rows, rows, cells, kind="similarity", groups=groups, note=note)
+    return [_map(keys, stem), alike]
+
+
+def _map(keys: Keys, stem: str) -> Figure | Note:
+    title = "A map of the keys (t-SNE)"
+    if len(keys.tasks) < FEWEST:
+        return Note(FEW, title)
+    chosen = list(range(len(keys.tasks)))
+    note = "Near keys are alike; distances across the map, and its directions, mean nothing."
+    if len(chosen) > MOST_POINTS:
+        chosen = torch.linspace(0, len(chosen) - 1, MOST_POINTS).round().long().tolist()
+        note += f" {MOST_POINTS:,} of {len(keys.tasks):,} keys, evenly chosen."
+    at = embed(keys.gram[chosen][:, chosen])
+    points = [(keys.tasks[i], keys.names[i], round(x, 3), round(y, 3)) for i, (x, y) in zip(chosen, at, strict=True)]
+    return Points(f"{stem}tsne", title, points, note=note)
+
+
+def embed(gram: Tensor) -> list[tuple[float, float]]:
+    """t-SNE (van der Maaten & Hinton 2008) of points with the inner products `gram` [M, M], M >= 4; always the same."""
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    values, vectors = torch.linalg.eigh(gram)
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    where = (vectors * values.clamp(min=0).sqrt()).flip(1).numpy()
+    perplexity = min(30.0, (len(gram) - 1) / 3)
+    method = "exact" if len(gram) <= 300 else "barnes_hut"
+    tsne = TSNE(2, perplexity=perplexity, init="pca", learning_rate="auto", random_state=0, method=method)
+    size = gram.diagonal()
+    apart = size[:, None] + size - 2 * gram
+    if apart.max() <= 1e-9 * size.max():  # all keys are one point
+        return [(0.0, 0.0)] * len(gram)
+    with threadpool_limits(1):  # so that sums have one order
+        found = tsne.fit_transform(where)
+    return [(float(x), float(y)) for x, y in found]

@@ -1,0 +1,126 @@
+"""What a method's seeds come to: means and standard deviations of the measures of a stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from slm_fast.measures import (
+    average_accuracy,
+    average_incremental_accuracy,
+    backward_transfer,
+    final_forgetting,
+)
+from slm_fast.report.figures import Spread
+from slm_fast.report.runs import Method, Run, Stage
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """Mean and standard deviation over seeds, None where one of them is not defined."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return Spread(mean(known), stdev(known) if len(known) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A method after as many tasks as it has learned (`learned`, in order), over the seeds that got so far."""
+
+    method: Method
+    learned: Sequence[str]
+    complete: bool
+
+    def measure(self, of: Callable[[Sequence[Mapping[str, float]], Sequence[str]], float | None]) -> Spread | None:
+        """A measure of `slm_fast.measures`, over seeds."""
+        return spread([of([stage.accuracy for stage in seed.stages], self.learned) for seed in self.method.farthest])
+
+    @property
+    def average(self) -> Spread:
+        found = self.measure(average_accuracy)
+        assert found is not None
+        return found
+
+    @property
+    def forgetting(self) -> Spread | None:
+        return self.measure(final_forgetting)
+
+    @property
+    def backward(self) -> Spread | None:
+        return self.measure(backward_transfer)
+
+    @property
+    def incremental(self) -> Spread | None:
+        return self.measure(average_incremental_accuracy)
+
+    @property
+    def routing(self) -> Spread | None:
+        """Mean over tasks of the share of rows named right; None for a method that is told, or names none."""
+        if self.method.told:
+            return None
+        found = []
+        for seed in self.method.farthest:
+            routed = [seed.stages[-1].routed[name] for name in self.learned]
+            known = [share for share in routed if share is not None]
+            found.append(mean(known) if len(known) == len(routed) else None)
+        return spread(found)
+
+    def by_task(self, of: Callable[[Stage], Mapping[str, float | None]], name: str) -> Spread | None:
+        """Of a task, after the last task learned."""
+        return spread([of(seed.stages[-1]).get(name) for seed in self.method.farthest])
+
+    def cost(self, what: str, of: Callable[[Sequence[float]], float]) -> float | None:
+        """A cost of all stages of all seeds, taken together by `of`; None where one is not known."""
+        values = [stage.costs[what] for seed in self.method.farthest for stage in seed.stages]
+        known = [value for value in values if value is not None]
+        return of(known) if known and len(known) == len(values) else None
+
+    def last_cost(self, what: str) -> float | None:
+        """A cost after the last stage, the mean over seeds."""
+        found = spread([seed.stages[-1].costs[what] for seed in self.method.farthest])
+        return None if found is None else found.mean
+
+    @property
+    def speed(self) -> float | None:
+        """Rows answered a second."""
+        rows, seconds = self.cost("rows_answered", sum), self.cost("answer_seconds", sum)
+        return rows / seconds if rows and seconds else None
+
+    def matrix(self, tasks: Sequence[str]) -> list[list[float | None]]:
+        """R, the mean over seeds: [after][on task], None where a task was not answered."""
+        found: list[list[float | None]] = []
+        for n in range(len(self.learned)):
+            stages = [seed.stages[n].accuracy for seed in self.method.farthest]
+            found.append([mean(s[name] for s in stages) if all(name in s for s in stages) else None for name in tasks])
+        return found
+
+    def averages(self) -> list[float]:
+        """After each task, the mean accuracy on those learned until then."""
+        matrix = self.matrix(self.learned)
+        return [mean(value for value in row[: n + 1] if value is not None) for n, row in enumerate(matrix)]
+
+    def confusion(self) -> Counter[tuple[str, str]] | None:
+        """Rows by (task, task named) over seeds; None where they are not kept or nothing is named.
+
+        Raises WorkError for damaged answers.
+        """
+        if self.method.told:
+            return None
+        found = [seed.answers() for seed in self.method.farthest]
+        known = [answers for answers in found if answers is not None]
+        total: Counter[tuple[str, str]] = Counter()
+        for name in self.learned:  # their order
+            for answers in known:
+                total.update({pair: rows for pair, rows in sorted(answers.items()) if pair[0] == name})
+        return total or None
+
+
+def results(run: Run) -> list[Result]:
+    """The methods, the best first: those that find the task before those that are told it, and those that have learned
+    fewer tasks after all others."""
+    found = [Result(m, run.tasks[: m.stages], m.stages == len(run.tasks)) for m in run.methods]
+    return sorted(
+        found, key=lambda result: (-result.method.stages, result.method.told, -result.average.mean, result.method.name)
+    )

@@ -1,0 +1,247 @@
+"""Runs of the continual-learning benchmark, read from their folders.
+
+RUN/run.json                            the stream, the settings, the machine
+RUN/<method>/about.json                 its title, and whether it is told each row's task
+RUN/<method>/seed<k>/stages.jsonl       a line after each task learned
+RUN/<method>/seed<k>/answers-<n>.csv.gz after the n-th task: task,row,right,named
+RUN/<method>/seed<k>/store              of a method of slm_fast, at the end
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_fast.errors import InputError, WorkError
+
+FORMAT = 1
+COSTS = ("learn_seconds", "answer_seconds", "rows_answered", "peak_mib", "parameters", "kept_bytes")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What was measured after a task was learned.
+
+    rows, accuracy, routed, retrieved: by task answered; None where a method does not say. costs: of `COSTS`, None where
+    it is not known.
+    """
+
+    after: str
+    rows: Mapping[str, int]
+    accuracy: Mapping[str, float]
+    routed: Mapping[str, float | None]
+    retrieved: Mapping[str, float | None]
+    costs: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed of a method: its folder, and the stages done so far."""
+
+    folder: Path
+    stages: Sequence[Stage]
+
+    def answers(self) -> Counter[tuple[str, str]] | None:
+        """Rows answered after the last stage by (task, task named), of the tasks learned; None where they are not kept,
+        or no task is named.
+
+        Raises WorkError for a damaged file.
+        """
+        path = self.folder / f"answers-{len(self.stages)}.csv.gz"
+        if not path.exists():
+            return None
+        found: Counter[tuple[str, str]] = Counter()
+        learned = {stage.after for stage in self.stages}
+        try:
+            with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file, strict=True):
+                    if None in row.values():
+                        raise ValueError("a line has too few fields")
+                    if row["task"] in learned:
+                        found[row["task"], row["named"]] += 1
+        except (OSError, EOFError, csv.Error, KeyError, zlib.error, ValueError) as error:
+            raise WorkError(f"{path}: damaged answers: {type(error).__name__}: {error}") from None
+        return found if any(named for _, named in found) else None
+
+    @property
+    def store(self) -> Path | None:
+        path = self.folder / "store"
+        return path if (path / "manifest.json").exists() else None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and its seeds that have a stage. told: it is given each row's task."""
+
+    name: str
+    title: str
+    told: bool
+    seeds: Sequence[Seed]
+
+    @property
+    def stages(self) -> int:
+        """How many tasks the seed that is farthest has learned."""
+        return max(len(seed.stages) for seed in self.seeds)
+
+    @property
+    def farthest(self) -> list[Seed]:
+        """The seeds that have learned as many; what is said of the method is said of them."""
+        return [seed for seed in self.seeds if len(seed.stages) == self.stages]
+
+
+@dataclass(frozen=True)
+class Run:
+    """path: its folder. about: its run.json. tasks: in the order of learning."""
+
+    path: Path
+    about: Mapping[str, Any]
+    stream: str
+    tasks: Sequence[str]
+    methods: Sequence[Method]
+    waiting: Sequence[str]  # titles of methods that have no stage yet
+
+
+def read_run(path: str | Path) -> Run:
+    """A run as far as it is done.
+
+    Raises:
+        InputError: the folder is no run. WorkError: a file of it is damaged or of another format, or no stage is done.
+    """
+    path = Path(path)
+    file = path / "run.json"
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; expected one that a run of the benchmark made")
+    if not file.is_file():
+        raise InputError(f"{path}: not a run of the benchmark (no run.json)")
+    about = _read_json(file)
+    if about.get("format") != FORMAT:
+        raise WorkError(f"{file}: expected format {FORMAT}, got {about.get('format')!r}")
+    stream = about.get("stream")
+    tasks = stream.get("tasks") if isinstance(stream, dict) else None
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(t, str) and t for t in tasks):
+        raise WorkError(f"{file}: expected a stream with a list of tasks, got {_short(stream)}")
+    if len(set(tasks)) < len(tasks):
+        raise WorkError(f"{file}: a task is twice in the stream: {', '.join(tasks)}")
+    methods, waiting = [], []
+    for folder in sorted(path.iterdir()):
+        seeds = [one for _, one in sorted((_number(one), one) for one in folder.glob("seed*") if _number(one) >= 0)]
+        if not seeds:
+            continue
+        title, told = _about(folder)
+        done = [seed for seed in (Seed(one, _stages(one / "stages.jsonl", tasks)) for one in seeds) if seed.stages]
+        if done:
+            methods.append(Method(folder.name, title, told, done))
+        else:
+            waiting.append(title)
+    if not methods:
+        raise WorkError(f"{path}: no stage is done yet: no method has a line in seed<k>/stages.jsonl")
+    assert isinstance(stream, dict)
+    return Run(path, about, str(stream.get("name") or path.name), tasks, methods, waiting)
+
+
+def _number(folder: Path) -> int:
+    """Of a seed's folder; -1 for another."""
+    found = re.fullmatch(r"seed(\d+)", folder.name)
+    return int(found[1]) if found and folder.is_dir() else -1
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except OSError as error:
+        raise WorkError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise WorkError(f"{file}: damaged: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise WorkError(f"{file}: damaged: expected an object, got {_short(found)}")
+    return found
+
+
+def _about(folder: Path) -> tuple[str, bool]:
+    """A method's title and whether it is told the tasks; its folder's name where nothing is said."""
+    file = folder / "about.json"
+    about = _read_json(file) if file.exists() else {}
+    title, told = about.get("title", folder.name), about.get("told", False)
+    if not isinstance(title, str) or not isinstance(told, bool):
+        raise WorkError(f"{file}: damaged: expected a title and whether it is told the tasks, got {_short(about)}")
+    return title or folder.name, told
+
+
+def _stages(file: Path, tasks: Sequence[str]) -> list[Stage]:
+    if not file.exists():
+        return []
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise WorkError(f"{file}: cannot be read: {error.strerror}") from None
+    found: list[Stage] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(_stage(json.loads(line), tasks, len(found)))
+        except (ValueError, RecursionError) as error:
+            raise WorkError(f"{file}: line {number} is damaged: {error}") from None
+    return found
+
+
+def _stage(line: Any, tasks: Sequence[str], done: int) -> Stage:
+    """Raises ValueError that says what is wrong."""
+    if not isinstance(line, dict) or not isinstance(line.get("tasks"), dict):
+        raise ValueError(f"expected an object with tasks, got {_short(line)}")
+    if done == len(tasks):
+        raise ValueError(f"the stream has {len(tasks)} tasks, this is one more")
+    if line.get("after") != tasks[done]:
+        raise ValueError(f"expected what was measured after {tasks[done]!r}, got after {line.get('after')!r}")
+    missing = [name for name in tasks[: done + 1] if name not in line["tasks"]]
+    if missing:
+        raise ValueError(f"says nothing of {missing[0]!r}, which is learned")
+    strange = [name for name in line["tasks"] if name not in tasks]
+    if strange:
+        raise ValueError(f"task {strange[0]!r} is not in the stream")
+    rows, accuracy, routed, retrieved = {}, {}, {}, {}
+    for name, own in line["tasks"].items():
+        if not isinstance(own, dict):
+            raise ValueError(f"{name}: expected an object, got {_short(own)}")
+        share = _share(own, "accuracy", name)
+        if share is None:
+            raise ValueError(f"{name}: expected an accuracy, got none")
+        count = own.get("rows")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: expected a number of rows, got {_short(count)}")
+        rows[name], accuracy[name] = count, share
+        routed[name], retrieved[name] = _share(own, "routed", name), _share(own, "retrieved", name)
+    costs = {cost: _cost(line, cost) for cost in COSTS}
+    return Stage(line["after"], rows, accuracy, routed, retrieved, costs)
+
+
+def _share(own: Mapping[str, Any], what: str, name: str) -> float | None:
+    value = own.get(what)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name}: {what}: expected a share of 0 to 1, got {_short(value)}")
+    return float(value)
+
+
+def _cost(line: Mapping[str, Any], what: str) -> float | None:
+    value = line.get(what)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None  # not a number is what is written where it could not be measured
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f"{what}: expected a number from 0 up, got {_short(value)}")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
