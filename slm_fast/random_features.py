@@ -139,6 +139,10 @@ class RandomFeatureRouter(GaussianRouter):
 
     def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
         check_finite(query)
+        if mask is None and len(self.task_of_slot) == 1:  # every row's route is the lone slot, which needs no keys
+            ids = torch.full((len(query), self.k), -1, device=query.device)
+            ids[:, 0] = 0
+            return Route(ids, (ids == 0).float())
         return super().route(self.expand(query), mask)
 
     def label_scores(self, query: Tensor, slot_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,6 +25,7 @@ from slm_fast.random_features import (
     drawn_means,
     feature_matrix,
 )
+from slm_fast.router import GaussianRouter
 from slm_fast.scatter import expand
 
 CPU, WIDTH, LEADING, FEATURES = torch.device("cpu"), 9, 6, 14
@@ -235,3 +236,15 @@ def test_a_store_of_before_there_were_random_features_answers_and_grows_as_it_di
     older.learn(toy_task("sky", rows=20), epochs=1)
     assert reopened(tmp_path / "new").tasks == ["farm", "sea", "sky"]
     assert "scatter" in older.model.pool.tasks[0].router
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_lone_slot_is_every_rows_route_as_retrieval_finds_it_and_needs_no_keys(k: int) -> None:
+    router, query = loaded("a", k=k), QUERIES["b"][:5]
+    found = router.route(query)
+    assert "discriminant" not in vars(router)
+    expected = GaussianRouter.route(router, router.expand(query))
+    assert torch.equal(found.slot_ids, expected.slot_ids)
+    assert torch.equal(found.weights, expected.weights)
+    assert found.slot_ids.dtype == expected.slot_ids.dtype
+    assert found.weights.dtype == expected.weights.dtype

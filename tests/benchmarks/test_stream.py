@@ -130,19 +130,19 @@ def test_a_stopped_run_goes_on_and_learns_nothing_twice(stream, forgetful, tmp_p
 
 def test_slm_goes_on_from_its_own_state_with_the_same_bytes(stream, tmp_path, monkeypatch):
     straight, halves = tmp_path / "straight", tmp_path / "halves"
-    assert go(stream, straight, "slm:epochs=1", "--max-length", "16") == 0
+    assert go(stream, straight, "slm:epochs=1,features=0", "--max-length", "16") == 0
     real = cell.run_cell
     first = read_stream(stream)
     short = type(first)(first.folder, first.tasks[:2], first.rows, described=first.described, path=first.path)
     monkeypatch.setattr(
         run, "run_cell", lambda folder, spec, stream, *rest, **more: real(folder, spec, short, *rest, **more)
     )
-    assert go(stream, halves, "slm:epochs=1", "--max-length", "16") == 0
+    assert go(stream, halves, "slm:epochs=1,features=0", "--max-length", "16") == 0
     monkeypatch.setattr(run, "run_cell", real)
-    assert go(stream, halves, "slm:epochs=1", "--max-length", "16") == 0
-    ends = [cell.stages_of(where / "slm,epochs=1" / "seed0") for where in (straight, halves)]
+    assert go(stream, halves, "slm:epochs=1,features=0", "--max-length", "16") == 0
+    ends = [cell.stages_of(where / "slm,epochs=1,features=0" / "seed0") for where in (straight, halves)]
     assert ends[0][-1]["sha256"] == ends[1][-1]["sha256"]
-    assert ScalableLM.from_pretrained(straight / "slm,epochs=1" / "seed0" / "store").tasks == sorted(NAMES)
+    assert ScalableLM.from_pretrained(straight / "slm,epochs=1,features=0" / "seed0" / "store").tasks == sorted(NAMES)
 
 
 def test_a_run_in_processes_of_their_own_ends_in_a_table(stream, tmp_path, capsys):
@@ -162,14 +162,14 @@ def test_in_a_miniature_stream_finetune_forgets_and_slm_does_not(tmp_path):
     names = ("news_desk", "recipe_steps", "help_desk")
     train, test = demo.load("train"), demo.load("test")
     for name in names:
-        for split, rows in (("train", train[name].rows[:48]), ("test", test[name].rows[:24])):
+        for split, rows in (("train", train[name].rows[:32]), ("test", test[name].rows[:16])):
             lines = [json.dumps({"text": row.text, "label": row.target}) for row in rows]
             (tmp_path / f"{name}.{split}.jsonl").write_text("\n".join(lines))
     tasks = "".join(f"  {name}: {{train: {name}.train.jsonl, test: {name}.test.jsonl}}\n" for name in names)
     (tmp_path / "own.yaml").write_text(f"tasks:\n{tasks}")
     lost = {}
-    for method in ("slm:epochs=6", "finetune:epochs=12"):
-        assert go(tmp_path / "own.yaml", tmp_path / "run", method, "--max-length", "24") == 0
+    for method in ("slm:epochs=5", "finetune:epochs=10"):
+        assert go(tmp_path / "own.yaml", tmp_path / "run", method, "--max-length", "16") == 0
         stages = cell.stages_of(run.cell_folder(tmp_path / "run", method, 0))
         matrix = [{name: own["accuracy"] for name, own in stage["tasks"].items()} for stage in stages]
         assert min(row[name] for row, name in zip(matrix, names, strict=True)) > 0.6  # each is learned
