@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,6 +129,29 @@ def test_a_stopped_run_goes_on_and_learns_nothing_twice(stream, forgetful, tmp_p
     go(stream, straight)
     both = [cell.stages_of(where / "forgetful" / "seed0") for where in (folder, straight)]
     assert [s["tasks"] for s in both[0]] == [s["tasks"] for s in both[1]]
+
+
+def test_a_run_that_is_killed_goes_on_and_ends_as_one_that_was_not(stream, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    method, *more = "slm:epochs=1,features=0", "--max-length", "16"
+    assert go(stream, straight, method, *more) == 0
+    call = [str(killed), "--stream", str(stream), "--methods", method, "--seeds", "0", *more, "--cell"]
+    where = run.cell_folder(killed, method, 0)
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.continual.run", *call])
+    try:
+        until = time.monotonic() + 300
+        while not (where / "state.pt").exists():  # the first task is learned; it may or may not be answered
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(cell.stages_of(where)) < len(NAMES)
+    assert go(stream, killed, method, *more) == 0
+    ends = [cell.stages_of(run.cell_folder(folder, method, 0)) for folder in (straight, killed)]
+    assert [stage["tasks"] for stage in ends[0]] == [stage["tasks"] for stage in ends[1]]
+    assert ends[0][-1]["sha256"] == ends[1][-1]["sha256"]
 
 
 def test_slm_goes_on_from_its_own_state_with_the_same_bytes(stream, tmp_path, monkeypatch):

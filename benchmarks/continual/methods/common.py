@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.continual.methods.method import Setup
+from benchmarks.continual.methods.method import Answer, Setup
 from benchmarks.peers import train
 from slm_fast.backbone import Backbone
 from slm_fast.batching import shuffled_buckets
@@ -222,3 +222,14 @@ def make_model(backbone: Backbone, setup: Setup, labels: Sequence[str], seed: in
     if backbone.kind == "encoder":
         return Classifier(backbone, labels, setup.max_length, seed)
     return Writer(backbone, setup.max_length, setup.max_new_tokens)
+
+
+def answers_by_task(models: Mapping[str, Model], rows: Sequence[Row], tasks: Sequence[str] | None) -> list[Answer]:
+    """Each row answered by the model of its task, which is told."""
+    assert tasks is not None
+    found = [Answer("")] * len(rows)
+    for name in dict.fromkeys(tasks):
+        own = [i for i, task in enumerate(tasks) if task == name]
+        for i, text in zip(own, models[name].answer([rows[i] for i in own]), strict=True):
+            found[i] = Answer(text, name)
+    return found

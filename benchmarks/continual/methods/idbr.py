@@ -29,9 +29,8 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from benchmarks.continual.methods.common import BATCH, Classifier
-from benchmarks.continual.methods.finetune import Finetune
-from benchmarks.continual.methods.memory import EVERY, SHARE, Memory, mix, shared
-from benchmarks.continual.methods.method import Setup, State
+from benchmarks.continual.methods.memory import EVERY, SHARE, Remembering, mix, shared
+from benchmarks.continual.methods.method import State
 from slm_fast.backbone import Backbone
 from slm_fast.data import Row, Task
 from slm_fast.query import TrunkQuery
@@ -135,14 +134,10 @@ def central(points: Tensor, count: int, seed: int) -> list[int]:
     return [int(own[distances[own].argmin()]) for own in members if len(own)]
 
 
-class Idbr(Finetune):
+class Idbr(Remembering):
     """A `Method`, of encoders only."""
 
     model: Spaces
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self.memory = Memory()
 
     def pretrained(self) -> Spaces:
         loaded = Backbone.load(self.setup.backbone)
@@ -181,15 +176,7 @@ class Idbr(Finetune):
         chosen = central(model.embed_all(task.rows), shared(len(task.rows), SHARE), seed)
         self.memory.keep(task.name, [task.rows[i] for i in chosen])
 
-    def state(self) -> State:
-        return {**super().state(), "memory": self.memory.state()}
-
     def restore(self, state: State) -> None:
-        self.memory.restore(state["memory"])
-        for _ in range(len(self.memory.tasks) - 1):
+        for _ in range(len(state["memory"]) - 1):
             self.model.add_task(0)
         super().restore(state)
-
-    @property
-    def kept(self) -> int:
-        return super().kept + self.memory.nbytes

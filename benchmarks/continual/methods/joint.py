@@ -8,31 +8,14 @@ last of five models sees each row of each task three times, and the five trainin
 
 from __future__ import annotations
 
-from benchmarks.continual.methods.finetune import Finetune
-from benchmarks.continual.methods.memory import Memory
-from benchmarks.continual.methods.method import Setup, State
+from benchmarks.continual.methods.memory import Remembering
 from slm_fast.data import Task
 
 
-class Joint(Finetune):
+class Joint(Remembering):
     """A `Method`."""
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self.memory = Memory()
 
     def learn(self, task: Task, progress: bool | None = None) -> None:
         self.memory.keep(task.name, task.rows)
         self.model = self.pretrained()
         self.model.fit(task.name, self.memory.rows, self.options, progress)
-
-    def state(self) -> State:
-        return {**super().state(), "memory": self.memory.state()}
-
-    def restore(self, state: State) -> None:
-        super().restore(state)
-        self.memory.restore(state["memory"])
-
-    @property
-    def kept(self) -> int:
-        return super().kept + self.memory.nbytes

@@ -22,8 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from benchmarks.continual.methods.common import BATCH
-from benchmarks.continual.methods.finetune import Finetune
-from benchmarks.continual.methods.memory import Memory
+from benchmarks.continual.methods.memory import Remembering
 from benchmarks.continual.methods.method import Answer, Setup, State
 from slm_fast.backbone import Backbone
 from slm_fast.data import Row, Task
@@ -36,7 +35,7 @@ PULL = 1e-3  # lambda
 EVERY = 100  # batches between replays
 
 
-class Mbpa(Finetune):
+class Mbpa(Remembering):
     """A `Method`.
 
     Args:
@@ -60,7 +59,6 @@ class Mbpa(Finetune):
         self.neighbours, self.steps, self.rate, self.pull = neighbours, steps, rate, pull
         self.every, self.most_rows = every, most_rows
         self.key_network = Backbone.load(setup.backbone)
-        self.memory = Memory()
         self.keys = torch.empty(0, self.key_network.width, device=self.key_network.device)  # [rows of the memory, H]
         self.batches = 0  # learned so far, of all tasks
 
@@ -136,14 +134,13 @@ class Mbpa(Finetune):
         return found
 
     def state(self) -> State:
-        return {**super().state(), "memory": self.memory.state(), "keys": self.keys, "batches": self.batches}
+        return {**super().state(), "keys": self.keys, "batches": self.batches}
 
     def restore(self, state: State) -> None:
         super().restore(state)
-        self.memory.restore(state["memory"])
         self.keys, self.batches = state["keys"].to(self.keys.device), state["batches"]
 
     @property
     def kept(self) -> int:
         network = sum(parameter.nbytes for parameter in self.key_network.model.parameters())
-        return super().kept + network + self.memory.nbytes + self.keys.nbytes
+        return super().kept + network + self.keys.nbytes

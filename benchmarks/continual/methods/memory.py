@@ -1,4 +1,4 @@
-"""Rows kept of tasks learned before, and batches of them among a task's own."""
+"""Rows kept of tasks learned before, batches of them among a task's own, and what methods share that keep them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from benchmarks.continual.methods.method import State
+from benchmarks.continual.methods.finetune import Finetune
+from benchmarks.continual.methods.method import Setup, State
 from slm_fast.data import Row
 from slm_fast.tasks import name_seed
 
@@ -83,3 +84,22 @@ def mix(
         found += parts
         mixed += [replays] * len(parts)
     return found, mixed
+
+
+class Remembering(Finetune):
+    """One model trained in sequence, and a memory of rows."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.memory = Memory()
+
+    def state(self) -> State:
+        return {**super().state(), "memory": self.memory.state()}
+
+    def restore(self, state: State) -> None:
+        super().restore(state)
+        self.memory.restore(state["memory"])
+
+    @property
+    def kept(self) -> int:
+        return super().kept + self.memory.nbytes

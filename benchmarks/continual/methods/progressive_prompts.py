@@ -22,6 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from benchmarks.continual.methods.common import answers_by_task
 from benchmarks.continual.methods.method import Answer, Setup, State
 from benchmarks.continual.methods.prompts import (
     PromptedClassifier,
@@ -85,13 +86,7 @@ class ProgressivePrompts:
         self.prompts[task.name], self.models[task.name] = own().detach(), model
 
     def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
-        assert tasks is not None
-        found = [Answer("")] * len(rows)
-        for name in dict.fromkeys(tasks):
-            own = [i for i, task in enumerate(tasks) if task == name]
-            for i, text in zip(own, self.models[name].answer([rows[i] for i in own]), strict=True):
-                found[i] = Answer(text, name)
-        return found
+        return answers_by_task(self.models, rows, tasks)
 
     def state(self) -> State:
         return {

@@ -15,18 +15,17 @@ from __future__ import annotations
 
 from torch import Generator, Tensor
 
-from benchmarks.continual.methods.finetune import Finetune
-from benchmarks.continual.methods.memory import EVERY, SHARE, Memory, mix, sample
-from benchmarks.continual.methods.method import Setup, State
+from benchmarks.continual.methods.memory import EVERY, SHARE, Remembering, mix, sample
+from benchmarks.continual.methods.method import Setup
 from slm_fast.data import Task
 
 
-class Replay(Finetune):
+class Replay(Remembering):
     """A `Method`. share: of a task's rows that is kept. every: how many batches lie between replays."""
 
     def __init__(self, setup: Setup, *, share: float = SHARE, every: int = EVERY) -> None:
         super().__init__(setup)
-        self.share, self.every, self.memory = share, every, Memory()
+        self.share, self.every = share, every
 
     def learn(self, task: Task, progress: bool | None = None) -> None:
         earlier = self.memory.numbers(len(task.rows))
@@ -36,14 +35,3 @@ class Replay(Finetune):
 
         self.model.fit(task.name, task.rows, self.options, progress, kept=self.memory.rows, arrange=arrange)
         self.memory.keep(task.name, sample(task.name, task.rows, self.share, self.options.seed))
-
-    def state(self) -> State:
-        return {**super().state(), "memory": self.memory.state()}
-
-    def restore(self, state: State) -> None:
-        super().restore(state)
-        self.memory.restore(state["memory"])
-
-    @property
-    def kept(self) -> int:
-        return super().kept + self.memory.nbytes

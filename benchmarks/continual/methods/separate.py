@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import peft
 import torch
 
-from benchmarks.continual.methods.common import Model, make_model
+from benchmarks.continual.methods.common import Model, answers_by_task, make_model
 from benchmarks.continual.methods.method import Answer, Setup, State
 from benchmarks.peers import adapted_layers
 from slm_fast.backbone import Backbone
@@ -40,13 +40,7 @@ class Separate:
         return model
 
     def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
-        assert tasks is not None
-        found = [Answer("")] * len(rows)
-        for name in dict.fromkeys(tasks):
-            own = [i for i, task in enumerate(tasks) if task == name]
-            for i, text in zip(own, self.models[name].answer([rows[i] for i in own]), strict=True):
-                found[i] = Answer(text, name)
-        return found
+        return answers_by_task(self.models, rows, tasks)
 
     def state(self) -> State:
         return {
