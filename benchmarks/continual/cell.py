@@ -78,23 +78,23 @@ def run_cell(
         return stages
     entry, make = method_of(spec)
     method = make(setup)
-    learned, seconds = _restore(folder, method)
+    learned, spent = _restore(folder, method)
     if not len(stages) <= learned <= len(stages) + 1:
         raise WorkError(
             f"{folder}: state.pt is of {learned} tasks and stages.jsonl of {len(stages)}; delete the folder"
         )
     for number, name in enumerate(stream.tasks[len(stages) :], len(stages) + 1):
         if learned < number:
-            started = time.perf_counter()
+            clock = Clock()
             method.learn(train[name], progress)
-            seconds = time.perf_counter() - started
-            _save(folder, method, number, seconds)
+            spent = clock.spent("learn")
+            _save(folder, method, number, spent)
         asked = stream.tasks if unseen else stream.tasks[:number]
         stage = _answered(
             folder / f"answers-{number}.csv.gz", method, entry.told, {n: test[n] for n in asked}, progress
         )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        stage = {"after": name, **stage, "learn_seconds": round(seconds, 2), "peak_mib": round(peak)}
+        stage = {"after": name, **stage, **spent, "peak_mib": round(peak)}
         stage |= {"parameters": method.parameters, "kept_bytes": method.kept}
         if isinstance(method, Slm):
             stage["sha256"] = {known: method.digest(known) for known in stream.tasks[:number]}
@@ -105,23 +105,34 @@ def run_cell(
     return stages
 
 
-def _save(folder: Path, method: Method, learned: int, seconds: float) -> None:
+class Clock:
+    """Seconds since it was made: by the wall and, so that what else runs hardly shows, of this process's processors."""
+
+    def __init__(self) -> None:
+        self.wall, self.processor = time.perf_counter(), time.process_time()
+
+    def spent(self, what: str) -> dict[str, float]:
+        wall, processor = time.perf_counter() - self.wall, time.process_time() - self.processor
+        return {f"{what}_seconds": round(wall, 2), f"{what}_cpu_seconds": round(processor, 2)}
+
+
+def _save(folder: Path, method: Method, learned: int, spent: Mapping[str, float]) -> None:
     data = io.BytesIO()
-    torch.save({"learned": learned, "seconds": seconds, "state": method.state()}, data)
+    torch.save({"learned": learned, "spent": dict(spent), "state": method.state()}, data)
     write(folder / "state.pt", data.getvalue())
 
 
-def _restore(folder: Path, method: Method) -> tuple[int, float]:
-    """How many tasks the method has learned, and how long the last one took."""
+def _restore(folder: Path, method: Method) -> tuple[int, dict[str, float]]:
+    """How many tasks the method has learned, and what the last one took."""
     path = folder / "state.pt"
     if not path.exists():
-        return 0, 0.0
+        return 0, {}
     try:
         kept = torch.load(path, weights_only=True)
         method.restore(kept["state"])
+        return int(kept["learned"]), dict(kept["spent"])
     except Exception as error:
         raise WorkError(f"{path}: cannot be read ({type(error).__name__}); delete {folder} to start again") from None
-    return int(kept["learned"]), float(kept["seconds"])
 
 
 def _answered(
@@ -130,11 +141,11 @@ def _answered(
     """Answer all rows of these tasks, mixed; write them down, and sum them up."""
     rows = [row for task in tasks.values() for row in task.rows]
     names = [name for name, task in tasks.items() for _ in task.rows]
-    started = time.perf_counter()
+    clock = Clock()
     with bar("answering", len(rows), progress) as advance:
         answers = method.answers(rows, names if told else None)
         advance(len(rows))
-    seconds = time.perf_counter() - started
+    spent = clock.spent("answer")
     right = scores([answer.text for answer in answers], rows, [tasks[name].labels is None for name in names])
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -149,7 +160,7 @@ def _answered(
         own = [i for i, task in enumerate(names) if task == name]
         found[name] = {"rows": len(own), "accuracy": sum(right[i] for i in own) / len(own)}
         found[name] |= _named([answers[i] for i in own], name, told)
-    return {"tasks": found, "answer_seconds": round(seconds, 2), "rows_answered": len(rows)}
+    return {"tasks": found, **spent, "rows_answered": len(rows)}
 
 
 def _named(answers: Sequence[Answer], task: str, told: bool) -> dict[str, float | None]:
