@@ -2,6 +2,7 @@
 
 Its folder, `RUN/<method>/seed<k>/`, holds:
 
+    untrained.json      with --unseen, each task's accuracy before anything is learned
     stages.jsonl        a line a task learned: accuracies, seconds, memory (what `slm-fast report` reads)
     answers-<n>.csv.gz  after the n-th task: each row's task and number, whether it was right, the task it was taken for
     state.pt            what the method is after the last task learned; a run that was stopped goes on from it
@@ -28,7 +29,7 @@ import torch
 from benchmarks.continual.methods import method_of
 from benchmarks.continual.methods.method import Answer, Method, Setup
 from benchmarks.continual.methods.slm import Slm
-from benchmarks.continual.scoring import scores
+from benchmarks.continual.scoring import Also, scores
 from benchmarks.continual.streams import Stream
 from slm_fast import Task, WorkError
 from slm_fast.files import write
@@ -61,13 +62,15 @@ def run_cell(
     test: Mapping[str, Task],
     *,
     unseen: bool = False,
+    bertscore: str | None = None,
     progress: bool | None = None,
 ) -> list[dict[str, Any]]:
     """Learn and answer what is not done yet, and return all stages.
 
     Args:
         spec: a method's name, with options for an ablation (`method_of`).
-        unseen: answer the tasks that are not learned yet, too, for forward transfer.
+        unseen: answer the tasks that are not learned yet, too, and all before the first is, for forward transfer.
+        bertscore: folder of the encoder that compares answers in free text with those of the rows (`Also`).
 
     Raises:
         WorkError: the folder is damaged.
@@ -83,16 +86,24 @@ def run_cell(
         raise WorkError(
             f"{folder}: state.pt is of {learned} tasks and stages.jsonl of {len(stages)}; delete the folder"
         )
+    also = Also(test, bertscore)
     for number, name in enumerate(stream.tasks[len(stages) :], len(stages) + 1):
+        asked = stream.tasks if unseen else stream.tasks[:number]
+        if unseen and not learned and not (folder / "untrained.json").exists():
+            before = _answered(folder / "answers-0.csv.gz", method, entry.told, test, also, progress)
+            accuracies = {known: own["accuracy"] for known, own in before["tasks"].items()}
+            write(folder / "untrained.json", json.dumps(accuracies).encode())
         if learned < number:
             clock = Clock()
             method.learn(train[name], progress)
             spent = clock.spent("learn")
             _save(folder, method, number, spent)
-        asked = stream.tasks if unseen else stream.tasks[:number]
-        stage = _answered(
-            folder / f"answers-{number}.csv.gz", method, entry.told, {n: test[n] for n in asked}, progress
-        )
+        rows = {known: test[known] for known in asked}
+        stage = _answered(folder / f"answers-{number}.csv.gz", method, entry.told, rows, also, progress)
+        if isinstance(method, Slm) and not entry.told and number == len(stream.tasks):
+            clock = Clock()
+            method.find_routes([row for task in rows.values() for row in task.rows])
+            stage |= clock.spent("route")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         stage = {"after": name, **stage, **spent, "peak_mib": round(peak)}
         stage |= {"parameters": method.parameters, "kept_bytes": method.kept}
@@ -136,7 +147,7 @@ def _restore(folder: Path, method: Method) -> tuple[int, dict[str, float]]:
 
 
 def _answered(
-    path: Path, method: Method, told: bool, tasks: Mapping[str, Task], progress: bool | None
+    path: Path, method: Method, told: bool, tasks: Mapping[str, Task], also: Also, progress: bool | None
 ) -> dict[str, Any]:
     """Answer all rows of these tasks, mixed; write them down, and sum them up."""
     rows = [row for task in tasks.values() for row in task.rows]
@@ -160,6 +171,7 @@ def _answered(
         own = [i for i, task in enumerate(names) if task == name]
         found[name] = {"rows": len(own), "accuracy": sum(right[i] for i in own) / len(own)}
         found[name] |= _named([answers[i] for i in own], name, told)
+        found[name]["also"] = also.measures(name, [answers[i] for i in own])
     return {"tasks": found, **spent, "rows_answered": len(rows)}
 
 

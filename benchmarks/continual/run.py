@@ -51,7 +51,7 @@ def cell_folder(run: Path, spec: str, seed: int) -> Path:
 
 def described(options: argparse.Namespace, stream: Stream) -> dict[str, Any]:
     """What a RUN is of; the same for all its methods and seeds."""
-    settings = ("train", "test", "epochs", "max_length", "max_new_tokens", "unseen")
+    settings = ("train", "test", "epochs", "max_length", "max_new_tokens", "unseen", "bertscore")
     return {
         "format": FORMAT,
         "stream": {"name": Path(options.stream).stem, "tasks": list(stream.tasks)},
@@ -121,7 +121,7 @@ def work(options: argparse.Namespace, stream: Stream) -> int:
     entry = method_of(spec)[0]
     title = entry.title + (f" ({spec.partition(':')[2]})" if ":" in spec else "")
     write(folder.parent / "about.json", (json.dumps({"title": title, "told": entry.told}) + "\n").encode())
-    run_cell(folder, spec, stream, setup, train, test, unseen=options.unseen)
+    run_cell(folder, spec, stream, setup, train, test, unseen=options.unseen, bertscore=options.bertscore)
     return 0
 
 
@@ -166,6 +166,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
     found.add_argument("--max-new-tokens", type=int, default=32, help="written of an answer")
     found.add_argument("--unseen", action="store_true", help="answer tasks before they are learned: forward transfer")
+    found.add_argument("--bertscore", metavar="MODEL", help="an encoder that compares free text, such as minilm")
     found.add_argument("--jobs", type=int, default=1, help="processes at a time")
     found.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)
     return found

@@ -47,7 +47,7 @@ def line(seeds: Sequence[Sequence[dict[str, Any]]], tasks: Sequence[str]) -> lis
         spread([_percent(final_forgetting(matrix, tasks)) for matrix in matrices]),
         spread([_percent(backward_transfer(matrix, tasks)) for matrix in matrices]),
         spread([None if None in own else 100 * mean(own) for own in routed]),
-        f"{mean(stage['learn_seconds'] for stages in seeds for stage in stages):.0f}",
+        f"{mean(stage.get('learn_cpu_seconds', stage['learn_seconds']) for stages in seeds for stage in stages):.0f}",
         f"{max(stage['peak_mib'] for stages in seeds for stage in stages):.0f}",
     ]
 

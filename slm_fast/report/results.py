@@ -12,6 +12,7 @@ from slm_fast.measures import (
     average_incremental_accuracy,
     backward_transfer,
     final_forgetting,
+    forward_transfer,
 )
 from slm_fast.report.figures import Spread
 from slm_fast.report.runs import Method, Run, Stage
@@ -56,6 +57,24 @@ class Result:
         return self.measure(average_incremental_accuracy)
 
     @property
+    def forward(self) -> Spread | None:
+        """Forward transfer; None unless tasks were answered before they were learned."""
+        return spread(
+            [
+                forward_transfer([stage.accuracy for stage in seed.stages], self.learned, seed.untrained)
+                for seed in self.method.farthest
+            ]
+        )
+
+    def also(self, what: str) -> Spread | None:
+        """Another measure after the last task: the mean over the tasks that have it."""
+        found = []
+        for seed in self.method.farthest:
+            known = [own[what] for own in (seed.stages[-1].also[name] for name in self.learned) if what in own]
+            found.append(mean(known) if known else None)
+        return spread(found)
+
+    @property
     def routing(self) -> Spread | None:
         """Mean over tasks of the share of rows named right; None for a method that is told, or names none."""
         if self.method.told:
@@ -82,11 +101,16 @@ class Result:
         found = spread([seed.stages[-1].costs[what] for seed in self.method.farthest])
         return None if found is None else found.mean
 
-    @property
-    def speed(self) -> float | None:
-        """Rows answered a second."""
-        rows, seconds = self.cost("rows_answered", sum), self.cost("answer_seconds", sum)
-        return rows / seconds if rows and seconds else None
+    def seconds(self, what: str, of: Callable[[Sequence[float]], float]) -> float | None:
+        """Of `SECONDS`: those of a processor where they are known, which other programs hardly change."""
+        known = self.cost(f"{what}_cpu_seconds", of)
+        return self.cost(f"{what}_seconds", of) if known is None else known
+
+    def milliseconds_a_row(self, what: str) -> float | None:
+        """After the last task: to "answer" a row, or to "route" it and do no more."""
+        rows, seconds = self.last_cost("rows_answered"), self.last_cost(f"{what}_cpu_seconds")
+        seconds = self.last_cost(f"{what}_seconds") if seconds is None else seconds
+        return None if not rows or seconds is None else 1000 * seconds / rows
 
     def matrix(self, tasks: Sequence[str]) -> list[list[float | None]]:
         """R, the mean over seeds: [after][on task], None where a task was not answered."""

@@ -52,6 +52,11 @@ READING = (
         "Average incremental accuracy",
         "The mean over tasks learned of the average accuracy until then (Rebuffi et al. 2017).",
     ),
+    (
+        "Forward transfer",
+        "The mean over all tasks but the first of the accuracy right before learning it minus that of the untrained "
+        "model (Lopez-Paz & Ranzato 2017), in points.",
+    ),
     ("Routing accuracy", "The mean over tasks of the share of their rows that were taken for them."),
     ("Needs task-ID", "The method is told each row's task, which the others have to find. The two are not comparable."),
     ("±", "The standard deviation over seeds."),
@@ -103,6 +108,7 @@ def _part(run: Run, stem: str) -> Part:
         Section("What it costs", [_costs(ranked, stem)]),
         Section("Accuracy after each task", [_matrix(run, result, stem) for result in ranked]),
         *([Section("By task", [_by_task(own, stem)])] if own else []),
+        *_also(ranked, stem),
         Section(
             "Which task rows were taken for",
             _told_apart(ranked, stem),
@@ -174,17 +180,19 @@ def _unfinished(run: Run, ranked: Sequence[Result]) -> str:
 
 
 def _ranking(run: Run, ranked: Sequence[Result], stem: str) -> Table:
+    forward = any(result.forward is not None for result in ranked)
     columns = [
         Column("method"),
         Column("needs task-ID"),
         Column("average accuracy, %", "percent"),
         Column("forgetting, points", "points"),
         Column("backward transfer, points", "points"),
+        *([Column("forward transfer, points", "points")] if forward else []),
         Column("average incremental accuracy, %", "percent"),
         Column("routing accuracy, %", "percent"),
         Column("parameters", "short", "that are trained, of all tasks learned"),
         Column("bytes kept", "bytes", "of all tasks learned"),
-        Column("seconds a task", "seconds", "to learn it"),
+        Column("seconds a task", "seconds", "to learn it, of a processor"),
         Column("peak memory", "mib"),
         Column("seeds", "count"),
         *([] if all(result.complete for result in ranked) else [Column("tasks", "count", "learned so far")]),
@@ -196,11 +204,12 @@ def _ranking(run: Run, ranked: Sequence[Result], stem: str) -> Table:
             result.average,
             result.forgetting,
             result.backward,
+            *([result.forward] if forward else []),
             result.incremental,
             result.routing,
             result.last_cost("parameters"),
             result.last_cost("kept_bytes"),
-            result.cost("learn_seconds", mean),
+            result.seconds("learn", mean),
             result.cost("peak_mib", max),
             len(result.method.farthest),
             len(result.learned),
@@ -219,7 +228,8 @@ def _costs(ranked: Sequence[Result], stem: str) -> Table:
         Column("method"),
         Column("seconds a task", "seconds", "to learn it"),
         Column("seconds to learn all", "seconds"),
-        Column("rows answered a second", "count"),
+        Column("answering, ms a row", "number"),
+        Column("of it routing, ms a row", "number"),
         Column("parameters a task", "short"),
         Column("bytes kept a task", "bytes"),
         Column("peak memory", "mib", "of the process that learned and answered"),
@@ -227,20 +237,22 @@ def _costs(ranked: Sequence[Result], stem: str) -> Table:
     rows: list[list[Value]] = []
     for result in ranked:
         many, seeds = len(result.learned), len(result.method.farthest)
-        total = result.cost("learn_seconds", sum)
+        total = result.seconds("learn", sum)
         parameters, kept = result.last_cost("parameters"), result.last_cost("kept_bytes")
         rows.append(
             [
                 result.method.title,
-                result.cost("learn_seconds", mean),
+                result.seconds("learn", mean),
                 None if total is None else total / seeds,
-                result.speed,
+                result.milliseconds_a_row("answer"),
+                result.milliseconds_a_row("route"),
                 None if parameters is None else parameters / many,
                 None if kept is None else kept / many,
                 result.cost("peak_mib", max),
             ]
         )
-    return Table(f"{stem}costs", "What it costs", columns, rows)
+    note = "Seconds are a processor's where they were measured, so that what else ran hardly shows."
+    return Table(f"{stem}costs", "What it costs", columns, rows, note=note)
 
 
 def _over_tasks(run: Run, ranked: Sequence[Result], stem: str) -> list[Figure | Note]:
@@ -290,6 +302,31 @@ def _by_task(result: Result, stem: str) -> Table:
     title = f"{_title(result)} by task, after the last one learned"
     note = "Retrieval accuracy is the paper's Eq. 13: more than half of the retrieved slots are the task's own."
     return Table(f"{stem}by-task", title, columns, rows, note=note)
+
+
+ALSO = {
+    "retrieved": Column("labels of the task found, %", "percent"),
+    "unified": Column("labels of all tasks, %", "percent"),
+    "oracle": Column("labels of its own task, %", "percent", "which leaks the task-ID to the head"),
+    "BERTScore": Column("BERTScore F1, %", "percent", "of answers in free text; one that says nothing has 0"),
+}
+
+
+def _also(ranked: Sequence[Result], stem: str) -> list[Section]:
+    """What else was measured of answers, the mean over tasks."""
+    known = {what: [result.also(what) for result in ranked] for what in ALSO}
+    chosen = [what for what, values in known.items() if any(value is not None for value in values)]
+    rows: list[list[Value]] = [
+        [result.method.title, *(known[what][i] for what in chosen)]
+        for i, result in enumerate(ranked)
+        if any(known[what][i] is not None for what in chosen)
+    ]
+    if not rows:
+        return []
+    note = "With labels, what an answer may be: the fewer labels a row is offered, the more of its task-ID leaks."
+    columns = [Column("method"), *(ALSO[what] for what in chosen)]
+    table = Table(f"{stem}also", "Answers, the mean over tasks", columns, rows, note=note if "oracle" in chosen else "")
+    return [Section("Answers measured otherwise", [table])]
 
 
 def _told_apart(ranked: Sequence[Result], stem: str) -> list[Figure | Note]:

@@ -3,6 +3,7 @@
 RUN/run.json                            the stream, the settings, the machine
 RUN/<method>/about.json                 its title, and whether it is told each row's task
 RUN/<method>/seed<k>/stages.jsonl       a line after each task learned
+RUN/<method>/seed<k>/untrained.json     accuracy by task before the first is learned, where that was asked
 RUN/<method>/seed<k>/answers-<n>.csv.gz after the n-th task: task,row,right,named
 RUN/<method>/seed<k>/store              of a method of slm_fast, at the end
 """
@@ -24,15 +25,19 @@ from typing import Any
 from slm_fast.errors import InputError, WorkError
 
 FORMAT = 1
-COSTS = ("learn_seconds", "answer_seconds", "rows_answered", "peak_mib", "parameters", "kept_bytes")
+SECONDS = ("learn", "answer", "route")  # each by the wall, and of this process's processors
+COSTS = (
+    *(f"{what}{by}_seconds" for what in SECONDS for by in ("", "_cpu")),
+    *("rows_answered", "peak_mib", "parameters", "kept_bytes"),
+)
 
 
 @dataclass(frozen=True)
 class Stage:
     """What was measured after a task was learned.
 
-    rows, accuracy, routed, retrieved: by task answered; None where a method does not say. costs: of `COSTS`, None where
-    it is not known.
+    rows, accuracy, routed, retrieved: by task answered; None where a method does not say. also: by task, what else was
+    measured of its answers, as shares by name. costs: of `COSTS`, None where it is not known.
     """
 
     after: str
@@ -40,15 +45,17 @@ class Stage:
     accuracy: Mapping[str, float]
     routed: Mapping[str, float | None]
     retrieved: Mapping[str, float | None]
+    also: Mapping[str, Mapping[str, float]]
     costs: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
 class Seed:
-    """One seed of a method: its folder, and the stages done so far."""
+    """One seed of a method: its folder, the stages done so far, and accuracies before the first task, if known."""
 
     folder: Path
     stages: Sequence[Stage]
+    untrained: Mapping[str, float]
 
     def answers(self) -> Counter[tuple[str, str]] | None:
         """Rows answered after the last stage by (task, task named), of the tasks learned; None where they are not kept,
@@ -137,7 +144,8 @@ def read_run(path: str | Path) -> Run:
         if not seeds:
             continue
         title, told = _about(folder)
-        done = [seed for seed in (Seed(one, _stages(one / "stages.jsonl", tasks)) for one in seeds) if seed.stages]
+        read = [Seed(one, _stages(one / "stages.jsonl", tasks), _untrained(one / "untrained.json")) for one in seeds]
+        done = [seed for seed in read if seed.stages]
         if done:
             methods.append(Method(folder.name, title, told, done))
         else:
@@ -176,6 +184,14 @@ def _about(folder: Path) -> tuple[str, bool]:
     return title or folder.name, told
 
 
+def _untrained(file: Path) -> dict[str, float]:
+    found = _read_json(file) if file.exists() else {}
+    try:
+        return {name: value for name in found if (value := _share(found, name, "untrained")) is not None}
+    except ValueError as error:
+        raise WorkError(f"{file}: damaged: {error}") from None
+
+
 def _stages(file: Path, tasks: Sequence[str]) -> list[Stage]:
     if not file.exists():
         return []
@@ -208,7 +224,7 @@ def _stage(line: Any, tasks: Sequence[str], done: int) -> Stage:
     strange = [name for name in line["tasks"] if name not in tasks]
     if strange:
         raise ValueError(f"task {strange[0]!r} is not in the stream")
-    rows, accuracy, routed, retrieved = {}, {}, {}, {}
+    rows, accuracy, routed, retrieved, also = {}, {}, {}, {}, {}
     for name, own in line["tasks"].items():
         if not isinstance(own, dict):
             raise ValueError(f"{name}: expected an object, got {_short(own)}")
@@ -220,8 +236,12 @@ def _stage(line: Any, tasks: Sequence[str], done: int) -> Stage:
             raise ValueError(f"{name}: expected a number of rows, got {_short(count)}")
         rows[name], accuracy[name] = count, share
         routed[name], retrieved[name] = _share(own, "routed", name), _share(own, "retrieved", name)
+        more = own.get("also", {})
+        if not isinstance(more, dict):
+            raise ValueError(f"{name}: also: expected an object, got {_short(more)}")
+        also[name] = {what: value for what in more if (value := _share(more, what, name)) is not None}
     costs = {cost: _cost(line, cost) for cost in COSTS}
-    return Stage(line["after"], rows, accuracy, routed, retrieved, costs)
+    return Stage(line["after"], rows, accuracy, routed, retrieved, also, costs)
 
 
 def _share(own: Mapping[str, Any], what: str, name: str) -> float | None:

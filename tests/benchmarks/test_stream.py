@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from rich.console import Console
 from benchmarks.continual import cell, run, summary
 from benchmarks.continual.methods import METHODS, method_of
 from benchmarks.continual.methods.method import Answer, Entry, Setup
-from benchmarks.continual.scoring import scores
+from benchmarks.continual.scoring import Also, scores
 from benchmarks.continual.stream_file import read_stream
 from slm_fast import InputError, ScalableLM, Task, WorkError, demo
 from slm_fast.data import Row
@@ -30,6 +31,8 @@ from slm_fast.measures import (
     forward_transfer,
 )
 from slm_fast.options import LearnOptions
+from slm_fast.report.results import results
+from slm_fast.report.runs import read_run
 
 NAMES = ("first", "second", "third")
 
@@ -232,6 +235,48 @@ def test_the_table_has_means_over_seeds_and_says_what_is_not_done(stream, forget
     assert "63.33 ± 4.71" in text
     assert "50.00 ± 0.00" in text
     assert "0 of 3 tasks" in text
+
+
+def test_what_is_asked_before_it_is_learned_gives_forward_transfer(stream, tmp_path):
+    folder = tmp_path / "run"
+    call = ["--stream", str(stream), "--methods", "finetune:epochs=1", "--max-length", "16", "--unseen"]
+    assert run.main([str(folder), *call]) == 0
+    (result,) = results(read_run(folder))
+    (seed,) = result.method.seeds
+    assert seed.untrained.keys() == set(NAMES)
+    matrix = [stage.accuracy for stage in seed.stages]
+    expected = mean(matrix[n - 1][name] - seed.untrained[name] for n, name in enumerate(NAMES) if n)
+    assert result.forward is not None
+    assert result.forward.mean == pytest.approx(expected)
+
+
+def test_heads_see_the_labels_that_leak_so_much_of_the_task():
+    rows = [Row("a", "yes"), Row("b", "yes"), Row("c", "no")]
+    tasks = {"own": Task("own", rows), "other": Task("other", [Row("d", "one"), Row("e", "two")])}
+    answers = [
+        Answer("yes", "own", (), {"yes": 0.5, "one": 0.3, "no": 0.2}),
+        Answer("one", "other", (), {"one": 0.6, "yes": 0.3, "two": 0.1}),  # the wrong task; its own head would be right
+        Answer("yes", "own", (), {"one": 0.5, "yes": 0.3, "no": 0.2}),
+    ]
+    found = Also(tasks).measures("own", answers)
+    assert found == {"retrieved": pytest.approx(1 / 3), "unified": pytest.approx(1 / 3), "oracle": pytest.approx(2 / 3)}
+    assert Also(tasks).measures("own", [Answer("yes", "own")] * 3) == {}
+
+
+def test_bertscore_is_one_for_the_same_words_and_nothing_for_none():
+    task = Task("texts", [Row("a", "the heart is fine"), Row("b", "take two pills")], free_text=True)
+    also = Also({"texts": task}, "minilm")
+    said = [("take two pills", 1.0), ("", 0.5), ("...", 0.5)]
+    for text, expected in said:
+        found = also.measures("texts", [Answer("the heart is fine"), Answer(text)])
+        assert found == {"BERTScore": pytest.approx(expected, abs=1e-5)}
+    near, far = (
+        also.measures("texts", [Answer(text), Answer("take two pills")])["BERTScore"]
+        for text in ("the heart is well", "a rocket in the sky")
+    )
+    assert 0.5 < far < near < 1
+    with pytest.raises(InputError, match="--bertscore: nowhere"):
+        Also({"texts": task}, "nowhere")
 
 
 def test_measures_are_those_of_their_definitions():

@@ -59,6 +59,28 @@ def test_its_numbers_are_those_of_the_measures(run: Path):
         assert shown[title]["peak memory"] == 905
 
 
+def test_what_is_measured_beside_accuracy_is_shown_and_damage_in_it_named(tmp_path: Path):
+    run = write_run(tmp_path / "run", tasks=TASKS[:2])
+    lines = [stage_of(1, {"ag_news": 0.9, "yelp": 0.3}), stage_of(2, {"ag_news": 0.9, "yelp": 0.8})]
+    for name, share in (("ag_news", 0.7), ("yelp", 0.9)):
+        lines[1]["tasks"][name]["also"] = {"oracle": share, "of a later version": 0.5}
+    lines[1] |= {"answer_cpu_seconds": 0.4, "route_cpu_seconds": 0.1}
+    write_stages(run / "m" / "seed0", lines)
+    write_stages(run / "other" / "seed0", [stage_of(n, dict.fromkeys(TASKS[:n], 0.5)) for n in (1, 2)])
+    (run / "m" / "seed0" / "untrained.json").write_text('{"ag_news": 0.25, "yelp": 0.2}')
+    shown = figures(run_report([run]))
+    assert columns(shown["also"]) == {
+        "m": {"method": "m", "labels of its own task, %": Spread(pytest.approx(0.8), None)}
+    }
+    assert columns(shown["methods"])["m"]["forward transfer, points"] == Spread(pytest.approx(0.1), None)
+    assert columns(shown["methods"])["other"]["forward transfer, points"] is None
+    cost = columns(shown["costs"])["m"]
+    assert cost["answering, ms a row"] == pytest.approx(1000 * 0.4 / (2 * ROWS))
+    assert cost["of it routing, ms a row"] == pytest.approx(1000 * 0.1 / (2 * ROWS))
+    (run / "m" / "seed0" / "untrained.json").write_text('{"ag_news": 2}')
+    one_line(slm_fast("report", run, "--no-files"), 1, "untrained.json", "ag_news: expected a share")
+
+
 def test_methods_are_ranked_and_those_that_are_told_the_task_stand_apart(run: Path):
     report = run_report([run])
     shown = columns(figures(report)["methods"])
@@ -287,6 +309,8 @@ GOOD = stage_of(2, {"ag_news": 0.9, "yelp": 0.8})
         (json.dumps(GOOD).replace("0.8", "NaN"), "yelp: accuracy: expected a share"),
         (json.dumps(GOOD).replace("0.8", "null"), "expected an accuracy"),
         (json.dumps(GOOD).replace(f'"rows": {ROWS}', '"rows": 0'), "expected a number of rows"),
+        (json.dumps(GOOD).replace('"rows"', '"also": {"oracle": 3}, "rows"', 1), "oracle: expected a share"),
+        (json.dumps(GOOD).replace('"rows"', '"also": [], "rows"', 1), "also: expected an object"),
         (json.dumps(GOOD | {"peak_mib": "much"}), "peak_mib: expected a number"),
         ("[" * 100_000, "damaged"),
     ],

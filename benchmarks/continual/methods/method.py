@@ -16,12 +16,13 @@ class Answer(NamedTuple):
     """What is answered to a row.
 
     text: a label word, or what was written. task: which task the row was taken for, if the method says so. slots: the
-    task of each slot that was retrieved for it.
+    task of each slot that was retrieved for it. probabilities: of all tasks' labels, of a method that says them.
     """
 
     text: str
     task: str | None = None
     slots: tuple[str, ...] = ()
+    probabilities: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.continual.methods.common import BATCH
 from benchmarks.continual.methods.method import Answer, Setup, State
 from slm_fast import ScalableLM, Task
 from slm_fast.data import Row
@@ -26,16 +27,33 @@ class Slm:
         self.slm.learn(task, options=self.setup.options, progress=progress)
 
     def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
+        if not self.slm.tasks:  # `repro --unseen` asks the untrained, too
+            return [Answer("")] * len(rows)
         found = self.slm.predict(
             rows,
             task=list(tasks) if self.told and tasks is not None else None,
             max_new_tokens=self.setup.max_new_tokens,
+            top_k=None,
             progress=False,
         )
         # More than half of the slots can be one task's only where tasks bring so many.
         most = max((task.slots for task in self.slm.learned.values()), default=0)
         countable = 2 * most > (self.slm.model.config.k or 0)
-        return [Answer(a.label or a.text or "", a.task, a.route.tasks if countable else ()) for a in found]
+        return [
+            Answer(
+                a.label or a.text or "",
+                a.task,
+                a.route.tasks if countable else (),
+                None if self.told else a.probabilities,
+            )
+            for a in found
+        ]
+
+    def find_routes(self, rows: Sequence[Row]) -> None:
+        """Route rows and do no more, to see what that costs; not of a model that is told the tasks."""
+        readings = sorted(self.slm.model.tokenize(rows), key=lambda reading: len(reading.ids))
+        for start in range(0, len(readings), BATCH):
+            self.slm.model.find_routes(self.slm.model.collate(readings[start : start + BATCH]))
 
     def state(self) -> State:
         files = {name: task_to_bytes(task) for name, task in self.slm.learned.items()}
