@@ -55,3 +55,9 @@ def device(request: pytest.FixtureRequest):
 def interpreted(request: pytest.FixtureRequest) -> bool:
     """Whether this run is Triton's on a CPU, a thousand times as slow."""
     return "[triton-cpu" in request.node.nodeid
+
+
+@pytest.fixture
+def few_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models made in this process have 64 random features rather than 2,048, whose statistics cost a task seconds."""
+    monkeypatch.setattr("slm_fast.configure.MAX_FEATURES", 64)

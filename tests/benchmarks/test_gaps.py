@@ -74,7 +74,7 @@ def test_the_table_has_each_task_all_rows_and_what_is_out_of_scope():
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_features) -> Path:
     """Two of the demo's tasks as a stream of files, with rows out of scope."""
     names = ("news_desk", "recipe_steps")
     monkeypatch.setitem(STREAMS, "clinc", Stream("tiny", names, 40, out_of_scope="strangers"))
@@ -88,7 +88,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_answers_each_row_told_and_not_told_and_goes_on_where_it_was(data, capsys):
-    call = ["--data", str(data), "--stream", "clinc", "--epochs", "12", "--work", str(data / "work")]
+    call = ["--data", str(data), "--stream", "clinc", "--epochs", "8", "--max-length", "32", "--work", str(data / "work")]
     assert gaps.main([*call, "--seeds", "0", "--methods", "slm", "--output", str(data / "one.csv")]) == 0
     assert capsys.readouterr().err.count("learned") == 2
     assert gaps.main([*call, "--seeds", "0", "--output", str(data / "both.csv")]) == 0

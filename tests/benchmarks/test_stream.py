@@ -187,7 +187,7 @@ def test_a_run_in_processes_of_their_own_ends_in_a_table(stream, tmp_path, capsy
     assert "a run of settings" in capsys.readouterr().err
 
 
-def test_in_a_miniature_stream_finetune_forgets_and_slm_does_not(tmp_path):
+def test_in_a_miniature_stream_finetune_forgets_and_slm_does_not(few_features, tmp_path):
     names = ("news_desk", "recipe_steps", "help_desk")
     train, test = demo.load("train"), demo.load("test")
     for name in names:

@@ -30,7 +30,7 @@ def test_the_table_has_each_task_all_rows_and_what_tasks_started_from():
 
 
 @pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_features) -> Path:
     """Two of the demo's tasks as a stream of files with two drawings."""
     names = ("news_desk", "recipe_steps")
     monkeypatch.setitem(STREAMS, "few", Stream("tiny", names, 24, seeds=2))
