@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from weakref import WeakSet
@@ -264,7 +264,7 @@ class Heads:
                 last = real.shape[1] - 1 - real.flip(1).int().argmax(1)
                 own = hidden[rows, first if task.adapter.pooling == "first" else last].float()
             if task.dense is not None:
-                weight, bias = (part.to(own.device) for part in task.dense)
+                weight, bias = task.dense
                 own = torch.tanh(own @ weight.T + bias)
             features[rows] = own
         return features
@@ -295,7 +295,11 @@ class Heads:
         word = torch.zeros(label_there.shape, dtype=torch.int64)
         word[label_there] = torch.tensor([place[label] for own in labels for label in own])
         weight, bias = torch.cat([weight for weight, _ in heads]), torch.cat([bias for _, bias in heads])
-        imported = {i: task for i, task in enumerate(tasks) if task.head is not None and task.adapter is not None}
+        imported = {
+            i: replace(task, dense=task.dense and (task.dense[0].to(device), task.dense[1].to(device)))
+            for i, task in enumerate(tasks)
+            if task.head is not None and task.adapter is not None
+        }
         return cls(weight.to(device), bias.to(device), column.to(device), word.to(device), words, imported)
 
     def answer(self, features: Tensor, slot_task: Tensor, route: Route, prior: Tensor | None = None) -> Tensor:

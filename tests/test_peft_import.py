@@ -115,7 +115,7 @@ def test_twelve_adapters_of_unlike_ranks_and_layers_answer_a_mixed_batch_as_one_
 
 
 def test_a_store_keeps_what_was_imported_and_forgets_it_exactly(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "adapter", "bert", r=20)
+    model = write_adapter(tmp_path / "adapter", "bert", r=20)
     slm = make_slm("bert")
     slm.save_pretrained(tmp_path / "store")
     slm.learn(easy("farm"), epochs=1)
@@ -126,6 +126,14 @@ def test_a_store_keeps_what_was_imported_and_forgets_it_exactly(tmp_path: Path) 
     again = reopened(tmp_path / "store")
     assert saved(again, "sky") == kept
     assert again.predict(rows) == slm.predict(rows)
+    # What the router knows of labels, which counts for learned tasks, changes nothing of PEFT's answers.
+    routed = [
+        (row, one) for row, one in zip(rows, again.predict(rows, distance=True), strict=True) if one.task == "sky"
+    ]
+    assert routed
+    for row, one in routed:
+        assert one.score == pytest.approx(float(logits_of(model, "bert", row).softmax(1).max()), abs=1e-4)
+        assert one.distance is not None
     assert again.store is not None
     assert again.store.verify() == []
     again.forget("sky")
@@ -159,7 +167,9 @@ def test_the_same_import_twice_is_one_and_another_of_its_name_is_refused(tmp_pat
 
 def test_an_adapters_chat_template_and_end_tokens_come_along(tmp_path: Path) -> None:
     model = write_adapter(tmp_path, "llama", r=2)
-    template = "{% for m in messages %}{{ m.content }} question {% endfor %}{% if add_generation_prompt %}answer{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.content }} question {% endfor %}{% if add_generation_prompt %}answer{% endif %}"
+    )
     (tmp_path / "chat_template.jinja").write_text(template)
     slm = make_slm("llama")
     slm.import_adapter(tmp_path, "sky", texts("sky"))
@@ -191,7 +201,7 @@ def test_a_check_compares_with_peft_and_an_adapter_that_differs_is_not_imported(
     assert found < 1e-4
     slm.forget("sky")
     monkeypatch.setattr("slm_fast.integrations.peft_files.PeftAdapter.scaling", lambda *_: 0.5)
-    with pytest.raises(SlmError, match="differs from PEFT by .*nothing was imported"):
+    with pytest.raises(SlmError, match=r"differs from PEFT by .*nothing was imported"):
         slm.import_adapter(tmp_path, "sky", texts("sky"), check=True)
     assert slm.tasks == []
 
