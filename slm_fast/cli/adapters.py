@@ -58,8 +58,8 @@ def run_import(arguments: argparse.Namespace) -> int:
 def _cost(taps: tuple[int, ...], layers: int) -> str:
     return (
         f"from now on routes are found ahead, because the task has increments below layer {taps[-1]} or a prompt of "
-        f"its own: each row passes the lowest {taps[-1]} of {layers} layers once more. A new store with --taps 0 (routes "
-        "from the embeddings) or --query sentence (a second model) has no such pass"
+        f"its own: each row passes the lowest {taps[-1]} of {layers} layers once more. A new store with --taps 0 "
+        "(routes from the embeddings) or --query sentence (a second model) has no such pass"
     )
 
 
