@@ -154,7 +154,9 @@ class Backbone:
                         raise InputError(f"dtype: float16 overflows in {config.model_type} models; use bfloat16")
                     known = cls(first, tokenizer, name).fingerprint
                     del first
-                model = auto_class.from_pretrained(path, dtype=number)
+                model, info = auto_class.from_pretrained(path, dtype=number, output_loading_info=True)
+                if any("pooler" in key for key in info["missing_keys"]):
+                    model.pooler = None  # its numbers would be drawn by chance
         except SlmError:
             raise
         except (OSError, ValueError, ImportError) as error:

@@ -75,13 +75,12 @@ def logits_of(model: nn.Module, name: str, text: str) -> Tensor:
 
 
 @torch.no_grad()
-def written_by(model: Any, name: str, text: str, tokens: int = 6) -> str:
+def written_by(model: Any, name: str, text: str, *, beams: int = 1, tokens: int = 6) -> str:
     """What a transformers model writes to a text."""
     tokenizer = make_tokenizer(name)
     ids = torch.tensor([tokenizer(text)["input_ids"]])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
-    )
+    settings = {"max_new_tokens": tokens, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
     new = out[0, ids.shape[1] if BACKBONES[name][0] == "causal" else 1 :]
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 

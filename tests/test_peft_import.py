@@ -12,6 +12,7 @@ from peft_adapters import edit, loaded, logits_of, our_logits, probabilities, te
 
 from slm_fast import InputError, ScalableLM, SlmError
 from slm_fast.errors import SlmWarning
+from slm_fast.scheduler import Generated, Request, Scheduler
 
 # Every kind of what may differ from adapter to adapter, in odd sizes.
 CONFIGS = {
@@ -69,6 +70,43 @@ def test_an_imported_task_writes_what_peft_writes(tmp_path: Path, name: str) -> 
     assert [one.text for one in found[3:]] == [written_by(model, name, row) for row in rows]
 
 
+@pytest.mark.parametrize("way", ["beams", "scheduler", "sentence"])
+def test_other_ways_of_writing_give_peft_s_texts_too(tmp_path: Path, way: str) -> None:
+    model = write_adapter(tmp_path, "llama", r=9)
+    slm = make_slm("llama", **({"query": "sentence", "encoder": "minilm"} if way == "sentence" else {}))
+    knows(slm, random_task(slm, "farm", labels=None))
+    slm.import_adapter(tmp_path, "sky", texts("sky"))
+    rows, tokenizer = texts("sky", 3, seed=5), slm.model.backbone.tokenizer
+    expected = [written_by(model, "llama", row, beams=2 if way == "beams" else 1) for row in rows]
+    if way != "scheduler":
+        found = slm.predict(rows, task="sky", max_new_tokens=6, beams=2 if way == "beams" else 1)
+        assert [one.text for one in found] == expected
+        return
+    scheduler = Scheduler(slm.model, max_rows=2, max_prompt=40, max_new_tokens=6)
+    allowed = slm.model.pool.slots_of("sky")
+    numbers = [scheduler.add_request(Request(tokenizer(row)["input_ids"], 6, slot_mask=allowed)) for row in rows]
+    ended: dict[int, Generated] = {}
+    while scheduler.unfinished or len(ended) < len(rows):
+        ended |= scheduler.step()
+    texts_found = [tokenizer.decode(ended[number].tokens, skip_special_tokens=True).strip() for number in numbers]
+    assert texts_found == expected
+
+
+def test_a_batch_of_tokens_finds_its_routes_ahead_of_the_pass(tmp_path: Path) -> None:
+    model = write_adapter(tmp_path, "bert", r=9)
+    slm = make_slm("bert")
+    slm.import_adapter(tmp_path, "sky", texts("sky"))
+    batch = slm.model.backbone.tokenization.encode(texts("sky", 5), 128)
+    inner = model.base_model.model.bert
+    with torch.no_grad():
+        theirs = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    real = batch.attention_mask[..., None]
+    found = slm.model.forward(batch).hidden
+    torch.testing.assert_close(found * real, theirs * real, atol=1e-4, rtol=0)
+    with pytest.raises(InputError, match="route: needed with the tasks imported here; `find_routes` finds it"):
+        slm.model.call(lambda: slm.model.backbone.model(batch.input_ids), batch.attention_mask)
+
+
 def test_a_causal_models_head_reads_its_last_token(tmp_path: Path) -> None:
     model = write_adapter(tmp_path, "llama", labels=4, r=3)
     slm = make_slm("llama")
@@ -123,6 +161,7 @@ def test_a_store_keeps_what_was_imported_and_forgets_it_exactly(tmp_path: Path) 
     before = slm.predict(rows)
     slm.import_adapter(tmp_path / "adapter", "sky", texts("sky"))
     kept = saved(slm, "sky")
+    assert str(tmp_path).encode() not in kept  # where the adapter lay is not part of the task
     again = reopened(tmp_path / "store")
     assert saved(again, "sky") == kept
     assert again.predict(rows) == slm.predict(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from models import make_slm, make_tokenizer, one_thread  # noqa: F401
+from models import make_model, make_slm, make_tokenizer, one_thread  # noqa: F401
 from peft_adapters import edit, texts, write_adapter
 from safetensors.torch import load_file, save_file
 
@@ -198,6 +198,16 @@ def test_an_encoders_adapter_without_a_head_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     save_file({key: t for key, t in load_file(file).items() if "classifier" not in key}, file)
     refused(make_slm("bert"), tmp_path, "has no head", "SEQ_CLS")
+
+
+def test_a_head_that_reads_a_pooler_which_the_checkpoint_lacks_is_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", "bert")
+    model = make_model("bert")
+    model.pooler = None
+    model.save_pretrained(tmp_path / "backbone")
+    make_tokenizer("bert").save_pretrained(tmp_path / "backbone")
+    slm = ScalableLM.from_backbone(tmp_path / "backbone")
+    refused(slm, tmp_path / "adapter", "its head reads BERT's pooler, which this backbone was loaded without")
 
 
 def test_labels_have_to_be_those_of_the_head(slm: ScalableLM, llama: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def import_task(
         values=values,
         router={key: tensor.cpu() for key, tensor in part.items()},
         head=None if head is None else head[0],
-        options={"adapter": adapter.source, "base": str(adapter.config.get("base_model_name_or_path") or "")},
+        options={"base": str(adapter.config.get("base_model_name_or_path") or "")},
         origin=_origin(model, adapter, name, rows, words),
         adapter=about,
         dense=None if head is None else head[1],
