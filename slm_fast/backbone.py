@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,10 +111,12 @@ class Backbone:
         self.tokenizer = checked_tokenizer(tokenizer, self.model, family.kind)
         if family.kind == "seq2seq" and self.model.config.decoder_start_token_id is None:
             raise InputError("backbone: its config names no decoder_start_token_id, with which answers begin; set it")
+        self.pooler: Any = None
         self.model.eval().requires_grad_(False)
         use_onednn(self.model)
         if self.family.kind == "encoder":
-            self.model.pooler = None  # answers come from the mean over tokens
+            # Answers come from the mean over tokens; heads that are imported may read the pooler's.
+            self.pooler, self.model.pooler = getattr(self.model, "pooler", None), None
         self.fingerprint = known_fingerprint or fingerprint(self.model, self.tokenizer)
         writes = self.kind != "encoder"
         self.tokens = tokens(self.tokenizer, writes=writes)
@@ -150,7 +154,9 @@ class Backbone:
                         raise InputError(f"dtype: float16 overflows in {config.model_type} models; use bfloat16")
                     known = cls(first, tokenizer, name).fingerprint
                     del first
-                model = auto_class.from_pretrained(path, dtype=number)
+                model, info = auto_class.from_pretrained(path, dtype=number, output_loading_info=True)
+                if any("pooler" in key for key in info["missing_keys"]):
+                    model.pooler = None  # its numbers would be drawn by chance
         except SlmError:
             raise
         except (OSError, ValueError, ImportError) as error:
@@ -222,6 +228,38 @@ class Backbone:
                 raise InputError(f"targets: {word!r} matches no layer from {first_layer} on in this {self.kind} model")
             found += matches
         return sorted(set(found))
+
+    def twin(self, labels: int | None = None) -> Any:
+        """A new model of transformers' own with this one's weights; with `labels` its class for the classification of
+        sequences, whose head is new.
+
+        Raises InputError where the weights cannot be copied (they are quantised).
+        """
+        config = copy.deepcopy(self.model.config)
+        if labels is None:
+            model: Any = type(self.model)(config)
+        else:
+            config.num_labels, config.pad_token_id = labels, self.tokenizer.pad_token_id
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
+        inner = model.base_model if self.kind == "encoder" else model
+        if self.pooler is not None and getattr(inner, "pooler", None) is not None:
+            inner.pooler.load_state_dict(self.pooler.state_dict())
+        try:
+            lost = inner.load_state_dict(self.model.state_dict(), strict=False).missing_keys
+        except RuntimeError as error:
+            raise InputError(f"backbone: its weights cannot be copied: {one_line(error)}") from None
+        if any(not re.match(r"(pooler|classifier|score)\.", name) for name in lost):
+            raise InputError(f"backbone: its weights cannot be copied: no {lost[0]}")
+        return model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+
+    @property
+    def adaptable(self) -> set[str]:
+        """Names of all linear modules that the family's words mean, in every layer."""
+        found: set[str] = set()
+        for word in self.family.linears:
+            with suppress(InputError):  # a word of models of the family with other layers
+                found.update(self.find_linears([word], 0))
+        return found
 
     def widths(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of linear modules, seen from one token passing through when they do not say."""

@@ -213,6 +213,23 @@ def _numbered(number: int, value: Any, text: str | None) -> Row:
         raise WorkError(f"row {number}: {error}") from None
 
 
+def rows_of_file(
+    path: str | Path, *, text: str | None = None, delimiter: str | None = None, encoding: str | None = None
+) -> list[Row]:
+    """The rows of a file as `Task.from_file` has them, whether they have answers or not.
+
+    Raises InputError or WorkError, which names file and line, for what cannot be read.
+    """
+    columns = [] if text is None else [text]
+    rows = []
+    for record in read_records(path, delimiter=delimiter, encoding=encoding, columns=columns):
+        row = identified(record, text=text)[1]
+        if isinstance(row, WorkError):
+            raise WorkError(f"{path}: {record.where}: {row}")
+        rows.append(row)
+    return rows
+
+
 def identified(record: Record, *, text: str | None = None) -> tuple[Any, Row | WorkError]:
     """A record's id, which is the number of its line unless it has one, and its row or what is wrong with it.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,7 @@ def generate(
     max_rows: int,
     route: Route | None = None,
     slot_mask: Tensor | None = None,
+    ends: Sequence[Collection[int]] = (),
     report: Report | None = None,
 ) -> Written:
     """Write an answer to each of N prompts.
@@ -57,14 +58,15 @@ def generate(
         seeds: one for each row, so that what is sampled for it does not depend on the rows it runs with.
         max_rows: how many rows run together.
         route: [N, K] found ahead; None: found in the prefill, among `slot_mask` [N, P], with `options.abstain`.
+        ends: tokens that end the text of each row, beside the backbone's; () for none.
         report: told how many rows have just ended.
     """
     report = report or (lambda _: None)
     with model.lock:
         if options.beams == 1 and _is_plain(model, batch.input_ids.shape[1] + options.max_new_tokens):
-            found = _scheduled(model, batch, options, seeds, max_rows, route, slot_mask, report)
+            found = _scheduled(model, batch, options, seeds, max_rows, route, slot_mask, ends, report)
         else:
-            found = _with_transformers(model, batch, options, seeds, max_rows, route, slot_mask, report)
+            found = _with_transformers(model, batch, options, seeds, max_rows, route, slot_mask, ends, report)
     tokens = [row.tokens for row in found]
     texts = model.backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return Written(
@@ -105,6 +107,7 @@ def _scheduled(
     max_rows: int,
     route: Route | None,
     slot_mask: Tensor | None,
+    ends: Sequence[Collection[int]],
     report: Report,
 ) -> list[Generated]:
     lengths, order = _longest_first(batch)
@@ -124,6 +127,7 @@ def _scheduled(
             None if route is None else Route(route.slot_ids[i], route.weights[i]),
             None if slot_mask is None else slot_mask[i],
             options.abstain_share,
+            ends=frozenset(ends[i]) if ends else frozenset(),
         )
         number[scheduler.add_request(request)] = i
     found = [Generated() for _ in rows]
@@ -147,6 +151,7 @@ def _with_transformers(
     max_rows: int,
     route: Route | None,
     slot_mask: Tensor | None,
+    ends: Sequence[Collection[int]],
     report: Report,
 ) -> list[Generated]:
     """Rows from beginning to end with transformers' generate: for beams and unusual settings."""
@@ -161,7 +166,8 @@ def _with_transformers(
         known = route and Route(route.slot_ids[rows], route.weights[rows])
         allowed = None if slot_mask is None else slot_mask[rows]
         try:
-            written = _generated(model, encoded, options, seeds[min(rows)], known, allowed)
+            own = [ends[i] for i in rows] if ends else [()] * len(rows)
+            written = _generated(model, encoded, options, seeds[min(rows)], known, allowed, own)
         except NotFinite as error:  # the others wait again
             beams = options.beams if causal else 1  # T5's encoder knows none
             failed = rows[error.row // beams]
@@ -182,6 +188,7 @@ def _generated(
     seed: int,
     route: Route | None,
     slot_mask: Tensor | None,
+    own_ends: Sequence[Collection[int]],
 ) -> list[Generated]:
     lm, tokenizer, kind = model.backbone.model, model.backbone.tokenizer, model.backbone.kind
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "num_beams": options.beams}
@@ -217,7 +224,7 @@ def _generated(
         for token, chance in zip(words, chances, strict=True):
             row.tokens.append(token)
             row.probability += chance
-            if token in ends:
+            if token in ends or token in own_ends[i]:
                 row.finish_reason = "stop"
                 break
         rows.append(row)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -54,6 +54,7 @@ class Injection:
 
     Args:
         modules: names of the linear layers that carry increments, none of them below layer `first_layer` of the trunk.
+            (`adapt` adds those that imported tasks have beside.)
         trunk: the query that is found on the way up; None where queries come from another model.
     """
 
@@ -61,18 +62,22 @@ class Injection:
         self.backbone, self.first_layer, self.trunk = backbone, first_layer, trunk
         self.adaptation = Adaptation()
         self._context: ForwardContext | None = None
-        for name in modules:
-            parent, _, child = name.rpartition(".")
-            layer = backbone.model.get_submodule(name)
-            if not isinstance(layer, AdaptedLinear):
-                layer = AdaptedLinear(layer, name, self.adaptation)
-                setattr(backbone.model.get_submodule(parent), child, layer)
-            self.adaptation.layers.append(layer)
+        self.adapt(modules)
         hooks = [(tap, _Hook(self, "_tap")) for tap in (trunk.taps if trunk else ())]
         hooks.append((first_layer, _Hook(self, "_enter")))  # after the tap that may be on the same layer
         for place, hook in hooks:
             handle = backbone.layers[place].register_forward_pre_hook(hook, with_kwargs=True)
             weakref.finalize(self, handle.remove)  # a model may be given many times
+
+    def adapt(self, modules: Iterable[str]) -> None:
+        """Let more linear layers carry increments. One below the last tap may be among them where routes are given."""
+        for name in modules:
+            parent, _, child = name.rpartition(".")
+            layer = self.backbone.model.get_submodule(name)
+            if not isinstance(layer, AdaptedLinear):
+                layer = AdaptedLinear(layer, name, self.adaptation)
+                setattr(self.backbone.model.get_submodule(parent), child, layer)
+            self.adaptation.layers.append(layer)
 
     def run(
         self, function: Callable[[], Result], context: ForwardContext, states: Tensor | None = None

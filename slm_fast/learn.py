@@ -170,9 +170,9 @@ class Trainer:
             self.head = (self._parameter(weight), self._parameter(torch.zeros(len(labels))))
         self.shuffle = generator
 
-        others = (
-            [known for known in self.model.pool.tasks if known.name != self.task.name] if self.options.joint else []
-        )
+        pool = self.model.pool
+        learned = {known.name for known in pool.tasks if known.adapter is None} - {self.task.name}
+        others = [known for known in pool.tasks if known.name in learned] if self.options.joint else []
         mine = LearnedTask(
             self.task.name, None, {k: (a.detach(), b.detach()) for k, (a, b) in self.params.items()}, part, None
         )
@@ -186,9 +186,9 @@ class Trainer:
         self.renumber[own + foreign] = torch.arange(len(owner))
         self.renumber[-1] = -1  # id -1 stays
         self.slots = slots
-        pool = self.model.pool
         self.foreign: Values = pool.values if foreign else {}
-        self.foreign_rows = pool.row_of_slot[[i for i, name in enumerate(pool.slot_names) if name != self.task.name]]
+        rows = pool.row_of_slot if pool.row_of_slot.dim() == 1 else pool.row_of_slot[:, 0]  # learned tasks have one
+        self.foreign_rows = rows[[i for i, name in enumerate(pool.slot_names) if name in learned]]
 
     def _parameter(self, tensor: Tensor) -> Tensor:
         return nn.Parameter(tensor.to(self.device))

@@ -16,13 +16,14 @@ from slm_fast.backbone import Backbone
 from slm_fast.configure import complete, complete_for, router_of
 from slm_fast.covariance import ALIKE
 from slm_fast.data import Row
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, WorkError
 from slm_fast.injection import ForwardContext, Injection
 from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.options import ModelConfig
 from slm_fast.pool import Pool, emptied
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery
+from slm_fast.reading import Reading, collated, read_rows
 from slm_fast.router import Router
 from slm_fast.schema import check_fits
 from slm_fast.surroundings import PinnedLock
@@ -44,19 +45,6 @@ class Output(NamedTuple):
     hidden: Tensor
     query: Tensor | None
     route: Route
-
-
-class Reading(NamedTuple):
-    """A row as the model reads it: the tokens of its prompt, and whether they were cut to fit.
-
-    query_input: what its query has to be found from before the forward pass (tokens, or the text for an encoder with a
-    tokenizer of its own); None where it is found on the way. A sentence encoder's query always goes ahead, the trunk's
-    when an instruction stands in the prompt, because in the pass itself the input's tokens attend to it.
-    """
-
-    ids: list[int]
-    truncated: bool
-    query_input: list[int] | str | None
 
 
 class AdaptedModel:
@@ -129,8 +117,33 @@ class AdaptedModel:
     def set_tasks(self, tasks: Sequence[LearnedTask]) -> None:
         """Know these tasks and no others. Pool and router change together, at the very end."""
         with self.lock:
+            self.carry(tasks)
             pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
             self._known = pool, self.new_router(pool.tasks)
+
+    def carry(self, tasks: Sequence[LearnedTask]) -> None:
+        """Let the layers that imported tasks adapt beside `modules` carry increments, if there are such layers."""
+        known = {layer.name for layer in self._injection.adaptation.layers}
+        for task in tasks:
+            new = [name for name in task.values if name not in known]
+            there = self.backbone.widths(sorted(self.backbone.adaptable.intersection(new))) if new else {}
+            for name in new:
+                if there.get(name) != tuple(half.shape[2] for half in task.values[name]):
+                    raise WorkError(f"task {task.name!r}: values.{name}: the backbone has no such layer of such widths")
+            self._injection.adapt(new)
+            known.update(new)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether routes have to be found ahead of a pass, by one of the bare lower layers: a task that was imported
+        changes layers below the last tap, or reads another prompt, or answers with a head where others write."""
+        pool = self.pool
+        if pool.imported is None or self.config.taps is None:
+            return False
+        if pool.ahead is None:
+            lower = tuple(f"{self.backbone.family.layers}.{i}." for i in range(self.config.taps[-1]))
+            pool.ahead = self.backbone.kind == "causal" or any(name.startswith(lower) for name in pool.values)
+        return pool.ahead
 
     @contextmanager
     def changing(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> Iterator[None]:
@@ -144,6 +157,7 @@ class AdaptedModel:
             pool, router = self._known
             for name in remove:
                 pool, router = pool.without(name), router.without(name)
+            self.carry(add)
             for task in add:
                 pool, router = pool.with_task(task), router.with_part(task.name, task.router)
             yield
@@ -188,35 +202,11 @@ class AdaptedModel:
 
     def tokenize(self, rows: Sequence[Row]) -> list[Reading]:
         """Rows as tokens, each text tokenised once. May be called by one thread while another uses the model."""
-        longest = self.config.max_length or 0
-        tokenization = self.backbone.tokenization
-        texts, queries = [row.prompt for row in rows], [row.query_text(self.config.route_on) for row in rows]
-        if isinstance(self.query, SentenceQuery) and self._shared and texts == queries:
-            encoder_longest = self.query.longest or longest
-            ids, cut = tokenization.tokenize(texts, max(longest, encoder_longest))
-            return [
-                Reading(tokenization.shorten(row, longest), lost or len(row) > longest, shared)
-                for row, lost, shared in zip(
-                    ids, cut, (tokenization.shorten(row, encoder_longest) for row in ids), strict=True
-                )
-            ]
-        inputs: dict[int, list[int] | str]
-        if isinstance(self.query, SentenceQuery):
-            inputs = dict(enumerate(queries))
-        else:
-            other = [i for i, text in enumerate(texts) if queries[i] != text]
-            inputs = dict(zip(other, tokenization.tokenize([queries[i] for i in other], longest)[0], strict=True))
-        ids, cut = tokenization.tokenize(texts, longest)
-        return [Reading(row, lost, inputs.get(i)) for i, (row, lost) in enumerate(zip(ids, cut, strict=True))]
+        return read_rows(rows, self.backbone.tokenization, self.query, self.config, shared=self._shared)
 
     def collate(self, readings: Sequence[Reading]) -> Encoded:
         """Rows as one batch, still in the processor's memory."""
-        inputs: list[list[int] | str] = []
-        if any(reading.query_input is not None for reading in readings):
-            inputs = [reading.ids if reading.query_input is None else reading.query_input for reading in readings]
-        tokenization = self.backbone.tokenization
-        ids, truncated = [reading.ids for reading in readings], [reading.truncated for reading in readings]
-        return tokenization.collate(ids, truncated, inputs, padding_side=tokenization.padding_side)
+        return collated(readings, self.backbone.tokenization)
 
     # Queries and routes
 
@@ -267,7 +257,7 @@ class AdaptedModel:
         Raises NotFinite, which names the row, for a query that is not finite.
         """
         with self.lock:
-            route = self.router.route(query, slot_mask)
+            route = self.pool.settled(self.router.route(query, slot_mask))
             return route if abstain is None else emptied(route, self.distance(query, route) > abstain)
 
     def distance(self, query: Tensor, route: Route) -> Tensor:
@@ -324,7 +314,7 @@ class AdaptedModel:
             sentence encoder reads texts of its own.
         """
         with self.lock:
-            if route is None and (batch.query_inputs or isinstance(self.query, SentenceQuery)):
+            if route is None and (batch.query_inputs or self.ahead or isinstance(self.query, SentenceQuery)):
                 route = self.find_routes(batch, slot_mask=slot_mask, abstain=abstain)
             result, query, found = self.call(
                 lambda: self._trunk(batch),
@@ -362,8 +352,9 @@ class AdaptedModel:
             pool = self.pool
             if route is None and pool.slots == 0:
                 route = self.empty_route(len(mask))
-            if route is None and isinstance(self.query, SentenceQuery):
-                raise InputError("route: needed with query='sentence'; `find_routes` finds it")
+            if route is None and (self.ahead or isinstance(self.query, SentenceQuery)):
+                what = "query='sentence'" if self.config.query == "sentence" else "the tasks imported here"
+                raise InputError(f"route: needed with {what}; `find_routes` finds it")
 
             def find_route(query: Tensor) -> Route:
                 beams = len(query) // len(mask)

@@ -19,7 +19,7 @@ def origin(model: AdaptedModel, task: Task, options: Mapping[str, Any], valid: T
     about = {key: value for key, value in model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
     about |= {"options": dict(options), "labels": task.labels, "dtype": str(model.backbone.dtype)}
     if options["joint"]:  # then the routes to other tasks' slots do too
-        about["others"] = {known.name: digest_of(known) for known in model.pool.tasks}
+        about["others"] = {known.name: digest_of(known) for known in model.pool.tasks if known.adapter is None}
     parts = [task.rows, [] if valid is None else valid.rows]
     about["rows"] = [len(rows) for rows in parts]
     return origin_of(task.name, about, ([row.text, row.target, row.instruction] for rows in parts for row in rows))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from weakref import WeakSet
@@ -25,8 +25,12 @@ class Pool:
     one task's values (and of lists and two tensors as long as there are slots). Hence a slot's values do not lie in the
     row of its id: `rows` says where. Rows are free for other values once no pool that uses them is held.
 
+    An imported task may have a larger rank than the others: its slot then lies in several rows, pages of its rank,
+    which all have the slot's weight. A module that a task does not adapt has zeros in its rows.
+
     slot_task: [P] int64, which task (its place in `tasks`) each slot belongs to.
-    row_of_slot: [P + 1] int64, where each slot's values lie; the last is -1, so that slot -1 has row -1.
+    row_of_slot: [P + 1] or, with pages, [P + 1, pages] int64, where each slot's values lie, -1 for no more; the last is
+        -1, so that slot -1 has row -1.
     values: module name -> (lora_a [rows, r, I], lora_b [rows, r, O]) in the backbone's dtype. Tasks of a smaller rank
         are filled up with zeros.
     """
@@ -34,11 +38,12 @@ class Pool:
     def __init__(
         self, tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype, *, capacity: int = 0
     ) -> None:
-        """A pool whose slots lie in the rows of their ids, in buffers with room for `capacity` slots in all."""
+        """A pool whose slots lie in the rows of their ids, in buffers with room for `capacity` rows in all."""
         tasks = in_name_order(tasks)
-        buffers = _Buffers(tasks, max(capacity, sum(task.slots for task in tasks)), device, dtype)
+        page = page_rank(tasks)
+        buffers = _Buffers(tasks, max(capacity, sum(rows_of(task, page) for task in tasks)), device, dtype)
         slots = iter(range(buffers.capacity))
-        ids = [list(islice(slots, task.slots)) for task in tasks]
+        ids = [list(islice(slots, rows_of(task, page))) for task in tasks]
         self._hold(tasks, buffers.write(tasks, ids), buffers)
 
     def with_task(self, task: LearnedTask) -> Pool:
@@ -53,8 +58,8 @@ class Pool:
             raise InputError(f"task {task.name!r}: the pool has it already")
         i = bisect(self.names, task.name)
         tasks = [*self.tasks[:i], task, *self.tasks[i:]]
-        rows = self._buffers.free(task.slots)
-        if rows is None or not self._buffers.fits(task):
+        rows = self._buffers.free(rows_of(task, self._buffers.page))
+        if rows is None or not self._buffers.suit(tasks):
             return self._laid_out_anew(tasks)
         held = [*self._held[:i], *self._buffers.write([task], [rows]), *self._held[i:]]
         return self._sharing(tasks, held)
@@ -71,14 +76,14 @@ class Pool:
             raise InputError(f"task {name!r}: the pool does not have it; tasks: {some_of(self.names)}")
         i = self.names.index(name)
         tasks = self.tasks[:i] + self.tasks[i + 1 :]
-        slots = self.slots - self.tasks[i].slots
-        if 4 * slots < self._buffers.capacity or not self._buffers.filled_by(tasks):
+        rows = sum(rows_of(task, self._buffers.page) for task in tasks)
+        if 4 * rows < self._buffers.capacity or not self._buffers.suit(tasks):
             return self._laid_out_anew(tasks)
         return self._sharing(tasks, self._held[:i] + self._held[i + 1 :])
 
     def _laid_out_anew(self, tasks: list[LearnedTask]) -> Pool:
-        slots = sum(task.slots for task in tasks)
-        return Pool(tasks, self._buffers.device, self._buffers.dtype, capacity=2 * slots)
+        rows = sum(rows_of(task, page_rank(tasks)) for task in tasks)
+        return Pool(tasks, self._buffers.device, self._buffers.dtype, capacity=2 * rows)
 
     def _sharing(self, tasks: list[LearnedTask], held: list[_Rows]) -> Pool:
         pool = Pool.__new__(Pool)
@@ -92,11 +97,18 @@ class Pool:
         self.names = [task.name for task in tasks]
         self.slot_names = [self.names[i] for i in owner]  # the task of each slot
         self.slot_task = torch.tensor(owner, dtype=torch.int64, device=buffers.device)
-        self.row_of_slot = torch.tensor([*rows, -1], dtype=torch.int64, device=buffers.device)
+        placed = [torch.tensor(own.ids).view(task.slots, -1) for task, own in zip(tasks, held, strict=True)]
+        pages = max((part.shape[1] for part in placed), default=1)
+        placed = [nn.functional.pad(part, (0, pages - part.shape[1]), value=-1) for part in placed]
+        row_of_slot = torch.cat([*placed, torch.full((1, pages), -1)]).to(buffers.device)
+        self.row_of_slot = row_of_slot[:, 0] if pages == 1 else row_of_slot
+        imported = [tasks[i].adapter is not None for i in owner]
+        self.imported = torch.tensor([*imported, False], device=buffers.device) if any(imported) else None
         # Views, so that what runs on this pool finds its values where they were, whatever is learned meanwhile.
         used = max(rows, default=-1) + 1
         self.values: Values = {module: (a[:used], b[:used]) for module, (a, b) in buffers.values.items()}
         self._buffers, self._held = buffers, held
+        self.ahead: bool | None = None  # whether these tasks' routes are found ahead, once the model has looked
 
     @property
     def slots(self) -> int:
@@ -107,12 +119,30 @@ class Pool:
     def heads(self) -> Heads | None:
         """Put together when first asked for, since the order of all tasks' words decides ties. For 2,000 tasks of four
         labels and 768 features that copies 25 MB."""
-        return Heads.of(self.tasks, self._buffers.device) if self.tasks and self.tasks[0].head is not None else None
+        return Heads.of(self.tasks, self._buffers.device) if any(task.head for task in self.tasks) else None
 
     def rows(self, route: Route) -> Route:
         """The route with the rows of `values` in the place of slot ids, for the adapted layers. Does not wait for the
         device."""
-        return Route(self.row_of_slot[route.slot_ids], route.weights)
+        rows = self.row_of_slot[route.slot_ids]
+        if rows.dim() == 2:
+            return Route(rows, route.weights)
+        return Route(rows.flatten(1), route.weights.repeat_interleave(rows.shape[2], 1))
+
+    def settled(self, route: Route) -> Route:
+        """A router's route as it is answered: an imported task that comes first has all of it, else it has no part."""
+        if self.imported is None:
+            return route
+        imported = self.imported[route.slot_ids]  # [B, K]; of slot -1 False
+        first = torch.arange(imported.shape[1], device=imported.device) == 0
+        kept = torch.where(imported[:, :1], first, ~imported)
+        weights = route.weights * kept
+        total = weights.sum(1, keepdim=True)
+        weights = torch.where(imported[:, :1], first.float(), weights / total.clamp(min=1e-30))
+        weights = torch.where(
+            kept.all(1, keepdim=True), route.weights, weights
+        )  # to the bit, where nothing is taken out
+        return Route(route.slot_ids.masked_fill(~kept, -1), weights)
 
     def slots_of(self, name: str) -> Tensor:
         """[P] bool: the slots of one task."""
@@ -124,6 +154,21 @@ class Pool:
         return weights.scatter_add_(1, self.slot_task[route.slot_ids.clamp(min=0)], route.weights)
 
 
+PAGE = 8  # the rank of a page, where the tasks that were learned have no larger one
+
+
+def page_rank(tasks: Sequence[LearnedTask]) -> int:
+    """The rank of a row of values: the largest of the learned tasks; larger ones of imported tasks lie in pages."""
+    learned = max((task.rank for task in tasks if task.adapter is None), default=0)
+    imported = max((task.rank for task in tasks if task.adapter is not None), default=0)
+    return max(learned, min(imported, PAGE))
+
+
+def rows_of(task: LearnedTask, page: int) -> int:
+    """How many rows a task's values take."""
+    return task.slots * -(-task.rank // page) if task.adapter is not None and page else task.slots
+
+
 class _Rows:
     """The rows in which a task's values lie. They are taken as long as this object is held."""
 
@@ -132,7 +177,7 @@ class _Rows:
 
 
 class _Buffers:
-    """Room for the values of `capacity` slots, a row each, padded to the largest rank of the tasks they are made for.
+    """Room for `capacity` rows of values, of the rank `page` that suits the tasks they are made for.
 
     Pools that follow from one another share them. Only weak references tell which rows are taken, so that a row is free
     as soon as no pool uses it, and a change that fails half-way leaves nothing to undo.
@@ -140,14 +185,16 @@ class _Buffers:
 
     @torch.inference_mode(False)  # or they could not be written to outside of it
     def __init__(self, tasks: Sequence[LearnedTask], capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        def room(module: str, which: int) -> Tensor:
-            parts = [task.values[module][which] for task in tasks]
-            rank = max(part.shape[1] for part in parts)
-            return torch.zeros(capacity, rank, parts[0].shape[2], device=device, dtype=dtype)
-
+        widths = {module: (a.shape[2], b.shape[2]) for task in tasks for module, (a, b) in task.values.items()}
+        page = self.page = page_rank(tasks)
         self.capacity, self.device, self.dtype = capacity, device, dtype
-        modules = tasks[0].values if tasks else ()
-        self.values = {module: (room(module, 0), room(module, 1)) for module in modules}
+        self.values = {
+            module: (
+                torch.zeros(capacity, page, features_in, device=device, dtype=dtype),
+                torch.zeros(capacity, page, features_out, device=device, dtype=dtype),
+            )
+            for module, (features_in, features_out) in widths.items()
+        }
         self.taken: WeakSet[_Rows] = WeakSet()
 
     def free(self, count: int) -> list[int] | None:
@@ -156,16 +203,10 @@ class _Buffers:
         rows = list(islice((row for row in range(self.capacity) if row not in taken), count))
         return rows if len(rows) == count else None
 
-    def fits(self, task: LearnedTask) -> bool:
-        """Whether no rank of the task exceeds that of the buffers."""
-        return all(task.values[module][0].shape[1] <= a.shape[1] for module, (a, _) in self.values.items())
-
-    def filled_by(self, tasks: Sequence[LearnedTask]) -> bool:
-        """Whether the buffers' ranks are still the largest of the tasks'."""
-        return all(
-            any(task.values[module][0].shape[1] == a.shape[1] for task in tasks)
-            for module, (a, _) in self.values.items()
-        )
+    def suit(self, tasks: Sequence[LearnedTask]) -> bool:
+        """Whether these tasks' values would be laid out in rows of this rank, for these modules."""
+        modules = {module for task in tasks for module in task.values}
+        return page_rank(tasks) == self.page and modules == self.values.keys()
 
     @torch.no_grad()
     def write(self, tasks: Sequence[LearnedTask], ids: Sequence[list[int]]) -> list[_Rows]:
@@ -175,10 +216,17 @@ class _Buffers:
         index = torch.tensor([row for own in ids for row in own], dtype=torch.int64, device=self.device)
         for module, pair in self.values.items():
             for which, buffer in enumerate(pair):
-                parts = [task.values[module][which] for task in tasks]
-                padded = [nn.functional.pad(part, (0, 0, 0, buffer.shape[1] - part.shape[1])) for part in parts]
-                buffer[index] = torch.cat(padded).to(device=self.device, dtype=self.dtype)
+                parts = [self._in_rows(task, module, which, len(own)) for task, own in zip(tasks, ids, strict=True)]
+                buffer[index] = torch.cat(parts).to(device=self.device, dtype=self.dtype)
         return held
+
+    def _in_rows(self, task: LearnedTask, module: str, which: int, rows: int) -> Tensor:
+        """A half of a task's values for a module in so many rows, [rows, page, F]; zeros where it has none."""
+        if module not in task.values:
+            return torch.zeros(rows, *self.values[module][which].shape[1:])
+        part = task.values[module][which]
+        whole = rows // task.slots * self.page
+        return nn.functional.pad(part, (0, 0, 0, whole - part.shape[1])).reshape(rows, self.page, part.shape[2])
 
 
 def emptied(route: Route, rows: Tensor) -> Route:
@@ -192,6 +240,7 @@ class Heads:
 
     weight [C, H], bias [C]: the heads stacked. column [tasks, Cmax]: where a task's labels stand (-1 = no more).
     word [tasks, Cmax]: which of `words` each label is; two tasks with the same word share it.
+    imported: tasks by their places, which read other features than the mean over tokens.
     """
 
     weight: Tensor
@@ -199,6 +248,26 @@ class Heads:
     column: Tensor
     word: Tensor
     words: list[str]
+    imported: Mapping[int, LearnedTask] = field(default_factory=dict)
+
+    def features(self, mean: Tensor, hidden: Tensor, mask: Tensor, winner: Tensor) -> Tensor:
+        """What the heads read, [B, H] float32: the `mean` [B, H] of hidden states [B, T, H] over real tokens (mask [B,
+        T]), but for rows whose `winner` [B] is an imported task, what its own head reads."""
+        features = mean if not self.imported else mean.clone()
+        for place in set(winner.tolist()) & self.imported.keys() if self.imported else ():
+            rows, task = (winner == place).nonzero()[:, 0], self.imported[place]
+            assert task.adapter is not None
+            own = features[rows]
+            if task.adapter.pooling != "mean":
+                real = mask[rows].bool()
+                first = real.int().argmax(1)
+                last = real.shape[1] - 1 - real.flip(1).int().argmax(1)
+                own = hidden[rows, first if task.adapter.pooling == "first" else last].float()
+            if task.dense is not None:
+                weight, bias = task.dense
+                own = torch.tanh(own @ weight.T + bias)
+            features[rows] = own
+        return features
 
     def prior(self, scores: Tensor, task: Tensor, label: Tensor) -> Tensor:
         """What a router's scores [B, M] of means say of labels: the highest of each label's, [B, C]; the lowest of all
@@ -216,7 +285,7 @@ class Heads:
     @classmethod
     def of(cls, tasks: Sequence[LearnedTask], device: torch.device) -> Heads:
         heads = [task.head for task in tasks if task.head is not None]
-        labels = [task.labels or () for task in tasks]
+        labels = [task.labels or () if task.head is not None else () for task in tasks]
         words = sorted({label for own in labels for label in own})
         place = {word: i for i, word in enumerate(words)}
         counts = torch.tensor([len(own) for own in labels])
@@ -226,7 +295,12 @@ class Heads:
         word = torch.zeros(label_there.shape, dtype=torch.int64)
         word[label_there] = torch.tensor([place[label] for own in labels for label in own])
         weight, bias = torch.cat([weight for weight, _ in heads]), torch.cat([bias for _, bias in heads])
-        return cls(weight.to(device), bias.to(device), column.to(device), word.to(device), words)
+        imported = {
+            i: replace(task, dense=task.dense and (task.dense[0].to(device), task.dense[1].to(device)))
+            for i, task in enumerate(tasks)
+            if task.head is not None and task.adapter is not None
+        }
+        return cls(weight.to(device), bias.to(device), column.to(device), word.to(device), words, imported)
 
     def answer(self, features: Tensor, slot_task: Tensor, route: Route, prior: Tensor | None = None) -> Tensor:
         """Distribution over `words`, sum_t p(t) softmax(head_t(features) + prior_t): features [B, H] -> [B, words]
@@ -239,5 +313,8 @@ class Heads:
         for k in range(task_BK.shape[1]):
             column = self.column[task_BK[:, k]]  # [B, Cmax]
             own = logits.gather(1, column.clamp(min=0)).masked_fill(column < 0, -torch.inf)
-            answer.scatter_add_(1, self.word[task_BK[:, k]], own.softmax(-1) * route.weights[:, k, None])
+            share, weight = own.softmax(-1), route.weights[:, k, None]
+            if self.imported:  # beside such a task others may have no head, and no share to give
+                share = share.masked_fill(weight == 0, 0.0)
+            answer.scatter_add_(1, self.word[task_BK[:, k]], share * weight)
         return answer

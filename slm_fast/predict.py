@@ -11,19 +11,14 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from slm_fast.batching import length_buckets, token_budget
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError, some_of
-from slm_fast.generate import generate
 from slm_fast.model import AdaptedModel, Report
-from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
-from slm_fast.pool import emptied
+from slm_fast.passes import Passed, Ready, made_ready, pass_batch
 from slm_fast.progress import bar
-from slm_fast.query import TrunkQuery
 from slm_fast.router import NotFinite
-from slm_fast.tokenization import Encoded
-from slm_fast.windows import TaskID, Window, windows_of
+from slm_fast.windows import Window, windows_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,7 @@ def answer(
     that the next one may be long in coming. Which rows share a batch follows from the windows and the options alone, so
     answering the same input again gives the same bits.
     """
-    waiting: deque[Future[_Ready]] = deque()
+    waiting: deque[Future[Ready]] = deque()
     windows, failed, more = iter(windows), None, True
     with ThreadPoolExecutor(1, "tokenise") as worker:
         while more or waiting:
@@ -134,7 +129,7 @@ def answer(
                     if window is None:
                         pause = True
                     else:
-                        waiting.append(worker.submit(_ready, model, window, options))
+                        waiting.append(worker.submit(made_ready, model, window, options))
                     del window  # its texts may be long, and are not needed once they are tokens
             except StopIteration:
                 more = False
@@ -146,74 +141,17 @@ def answer(
         raise failed
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Rows that pass together: their places in the window, and their tokens."""
-
-    places: list[int]
-    encoded: Encoded
-
-    def without(self, row: int) -> _Batch:
-        """All of its rows but one."""
-        kept = [i for i in range(len(self.places)) if i != row]
-        return _Batch([self.places[i] for i in kept], self.encoded.rows(kept))
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A window whose rows are tokens.
-
-    first, task: the window's. rows: how many it has. errors: of those that could not be read, by their places.
-    """
-
-    first: int
-    rows: int
-    task: TaskID
-    errors: Mapping[int, WorkError]
-    batches: Sequence[_Batch]
-
-
-def tokens_of_a_batch(model: AdaptedModel, options: PredictOptions) -> int:
-    """The tokens of a batch, padding included."""
-    backbone = model.backbone
-    return options.batch_tokens or token_budget(backbone.device.type, backbone.kind, backbone.width)
-
-
-def _ready(model: AdaptedModel, window: Window, options: PredictOptions) -> _Ready:
-    errors = {i: row for i, row in enumerate(window.rows) if isinstance(row, WorkError)}
-    return _Ready(window.first, len(window.rows), window.task, errors, _batches(model, window, options))
-
-
-def _batches(model: AdaptedModel, window: Window, options: PredictOptions) -> list[_Batch]:
-    """The window's rows in batches. Rows to write texts for are one: the scheduler has them take turns."""
-    places = [i for i, row in enumerate(window.rows) if isinstance(row, Row)]
-    readings = model.tokenize([row for row in window.rows if isinstance(row, Row)])
-    if model.backbone.kind == "encoder":
-        lengths = [len(reading.ids) for reading in readings]
-        chosen = length_buckets(lengths, tokens_of_a_batch(model, options), options.batch_size)
-    else:
-        chosen = [list(range(len(readings)))] if readings else []
-    return [_Batch([places[i] for i in rows], model.collate([readings[i] for i in rows])) for rows in chosen]
-
-
-def _rows_at_once(model: AdaptedModel, longest: int, options: PredictOptions) -> int:
-    """How many rows write their texts together: as many as a batch's tokens allow."""
-    tokens = options.beams * (longest + options.max_new_tokens)
-    rows = max(1, tokens_of_a_batch(model, options) // tokens)
-    return rows if options.batch_size is None else min(rows, options.batch_size)
-
-
 @torch.inference_mode()
-def _answers(model: AdaptedModel, window: _Ready, options: PredictOptions, report: Report | None) -> list[Answer]:
+def _answers(model: AdaptedModel, window: Ready, options: PredictOptions, report: Report | None) -> list[Answer]:
     answers: dict[int, Answer] = dict(window.errors)
     report = report or (lambda _: None)
     report(len(answers))
-    passed = []
+    passed: list[Passed] = []
     with model.lock:  # the tasks stay the same for a window
         for batch in window.batches:
             while batch.places:
                 try:
-                    passed.append(_pass(model, window, batch, options, report))
+                    passed += pass_batch(model, window, batch, options, report)
                     break
                 except NotFinite as error:  # a row that fails does not take its batch with it
                     answers[batch.places[error.row]] = WorkError(NOT_FINITE)
@@ -225,108 +163,7 @@ def _answers(model: AdaptedModel, window: _Ready, options: PredictOptions, repor
     return [answers[i] for i in range(window.rows)]
 
 
-@dataclass(frozen=True)
-class _Passed:
-    """A batch that went through the backbone. Its numbers are still where they were computed, so that a GPU need not
-    wait while they are read."""
-
-    batch: _Batch
-    route: Route  # [B, K]
-    winner: Tensor  # [B] the task with the most weight on the route
-    score: list[float] | Tensor  # [B], or of the most probable words [B, W]
-    words: Tensor | None = None  # [B, W] which of the heads' words they are
-    texts: list[str] | None = None  # of a generating backbone
-    finish_reasons: list[str | None] | None = None  # of the texts
-    failed: Sequence[int] = ()  # rows whose query is not finite
-    distance: Tensor | None = None  # [B] of the rows from their tasks
-
-
-def _pass(model: AdaptedModel, window: _Ready, batch: _Batch, options: PredictOptions, report: Report) -> _Passed:
-    rows, pool = len(batch.places), model.pool
-    several = isinstance(window.task, (list, tuple))
-    task = [window.task[i] for i in batch.places] if window.task and several else window.task
-    slot_mask = _slot_mask(model, task, rows)
-    encoded = batch.encoded.to(model.backbone.device)
-    route = model.empty_route(rows) if options.bare or pool.slots == 0 else None
-    if model.backbone.kind != "encoder":
-        return _write(model, window, batch, encoded, route, slot_mask, options, report)
-    if pool.heads is None:
-        raise InputError("no task is learned yet: an encoder-only backbone has no answer of its own")
-    query = None
-    if route is None and (encoded.query_inputs or not isinstance(model.query, TrunkQuery)):
-        query = model.find_queries(encoded)
-        route = model.route(query, slot_mask)
-    output = model.forward(encoded, route, slot_mask=slot_mask)
-    query = output.query if query is None else query
-    route, distance = _measured(model, query, output.route, options)
-    # Where the task is given, its answers are its own, whatever else is learned.
-    known = None if query is None or task is not None else model.router.label_scores(query, route.slot_ids)
-    prior = None if known is None else pool.heads.prior(*known)
-    features = TrunkQuery.pool(output.hidden, encoded.attention_mask)
-    winner = pool.task_weights(route).argmax(1)
-    weighed = _winners_alone(model, route, winner) if options.head == "winner" else route
-    answer = pool.heads.answer(features, pool.slot_task, weighed, prior)
-    if options.top_k == 1:
-        score, words = answer.max(1, keepdim=True)
-    else:  # of equal probabilities the first word, as max has it
-        score, words = answer.sort(dim=1, descending=True, stable=True)
-        score, words = score[:, : options.top_k], words[:, : options.top_k]
-    report(rows)
-    return _Passed(batch, route, winner, score, words, distance=distance)
-
-
-def _measured(
-    model: AdaptedModel, query: Tensor | None, route: Route, options: PredictOptions
-) -> tuple[Route, Tensor | None]:
-    """The route, empty for rows that are abstained from, and how far rows are from their tasks [B], if that is asked
-    for."""
-    if query is None or not options.measures:
-        return route, None
-    distance = model.distance(query, route)
-    share = options.abstain_share
-    return (route if share is None else emptied(route, distance > share)), distance
-
-
-def _write(
-    model: AdaptedModel,
-    window: _Ready,
-    batch: _Batch,
-    encoded: Encoded,
-    route: Route | None,
-    slot_mask: Tensor | None,
-    options: PredictOptions,
-    report: Report,
-) -> _Passed:
-    """Texts for the rows of a window, as many at once as fit a batch."""
-    rows, at_once = len(batch.places), _rows_at_once(model, encoded.input_ids.shape[1], options)
-    distance = None
-    if route is None and (encoded.query_inputs or options.measures):
-        parts = []
-        for start in range(0, rows, at_once):
-            part = range(start, min(start + at_once, rows))
-            parts.append(model.find_queries(encoded.rows(part)))
-        query = torch.cat(parts)
-        route, distance = _measured(model, query, model.route(query, slot_mask), options)
-    # Each row samples from a seed of its own, so that it does not matter which rows run beside it.
-    seeds = [options.seed + window.first + place for place in batch.places]
-    written = generate(
-        model, encoded, options, seeds=seeds, max_rows=at_once, route=route, slot_mask=slot_mask, report=report
-    )
-    pool, found = model.pool, written.route
-    winner = pool.task_weights(found).argmax(1) if pool.slots else torch.zeros(rows, dtype=torch.int64)
-    return _Passed(
-        batch,
-        found,
-        winner,
-        written.scores,
-        texts=written.texts,
-        finish_reasons=written.finish_reasons,
-        failed=written.failed,
-        distance=distance,
-    )
-
-
-def _predictions(model: AdaptedModel, passed: _Passed) -> Iterator[Answer]:
+def _predictions(model: AdaptedModel, passed: Passed) -> Iterator[Answer]:
     columns = (passed.route.slot_ids.tolist(), passed.route.weights.tolist(), passed.winner.tolist())
     scores = passed.score.tolist() if isinstance(passed.score, Tensor) else [[score] for score in passed.score]
     words = [[-1]] * len(scores) if passed.words is None else passed.words.tolist()
@@ -354,23 +191,6 @@ def _predictions(model: AdaptedModel, passed: _Passed) -> Iterator[Answer]:
             names = [heads.words[i] for i in word]
             probabilities = {label: p for label, p in zip(names, score, strict=True) if p > 0}
             yield Prediction(name, names[0], None, score[0], route, truncated, probabilities, distance=distance)
-
-
-def _slot_mask(model: AdaptedModel, task: str | Sequence[str] | None, rows: int) -> Tensor | None:
-    if task is None:
-        return None
-    names = [task] * rows if isinstance(task, str) else list(task)
-    for name in names:
-        if name not in model.pool.names:
-            raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
-    return torch.stack([model.pool.slots_of(name) for name in names])
-
-
-def _winners_alone(model: AdaptedModel, route: Route, winner: Tensor) -> Route:
-    """The route with the weights of the best task's slots only, which sum to 1."""
-    own = model.pool.slot_task[route.slot_ids.clamp(min=0)] == winner[:, None]
-    kept = route.weights * own
-    return Route(route.slot_ids, kept / kept.sum(1, keepdim=True).clamp(min=1e-12))
 
 
 def _taken(model: AdaptedModel, ids: Sequence[int], weights: Sequence[float]) -> RouteTaken:

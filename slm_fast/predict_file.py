@@ -20,7 +20,8 @@ from slm_fast.data import Row, identified
 from slm_fast.errors import InputError, SlmWarning, WorkError, some_of
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
-from slm_fast.predict import Prediction, answer, tokens_of_a_batch
+from slm_fast.passes import tokens_of_a_batch
+from slm_fast.predict import Prediction, answer
 from slm_fast.progress import bar, is_shown
 from slm_fast.readers import Record, read_records
 from slm_fast.resume import Output, check_resumable, digest_of

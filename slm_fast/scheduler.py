@@ -41,6 +41,7 @@ class Request:
         sampling: None takes the likeliest token.
         route: ([K], [K]) slot ids and weights found ahead; None: found in the prefill, among the slots that `slot_mask`
             [P] allows (None: all), with `abstain` as in `AdaptedModel.forward`.
+        ends: tokens that end the text, beside the backbone's.
         on_token: called with each token and its probability as soon as it is known. What it raises, `step` raises.
     """
 
@@ -51,6 +52,7 @@ class Request:
     slot_mask: Tensor | None = None
     abstain: float | None = None
     on_token: Callable[[int, float], None] | None = None
+    ends: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -212,12 +214,16 @@ class Scheduler:
             start = self.model.backbone.start_token
             inputs["decoder_input_ids"] = torch.full((len(rows), 1), start, device=self.device)
         known = [self._whole(row.request.route) for row in rows if row.request.route is not None]
+        masks, abstain = _stack([row.request.slot_mask for row in rows]), rows[0].request.abstain
+        route = Route(*(torch.stack(part) for part in zip(*known, strict=True))) if known else None
+        if route is None and self.model.ahead:
+            route = self.model.find_routes(encoded, slot_mask=masks, abstain=abstain)
         out, _, route = self.model.call(
             lambda: self.lm(**inputs),
             mask,
-            Route(*(torch.stack(part) for part in zip(*known, strict=True))) if known else None,
-            slot_mask=_stack([row.request.slot_mask for row in rows]),
-            abstain=rows[0].request.abstain,
+            route,
+            slot_mask=masks,
+            abstain=abstain,
         )
         for place, row in enumerate(rows):
             row.generated.route = Route(route.slot_ids[place], route.weights[place])
@@ -242,8 +248,9 @@ class Scheduler:
             written = row.generated
             written.tokens.append(token)
             written.probability += probability
-            if token in self.ends or len(written.tokens) == row.request.max_new_tokens:
-                ended.append((row, "stop" if token in self.ends else "length"))
+            stops = token in self.ends or token in row.request.ends
+            if stops or len(written.tokens) == row.request.max_new_tokens:
+                ended.append((row, "stop" if stops else "length"))
                 places.append(place)
             place += 1
         self._drop(places)

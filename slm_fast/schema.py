@@ -6,14 +6,13 @@ Every refusal is one WorkError line that names the file and the field.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from slm_fast.covariance import PERCENTILES, is_scatter, unpack
+from slm_fast.covariance import is_scatter, unpack
 from slm_fast.data import check_name
 from slm_fast.errors import InputError, WorkError
 from slm_fast.fields import (
@@ -35,47 +34,14 @@ from slm_fast.fields import (
     word,
 )
 from slm_fast.options import LARGEST, TEMPERATURES
-from slm_fast.scatter import EXPONENTS, RANK
-from slm_fast.tasks import LearnedTask
+from slm_fast.task_tensors import NEWER, POOLINGS, ROUTERS, check_numbers, check_shape, check_tensors, modules_of
+from slm_fast.tasks import Adapter, LearnedTask
 
 FORMAT = 1
 DIGEST: Kind = (
     "64 hexadecimal digits",
     lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
 )
-INCREMENT = re.compile(r"values\.(?P<module>.+)\.lora_[ab]")
-# What the router keeps of a task: the tensors of a gaussian one without and with random features, or of a dtkr one.
-ROUTERS = {
-    "gaussian": ("count", "mean", "scatter", "distance"),
-    "features": (
-        *("count", "mean", "mean_slot", "mean_label", "factor", "exponent", "diagonal"),
-        *("sample", "sample_mean"),
-    ),
-    "dtkr": ("keys", "distance"),
-}
-# And what those of before there were means a label, or constants were written, lack.
-MEAN_SLOT = "mean_slot"
-NEWER = {"gaussian": MEAN_SLOT, "features": "constants"}
-# What the numbers of a task may be. What is learned stays far below; what goes beyond would only be found as answers
-# that are no numbers. A scatter is summed over all tasks, in room for 128 of the largest.
-NUMBERS = (
-    ("values.", -1e4, 1e4),
-    ("head.", -1e6, 1e6),
-    ("count", 0, 2**40),
-    ("mean_slot", 0, 2**20),
-    ("mean_label", -1, 2**20),
-    ("constants", 0, 2**20),
-    ("mean", -1e8, 1e8),
-    ("factor", -127, 127),
-    ("exponent", *EXPONENTS),
-    ("diagonal", 0, 2**45),
-    ("sample_mean", 0, 2**20),
-    ("sample", -1e8, 1e8),
-    ("keys", -1e8, 1e8),
-    ("scatter", -(2**45), 2**45),
-    ("distance", -1e-3, 1e30),
-)
-
 # The fields of a model's configuration (slm_fast.options.ModelConfig, every choice made), as a manifest holds them.
 CONFIG: Mapping[str, Kind] = {
     "query": word("trunk", "sentence"),
@@ -91,6 +57,13 @@ CONFIG: Mapping[str, Kind] = {
     "features": integer(0, LARGEST["features"]),
     "route_on": word("input", "prompt"),
     "max_length": integer(1, LARGEST["max_length"]),
+}
+# The fields of an imported task's `adapter` (slm_fast.tasks.Adapter).
+ADAPTER: Mapping[str, Kind] = {
+    "pooling": or_null(word(*POOLINGS)),
+    "prompt": word("plain", "separator"),
+    "chat_template": or_null(TEXT),
+    "ends": ("a list of token ids", lambda value: value == [] or list_of(integer(0))[1](value)),
 }
 WIDTH = integer(1, 1 << 24)
 SHAPES: Mapping[str, Kind] = {"hidden": or_null(WIDTH), "query": WIDTH}  # beside `layers`, in a manifest's `shapes`
@@ -190,7 +163,7 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
     """
     try:
         check(metadata, "metadata", TEXT)
-        about = fields(read_json(metadata), "", "labels", "name", "options", optional=["origin"])
+        about = fields(read_json(metadata), "", "labels", "name", "options", optional=["origin", "adapter"])
         check(about["name"], "name", TEXT)
         check_name(about["name"])
         check(about["labels"], "labels", or_null(list_of(TEXT)))
@@ -203,7 +176,8 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
             _check_start(about["options"]["warm_start"])
         if "origin" in about:
             check(about["origin"], "origin", DIGEST)
-        _check_tensors(tensors, labels)
+        adapter = _adapter(about["adapter"]) if "adapter" in about else None
+        check_tensors(tensors, labels, adapter)
     except Unknown as unknown:
         raise WorkError(f"{file}: {unknown}") from None
     except (Unfit, InputError, ValueError) as error:
@@ -213,13 +187,23 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
         labels=None if labels is None else tuple(labels),
         values={
             module: (tensors[f"values.{module}.lora_a"], tensors[f"values.{module}.lora_b"])
-            for module in _modules(tensors)
+            for module in modules_of(tensors)
         },
         router={name: tensor for name, tensor in tensors.items() if not name.startswith(("values.", "head."))},
         head=(tensors["head.weight"], tensors["head.bias"]) if "head.weight" in tensors else None,
         options=about["options"],
         origin=about.get("origin"),
+        adapter=adapter,
+        dense=(tensors["head.dense.weight"], tensors["head.dense.bias"]) if "head.dense.weight" in tensors else None,
     )
+
+
+def _adapter(about: Any) -> Adapter:
+    """What an imported task's file says of how it answers."""
+    fields(about, "adapter", *ADAPTER)
+    for field, kind in ADAPTER.items():
+        check(about[field], f"adapter.{field}", kind)
+    return Adapter(**{**about, "ends": tuple(about["ends"])})
 
 
 def _check_start(start: Any) -> None:
@@ -228,102 +212,6 @@ def _check_start(start: Any) -> None:
         fields(start, "options.warm_start", "task", "sha256")
         check(start["task"], "options.warm_start.task", TEXT)
         check(start["sha256"], "options.warm_start.sha256", DIGEST)
-
-
-def _modules(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the modules that tensors have increments for, sorted."""
-    return sorted({match["module"] for match in map(INCREMENT.fullmatch, tensors) if match})
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None) -> None:
-    """Which tensors there are, and that their shapes, types and numbers fit each other."""
-    modules = _modules(tensors)
-    if not modules:
-        raise Unfit("values", "expected increments of at least one module, got none")
-    router = "dtkr" if "keys" in tensors else "features" if "factor" in tensors else "gaussian"
-    names = [f"values.{module}.{half}" for module in modules for half in ("lora_a", "lora_b")]
-    names += ROUTERS[router]
-    names += [name for name in tensors if name == NEWER.get(router)]
-    if "head.weight" in tensors or "head.bias" in tensors:
-        names += ["head.weight", "head.bias"]
-        if labels is None:
-            raise Unfit("labels", "expected those of the head, got null")
-    fields(tensors, "", *names)
-    for name in names:
-        check_numbers(name, tensors[name])
-
-    first = tensors[names[0]]
-    slots, rank = first.shape[:2] if first.dim() == 3 else (None, None)
-    for module in modules:
-        _check_shape(f"values.{module}.lora_a", tensors[f"values.{module}.lora_a"], S=slots, r=rank, I=None)
-        _check_shape(f"values.{module}.lora_b", tensors[f"values.{module}.lora_b"], S=slots, r=rank, O=None)
-    if "distance" in names:
-        _check_shape("distance", tensors["distance"], percentiles=PERCENTILES)
-    if router == "dtkr":
-        _check_shape("keys", tensors["keys"], S=slots, D=None)
-    else:
-        means, width = _check_means(tensors, slots or 0)
-        if router == "features":
-            _check_features(tensors, means, width, labels)
-        else:
-            _check_shape("scatter", tensors["scatter"], triangle=width * (width + 1) // 2)
-            place = torch.arange(width)
-            if tensors["scatter"][place * width - place * (place - 1) // 2].amin() < 0:
-                raise Unfit("scatter", "expected no negative number on the diagonal")
-    if "head.weight" in tensors:
-        _check_shape("head.weight", tensors["head.weight"], C=len(labels or ()), H=None)
-        _check_shape("head.bias", tensors["head.bias"], C=len(labels or ()))
-
-
-def _check_means(tensors: Mapping[str, Tensor], slots: int) -> tuple[int, int]:
-    """M and D of a gaussian router's means [M, D]."""
-    slot = tensors.get(MEAN_SLOT)
-    means = slots if slot is None else _check_shape(MEAN_SLOT, slot, M=None)[0]
-    if slot is not None and slot.unique_consecutive().tolist() != list(range(slots)):
-        raise Unfit(MEAN_SLOT, f"expected each of 0..{slots - 1} in rising order")
-    _check_shape("count", tensors["count"], M=means)
-    _, width = _check_shape("mean", tensors["mean"], M=means, D=None)
-    if tensors["count"].sum() < 1:
-        raise Unfit("count", "expected at least one row, got none")
-    return means, width
-
-
-def _check_features(tensors: Mapping[str, Tensor], means: int, width: int, labels: Sequence[str] | None) -> None:
-    """What the router over random features keeps beside counts and means."""
-    rank, _ = _check_shape("factor", tensors["factor"], R=None, D=width)
-    if rank > RANK:
-        raise Unfit("factor", f"expected at most {RANK} rows, got {rank}")
-    _check_shape("exponent", tensors["exponent"], D=width)
-    _check_shape("diagonal", tensors["diagonal"], D=width)
-    _check_shape("mean_label", tensors["mean_label"], M=means)
-    if "constants" in tensors:
-        _check_shape("constants", tensors["constants"], numbers=3)
-        if tensors["constants"][2] <= 0:
-            raise Unfit("constants", "expected a temperature above 0")
-    if (tensors["mean_label"] >= max(1, len(labels or ()))).any():
-        raise Unfit("mean_label", f"expected numbers of {len(labels or ())} labels, or -1")
-    sample, mean = tensors["sample"], tensors["sample_mean"]
-    if sample.dim() != 2 or mean.shape != sample.shape[:1] or not 0 < sample.shape[1] < width:
-        raise Unfit("sample", f"expected [m, Q] for sample_mean [m], got {list(sample.shape)} for {list(mean.shape)}")
-    if (mean >= means).any() or (tensors["count"][mean.long()] < 2).any():
-        raise Unfit("sample_mean", "expected means of two rows or more")
-
-
-def check_numbers(name: str, tensor: Tensor) -> None:
-    """Raise Unfit unless a task's tensor of this name holds numbers that it may hold."""
-    dtype = torch.int8 if name in ("factor", "exponent") else torch.float32
-    if tensor.dtype != dtype:
-        wanted, got = (str(one).removeprefix("torch.") for one in (dtype, tensor.dtype))
-        raise Unfit(name, f"expected {wanted}, got {got}")
-    if not tensor.isfinite().all():
-        raise Unfit(name, "holds a number that is not finite")
-    least, most = next((least, most) for prefix, least, most in NUMBERS if name.startswith(prefix))
-    if tensor.numel():
-        lowest, highest = map(float, tensor.aminmax())
-        if lowest < least or highest > most:
-            raise Unfit(name, f"expected numbers from {least:g} to {most:g}, got {lowest:g} to {highest:g}")
-    if name == "distance" and (tensor.diff() < 0).any():
-        raise Unfit(name, "expected percentiles in rising order")
 
 
 def check_learned(task: LearnedTask) -> None:
@@ -344,22 +232,11 @@ def check_scatter(task: LearnedTask, file: Path) -> None:
         raise WorkError(f"{file}: not a task file: scatter: expected a positive semi-definite matrix")
 
 
-def _check_shape(name: str, tensor: Tensor, **sizes: int | None) -> tuple[int, ...]:
-    """The shape of a tensor, if it has these sizes by name (None: any) and none of them is 0."""
-    shape = tuple(tensor.shape)
-    fits = len(shape) == len(sizes) and all(
-        got > 0 and size in (None, got) for got, size in zip(shape, sizes.values(), strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(letter if size is None else str(size) for letter, size in sizes.items())
-        raise Unfit(name, f"expected [{wanted}], got {list(shape)}")
-    return shape
-
-
 def check_fits(
     task: LearnedTask, shapes: Mapping[str, Any], config: Mapping[str, Any], *, file: Path | None = None
 ) -> None:
-    """Raise WorkError unless a task fits the model that is to answer with it.
+    """Raise WorkError unless a task fits the model that is to answer with it. (Whether the modules are there that an
+    imported task has of its own only the model knows, and checks.)
 
     Args:
         shapes: `layers`, name -> (in_features I, out_features O) of each linear layer that carries increments;
@@ -370,25 +247,26 @@ def check_fits(
     modules, width = shapes["layers"], shapes["hidden"]
     router = "features" if config["features"] else config["router"]
     try:
-        for module in sorted(task.values.keys() ^ modules.keys()):
+        for module in sorted(task.values.keys() ^ modules.keys()) if task.adapter is None else ():
             raise Unfit(f"values.{module}", "missing" if module in modules else "the model has no such layer")
-        slots, rank = next(iter(task.values.values()))[0].shape[:2]
         for module, (features_in, features_out) in modules.items():
-            lora_a, lora_b = task.values[module]
-            _check_shape(f"values.{module}.lora_a", lora_a, S=slots, r=rank, I=features_in)
-            _check_shape(f"values.{module}.lora_b", lora_b, S=slots, r=rank, O=features_out)
+            if module in task.values:
+                lora_a, lora_b = task.values[module]
+                rank = None if task.adapter else task.rank
+                check_shape(f"values.{module}.lora_a", lora_a, S=task.slots, r=rank, I=features_in)
+                check_shape(f"values.{module}.lora_b", lora_b, S=task.slots, r=rank, O=features_out)
         expected = set(ROUTERS[router])
         if task.router.keys() - {NEWER.get(router)} != expected:
             raise Unfit("router", f"expected {', '.join(sorted(expected))}, got {', '.join(sorted(task.router))}")
         if router == "dtkr":
-            _check_shape("keys", task.router["keys"], S=slots, D=shapes["query"])
+            check_shape("keys", task.router["keys"], S=task.slots, D=shapes["query"])
         else:
-            _check_shape("mean", task.router["mean"], M=None, D=shapes["query"])
+            check_shape("mean", task.router["mean"], M=None, D=shapes["query"])
             if router == "features" and task.router["sample"].shape[1] != shapes["query"] - config["features"]:
                 raise Unfit("sample", f"expected queries of {shapes['query'] - config['features']} numbers")
-        if (task.head is None) != (width is None):
+        if (task.head is None) != (width is None) and not (task.adapter and task.head):
             raise Unfit("head", "missing" if task.head is None else "the model answers without one")
-        if task.head is not None:
-            _check_shape("head.weight", task.head[0], C=len(task.labels or ()), H=width)
+        if task.head is not None and width is not None:
+            check_shape("head.weight", task.head[0], C=len(task.labels or ()), H=width)
     except Unfit as error:
         raise WorkError(f"{file or f'task {task.name!r}'}: does not fit the model: {error}") from None

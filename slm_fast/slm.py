@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from slm_fast.backbone import Backbone, load_backbone
-from slm_fast.data import Task, checked, rows_to_answer
+from slm_fast.backbone import load_backbone
+from slm_fast.data import Task, checked, rows_of_file, rows_to_answer
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, as_task, evaluate
+from slm_fast.keeper import TaskKeeper
+from slm_fast.labels import read_words
 from slm_fast.learn import check_task, learn_task
-from slm_fast.model import AdaptedModel
 from slm_fast.options import (
     LearnKeywords,
     LearnOptions,
@@ -30,25 +29,18 @@ from slm_fast.predict import Prediction, predict, predict_stream
 from slm_fast.predict_file import FileAnswered, Reading, predict_file
 from slm_fast.schema import check_learned
 from slm_fast.store import Store, check_same
-from slm_fast.task_file import digest_of
-from slm_fast.tasks import LearnedTask, in_name_order
 from slm_fast.warm_start import check_start
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class ScalableLM:
+class ScalableLM(TaskKeeper):
     """One frozen language model that learns task after task, and answers batches that mix them.
 
     Make one with `from_backbone`, or with `from_pretrained` from a store; each `learn` and `forget` of one opened from
     a store commits to it.
     """
-
-    def __init__(self, backbone: Backbone, config: ModelConfig, store: Store | None = None) -> None:
-        self.model = AdaptedModel(backbone, config)
-        self.store = store
-        self._committed: dict[str, str] = {}  # task -> SHA-256 of its file, of the store as this model last knew it
 
     def __repr__(self) -> str:
         backbone, config = self.model.backbone, self.model.config
@@ -132,16 +124,6 @@ class ScalableLM:
         slm.store, slm._committed = store, dict(store.files)
         return slm
 
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks known, sorted."""
-        return list(self.model.pool.names)
-
-    @property
-    def learned(self) -> Mapping[str, LearnedTask]:
-        """What is kept of each task, by name."""
-        return MappingProxyType({task.name: task for task in self.model.pool.tasks})
-
     @shows(LearnOptions)
     def learn(
         self,
@@ -180,6 +162,57 @@ class ScalableLM:
         check_learned(learned)
         self._know([learned])
 
+    def import_adapter(
+        self,
+        adapter: str | Path,
+        name: str,
+        examples: Iterable[Any] | str | Path,
+        *,
+        labels: Sequence[str] | str | Path | None = None,
+        check: bool = False,
+    ) -> float | None:
+        """Make a LoRA adapter that PEFT trained on this backbone a task. It answers alone the rows that are routed to
+        it, and gives what PEFT gives.
+
+        Args:
+            adapter: its folder, or its name on the hub. name: of the task.
+            examples: about 50 texts of the task, or a file of them, for routing; their answers are not looked at.
+            labels: of its head, in its order, or a JSON file with a list of them.
+            check: load the adapter in PEFT, too, and compare the outputs on the examples.
+
+        Returns:
+            The largest difference of any logit from PEFT's, if it was to be checked.
+
+        Raises:
+            InputError: the name is taken, or the adapter is not one that can be imported. WorkError: its files are
+            damaged, it differs from PEFT by more than 1e-4, or the commit failed.
+        """
+        from slm_fast.integrations import peft_check, peft_files, peft_import
+
+        rows = rows_of_file(examples) if isinstance(examples, (str, Path)) else list(rows_to_answer(examples))
+        found = peft_files.read_adapter(adapter)
+        words = None if labels is None else read_words(labels)
+        if self.store is not None:
+            self.store.check_writable()
+            self.refresh()
+        with memory_for(f"task {name!r}"):
+            task = peft_import.import_task(self.model, found, name, rows, labels=words)
+            known = self.learned.get(name)
+            if known is None and name not in self._committed:
+                difference = peft_check.difference(self.model, task, found, rows) if check else None
+                self.add(task)
+                return difference
+        if known is None or known.origin != task.origin:
+            raise InputError(f"task {name!r}: is there already; forget it first, or import under another name")
+        warn(f"task {name!r}: already imported from the same adapter and examples; kept as it is")
+        return None
+
+    def export_adapter(self, name: str, folder: str | Path, *, weights: Sequence[float] | None = None) -> None:
+        """Write a task as a LoRA adapter that PEFT loads: `slm_fast.integrations.peft_export.export_task`."""
+        from slm_fast.integrations import peft_export
+
+        peft_export.export_task(self.model, name, folder, weights=weights)
+
     def knows(self, task: Task, options: LearnOptions | None = None, *, valid: Task | None = None) -> bool:
         """Whether this very task is learned already, from the same rows and options; `learn` then does nothing.
 
@@ -192,76 +225,6 @@ class ScalableLM:
             raise InputError(f"task {task.name!r}: already learned; forget it first to learn it anew")
         check_start(self.model, task.name, options)
         return False
-
-    def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
-        """Take in tasks learned elsewhere: what `learned` holds of another model of the same kind.
-
-        A model that belongs to a store commits them.
-
-        Raises:
-            InputError: a name is taken. WorkError: a task does not fit this model, or the commit failed.
-        """
-        tasks = [learned] if isinstance(learned, LearnedTask) else list(learned)
-        for task in tasks:
-            self.model.check_fits(task)
-            check_learned(task)
-        self.refresh()
-        self._know(tasks)
-
-    def _know(self, tasks: Sequence[LearnedTask]) -> None:
-        """Know more tasks and commit them. Those whose commit fails are known all the same: they took long to learn."""
-        failed: WorkError | None = None
-        with self.model.changing(add=tasks):
-            try:
-                self._commit(add=tasks)
-            except WorkError as error:
-                failed = error
-        if failed is not None:
-            names = ", ".join(task.name for task in tasks)
-            raise WorkError(f"{failed}; {names}: kept in memory, and `save_pretrained` commits it") from None
-
-    def _commit(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
-        if self.store is not None:
-            self.store.commit(add=add, remove=remove)
-            for name in remove:
-                self._committed.pop(name, None)
-            files = {task.name: digest_of(task) for task in add}
-            self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
-
-    def forget(self, name: str) -> None:
-        """Remove a task exactly: what is left is as if it had never been learned.
-
-        Raises InputError for a task that is not there.
-        """
-        self.refresh()
-        known = name in self.learned
-        if not known and name not in self._committed:
-            raise InputError(f"task {name!r}: not learned; tasks: {some_of(self.tasks)}")
-        with self.model.changing(remove=[name] if known else []):
-            if name in self._committed:
-                self._commit(remove=[name])
-
-    def refresh(self) -> None:
-        """Take over what others have done to this model's store: tasks learned there are known, tasks forgotten gone.
-
-        `learn`, `add`, `forget` and `save_pretrained` begin with it. A new task that is damaged is left out, with a
-        warning.
-
-        Raises:
-            InputError: the store is no longer there. WorkError: its manifest is damaged.
-        """
-        if self.store is None:
-            return
-        with self.model.lock:
-            new = {task.name: task for task in self.store.load(known=self._committed, skip_damaged=True)}
-            files, was, gone = dict(self.store.files), self._committed, []
-            for name in self.learned:
-                if name in new or (name in was and files.get(name) != was[name]):
-                    gone.append(name)
-                if name in new and name not in was:
-                    warn(f"task {name!r}: {self.store.path} has another since; what was not committed here is dropped")
-            with self.model.changing(add=list(new.values()), remove=gone):
-                self._committed = files
 
     @shows(PredictOptions)
     def predict(
@@ -360,25 +323,3 @@ class ScalableLM:
         given = {name: as_task(self.learned.get(name), name, source) for name, source in tasks.items()}
         chosen = combine(PredictOptions, options, changes)
         return evaluate(self.model, given, chosen, with_task_id=with_task_id, progress=progress)
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write all tasks to a store; from then on learn and forget commit to it.
-
-        A store of the same kind of model that is there is joined: its tasks are known from then on.
-
-        Raises InputError when the store there is of another model, or holds another task of a name.
-        """
-        with self.model.lock:
-            if self.store is not None and Store.exists(path) and os.path.samefile(self.store.path, path):
-                self.refresh()
-                uncommitted = [task for task in self.learned.values() if task.name not in self._committed]
-                self._committed |= self.store.save(uncommitted)
-            else:
-                store = Store.open(path) if Store.exists(path) else Store(path, self.model.about, {})
-                check_same(store.about, self.model.about, str(path), "this model")
-                self._committed = store.save(list(self.learned.values()))
-                self.store = store
-            self.refresh()
-
-    def _set(self, tasks: Sequence[LearnedTask]) -> None:
-        self.model.set_tasks(in_name_order(tasks))

@@ -97,11 +97,10 @@ def tasks_table(tasks: Sequence[LearnedTask]) -> Table:
         table.add_column("warm start", overflow="fold")
     for task, start in zip(tasks, starts, strict=True):
         size = sum(a.numel() + b.numel() for a, b in task.values.values())
-        rank = next(iter(task.values.values()))[0].shape[1]
         labels = task.labels or ()
         many = f"{len(labels):,} labels: " if len(labels) > LISTED else ""
         answers = "free text" if task.labels is None else many + some_of(labels, LISTED)
-        table.add_row(task.name, str(task.slots), str(rank), f"{size:,}", Text(answers), *[start] * any(starts))
+        table.add_row(task.name, str(task.slots), str(task.rank), f"{size:,}", Text(answers), *[start] * any(starts))
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
@@ -22,9 +23,13 @@ def task_to_bytes(task: LearnedTask) -> bytes:
         tensors[f"values.{module}.lora_b"] = lora_b
     if task.head is not None:
         tensors["head.weight"], tensors["head.bias"] = task.head
+    if task.dense is not None:
+        tensors["head.dense.weight"], tensors["head.dense.bias"] = task.dense
     about = {"labels": task.labels and list(task.labels), "name": task.name, "options": dict(task.options)}
     if task.origin is not None:
         about["origin"] = task.origin
+    if task.adapter is not None:
+        about["adapter"] = asdict(task.adapter)
     # One entry: with several, safetensors writes them in an order that changes from run to run.
     metadata = {"slm_fast": json.dumps(about, sort_keys=True, ensure_ascii=False)}
     return safetensors.torch.save({key: t.cpu().contiguous() for key, t in sorted(tensors.items())}, metadata)

@@ -12,13 +12,39 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """How a task that was imported answers, so that it equals the adapter it was.
+
+    It is never mixed with others: where its slot is the best of a row's route, it is all of the route, and it is part
+    of no other route.
+
+    Attributes:
+        pooling: which hidden state its head reads: the "first" or "last" real token's, or their "mean". None without a
+            head.
+        prompt: what a causal backbone reads: the text as it is ("plain"), or with the separator behind it that learned
+            tasks have ("separator").
+        chat_template: Jinja, as transformers' tokenizers have it, to write the text as a user's turn; None without.
+        ends: ids of tokens that end a written text, beside the backbone's.
+    """
+
+    pooling: str | None = None
+    prompt: str = "plain"
+    chat_template: str | None = None
+    ends: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class LearnedTask:
     """All that is kept of a task: what its file in the store holds, and nothing else depends on it.
 
-    values: module name -> (lora_a [S, r, I], lora_b [S, r, O]) float32.
+    values: module name -> (lora_a [S, r, I], lora_b [S, r, O]) float32. An imported task has modules and ranks of its
+        own, which need not be the same for all modules.
     router: what the router needs of this task (`slm_fast.schema.ROUTERS`): its keys, or its counts, means and scatter,
         and what says how far its own training queries are.
-    head: (weight [C, H], bias [C]) for encoder-only backbones, in the order of `labels`; else None.
+    head: (weight [C, H], bias [C]) for encoder-only backbones, in the order of `labels`; else None. An imported task of
+        any backbone may have one.
+    dense: (weight [H, H], bias [H]) of a tanh layer between pooled states and the head, of imported tasks only.
+    adapter: of imported tasks only.
     origin: SHA-256 of what it was made from (`origin_of`). Processors of another kind make other last bits of the same;
         None where it is not known.
     """
@@ -30,6 +56,13 @@ class LearnedTask:
     head: tuple[Tensor, Tensor] | None
     options: Mapping[str, Any] = field(default_factory=dict)
     origin: str | None = None
+    adapter: Adapter | None = None
+    dense: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rank(self) -> int:
+        """The largest of its modules' ranks."""
+        return max(lora_a.shape[1] for lora_a, _ in self.values.values())
 
     @property
     def slots(self) -> int:

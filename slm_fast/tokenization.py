@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slm_fast.errors import WorkError, one_line
 from slm_fast.prefix import LEAST, PrefixReader
 
 
@@ -86,14 +87,17 @@ class Tokenization:
         ids, cut = self.tokenize(texts, max_length)
         return self.collate(ids, cut, padding_side=padding_side).to(self.device)
 
-    def tokenize(self, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
-        """The tokens of each text, cut to `max_length` (separator included), and which were cut.
+    def tokenize(
+        self, texts: Sequence[str], max_length: int, *, separator: bool = True
+    ) -> tuple[list[list[int]], list[bool]]:
+        """The tokens of each text, cut to `max_length` (separator included, if it is wanted), and which were cut.
 
         Of a long text as many characters are read as its first tokens need.
         """
         if not texts:
             return [], []
-        room = max_length - len(self.separator)
+        ending = self.separator if separator else []
+        room = max_length - len(ending)
         with self._reading:
             read = self._reader(
                 [self._shorten(text, room) for text in texts],
@@ -110,7 +114,33 @@ class Tokenization:
                 cut = [len(row) >= room and self._longer_than(t, room) for t, row in zip(texts, rows, strict=True)]
         if self._beyond:
             rows = [[self._instead if token in self._beyond else token for token in row] for row in rows]
-        return [row + self.separator for row in rows] if self.separator else rows, cut
+        return [row + ending for row in rows] if ending else rows, cut
+
+    def tokenize_chat(self, system: str, user: str, template: str, max_length: int) -> tuple[list[int], bool]:
+        """The tokens of a user's turn (and a system's before it, if there is one) in a chat template, up to where the
+        assistant's begins, and whether the user's text was cut so that they are at most `max_length`.
+
+        Raises WorkError where the template cannot write them.
+        """
+        turns = [{"role": "system", "content": system}] if system else []
+
+        def written(text: str) -> list[int]:
+            turn = {"role": "user", "content": text}
+            try:
+                whole = self._reader.apply_chat_template(
+                    [*turns, turn], chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # a template may raise anything, and refuses a system's turn so
+                raise WorkError(f"chat_template: cannot write the turns: {one_line(error)}") from None
+            return list(self._reader(whole, add_special_tokens=False, verbose=False)["input_ids"])
+
+        with self._reading:
+            ids = written(user)
+            if len(ids) <= max_length:
+                return ids, False
+            room = max(0, max_length - len(written("")))
+            kept = self._reader(user, add_special_tokens=False, verbose=False)["input_ids"][:room]
+            return written(self._reader.decode(kept))[:max_length], True
 
     def shorten_text(self, text: str, tokens: int) -> str:
         """A text that has the same first tokens as this one, and more of them if this one has more."""

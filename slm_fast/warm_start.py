@@ -64,7 +64,7 @@ def nearest_of_rank(lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, 
 
 def check_start(model: AdaptedModel, task: str, options: LearnOptions) -> None:
     """Raise InputError where a task is to start from one that is not learned."""
-    others = [name for name in model.pool.names if name != task]
+    others = [known.name for known in model.pool.tasks if known.name != task and known.adapter is None]
     if isinstance(options.warm_start, str) and options.warm_start not in others:
         raise InputError(f"warm_start: task {options.warm_start!r} is not learned; tasks: {some_of(others)}")
 
@@ -78,7 +78,9 @@ def find_start(model: AdaptedModel, task: str, options: LearnOptions, query: Ten
     """
     check_start(model, task, options)
     pool, router = model.pool, model.router
-    others = torch.tensor([name != task for name in pool.slot_names], dtype=torch.bool, device=query.device)
+    # An imported task has layers and ranks of its own.
+    possible = [known.name != task and known.adapter is None for known in pool.tasks]
+    others = torch.tensor(possible, dtype=torch.bool, device=query.device)[pool.slot_task]
     if not options.warm_start or not others.any():
         return None
     name = options.warm_start

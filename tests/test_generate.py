@@ -23,7 +23,7 @@ from models import (
     sentence,
 )
 
-from slm_fast import ScalableLM, WorkError, generate, kv_cache, predict
+from slm_fast import ScalableLM, WorkError, generate, kv_cache, passes
 from slm_fast.data import Row
 from slm_fast.options import PredictOptions
 from slm_fast.tasks import LearnedTask
@@ -80,7 +80,7 @@ def test_rows_that_have_ended_are_not_computed_any_more(name):
     ends = end_early(slm, texts)
     seen = count_passes(slm)
     written: list[list[int]] = []
-    write = predict.generate
+    write = passes.generate
 
     def kept(*args, **options):
         found = write(*args, **options)
@@ -88,7 +88,7 @@ def test_rows_that_have_ended_are_not_computed_any_more(name):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predict, "generate", kept)
+        patch.setattr(passes, "generate", kept)
         slm.predict(texts, batch_size=6, max_new_tokens=12)
     lengths = [len(words) for words in written]
     assert len(set(lengths)) > 2  # some end early

@@ -38,11 +38,11 @@ def add(verbs: Verbs) -> None:
     add_reading_options(learn)
     add_label_files(learn)
     add_device_options(learn, "float32")
-    _add_model_options(learn)
+    add_model_options(learn)
     _add_learn_options(learn)
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The fields of ModelConfig; one that is not given is not in the call."""
     group = parser.add_argument_group("how a new store's model is put together")
     group.add_argument("--query", choices=("trunk", "sentence"), help="trunk (default) or sentence (a second model)")
@@ -79,7 +79,6 @@ def _add_learn_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from slm_fast.learn import check_task
-    from slm_fast.slm import ScalableLM
     from slm_fast.store import Store
 
     # Everything that can be wrong with the call is found before anything is learned.
@@ -94,20 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     valid = {name: task.spelled_as(known[name]) for name, task in valid.items()}
     options = fields_of(arguments, LearnOptions)
     LearnOptions(**options)
-    given = {name: value for name, value in fields_of(arguments, ModelConfig).items() if value is not None}
-    if Store.exists(arguments.store):
-        store = Store.open(arguments.store)
-        for name, value in given.items():
-            kept = store.about["config"].get(name)
-            if name != "max_length" and (list(value) if isinstance(value, tuple) else value) != kept:
-                raise InputError(f"--{name.replace('_', '-')}: {arguments.store} was made with {kept!r}")
-        store.check_writable()
-        slm = open_store(arguments)
-    else:
-        if arguments.backbone is None:
-            raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
-        set_threads(arguments.threads)
-        slm = ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
+    slm = open_or_new(arguments)
     for task in tasks:
         check_task(slm.model, task, valid.get(task.name), options.get("max_length"))
         slm.knows(task, LearnOptions(**options), valid=valid.get(task.name))
@@ -119,6 +105,27 @@ def run(arguments: argparse.Namespace) -> int:
         held = f"{arguments.store} holds {len(Store.open(arguments.store).files)}"
         print(f"{done} {task.name} from {len(task.rows)} rows; {held}", file=sys.stderr)
     return 0
+
+
+def open_or_new(arguments: argparse.Namespace) -> ScalableLM:
+    """The store's model, if there is a store; else a model that knows no tasks, as the options of `add_model_options`
+    say. Raises InputError where these say something else than the store's do."""
+    from slm_fast.slm import ScalableLM
+    from slm_fast.store import Store
+
+    given = {name: value for name, value in fields_of(arguments, ModelConfig).items() if value is not None}
+    if not Store.exists(arguments.store):
+        if arguments.backbone is None:
+            raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
+        set_threads(arguments.threads)
+        return ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
+    store = Store.open(arguments.store)
+    for name, value in given.items():
+        kept = store.about["config"].get(name)
+        if name != "max_length" and (list(value) if isinstance(value, tuple) else value) != kept:
+            raise InputError(f"--{name.replace('_', '-')}: {arguments.store} was made with {kept!r}")
+    store.check_writable()
+    return open_store(arguments)
 
 
 def _learn(slm: ScalableLM, task: Task, options: LearnOptions, valid: Task | None) -> None:

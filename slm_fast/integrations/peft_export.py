@@ -1,0 +1,187 @@
+"""A task as a PEFT adapter: one slot exactly, several slots of fixed weights by concatenation."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from slm_fast.backbone import Backbone
+from slm_fast.errors import InputError, WorkError, some_of
+from slm_fast.integrations.peft_files import CONFIG, OWN, OWN_HEAD, PREFIX, WEIGHTS
+from slm_fast.model import AdaptedModel
+from slm_fast.tasks import LearnedTask
+
+README = """---
+library_name: peft
+base_model: {base}
+---
+
+# {name}
+
+A LoRA adapter that slm_fast exported.
+
+```python
+from peft import PeftModel
+from transformers import {auto_class}
+
+base = {auto_class}.from_pretrained({base!r}{more})
+model = PeftModel.from_pretrained(base, "path of this folder")
+```
+{notes}
+PEFT applies it to whatever it is given: routing, and the distance of a row from its task, stay behind.
+"""
+BESIDE = """
+The head is not one of a transformers class: it reads the mean of the last hidden states over real tokens, and stands in
+`{head}` as `head.weight` [C, H] and `head.bias` [C], its labels in `{own}`.
+`logits = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) @ weight.T + bias`
+"""
+SEPARATED = """
+The task was learned on prompts that end in a line break: `tokenizer(text)["input_ids"]`, then the tokens of "\\n".
+"""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """How a task's head is written. saved: tensors among the adapter's. beside: tensors of a file of their own."""
+
+    modules: tuple[str, ...] = ()
+    saved: Mapping[str, Tensor] | None = None
+    beside: Mapping[str, Tensor] | None = None
+
+
+def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: Sequence[float] | None = None) -> None:
+    """Write a task as an adapter that PEFT loads on the same backbone and gives the same outputs with.
+
+    Args:
+        folder: is made; it must be empty or not there.
+        weights: of the task's slots, for a task of several: they depend on the input here, and are fixed there.
+
+    Raises:
+        InputError: no such task, a folder that holds something, several slots without weights. WorkError: it cannot be
+        written.
+    """
+    if name not in model.pool.names:
+        raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
+    task, path = model.pool.tasks[model.pool.names.index(name)], Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: is there already; expected a folder that is empty or not there")
+    backbone, shares = model.backbone, _shares(task, weights)
+    head = _head(task, backbone)
+    prefix = f"{backbone.model.base_model_prefix}." if head.saved and backbone.kind == "encoder" else ""
+    tensors = {f"{PREFIX}{key}": tensor for key, tensor in (head.saved or {}).items()}
+    ranks = {}
+    for module, (lora_a, lora_b) in task.values.items():
+        ranks[module] = lora_a.shape[0] * lora_a.shape[1]
+        tensors[f"{PREFIX}{prefix}{module}.lora_A.weight"] = lora_a.flatten(0, 1)
+        tensors[f"{PREFIX}{prefix}{module}.lora_B.weight"] = (lora_b * shares[:, None, None]).flatten(0, 1).T
+    own: dict[str, Any] = {"labels": None if task.labels is None else list(task.labels)}
+    own["prompt"] = "separator" if task.adapter is None else task.adapter.prompt
+    if head.beside:
+        own["pooling"] = "mean" if task.adapter is None else task.adapter.pooling
+    files: dict[str, bytes] = {
+        CONFIG: _json(_config(ranks, head, backbone)),
+        WEIGHTS: _safetensors(tensors),
+        OWN: _json(own),
+        "README.md": _readme(task, head, backbone).encode(),
+    }
+    if head.beside:
+        files[OWN_HEAD] = _safetensors(head.beside)
+    if task.adapter is not None and task.adapter.chat_template is not None:
+        files["chat_template.jinja"] = task.adapter.chat_template.encode()
+    if task.adapter is not None and task.adapter.ends:
+        files["generation_config.json"] = _json({"eos_token_id": list(task.adapter.ends)})
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for file, data in files.items():
+            (path / file).write_bytes(data)
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _shares(task: LearnedTask, weights: Sequence[float] | None) -> Tensor:
+    """What each of the task's slots weighs, [S]."""
+    if weights is None and task.slots > 1:
+        raise InputError(
+            f"task {task.name!r}: its {task.slots} slots are weighed by the input, which an adapter cannot; weights "
+            "(--weights) fixes them, such as " + ",".join(["%g" % (1 / task.slots)] * task.slots)
+        )
+    if weights is not None and len(weights) != task.slots:
+        raise InputError(f"weights: expected {task.slots}, one for each slot of task {task.name!r}, got {len(weights)}")
+    shares = torch.ones(task.slots) if weights is None else torch.tensor(weights, dtype=torch.float32)
+    if not shares.isfinite().all():
+        raise InputError(f"weights: expected finite numbers, got {list(weights or ())}")
+    return shares
+
+
+def _head(task: LearnedTask, backbone: Backbone) -> _Head:
+    """The task's head as the family's class for sequence classification has it, else in a file of its own."""
+    if task.head is None:
+        return _Head()
+    weight, bias = task.head
+    pooling, model_type = task.adapter.pooling if task.adapter else "mean", backbone.model.config.model_type
+    if backbone.kind == "causal" and pooling == "last" and not bias.any():
+        return _Head(("score",), {"score.weight": weight})
+    if task.dense is not None and pooling == "first":
+        is_bert = model_type == "bert"
+        below, top = ("bert.pooler.dense", "classifier") if is_bert else ("classifier.dense", "classifier.out_proj")
+        saved = {f"{below}.weight": task.dense[0], f"{below}.bias": task.dense[1]}
+        saved |= {f"{top}.weight": weight, f"{top}.bias": bias}
+        return _Head(("classifier", "pooler") if is_bert else ("classifier",), saved)
+    return _Head(beside={"head.weight": weight, "head.bias": bias})
+
+
+def _config(ranks: Mapping[str, int], head: _Head, backbone: Backbone) -> dict[str, Any]:
+    """adapter_config.json. Each module's alpha is its rank, so that nothing is scaled."""
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: own for module, own in sorted(ranks.items()) if own != rank}
+    kinds = {"encoder": "FEATURE_EXTRACTION", "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if head.saved else kinds[backbone.kind],
+        "base_model_name_or_path": backbone.name or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "modules_to_save": list(head.modules) or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def _readme(task: LearnedTask, head: _Head, backbone: Backbone) -> str:
+    classifies = bool(head.saved)
+    notes = BESIDE.format(head=OWN_HEAD, own=OWN) if head.beside else ""
+    notes += SEPARATED if backbone.kind == "causal" and task.adapter is None else ""
+    return README.format(
+        name=task.name,
+        base=backbone.name,
+        auto_class="AutoModelForSequenceClassification" if classifies else backbone.family.auto_class,
+        more=f", num_labels={len(task.labels or ())}" if classifies else "",
+        notes=notes,
+    )
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    data: bytes = safetensors.torch.save(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}, {"format": "pt"}
+    )
+    return data

@@ -1,0 +1,277 @@
+"""LoRA adapters as PEFT writes them, read without PEFT: which there are, and which are refused with what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from slm_fast.errors import InputError, WorkError, lacks_memory, one_line
+from slm_fast.fields import read_json
+
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+OWN, OWN_HEAD = "slm_fast.json", "slm_fast_head.safetensors"  # what an export of ours has beside PEFT's files
+PREFIX = "base_model.model."
+MODELS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+FILES = (CONFIG, WEIGHTS, PICKLED, *MODELS, OWN, OWN_HEAD)
+FILES_BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+# Fields that are used, or say only how the adapter was trained. Which modules there are, and of which rank, is seen in
+# the weights.
+USED = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+    *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
+    *("fan_in_fan_out", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "modules_to_save"),
+    *("init_lora_weights", "eva_config", "runtime_config"),
+}
+# What PEFT writes of fields that were not used, where that is not null, false or empty.
+DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+MERGE = "merge it into its base with PEFT's merge_and_unload, or train it without"
+REASONS = {
+    "use_dora": f"DoRA scales the columns of the weight, too; {MERGE}",
+    "use_qalora": f"QALoRA pools the inputs; {MERGE}",
+    "use_bdlora": f"its matrices are block-diagonal; {MERGE}",
+    "lora_bias": f"its increments have biases; {MERGE}",
+    "alora_invocation_tokens": "it acts on some tokens only, those after its invocation; train it without",
+    "layer_replication": "it repeats layers of its base; there is no such base here",
+    "trainable_token_indices": "it trains embeddings; train it without",
+    "target_parameters": f"it adapts parameters that are no linear layers; {MERGE}",
+    "arrow_config": "it routes among adapters of its own; import those one by one",
+    "kasa_config": f"KaSA changes the formula; {MERGE}",
+    "loftq_config": f"LoftQ changed the base's weights; {MERGE}",
+    "corda_config": f"CorDA changed the base's weights; {MERGE}",
+    "lora_ga_config": f"LoRA-GA changed the base's weights; {MERGE}",
+}
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it was
+VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
+HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
+OTHERS = (  # of a name -> what it is part of
+    (r"lora_embedding_[AB]|embed|(^|\.)(shared|wte|wpe)\.", "trained embeddings"),
+    (r"lora_magnitude_vector", "DoRA's magnitudes"),
+    (r"lora_B(\.default)?\.bias", "biases of increments"),
+    (r"(^|\.)lm_head\.|(^|\.)(embed_out|output_layer)\.", "a trained output layer"),
+    (r"norm|(^|\.)ln_", "trained norms"),
+    (r"lora_", "a variant of LoRA"),
+)
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """A LoRA adapter as its folder has it.
+
+    Attributes:
+        source: what it was asked for by. folder: where its files are. config: adapter_config.json.
+        lora: module, as the file names it without PEFT's prefix -> (lora_A [r, I], lora_B [O, r]).
+        saved: whatever else was trained with it, such as a head: name -> tensor.
+        own: what an export of this package says beside it.
+        digest: SHA-256 of its configuration and weights.
+    """
+
+    source: str
+    folder: Path
+    config: Mapping[str, Any]
+    lora: Mapping[str, tuple[Tensor, Tensor]]
+    saved: Mapping[str, Tensor]
+    own: Mapping[str, Any]
+    digest: str
+
+    def scaling(self, module: str) -> float:
+        """What a module's increments are multiplied by: alpha / r, of rsLoRA (Kalajdzievski 2023) alpha / sqrt(r)."""
+        alpha, rank = self.config.get("lora_alpha", 8), self.lora[module][0].shape[0]
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches them; the first that does counts
+                alpha = value
+                break
+        return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+
+def read_adapter(source: str | Path) -> PeftAdapter:
+    """A LoRA adapter, from a folder or by its name on the hub.
+
+    Raises:
+        InputError: there is none, or it is not one that can be imported: one line with the field and what to do.
+        WorkError: its files are damaged, or hold numbers that are not finite.
+    """
+    source = str(source)
+    folder = _folder(source)
+    file = folder / CONFIG
+    models = [name for name in MODELS if (folder / name).exists()]
+    if not file.exists():
+        what = f"; {models[0]} there is a full model, which is a backbone" if models else ""
+        raise InputError(f"adapter {source!r}: no {CONFIG}{what}; expected a folder that PEFT's save_pretrained wrote")
+    if models:
+        raise InputError(
+            f"adapter {source!r}: holds a full model ({models[0]}) and an adapter; put them in two folders"
+        )
+    config = _json(file)
+    check_config(config, file)
+    if not (folder / WEIGHTS).exists():
+        pickled = f"; {PICKLED} is pickled: load it with PEFT and save it again" if (folder / PICKLED).exists() else ""
+        raise InputError(f"adapter {source!r}: no {WEIGHTS}{pickled}")
+    lora, saved = _sorted_out(_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    own = _json(folder / OWN) if (folder / OWN).exists() else {}
+    if (folder / OWN_HEAD).exists():
+        saved |= _tensors(folder / OWN_HEAD)
+    digest = hashlib.sha256()
+    for part in (CONFIG, WEIGHTS, OWN, OWN_HEAD):
+        if (folder / part).exists():
+            digest.update(hashlib.sha256((folder / part).read_bytes()).digest())
+    return PeftAdapter(source, folder, config, lora, saved, own, digest.hexdigest())
+
+
+def check_config(config: Mapping[str, Any], file: Path) -> None:
+    """Raise InputError for the first field of an adapter's configuration that asks for more than LoRA."""
+    kind = config.get("peft_type")
+    if kind in VIRTUAL:
+        raise InputError(f"{file}: peft_type {kind}: it trains virtual tokens, no layers; train LoRA in its place")
+    if kind != "LORA":
+        raise InputError(f"{file}: peft_type: expected LORA, got {kind!r}; train LoRA in its place")
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{file}: bias: expected 'none', got {config['bias']!r}: it trains biases; {MERGE}")
+    init = config.get("init_lora_weights", True)
+    if not any(init is known or (isinstance(known, str) and init == known) for known in PLAIN_INITS):
+        hint = (
+            "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which undoes that"
+        )
+        raise InputError(f"{file}: init_lora_weights {init!r}: may have changed the base's weights; {hint}")
+    for field, value in config.items():
+        if field not in USED and value not in (None, False, "", [], {}) and value != DEFAULTS.get(field):
+            reason = REASONS.get(field, f"not known, and may change what the adapter does; {MERGE}")
+            raise InputError(f"{file}: {field}: {reason}")
+    alphas = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
+    for alpha in alphas:
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise InputError(f"{file}: lora_alpha, alpha_pattern: expected numbers, got {alpha!r}")
+    for pattern in config.get("alpha_pattern") or {}:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{file}: alpha_pattern: {pattern!r} is no regular expression: {error}") from None
+
+
+def _folder(source: str) -> Path:
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"adapter {source!r}: is a file, expected a folder with {CONFIG}")
+    if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.parent.is_dir():
+        raise InputError(f"adapter {source!r}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=[*FILES[:2], OWN, OWN_HEAD, *FILES_BESIDE]))
+    except Exception as error:  # whatever the hub's client raises for a name, a network, a permission
+        raise InputError(f"adapter {source!r}: cannot be had from the hub: {one_line(error)}") from None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = read_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise WorkError(f"{file}: cannot be read: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise WorkError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return dict(safetensors.torch.load(file.read_bytes()))
+    except Exception as error:  # what the library raises for a header that lies depends on the lie
+        if lacks_memory(error):
+            raise
+        raise WorkError(f"{file}: damaged: {one_line(error)}") from None
+
+
+def _sorted_out(
+    tensors: Mapping[str, Tensor], file: Path
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """The increments by module, and whatever else was saved."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, tensor in sorted(tensors.items()):
+        if not tensor.isfinite().all():
+            raise WorkError(f"{file}: {key}: holds a number that is not finite")
+        name = key.removeprefix(PREFIX)
+        if match := HALF.fullmatch(name):
+            halves.setdefault(match["module"], {})[match["half"]] = tensor
+            continue
+        name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
+        for pattern, what in OTHERS:
+            if re.search(pattern, name, re.IGNORECASE if what == "trained norms" else 0):
+                raise InputError(f"{file}: {key}: {what}, which cannot be imported; train the adapter without")
+        saved[name] = tensor
+    lora = {}
+    for module, found in sorted(halves.items()):
+        if found.keys() != {"A", "B"}:
+            raise WorkError(f"{file}: {module}: has lora_{next(iter(found))} alone, expected lora_A and lora_B")
+        lora_a, lora_b = found["A"], found["B"]
+        if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
+            shapes = f"{list(lora_a.shape)} and {list(lora_b.shape)}"
+            raise WorkError(f"{file}: {module}: expected lora_A [r, I] and lora_B [O, r], got {shapes}")
+        if lora_a.shape[0] == 0:
+            raise WorkError(f"{file}: {module}: rank 0, expected at least 1")
+        lora[module] = lora_a, lora_b
+    if not lora:
+        raise InputError(f"{file}: no increments (lora_A and lora_B) in it; expected a LoRA adapter")
+    return lora, saved
+
+
+# What lies beside an adapter
+
+
+def check_vocabulary(folder: Path, known: Mapping[str, int]) -> None:
+    """Raise InputError where an adapter has a tokenizer of another vocabulary than the backbone's `known`."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return
+    content = _json(file)
+    words = (content.get("model") or {}).get("vocab") or {}
+    found = dict(words) if isinstance(words, Mapping) else {str(word): i for i, (word, *_) in enumerate(words)}
+    found |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    for word, index in found.items():
+        if known.get(word, index if word in known else None) != index:
+            has = f"id {known[word]}" if word in known else "no such token"
+            raise InputError(
+                f"{file}: token {word!r} has id {index}, the backbone has {has}; the adapter is for another vocabulary"
+            )
+
+
+def chat_template(folder: Path) -> str | None:
+    """The template of chats that an adapter's folder has, if any."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text("utf-8") or None
+    file = folder / "tokenizer_config.json"
+    found = _json(file).get("chat_template") if file.exists() else None
+    if isinstance(found, list):  # several, by name
+        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+    return found if isinstance(found, str) and found else None
+
+
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """An adapter's own generation_config.json, if it has one."""
+    file = folder / "generation_config.json"
+    return _json(file) if file.exists() else {}
+
+
+def labels_of(folder: Path, count: int) -> list[str] | None:
+    """The labels that a config.json beside an adapter names, if they are so many."""
+    file = folder / "config.json"
+    names = _json(file).get("id2label") if file.exists() else None
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(count)}:
+        return None
+    return [str(names[str(i)]) for i in range(count)]
+
+
+def as_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32).contiguous()

@@ -1,0 +1,250 @@
+"""A PEFT adapter as a task: its values, its head, and routing statistics from example texts.
+
+An imported task has a hard route (K = 1): where it is the best of a row, it answers alone, as PEFT would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slm_fast.backbone import Backbone
+from slm_fast.data import Row, check_name
+from slm_fast.errors import InputError, WorkError, some_of, warn
+from slm_fast.fields import Unfit, repeated
+from slm_fast.identity import OVERRULED
+from slm_fast.integrations.peft_files import (
+    OWN,
+    PeftAdapter,
+    as_float32,
+    chat_template,
+    check_vocabulary,
+    generation_settings,
+    labels_of,
+)
+from slm_fast.model import AdaptedModel
+from slm_fast.router import NotFinite
+from slm_fast.schema import WHEN_KNOWN
+from slm_fast.task_tensors import check_numbers
+from slm_fast.tasks import Adapter, LearnedTask, name_seed, origin_of
+
+FEW = 20  # examples: with fewer the router knows little of a task; about 50 are wanted
+Head = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, str]  # (weight, bias), dense below it, pooling
+
+
+def import_task(
+    model: AdaptedModel, adapter: PeftAdapter, name: str, rows: Sequence[Row], *, labels: Sequence[str] | None = None
+) -> LearnedTask:
+    """The task that an adapter is, which the model does not know yet.
+
+    Args:
+        rows: example texts of the task, about 50; their answers are not looked at.
+        labels: of the adapter's head, in its order; None means those that a config.json beside the adapter names, else
+            LABEL_0, LABEL_1, ... as transformers has them.
+
+    Raises:
+        InputError: the adapter is for another backbone, or its head is none that this family answers with. WorkError: a
+        query is not finite, or a number too large for a store.
+    """
+    check_name(name)
+    if not rows:
+        raise InputError("examples: expected some texts of the task, about 50, got none")
+    if len(rows) < FEW:
+        warn(f"examples: {len(rows)} texts; about 50 tell the task from others better")
+    backbone = model.backbone
+    check_vocabulary(adapter.folder, backbone.tokenizer.get_vocab())
+    values = values_of(adapter, backbone)
+    head = head_of(adapter, backbone)
+    prompt = adapter.own.get("prompt", "plain")
+    settings = generation_settings(adapter.folder) if backbone.kind != "encoder" else {}
+    template = chat_template(adapter.folder) if backbone.kind == "causal" and head is None else None
+    about = Adapter(head[2] if head else None, prompt, template, _ends(settings))
+    own_words = tuple(adapter.own.get("labels") or ()) or None  # an exported task may write words
+    words = own_words if head is None else _labels(adapter, len(head[0][0]), labels)
+    if labels is not None and head is None:
+        raise InputError(f"labels: adapter {adapter.source!r} has no head that they could be of")
+    query = model.queries(rows)
+    try:
+        part = model.new_router().fit(query, 1, name_seed(name, 0))
+    except NotFinite as error:
+        raise WorkError(f"examples: row {error.row + 1}: its query holds a number that is not finite") from None
+    task = LearnedTask(
+        name=name,
+        labels=words,
+        values=values,
+        router={key: tensor.cpu() for key, tensor in part.items()},
+        head=None if head is None else head[0],
+        options={"base": str(adapter.config.get("base_model_name_or_path") or "")},
+        origin=_origin(model, adapter, name, rows, words),
+        adapter=about,
+        dense=None if head is None else head[1],
+    )
+    _check_numbers(task, adapter)
+    return task
+
+
+def _check_numbers(task: LearnedTask, adapter: PeftAdapter) -> None:
+    parts = [(f"values.{module}", half) for module, pair in task.values.items() for half in pair]
+    parts += [("head.", half) for half in (*(task.head or ()), *(task.dense or ()))]
+    try:
+        for name, tensor in [*parts, *task.router.items()]:
+            check_numbers(name, tensor)
+    except Unfit as error:
+        raise WorkError(f"adapter {adapter.source!r}: {error}") from None
+
+
+def _origin(
+    model: AdaptedModel, adapter: PeftAdapter, name: str, rows: Sequence[Row], labels: Sequence[str] | None
+) -> str:
+    about = {key: value for key, value in model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
+    about |= {"adapter": adapter.digest, "labels": labels, "rows": len(rows)}
+    return origin_of(name, about, ([row.text, row.instruction] for row in rows))
+
+
+def _ends(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Tokens that end a text by an adapter's generation settings. What else they ask for is said not to be done."""
+    idle = sorted(name for name, value in settings.items() if name not in OVERRULED and value not in (None, False))
+    if idle:
+        warn(f"generation_config.json: {some_of(idle)}: not applied; a mixed batch is written with one way of drawing")
+    ends = settings.get("eos_token_id")
+    found = ends if isinstance(ends, list) else [ends]
+    return tuple(sorted({end for end in found if isinstance(end, int)}))
+
+
+# Values
+
+
+def values_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
+    """The adapter's increments by the backbone's modules: (lora_a [1, r, I], lora_b [1, r, O]) float32, the latter
+    scaled already.
+
+    Raises InputError where the backbone has no such module, or one of other widths.
+    """
+    names = modules_of(adapter, backbone)
+    widths = backbone.widths(sorted(set(names.values())))
+    values = {}
+    for module, name in names.items():
+        lora_a, lora_b = (as_float32(half) for half in adapter.lora[module])
+        for key, found, wanted in (
+            ("lora_A", lora_a.shape, (lora_a.shape[0], widths[name][0])),
+            ("lora_B", lora_b.shape, (widths[name][1], lora_a.shape[0])),
+        ):
+            if tuple(found) != wanted:
+                raise InputError(
+                    f"adapter {adapter.source!r}: {module}.{key}: expected {list(wanted)} for this backbone, got "
+                    f"{list(found)}; {_made_for(adapter)}"
+                )
+        values[name] = lora_a[None], (lora_b * adapter.scaling(module)).T.contiguous()[None]
+    return dict(sorted(values.items()))
+
+
+def modules_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, str]:
+    """The backbone's name of each module of an adapter. PEFT's names have in front what the class that was trained has
+    around the backbone (`bert.`), or lack what the backbone has (`model.`)."""
+    known = backbone.adaptable
+    found: dict[str, str] = {}
+    for module in adapter.lora:
+        names = [module] if module in known else []
+        names = names or [n for n in known if n.endswith(f".{module}") or module.endswith(f".{n}")]
+        if len(names) != 1:
+            what = "no such layer" if not names else f"several such layers ({some_of(sorted(names), 3)})"
+            if not names and _has_module(backbone, module):
+                raise InputError(
+                    f"adapter {adapter.source!r}: {module}: increments of a layer that stays as it is here (output "
+                    "layer, embeddings or another module); train the adapter on the linear layers of the blocks"
+                )
+            raise InputError(f"adapter {adapter.source!r}: {module}: the backbone has {what}; {_made_for(adapter)}")
+        found[module] = names[0]
+    if (twice := repeated(found.values())) is not None:
+        raise InputError(f"adapter {adapter.source!r}: {twice}: two modules of the adapter mean it")
+    return found
+
+
+def _has_module(backbone: Backbone, module: str) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name, _ in backbone.model.named_modules() if name)
+
+
+def _made_for(adapter: PeftAdapter) -> str:
+    base = adapter.config.get("base_model_name_or_path")
+    return f"the adapter was made for {base!r}" if base else "the adapter was made for another base"
+
+
+# Heads
+
+
+def head_of(adapter: PeftAdapter, backbone: Backbone) -> Head | None:
+    """The adapter's head for sequences, as its family's class pools and applies it (dropout is off). None without one.
+
+    Raises InputError where it has one that cannot be had here, or none where the backbone answers with nothing else.
+    """
+    saved, model_type = dict(adapter.saved), backbone.model.config.model_type
+    where = f"adapter {adapter.source!r}"
+    dense: tuple[Tensor, Tensor] | None = None
+    if "pooling" in adapter.own:  # an export of ours
+        weight, bias = saved.pop("head.weight", None), saved.pop("head.bias", None)
+        pooling = adapter.own["pooling"]
+        if pooling not in ("mean", "first", "last"):
+            raise InputError(f"{where}: {OWN}: pooling: expected mean, first or last, got {pooling!r}")
+    elif backbone.kind == "causal":
+        weight, bias, pooling = saved.pop("score.weight", None), saved.pop("score.bias", None), "last"
+    elif model_type in ("roberta", "xlm-roberta"):
+        dense = _layer(saved, "classifier.dense")
+        weight, bias, pooling = (
+            saved.pop("classifier.out_proj.weight", None),
+            saved.pop("classifier.out_proj.bias", None),
+            "first",
+        )
+    elif model_type == "bert":
+        weight, bias, pooling = saved.pop("classifier.weight", None), saved.pop("classifier.bias", None), "first"
+        dense = _layer(saved, "bert.pooler.dense") or _layer(saved, "pooler.dense")
+        if weight is not None and dense is None:
+            if backbone.pooler is None:
+                raise InputError(f"{where}: its head reads BERT's pooler, which this backbone was loaded without")
+            dense = as_float32(backbone.pooler.dense.weight), as_float32(backbone.pooler.dense.bias)
+    else:
+        weight = bias = None
+        pooling = ""
+    if saved:
+        raise InputError(
+            f"{where}: modules_to_save: {some_of(sorted(saved), 3)}: not known as part of a head that {model_type} "
+            "models answer with; train the adapter without"
+        )
+    if weight is None:
+        if backbone.kind == "encoder":
+            raise InputError(
+                f"{where}: has no head, and an encoder-only backbone answers with labels; train it as SEQ_CLS"
+            )
+        return None
+    width = backbone.width
+    bias = torch.zeros(len(weight)) if bias is None else bias
+    for name, part, wanted in (
+        ("weight", weight, (len(weight), width)),
+        ("bias", bias, (len(weight),)),
+        *([("dense.weight", dense[0], (width, width)), ("dense.bias", dense[1], (width,))] if dense else []),
+    ):
+        if tuple(part.shape) != wanted:
+            raise InputError(
+                f"{where}: its head's {name}: expected {list(wanted)}, got {list(part.shape)}; {_made_for(adapter)}"
+            )
+    if len(weight) < 2:
+        raise InputError(f"{where}: its head has one output, a regression; expected two labels or more")
+    whole = None if dense is None else (as_float32(dense[0]).cpu(), as_float32(dense[1]).cpu())
+    return (as_float32(weight), as_float32(bias)), whole, pooling
+
+
+def _layer(saved: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor] | None:
+    weight, bias = saved.pop(f"{name}.weight", None), saved.pop(f"{name}.bias", None)
+    return None if weight is None or bias is None else (weight, bias)
+
+
+def _labels(adapter: PeftAdapter, count: int, given: Sequence[str] | None) -> tuple[str, ...]:
+    own = adapter.own.get("labels")
+    names = given or own or labels_of(adapter.folder, count) or [f"LABEL_{i}" for i in range(count)]
+    if len(names) != count or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"labels: expected {count} words, as the adapter's head has, got {len(names)}")
+    if (twice := repeated(names)) is not None:
+        raise InputError(f"labels: {twice!r} stands there twice")
+    return tuple(names)

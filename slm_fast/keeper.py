@@ -1,0 +1,128 @@
+"""The tasks that a model knows and the store that they are committed to, kept alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from slm_fast.backbone import Backbone
+from slm_fast.errors import InputError, WorkError, some_of, warn
+from slm_fast.model import AdaptedModel
+from slm_fast.options import ModelConfig
+from slm_fast.schema import check_learned
+from slm_fast.store import Store, check_same
+from slm_fast.task_file import digest_of
+from slm_fast.tasks import LearnedTask, in_name_order
+
+
+class TaskKeeper:
+    """A model whose tasks are those of its store, if it has one: what is added or forgotten is committed."""
+
+    def __init__(self, backbone: Backbone, config: ModelConfig, store: Store | None = None) -> None:
+        self.model = AdaptedModel(backbone, config)
+        self.store = store
+        self._committed: dict[str, str] = {}  # task -> SHA-256 of its file, of the store as this model last knew it
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks known, sorted."""
+        return list(self.model.pool.names)
+
+    @property
+    def learned(self) -> Mapping[str, LearnedTask]:
+        """What is kept of each task, by name."""
+        return MappingProxyType({task.name: task for task in self.model.pool.tasks})
+
+    def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
+        """Take in tasks learned elsewhere: what `learned` holds of another model of the same kind.
+
+        A model that belongs to a store commits them.
+
+        Raises:
+            InputError: a name is taken. WorkError: a task does not fit this model, or the commit failed.
+        """
+        tasks = [learned] if isinstance(learned, LearnedTask) else list(learned)
+        for task in tasks:
+            self.model.check_fits(task)
+            check_learned(task)
+        self.refresh()
+        self._know(tasks)
+
+    def _know(self, tasks: Sequence[LearnedTask]) -> None:
+        """Know more tasks and commit them. Those whose commit fails are known all the same: they took long to learn."""
+        failed: WorkError | None = None
+        with self.model.changing(add=tasks):
+            try:
+                self._commit(add=tasks)
+            except WorkError as error:
+                failed = error
+        if failed is not None:
+            names = ", ".join(task.name for task in tasks)
+            raise WorkError(f"{failed}; {names}: kept in memory, and `save_pretrained` commits it") from None
+
+    def _commit(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
+        if self.store is not None:
+            self.store.commit(add=add, remove=remove)
+            for name in remove:
+                self._committed.pop(name, None)
+            files = {task.name: digest_of(task) for task in add}
+            self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
+
+    def forget(self, name: str) -> None:
+        """Remove a task exactly: what is left is as if it had never been learned.
+
+        Raises InputError for a task that is not there.
+        """
+        self.refresh()
+        known = name in self.learned
+        if not known and name not in self._committed:
+            raise InputError(f"task {name!r}: not learned; tasks: {some_of(self.tasks)}")
+        with self.model.changing(remove=[name] if known else []):
+            if name in self._committed:
+                self._commit(remove=[name])
+
+    def refresh(self) -> None:
+        """Take over what others have done to this model's store: tasks learned there are known, tasks forgotten gone.
+
+        `learn`, `add`, `forget` and `save_pretrained` begin with it. A new task that is damaged is left out, with a
+        warning.
+
+        Raises:
+            InputError: the store is no longer there. WorkError: its manifest is damaged.
+        """
+        if self.store is None:
+            return
+        with self.model.lock:
+            new = {task.name: task for task in self.store.load(known=self._committed, skip_damaged=True)}
+            files, was, gone = dict(self.store.files), self._committed, []
+            for name in self.learned:
+                if name in new or (name in was and files.get(name) != was[name]):
+                    gone.append(name)
+                if name in new and name not in was:
+                    warn(f"task {name!r}: {self.store.path} has another since; what was not committed here is dropped")
+            with self.model.changing(add=list(new.values()), remove=gone):
+                self._committed = files
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write all tasks to a store; from then on learn and forget commit to it.
+
+        A store of the same kind of model that is there is joined: its tasks are known from then on.
+
+        Raises InputError when the store there is of another model, or holds another task of a name.
+        """
+        with self.model.lock:
+            if self.store is not None and Store.exists(path) and os.path.samefile(self.store.path, path):
+                self.refresh()
+                uncommitted = [task for task in self.learned.values() if task.name not in self._committed]
+                self._committed |= self.store.save(uncommitted)
+            else:
+                store = Store.open(path) if Store.exists(path) else Store(path, self.model.about, {})
+                check_same(store.about, self.model.about, str(path), "this model")
+                self._committed = store.save(list(self.learned.values()))
+                self.store = store
+            self.refresh()
+
+    def _set(self, tasks: Sequence[LearnedTask]) -> None:
+        self.model.set_tasks(in_name_order(tasks))

@@ -1,0 +1,271 @@
+"""Windows of rows made ready, and their passes through the backbone: for heads, or to write texts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slm_fast.batching import length_buckets, token_budget
+from slm_fast.data import Row
+from slm_fast.errors import InputError, WorkError, some_of
+from slm_fast.generate import generate
+from slm_fast.model import AdaptedModel, Report
+from slm_fast.ops import Route
+from slm_fast.options import PredictOptions
+from slm_fast.pool import emptied
+from slm_fast.query import TrunkQuery
+from slm_fast.reading import reread
+from slm_fast.tokenization import Encoded
+from slm_fast.windows import TaskID, Window
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that pass together, their places in the window, and their tokens."""
+
+    places: list[int]
+    rows: list[Row]
+    encoded: Encoded
+
+    def some(self, kept: Sequence[int]) -> Batch:
+        """Some of its rows."""
+        return Batch([self.places[i] for i in kept], [self.rows[i] for i in kept], self.encoded.rows(kept))
+
+    def without(self, row: int) -> Batch:
+        """All of its rows but one."""
+        return self.some([i for i in range(len(self.places)) if i != row])
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A window whose rows are tokens.
+
+    first, task: the window's. rows: how many it has. errors: of those that could not be read, by their places.
+    """
+
+    first: int
+    rows: int
+    task: TaskID
+    errors: Mapping[int, WorkError]
+    batches: Sequence[Batch]
+
+
+def tokens_of_a_batch(model: AdaptedModel, options: PredictOptions) -> int:
+    """The tokens of a batch, padding included."""
+    backbone = model.backbone
+    return options.batch_tokens or token_budget(backbone.device.type, backbone.kind, backbone.width)
+
+
+def made_ready(model: AdaptedModel, window: Window, options: PredictOptions) -> Ready:
+    errors = {i: row for i, row in enumerate(window.rows) if isinstance(row, WorkError)}
+    return Ready(window.first, len(window.rows), window.task, errors, _batches(model, window, options))
+
+
+def _batches(model: AdaptedModel, window: Window, options: PredictOptions) -> list[Batch]:
+    """The window's rows in batches. Rows to write texts for are one: the scheduler has them take turns."""
+    places = [i for i, row in enumerate(window.rows) if isinstance(row, Row)]
+    given = [row for row in window.rows if isinstance(row, Row)]
+    readings = model.tokenize(given)
+    if model.backbone.kind == "encoder":
+        lengths = [len(reading.ids) for reading in readings]
+        chosen = length_buckets(lengths, tokens_of_a_batch(model, options), options.batch_size)
+    else:
+        chosen = [list(range(len(readings)))] if readings else []
+    return [
+        Batch([places[i] for i in rows], [given[i] for i in rows], model.collate([readings[i] for i in rows]))
+        for rows in chosen
+    ]
+
+
+def _rows_at_once(model: AdaptedModel, longest: int, options: PredictOptions) -> int:
+    """How many rows write their texts together: as many as a batch's tokens allow."""
+    tokens = options.beams * (longest + options.max_new_tokens)
+    rows = max(1, tokens_of_a_batch(model, options) // tokens)
+    return rows if options.batch_size is None else min(rows, options.batch_size)
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A batch that went through the backbone. Its numbers are still where they were computed, so that a GPU need not
+    wait while they are read."""
+
+    batch: Batch
+    route: Route  # [B, K]
+    winner: Tensor  # [B] the task with the most weight on the route
+    score: list[float] | Tensor  # [B], or of the most probable words [B, W]
+    words: Tensor | None = None  # [B, W] which of the heads' words they are
+    texts: list[str] | None = None  # of a generating backbone
+    finish_reasons: list[str | None] | None = None  # of the texts
+    failed: Sequence[int] = ()  # rows whose query is not finite
+    distance: Tensor | None = None  # [B] of the rows from their tasks
+
+
+def pass_batch(
+    model: AdaptedModel, window: Ready, batch: Batch, options: PredictOptions, report: Report
+) -> list[Passed]:
+    rows, pool = len(batch.places), model.pool
+    several = isinstance(window.task, (list, tuple))
+    task = [window.task[i] for i in batch.places] if window.task and several else window.task
+    slot_mask = _slot_mask(model, task, rows)
+    batch = Batch(batch.places, batch.rows, batch.encoded.to(model.backbone.device))
+    route = model.empty_route(rows) if options.bare or pool.slots == 0 else None
+    if model.backbone.kind != "encoder":
+        return _pass_to_write(model, window, batch, route, slot_mask, options, report)
+    if pool.heads is None:
+        raise InputError("no task is learned yet: an encoder-only backbone has no answer of its own")
+    query = None
+    if route is None and (batch.encoded.query_inputs or model.ahead or not isinstance(model.query, TrunkQuery)):
+        query = model.find_queries(batch.encoded)
+        route = model.route(query, slot_mask)
+    output = model.forward(batch.encoded, route, slot_mask=slot_mask)
+    query = output.query if query is None else query
+    route, distance = _measured(model, query, output.route, options)
+    # Where the task is given, its answers are its own, whatever else is learned.
+    known = None if query is None or task is not None else model.router.label_scores(query, route.slot_ids)
+    prior = None if known is None else pool.heads.prior(*known)
+    report(rows)
+    return [_marked(model, batch, output.hidden, route, options, prior, distance)]
+
+
+def _marked(
+    model: AdaptedModel,
+    batch: Batch,
+    hidden: Tensor,
+    route: Route,
+    options: PredictOptions,
+    prior: Tensor | None = None,
+    distance: Tensor | None = None,
+) -> Passed:
+    """What the heads say of last hidden states [B, T, H]."""
+    pool, mask = model.pool, batch.encoded.attention_mask
+    assert pool.heads is not None
+    winner = pool.task_weights(route).argmax(1)
+    features = pool.heads.features(TrunkQuery.pool(hidden, mask), hidden, mask, winner)
+    weighed = _winners_alone(model, route, winner) if options.head == "winner" else route
+    answer = pool.heads.answer(features, pool.slot_task, weighed, prior)
+    if options.top_k == 1:
+        score, words = answer.max(1, keepdim=True)
+    else:  # of equal probabilities the first word, as max has it
+        score, words = answer.sort(dim=1, descending=True, stable=True)
+        score, words = score[:, : options.top_k], words[:, : options.top_k]
+    return Passed(batch, route, winner, score, words, distance=distance)
+
+
+def _measured(
+    model: AdaptedModel, query: Tensor | None, route: Route, options: PredictOptions
+) -> tuple[Route, Tensor | None]:
+    """The route, empty for rows that are abstained from, and how far rows are from their tasks [B], if that is asked
+    for."""
+    if query is None or not options.measures:
+        return route, None
+    distance = model.distance(query, route)
+    share = options.abstain_share
+    return (route if share is None else emptied(route, distance > share)), distance
+
+
+def _pass_to_write(
+    model: AdaptedModel,
+    window: Ready,
+    batch: Batch,
+    route: Route | None,
+    slot_mask: Tensor | None,
+    options: PredictOptions,
+    report: Report,
+) -> list[Passed]:
+    """Texts for the rows of a window; labels for those that an imported task's head answers."""
+    rows, at_once = len(batch.places), _rows_at_once(model, batch.encoded.input_ids.shape[1], options)
+    distance = None
+    if route is None and (batch.encoded.query_inputs or options.measures or model.ahead):
+        parts = [
+            model.find_queries(batch.encoded.rows(range(start, min(start + at_once, rows))))
+            for start in range(0, rows, at_once)
+        ]
+        query = torch.cat(parts)
+        route, distance = _measured(model, query, model.route(query, slot_mask), options)
+    if route is None or model.pool.imported is None:
+        return [_write(model, window, batch, route, slot_mask, options, report, distance)]
+    best = [model.pool.tasks[i] for i in model.pool.slot_task[route.slot_ids[:, 0].clamp(min=0)].tolist()]
+    tasks = [task if slot >= 0 else None for task, slot in zip(best, route.slot_ids[:, 0].tolist(), strict=True)]
+    adapters = [task.adapter if task else None for task in tasks]
+    if model.backbone.kind == "causal":
+        limit = model.config.max_length or 0
+        encoded = reread(batch.rows, adapters, batch.encoded, model.backbone.tokenization, limit)
+        batch = Batch(batch.places, batch.rows, encoded)
+    marked = [i for i, task in enumerate(tasks) if task and task.head]
+    written = [i for i in range(rows) if i not in set(marked)]
+    passed = []
+    for start in range(0, len(marked), at_once):
+        some = marked[start : start + at_once]
+        part, own = batch.some(some), Route(route.slot_ids[some], route.weights[some])
+        hidden = model.forward(part.encoded, own).hidden
+        far = None if distance is None else distance[some]
+        passed.append(_marked(model, part, hidden, own, options, distance=far))
+        report(len(some))
+    if written:
+        own, far = (
+            Route(route.slot_ids[written], route.weights[written]),
+            None if distance is None else distance[written],
+        )
+        ends = [adapter.ends if (adapter := adapters[i]) else () for i in written]
+        passed.append(_write(model, window, batch.some(written), own, None, options, report, far, ends))
+    return passed
+
+
+def _write(
+    model: AdaptedModel,
+    window: Ready,
+    batch: Batch,
+    route: Route | None,
+    slot_mask: Tensor | None,
+    options: PredictOptions,
+    report: Report,
+    distance: Tensor | None,
+    ends: Sequence[Collection[int]] = (),
+) -> Passed:
+    """Texts for rows, as many at once as fit a batch. ends: tokens that end each one's, beside the backbone's."""
+    rows, at_once = len(batch.places), _rows_at_once(model, batch.encoded.input_ids.shape[1], options)
+    # Each row samples from a seed of its own, so that it does not matter which rows run beside it.
+    seeds = [options.seed + window.first + place for place in batch.places]
+    written = generate(
+        model,
+        batch.encoded,
+        options,
+        seeds=seeds,
+        max_rows=at_once,
+        route=route,
+        slot_mask=slot_mask,
+        ends=ends,
+        report=report,
+    )
+    pool, found = model.pool, written.route
+    winner = pool.task_weights(found).argmax(1) if pool.slots else torch.zeros(rows, dtype=torch.int64)
+    return Passed(
+        batch,
+        found,
+        winner,
+        written.scores,
+        texts=written.texts,
+        finish_reasons=written.finish_reasons,
+        failed=written.failed,
+        distance=distance,
+    )
+
+
+def _slot_mask(model: AdaptedModel, task: str | Sequence[str] | None, rows: int) -> Tensor | None:
+    if task is None:
+        return None
+    names = [task] * rows if isinstance(task, str) else list(task)
+    for name in names:
+        if name not in model.pool.names:
+            raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
+    return torch.stack([model.pool.slots_of(name) for name in names])
+
+
+def _winners_alone(model: AdaptedModel, route: Route, winner: Tensor) -> Route:
+    """The route with the weights of the best task's slots only, which sum to 1."""
+    own = model.pool.slot_task[route.slot_ids.clamp(min=0)] == winner[:, None]
+    kept = route.weights * own
+    return Route(route.slot_ids, kept / kept.sum(1, keepdim=True).clamp(min=1e-12))

@@ -1,0 +1,120 @@
+"""Random LoRA adapters of PEFT's own making, on the tiny backbones of `models.py`, and what PEFT says with them."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from models import BACKBONES, make_model, make_slm, make_tokenizer, sentence
+from torch import Tensor, nn
+
+from slm_fast import ScalableLM
+from slm_fast.data import Row
+
+TINY = {
+    "bert": ("query", "value", "intermediate.dense"),
+    "roberta": ("query", "key", "output.dense"),
+    "llama": ("q_proj", "v_proj", "down_proj"),
+    "qwen2": ("k_proj", "o_proj", "gate_proj"),
+    "t5": ("q", "v", "wo"),
+}
+
+
+def base_of(name: str, labels: int | None = None) -> Any:
+    """A backbone of `models.py` as PEFT gets it; with labels its class for sequence classification, and a head that is
+    not the same for all of them."""
+    if labels is None:
+        return make_model(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return make_slm(name).model.backbone.twin(labels)
+
+
+def write_adapter(
+    folder: Path, name: str, *, labels: int | None = None, seed: int = 0, scale: float = 0.3, **config: Any
+) -> Any:
+    """A random adapter as PEFT saves it; the model that it is on."""
+    encoder = BACKBONES[name][0] == "encoder"
+    labels = 3 if encoder and labels is None else labels
+    config = {"r": 4, "target_modules": list(TINY[name]), **config}
+    if labels is not None:
+        config["task_type"] = "SEQ_CLS"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(base_of(name, labels), peft.LoraConfig(**config)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+            elif "modules_to_save" in key:
+                parameter.data = torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(folder)
+    return model
+
+
+def loaded(folder: Path, name: str, labels: int | None = None) -> Any:
+    """An adapter's folder as PEFT loads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base_of(name, labels), str(folder)).eval()
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, name: str, text: str) -> Tensor:
+    """What a transformers model says of a text, alone and unpadded."""
+    ids = torch.tensor([make_tokenizer(name)(text)["input_ids"]])
+    start = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.int64)} if BACKBONES[name][0] == "seq2seq" else {}
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **start).logits
+    return logits
+
+
+@torch.no_grad()
+def written_by(model: Any, name: str, text: str, *, beams: int = 1, tokens: int = 6) -> str:
+    """What a transformers model writes to a text."""
+    tokenizer = make_tokenizer(name)
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    settings = {"max_new_tokens": tokens, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    new = out[0, ids.shape[1] if BACKBONES[name][0] == "causal" else 1 :]
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def texts(topic: str, count: int = 24, seed: int = 0) -> list[str]:
+    rng = random.Random(f"{topic}/{seed}")
+    return [sentence(topic, rng) for _ in range(count)]
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change an adapter's configuration."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+@torch.no_grad()
+def our_logits(slm: ScalableLM, text: str, task: str) -> Tensor:
+    """What a writing backbone says of a text on a task's route, the prompt unchanged."""
+    model = slm.model
+    rows = slm.model.backbone.tokenization.tokenize([Row(text).prompt], 128, separator=False)[0]
+    encoded = model.backbone.tokenization.collate(rows)
+    route = model.find_routes(encoded, slot_mask=model.pool.slots_of(task))
+    inputs = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
+    if model.backbone.kind == "seq2seq":
+        inputs["decoder_input_ids"] = torch.zeros(1, 1, dtype=torch.int64)
+    out, _, _ = model.call(lambda: model.backbone.model(**inputs), encoded.attention_mask, route)
+    logits: Tensor = out.logits
+    return logits
+
+
+def probabilities(slm: ScalableLM, rows: Sequence[str], task: str | None = None) -> Tensor:
+    """[N, C] of labels in their order, as `predict` gives them."""
+    found = slm.predict(rows, top_k=None, task=task)
+    words = sorted({word for one in found for word in one.probabilities or {}})
+    return torch.tensor([[(one.probabilities or {}).get(word, 0.0) for word in words] for one in found])

@@ -1,0 +1,122 @@
+"""Tasks as adapters: PEFT loads them and gives what the routed model gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import knows, learned, make_slm, one_thread, random_task  # noqa: F401
+from peft_adapters import base_of, loaded, logits_of, our_logits, probabilities, texts, write_adapter
+from safetensors.torch import load_file
+
+from slm_fast import InputError, ScalableLM
+from slm_fast.ops import Route
+from slm_fast.tasks import LearnedTask
+
+ENCODERS = ("bert", "roberta")
+
+
+def with_a_task(name: str, **options: object) -> ScalableLM:
+    slm = make_slm(name, router="dtkr", groups=4, k=4) if options.get("slots", 1) != 1 else make_slm(name)
+    knows(slm, random_task(slm, "farm", labels=("no", "yes") if name in ENCODERS else None, **options))
+    return slm
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "qwen2"])
+def test_peft_merges_an_exported_task_into_what_the_routed_model_is(tmp_path: Path, name: str) -> None:
+    slm = with_a_task(name, rank=5)
+    slm.export_adapter("farm", tmp_path)
+    merged = loaded(tmp_path, name).merge_and_unload()
+    for text in texts("farm", 3):
+        theirs = logits_of(merged, name, text)
+        assert float((our_logits(slm, text, "farm") - theirs).abs().max()) < 1e-4
+        assert float((logits_of(base_of(name), name, text) - theirs).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoders_own_head_stands_beside_the_adapter(tmp_path: Path, name: str) -> None:
+    slm = with_a_task(name, rank=3)
+    slm.export_adapter("farm", tmp_path)
+    head = load_file(tmp_path / "slm_fast_head.safetensors")
+    merged = loaded(tmp_path, name).merge_and_unload()
+    rows = texts("farm", 3)
+    for text, ours in zip(rows, probabilities(slm, rows, "farm"), strict=True):
+        ids = torch.tensor([slm.model.backbone.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            pooled = merged(input_ids=ids).last_hidden_state.mean(1)
+        theirs = (pooled @ head["head.weight"].T + head["head.bias"]).softmax(1)[0]
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert "slm_fast_head.safetensors" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", [*ENCODERS, "llama"])
+def test_an_imported_head_goes_out_as_the_familys_class_has_it(tmp_path: Path, name: str) -> None:
+    model = write_adapter(tmp_path / "in", name, labels=3, r=3)
+    slm = make_slm(name)
+    slm.import_adapter(tmp_path / "in", "sky", texts("sky"))
+    slm.export_adapter("sky", tmp_path / "out")
+    again = loaded(tmp_path / "out", name, labels=3)
+    merged = again.merge_and_unload()
+    for text in texts("sky", 3, seed=1):
+        torch.testing.assert_close(logits_of(merged, name, text), logits_of(model, name, text), atol=1e-4, rtol=0)
+
+
+def same(one: LearnedTask, other: LearnedTask) -> bool:
+    parts = [
+        ([t for pair in task.values.values() for t in pair], task.head or (), task.dense or ()) for task in (one, other)
+    ]
+    assert one.values.keys() == other.values.keys()
+    assert one.labels == other.labels
+    return all(
+        torch.equal(a, b) for mine, theirs in zip(*parts, strict=True) for a, b in zip(mine, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "llama"])
+def test_what_goes_out_comes_in_with_the_same_tensors(tmp_path: Path, name: str) -> None:
+    slm = with_a_task(name)
+    write_adapter(tmp_path / "peft", name, r=11, rank_pattern={"value": 2, "v_proj": 2, "wo": 2}, use_rslora=True)
+    slm.import_adapter(tmp_path / "peft", "sky", texts("sky"))
+    for task in ("farm", "sky"):
+        slm.export_adapter(task, tmp_path / task)
+        found = slm.import_adapter(tmp_path / task, f"{task}-again", texts(task), check=True)
+        assert found is not None
+        assert found < 1e-4
+        assert same(learned(slm, task), learned(slm, f"{task}-again"))
+
+
+def test_a_learned_task_that_comes_back_reads_the_prompt_it_was_learned_on(tmp_path: Path) -> None:
+    slm = with_a_task("llama")
+    slm.export_adapter("farm", tmp_path)
+    slm.import_adapter(tmp_path, "back", texts("farm"))
+    rows = texts("farm", 4, seed=2)
+    mine, back = (slm.predict(rows, task=task, max_new_tokens=5) for task in ("farm", "back"))
+    assert [one.text for one in back] == [one.text for one in mine]
+
+
+def test_several_slots_need_fixed_weights_and_are_then_concatenated(tmp_path: Path) -> None:
+    slm = with_a_task("llama", slots=3, rank=2)
+    with pytest.raises(InputError, match=r"its 3 slots are weighed by the input, which an adapter cannot; weights"):
+        slm.export_adapter("farm", tmp_path)
+    with pytest.raises(InputError, match="weights: expected 3, one for each slot of task 'farm', got 2"):
+        slm.export_adapter("farm", tmp_path, weights=[0.5, 0.5])
+    weights = [0.5, 0.3, 0.2]
+    slm.export_adapter("farm", tmp_path, weights=weights)
+    merged = loaded(tmp_path, "llama").merge_and_unload()
+    text = texts("farm", 1)[0]
+    ids = torch.tensor([slm.model.backbone.tokenizer(text)["input_ids"]])
+    route = Route(torch.tensor([[0, 1, 2]]), torch.tensor([weights]))
+    with torch.no_grad():
+        out, _, _ = slm.model.call(lambda: slm.model.backbone.model(input_ids=ids), torch.ones_like(ids), route)
+    torch.testing.assert_close(out.logits, logits_of(merged, "llama", text), atol=1e-4, rtol=0)
+
+
+def test_nothing_is_overwritten_and_a_task_has_to_be_there(tmp_path: Path) -> None:
+    slm = with_a_task("t5")
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="is there already; expected a folder that is empty or not there"):
+        slm.export_adapter("farm", tmp_path)
+    with pytest.raises(InputError, match="task 'sea': not learned; tasks: farm"):
+        slm.export_adapter("sea", tmp_path / "sea")
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]

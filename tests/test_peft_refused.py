@@ -1,0 +1,246 @@
+"""Adapters that cannot be imported: one line each, with the field and what to do; nothing is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from models import make_model, make_slm, make_tokenizer, one_thread  # noqa: F401
+from peft_adapters import edit, texts, write_adapter
+from safetensors.torch import load_file, save_file
+
+from slm_fast import InputError, ScalableLM, SlmError, WorkError
+from slm_fast.errors import SlmWarning
+from slm_fast.integrations.peft_files import check_config, read_adapter
+
+QUERY = "base_model.model.model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    write_adapter(folder, "llama")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def slm() -> ScalableLM:
+    return make_slm("llama")
+
+
+@pytest.fixture
+def adapter(llama: Path, tmp_path: Path) -> Path:
+    """An adapter that a test may damage."""
+    return Path(shutil.copytree(llama, tmp_path / "adapter"))
+
+
+def refused(
+    slm: ScalableLM, adapter: Path | str, *parts: str, status: int = 2, examples: list[str] | None = None
+) -> None:
+    """The import fails with one line that has these parts, and the model knows nothing more."""
+    with pytest.raises(SlmError) as caught:
+        slm.import_adapter(adapter, "sky", texts("sky") if examples is None else examples)
+    said = str(caught.value)
+    assert "\n" not in said
+    for part in parts:
+        assert part in said
+    assert caught.value.status == status
+    assert slm.tasks == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("peft_type", "PREFIX_TUNING", "virtual tokens"),
+        ("peft_type", "PROMPT_TUNING", "virtual tokens"),
+        ("peft_type", "IA3", "expected LORA, got 'IA3'"),
+        ("use_dora", True, "DoRA scales the columns"),
+        ("use_qalora", True, "QALoRA"),
+        ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
+        ("lora_bias", True, "biases"),
+        ("bias", "all", "expected 'none', got 'all'"),
+        ("bias", "lora_only", "expected 'none', got 'lora_only'"),
+        ("init_lora_weights", "pissa", "path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "pissa_niter_4", "changed the base's weights"),
+        ("init_lora_weights", "olora", "changed the base's weights"),
+        ("init_lora_weights", "corda", "changed the base's weights"),
+        ("init_lora_weights", "loftq", "changed the base's weights"),
+        ("init_lora_weights", "lora_ga", "changed the base's weights"),
+        ("loftq_config", {"loftq_bits": 4}, "LoftQ"),
+        ("layer_replication", [[0, 2]], "repeats layers"),
+        ("trainable_token_indices", [1, 2], "embeddings"),
+        ("target_parameters", ["mlp.experts"], "no linear layers"),
+        ("alora_invocation_tokens", [5], "some tokens only"),
+        ("arrow_config", {"top_k": 2}, "import those one by one"),
+        ("megatron_core", "other.core", "not known"),
+        ("qalora_group_size", 32, "not known"),
+        ("a_new_field", {"on": True}, "not known"),
+        ("lora_alpha", "high", "expected numbers"),
+        ("alpha_pattern", {"(": 3}, "no regular expression"),
+    ],
+)
+def test_a_field_that_asks_for_more_than_lora_is_named(
+    slm: ScalableLM, adapter: Path, field: str, value: object, said: str
+) -> None:
+    edit(adapter, lambda config: config.update({field: value}))
+    refused(slm, adapter, "adapter_config.json", field, said)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("a_new_field", value) for value in (None, False, "", [], {})],
+        *[("init_lora_weights", value) for value in (True, False, "gaussian", "eva", "orthogonal")],
+        ("fan_in_fan_out", True),
+        ("target_modules", None),
+        ("megatron_core", "megatron.core"),
+    ],
+)
+def test_a_field_that_asks_for_nothing_is_accepted(adapter: Path, field: str, value: object) -> None:
+    edit(adapter, lambda config: config.update({field: value}))
+    assert len(read_adapter(adapter).lora) == 9
+
+
+def test_every_default_of_the_installed_peft_is_accepted() -> None:
+    config = peft.LoraConfig()
+    found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    check_config(found | {"peft_type": "LORA"}, Path("adapter_config.json"))
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        found = load_file(folder / "adapter_model.safetensors")
+        change(found)
+        save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / "adapter_model.safetensors")
+
+    return damage
+
+
+def more(name: str, *shape: int) -> Callable[[Path], None]:
+    return tensors(lambda found: found.update({f"base_model.model.{name}": torch.ones(*shape)}))
+
+
+def rank_zero(found: dict[str, torch.Tensor]) -> None:
+    found[f"{QUERY}.lora_A.weight"] = torch.zeros(0, 32)
+    found[f"{QUERY}.lora_B.weight"] = torch.zeros(32, 0)
+
+
+def rename(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "status", "parts"),
+    [
+        (tensors(rank_zero), 1, ("q_proj", "rank 0")),
+        (tensors(lambda f: f[f"{QUERY}.lora_B.weight"].__setitem__((0, 0), torch.nan)), 1, ("q_proj", "not finite")),
+        (tensors(lambda f: f[f"{QUERY}.lora_B.weight"].mul_(1e9)), 1, ("q_proj", "expected numbers from")),
+        (tensors(lambda f: f.pop(f"{QUERY}.lora_B.weight")), 1, ("q_proj", "lora_A alone")),
+        (tensors(lambda f: f.clear()), 2, ("no increments",)),
+        (more(f"{QUERY.removeprefix('base_model.model.')}.lora_magnitude_vector", 32), 2, ("DoRA",)),
+        (more("model.embed_tokens.weight", 9, 32), 2, ("embed_tokens", "trained embeddings")),
+        (more("model.embed_tokens.lora_embedding_A", 2, 9), 2, ("embeddings",)),
+        (more("model.layers.0.input_layernorm.weight", 32), 2, ("input_layernorm", "norms")),
+        (more("lm_head.weight", 9, 32), 2, ("lm_head", "output layer")),
+        (more("v_head.weight", 1, 32), 2, ("modules_to_save", "v_head")),
+        (more("score.weight", 1, 32), 2, ("one output",)),
+        (rename, 2, ("adapter_model.bin is pickled", "save it again")),
+        (lambda f: (f / "adapter_model.safetensors").unlink(), 2, ("no adapter_model.safetensors",)),
+        (lambda f: (f / "adapter_config.json").unlink(), 2, ("no adapter_config.json",)),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), 2, ("a full model (model.safetensors) and an adapter",)),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"nonsense"), 1, ("damaged",)),
+        (lambda f: (f / "adapter_config.json").write_text("{"), 1, ("adapter_config.json", "cannot be read")),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), 1, ("expected a JSON object",)),
+    ],
+)
+def test_a_damaged_adapter_or_one_of_more_than_lora_is_refused(
+    slm: ScalableLM, adapter: Path, damage: Callable[[Path], object], status: int, parts: tuple[str, ...]
+) -> None:
+    damage(adapter)
+    refused(slm, adapter, *parts, status=status)
+
+
+def test_lora_on_the_output_layer_is_refused(slm: ScalableLM, tmp_path: Path) -> None:
+    write_adapter(tmp_path, "llama", target_modules=["q_proj", "lm_head"])
+    refused(slm, tmp_path, "lm_head", "output layer")
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_an_adapter_for_another_base_is_refused(slm: ScalableLM, tmp_path: Path, llama: Path, name: str) -> None:
+    write_adapter(tmp_path, "bert")
+    other, adapter = (slm, tmp_path) if name == "llama" else (make_slm("bert"), llama)
+    refused(other, adapter, "no such layer", "another base")
+
+
+def test_an_adapter_of_other_widths_is_refused(slm: ScalableLM, adapter: Path) -> None:
+    tensors(lambda f: f.update({f"{QUERY}.lora_A.weight": torch.ones(4, 64)}))(adapter)
+    edit(adapter, lambda config: config.update(base_model_name_or_path="org/wide"))
+    refused(slm, adapter, "q_proj.lora_A: expected [4, 32] for this backbone, got [4, 64]", "'org/wide'")
+
+
+def test_an_adapter_for_another_vocabulary_is_refused(slm: ScalableLM, adapter: Path) -> None:
+    tokenizer = make_tokenizer("llama")
+    tokenizer.save_pretrained(adapter)
+    slm.import_adapter(adapter, "same", texts("sky"))
+    slm.forget("same")
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(adapter)
+    refused(slm, adapter, "tokenizer.json", "'<tool>'", "no such token", "another vocabulary")
+
+
+def test_an_encoders_adapter_without_a_head_is_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "bert")
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: t for key, t in load_file(file).items() if "classifier" not in key}, file)
+    refused(make_slm("bert"), tmp_path, "has no head", "SEQ_CLS")
+
+
+def test_a_head_that_reads_a_pooler_which_the_checkpoint_lacks_is_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapter", "bert")
+    model = make_model("bert")
+    model.pooler = None
+    model.save_pretrained(tmp_path / "backbone")
+    make_tokenizer("bert").save_pretrained(tmp_path / "backbone")
+    slm = ScalableLM.from_backbone(tmp_path / "backbone")
+    refused(slm, tmp_path / "adapter", "its head reads BERT's pooler, which this backbone was loaded without")
+
+
+def test_labels_have_to_be_those_of_the_head(slm: ScalableLM, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"labels: .* has no head"):
+        slm.import_adapter(llama, "sky", texts("sky"), labels=["a", "b"])
+    write_adapter(tmp_path, "bert", labels=3)
+    bert = make_slm("bert")
+    with pytest.raises(InputError, match="labels: expected 3 words, as the adapter's head has, got 2"):
+        bert.import_adapter(tmp_path, "sky", texts("sky"), labels=["a", "b"])
+    with pytest.raises(InputError, match="labels: 'a' stands there twice"):
+        bert.import_adapter(tmp_path, "sky", texts("sky"), labels=["a", "b", "a"])
+
+
+def test_examples_are_needed_and_few_are_warned_of(slm: ScalableLM, llama: Path) -> None:
+    refused(slm, llama, "examples: expected some texts", examples=[])
+    with pytest.warns(SlmWarning, match="examples: 3 texts; about 50"):
+        slm.import_adapter(llama, "few", texts("sky", 3))
+    slm.forget("few")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "nowhere/at/all", "nowhere"])
+def test_a_folder_that_is_not_there_is_said(slm: ScalableLM, name: str) -> None:
+    refused(slm, name, name, "no such folder")
+
+
+def test_a_name_of_the_hub_that_cannot_be_had_is_said(slm: ScalableLM) -> None:
+    refused(slm, "nobody/nothing", "cannot be had from the hub")
+
+
+def test_a_task_whose_layers_the_backbone_does_not_have_is_refused_when_it_comes(llama: Path) -> None:
+    slm = make_slm("llama")
+    slm.import_adapter(llama, "sky", texts("sky"))
+    task = slm.learned["sky"]
+    values = {**task.values, "model.layers.9.mlp.up_proj": next(iter(task.values.values()))}
+    with pytest.raises(WorkError, match=r"values\.model\.layers\.9\.mlp\.up_proj: the backbone has no such layer"):
+        make_slm("llama").add(dataclasses.replace(task, values=values))
