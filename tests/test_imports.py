@@ -17,7 +17,8 @@ PACKAGE = Path(slm_fast.__file__).parent
 # From the top down. A module, or a folder of them, may import what stands in its own row or below.
 LAYERS = (
     ("cli", "server", "integrations"),
-    ("demo", "report"),
+    ("demo", "report", "jobs"),
+    ("worker",),
     ("slm",),
     ("learn", "evaluate", "predict_file", "tables", "measures"),
     ("predict", "examples", "origin", "resume"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from slm_fast.cli.arguments import (
     Verbs,
@@ -14,17 +17,18 @@ from slm_fast.cli.arguments import (
     add_reading_options,
     add_task_files,
     check_stdin,
+    complain,
     fields_of,
     named_files,
     open_store,
     read_tasks,
     set_threads,
 )
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, SlmError, WorkError
 from slm_fast.options import LearnOptions, ModelConfig
 
 if TYPE_CHECKING:
-    from slm_fast.data import Task
+    from slm_fast.jobs import Job, Workers
     from slm_fast.slm import ScalableLM
 
 PATIENCE, PAUSE = 600.0, 5.0  # seconds in which a learned task must be committed, and between two tries
@@ -35,6 +39,8 @@ def add(verbs: Verbs) -> None:
     about = "training file: csv, tsv, jsonl, json or parquet with text,label; instruction,input,output; or messages"
     add_task_files(learn, f"{about}; - is standard input")
     learn.add_argument("--valid", action="append", default=[], metavar="NAME=FILE", help="a task's validation file")
+    about = "learn so many tasks at a time, each in a process of its own with a share of the threads"
+    learn.add_argument("--jobs", type=int, default=1, metavar="N", help=about)
     add_reading_options(learn)
     add_label_files(learn)
     add_device_options(learn, "float32")
@@ -79,10 +85,30 @@ def _add_learn_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from slm_fast.learn import check_task
-    from slm_fast.slm import ScalableLM
-    from slm_fast.store import Store
 
     # Everything that can be wrong with the call is found before anything is learned.
+    jobs, given = _read(arguments), {k: v for k, v in fields_of(arguments, ModelConfig).items() if v is not None}
+    count = _count(arguments, jobs)
+    _check_store(arguments, given)
+    with ExitStack() as stack:
+        workers = stack.enter_context(_workers(arguments, count, given)) if count > 1 else None
+        slm = _open(arguments, given)
+        for task, options, valid in jobs:
+            check_task(slm.model, task, valid, options.max_length)
+            slm.knows(task, options, valid=valid)
+        if slm.store is None:
+            slm.save_pretrained(arguments.store)
+        if workers is not None:
+            return _learn_side_by_side(slm, workers, jobs)
+        for job in jobs:
+            _learn(slm, job)
+    return 0
+
+
+def _read(arguments: argparse.Namespace) -> list[Job]:
+    """The tasks of a call, as files and options say."""
+    from slm_fast.jobs import Job
+
     files, valid_files = named_files(arguments.tasks), named_files(arguments.valid)
     for name in valid_files:
         if name not in files:
@@ -92,9 +118,14 @@ def run(arguments: argparse.Namespace) -> int:
     known = {task.name: task.labels or () for task in tasks}
     valid = read_tasks(arguments, valid_files, training=False, known=known)
     valid = {name: task.spelled_as(known[name]) for name, task in valid.items()}
-    options = fields_of(arguments, LearnOptions)
-    LearnOptions(**options)
-    given = {name: value for name, value in fields_of(arguments, ModelConfig).items() if value is not None}
+    options = LearnOptions(**fields_of(arguments, LearnOptions))
+    return [Job(task, options, valid.get(task.name)) for task in tasks]
+
+
+def _check_store(arguments: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Raise InputError unless the store is there, made with what is given, or can be made."""
+    from slm_fast.store import Store
+
     if Store.exists(arguments.store):
         store = Store.open(arguments.store)
         for name, value in given.items():
@@ -102,43 +133,105 @@ def run(arguments: argparse.Namespace) -> int:
             if name != "max_length" and (list(value) if isinstance(value, tuple) else value) != kept:
                 raise InputError(f"--{name.replace('_', '-')}: {arguments.store} was made with {kept!r}")
         store.check_writable()
-        slm = open_store(arguments)
-    else:
-        if arguments.backbone is None:
-            raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
-        set_threads(arguments.threads)
-        slm = ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
-    for task in tasks:
-        check_task(slm.model, task, valid.get(task.name), options.get("max_length"))
-        slm.knows(task, LearnOptions(**options), valid=valid.get(task.name))
-    if slm.store is None:
-        slm.save_pretrained(arguments.store)
-    for task in tasks:
-        done = "kept" if task.name in slm.learned else "learned"
-        _learn(slm, task, LearnOptions(**options), valid.get(task.name))
-        held = f"{arguments.store} holds {len(Store.open(arguments.store).files)}"
-        print(f"{done} {task.name} from {len(task.rows)} rows; {held}", file=sys.stderr)
-    return 0
+    elif arguments.backbone is None:
+        raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
 
 
-def _learn(slm: ScalableLM, task: Task, options: LearnOptions, valid: Task | None) -> None:
-    """Learn a task. One that is learned and cannot be committed is tried again: whoever made the disk full, or keeps
-    the store, has some time to mend it."""
+def _open(arguments: argparse.Namespace, given: Mapping[str, Any]) -> ScalableLM:
+    """The store's model; for one that is not there yet, a new one, which is not saved."""
+    from slm_fast.slm import ScalableLM
+    from slm_fast.store import Store
+
+    if Store.exists(arguments.store):
+        return open_store(arguments)
+    set_threads(arguments.threads)
+    return ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
+
+
+def _count(arguments: argparse.Namespace, jobs: Sequence[Job]) -> int:
+    """How many workers the tasks of a call get."""
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs: expected at least 1, got {arguments.jobs}")
+    if arguments.jobs > 1 and (arguments.joint or arguments.warm_start is True):
+        flag = "--joint" if arguments.joint else "--warm-start without a TASK"
+        raise InputError(f"--jobs: does not go with {flag}, where a task depends on those learned before it")
+    return min(arguments.jobs, len(jobs))
+
+
+def _workers(arguments: argparse.Namespace, count: int, given: Mapping[str, Any]) -> Workers:
+    """Processes that learn, with the model of the store, or of the call where there is no store yet."""
+    from slm_fast.jobs import Workers
+    from slm_fast.store import Store
+
+    set_threads(arguments.threads)
+    how = {"dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads}
+    if not Store.exists(arguments.store):
+        return Workers(count, arguments.backbone, given, **how)
+    store = Store.open(arguments.store)
+    start = arguments.warm_start  # one that is not there is found out with the model
+    how["start"] = store.read(start)[1] if start in store.files else b""
+    return Workers(count, arguments.backbone or store.about["backbone"], store.about["config"], **how)
+
+
+def _learn(slm: ScalableLM, job: Job) -> None:
+    """Learn a task here, and commit it."""
+    done = "kept" if job.task.name in slm.learned else "learned"
+    _commit(slm, job, lambda: slm.learn(job.task, job.options, valid=job.valid), done)
+
+
+def _learn_side_by_side(slm: ScalableLM, workers: Workers, jobs: Sequence[Job]) -> int:
+    """Let workers learn tasks and commit each as it comes: the exit status. A task that cannot be learned keeps no
+    other from it."""
+    from slm_fast.progress import bar
+
+    status, new = 0, []
+    for job in jobs:
+        if slm.knows(*job[:2], valid=job.valid):
+            _learn(slm, job)  # which says so
+        else:
+            new.append(job)
+    with bar(f"{len(new)} tasks", sum(len(job.task.rows) for job in new)) as advance:
+        for job, learned in workers.learn(slm, new):
+            try:
+                if isinstance(learned, SlmError):
+                    raise learned
+                slm.refresh()
+                if slm.knows(*job[:2], valid=job.valid):  # somebody else has learned it meanwhile
+                    _learn(slm, job)
+                else:
+                    _commit(slm, job, partial(slm.add, learned), "learned")
+            except SlmError as error:
+                if job.task.name in slm.learned:  # the commits of others would fail, too
+                    raise
+                status = complain(str(error), error.status)
+            advance(len(job.task.rows))
+    return status
+
+
+def _commit(slm: ScalableLM, job: Job, act: Callable[[], None], done: str) -> None:
+    """Do what commits a task, and say so. One that is learned and cannot be committed is tried again: whoever made the
+    disk full, or keeps the store, has some time to mend it."""
     assert slm.store is not None
+    last: WorkError | None = None
     try:
-        return slm.learn(task, options, valid=valid)
+        act()
     except WorkError as error:
-        if task.name not in slm.learned:
+        if job.task.name not in slm.learned:
             raise
-        last, until = error, time.monotonic() + PATIENCE
-    while time.monotonic() < until:
+        last = error
+    until = time.monotonic() + PATIENCE
+    while last is not None and time.monotonic() < until:
         print(f"slm-fast: warning: {last.args[0].partition(';')[0]}; trying again (Ctrl-C gives up)", file=sys.stderr)
         time.sleep(PAUSE)
         try:
-            return slm.save_pretrained(slm.store.path)
+            slm.save_pretrained(slm.store.path)
+            last = None
         except WorkError as error:
             last = error
-    raise last
+    if last is not None:
+        raise last
+    held = f"{slm.store.path} holds {len(type(slm.store).open(slm.store.path).files)}"
+    print(f"{done} {job.task.name} from {len(job.task.rows)} rows; {held}", file=sys.stderr)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
