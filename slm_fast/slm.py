@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from slm_fast.backbone import Backbone, load_backbone
 from slm_fast.data import Task, checked, rows_to_answer
+from slm_fast.distributed import ALONE, Processes
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, as_task, evaluate
 from slm_fast.learn import check_task, learn_task
@@ -174,11 +175,26 @@ class ScalableLM:
             self.refresh()
         if self.knows(task, chosen, valid=valid):
             return warn(f"task {task.name!r}: already learned from the same rows and options; kept as it is")
+        self._know([self.train(task, chosen, valid=valid, progress=progress)])
+
+    def train(
+        self,
+        task: Task,
+        options: LearnOptions,
+        *,
+        valid: Task | None = None,
+        progress: bool | None = None,
+        processes: Processes = ALONE,
+    ) -> LearnedTask:
+        """What a task is learned to, for `add`; the model does not know it yet. Several processes may do it together.
+
+        Raises: as `learn`.
+        """
         with memory_for(f"task {task.name!r}"):
-            learned = learn_task(self.model, task, chosen, valid=valid, progress=progress)
+            learned = learn_task(self.model, task, options, valid=valid, progress=progress, processes=processes)
         learned = replace(learned, origin=origin(self.model, task, learned.options, valid))
         check_learned(learned)
-        self._know([learned])
+        return learned
 
     def knows(self, task: Task, options: LearnOptions | None = None, *, valid: Task | None = None) -> bool:
         """Whether this very task is learned already, from the same rows and options; `learn` then does nothing.
@@ -311,6 +327,7 @@ class ScalableLM:
         encoding: str | None = None,
         text: str | None = None,
         task: str | None = None,
+        shard: tuple[int, int] | None = None,
         strict: bool = False,
         overwrite: bool = False,
         progress: bool | None = None,
@@ -324,6 +341,7 @@ class ScalableLM:
             source, format, delimiter, encoding: a file as for `Task.from_file`, a pipe, or a binary stream; rows may
                 have an "id". text: the column of the input. sink: a file (.gz too), a pipe, or a text stream.
             task: take every row for this task. strict: stop at the first bad row. overwrite: replace an output.
+            shard: (i, n): answer the i-th of n parts of a file; the parts' outputs make up that of the whole.
             options: how rows are answered. changes: fields of them.
 
         Raises:
@@ -339,6 +357,7 @@ class ScalableLM:
                 reading=Reading(format, delimiter, encoding, text),
                 files=None if self.store is None else {name: self._committed.get(name, "") for name in self.tasks},
                 task=task,
+                shard=shard,
                 strict=strict,
                 overwrite=overwrite,
                 progress=progress,

@@ -120,15 +120,12 @@ def _open(request: Message, start: bytes) -> ScalableLM:
 
 
 def _learn(slm: ScalableLM, request: Message) -> bytes:
-    """The file of a task, which is then forgotten again."""
+    """The file of a task."""
     from slm_fast.options import LearnOptions
     from slm_fast.task_file import task_to_bytes
 
     task, valid = task_of(request["task"]), request["valid"] and task_of(request["valid"])
-    slm.learn(task, LearnOptions(**request["options"]), valid=valid, progress=False)
-    learned = slm.learned[task.name]
-    slm.forget(task.name)
-    return task_to_bytes(learned)
+    return task_to_bytes(slm.train(task, LearnOptions(**request["options"]), valid=valid, progress=False))
 
 
 if __name__ == "__main__":

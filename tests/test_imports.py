@@ -24,7 +24,7 @@ LAYERS = (
     ("predict", "examples", "origin", "resume"),
     ("generate", "windows"),
     ("scheduler",),
-    ("kv_cache",),
+    ("kv_cache", "distributed"),
     ("warm_start",),
     ("model",),
     ("injection", "configure"),

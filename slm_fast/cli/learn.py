@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from slm_fast.cli.arguments import (
+    STDIN,
     Verbs,
     add_device_options,
     add_label_files,
@@ -24,10 +26,12 @@ from slm_fast.cli.arguments import (
     read_tasks,
     set_threads,
 )
-from slm_fast.errors import InputError, SlmError, WorkError
+from slm_fast.errors import InputError, SlmError, SlmWarning, WorkError
 from slm_fast.options import LearnOptions, ModelConfig
 
 if TYPE_CHECKING:
+    from slm_fast.backbone import Backbone
+    from slm_fast.distributed import ProcessGroup
     from slm_fast.jobs import Job, Workers
     from slm_fast.slm import ScalableLM
 
@@ -41,6 +45,8 @@ def add(verbs: Verbs) -> None:
     learn.add_argument("--valid", action="append", default=[], metavar="NAME=FILE", help="a task's validation file")
     about = "learn so many tasks at a time, each in a process of its own with a share of the threads"
     learn.add_argument("--jobs", type=int, default=1, metavar="N", help=about)
+    about = "with several processes (`torchrun`, `accelerate launch`): spread the frozen backbone's layers over them"
+    learn.add_argument("--fsdp", action="store_true", help=about)
     add_reading_options(learn)
     add_label_files(learn)
     add_device_options(learn, "float32")
@@ -84,18 +90,20 @@ def _add_learn_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from slm_fast.learn import check_task
+    from slm_fast.distributed import is_launched
 
+    if is_launched():
+        return _learn_together(arguments)
+    if arguments.fsdp:
+        raise InputError("--fsdp: needs several processes, as `torchrun` or `accelerate launch` starts them")
     # Everything that can be wrong with the call is found before anything is learned.
-    jobs, given = _read(arguments), {k: v for k, v in fields_of(arguments, ModelConfig).items() if v is not None}
+    jobs, given = _read(arguments), _given(arguments)
     count = _count(arguments, jobs)
     _check_store(arguments, given)
     with ExitStack() as stack:
         workers = stack.enter_context(_workers(arguments, count, given)) if count > 1 else None
         slm = _open(arguments, given)
-        for task, options, valid in jobs:
-            check_task(slm.model, task, valid, options.max_length)
-            slm.knows(task, options, valid=valid)
+        _check(slm, jobs)
         if slm.store is None:
             slm.save_pretrained(arguments.store)
         if workers is not None:
@@ -105,7 +113,85 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(arguments: argparse.Namespace) -> list[Job]:
+def _learn_together(arguments: argparse.Namespace) -> int:
+    """Learn tasks in all processes that a launcher started: each takes its share of every batch, the first commits."""
+    from slm_fast.backbone import load_backbone
+    from slm_fast.distributed import process_group, shard
+    from slm_fast.store import Store
+
+    set_threads(arguments.threads)
+    with process_group(arguments.device) as group:
+        is_main, backbone = group.rank == 0, None
+        if not is_main:
+            warnings.simplefilter("ignore", SlmWarning)  # the main process says it
+        with group.agreeing():
+            jobs, given = _read(arguments, launched=True), _given(arguments)
+            _check_store(arguments, given)
+            if arguments.fsdp:
+                store = Store.open(arguments.store) if Store.exists(arguments.store) else None
+                name = arguments.backbone or (store.about["backbone"] if store else None)
+                backbone = load_backbone(name, None, arguments.dtype, "cpu")
+        if backbone is not None:
+            shard(backbone, group)
+        with group.agreeing():
+            slm = _open(arguments, given, backbone)
+            _check(slm, jobs)
+        if not is_main:
+            slm.store = None
+        elif slm.store is None:
+            slm.save_pretrained(arguments.store)
+        for job in jobs:
+            _learn_one_together(slm, job, group)
+    return 0
+
+
+def _learn_one_together(slm: ScalableLM, job: Job, group: ProcessGroup) -> None:
+    from slm_fast import __version__
+    from slm_fast.origin import origin
+    from slm_fast.warm_start import kept_options
+
+    kept = False
+    with group.agreeing():
+        if slm.store is not None:
+            slm.store.check_writable()
+            slm.refresh()
+        kept = slm.knows(*job[:2], valid=job.valid)
+    made_from = origin(slm.model, job.task, kept_options(job.options, None), job.valid)
+    said = group.gather([kept, made_from, __version__])
+    with group.agreeing():
+        for rank, (_, *theirs) in enumerate(said):
+            if theirs != said[0][1:]:
+                raise WorkError(
+                    f"task {job.task.name!r}: process {rank} has other rows, options, tasks, backbone or another "
+                    "version of slm_fast than process 0"
+                )
+    learned = None
+    if not said[0][0]:
+        learned = slm.train(*job[:2], valid=job.valid, progress=False if slm.store is None else None, processes=group)
+    with group.agreeing():
+        if slm.store is not None and learned is None:
+            _learn(slm, job)  # which says that it is kept
+        elif slm.store is not None and learned is not None:
+            _commit(slm, job, partial(slm.add, learned), "learned")
+        elif learned is not None:
+            slm.add(learned)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ModelConfig that the call has."""
+    return {name: value for name, value in fields_of(arguments, ModelConfig).items() if value is not None}
+
+
+def _check(slm: ScalableLM, jobs: Sequence[Job]) -> None:
+    """Raise InputError for a task that this model cannot learn, as far as that can be known beforehand."""
+    from slm_fast.learn import check_task
+
+    for task, options, valid in jobs:
+        check_task(slm.model, task, valid, options.max_length)
+        slm.knows(task, options, valid=valid)
+
+
+def _read(arguments: argparse.Namespace, *, launched: bool = False) -> list[Job]:
     """The tasks of a call, as files and options say."""
     from slm_fast.jobs import Job
 
@@ -114,6 +200,11 @@ def _read(arguments: argparse.Namespace) -> list[Job]:
         if name not in files:
             raise InputError(f"--valid {name!r}: no --task of that name")
     check_stdin(files, valid_files)
+    if launched and (arguments.jobs != 1 or any(path in STDIN for path in (*files.values(), *valid_files.values()))):
+        what = "--jobs" if arguments.jobs != 1 else "standard input (-)"
+        raise InputError(f"{what}: does not go with the processes of a launcher, which all read the same files")
+    if arguments.fsdp and arguments.autocast:
+        raise InputError("--autocast: does not go with --fsdp; --dtype bfloat16 does")
     tasks = list(read_tasks(arguments, files, training=True).values())
     known = {task.name: task.labels or () for task in tasks}
     valid = read_tasks(arguments, valid_files, training=False, known=known)
@@ -137,15 +228,17 @@ def _check_store(arguments: argparse.Namespace, given: Mapping[str, Any]) -> Non
         raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
 
 
-def _open(arguments: argparse.Namespace, given: Mapping[str, Any]) -> ScalableLM:
-    """The store's model; for one that is not there yet, a new one, which is not saved."""
+def _open(arguments: argparse.Namespace, given: Mapping[str, Any], backbone: Backbone | None = None) -> ScalableLM:
+    """The store's model; for one that is not there yet, a new one, which is not saved. backbone: one that is loaded
+    already."""
     from slm_fast.slm import ScalableLM
     from slm_fast.store import Store
 
     if Store.exists(arguments.store):
-        return open_store(arguments)
+        return open_store(arguments, backbone)
     set_threads(arguments.threads)
-    return ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
+    found = backbone or arguments.backbone
+    return ScalableLM.from_backbone(found, dtype=arguments.dtype, device=arguments.device, **given)
 
 
 def _count(arguments: argparse.Namespace, jobs: Sequence[Job]) -> int:
