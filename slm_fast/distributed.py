@@ -112,12 +112,21 @@ def _named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's own are of that kind
-        raise WorkError(f"another process of this run is no more: {one_line(error)}") from None
+        why = one_line(error).partition(". ")[0]
+        raise WorkError(f"another process of this run is no more: {why}") from None
 
 
 def is_launched() -> bool:
     """Whether a launcher started this process as one of several."""
     return all(name in os.environ for name in LAUNCHED) and os.environ["WORLD_SIZE"] not in ("", "0", "1")
+
+
+def asks_for_shards() -> bool:
+    """Whether `accelerate launch` was told to shard what does not fit one device: by FSDP, or by DeepSpeed's ZeRO-3,
+    which is the same for a backbone that does not learn. ZeRO-1 and ZeRO-2 shard what learns, and that is small."""
+    uses_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    zero_3 = uses_zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return zero_3 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class Workers:
 
     Args:
         count: of processes. backbone, config, dtype, device: of the model, as for `ScalableLM.from_backbone`.
-        threads: of each process; None: what torch would take, shared out.
+        threads: of the processor, shared out among them; None: as many as torch takes.
         start: the file of a task that others begin at (`warm_start`).
     """
 

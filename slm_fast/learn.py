@@ -21,15 +21,17 @@ from torch.nn.functional import cross_entropy
 from slm_fast.batching import shuffled_buckets
 from slm_fast.data import Task
 from slm_fast.distributed import ALONE, Processes
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, WorkError, memory_for
 from slm_fast.examples import Examples, prepare
 from slm_fast.layers import Values, rounded_for_autocast
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 from slm_fast.options import LearnOptions
+from slm_fast.origin import origin
 from slm_fast.progress import bar
 from slm_fast.query import TrunkQuery
 from slm_fast.router import NotFinite
+from slm_fast.schema import check_learned
 from slm_fast.tasks import LearnedTask, name_seed
 from slm_fast.tokenization import Encoded, pad
 from slm_fast.warm_start import Start, find_start, kept_options, slot_weights
@@ -47,16 +49,17 @@ def learn_task(
     progress: bool | None = None,
     processes: Processes = ALONE,
 ) -> LearnedTask:
-    """Learn one task and return what is kept of it; the model is left as it was.
+    """Learn one task and return what is kept of it, for `ScalableLM.add`; the model is left as it was.
 
     With `valid` the values of the epoch that did best on it are kept (accuracy for heads, loss for generation).
     Several `processes` that learn it together call this with the same rows and options.
 
     Raises:
-        InputError: the task does not fit the backbone. WorkError: the loss is no longer a number.
+        InputError: the task does not fit the backbone. WorkError: the loss is no longer a number, too little memory, or
+        another process is no more.
     """
     check_task(model, task, valid, options.max_length)
-    with model.lock, torch.inference_mode(False), torch.enable_grad():
+    with memory_for(f"task {task.name!r}"), model.lock, torch.inference_mode(False), torch.enable_grad():
         trainer = Trainer(model, task, options, processes)
         with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
             examples, query = prepare(model, task, task.labels, trainer.max_length, advance)
@@ -72,7 +75,10 @@ def learn_task(
         trainer.warm_start(examples, query)
         processes.broadcast(trainer.parameters())
         trainer.fine_tune(examples, valid, progress)
-        return trainer.learned()
+    learned = trainer.learned()
+    learned = replace(learned, origin=origin(model, task, learned.options, valid))
+    check_learned(learned)
+    return learned
 
 
 def label_numbers(task: Task) -> Tensor | None:

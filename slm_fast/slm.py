@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from slm_fast.backbone import Backbone, load_backbone
 from slm_fast.data import Task, checked, rows_to_answer
-from slm_fast.distributed import ALONE, Processes
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, as_task, evaluate
 from slm_fast.learn import check_task, learn_task
@@ -26,7 +24,7 @@ from slm_fast.options import (
     combine,
     shows,
 )
-from slm_fast.origin import is_same, origin
+from slm_fast.origin import is_same
 from slm_fast.predict import Prediction, predict, predict_stream
 from slm_fast.predict_file import FileAnswered, Reading, predict_file
 from slm_fast.schema import check_learned
@@ -175,26 +173,7 @@ class ScalableLM:
             self.refresh()
         if self.knows(task, chosen, valid=valid):
             return warn(f"task {task.name!r}: already learned from the same rows and options; kept as it is")
-        self._know([self.train(task, chosen, valid=valid, progress=progress)])
-
-    def train(
-        self,
-        task: Task,
-        options: LearnOptions,
-        *,
-        valid: Task | None = None,
-        progress: bool | None = None,
-        processes: Processes = ALONE,
-    ) -> LearnedTask:
-        """What a task is learned to, for `add`; the model does not know it yet. Several processes may do it together.
-
-        Raises: as `learn`.
-        """
-        with memory_for(f"task {task.name!r}"):
-            learned = learn_task(self.model, task, options, valid=valid, progress=progress, processes=processes)
-        learned = replace(learned, origin=origin(self.model, task, learned.options, valid))
-        check_learned(learned)
-        return learned
+        self._know([learn_task(self.model, task, chosen, valid=valid, progress=progress)])
 
     def knows(self, task: Task, options: LearnOptions | None = None, *, valid: Task | None = None) -> bool:
         """Whether this very task is learned already, from the same rows and options; `learn` then does nothing.

@@ -110,7 +110,7 @@ def _open(request: Message, start: bytes) -> ScalableLM:
     from slm_fast.slm import ScalableLM
     from slm_fast.task_file import task_from_bytes
 
-    torch.set_num_threads(request["threads"] or max(1, torch.get_num_threads() // request["jobs"]))
+    torch.set_num_threads(max(1, (request["threads"] or torch.get_num_threads()) // request["jobs"]))
     slm = ScalableLM.from_backbone(
         request["backbone"], ModelConfig(**request["config"]), dtype=request["dtype"], device=request["device"]
     )
@@ -121,11 +121,12 @@ def _open(request: Message, start: bytes) -> ScalableLM:
 
 def _learn(slm: ScalableLM, request: Message) -> bytes:
     """The file of a task."""
+    from slm_fast.learn import learn_task
     from slm_fast.options import LearnOptions
     from slm_fast.task_file import task_to_bytes
 
     task, valid = task_of(request["task"]), request["valid"] and task_of(request["valid"])
-    return task_to_bytes(slm.train(task, LearnOptions(**request["options"]), valid=valid, progress=False))
+    return task_to_bytes(learn_task(slm.model, task, LearnOptions(**request["options"]), valid=valid, progress=False))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -25,8 +24,6 @@ from slm_fast.jobs import Job, Workers
 from slm_fast.store import Store
 from slm_fast.worker import receive, send, task_message, task_of
 
-ROUNDS, KILLS = (10, 2) if os.environ.get("SLM_FAST_FUZZ") else (1, 1)
-SEED = os.environ.get("SLM_FAST_FUZZ_SEED", "0")
 NAMES = ("farm", "sea", "sky", "city")
 
 
@@ -52,11 +49,14 @@ def call(folder: Path, store: str, *more: object, names: tuple[str, ...] = NAMES
 
 
 def workers_of(parent: int) -> list[int]:
-    """The workers that a process has now, whichever of its threads started them."""
+    """The workers that a process has now, whichever of its threads started them; it may have other children."""
     found: list[int] = []
     for thread in Path(f"/proc/{parent}/task").glob("*"):
         with suppress(FileNotFoundError, ProcessLookupError):
-            found += map(int, (thread / "children").read_text().split())
+            for pid in map(int, (thread / "children").read_text().split()):
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    if b"slm_fast.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        found.append(pid)
     return found
 
 
@@ -71,34 +71,6 @@ def wait_for(what: str, holds, seconds: float = 120) -> None:
     while not holds():
         assert time.monotonic() < until, what
         time.sleep(0.02)
-
-
-@pytest.mark.parametrize("round_", range(ROUNDS))
-def test_tasks_learned_side_by_side_make_the_store_of_one_process_though_workers_are_killed(
-    folder: Path, round_: int
-) -> None:
-    rng, killed, done = random.Random(f"jobs {SEED} {round_}"), [], threading.Event()
-
-    def kill() -> None:
-        for _ in range(KILLS):  # a task may be killed twice: the third try is its last
-            wait_for("no worker", lambda: done.is_set() or workers_of(os.getpid()))
-            time.sleep(rng.uniform(0, 8))
-            for pid in workers_of(os.getpid())[:1]:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    said = slm_fast(*call(folder, f"two{round_}", "--jobs", 2))
-    done.set()
-    killer.join()
-    assert said.returncode == 0, said.stderr
-    assert tree(folder / f"two{round_}") == tree(folder / "one")
-    learned = [line.split()[1] for line in said.stderr.splitlines() if line.startswith("learned")]
-    assert sorted(learned) == sorted(NAMES)
-    assert killed or round_
-    assert workers_of(os.getpid()) == []
 
 
 def quick_worker(folder: Path, monkeypatch: pytest.MonkeyPatch, *, dies: str = "", sticks: str = "") -> None:

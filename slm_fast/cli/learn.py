@@ -116,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _learn_together(arguments: argparse.Namespace) -> int:
     """Learn tasks in all processes that a launcher started: each takes its share of every batch, the first commits."""
     from slm_fast.backbone import load_backbone
-    from slm_fast.distributed import process_group, shard
+    from slm_fast.distributed import asks_for_shards, process_group, shard
     from slm_fast.store import Store
 
     set_threads(arguments.threads)
@@ -127,7 +127,7 @@ def _learn_together(arguments: argparse.Namespace) -> int:
         with group.agreeing():
             jobs, given = _read(arguments, launched=True), _given(arguments)
             _check_store(arguments, given)
-            if arguments.fsdp:
+            if arguments.fsdp or asks_for_shards():
                 store = Store.open(arguments.store) if Store.exists(arguments.store) else None
                 name = arguments.backbone or (store.about["backbone"] if store else None)
                 backbone = load_backbone(name, None, arguments.dtype, "cpu")
@@ -147,6 +147,7 @@ def _learn_together(arguments: argparse.Namespace) -> int:
 
 def _learn_one_together(slm: ScalableLM, job: Job, group: ProcessGroup) -> None:
     from slm_fast import __version__
+    from slm_fast.learn import learn_task
     from slm_fast.origin import origin
     from slm_fast.warm_start import kept_options
 
@@ -167,7 +168,8 @@ def _learn_one_together(slm: ScalableLM, job: Job, group: ProcessGroup) -> None:
                 )
     learned = None
     if not said[0][0]:
-        learned = slm.train(*job[:2], valid=job.valid, progress=False if slm.store is None else None, processes=group)
+        shown = False if slm.store is None else None
+        learned = learn_task(slm.model, *job[:2], valid=job.valid, progress=shown, processes=group)
     with group.agreeing():
         if slm.store is not None and learned is None:
             _learn(slm, job)  # which says that it is kept
