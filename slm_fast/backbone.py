@@ -205,6 +205,11 @@ class Backbone:
         layers: nn.ModuleList = self.model.get_submodule(self.family.layers)
         return layers
 
+    def all_layers(self) -> list[nn.Module]:
+        """The trunk's layers and those above it: of T5, the decoder's."""
+        upper = self.model.get_submodule(self.family.upper) if self.family.upper else ()
+        return [*self.layers, *upper]
+
     def find_linears(self, words: Sequence[str], first_layer: int) -> list[str]:
         """Names of the modules that `words` mean in the trunk's layers from `first_layer` on and in all above it.
 
@@ -308,10 +313,12 @@ class Backbone:
 
 
 def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hint: str = "") -> Backbone:
-    """A backbone from what users give: a path or name, or a model with its tokenizer.
+    """A backbone from what users give: a path or name, or a model with its tokenizer. A Backbone is one already.
 
     Raises InputError, with the hint at its end where nothing can be loaded from a path or name.
     """
+    if isinstance(backbone, Backbone):
+        return backbone
     if isinstance(backbone, (str, Path)):
         if not str(backbone):
             raise InputError("backbone: expected a path, a name or a transformers model, got an empty name")

@@ -20,15 +20,18 @@ from torch.nn.functional import cross_entropy
 
 from slm_fast.batching import shuffled_buckets
 from slm_fast.data import Task
-from slm_fast.errors import InputError, WorkError
+from slm_fast.distributed import ALONE, Processes
+from slm_fast.errors import InputError, WorkError, memory_for
 from slm_fast.examples import Examples, prepare
 from slm_fast.layers import Values, rounded_for_autocast
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 from slm_fast.options import LearnOptions
+from slm_fast.origin import origin
 from slm_fast.progress import bar
 from slm_fast.query import TrunkQuery
 from slm_fast.router import NotFinite
+from slm_fast.schema import check_learned
 from slm_fast.tasks import LearnedTask, name_seed
 from slm_fast.tokenization import Encoded, pad
 from slm_fast.warm_start import Start, find_start, kept_options, slot_weights
@@ -44,19 +47,23 @@ def learn_task(
     *,
     valid: Task | None = None,
     progress: bool | None = None,
+    processes: Processes = ALONE,
 ) -> LearnedTask:
-    """Learn one task and return what is kept of it; the model is left as it was.
+    """Learn one task and return what is kept of it, for `ScalableLM.add`; the model is left as it was.
 
     With `valid` the values of the epoch that did best on it are kept (accuracy for heads, loss for generation).
+    Several `processes` that learn it together call this with the same rows and options.
 
     Raises:
-        InputError: the task does not fit the backbone. WorkError: the loss is no longer a number.
+        InputError: the task does not fit the backbone. WorkError: the loss is no longer a number, too little memory, or
+        another process is no more.
     """
     check_task(model, task, valid, options.max_length)
-    with model.lock, torch.inference_mode(False), torch.enable_grad():
-        trainer = Trainer(model, task, options)
+    with memory_for(f"task {task.name!r}"), model.lock, torch.inference_mode(False), torch.enable_grad():
+        trainer = Trainer(model, task, options, processes)
         with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
             examples, query = prepare(model, task, task.labels, trainer.max_length, advance)
+        processes.broadcast([query])  # machines of other kinds round otherwise, and would route otherwise
         slots = options.slots or (1 if model.config.router == "gaussian" else 4)
         seed = name_seed(task.name, options.seed)
         try:
@@ -66,8 +73,12 @@ def learn_task(
         trainer.allocate(slots, part, torch.Generator().manual_seed(seed))
         examples = trainer.routed(examples, query)
         trainer.warm_start(examples, query)
+        processes.broadcast(trainer.parameters())
         trainer.fine_tune(examples, valid, progress)
-        return trainer.learned()
+    learned = trainer.learned()
+    learned = replace(learned, origin=origin(model, task, learned.options, valid))
+    check_learned(learned)
+    return learned
 
 
 def label_numbers(task: Task) -> Tensor | None:
@@ -145,8 +156,8 @@ class Trainer:
     """The values, head and training loop of one task. `learn_task` calls, in order: `allocate`, `routed`,
     `warm_start`, `fine_tune`, `learned`."""
 
-    def __init__(self, model: AdaptedModel, task: Task, options: LearnOptions) -> None:
-        self.model, self.task, self.options = model, task, options
+    def __init__(self, model: AdaptedModel, task: Task, options: LearnOptions, processes: Processes = ALONE) -> None:
+        self.model, self.task, self.options, self.processes = model, task, options, processes
         self.device, self.dtype = model.backbone.device, model.backbone.dtype
         limit, length = model.backbone.max_positions(), options.max_length
         self.max_length: int = (model.config.max_length or 0) if length is None else length
@@ -269,13 +280,17 @@ class Trainer:
         return rounded_for_autocast(modules, torch.bfloat16)
 
     def backward(self, examples: Examples, rows: list[int]) -> Tensor:
-        """Add the gradient of the mean loss of a step's rows, part by part; the loss."""
+        """Add the gradient of the mean loss of a step's rows, part by part; the loss. Of each part a process computes
+        its share."""
         loss, size = torch.zeros((), device=self.device), math.ceil(len(rows) / self.options.accumulate)
         answers = sum(len(examples.answers[i]) for i in rows)
         for start in range(0, len(rows), size):
-            part = self.loss(examples, rows[start : start + size]) / answers
+            mine, count = self.processes.share(rows[start : start + size])
+            part = self.loss(examples, mine) / answers
+            part = part if count else 0 * part
             part.backward()
             loss += part.detach()
+        self.processes.all_reduce([loss, *(p.grad for p in self.parameters() if p.grad is not None)])
         return loss
 
     def _check_finite(self, value: float, otherwise: str) -> None:
@@ -295,15 +310,17 @@ class Trainer:
     @torch.no_grad()
     def _score(self, examples: Examples) -> float:
         """Accuracy with a head, minus the mean loss without."""
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in examples.lengths.argsort(stable=True).split(2 * self.options.batch_size):
-            rows = batch.tolist()
+            rows, count = self.processes.share(batch.tolist())
             if self.head is None:
-                total -= float(self.loss(examples, rows))
+                score = -self.loss(examples, rows)
             else:
                 answers = torch.tensor([examples.answers[i][0] for i in rows], device=self.device)
-                total += int((self._logits(examples, rows).argmax(1) == answers).sum())
-        return total / sum(map(len, examples.answers))
+                score = (self._logits(examples, rows).argmax(1) == answers).sum()
+            total += score if count else 0
+        self.processes.all_reduce([total])
+        return float(total) / sum(map(len, examples.answers))
 
     def _passes(self, examples: Examples, rows: list[int]) -> tuple[Encoded, dict[str, Any]]:
         """A batch of these rows and the options of its pass: its routes, this task's values, what is cached below."""

@@ -56,7 +56,14 @@ class Reading:
         return read_records(source, **how, columns=() if self.text is None else (self.text,))
 
 
-def check_paths(source: Source, sink: Sink, *, overwrite: bool = False, reading: Reading | None = None) -> None:
+def check_paths(
+    source: Source,
+    sink: Sink,
+    *,
+    overwrite: bool = False,
+    reading: Reading | None = None,
+    shard: tuple[int, int] | None = None,
+) -> None:
     """Raise InputError where reading `source` and writing `sink` cannot be right; nothing is opened for writing."""
     if isinstance(source, io.TextIOBase):
         raise InputError("source: expected a binary stream, got one of text")
@@ -67,6 +74,10 @@ def check_paths(source: Source, sink: Sink, *, overwrite: bool = False, reading:
         raise InputError("sink: expected a text stream, got a binary one")
     if isinstance(source, Path) and kind_of(source, missing="no such file") is Kind.FILE:
         (reading or Reading()).records(source)
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise InputError("shard: expected i/n with i from 1 to n, got {}/{}".format(*shard))
+    if shard is not None and not _is_file(source):
+        raise InputError("shard: needs a file to read; what comes through a pipe cannot be read by several processes")
     if not isinstance(sink, Path):
         return
     kind = kind_of(sink)
@@ -91,6 +102,7 @@ def predict_file(
     reading: Reading | None = None,
     files: Mapping[str, str] | None = None,
     task: str | None = None,
+    shard: tuple[int, int] | None = None,
     strict: bool = False,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -107,6 +119,8 @@ def predict_file(
         reading: how `source` is read, where that is not plain from it.
         files: the SHA-256 of each task's file; an interrupted run is only taken up over the same ones. None: never.
         task: take every row for this task.
+        shard: (i, n): answer the i-th of n parts of a file, i from 1. A part is a run of whole windows, so that the
+            parts' outputs, one behind the other, are that of the whole file to the byte.
         strict: stop at the first bad row.
         overwrite: replace an output that is there.
 
@@ -114,16 +128,20 @@ def predict_file(
         InputError: a path, the task, or an output of another run. WorkError: a bad row, if strict; a disk that is full.
     """
     reading = reading or Reading()
-    check_paths(source, sink, overwrite=overwrite, reading=reading)
+    check_paths(source, sink, overwrite=overwrite, reading=reading, shard=shard)
     if task is not None and task not in model.pool.names:
         raise InputError(f"task {task!r}: not learned; tasks: {some_of(model.pool.names)}")
-    about, rows = None, None
+    about, rows, first, mine = None, None, 0, None
+    if shard is not None:
+        sizes = _sizes(source, reading)
+        mine = range(len(sizes) * (shard[0] - 1) // shard[1], len(sizes) * shard[0] // shard[1])
+        first, rows = sum(sizes[: mine.start]), sum(sizes[mine.start : mine.stop])
     if isinstance(source, Path) and _is_file(source):
         if files is not None:
             how = {name: value for name, value in asdict(reading).items() if value is not None}
             about = {"input": digest_of(source), "task": task, "version": __version__, **how}
-            about |= _what_decides(model, options, files)
-        if is_shown(progress):
+            about |= _what_decides(model, options, files) | ({"shard": "{}/{}".format(*shard)} if shard else {})
+        if rows is None and is_shown(progress):
             rows = _count(reading.records(source))
     with ExitStack() as stack:
         stack.enter_context(model.pinned())
@@ -137,9 +155,12 @@ def predict_file(
         if output and output.bad and strict:
             raise _bad_row(source, output.bad)
         ids: deque[Any] = deque()  # of the rows that were read and not answered yet
-        windows, start = _behind(_windows(source, reading, task, ids, stack), before, ids)
-        part, answered = before - start, 0  # rows of a window begun are answered, and counted, once more
-        advance = stack.enter_context(bar("predicting", rows, progress, done=start))
+        windows = _windows(source, reading, task, ids, stack)
+        if shard is not None and mine is not None:
+            windows = _part(windows, mine, ids, is_last=shard[0] == shard[1])
+        windows, start = _behind(windows, first + before, ids)
+        part, answered = first + before - start, 0  # rows of a window begun are answered, and counted, once more
+        advance = stack.enter_context(bar("predicting", rows, progress, done=start - first))
         for answers in answer(model, windows, options, advance):
             records = [{"id": ids.popleft()} | _as_json(found, options) for found in answers][part:]
             part = 0
@@ -169,6 +190,29 @@ def _count(records: Iterator[Record]) -> int:
         for _ in records:
             count += 1
     return count
+
+
+def _sizes(source: Source, reading: Reading) -> list[int]:
+    """How many rows each window of a file has, up to where the file breaks off."""
+    sizes: list[int] = []
+    with warnings.catch_warnings(), suppress(WorkError), ExitStack() as stack:
+        warnings.simplefilter("ignore", SlmWarning)  # whoever answers the rows is told
+        for window in _windows(source, reading, None, deque(), stack):
+            assert window is not None
+            sizes.append(len(window.rows))
+    return sizes
+
+
+def _part(windows: Iterator[Window | None], mine: range, ids: deque[Any], *, is_last: bool) -> Iterator[Window | None]:
+    """The windows of these numbers. Only who has the last of all is told where the source breaks off behind it."""
+    for number, window in enumerate(windows if mine else ()):
+        assert window is not None
+        if number in mine:
+            yield window
+        for _ in window.rows if number < mine.start else ():
+            ids.popleft()
+        if number + 1 == mine.stop and not is_last:
+            return
 
 
 def _windows(

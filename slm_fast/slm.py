@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -24,10 +23,9 @@ from slm_fast.options import (
     combine,
     shows,
 )
-from slm_fast.origin import is_same, origin
+from slm_fast.origin import is_same
 from slm_fast.predict import Prediction, predict, predict_stream
 from slm_fast.predict_file import FileAnswered, Reading, predict_file
-from slm_fast.schema import check_learned
 from slm_fast.store import Store, check_same
 from slm_fast.warm_start import check_start
 
@@ -156,11 +154,7 @@ class ScalableLM(TaskKeeper):
             self.refresh()
         if self.knows(task, chosen, valid=valid):
             return warn(f"task {task.name!r}: already learned from the same rows and options; kept as it is")
-        with memory_for(f"task {task.name!r}"):
-            learned = learn_task(self.model, task, chosen, valid=valid, progress=progress)
-        learned = replace(learned, origin=origin(self.model, task, learned.options, valid))
-        check_learned(learned)
-        self._know([learned])
+        self._know([learn_task(self.model, task, chosen, valid=valid, progress=progress)])
 
     def import_adapter(
         self,
@@ -274,6 +268,7 @@ class ScalableLM(TaskKeeper):
         encoding: str | None = None,
         text: str | None = None,
         task: str | None = None,
+        shard: tuple[int, int] | None = None,
         strict: bool = False,
         overwrite: bool = False,
         progress: bool | None = None,
@@ -287,6 +282,7 @@ class ScalableLM(TaskKeeper):
             source, format, delimiter, encoding: a file as for `Task.from_file`, a pipe, or a binary stream; rows may
                 have an "id". text: the column of the input. sink: a file (.gz too), a pipe, or a text stream.
             task: take every row for this task. strict: stop at the first bad row. overwrite: replace an output.
+            shard: (i, n): answer the i-th of n parts of a file; the parts' outputs make up that of the whole.
             options: how rows are answered. changes: fields of them.
 
         Raises:
@@ -302,6 +298,7 @@ class ScalableLM(TaskKeeper):
                 reading=Reading(format, delimiter, encoding, text),
                 files=None if self.store is None else {name: self._committed.get(name, "") for name in self.tasks},
                 task=task,
+                shard=shard,
                 strict=strict,
                 overwrite=overwrite,
                 progress=progress,

@@ -17,13 +17,14 @@ PACKAGE = Path(slm_fast.__file__).parent
 # From the top down. A module, or a folder of them, may import what stands in its own row or below.
 LAYERS = (
     ("cli", "server", "integrations"),
-    ("demo", "report"),
+    ("demo", "report", "jobs"),
+    ("worker",),
     ("slm",),
     ("keeper", "learn", "evaluate", "predict_file", "tables", "measures"),
     ("predict", "passes", "examples", "origin", "resume"),
     ("generate", "windows"),
     ("scheduler",),
-    ("kv_cache",),
+    ("kv_cache", "distributed"),
     ("warm_start",),
     ("model",),
     ("injection", "configure"),

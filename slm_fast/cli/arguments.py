@@ -12,6 +12,7 @@ from slm_fast.errors import InputError, warn
 from slm_fast.options import PredictOptions
 
 if TYPE_CHECKING:
+    from slm_fast.backbone import Backbone
     from slm_fast.data import Task
     from slm_fast.slm import ScalableLM
 
@@ -187,13 +188,18 @@ def named_files(given: Sequence[str]) -> dict[str, str]:
     return files
 
 
-def open_store(arguments: argparse.Namespace) -> ScalableLM:
+def open_store(arguments: argparse.Namespace, backbone: Backbone | None = None) -> ScalableLM:
+    """The model of a store. backbone: one that is loaded already."""
     from slm_fast.slm import ScalableLM
 
     set_threads(arguments.threads)
     more: dict[str, Any] = {"skip_damaged": True} if arguments.skip_damaged else {}
     slm = ScalableLM.from_pretrained(
-        arguments.store, backbone=arguments.backbone, dtype=arguments.dtype, device=arguments.device, **more
+        arguments.store,
+        backbone=backbone or arguments.backbone,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        **more,
     )
     if "sample" in vars(arguments):
         _warn_of_idle_options(fields_of(arguments, PredictOptions), slm.model.backbone.kind == "encoder")

@@ -5,26 +5,34 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from slm_fast.cli.arguments import (
+    STDIN,
     Verbs,
     add_device_options,
     add_label_files,
     add_reading_options,
     add_task_files,
     check_stdin,
+    complain,
     fields_of,
     named_files,
     open_store,
     read_tasks,
     set_threads,
 )
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, SlmError, SlmWarning, WorkError
 from slm_fast.options import LearnOptions, ModelConfig
 
 if TYPE_CHECKING:
-    from slm_fast.data import Task
+    from slm_fast.backbone import Backbone
+    from slm_fast.distributed import ProcessGroup
+    from slm_fast.jobs import Job, Workers
     from slm_fast.slm import ScalableLM
 
 PATIENCE, PAUSE = 600.0, 5.0  # seconds in which a learned task must be committed, and between two tries
@@ -35,6 +43,10 @@ def add(verbs: Verbs) -> None:
     about = "training file: csv, tsv, jsonl, json or parquet with text,label; instruction,input,output; or messages"
     add_task_files(learn, f"{about}; - is standard input")
     learn.add_argument("--valid", action="append", default=[], metavar="NAME=FILE", help="a task's validation file")
+    about = "learn so many tasks at a time, each in a process of its own with a share of the threads"
+    learn.add_argument("--jobs", type=int, default=1, metavar="N", help=about)
+    about = "with several processes (`torchrun`, `accelerate launch`): spread the frozen backbone's layers over them"
+    learn.add_argument("--fsdp", action="store_true", help=about)
     add_reading_options(learn)
     add_label_files(learn)
     add_device_options(learn, "float32")
@@ -78,74 +90,251 @@ def _add_learn_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from slm_fast.learn import check_task
+    from slm_fast.distributed import is_launched
+
+    if is_launched():
+        return _learn_together(arguments)
+    if arguments.fsdp:
+        raise InputError("--fsdp: needs several processes, as `torchrun` or `accelerate launch` starts them")
+    # Everything that can be wrong with the call is found before anything is learned.
+    jobs, given = _read(arguments), _given(arguments)
+    count = _count(arguments, jobs)
+    _check_store(arguments, given)
+    with ExitStack() as stack:
+        workers = stack.enter_context(_workers(arguments, count, given)) if count > 1 else None
+        slm = _open(arguments, given)
+        _check(slm, jobs)
+        if slm.store is None:
+            slm.save_pretrained(arguments.store)
+        if workers is not None:
+            return _learn_side_by_side(slm, workers, jobs)
+        for job in jobs:
+            _learn(slm, job)
+    return 0
+
+
+def _learn_together(arguments: argparse.Namespace) -> int:
+    """Learn tasks in all processes that a launcher started: each takes its share of every batch, the first commits."""
+    from slm_fast.backbone import load_backbone
+    from slm_fast.distributed import asks_for_shards, process_group, shard
     from slm_fast.store import Store
 
-    # Everything that can be wrong with the call is found before anything is learned.
+    set_threads(arguments.threads)
+    with process_group(arguments.device) as group:
+        is_main, backbone = group.rank == 0, None
+        if not is_main:
+            warnings.simplefilter("ignore", SlmWarning)  # the main process says it
+        with group.agreeing():
+            jobs, given = _read(arguments, launched=True), _given(arguments)
+            _check_store(arguments, given)
+            if arguments.fsdp or asks_for_shards():
+                store = Store.open(arguments.store) if Store.exists(arguments.store) else None
+                name = arguments.backbone or (store.about["backbone"] if store else None)
+                backbone = load_backbone(name, None, arguments.dtype, "cpu")
+        if backbone is not None:
+            shard(backbone, group)
+        with group.agreeing():
+            slm = _open(arguments, given, backbone)
+            _check(slm, jobs)
+        if not is_main:
+            slm.store = None
+        elif slm.store is None:
+            slm.save_pretrained(arguments.store)
+        for job in jobs:
+            _learn_one_together(slm, job, group)
+    return 0
+
+
+def _learn_one_together(slm: ScalableLM, job: Job, group: ProcessGroup) -> None:
+    from slm_fast import __version__
+    from slm_fast.learn import learn_task
+    from slm_fast.origin import origin
+    from slm_fast.warm_start import kept_options
+
+    kept = False
+    with group.agreeing():
+        if slm.store is not None:
+            slm.store.check_writable()
+            slm.refresh()
+        kept = slm.knows(*job[:2], valid=job.valid)
+    made_from = origin(slm.model, job.task, kept_options(job.options, None), job.valid)
+    said = group.gather([kept, made_from, __version__])
+    with group.agreeing():
+        for rank, (_, *theirs) in enumerate(said):
+            if theirs != said[0][1:]:
+                raise WorkError(
+                    f"task {job.task.name!r}: process {rank} has other rows, options, tasks, backbone or another "
+                    "version of slm_fast than process 0"
+                )
+    learned = None
+    if not said[0][0]:
+        shown = False if slm.store is None else None
+        learned = learn_task(slm.model, *job[:2], valid=job.valid, progress=shown, processes=group)
+    with group.agreeing():
+        if slm.store is not None and learned is None:
+            _learn(slm, job)  # which says that it is kept
+        elif slm.store is not None and learned is not None:
+            _commit(slm, job, partial(slm.add, learned), "learned")
+        elif learned is not None:
+            slm.add(learned)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ModelConfig that the call has."""
+    return {name: value for name, value in fields_of(arguments, ModelConfig).items() if value is not None}
+
+
+def _check(slm: ScalableLM, jobs: Sequence[Job]) -> None:
+    """Raise InputError for a task that this model cannot learn, as far as that can be known beforehand."""
+    from slm_fast.learn import check_task
+
+    for task, options, valid in jobs:
+        check_task(slm.model, task, valid, options.max_length)
+        slm.knows(task, options, valid=valid)
+
+
+def _read(arguments: argparse.Namespace, *, launched: bool = False) -> list[Job]:
+    """The tasks of a call, as files and options say."""
+    from slm_fast.jobs import Job
+
     files, valid_files = named_files(arguments.tasks), named_files(arguments.valid)
     for name in valid_files:
         if name not in files:
             raise InputError(f"--valid {name!r}: no --task of that name")
     check_stdin(files, valid_files)
+    if launched and (arguments.jobs != 1 or any(path in STDIN for path in (*files.values(), *valid_files.values()))):
+        what = "--jobs" if arguments.jobs != 1 else "standard input (-)"
+        raise InputError(f"{what}: does not go with the processes of a launcher, which all read the same files")
+    if arguments.fsdp and arguments.autocast:
+        raise InputError("--autocast: does not go with --fsdp; --dtype bfloat16 does")
     tasks = list(read_tasks(arguments, files, training=True).values())
     known = {task.name: task.labels or () for task in tasks}
     valid = read_tasks(arguments, valid_files, training=False, known=known)
     valid = {name: task.spelled_as(known[name]) for name, task in valid.items()}
-    options = fields_of(arguments, LearnOptions)
-    LearnOptions(**options)
-    slm = open_or_new(arguments)
-    for task in tasks:
-        check_task(slm.model, task, valid.get(task.name), options.get("max_length"))
-        slm.knows(task, LearnOptions(**options), valid=valid.get(task.name))
-    if slm.store is None:
-        slm.save_pretrained(arguments.store)
-    for task in tasks:
-        done = "kept" if task.name in slm.learned else "learned"
-        _learn(slm, task, LearnOptions(**options), valid.get(task.name))
-        held = f"{arguments.store} holds {len(Store.open(arguments.store).files)}"
-        print(f"{done} {task.name} from {len(task.rows)} rows; {held}", file=sys.stderr)
-    return 0
+    options = LearnOptions(**fields_of(arguments, LearnOptions))
+    return [Job(task, options, valid.get(task.name)) for task in tasks]
 
 
 def open_or_new(arguments: argparse.Namespace) -> ScalableLM:
     """The store's model, if there is a store; else a model that knows no tasks, as the options of `add_model_options`
     say. Raises InputError where these say something else than the store's do."""
+    given = _given(arguments)
+    _check_store(arguments, given)
+    return _open(arguments, given)
+
+
+def _check_store(arguments: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """Raise InputError unless the store is there, made with what is given, or can be made."""
+    from slm_fast.store import Store
+
+    if Store.exists(arguments.store):
+        store = Store.open(arguments.store)
+        for name, value in given.items():
+            kept = store.about["config"].get(name)
+            if name != "max_length" and (list(value) if isinstance(value, tuple) else value) != kept:
+                raise InputError(f"--{name.replace('_', '-')}: {arguments.store} was made with {kept!r}")
+        store.check_writable()
+    elif arguments.backbone is None:
+        raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
+
+
+def _open(arguments: argparse.Namespace, given: Mapping[str, Any], backbone: Backbone | None = None) -> ScalableLM:
+    """The store's model; for one that is not there yet, a new one, which is not saved. backbone: one that is loaded
+    already."""
     from slm_fast.slm import ScalableLM
     from slm_fast.store import Store
 
-    given = {name: value for name, value in fields_of(arguments, ModelConfig).items() if value is not None}
+    if Store.exists(arguments.store):
+        return open_store(arguments, backbone)
+    set_threads(arguments.threads)
+    found = backbone or arguments.backbone
+    return ScalableLM.from_backbone(found, dtype=arguments.dtype, device=arguments.device, **given)
+
+
+def _count(arguments: argparse.Namespace, jobs: Sequence[Job]) -> int:
+    """How many workers the tasks of a call get."""
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs: expected at least 1, got {arguments.jobs}")
+    if arguments.jobs > 1 and (arguments.joint or arguments.warm_start is True):
+        flag = "--joint" if arguments.joint else "--warm-start without a TASK"
+        raise InputError(f"--jobs: does not go with {flag}, where a task depends on those learned before it")
+    return min(arguments.jobs, len(jobs))
+
+
+def _workers(arguments: argparse.Namespace, count: int, given: Mapping[str, Any]) -> Workers:
+    """Processes that learn, with the model of the store, or of the call where there is no store yet."""
+    from slm_fast.jobs import Workers
+    from slm_fast.store import Store
+
+    set_threads(arguments.threads)
+    how = {"dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads}
     if not Store.exists(arguments.store):
-        if arguments.backbone is None:
-            raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
-        set_threads(arguments.threads)
-        return ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
+        return Workers(count, arguments.backbone, given, **how)
     store = Store.open(arguments.store)
-    for name, value in given.items():
-        kept = store.about["config"].get(name)
-        if name != "max_length" and (list(value) if isinstance(value, tuple) else value) != kept:
-            raise InputError(f"--{name.replace('_', '-')}: {arguments.store} was made with {kept!r}")
-    store.check_writable()
-    return open_store(arguments)
+    start = arguments.warm_start  # one that is not there is found out with the model
+    how["start"] = store.read(start)[1] if start in store.files else b""
+    return Workers(count, arguments.backbone or store.about["backbone"], store.about["config"], **how)
 
 
-def _learn(slm: ScalableLM, task: Task, options: LearnOptions, valid: Task | None) -> None:
-    """Learn a task. One that is learned and cannot be committed is tried again: whoever made the disk full, or keeps
-    the store, has some time to mend it."""
+def _learn(slm: ScalableLM, job: Job) -> None:
+    """Learn a task here, and commit it."""
+    done = "kept" if job.task.name in slm.learned else "learned"
+    _commit(slm, job, lambda: slm.learn(job.task, job.options, valid=job.valid), done)
+
+
+def _learn_side_by_side(slm: ScalableLM, workers: Workers, jobs: Sequence[Job]) -> int:
+    """Let workers learn tasks and commit each as it comes: the exit status. A task that cannot be learned keeps no
+    other from it."""
+    from slm_fast.progress import bar
+
+    status, new = 0, []
+    for job in jobs:
+        if slm.knows(*job[:2], valid=job.valid):
+            _learn(slm, job)  # which says so
+        else:
+            new.append(job)
+    with bar(f"{len(new)} tasks", sum(len(job.task.rows) for job in new)) as advance:
+        for job, learned in workers.learn(slm, new):
+            try:
+                if isinstance(learned, SlmError):
+                    raise learned
+                slm.refresh()
+                if slm.knows(*job[:2], valid=job.valid):  # somebody else has learned it meanwhile
+                    _learn(slm, job)
+                else:
+                    _commit(slm, job, partial(slm.add, learned), "learned")
+            except SlmError as error:
+                if job.task.name in slm.learned:  # the commits of others would fail, too
+                    raise
+                status = complain(str(error), error.status)
+            advance(len(job.task.rows))
+    return status
+
+
+def _commit(slm: ScalableLM, job: Job, act: Callable[[], None], done: str) -> None:
+    """Do what commits a task, and say so. One that is learned and cannot be committed is tried again: whoever made the
+    disk full, or keeps the store, has some time to mend it."""
     assert slm.store is not None
+    last: WorkError | None = None
     try:
-        return slm.learn(task, options, valid=valid)
+        act()
     except WorkError as error:
-        if task.name not in slm.learned:
+        if job.task.name not in slm.learned:
             raise
-        last, until = error, time.monotonic() + PATIENCE
-    while time.monotonic() < until:
+        last = error
+    until = time.monotonic() + PATIENCE
+    while last is not None and time.monotonic() < until:
         print(f"slm-fast: warning: {last.args[0].partition(';')[0]}; trying again (Ctrl-C gives up)", file=sys.stderr)
         time.sleep(PAUSE)
         try:
-            return slm.save_pretrained(slm.store.path)
+            slm.save_pretrained(slm.store.path)
+            last = None
         except WorkError as error:
             last = error
-    raise last
+    if last is not None:
+        raise last
+    held = f"{slm.store.path} holds {len(type(slm.store).open(slm.store.path).files)}"
+    print(f"{done} {job.task.name} from {len(job.task.rows)} rows; {held}", file=sys.stderr)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -37,6 +37,8 @@ def add(verbs: Verbs) -> None:
     predict.add_argument(
         "--top-k", type=_count, default=1, metavar="N", help="give the probabilities of so many labels, or of 'all'"
     )
+    about = "answer the I-th of N parts of the input file, for a process each; `cat` joins their outputs"
+    predict.add_argument("--shard", type=_shard, metavar="I/N", help=about)
     add_reading_options(predict, label=False)
     add_predict_options(predict)
 
@@ -50,6 +52,13 @@ def _count(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"expected a number or all, got {text!r}") from None
 
 
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts):
+        return int(part), int(parts)
+    raise argparse.ArgumentTypeError(f"expected I/N such as 1/4, I from 1 to N, got {text!r}")
+
+
 def run(arguments: argparse.Namespace) -> int:
     from slm_fast.predict_file import Reading, check_paths
 
@@ -58,11 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     source = sys.stdin.buffer if arguments.input in STDIN else Path(arguments.input)
     sink = sys.stdout if arguments.output in ("-", "/dev/stdout") else Path(arguments.output)
     columns = {"delimiter": arguments.delimiter, "encoding": arguments.encoding, "text": arguments.text_column}
-    check_paths(source, sink, overwrite=arguments.overwrite, reading=Reading(**columns))
+    check_paths(source, sink, overwrite=arguments.overwrite, reading=Reading(**columns), shard=arguments.shard)
     slm = open_store(arguments)
-    done = slm.predict_file(
-        source, sink, options, **columns, task=arguments.task, strict=arguments.strict, overwrite=arguments.overwrite
-    )
+    how = {name: getattr(arguments, name) for name in ("task", "shard", "strict", "overwrite")}
+    done = slm.predict_file(source, sink, options, **columns, **how)
     if done.failed:
         rows = f"{done.failed} row{'s' * (done.failed > 1)}"
         return complain(f"{rows} failed; each is marked with its error in the output", 1)

@@ -88,7 +88,18 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_features) -> Path:
 
 
 def test_a_run_answers_each_row_told_and_not_told_and_goes_on_where_it_was(data, capsys):
-    call = ["--data", str(data), "--stream", "clinc", "--epochs", "8", "--max-length", "32", "--work", str(data / "work")]
+    call = [
+        "--data",
+        str(data),
+        "--stream",
+        "clinc",
+        "--epochs",
+        "8",
+        "--max-length",
+        "32",
+        "--work",
+        str(data / "work"),
+    ]
     assert gaps.main([*call, "--seeds", "0", "--methods", "slm", "--output", str(data / "one.csv")]) == 0
     assert capsys.readouterr().err.count("learned") == 2
     assert gaps.main([*call, "--seeds", "0", "--output", str(data / "both.csv")]) == 0

@@ -1,0 +1,133 @@
+"""A process that learns tasks for the one that started it (`jobs.py`): `python -m slm_fast.worker`.
+
+Requests come on standard input, answers go to standard output. A message is a line of JSON; where it says "bytes", so
+many follow it. The first request says how the model is opened, each other one is a task; an answer is "ready",
+"learned", "warning" or "error". When standard input ends, so does the process: whoever started it is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from slm_fast.errors import SlmError, SlmWarning, memory_for
+
+if TYPE_CHECKING:
+    from slm_fast.data import Task
+    from slm_fast.slm import ScalableLM
+
+Message = dict[str, Any]
+
+
+def send(stream: IO[bytes], message: Mapping[str, Any], data: bytes = b"") -> None:
+    """Write a message, and bytes behind it."""
+    more = {"bytes": len(data)} if data else {}
+    stream.write(json.dumps({**message, **more}).encode() + b"\n" + data)
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> tuple[Message, bytes]:
+    """Read a message, and the bytes behind it. Raises EOFError where the stream ends before it does."""
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    message: Message = json.loads(line)
+    size = message.pop("bytes", 0)
+    data = stream.read(size) if size else b""
+    if len(data) < size:
+        raise EOFError
+    return message, data
+
+
+def task_message(task: Task) -> Message:
+    """A task as a part of a message."""
+    rows = [[row.text, row.target, row.instruction] for row in task.rows]
+    return {"name": task.name, "free_text": task.labels is None, "rows": rows}
+
+
+def task_of(message: Message) -> Task:
+    from slm_fast.data import Row, Task
+
+    rows = [Row(text, target, instruction) for text, target, instruction in message["rows"]]
+    return Task(message["name"], rows, free_text=message["free_text"], training=False)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    requests: queue.SimpleQueue[tuple[Message, bytes]] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(requests,), daemon=True).start()
+
+    def tell(message: Warning | str, category: type[Warning], *_: object) -> None:
+        if issubclass(category, SlmWarning):
+            send(answers, {"warning": str(message)})
+
+    warnings.simplefilter("always", SlmWarning)
+    warnings.showwarning = tell  # type: ignore[assignment]
+    try:
+        _serve(requests, answers)
+    except BrokenPipeError:  # nobody is there to hear it
+        os._exit(1)
+
+
+def _serve(requests: queue.SimpleQueue[tuple[Message, bytes]], answers: IO[bytes]) -> None:
+    from slm_fast import __version__
+
+    slm: ScalableLM | None = None
+    while True:
+        request, data = requests.get()
+        try:
+            with memory_for("worker"):
+                if slm is None:
+                    slm = _open(request, data)
+                    send(answers, {"ready": slm.model.about, "version": __version__})
+                else:
+                    send(answers, {"learned": request["task"]["name"]}, _learn(slm, request))
+        except SlmError as error:  # any other is a bug: its traceback goes to standard error
+            send(answers, {"error": str(error), "status": error.status})
+
+
+def _read(requests: queue.SimpleQueue[tuple[Message, bytes]]) -> None:
+    try:
+        with os.fdopen(os.dup(0), "rb") as stream:
+            while True:
+                requests.put(receive(stream))
+    except BaseException:
+        os._exit(1)
+
+
+def _open(request: Message, start: bytes) -> ScalableLM:
+    """The model, in memory only. start: the file of a task that others begin at."""
+    import torch
+
+    from slm_fast.options import ModelConfig
+    from slm_fast.slm import ScalableLM
+    from slm_fast.task_file import task_from_bytes
+
+    torch.set_num_threads(max(1, (request["threads"] or torch.get_num_threads()) // request["jobs"]))
+    slm = ScalableLM.from_backbone(
+        request["backbone"], ModelConfig(**request["config"]), dtype=request["dtype"], device=request["device"]
+    )
+    if start:
+        slm.add(task_from_bytes(start, Path("warm_start")))
+    return slm
+
+
+def _learn(slm: ScalableLM, request: Message) -> bytes:
+    """The file of a task."""
+    from slm_fast.learn import learn_task
+    from slm_fast.options import LearnOptions
+    from slm_fast.task_file import task_to_bytes
+
+    task, valid = task_of(request["task"]), request["valid"] and task_of(request["valid"])
+    return task_to_bytes(learn_task(slm.model, task, LearnOptions(**request["options"]), valid=valid, progress=False))
+
+
+if __name__ == "__main__":
+    main()
