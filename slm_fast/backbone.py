@@ -1,11 +1,11 @@
-"""The frozen models: one row of a table a family, and how to load, name and fingerprint one."""
+"""A frozen model with its tokenizer: how to load, name and fingerprint one, and where its linear layers are."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,77 +14,13 @@ import transformers
 from torch import Tensor, nn
 
 from slm_fast.errors import InputError, SlmError, WorkError, memory_for, one_line
+from slm_fast.families import FAMILIES, Family, family_of
 from slm_fast.given import checked_tokenizer, unwrapped, without_head
 from slm_fast.identity import fingerprint, generation, settings, tokens
 from slm_fast.layers import use_onednn
 from slm_fast.loading import choose_device, choose_dtype, loading, located, resolve
 from slm_fast.surroundings import pinned
 from slm_fast.tokenization import Tokenization
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between model families.
-
-    layers: the trunk, where the query is tapped. upper: layers wholly above it, if there are any (a decoder).
-    linears: a shared word -> the pattern of the modules it means inside one layer.
-    """
-
-    kind: str  # "encoder" (answers with heads), "seq2seq" or "causal" (answer by generating)
-    model_types: tuple[str, ...]
-    auto_class: str
-    layers: str
-    linears: Mapping[str, str]
-    upper: str | None = None
-
-
-FAMILIES = (
-    Family(
-        "encoder",
-        ("bert", "roberta", "xlm-roberta"),
-        "AutoModel",
-        "encoder.layer",
-        {
-            "query": r"attention\.self\.query",
-            "key": r"attention\.self\.key",
-            "value": r"attention\.self\.value",
-            "out": r"attention\.output\.dense",
-            "up": r"intermediate\.dense",
-            "down": r"output\.dense",
-        },
-    ),
-    Family(
-        "seq2seq",
-        ("t5", "mt5"),
-        "AutoModelForSeq2SeqLM",
-        "encoder.block",
-        {
-            "query": r"layer\.\d\.\w+Attention\.q",
-            "key": r"layer\.\d\.\w+Attention\.k",
-            "value": r"layer\.\d\.\w+Attention\.v",
-            "out": r"layer\.\d\.\w+Attention\.o",
-            "gate": r"layer\.\d\.DenseReluDense\.wi_0",
-            "up": r"layer\.\d\.DenseReluDense\.(wi|wi_1)",
-            "down": r"layer\.\d\.DenseReluDense\.wo",
-        },
-        upper="decoder.block",
-    ),
-    Family(
-        "causal",
-        ("llama", "mistral", "qwen2"),
-        "AutoModelForCausalLM",
-        "model.layers",
-        {
-            "query": r"self_attn\.q_proj",
-            "key": r"self_attn\.k_proj",
-            "value": r"self_attn\.v_proj",
-            "out": r"self_attn\.o_proj",
-            "gate": r"mlp\.gate_proj",
-            "up": r"mlp\.up_proj",
-            "down": r"mlp\.down_proj",
-        },
-    ),
-)
 
 
 class Backbone:
@@ -111,7 +47,7 @@ class Backbone:
             raise InputError("backbone: its config names no decoder_start_token_id, with which answers begin; set it")
         self.model.eval().requires_grad_(False)
         use_onednn(self.model)
-        if self.family.kind == "encoder":
+        if hasattr(self.model, "pooler"):
             self.model.pooler = None  # answers come from the mean over tokens
         self.fingerprint = known_fingerprint or fingerprint(self.model, self.tokenizer)
         writes = self.kind != "encoder"
@@ -200,36 +136,63 @@ class Backbone:
         return layers
 
     def find_linears(self, words: Sequence[str], first_layer: int) -> list[str]:
-        """Names of the modules that `words` mean in the trunk's layers from `first_layer` on and in all above it.
+        """Names of the layers that `words` mean in the trunk's layers from `first_layer` on and in all above it: those
+        of modules, or, where a word means some of the output features of a fused one, "module[word]".
 
         Raises InputError for a word that matches no module.
         """
         prefixes = [f"{self.family.layers}.{i}." for i in range(first_layer, len(self.layers))]
         if self.family.upper:
             prefixes += [f"{self.family.upper}.{i}." for i in range(len(self.model.get_submodule(self.family.upper)))]
+        outer = re.compile("|".join(map(re.escape, prefixes)))
         found = []
         for word in words:
-            if word not in self.family.linears:
-                raise InputError(f"targets: {word!r} matches no layer; choose from {', '.join(self.family.linears)}")
-            pattern = re.compile("|".join(map(re.escape, prefixes)))
-            inner = re.compile(self.family.linears[word])
+            if word not in self.family.words:
+                raise InputError(f"targets: {word!r} matches no layer; choose from {', '.join(self.family.words)}")
+            pattern, together = self.family.pattern(word)
             matches = [
-                name
+                name if len(together) == 1 else f"{name}[{word}]"
                 for name, _ in self.model.named_modules()
-                if (at := pattern.match(name)) and inner.fullmatch(name[at.end() :])
+                if (at := outer.match(name)) and re.fullmatch(pattern, name[at.end() :])
             ]
             if not matches:
                 raise InputError(f"targets: {word!r} matches no layer from {first_layer} on in this {self.kind} model")
             found += matches
         return sorted(set(found))
 
+    def parts(self, names: Sequence[str]) -> dict[str, dict[str, slice]]:
+        """The modules of the layers of these names, and of each fused one the layers that it is made of: their names
+        and the output features that are theirs. (Of others nothing.)"""
+        modules: dict[str, tuple[str, ...]] = {}
+        for name in names:
+            module, _, word = name.rstrip("]").partition("[")
+            modules[module] = self.family.pattern(word)[1] if word else ()
+        widths = self._module_widths([module for module, words in modules.items() if words])
+        config, parts = self.model.config, {}
+        heads = getattr(config, "num_attention_heads", None) or 1
+        shares = dict.fromkeys(("key", "value"), getattr(config, "num_key_value_heads", None) or heads)
+        for module, words in modules.items():
+            sizes = [shares.get(word, heads) for word in words]
+            ends = [widths[module][1] * sum(sizes[:i]) // sum(sizes) for i in range(len(words) + 1)] if words else []
+            parts[module] = {f"{module}[{word}]": slice(*ends[i : i + 2]) for i, word in enumerate(words)}
+        return parts
+
     def widths(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of linear modules, seen from one token passing through when they do not say."""
+        """(in_features, out_features) of linear layers, seen from one token passing through when they do not say."""
+        parts = self.parts(names)
+        whole = self._module_widths(list(parts))
+        found = {module: widths for module, widths in whole.items() if not parts[module]}
+        for module, slices in parts.items():
+            found |= {name: (whole[module][0], part.stop - part.start) for name, part in slices.items()}
+        return {name: found[name] for name in names}
+
+    def _module_widths(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
         modules = {name: self.model.get_submodule(name) for name in names}
         widths = {
-            name: (int(module.in_features), int(module.out_features))
+            name: (int(getattr(module, features_in)), int(getattr(module, features_out)))
             for name, module in modules.items()
-            if hasattr(module, "in_features") and hasattr(module, "out_features")
+            for features_in, features_out in (("in_features", "out_features"), ("nx", "nf"))  # nn.Linear, GPT-2's
+            if hasattr(module, features_in) and hasattr(module, features_out)
         }
         hooks = []
         for name in names:
@@ -260,13 +223,59 @@ class Backbone:
         start: int | None = self.model.generation_config.decoder_start_token_id
         return int(self.model.config.decoder_start_token_id) if start is None else start
 
+    @cached_property
+    def learned_positions(self) -> int | None:
+        """How many positions a text can have, where positions are embedded; None where they are not."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Embedding) and re.search(r"\b(embed_positions|position_embeddings?|wpe)$", name):
+                # RoBERTa's positions begin after the padding index, BART's at an offset of its own.
+                before = 0 if module.padding_idx is None else module.padding_idx + 1
+                return len(module.weight) - before - int(getattr(module, "offset", 0))
+        return None
+
     def max_positions(self) -> int | None:
-        """The most positions the backbone can hold, where its positions are learned; else None."""
+        """The most positions a text may have: those embedded, or what the configuration says; None without either."""
+        if self.learned_positions is not None or self.kind == "seq2seq":
+            return self.learned_positions
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is None or self.kind == "seq2seq":
-            return None
-        # RoBERTa's positions begin after the padding index.
-        return int(limit) - (self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0)
+        return None if limit is None else int(limit)
+
+    def positions(self, mask: Tensor) -> dict[str, Any]:
+        """What tells a causal model the positions [B, T] of real tokens, padded on either side: only one that embeds
+        them needs it, for rotary ones say how far apart tokens are."""
+        if self.kind != "causal" or self.learned_positions is None:
+            return {}
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of last hidden states [N, H] of the trunk of a causal model: what the whole model makes of
+        them, which may be more than a product (a soft cap, a scale)."""
+        lm, trunk, name = self.model, self.model.base_model, self.model.base_model_prefix
+        options = {"output_router_logits": False} if hasattr(lm.config, "output_router_logits") else {}
+        tokens = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        setattr(lm, name, _Known(hidden[None]))
+        try:
+            logits: Tensor = lm(input_ids=tokens, use_cache=False, **options).logits
+        finally:
+            setattr(lm, name, trunk)
+        return logits[0]
+
+
+class _Known(nn.Module):
+    """Stands in the place of a trunk whose last hidden states are known, and is its output, too."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.last_hidden_state = hidden
+
+    def forward(self, *_: Any, **__: Any) -> _Known:
+        return self
+
+    def __getitem__(self, place: int) -> Tensor:
+        return (self.last_hidden_state,)[place]
+
+    def __getattr__(self, name: str) -> Any:
+        return None  # whatever else a trunk may return
 
 
 def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hint: str = "") -> Backbone:
@@ -292,9 +301,9 @@ def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hin
 
 
 def _family(model_type: str) -> Family:
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
+    family = family_of(model_type)
+    if family is not None:
+        return family
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise InputError(f"backbone: model type {model_type!r} is not supported; supported: {known}")
 

@@ -42,6 +42,7 @@ LAYERS = (
         "tasks",
         "covariance",
         "scatter",
+        "families",
         "identity",
         "given",
         "surroundings",
