@@ -58,6 +58,8 @@ class Backbone:
             ends = self.end_tokens().tolist()
             self.settings["generation"] = generation(self.model.generation_config, ends, start)
         self.tokenization = Tokenization(self.tokenizer, self.kind, self.device, self.vocabulary)
+        if self.kind == "seq2seq" and (first := self.model.generation_config.forced_bos_token_id) is not None:
+            self.tokenization.opening = [int(first)]
 
     @classmethod
     def load(cls, name: str, *, dtype: str = "float32", device: str = "auto") -> Backbone:

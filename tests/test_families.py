@@ -22,14 +22,15 @@ from models import (
     random_task,
     route_of,
     saved,
-    sentence,
     toy_task,
 )
+from test_generate import count_passes, end_early
 from torch import Tensor, nn
 
-from slm_fast import InputError, ScalableLM, examples
+from slm_fast import InputError, ScalableLM, Task, examples
 from slm_fast.families import FAMILIES
 from slm_fast.predict import RouteTaken
+from slm_fast.scheduler import Scheduler
 from slm_fast.tasks import LearnedTask
 from slm_fast.tokenization import pad
 
@@ -183,13 +184,17 @@ def test_learning_over_kept_states_is_learning_through_all_layers(name, first_la
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_rows_that_take_turns_write_what_merged_weights_write_of_each_alone(name):
-    slm, tokenizer = make_slm(name), make_tokenizer(name)
-    tasks, texts = farm_and_sea(slm), mixed_texts(7, seed=2)
-    causal = KNOWN[name][0] == "causal"
-    for text, answer in zip(texts, slm.predict(texts, batch_size=3, max_new_tokens=6), strict=True):
+    slm, tokenizer, causal = make_slm(name), make_tokenizer(name), KNOWN[name][0] == "causal"
+    tasks, texts = farm_and_sea(slm), mixed_texts(8, seed=2)
+    loop = slm.model.backbone.family.loop  # where rows join while others run, if some texts end early
+    ends = end_early(slm, texts) if loop else slm.model.backbone.end_tokens().tolist()
+    seen = count_passes(slm)
+    answers = slm.predict(texts, batch_size=3, max_new_tokens=7)
+    assert (sum(seen) < 8 * 7) == loop  # a row that has ended is not computed any more
+    for text, answer in zip(texts, answers, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"] + (tokenizer("\n")["input_ids"][1:] if causal else [])])
         merged = merge(make_model(name), tasks, answer.route)
-        options = {"pad_token_id": 2 if causal else 0, "max_new_tokens": 6}
+        options = {"pad_token_id": 2 if causal else 0, "max_new_tokens": 7, "eos_token_id": ends}
         out = merged.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
         written = out[0, ids.shape[1] if causal else 1 :]
         assert answer.text == tokenizer.decode(written, skip_special_tokens=True).strip()
@@ -200,7 +205,43 @@ def test_texts_are_read_as_far_as_there_are_positions(name, positions):
     assert POSITIONS == 128
     with pytest.raises(InputError, match=f"max_length: expected 4..{positions} for this backbone, got {positions + 1}"):
         make_slm(name, max_length=positions + 1)
-    slm = make_slm(name, max_length=positions)
+    slm = make_slm(name, max_length=positions - 8)
     farm_and_sea(slm)
-    [answer] = slm.predict([sentence("sea", __import__("random").Random(1), words=200)], max_new_tokens=1)
+    long = " ".join(["sea1 sea2"] * 100)
+    [answer] = slm.predict([long], max_new_tokens=8)
     assert answer.truncated
+    if name == "gpt2":
+        with pytest.raises(InputError, match=r"max_new_tokens: expected at most 8 .* has 128 positions, .*, got 9"):
+            slm.predict([long], max_new_tokens=9)
+        with pytest.raises(
+            InputError, match=r"task 'city': row 2 has 132 tokens to learn, .* 128 positions; set a small"
+        ):
+            slm.learn(Task("city", [("sea1 sea2", "yes"), (long, " ".join(["yes"] * 11))]))
+    if name == "bart":
+        with pytest.raises(InputError, match=r"max_new_tokens: expected at most 127 .*, got 128"):
+            slm.predict(["sea1"], max_new_tokens=128)
+
+
+def test_bart_learns_answers_that_begin_as_its_generation_begins_them():
+    model = make_model("bart")
+    model.generation_config.forced_bos_token_id = 2
+    slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer("bart"))
+    assert slm.model.backbone.tokenization.encode_answers(["yes", "sea1 sea2 sea3"], 4)[0][::2] == [2, 1]
+    assert len(slm.model.backbone.tokenization.encode_answers(["sea1 sea2 sea3"], 4)[0]) == 4
+    slm.learn(easy("sea", rows=8), epochs=30, batch_size=8, learning_rate=2e-2)
+    answers = slm.predict([row.text for row in easy("sea", rows=8).rows], max_new_tokens=4)
+    assert [a.text for a in answers] == [row.target for row in easy("sea", rows=8).rows]
+    with pytest.raises(
+        InputError, match=r"model: rows of a bart backbone cannot take turns; `ScalableLM.predict` writes"
+    ):
+        Scheduler(slm.model, max_rows=2, max_prompt=4, max_new_tokens=4)
+
+
+def test_a_gemmas_soft_cap_and_a_granites_scale_are_in_the_logits_that_learning_sees():
+    for name in ("gemma2", "granite", "llama", "gpt2"):
+        slm, [row] = make_slm(name), rows_of(name, 9)
+        lm, ids = slm.model.backbone.model, torch.tensor([row])
+        with torch.inference_mode():
+            hidden = lm.base_model(ids).last_hidden_state[0, 2:7]
+            torch.testing.assert_close(slm.model.backbone.logits(hidden), lm(ids).logits[0, 2:7], rtol=0, atol=2e-6)
+            assert torch.equal(lm(ids).logits, make_model(name)(ids).logits)  # the trunk is in its place again
