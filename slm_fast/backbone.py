@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from slm_fast.given import checked_tokenizer, unwrapped, without_head
 from slm_fast.identity import fingerprint, generation, settings, tokens
 from slm_fast.layers import use_onednn
 from slm_fast.loading import choose_device, choose_dtype, loading, located, resolve
+from slm_fast.structure import find_family
 from slm_fast.surroundings import pinned
 from slm_fast.tokenization import Tokenization
 
@@ -38,8 +40,8 @@ class Backbone:
     def __init__(self, model: Any, tokenizer: Any, name: str, known_fingerprint: str | None = None) -> None:
         model = unwrapped(model)
         self.name = os.path.abspath(name) if name and os.path.isdir(name) else name
-        self.family = family = _family(model.config.model_type)
-        self.model = without_head(model, family.kind, family.layers, family.upper, family.auto_class)
+        self.family, self.model = _family(model)
+        family = self.family
         if isinstance(tokenizer, (str, Path)):
             tokenizer = _load_tokenizer(tokenizer)
         self.tokenizer = checked_tokenizer(tokenizer, self.model, family.kind)
@@ -70,7 +72,7 @@ class Backbone:
                 twice: numbers rounded to float16 would give another fingerprint.
 
         Raises:
-            InputError: it cannot be found, its family is not in `FAMILIES`, or it cannot run in this dtype.
+            InputError: it cannot be found, it is of no family that can be adapted, or it cannot run in this dtype.
             WorkError: its files are damaged.
         """
         place = choose_device(device)
@@ -80,7 +82,7 @@ class Backbone:
         try:
             with loading(), memory_for(f"backbone {name!r}"):
                 config = transformers.AutoConfig.from_pretrained(path)
-                auto_class = getattr(transformers, _family(config.model_type).auto_class)
+                auto_class = getattr(transformers, _kind_of(config)[1])
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
                 if number == torch.float16:
                     first = auto_class.from_pretrained(path, dtype=torch.bfloat16)
@@ -247,6 +249,8 @@ class Backbone:
         them needs it, for rotary ones say how far apart tokens are."""
         if self.kind != "causal" or self.learned_positions is None:
             return {}
+        if "position_ids" not in inspect.signature(self.model.base_model.forward).parameters:
+            return {}  # it finds them by the mask
         return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -264,20 +268,30 @@ class Backbone:
 
 
 class _Known(nn.Module):
-    """Stands in the place of a trunk whose last hidden states are known, and is its output, too."""
+    """Stands in the place of a trunk whose last hidden states are known (and of the decoder in it, as OPT has one)."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
-        self.last_hidden_state = hidden
+        self.output = _Output(hidden)
 
-    def forward(self, *_: Any, **__: Any) -> _Known:
+    def forward(self, *_: Any, **__: Any) -> _Output:
+        return self.output
+
+    def __getattr__(self, name: str) -> _Known:
         return self
+
+
+class _Output:
+    """What a trunk returns: its last hidden states, and None for all else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
 
     def __getitem__(self, place: int) -> Tensor:
         return (self.last_hidden_state,)[place]
 
-    def __getattr__(self, name: str) -> Any:
-        return None  # whatever else a trunk may return
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hint: str = "") -> Backbone:
@@ -302,12 +316,37 @@ def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hin
     return Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))
 
 
-def _family(model_type: str) -> Family:
-    family = family_of(model_type)
+def _family(model: Any) -> tuple[Family, Any]:
+    """The family of a model, and the part of the model that is worked with."""
+    family, (kind, auto_class) = family_of(model.config.model_type), _kind_of(model.config)
     if family is not None:
-        return family
+        return family, without_head(model, kind, family.layers, family.upper, auto_class)
+    model = without_head(model, kind, "", None, auto_class)
+    with pinned():
+        return find_family(model.eval(), kind, auto_class), model
+
+
+def _kind_of(config: Any) -> tuple[str, str]:
+    """The kind of a model by its configuration, and the auto class that loads it.
+
+    Raises InputError for one that neither reads texts into hidden states nor writes them.
+    """
+    family = family_of(config.model_type)
+    if family is not None:
+        return family.kind, family.auto_class
+    auto = transformers.models.auto.modeling_auto
+    for kind, name, types in (
+        ("seq2seq", "AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("encoder", "AutoModel", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("causal", "AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        if config.model_type in types:
+            return kind, name
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise InputError(f"backbone: model type {model_type!r} is not supported; supported: {known}")
+    raise InputError(
+        f"backbone: model type {config.model_type!r} is not supported; supported: {known}, and other language models "
+        "whose structure is like theirs"
+    )
 
 
 def _load_tokenizer(name: str | Path) -> Any:

@@ -78,3 +78,20 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
+
+# Those that are in no row of the table: what is found by their structure, and what is refused.
+FOUND: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt_neox": ("causal", "GPTNeoXForCausalLM", {"initializer_range": 0.2}),
+    "opt": ("causal", "OPTForCausalLM", {"init_std": 0.2, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0}),
+    "bloom": ("causal", "BloomForCausalLM", {"initializer_range": 0.2}),
+    "deberta": (
+        "encoder",
+        "DebertaModel",
+        {"initializer_range": 0.2, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    ),
+    "pegasus": ("seq2seq", "PegasusForConditionalGeneration", {"init_std": 0.2, "decoder_start_token_id": 0}),
+}
+REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "albert": ("encoder", "AlbertModel", {"embedding_size": 16}),  # one layer that runs three times
+    "fnet": ("encoder", "FNetModel", {}),  # mixes what is padding with what is not
+}

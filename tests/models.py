@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import LAYERS, OTHERS, POSITIONS, WIDTH
+from families import FOUND, LAYERS, OTHERS, POSITIONS, REFUSED, WIDTH
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("causal", "MistralForCausalLM", {"initializer_range": 0.2, "sliding_window": 64}),
     "qwen2": ("causal", "Qwen2ForCausalLM", {"initializer_range": 0.2}),
 }
-KNOWN = BACKBONES | OTHERS
+KNOWN = BACKBONES | OTHERS | FOUND | REFUSED
 FAMILIES = ("bert", "t5", "llama")  # one of each kind
 GENERATORS = ("t5", "llama")
 WRITERS = [name for name, (kind, _, _) in BACKBONES.items() if kind != "encoder"]
@@ -97,7 +97,7 @@ def make_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
 def _model(name: str, seed: int) -> transformers.PreTrainedModel:
     kind, class_name, own = KNOWN[name]
     sizes: dict[str, Any] = {"vocab_size": len(_tokenizer(kind)), "num_attention_heads": 4}
-    if name == "bart":
+    if name in ("bart", "pegasus"):
         sizes = {"vocab_size": len(_tokenizer(kind)), "encoder_layers": LAYERS, "decoder_layers": 2, "d_model": WIDTH}
         sizes |= {
             f"{side}_{what}": n
@@ -111,7 +111,7 @@ def _model(name: str, seed: int) -> transformers.PreTrainedModel:
         sizes |= {"d_model": WIDTH, "d_kv": 8, "d_ff": 48}
     elif kind == "causal":
         special = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
-        sizes |= {} if name == "gpt2" else {"num_key_value_heads": 2}
+        sizes |= {} if name in ("gpt2", *FOUND, *REFUSED) else {"num_key_value_heads": 2}
     else:
         special = {"pad_token_id": 0}
     if kind != "seq2seq":

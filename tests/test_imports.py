@@ -33,7 +33,7 @@ LAYERS = (
     ("query", "random_features", "pool"),
     ("router",),
     ("backbone",),
-    ("loading",),
+    ("loading", "structure"),
     (
         "layers",
         "tokenization",
