@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -36,6 +39,7 @@ from slm_fast.tokenization import pad
 
 NAMES = [name for name in KNOWN if name not in REFUSED]
 WRITERS = [name for name, (kind, _, _) in (OTHERS | FOUND).items() if kind != "encoder"]
+DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 ROUTES = (((0,), (1.0,)), ((1,), (0.5,)), ((2, 0), (0.7, 0.3)), ((), ()))  # slots and weights of four rows
 
 
@@ -209,6 +213,22 @@ def test_rows_that_take_turns_write_what_merged_weights_write_of_each_alone(name
         assert answer.text == tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "beams"),
+    [("gemma3_text", 90, 1), ("gemma2", 90, 1), ("gemma3_text", 9, 2), ("phi3", 9, 2), ("gpt2", 9, 2), ("bart", 9, 2)],
+)
+def test_rows_beyond_a_sliding_window_and_beams_are_what_merged_weights_write_alone(name, words, beams):
+    slm, tokenizer, causal = make_slm(name), make_tokenizer(name), KNOWN[name][0] == "causal"
+    tasks, texts = farm_and_sea(slm), [" ".join(f"{topic}{i % 20}" for i in range(words)) for topic in ("sea", "farm")]
+    for text, answer in zip(texts, slm.predict(texts, max_new_tokens=5, beams=beams), strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"] + (tokenizer("\n")["input_ids"][1:] if causal else [])])
+        merged = merge(make_model(name), tasks, answer.route)
+        options = {"pad_token_id": 2 if causal else 0, "max_new_tokens": 5, "num_beams": beams}
+        out = merged.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        written = out[0, ids.shape[1] if causal else 1 :]
+        assert answer.text == tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize(("name", "positions"), [("camembert", 126), ("mpnet", 126), ("gpt2", 128), ("bart", 128)])
 def test_texts_are_read_as_far_as_there_are_positions(name, positions):
     assert POSITIONS == 128
@@ -254,3 +274,18 @@ def test_a_gemmas_soft_cap_and_a_granites_scale_are_in_the_logits_that_learning_
             hidden = lm.base_model(ids).last_hidden_state[0, 2:7]
             torch.testing.assert_close(slm.model.backbone.logits(hidden), lm(ids).logits[0, 2:7], rtol=0, atol=2e-6)
             assert torch.equal(lm(ids).logits, make_model(name)(ids).logits)  # the trunk is in its place again
+
+
+def test_the_documentation_names_every_family_with_what_is_adapted():
+    rows = [line.split("|")[1:-1] for line in DOCUMENT.read_text("utf-8").splitlines() if line.startswith("| `")]
+    assert len(rows) == len(FAMILIES)
+    told = {}
+    for types, answers, default, more, writes in rows:
+        words = [*default.split(", "), *re.sub(r" \(.*?\)", "", more).split(", ")]
+        for model_type in re.findall("`(.*?)`", types):
+            told[model_type] = (answers.strip(), {word.strip() for word in words}, writes.strip())
+    for family in FAMILIES:
+        writes = "" if family.kind == "encoder" else ("in turns" if family.loop else "in batches")
+        for model_type in family.model_types:
+            answers = "labels" if family.kind == "encoder" else "text"
+            assert told[model_type] == (answers, set(family.words), writes)
