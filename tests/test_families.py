@@ -40,6 +40,7 @@ from slm_fast.tokenization import pad
 NAMES = [name for name in KNOWN if name not in REFUSED]
 WRITERS = [name for name, (kind, _, _) in (OTHERS | FOUND).items() if kind != "encoder"]
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+LIKE_LLAMA = ("qwen3", "smollm3", "olmo2", "granite", "phi")  # in what a layer is given and hands on
 ROUTES = (((0,), (1.0,)), ((1,), (0.5,)), ((2, 0), (0.7, 0.3)), ((), ()))  # slots and weights of four rows
 
 
@@ -178,7 +179,10 @@ def test_every_family_learns_and_answers_and_is_saved_opened_and_forgets(name, t
     assert {answer.task for answer in again.predict(texts, max_new_tokens=1)} == {"farm"}
 
 
-@pytest.mark.parametrize(("name", "first_layer"), [*((name, 2) for name in OTHERS), ("deberta-v2:conv", 1)])
+@pytest.mark.parametrize(
+    ("name", "first_layer"),
+    [*((name, 2) for name in OTHERS if name not in LIKE_LLAMA), ("bloom", 2), ("deberta-v2:conv", 1)],
+)
 def test_learning_over_kept_states_is_learning_through_all_layers(name, first_layer, monkeypatch):
     found = []
     for kept in (examples.STATES_BYTES, 0):
@@ -194,12 +198,12 @@ def test_learning_over_kept_states_is_learning_through_all_layers(name, first_la
 @pytest.mark.parametrize("name", WRITERS)
 def test_rows_that_take_turns_write_what_merged_weights_write_of_each_alone(name):
     slm, tokenizer, causal = make_slm(name), make_tokenizer(name), KNOWN[name][0] == "causal"
-    tasks, texts = farm_and_sea(slm), mixed_texts(8, seed=2)
+    tasks, texts = farm_and_sea(slm), mixed_texts(6, seed=2)
     loop = slm.model.backbone.family.loop  # where rows join while others run, if some texts end early
     ends = end_early(slm, texts) if loop else slm.model.backbone.end_tokens().tolist()
     seen = count_passes(slm)
     answers = slm.predict(texts, batch_size=3, max_new_tokens=7)
-    assert not loop or sum(seen) < 8 * 7  # a row that has ended is not computed any more
+    assert not loop or sum(seen) < 6 * 7  # a row that has ended is not computed any more
     for text, answer in zip(texts, answers, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"] + (tokenizer("\n")["input_ids"][1:] if causal else [])])
         merged = merge(make_model(name), tasks, answer.route)
