@@ -16,7 +16,7 @@ from slm_fast.options import LearnOptions, ModelConfig
 def adapted_layers(backbone: Backbone) -> list[str]:
     """Names of the linear layers that slm_fast adapts by default."""
     config = complete(ModelConfig(), backbone)
-    return backbone.find_linears(config.targets, config.first_layer or 0)
+    return backbone.find_linears(config.targets or (), config.first_layer or 0)
 
 
 def shuffled(rows: int, batch_size: int, generator: Generator) -> Sequence[Tensor]:

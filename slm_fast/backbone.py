@@ -1,13 +1,13 @@
-"""The frozen models: one row of a table a family, and how to load, name and fingerprint one."""
+"""A frozen model with its tokenizer: how to load, name and fingerprint one, and where its linear layers are."""
 
 from __future__ import annotations
 
-import copy
+import inspect
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,77 +16,14 @@ import transformers
 from torch import Tensor, nn
 
 from slm_fast.errors import InputError, SlmError, WorkError, memory_for, one_line
+from slm_fast.families import FAMILIES, Family, family_of
 from slm_fast.given import checked_tokenizer, unwrapped, without_head
 from slm_fast.identity import fingerprint, generation, settings, tokens
 from slm_fast.layers import use_onednn
 from slm_fast.loading import choose_device, choose_dtype, loading, located, resolve
+from slm_fast.structure import find_family
 from slm_fast.surroundings import pinned
 from slm_fast.tokenization import Tokenization
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between model families.
-
-    layers: the trunk, where the query is tapped. upper: layers wholly above it, if there are any (a decoder).
-    linears: a shared word -> the pattern of the modules it means inside one layer.
-    """
-
-    kind: str  # "encoder" (answers with heads), "seq2seq" or "causal" (answer by generating)
-    model_types: tuple[str, ...]
-    auto_class: str
-    layers: str
-    linears: Mapping[str, str]
-    upper: str | None = None
-
-
-FAMILIES = (
-    Family(
-        "encoder",
-        ("bert", "roberta", "xlm-roberta"),
-        "AutoModel",
-        "encoder.layer",
-        {
-            "query": r"attention\.self\.query",
-            "key": r"attention\.self\.key",
-            "value": r"attention\.self\.value",
-            "out": r"attention\.output\.dense",
-            "up": r"intermediate\.dense",
-            "down": r"output\.dense",
-        },
-    ),
-    Family(
-        "seq2seq",
-        ("t5", "mt5"),
-        "AutoModelForSeq2SeqLM",
-        "encoder.block",
-        {
-            "query": r"layer\.\d\.\w+Attention\.q",
-            "key": r"layer\.\d\.\w+Attention\.k",
-            "value": r"layer\.\d\.\w+Attention\.v",
-            "out": r"layer\.\d\.\w+Attention\.o",
-            "gate": r"layer\.\d\.DenseReluDense\.wi_0",
-            "up": r"layer\.\d\.DenseReluDense\.(wi|wi_1)",
-            "down": r"layer\.\d\.DenseReluDense\.wo",
-        },
-        upper="decoder.block",
-    ),
-    Family(
-        "causal",
-        ("llama", "mistral", "qwen2"),
-        "AutoModelForCausalLM",
-        "model.layers",
-        {
-            "query": r"self_attn\.q_proj",
-            "key": r"self_attn\.k_proj",
-            "value": r"self_attn\.v_proj",
-            "out": r"self_attn\.o_proj",
-            "gate": r"mlp\.gate_proj",
-            "up": r"mlp\.up_proj",
-            "down": r"mlp\.down_proj",
-        },
-    ),
-)
 
 
 class Backbone:
@@ -104,8 +41,8 @@ class Backbone:
     def __init__(self, model: Any, tokenizer: Any, name: str, known_fingerprint: str | None = None) -> None:
         model = unwrapped(model)
         self.name = os.path.abspath(name) if name and os.path.isdir(name) else name
-        self.family = family = _family(model.config.model_type)
-        self.model = without_head(model, family.kind, family.layers, family.upper, family.auto_class)
+        self.family, self.model = _family(model)
+        family = self.family
         if isinstance(tokenizer, (str, Path)):
             tokenizer = _load_tokenizer(tokenizer)
         self.tokenizer = checked_tokenizer(tokenizer, self.model, family.kind)
@@ -114,9 +51,9 @@ class Backbone:
         self.pooler: Any = None
         self.model.eval().requires_grad_(False)
         use_onednn(self.model)
-        if self.family.kind == "encoder":
+        if hasattr(self.model, "pooler"):
             # Answers come from the mean over tokens; heads that are imported may read the pooler's.
-            self.pooler, self.model.pooler = getattr(self.model, "pooler", None), None
+            self.pooler, self.model.pooler = self.model.pooler, None
         self.fingerprint = known_fingerprint or fingerprint(self.model, self.tokenizer)
         writes = self.kind != "encoder"
         self.tokens = tokens(self.tokenizer, writes=writes)
@@ -126,6 +63,8 @@ class Backbone:
             ends = self.end_tokens().tolist()
             self.settings["generation"] = generation(self.model.generation_config, ends, start)
         self.tokenization = Tokenization(self.tokenizer, self.kind, self.device, self.vocabulary)
+        if self.kind == "seq2seq" and (first := self.model.generation_config.forced_bos_token_id) is not None:
+            self.tokenization.opening = [int(first)]
 
     @classmethod
     def load(cls, name: str, *, dtype: str = "float32", device: str = "auto") -> Backbone:
@@ -136,7 +75,7 @@ class Backbone:
                 twice: numbers rounded to float16 would give another fingerprint.
 
         Raises:
-            InputError: it cannot be found, its family is not in `FAMILIES`, or it cannot run in this dtype.
+            InputError: it cannot be found, it is of no family that can be adapted, or it cannot run in this dtype.
             WorkError: its files are damaged.
         """
         place = choose_device(device)
@@ -146,7 +85,7 @@ class Backbone:
         try:
             with loading(), memory_for(f"backbone {name!r}"):
                 config = transformers.AutoConfig.from_pretrained(path)
-                auto_class = getattr(transformers, _family(config.model_type).auto_class)
+                auto_class = getattr(transformers, _kind_of(config)[1])
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path)
                 if number == torch.float16:
                     first = auto_class.from_pretrained(path, dtype=torch.bfloat16)
@@ -211,68 +150,72 @@ class Backbone:
         return [*self.layers, *upper]
 
     def find_linears(self, words: Sequence[str], first_layer: int) -> list[str]:
-        """Names of the modules that `words` mean in the trunk's layers from `first_layer` on and in all above it.
+        """Names of the layers that `words` mean in the trunk's layers from `first_layer` on and in all above it: those
+        of modules, or, where a word means some of the output features of a fused one, "module[word]".
 
         Raises InputError for a word that matches no module.
         """
         prefixes = [f"{self.family.layers}.{i}." for i in range(first_layer, len(self.layers))]
         if self.family.upper:
             prefixes += [f"{self.family.upper}.{i}." for i in range(len(self.model.get_submodule(self.family.upper)))]
+        outer = re.compile("|".join(map(re.escape, prefixes)))
         found = []
         for word in words:
-            if word not in self.family.linears:
-                raise InputError(f"targets: {word!r} matches no layer; choose from {', '.join(self.family.linears)}")
-            pattern = re.compile("|".join(map(re.escape, prefixes)))
-            inner = re.compile(self.family.linears[word])
+            if word not in self.family.words:
+                raise InputError(f"targets: {word!r} matches no layer; choose from {', '.join(self.family.words)}")
+            pattern, together = self.family.pattern(word)
             matches = [
-                name
+                name if len(together) == 1 else f"{name}[{word}]"
                 for name, _ in self.model.named_modules()
-                if (at := pattern.match(name)) and inner.fullmatch(name[at.end() :])
+                if (at := outer.match(name)) and re.fullmatch(pattern, name[at.end() :])
             ]
             if not matches:
                 raise InputError(f"targets: {word!r} matches no layer from {first_layer} on in this {self.kind} model")
             found += matches
         return sorted(set(found))
 
-    def twin(self, labels: int | None = None) -> Any:
-        """A new model of transformers' own with this one's weights; with `labels` its class for the classification of
-        sequences, whose head is new.
-
-        Raises InputError where the weights cannot be copied (they are quantised).
-        """
-        config = copy.deepcopy(self.model.config)
-        if labels is None:
-            model: Any = type(self.model)(config)
-        else:
-            config.num_labels, config.pad_token_id = labels, self.tokenizer.pad_token_id
-            model = transformers.AutoModelForSequenceClassification.from_config(config)
-        inner = model.base_model if self.kind == "encoder" else model
-        if self.pooler is not None and getattr(inner, "pooler", None) is not None:
-            inner.pooler.load_state_dict(self.pooler.state_dict())
-        try:
-            lost = inner.load_state_dict(self.model.state_dict(), strict=False).missing_keys
-        except RuntimeError as error:
-            raise InputError(f"backbone: its weights cannot be copied: {one_line(error)}") from None
-        if any(not re.match(r"(pooler|classifier|score)\.", name) for name in lost):
-            raise InputError(f"backbone: its weights cannot be copied: no {lost[0]}")
-        return model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
-
     @property
     def adaptable(self) -> set[str]:
         """Names of all linear modules that the family's words mean, in every layer."""
         found: set[str] = set()
-        for word in self.family.linears:
+        for word in self.family.words:
             with suppress(InputError):  # a word of models of the family with other layers
                 found.update(self.find_linears([word], 0))
         return found
 
+    def parts(self, names: Sequence[str]) -> dict[str, dict[str, slice]]:
+        """The modules of the layers of these names, and of each fused one the layers that it is made of: their names
+        and the output features that are theirs. (Of others nothing.)"""
+        modules: dict[str, tuple[str, ...]] = {}
+        for name in names:
+            module, _, word = name.rstrip("]").partition("[")
+            modules[module] = self.family.pattern(word)[1] if word else ()
+        widths = self._module_widths([module for module, words in modules.items() if words])
+        config, parts = self.model.config, {}
+        heads = getattr(config, "num_attention_heads", None) or 1
+        shares = dict.fromkeys(("key", "value"), getattr(config, "num_key_value_heads", None) or heads)
+        for module, words in modules.items():
+            sizes = [shares.get(word, heads) for word in words]
+            ends = [widths[module][1] * sum(sizes[:i]) // sum(sizes) for i in range(len(words) + 1)] if words else []
+            parts[module] = {f"{module}[{word}]": slice(*ends[i : i + 2]) for i, word in enumerate(words)}
+        return parts
+
     def widths(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of linear modules, seen from one token passing through when they do not say."""
+        """(in_features, out_features) of linear layers, seen from one token passing through when they do not say."""
+        parts = self.parts(names)
+        whole = self._module_widths(list(parts))
+        found = {module: widths for module, widths in whole.items() if not parts[module]}
+        for module, slices in parts.items():
+            found |= {name: (whole[module][0], part.stop - part.start) for name, part in slices.items()}
+        return {name: found[name] for name in names}
+
+    def _module_widths(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
         modules = {name: self.model.get_submodule(name) for name in names}
         widths = {
-            name: (int(module.in_features), int(module.out_features))
+            name: (int(getattr(module, features_in)), int(getattr(module, features_out)))
             for name, module in modules.items()
-            if hasattr(module, "in_features") and hasattr(module, "out_features")
+            for features_in, features_out in (("in_features", "out_features"), ("nx", "nf"))  # nn.Linear, GPT-2's
+            if hasattr(module, features_in) and hasattr(module, features_out)
         }
         hooks = []
         for name in names:
@@ -303,13 +246,71 @@ class Backbone:
         start: int | None = self.model.generation_config.decoder_start_token_id
         return int(self.model.config.decoder_start_token_id) if start is None else start
 
+    @cached_property
+    def learned_positions(self) -> int | None:
+        """How many positions a text can have, where positions are embedded; None where they are not."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Embedding) and re.search(r"\b(embed_positions|position_embeddings?|wpe)$", name):
+                # RoBERTa's positions begin after the padding index, BART's at an offset of its own.
+                before = 0 if module.padding_idx is None else module.padding_idx + 1
+                return len(module.weight) - before - int(getattr(module, "offset", 0))
+        return None
+
     def max_positions(self) -> int | None:
-        """The most positions the backbone can hold, where its positions are learned; else None."""
+        """The most positions a text may have: those embedded, or what the configuration says; None without either."""
+        if self.learned_positions is not None or self.kind == "seq2seq":
+            return self.learned_positions
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is None or self.kind == "seq2seq":
-            return None
-        # RoBERTa's positions begin after the padding index.
-        return int(limit) - (self.model.config.pad_token_id + 1 if "roberta" in self.model.config.model_type else 0)
+        return None if limit is None else int(limit)
+
+    def positions(self, mask: Tensor) -> dict[str, Any]:
+        """What tells a causal model the positions [B, T] of real tokens, padded on either side: only one that embeds
+        them needs it, for rotary ones say how far apart tokens are."""
+        if self.kind != "causal" or self.learned_positions is None:
+            return {}
+        if "position_ids" not in inspect.signature(self.model.base_model.forward).parameters:
+            return {}  # it finds them by the mask
+        return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] of last hidden states [N, H] of the trunk of a causal model: what the whole model makes of
+        them, which may be more than a product (a soft cap, a scale)."""
+        lm, trunk, name = self.model, self.model.base_model, self.model.base_model_prefix
+        options = {"output_router_logits": False} if hasattr(lm.config, "output_router_logits") else {}
+        tokens = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+        setattr(lm, name, _Known(hidden[None]))
+        try:
+            logits: Tensor = lm(input_ids=tokens, use_cache=False, **options).logits
+        finally:
+            setattr(lm, name, trunk)
+        return logits[0]
+
+
+class _Known(nn.Module):
+    """Stands in the place of a trunk whose last hidden states are known (and of the decoder in it, as OPT has one)."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.output = _Output(hidden)
+
+    def forward(self, *_: Any, **__: Any) -> _Output:
+        return self.output
+
+    def __getattr__(self, name: str) -> _Known:
+        return self
+
+
+class _Output:
+    """What a trunk returns: its last hidden states, and None for all else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: int) -> Tensor:
+        return (self.last_hidden_state,)[place]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hint: str = "") -> Backbone:
@@ -336,12 +337,37 @@ def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hin
     return Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))
 
 
-def _family(model_type: str) -> Family:
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
+def _family(model: Any) -> tuple[Family, Any]:
+    """The family of a model, and the part of the model that is worked with."""
+    family, (kind, auto_class) = family_of(model.config.model_type), _kind_of(model.config)
+    if family is not None:
+        return family, without_head(model, kind, family.layers, family.upper, auto_class)
+    model = without_head(model, kind, "", None, auto_class)
+    with pinned():
+        return find_family(model.eval(), kind, auto_class), model
+
+
+def _kind_of(config: Any) -> tuple[str, str]:
+    """The kind of a model by its configuration, and the auto class that loads it.
+
+    Raises InputError for one that neither reads texts into hidden states nor writes them.
+    """
+    family = family_of(config.model_type)
+    if family is not None:
+        return family.kind, family.auto_class
+    auto = transformers.models.auto.modeling_auto
+    for kind, name, types in (
+        ("seq2seq", "AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("encoder", "AutoModel", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("causal", "AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        if config.model_type in types:
+            return kind, name
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise InputError(f"backbone: model type {model_type!r} is not supported; supported: {known}")
+    raise InputError(
+        f"backbone: model type {config.model_type!r} is not supported; supported: {known}, and other language models "
+        "whose structure is like theirs"
+    )
 
 
 def _load_tokenizer(name: str | Path) -> Any:

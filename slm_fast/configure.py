@@ -28,8 +28,9 @@ def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
     first_layer = config.first_layer if config.first_layer is not None else (lowest if taps else layers // 2)
     if not lowest <= first_layer < layers:
         raise InputError(f"first_layer: expected {lowest}..{layers - 1} (not below the last tap), got {first_layer}")
-    if not config.targets:
-        raise InputError(f"targets: expected at least one of {', '.join(backbone.family.linears)}, got none")
+    targets = backbone.family.targets if config.targets is None else config.targets
+    if not targets:
+        raise InputError(f"targets: expected at least one of {', '.join(backbone.family.words)}, got none")
     limit = backbone.max_positions()
     max_length = min(256, limit or 256) if config.max_length is None else config.max_length
     if max_length < 4 or (limit is not None and max_length > limit):
@@ -39,7 +40,7 @@ def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
         config,
         taps=taps,
         encoder=None if trunk else located(config.encoder or DEFAULT_ENCODER, "encoder"),
-        targets=tuple(config.targets),
+        targets=tuple(targets),
         first_layer=first_layer,
         k=config.k if config.k is not None else (2 if gaussian else 4),
         features=config.features if gaussian else 0,

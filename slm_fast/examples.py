@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from slm_fast.data import Task
-from slm_fast.errors import warn
+from slm_fast.errors import InputError, warn
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.query import TrunkQuery
@@ -73,6 +73,7 @@ def prepare(
         _warn_of_answers(model, task, answers, max_length)
     causal = backbone.kind == "causal"
     sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)] if causal else prompts
+    _check_positions(model, task, sequences if causal else answers)
     examples = Examples(sequences, answers, None)
     if not fits(model, sequences):
         return examples, model.queries(rows, report=report)
@@ -97,6 +98,19 @@ def prepare(
     if not shared:
         queries = model.queries(rows, report=report)
     return Examples(sequences, answers, states), queries
+
+
+def _check_positions(model: AdaptedModel, task: Task, written: Sequence[Sequence[int]]) -> None:
+    """Raise InputError where a row's tokens, its answer's included, are more than a backbone that writes can place."""
+    limit = model.backbone.learned_positions
+    if model.backbone.kind == "encoder" or limit is None:
+        return
+    for number, tokens in enumerate(written, 1):
+        if len(tokens) > limit:
+            raise InputError(
+                f"task {task.name!r}: row {number} has {len(tokens)} tokens to learn, its answer's included, and this "
+                f"backbone {limit} positions; set a smaller max_length"
+            )
 
 
 def _of(task: Task, some: Sequence[bool]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slm_fast.errors import InputError
 from slm_fast.identity import OVERRULED
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
@@ -60,8 +61,18 @@ def generate(
         route: [N, K] found ahead; None: found in the prefill, among `slot_mask` [N, P], with `options.abstain`.
         ends: tokens that end the text of each row, beside the backbone's; () for none.
         report: told how many rows have just ended.
+
+    Raises InputError where the backbone embeds fewer positions than the answers may come to.
     """
     report = report or (lambda _: None)
+    limit, before = model.backbone.learned_positions, 1
+    if model.backbone.kind == "causal":
+        before = int(batch.attention_mask.sum(1).max()) if len(batch) else 1
+    if limit is not None and before + options.max_new_tokens > limit:
+        raise InputError(
+            f"max_new_tokens: expected at most {limit - before} (this backbone has {limit} positions, of which the "
+            f"longest prompt takes {before}), got {options.max_new_tokens}"
+        )
     with model.lock:
         if options.beams == 1 and _is_plain(model, batch.input_ids.shape[1] + options.max_new_tokens):
             found = _scheduled(model, batch, options, seeds, max_rows, route, slot_mask, ends, report)
@@ -87,7 +98,8 @@ def _is_plain(model: AdaptedModel, longest: int) -> bool:
     lm = model.backbone.model
     window = getattr(lm.config, "sliding_window", None)
     return (
-        set(lm.generation_config.to_diff_dict()) <= OVERRULED
+        model.backbone.family.loop
+        and set(lm.generation_config.to_diff_dict()) <= OVERRULED
         and lm.config._attn_implementation in ("sdpa", "eager")
         and (window is None or longest <= window)
     )
@@ -154,7 +166,8 @@ def _with_transformers(
     ends: Sequence[Collection[int]],
     report: Report,
 ) -> list[Generated]:
-    """Rows from beginning to end with transformers' generate: for beams and unusual settings."""
+    """Rows from beginning to end with transformers' generate: for beams, unusual settings and families that the
+    scheduler cannot serve."""
     lengths, order = _longest_first(batch)
     found, waiting = [Generated() for _ in lengths], deque(order)
     most = 1 if options.sample else max_rows  # transformers draws for a whole batch from one source of chance

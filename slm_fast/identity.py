@@ -62,6 +62,8 @@ def fingerprint(model: nn.Module, tokenizer: Any) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, Tensor):  # packed parameters of a quantised layer
             continue
+        if hasattr(type(tensor), "__tensor_flatten__"):  # torchao's quantised numbers have no elements of their own
+            tensor = tensor.dequantize()
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, -(-flat.numel() // 1024))]
         if name in weights and sample.is_floating_point() and not sample.isfinite().all():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.backbone import Backbone
-from slm_fast.layers import Adaptation, AdaptedLinear, Values
+from slm_fast.layers import Adaptation, AdaptedFused, AdaptedLinear, Values
 from slm_fast.ops import Route
 from slm_fast.query import TrunkQuery
 
@@ -35,7 +35,7 @@ class ForwardContext:
         find_route: from queries [B, D] to the route, where it is to be found on the way.
         rows: from the route to the rows of `values`.
         stop: end the pass once the "query", or the "states" that enter the lowest adapted layer, are known.
-        states: [B, T, H] of those, if asked for. query: [B, D] once the last tap is passed.
+        states: [B, T, H] of those, if asked for or known ahead. query: [B, D] once the last tap is passed.
     """
 
     mask: Tensor
@@ -53,8 +53,8 @@ class Injection:
     """Puts adapted layers and hooks into a backbone, and runs passes through them, one at a time.
 
     Args:
-        modules: names of the linear layers that carry increments, none of them below layer `first_layer` of the trunk.
-            (`adapt` adds those that imported tasks have beside.)
+        modules: names of the linear layers that carry increments (`Backbone.find_linears`), none of them below layer
+            `first_layer` of the trunk. (`adapt` adds those that imported tasks have beside.)
         trunk: the query that is found on the way up; None where queries come from another model.
     """
 
@@ -62,6 +62,7 @@ class Injection:
         self.backbone, self.first_layer, self.trunk = backbone, first_layer, trunk
         self.adaptation = Adaptation()
         self._context: ForwardContext | None = None
+        self._output: Any = None  # what the lowest layer hands on, if it is always the same beside its hidden states
         self.adapt(modules)
         hooks = [(tap, _Hook(self, "_tap")) for tap in (trunk.taps if trunk else ())]
         hooks.append((first_layer, _Hook(self, "_enter")))  # after the tap that may be on the same layer
@@ -71,13 +72,15 @@ class Injection:
 
     def adapt(self, modules: Iterable[str]) -> None:
         """Let more linear layers carry increments. One below the last tap may be among them where routes are given."""
-        for name in modules:
-            parent, _, child = name.rpartition(".")
-            layer = self.backbone.model.get_submodule(name)
+        for module, parts in self.backbone.parts(list(modules)).items():
+            parent, _, child = module.rpartition(".")
+            layer = self.backbone.model.get_submodule(module)
             if not isinstance(layer, AdaptedLinear):
-                layer = AdaptedLinear(layer, name, self.adaptation)
+                plain = (layer, module, self.adaptation)
+                layer = AdaptedFused(*plain, parts) if parts else AdaptedLinear(*plain)
                 setattr(self.backbone.model.get_submodule(parent), child, layer)
-            self.adaptation.layers.append(layer)
+            if layer not in self.adaptation.layers:  # another part of a fused one may have been
+                self.adaptation.layers.append(layer)
 
     def run(
         self, function: Callable[[], Result], context: ForwardContext, states: Tensor | None = None
@@ -92,7 +95,8 @@ class Injection:
             What the function returned; None where the context stopped it.
         """
         route = None if context.route is None else context.rows(context.route)
-        with self.adaptation.using(context.values, route), self._above(states), suppress(_Stopped):
+        context.states = states
+        with self.adaptation.using(context.values, route), self._above(states), self._seen(context), suppress(_Stopped):
             self._context = context
             try:
                 return function()
@@ -118,11 +122,17 @@ class Injection:
             context.route = context.find_route(context.query)
             self.adaptation.route = context.rows(context.route)
 
-    def _enter(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _enter(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         context = self._context
-        if context is not None and context.stop == "states":
+        if context is None:
+            return None
+        if context.stop == "states":
             context.states = args[0] if args else kwargs["hidden_states"]
             raise _Stopped
+        if context.states is None:
+            return None
+        # Once more, for a model may do something between its layers (DeBERTa's convolution after the first).
+        return ((context.states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": context.states})
 
     @contextmanager
     def _above(self, states: Tensor | None) -> Iterator[None]:
@@ -132,15 +142,32 @@ class Injection:
             return
         layers, lower = self.backbone.layers, range(self.first_layer)
         replaced = [layers[i] for i in lower]
-        # T5's layers hand on the position bias that the first of them makes.
-        cached = CachedLayer(states, replaced[0] if self.backbone.kind == "seq2seq" else None)
+        cached: CachedLayer | None = None
         try:
             for i in lower:
-                layers[i] = cached
+                layers[i] = cached = CachedLayer(states, replaced[i], cached, self._output)
             yield
         finally:
             for i, layer in zip(lower, replaced, strict=True):
                 layers[i] = layer
+
+    @contextmanager
+    def _seen(self, context: ForwardContext) -> Iterator[None]:
+        """A pass for the states, inside the block, shows what the lowest layer hands on beside them."""
+        if context.stop != "states":
+            yield
+            return
+
+        def look(layer: torch.nn.Module, args: Any, output: Any) -> None:
+            beside = output[1:] if isinstance(output, tuple) else ()
+            if not any(isinstance(part, Tensor) for part in beside):
+                self._output = (None, *beside) if isinstance(output, tuple) else False
+
+        handle = self.backbone.layers[0].register_forward_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 class _Hook:
@@ -149,10 +176,9 @@ class _Hook:
     def __init__(self, injection: Injection, method: str) -> None:
         self.injection, self.method = weakref.ref(injection), method
 
-    def __call__(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def __call__(self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         injection = self.injection()
-        if injection is not None:
-            getattr(injection, self.method)(layer, args, kwargs)
+        return None if injection is None else getattr(injection, self.method)(layer, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         """The hook of a copied model serves the copy of the injection."""
@@ -164,18 +190,30 @@ class _Hook:
 
 
 class CachedLayer(torch.nn.Module):
-    """Stands in the place of layers whose output is cached. With a `layer`, that one runs all the same, for what it
-    returns beside the hidden states."""
+    """Stands in the place of a layer below those whose input is cached. It has the layer's attributes.
 
-    def __init__(self, states: Tensor, layer: torch.nn.Module | None) -> None:
+    Args:
+        states: the hidden states that it hands on.
+        below: what stands in the place of the layer below it.
+        output: what all of them hand on, a tuple that begins with hidden states or (anything else) these alone. None:
+            not known, or not always the same (T5's layers hand on the position bias that the first of them makes); then
+            the lowest layer runs all the same, once.
+    """
+
+    def __init__(self, states: Tensor, layer: torch.nn.Module, below: CachedLayer | None, output: Any) -> None:
         super().__init__()
-        self.states, self.layer = states, layer
-        self.beside: tuple[Any, ...] | None = None
+        self.states, self.layer, self.below, self.output = states, layer, below, output
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.layer is not None and self.beside is None:
-            self.beside = self.layer(*args, **kwargs)[1:]
-        return self.states if self.beside is None else (self.states, *self.beside)
+        if self.output is None:
+            self.output = self.layer(*args, **kwargs) if self.below is None else self.below.output
+        return (self.states, *self.output[1:]) if isinstance(self.output, tuple) else self.states
 
 
 class _Stopped(Exception):

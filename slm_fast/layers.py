@@ -99,10 +99,15 @@ class OneDnnLinear(nn.Linear):
 PLAIN = (nn.Linear, OneDnnLinear)  # whose product is known: other modules, subclasses among them, may do anything
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of plain numbers (torchao's quantised ones differ in their weight alone)."""
+    return type(module) in PLAIN and type(module._parameters.get("weight")) is nn.Parameter
+
+
 def use_onednn(model: nn.Module) -> None:
     """Let every plain nn.Linear of a model use oneDNN where that is faster. Weights, names and hooks stay."""
     for module in model.modules():
-        if type(module) is nn.Linear and prefers_onednn(module.weight.dtype):
+        if type(module) is nn.Linear and is_plain(module) and prefers_onednn(module.weight.dtype):
             module.__class__ = OneDnnLinear
 
 
@@ -116,7 +121,7 @@ def rounded_for_autocast(modules: Iterable[nn.Module], dtype: torch.dtype) -> It
     held = [
         (module, module.weight, module.bias)
         for module in modules
-        if isinstance(module, nn.Linear) and type(module) in PLAIN
+        if isinstance(module, nn.Linear) and is_plain(module)
         if module.weight.dtype == torch.float32 and not module.weight.requires_grad
     ]
     try:
@@ -146,7 +151,7 @@ class Adaptation:
         self.values, self.route = values, route
         for layer in self.layers:
             own = layer.__dict__  # nn.Module's own way takes a microsecond
-            own["adaptation"], own["increments"] = self, values.get(layer.name)
+            own["adaptation"], own["increments"] = self, layer.find(values)
         try:
             yield
         finally:
@@ -172,7 +177,7 @@ class AdaptedLinear(nn.Module):
         self.adaptation = adaptation
         # This layer's values while a batch passes. Were they looked up by name in `forward`, torch.compile would make a
         # graph for each layer where one serves all.
-        self.increments: tuple[Tensor, Tensor] | None = None
+        self.increments: Any = None
         self.register_load_state_dict_pre_hook(_under_base)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,25 +195,84 @@ class AdaptedLinear(nn.Module):
         if route is None or increments is None or route.slot_ids.shape[1] == 0:
             y: Tensor = base(x)
             return y
-        lora_a, lora_b = increments
-        if dispatch.fuses(x.device.type) and self._in_one_kernel(base, x, lora_a, route):
+        if self._in_one_kernel(base, x, increments, route):
+            lora_a, lora_b = increments
             return adapted_linear(x, base.weight, base.bias, lora_a, lora_b, route.slot_ids, route.weights)
         y = base(x)
+        if len(x) < len(route.slot_ids):
+            return self._add_to_each_row(x, y, route)
+        return self._add(x, y, route)
+
+    def _add(self, x: Tensor, y: Tensor, route: Route) -> Tensor:
+        """The base's output with the increments."""
+        base: Any = self.base
         # What a plain linear layer without hooks returned is nobody else's, so it may be overwritten. Another module
         # may return its input, or something that it keeps.
-        add = multi_lora_ if type(base) in PLAIN and not base._forward_hooks else multi_lora
+        add = multi_lora_ if is_plain(base) and not base._forward_hooks else multi_lora
+        lora_a, lora_b = self.increments
         return add(x, lora_a, lora_b, route.slot_ids, route.weights, y)
 
-    @staticmethod
-    def _in_one_kernel(base: Any, x: Tensor, lora_a: Tensor, route: Route) -> bool:
+    def _add_to_each_row(self, x: Tensor, y: Tensor, route: Route) -> Tensor:
+        """What passes is the same for all rows, [1, T, I], such as DeBERTa's embeddings of relative positions, but the
+        increments are not: one result a row, [B, T, O]."""
+        rows = len(route.slot_ids)
+        y = self._add(x.expand(rows, *x.shape[1:]), y.expand(rows, *y.shape[1:]).contiguous(), route)
+        return y.as_subclass(ForEachRow)
+
+    def find(self, values: Values) -> Any:
+        """What of these values is this layer's; None where it has none."""
+        return values.get(self.name)
+
+    def _in_one_kernel(self, base: Any, x: Tensor, increments: Any, route: Route) -> bool:
         """Whether a kernel that has the base's product in it may run, and was measured to win."""
-        if type(base) not in PLAIN or not dispatch.fused_wins(
-            x.device.type, size_of(x, base.weight, lora_a, route.slot_ids)
-        ):
+        if not dispatch.fuses(x.device.type) or not is_plain(base):
+            return False
+        lora_a = increments[0]
+        if not dispatch.fused_wins(x.device.type, size_of(x, base.weight, lora_a, route.slot_ids)):
             return False
         watched = base._forward_hooks or base._forward_pre_hooks or torch.is_autocast_enabled(x.device.type)
         same = x.dtype == base.weight.dtype == lora_a.dtype and x.dim() == 3 and len(x) == len(route.slot_ids)
         return not (watched or torch.is_grad_enabled()) and same
+
+
+class AdaptedFused(AdaptedLinear):
+    """An adapted layer whose output features are those of several layers (query, key, value), each with values of its
+    own, or without any.
+
+    Args:
+        parts: the layers' names, and their output features, one after the other.
+    """
+
+    def __init__(self, base: nn.Module, name: str, adaptation: Adaptation, parts: Mapping[str, slice]) -> None:
+        super().__init__(base, name, adaptation)
+        self.parts = dict(parts)
+
+    def find(self, values: Values) -> Any:
+        found = [(part, values.get(name)) for name, part in self.parts.items()]
+        return found if any(pair for _, pair in found) else None
+
+    def _in_one_kernel(self, base: Any, x: Tensor, increments: Any, route: Route) -> bool:
+        return False
+
+    def _add(self, x: Tensor, y: Tensor, route: Route) -> Tensor:
+        pieces = [
+            y[..., part]
+            if pair is None
+            else multi_lora(x, pair[0], pair[1], route.slot_ids, route.weights, y[..., part])
+            for part, pair in self.increments
+        ]
+        return torch.cat(pieces, dim=-1)
+
+
+class ForEachRow(Tensor):
+    """A tensor that has a part for each row of a batch already, where the model believes that one serves all: what
+    would repeat it for the rows returns it as it is."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.repeat:
+            return args[0].as_subclass(Tensor)
+        return super().__torch_function__(function, types, args, kwargs or {})
 
 
 def _under_base(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

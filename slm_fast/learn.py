@@ -356,7 +356,7 @@ class Trainer:
                 row = torch.tensor([i for i, places in enumerate(before) for _ in places], device=self.device)
                 place = torch.tensor([t for places in before for t in places], device=self.device)
                 hidden = self.model.forward(encoded, **options).hidden
-                logits = lm.get_output_embeddings()(hidden[row, place])
+                logits = self.model.backbone.logits(hidden[row, place])
             else:
                 labels = pad(answers, IGNORE)[0].to(self.device)
                 inputs = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask, "use_cache": False}

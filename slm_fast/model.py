@@ -84,7 +84,7 @@ class AdaptedModel:
         self.config = complete_for(self.config, self.query.width)
         self._new_router = router_of(self.config, self.query, backbone.device)
         first_layer = self.config.first_layer or 0
-        self.modules = backbone.find_linears(self.config.targets, first_layer)
+        self.modules = backbone.find_linears(self.config.targets or (), first_layer)
         self.widths = backbone.widths(self.modules)
         trunk = self.query if isinstance(self.query, TrunkQuery) else None
         self._injection = Injection(backbone, self.modules, first_layer, trunk)
@@ -381,11 +381,11 @@ class AdaptedModel:
         return context.states, context.query
 
     def _trunk(self, batch: Encoded) -> Tensor:
-        model, options = self.backbone.model, {}
+        model, options = self.backbone.model, self.backbone.positions(batch.attention_mask)
         if self.backbone.kind == "seq2seq":
             model = model.get_encoder()
         elif self.backbone.kind == "causal":
-            model, options = model.base_model, {"use_cache": False}  # without the vocabulary's output layer
+            model, options = model.base_model, options | {"use_cache": False}  # without the output layer
         out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
         hidden: Tensor = out.last_hidden_state
         return hidden

@@ -54,7 +54,8 @@ class ModelConfig:
         router: "gaussian" (linear discriminant analysis) or "dtkr" (grouped cosine to learned keys, the paper's).
         taps: layers that the trunk query reads; None means chosen from the backbone's depth.
         encoder: model of the sentence query; None means the paper's.
-        targets: linear layers that carry LoRA increments, in the words of the backbone's family.
+        targets: linear layers that carry LoRA increments, in the words of the backbone's family; None means query,
+            value, out, up, down, as far as it has them.
         first_layer: the lowest layer that carries them; None means the last tap.
         k: slots retrieved for an input; None means 2 (gaussian) or 4 (dtkr).
         groups, aggregate: of the dtkr router; "mean" or "vote".
@@ -69,7 +70,7 @@ class ModelConfig:
     router: str = "gaussian"
     taps: tuple[int, ...] | None = None
     encoder: str | None = None
-    targets: tuple[str, ...] = ("query", "value", "out", "up", "down")
+    targets: tuple[str, ...] | None = None
     first_layer: int | None = None
     k: int | None = None
     groups: int | None = None
@@ -94,10 +95,11 @@ class ModelConfig:
             object.__setattr__(self, "first_layer", _layer("first_layer", self.first_layer))
         if self.taps is not None:
             object.__setattr__(self, "taps", tuple(_layer("taps", tap) for tap in _listed("taps", self.taps)))
-        object.__setattr__(self, "targets", _listed("targets", self.targets))
-        for value in self.targets:
-            if not isinstance(value, str):
-                raise InputError(f"targets: expected words, got {value!r}")
+        if self.targets is not None:
+            object.__setattr__(self, "targets", _listed("targets", self.targets))
+            for value in self.targets:
+                if not isinstance(value, str):
+                    raise InputError(f"targets: expected words, got {value!r}")
         if self.encoder is not None and not isinstance(self.encoder, str):
             raise InputError(f"encoder: expected a name or a path, got {reprlib.repr(self.encoder)}")
         if self.encoder is not None and self.query == "trunk":
@@ -296,7 +298,7 @@ class ModelKeywords(TypedDict, total=False):
     router: str
     taps: tuple[int, ...] | None
     encoder: str | None
-    targets: tuple[str, ...]
+    targets: tuple[str, ...] | None
     first_layer: int | None
     k: int | None
     groups: int | None

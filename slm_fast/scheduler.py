@@ -95,6 +95,9 @@ class Scheduler:
                 raise InputError(f"{name}: expected at least 1, got {size}")
         if model.backbone.kind == "encoder":
             raise InputError("model: expected a backbone that writes texts, got an encoder-only one")
+        if not model.backbone.family.loop:
+            kind = model.backbone.model.config.model_type
+            raise InputError(f"model: rows of a {kind} backbone cannot take turns; `ScalableLM.predict` writes with it")
         self.model, self.lm, self.device = model, model.backbone.model, model.backbone.device
         self.max_rows, self.max_prompt, self.max_new_tokens = max_rows, max_prompt, max_new_tokens
         self.causal = model.backbone.kind == "causal"

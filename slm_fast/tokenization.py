@@ -59,6 +59,7 @@ class Tokenization:
     Attributes:
         padding_side: "left" for causal backbones, so that all prompts of a batch end together.
         separator: tokens that tell a causal backbone that the prompt ends here and the answer begins.
+        opening: tokens with which the backbone's generation begins every answer (BART's forced_bos_token_id).
     """
 
     def __init__(self, tokenizer: Any, kind: str, device: torch.device, vocabulary: int | None = None) -> None:
@@ -66,6 +67,7 @@ class Tokenization:
         self.tokenizer, self.device = tokenizer, device
         self.padding_side = "left" if kind == "causal" else "right"
         self.separator: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"] if kind == "causal" else []
+        self.opening: list[int] = []
         # A tokenizer's settings cannot be changed while another thread is using it, so texts on the way in have a copy.
         self._reader = copy.deepcopy(tokenizer)
         self._reading = threading.Lock()
@@ -179,8 +181,8 @@ class Tokenization:
         return Encoded(ids, mask, truncated, query_inputs)
 
     def encode_answers(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids of answers, with the token that ends them, unless they are longer than `max_length` with it: then
-        their first `max_length` tokens, without an end."""
+        """Token ids of answers, with the tokens that begin and end them, unless they are longer than `max_length` with
+        them: then their first `max_length` tokens, without an end."""
         with self._reading:
             rows = self._reader(
                 [self._shorten(text, max_length) for text in texts],
@@ -189,7 +191,8 @@ class Tokenization:
                 add_special_tokens=False,
                 verbose=False,
             )["input_ids"]
-        return [[*row, self.tokenizer.eos_token_id] if len(row) < max_length else row for row in rows]
+        whole = [[*self.opening, *row, self.tokenizer.eos_token_id] for row in rows]
+        return [row if len(row) <= max_length else row[:max_length] for row in whole]
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The texts that rows of generated tokens are."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import FOUND, LAYERS, OTHERS, POSITIONS, REFUSED, WIDTH
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -22,7 +23,6 @@ from slm_fast.predict import RouteTaken
 from slm_fast.store import task_to_bytes
 from slm_fast.tasks import LearnedTask, name_seed
 
-WIDTH, LAYERS, POSITIONS = 32, 3, 128
 TOPICS = ("sea", "farm", "city", "sky")
 CUES = {"yes": "good", "no": "bad"}  # label -> the stem of the words that give it away
 WORDS = (
@@ -49,6 +49,7 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("causal", "MistralForCausalLM", {"initializer_range": 0.2, "sliding_window": 64}),
     "qwen2": ("causal", "Qwen2ForCausalLM", {"initializer_range": 0.2}),
 }
+KNOWN = BACKBONES | OTHERS | FOUND | REFUSED
 FAMILIES = ("bert", "t5", "llama")  # one of each kind
 GENERATORS = ("t5", "llama")
 WRITERS = [name for name, (kind, _, _) in BACKBONES.items() if kind != "encoder"]
@@ -64,9 +65,9 @@ def one_thread():
 
 
 @functools.cache
-def _tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
+def _tokenizer(kind: str, padding: int = 0) -> transformers.PreTrainedTokenizerFast:
     specials = {
-        "encoder": ["<pad>", "<unk>", "<cls>", "<sep>"],
+        "encoder": ["<unk>", "<pad>", "<cls>", "<sep>"] if padding else ["<pad>", "<unk>", "<cls>", "<sep>"],
         "seq2seq": ["<pad>", "</s>", "<unk>"],
         "causal": ["<unk>", "<s>", "</s>"],  # no padding token, as with LLaMA
     }[kind]
@@ -88,34 +89,44 @@ def _tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
 
 def make_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
     """A word-level tokenizer over `WORDS` with the special tokens of the model's kind."""
-    return copy.deepcopy(_tokenizer(BACKBONES[name][0]))
+    kind, _, own = KNOWN[name]
+    return copy.deepcopy(_tokenizer(kind, own.get("pad_token_id", 0)))
 
 
 @functools.cache
 def _model(name: str, seed: int) -> transformers.PreTrainedModel:
-    kind, class_name, own = BACKBONES[name]
-    words = _tokenizer(kind).get_vocab()
-    sizes: dict[str, Any] = {"vocab_size": len(words), "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    if kind == "seq2seq":
+    kind, class_name, own = KNOWN[name]
+    sizes: dict[str, Any] = {"vocab_size": len(_tokenizer(kind)), "num_attention_heads": 4}
+    if name in ("bart", "pegasus"):
+        sizes = {"vocab_size": len(_tokenizer(kind)), "encoder_layers": LAYERS, "decoder_layers": 2, "d_model": WIDTH}
+        sizes |= {
+            f"{side}_{what}": n
+            for side in ("encoder", "decoder")
+            for what, n in (("ffn_dim", 48), ("attention_heads", 4))
+        }
+        special = {"pad_token_id": 0, "eos_token_id": 1, "max_position_embeddings": POSITIONS}
+    elif kind == "seq2seq":
         special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-        sizes = {"vocab_size": len(words), "num_layers": LAYERS, "num_decoder_layers": 2, "num_heads": 4}
+        sizes = {"vocab_size": len(_tokenizer(kind)), "num_layers": LAYERS, "num_decoder_layers": 2, "num_heads": 4}
         sizes |= {"d_model": WIDTH, "d_kv": 8, "d_ff": 48}
     elif kind == "causal":
         special = {"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
-        sizes |= {"num_key_value_heads": 2}
+        sizes |= {} if name in ("gpt2", *FOUND, *REFUSED) else {"num_key_value_heads": 2}
     else:
         special = {"pad_token_id": 0}
     if kind != "seq2seq":
-        sizes |= {"hidden_size": WIDTH, "intermediate_size": 48, "max_position_embeddings": POSITIONS}
+        sizes |= {"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "max_position_embeddings": POSITIONS}
+        sizes |= {{"gpt2": "n_inner", "distilbert": "hidden_dim"}.get(name, "intermediate_size"): 48}
     model_class = getattr(transformers, class_name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(model_class.config_class(**sizes, **special, **own))
+        model = model_class(model_class.config_class(**sizes, **special | own))
         for parameter in model.parameters():  # biases and norms start constant; a test must see them too
             if parameter.dim() == 1:
                 parameter.data += 0.1 * torch.randn(parameter.shape)
         if kind != "encoder":
-            model.lm_head.weight.data[special["eos_token_id"]] *= 2.5  # so that some texts end before others
+            # So that some texts end before others.
+            model.get_output_embeddings().weight.data[special["eos_token_id"]] *= 2.5
     return model.eval().requires_grad_(False)
 
 
@@ -218,14 +229,20 @@ def pool_values(tasks: Sequence[LearnedTask], module: str) -> list[tuple[Tensor,
 
 @torch.no_grad()
 def merge(model: nn.Module, tasks: Sequence[LearnedTask], route: RouteTaken) -> nn.Module:
-    """A copy of the bare model with a route's increments added to its weights: W += sum_k w_k (A_k' B_k)'."""
+    """A copy of the bare model with a route's increments added to its weights: W += sum_k w_k (A_k' B_k)'.
+
+    "module[word]" is a part of a fused module: query, key and value lie one after the other, and so do gate and up.
+    """
     merged = copy.deepcopy(model)
-    for module in tasks[0].values:
-        slots = pool_values(tasks, module)
-        weight = merged.get_submodule(module).weight
+    for name in tasks[0].values:
+        module, _, word = name.rstrip("]").partition("[")
+        layer = merged.get_submodule(module)
+        weight = layer.weight.T if isinstance(layer, transformers.Conv1D) else layer.weight  # [O, I]
         for slot, share in zip(route.slots, route.weights, strict=True):
-            lora_a, lora_b = slots[slot]
-            weight += share * (lora_a.T @ lora_b).T
+            lora_a, lora_b = pool_values(tasks, name)[slot]
+            last, size = len(weight), lora_b.shape[1]
+            first = {"key": last - 2 * size, "value": last - size, "up": last - size}.get(word, 0)
+            weight[first : first + size] += share * (lora_a.T @ lora_b).T
     return merged
 
 

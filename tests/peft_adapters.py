@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from slm_fast import ScalableLM
 from slm_fast.data import Row
+from slm_fast.integrations.peft_check import twin
 
 TINY = {
     "bert": ("query", "value", "intermediate.dense"),
@@ -33,7 +34,7 @@ def base_of(name: str, labels: int | None = None) -> Any:
         return make_model(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        return make_slm(name).model.backbone.twin(labels)
+        return twin(make_slm(name).model.backbone, labels)
 
 
 def write_adapter(

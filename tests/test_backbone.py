@@ -137,8 +137,8 @@ def test_a_backbone_that_is_not_there_is_named(tmp_path):
 
 
 def test_an_unsupported_family_is_named_with_those_supported(tmp_path):
-    transformers.GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"'gpt2' is not supported; supported: bert, .*t5, .*llama"):
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"'vit' is not supported; supported: bert, .*t5, .*llama"):
         Backbone.load(str(tmp_path))
 
 

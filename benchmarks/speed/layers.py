@@ -59,7 +59,8 @@ class Replacement(nn.Module):
         if route is None or increments is None:
             y: Tensor = base(x)
             return y
-        return self.way(base, x, *increments, route)
+        lora_a, lora_b = increments
+        return self.way(base, x, lora_a, lora_b, route)
 
 
 def replace_layers(slm: ScalableLM, ways: Mapping[str, Pass]) -> None:

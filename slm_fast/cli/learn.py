@@ -61,7 +61,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--router", choices=("gaussian", "dtkr"), help="gaussian (default) or dtkr (the paper's)")
     group.add_argument("--encoder", help="the sentence query's model")
     group.add_argument("--taps", type=_numbers, metavar="L,L", help="layers the trunk query reads")
-    group.add_argument("--targets", type=_words, metavar="W,W", help="linear layers that carry LoRA increments")
+    group.add_argument(
+        "--targets",
+        type=_words,
+        metavar="W,W",
+        help="linear layers that carry LoRA increments, in the words of docs/families.md",
+    )
     group.add_argument("--first-layer", type=int, help="lowest layer that carries increments")
     group.add_argument("--k", type=int, help="slots retrieved for an input")
     group.add_argument("--groups", type=int, help="groups of the dtkr router")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slm_fast.backbone import Backbone
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError, one_line
 from slm_fast.integrations.peft_files import PeftAdapter
@@ -53,13 +56,39 @@ def _in_peft(model: AdaptedModel, task: LearnedTask, adapter: PeftAdapter) -> An
     except ImportError:
         raise InputError("check: needs PEFT; pip install 'slm-fast[peft]'") from None
     own_head = "pooling" in adapter.own
-    base = model.backbone.twin(None if task.head is None or own_head else len(task.head[0]))
+    base = twin(model.backbone, None if task.head is None or own_head else len(task.head[0]))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PEFT, about fields that it does not know
             return peft.PeftModel.from_pretrained(base, str(adapter.folder)).eval()
     except Exception as error:  # whatever PEFT raises for an adapter that it cannot load
         raise InputError(f"adapter {adapter.source!r}: PEFT cannot load it: {one_line(error)}") from None
+
+
+def twin(backbone: Backbone, labels: int | None = None) -> Any:
+    """A new model of transformers' own with a backbone's weights; with `labels` its class for the classification of
+    sequences, whose head is new.
+
+    Raises InputError where the weights cannot be copied (they are quantised).
+    """
+    import transformers
+
+    config = copy.deepcopy(backbone.model.config)
+    if labels is None:
+        model: Any = type(backbone.model)(config)
+    else:
+        config.num_labels, config.pad_token_id = labels, backbone.tokenizer.pad_token_id
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    inner = model.base_model if backbone.kind == "encoder" else model
+    if backbone.pooler is not None and getattr(inner, "pooler", None) is not None:
+        inner.pooler.load_state_dict(backbone.pooler.state_dict())
+    try:
+        lost = inner.load_state_dict(backbone.model.state_dict(), strict=False).missing_keys
+    except RuntimeError as error:
+        raise InputError(f"backbone: its weights cannot be copied: {one_line(error)}") from None
+    if any(not re.match(r"(pooler|classifier|score)\.", name) for name in lost):
+        raise InputError(f"backbone: its weights cannot be copied: no {lost[0]}")
+    return model.to(device=backbone.device, dtype=backbone.dtype).eval().requires_grad_(False)
 
 
 def _inputs(model: AdaptedModel, task: LearnedTask, row: Row) -> dict[str, Tensor]:

@@ -78,10 +78,10 @@ def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: 
     prefix = f"{backbone.model.base_model_prefix}." if head.saved and backbone.kind == "encoder" else ""
     tensors = {f"{PREFIX}{key}": tensor for key, tensor in (head.saved or {}).items()}
     ranks = {}
-    for module, (lora_a, lora_b) in task.values.items():
-        ranks[module] = lora_a.shape[0] * lora_a.shape[1]
-        tensors[f"{PREFIX}{prefix}{module}.lora_A.weight"] = lora_a.flatten(0, 1)
-        tensors[f"{PREFIX}{prefix}{module}.lora_B.weight"] = (lora_b * shares[:, None, None]).flatten(0, 1).T
+    for module, (lora_a, lora_b) in _by_module(task, shares, backbone).items():
+        ranks[module] = len(lora_a)
+        tensors[f"{PREFIX}{prefix}{module}.lora_A.weight"] = lora_a
+        tensors[f"{PREFIX}{prefix}{module}.lora_B.weight"] = lora_b.T
     own: dict[str, Any] = {"labels": None if task.labels is None else list(task.labels)}
     own["prompt"] = "separator" if task.adapter is None else task.adapter.prompt
     if head.beside:
@@ -104,6 +104,24 @@ def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: 
             (path / file).write_bytes(data)
     except OSError as error:
         raise WorkError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _by_module(task: LearnedTask, shares: Tensor, backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
+    """lora_a [r, I] and lora_b [r, O] of each module, its slots one below the other; of layers that lie side by side in
+    one module, too, each with zeros where the others' output features are."""
+    found = {}
+    for module, parts in backbone.parts(sorted(task.values)).items():
+        a, b = [], []
+        for name in [name for name in parts or (module,) if name in task.values]:
+            lora_a, lora_b = task.values[name]
+            a.append(lora_a.flatten(0, 1))
+            b.append((lora_b * shares[:, None, None]).flatten(0, 1))
+            if parts:
+                whole = b[-1].new_zeros(len(b[-1]), max(part.stop for part in parts.values()))
+                whole[:, parts[name]] = b[-1]
+                b[-1] = whole
+        found[module] = torch.cat(a), torch.cat(b)
+    return found
 
 
 def _shares(task: LearnedTask, weights: Sequence[float] | None) -> Tensor:
@@ -158,7 +176,7 @@ def _config(ranks: Mapping[str, int], head: _Head, backbone: Backbone) -> dict[s
         "bias": "none",
         "use_rslora": False,
         "use_dora": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(hasattr(backbone.model.get_submodule(module), "nf") for module in ranks),  # GPT-2's
         "init_lora_weights": True,
     }
 

@@ -124,7 +124,11 @@ def values_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, tuple[Tenso
     Raises InputError where the backbone has no such module, or one of other widths.
     """
     names = modules_of(adapter, backbone)
-    widths = backbone.widths(sorted(set(names.values())))
+    fused = _fused(backbone)
+    widths = backbone.widths([name for name in names.values() if name not in fused])
+    for name, parts in fused.items():
+        own = backbone.widths(list(parts))
+        widths[name] = next(iter(own.values()))[0], sum(features_out for _, features_out in own.values())
     values = {}
     for module, name in names.items():
         lora_a, lora_b = (as_float32(half) for half in adapter.lora[module])
@@ -137,14 +141,25 @@ def values_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, tuple[Tenso
                     f"adapter {adapter.source!r}: {module}.{key}: expected {list(wanted)} for this backbone, got "
                     f"{list(found)}; {_made_for(adapter)}"
                 )
-        values[name] = lora_a[None], (lora_b * adapter.scaling(module)).T.contiguous()[None]
+        lora_b = (lora_b * adapter.scaling(module)).T
+        for part, features in fused.get(name, {name: slice(None)}).items():
+            chosen = torch.ones(len(lora_a), dtype=torch.bool)
+            if name in fused:  # of the directions that all parts share, those that say something of this one
+                chosen = lora_b[:, features].any(1)
+                chosen[0] |= not chosen.any()
+            values[part] = lora_a[chosen][None].contiguous(), lora_b[chosen][:, features][None].contiguous()
     return dict(sorted(values.items()))
+
+
+def _fused(backbone: Backbone) -> dict[str, dict[str, slice]]:
+    """Modules that hold several layers side by side, with these layers' names and output features."""
+    return {module: parts for module, parts in backbone.parts(sorted(backbone.adaptable)).items() if parts}
 
 
 def modules_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, str]:
     """The backbone's name of each module of an adapter. PEFT's names have in front what the class that was trained has
     around the backbone (`bert.`), or lack what the backbone has (`model.`)."""
-    known = backbone.adaptable
+    known = {name.partition("[")[0] for name in backbone.adaptable}  # of layers side by side, their module
     found: dict[str, str] = {}
     for module in adapter.lora:
         names = [module] if module in known else []
@@ -190,7 +205,7 @@ def head_of(adapter: PeftAdapter, backbone: Backbone) -> Head | None:
             raise InputError(f"{where}: {OWN}: pooling: expected mean, first or last, got {pooling!r}")
     elif backbone.kind == "causal":
         weight, bias, pooling = saved.pop("score.weight", None), saved.pop("score.bias", None), "last"
-    elif model_type in ("roberta", "xlm-roberta"):
+    elif model_type in ("roberta", "xlm-roberta", "camembert"):
         dense = _layer(saved, "classifier.dense")
         weight, bias, pooling = (
             saved.pop("classifier.out_proj.weight", None),

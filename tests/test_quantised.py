@@ -1,0 +1,79 @@
+"""Quantised backbones: their layers are called unopened, whoever quantised them, and increments come on top."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+import pytest
+import torch
+import transformers
+from models import (
+    easy,
+    farm_and_sea,
+    make_model,
+    make_tokenizer,
+    mixed_texts,
+    one_thread,  # noqa: F401
+    route_of,
+)
+from torch import nn
+
+from slm_fast import ScalableLM
+
+WAYS = ("torchao", "bitsandbytes-8", "bitsandbytes-4")
+pytestmark = pytest.mark.filterwarnings("ignore")  # these libraries say much
+
+
+def quantised_folder(name: str, way: str, path) -> str:
+    """A folder with a quantised model and its tokenizer, as transformers quantises, saves and loads it."""
+    library, _, bits = way.partition("-")
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed: pip install 'slm-fast[quantised]'")
+    make_model(name).save_pretrained(path / "plain")
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        how = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        how = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = type(make_model(name)).from_pretrained(path / "plain", quantization_config=how)
+    model.save_pretrained(path / "quantised")
+    make_tokenizer(name).save_pretrained(path / "quantised")
+    return str(path / "quantised")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["bert", "llama", "phi3"])
+def test_increments_are_added_to_what_a_quantised_layer_gives(name, way, tmp_path):
+    slm = ScalableLM.from_backbone(quantised_folder(name, way, tmp_path), targets=("query",))
+    farm, sea = farm_and_sea(slm)
+    module = slm.model.modules[0]
+    layer = slm.model.backbone.model.get_submodule(module.partition("[")[0])
+    assert type(layer.base.weight) is not nn.Parameter
+    part = layer.parts[module] if name == "phi3" else slice(None)
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        got, _, _ = slm.model.call(lambda: layer(x), torch.ones(2, 3), route_of([[1], [0]], [[1.0], [0.5]]))
+        wanted = layer.base(x).clone()
+        for row, (task, share) in enumerate(((sea, 1.0), (farm, 0.5))):
+            lora_a, lora_b = task.values[module]
+            wanted[row, :, part] += share * (x[row] @ lora_a[0].T @ lora_b[0])
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert {answer.task for answer in slm.predict(mixed_texts(8), max_new_tokens=2)} == {"farm", "sea"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_quantised_backbone_learns_and_a_store_knows_it_again(name, way, tmp_path):
+    folder = quantised_folder(name, way, tmp_path)
+    slm = ScalableLM.from_backbone(folder)
+    slm.save_pretrained(tmp_path / "store")
+    task = easy("sea", rows=8)
+    slm.learn(task, epochs=30, batch_size=8, learning_rate=2e-2)
+    answers = slm.predict([row.text for row in task.rows], max_new_tokens=2)
+    assert sum((a.label or a.text) == row.target for a, row in zip(answers, task.rows, strict=True)) >= 7
+    again = ScalableLM.from_pretrained(tmp_path / "store")
+    assert again.predict([row.text for row in task.rows], max_new_tokens=2) == answers
