@@ -11,7 +11,7 @@ from typing import Any
 
 import peft
 import torch
-from models import BACKBONES, make_model, make_slm, make_tokenizer, sentence
+from models import KNOWN, make_model, make_slm, make_tokenizer, sentence
 from torch import Tensor, nn
 
 from slm_fast import ScalableLM
@@ -24,6 +24,8 @@ TINY = {
     "llama": ("q_proj", "v_proj", "down_proj"),
     "qwen2": ("k_proj", "o_proj", "gate_proj"),
     "t5": ("q", "v", "wo"),
+    "phi3": ("qkv_proj", "gate_up_proj", "down_proj"),
+    "gpt2": ("c_attn", "c_fc"),
 }
 
 
@@ -41,7 +43,7 @@ def write_adapter(
     folder: Path, name: str, *, labels: int | None = None, seed: int = 0, scale: float = 0.3, **config: Any
 ) -> Any:
     """A random adapter as PEFT saves it; the model that it is on."""
-    encoder = BACKBONES[name][0] == "encoder"
+    encoder = KNOWN[name][0] == "encoder"
     labels = 3 if encoder and labels is None else labels
     config = {"r": 4, "target_modules": list(TINY[name]), **config}
     if labels is not None:
@@ -70,7 +72,7 @@ def loaded(folder: Path, name: str, labels: int | None = None) -> Any:
 def logits_of(model: nn.Module, name: str, text: str) -> Tensor:
     """What a transformers model says of a text, alone and unpadded."""
     ids = torch.tensor([make_tokenizer(name)(text)["input_ids"]])
-    start = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.int64)} if BACKBONES[name][0] == "seq2seq" else {}
+    start = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.int64)} if KNOWN[name][0] == "seq2seq" else {}
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **start).logits
     return logits
 
@@ -82,7 +84,7 @@ def written_by(model: Any, name: str, text: str, *, beams: int = 1, tokens: int 
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     settings = {"max_new_tokens": tokens, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-    new = out[0, ids.shape[1] if BACKBONES[name][0] == "causal" else 1 :]
+    new = out[0, ids.shape[1] if KNOWN[name][0] == "causal" else 1 :]
     return tokenizer.decode(new, skip_special_tokens=True).strip()
 
 

@@ -23,7 +23,7 @@ def with_a_task(name: str, **options: object) -> ScalableLM:
     return slm
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "t5", "qwen2", "phi3", "gpt2"])
 def test_peft_merges_an_exported_task_into_what_the_routed_model_is(tmp_path: Path, name: str) -> None:
     slm = with_a_task(name, rank=5)
     slm.export_adapter("farm", tmp_path)
@@ -73,7 +73,7 @@ def same(one: LearnedTask, other: LearnedTask) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "llama"])
+@pytest.mark.parametrize("name", ["bert", "t5", "llama", "phi3"])
 def test_what_goes_out_comes_in_with_the_same_tensors(tmp_path: Path, name: str) -> None:
     slm = with_a_task(name)
     write_adapter(tmp_path / "peft", name, r=11, rank_pattern={"value": 2, "v_proj": 2, "wo": 2}, use_rslora=True)

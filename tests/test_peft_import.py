@@ -23,7 +23,7 @@ CONFIGS = {
     "patterns": {"r": 3, "rank_pattern": {"down": 9}, "alpha_pattern": {"1.*(q|query|q_proj)": 2, "v": 5}},
     "one layer": {"r": 5, "layers_to_transform": [1]},
 }
-RANKS = {"bert": "value", "roberta": "key", "llama": "down_proj", "qwen2": "o_proj", "t5": "wo"}
+RANKS = {"bert": "value", "roberta": "key", "llama": "down_proj", "qwen2": "o_proj", "t5": "wo", "phi3": "qkv_proj"}
 
 
 def configured(name: str, config: str) -> dict:
@@ -47,6 +47,7 @@ def difference(slm: ScalableLM, model: torch.nn.Module, name: str, task: str = "
 
 GRID = [(name, config) for name in ("bert", "llama", "t5") for config in CONFIGS]
 GRID += [(name, config) for name in ("roberta", "qwen2") for config in ("rank over a page", "patterns")]
+GRID += [("phi3", "patterns"), ("gpt2", "rslora")]  # whose query, key and value are one module
 
 
 @pytest.mark.parametrize(("name", "config"), GRID)

@@ -143,11 +143,10 @@ def values_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, tuple[Tenso
                 )
         lora_b = (lora_b * adapter.scaling(module)).T
         for part, features in fused.get(name, {name: slice(None)}).items():
-            chosen = torch.ones(len(lora_a), dtype=torch.bool)
-            if name in fused:  # of the directions that all parts share, those that say something of this one
-                chosen = lora_b[:, features].any(1)
-                chosen[0] |= not chosen.any()
-            values[part] = lora_a[chosen][None].contiguous(), lora_b[chosen][:, features][None].contiguous()
+            # Of the directions that all parts share, those that say something of this one.
+            chosen = lora_b[:, features].any(1) if name in fused and lora_b.any() else torch.ones(len(lora_a)).bool()
+            if chosen.any():
+                values[part] = lora_a[chosen][None].contiguous(), lora_b[chosen][:, features][None].contiguous()
     return dict(sorted(values.items()))
 
 
