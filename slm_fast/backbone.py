@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from slm_fast.errors import InputError, SlmError, WorkError, memory_for, one_lin
 from slm_fast.given import checked_tokenizer, unwrapped, without_head
 from slm_fast.identity import fingerprint, generation, settings, tokens
 from slm_fast.layers import use_onednn
-from slm_fast.loading import choose_device, choose_dtype, loading, located, resolve
+from slm_fast.loading import choose_device, choose_dtype, loading, located, resolve, sha256_of, source_of
 from slm_fast.surroundings import pinned
 from slm_fast.tokenization import Tokenization
 
@@ -127,6 +129,9 @@ class Backbone:
     def load(cls, name: str, *, dtype: str = "float32", device: str = "auto") -> Backbone:
         """Load a backbone by hub name, local path, or a name of `PACKAGED`.
 
+        Of a GGUF file (the path of one, or a hub's `owner/name/file.gguf`) the weights are dequantised, and the
+        fingerprint is its SHA-256.
+
         Args:
             dtype: "auto" is bfloat16 where the processor or GPU multiplies it, else float32. "float16" reads the files
                 twice: numbers rounded to float16 would give another fingerprint.
@@ -138,22 +143,26 @@ class Backbone:
         place = choose_device(device)
         number = choose_dtype(dtype, place)
         name = located(name)
-        path, known = resolve(name), None
+        (path, gguf), known = source_of(name, resolve(name)), None
         try:
             with loading(), memory_for(f"backbone {name!r}"):
-                config = transformers.AutoConfig.from_pretrained(path)
+                config = transformers.AutoConfig.from_pretrained(path, **gguf)
                 auto_class = getattr(transformers, _family(config.model_type).auto_class)
-                tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-                if number == torch.float16:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path, **gguf)
+                if gguf:
+                    known = sha256_of(transformers.utils.cached_file(path, gguf["gguf_file"]))
+                elif number == torch.float16:
                     first = auto_class.from_pretrained(path, dtype=torch.bfloat16)
                     if getattr(first, "_keep_in_fp32_modules", None):
                         raise InputError(f"dtype: float16 overflows in {config.model_type} models; use bfloat16")
                     known = cls(first, tokenizer, name).fingerprint
                     del first
-                model = auto_class.from_pretrained(path, dtype=number)
+                model = _dense(auto_class, path, number, gguf)
         except SlmError:
             raise
         except (OSError, ValueError, ImportError) as error:
+            if gguf and isinstance(error, ValueError) and "not supported" not in str(error):
+                raise WorkError(f"backbone {name!r}: damaged: {one_line(error)}") from None
             raise InputError(f"backbone {name!r}: cannot be loaded: {one_line(error)}") from None
         except Exception as error:
             raise WorkError(f"backbone {name!r}: damaged: {one_line(error)}") from None
@@ -260,6 +269,11 @@ class Backbone:
         start: int | None = self.model.generation_config.decoder_start_token_id
         return int(self.model.config.decoder_start_token_id) if start is None else start
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of a decoder-only backbone: the vocabulary's logits [..., V] after its last hidden states [..., H]."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return logits
+
     def max_positions(self) -> int | None:
         """The most positions the backbone can hold, where its positions are learned; else None."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -299,10 +313,25 @@ def _family(model_type: str) -> Family:
     raise InputError(f"backbone: model type {model_type!r} is not supported; supported: {known}")
 
 
+def _dense(auto_class: Any, path: str, dtype: torch.dtype, gguf: Mapping[str, str]) -> Any:
+    """A checkpoint's model. One read from a GGUF file is made an ordinary one, which may be trained and saved."""
+    if not gguf:
+        return auto_class.from_pretrained(path, dtype=dtype)
+    more = {}
+    if hasattr(transformers, "GgufConfig"):  # versions that may keep weights packed
+        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        model = auto_class.from_pretrained(path, dtype=dtype, **gguf, **more)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
 def _load_tokenizer(name: str | Path) -> Any:
     try:
+        path, gguf = source_of(str(name), resolve(located(str(name), "tokenizer")))
         with loading():
-            return transformers.AutoTokenizer.from_pretrained(resolve(located(str(name), "tokenizer")))
+            return transformers.AutoTokenizer.from_pretrained(path, **gguf)
     except InputError:
         raise
     except Exception as error:

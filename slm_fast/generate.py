@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ def generate(
     route: Route | None = None,
     slot_mask: Tensor | None = None,
     report: Report | None = None,
+    ends: Callable[[Sequence[int]], bool] | None = None,
 ) -> Written:
     """Write an answer to each of N prompts.
 
@@ -58,11 +59,13 @@ def generate(
         max_rows: how many rows run together.
         route: [N, K] found ahead; None: found in the prefill, among `slot_mask` [N, P], with `options.abstain`.
         report: told how many rows have just ended.
+        ends: whether the tokens written so far are all that is wanted of a row, which then stops there. Rows that go to
+            transformers' `generate` do not ask it.
     """
     report = report or (lambda _: None)
     with model.lock:
         if options.beams == 1 and _is_plain(model, batch.input_ids.shape[1] + options.max_new_tokens):
-            found = _scheduled(model, batch, options, seeds, max_rows, route, slot_mask, report)
+            found = _scheduled(model, batch, options, seeds, max_rows, route, slot_mask, report, ends)
         else:
             found = _with_transformers(model, batch, options, seeds, max_rows, route, slot_mask, report)
     tokens = [row.tokens for row in found]
@@ -106,6 +109,7 @@ def _scheduled(
     route: Route | None,
     slot_mask: Tensor | None,
     report: Report,
+    ends: Callable[[Sequence[int]], bool] | None,
 ) -> list[Generated]:
     lengths, order = _longest_first(batch)
     rows, real = batch.input_ids.tolist(), batch.attention_mask.bool().tolist()
@@ -130,6 +134,10 @@ def _scheduled(
     try:
         while scheduler.unfinished:
             ended = scheduler.step()
+            if ends is not None:
+                for running, row in list(scheduler.generated.items()):
+                    if row.tokens and ends(row.tokens) and scheduler.cancel(running):
+                        ended[running] = replace(row, finish_reason="stop")
             for request_number, written in ended.items():
                 found[number[request_number]] = written
             if ended:

@@ -13,6 +13,7 @@ from slm_fast.cli.arguments import (
     add_label_files,
     add_reading_options,
     add_task_files,
+    backbone_of,
     check_stdin,
     fields_of,
     named_files,
@@ -104,10 +105,11 @@ def run(arguments: argparse.Namespace) -> int:
         store.check_writable()
         slm = open_store(arguments)
     else:
-        if arguments.backbone is None:
+        backbone = backbone_of(arguments)
+        if backbone is None:
             raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
         set_threads(arguments.threads)
-        slm = ScalableLM.from_backbone(arguments.backbone, dtype=arguments.dtype, device=arguments.device, **given)
+        slm = ScalableLM.from_backbone(backbone, dtype=arguments.dtype, device=arguments.device, **given)
     for task in tasks:
         check_task(slm.model, task, valid.get(task.name), options.get("max_length"))
         slm.knows(task, LearnOptions(**options), valid=valid.get(task.name))
