@@ -12,6 +12,8 @@ import torch
 from slm_fast import InputError, ScalableLM, Task, WorkError
 from slm_fast.backbone import Backbone
 from slm_fast.loading import PACKAGED, located, resolve
+from slm_fast.store import Store
+from tests.command import one_line, slm_fast
 from tests.gguf_file import write_gguf
 from tests.models import one_thread  # noqa: F401
 
@@ -106,3 +108,18 @@ def test_the_packaged_weights_are_checked(monkeypatch):
     monkeypatch.setattr("slm_fast.loading.PACKAGED", changed)
     with pytest.raises(WorkError, match=r"weights have SHA-256 b179c9523d0e.*, expected 0000"):
         resolve("smollm2")
+
+
+def test_the_command_line_joins_a_folder_and_its_file(written, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "good thing,yes\nbad thing,no\n" * 4)
+    learn = ("learn", tmp_path / "store", "--task", f"words={tmp_path / 'rows.csv'}", "--epochs", 1)
+    done = slm_fast(*learn, "--backbone", written[0].parent, "--gguf", written[0].name)
+    assert done.returncode == 0, done.stderr
+    assert Store.open(tmp_path / "store").about["backbone"] == str(written[0])
+    assert slm_fast("evaluate", tmp_path / "store", "--task", f"words={tmp_path / 'rows.csv'}").returncode == 0
+    one_line(slm_fast(*learn, "--gguf", written[0].name), 2, "--gguf", "needs --backbone")
+
+
+def test_a_gguf_file_is_no_sentence_encoder(written):
+    with pytest.raises(InputError, match=r"encoder '.*tiny\.Q8_0\.gguf': a GGUF file is no sentence encoder"):
+        ScalableLM.from_backbone("minilm", query="sentence", encoder=str(written[0]))

@@ -23,7 +23,7 @@ from slm_fast.tables import percent
 
 TASKS = ("booking_slots", "error_codes", "make_questions")
 FIRST_LAYER = 20  # of 30: the fewer layers carry LoRA, the sooner a task is learned
-LEARN = LearnOptions(epochs=4, batch_size=8, learning_rate=3e-3)
+LEARN = LearnOptions(epochs=6, batch_size=8, learning_rate=3e-3)
 SHOWN, NEW_TOKENS = 3, 32  # rows of a task that are shown; tokens of an answer
 
 
