@@ -157,7 +157,7 @@ class Backbone:
                         raise InputError(f"dtype: float16 overflows in {config.model_type} models; use bfloat16")
                     known = cls(first, tokenizer, name).fingerprint
                     del first
-                model = _dense(auto_class, path, number, gguf)
+                model = _dense(auto_class, path, config, number, gguf)
         except SlmError:
             raise
         except (OSError, ValueError, ImportError) as error:
@@ -313,11 +313,11 @@ def _family(model_type: str) -> Family:
     raise InputError(f"backbone: model type {model_type!r} is not supported; supported: {known}")
 
 
-def _dense(auto_class: Any, path: str, dtype: torch.dtype, gguf: Mapping[str, str]) -> Any:
+def _dense(auto_class: Any, path: str, config: Any, dtype: torch.dtype, gguf: Mapping[str, str]) -> Any:
     """A checkpoint's model. One read from a GGUF file is made an ordinary one, which may be trained and saved."""
     if not gguf:
         return auto_class.from_pretrained(path, dtype=dtype)
-    more = {}
+    more = {"config": config}  # which would take seconds to find again
     if hasattr(transformers, "GgufConfig"):  # versions that may keep weights packed
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
