@@ -20,7 +20,7 @@ from slm_fast.families import FAMILIES, Family, family_of
 from slm_fast.given import checked_tokenizer, unwrapped, without_head
 from slm_fast.identity import fingerprint, generation, settings, tokens
 from slm_fast.layers import use_onednn
-from slm_fast.loading import choose_device, choose_dtype, loading, located, resolve
+from slm_fast.loading import checkpoint, choose_device, choose_dtype, loading, located, resolve, sha256_of, source_of
 from slm_fast.structure import find_family
 from slm_fast.surroundings import pinned
 from slm_fast.tokenization import Tokenization
@@ -70,6 +70,9 @@ class Backbone:
     def load(cls, name: str, *, dtype: str = "float32", device: str = "auto") -> Backbone:
         """Load a backbone by hub name, local path, or a name of `PACKAGED`.
 
+        Of a GGUF file (the path of one, or a hub's `owner/name/file.gguf`) the weights are dequantised, and the
+        fingerprint is its SHA-256.
+
         Args:
             dtype: "auto" is bfloat16 where the processor or GPU multiplies it, else float32. "float16" reads the files
                 twice: numbers rounded to float16 would give another fingerprint.
@@ -81,24 +84,26 @@ class Backbone:
         place = choose_device(device)
         number = choose_dtype(dtype, place)
         name = located(name)
-        path, known = resolve(name), None
+        (path, gguf), known = source_of(name, resolve(name)), None
         try:
             with loading(), memory_for(f"backbone {name!r}"):
-                config = transformers.AutoConfig.from_pretrained(path)
+                config = transformers.AutoConfig.from_pretrained(path, **gguf)
                 auto_class = getattr(transformers, _kind_of(config)[1])
-                tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-                if number == torch.float16:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(path, **gguf)
+                if gguf:
+                    known = sha256_of(transformers.utils.cached_file(path, gguf["gguf_file"]))
+                elif number == torch.float16:
                     first = auto_class.from_pretrained(path, dtype=torch.bfloat16)
                     if getattr(first, "_keep_in_fp32_modules", None):
                         raise InputError(f"dtype: float16 overflows in {config.model_type} models; use bfloat16")
                     known = cls(first, tokenizer, name).fingerprint
                     del first
-                model, info = auto_class.from_pretrained(path, dtype=number, output_loading_info=True)
-                if any("pooler" in key for key in info["missing_keys"]):
-                    model.pooler = None  # its numbers would be drawn by chance
+                model = checkpoint(auto_class, path, config, number, gguf)
         except SlmError:
             raise
         except (OSError, ValueError, ImportError) as error:
+            if gguf and isinstance(error, ValueError) and "not supported" not in str(error):
+                raise WorkError(f"backbone {name!r}: damaged: {one_line(error)}") from None
             raise InputError(f"backbone {name!r}: cannot be loaded: {one_line(error)}") from None
         except Exception as error:
             raise WorkError(f"backbone {name!r}: damaged: {one_line(error)}") from None
@@ -372,8 +377,9 @@ def _kind_of(config: Any) -> tuple[str, str]:
 
 def _load_tokenizer(name: str | Path) -> Any:
     try:
+        path, gguf = source_of(str(name), resolve(located(str(name), "tokenizer")))
         with loading():
-            return transformers.AutoTokenizer.from_pretrained(resolve(located(str(name), "tokenizer")))
+            return transformers.AutoTokenizer.from_pretrained(path, **gguf)
     except InputError:
         raise
     except Exception as error:

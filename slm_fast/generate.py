@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ def generate(
     slot_mask: Tensor | None = None,
     ends: Sequence[Collection[int]] = (),
     report: Report | None = None,
+    enough: Callable[[Sequence[int]], bool] | None = None,
 ) -> Written:
     """Write an answer to each of N prompts.
 
@@ -61,6 +62,8 @@ def generate(
         route: [N, K] found ahead; None: found in the prefill, among `slot_mask` [N, P], with `options.abstain`.
         ends: tokens that end the text of each row, beside the backbone's; () for none.
         report: told how many rows have just ended.
+        enough: whether the tokens written so far are all that is wanted of a row, which then stops there. Rows that go
+            to transformers' `generate` do not ask it.
 
     Raises InputError where the backbone embeds fewer positions than the answers may come to.
     """
@@ -75,7 +78,7 @@ def generate(
         )
     with model.lock:
         if options.beams == 1 and _is_plain(model, batch.input_ids.shape[1] + options.max_new_tokens):
-            found = _scheduled(model, batch, options, seeds, max_rows, route, slot_mask, ends, report)
+            found = _scheduled(model, batch, options, seeds, max_rows, route, slot_mask, ends, report, enough)
         else:
             found = _with_transformers(model, batch, options, seeds, max_rows, route, slot_mask, ends, report)
     tokens = [row.tokens for row in found]
@@ -121,6 +124,7 @@ def _scheduled(
     slot_mask: Tensor | None,
     ends: Sequence[Collection[int]],
     report: Report,
+    enough: Callable[[Sequence[int]], bool] | None,
 ) -> list[Generated]:
     lengths, order = _longest_first(batch)
     rows, real = batch.input_ids.tolist(), batch.attention_mask.bool().tolist()
@@ -146,6 +150,10 @@ def _scheduled(
     try:
         while scheduler.unfinished:
             ended = scheduler.step()
+            if enough is not None:
+                for running, row in list(scheduler.generated.items()):
+                    if row.tokens and enough(row.tokens) and scheduler.cancel(running):
+                        ended[running] = replace(row, finish_reason="stop")
             for request_number, written in ended.items():
                 found[number[request_number]] = written
             if ended:

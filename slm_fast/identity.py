@@ -35,10 +35,11 @@ PROBES = (
 
 # Of a configuration, what decides no answer, or is seen in the weights and their vocabulary.
 _NEITHER = re.compile(
-    r"_?name_or_path|architectures|(torch_)?dtype|transformers_version|(id2label|label2id|quantization_config)(\..*)?|"
-    r"num_labels|problem_type|.*dropout.*|initializer_.*|output_.*|return_dict.*|use_(return_dict|cache)|"
-    r"chunk_size_feed_forward|pretraining_tp|finetuning_task|task_specific_params(\..*)?|max_position_embeddings|"
-    r"(bos|eos|sep)_token_id|_attn_implementation.*|.*experts_implementation.*|gradient_checkpointing"
+    r"(_model)?_?name_or_path|architectures|(torch_)?dtype|transformers_version|"
+    r"(id2label|label2id|quantization_config)(\..*)?|num_labels|problem_type|.*dropout.*|initializer_.*|output_.*|"
+    r"return_dict.*|use_(return_dict|cache)|chunk_size_feed_forward|pretraining_tp|finetuning_task|"
+    r"task_specific_params(\..*)?|max_position_embeddings|(bos|eos|sep)_token_id|_attn_implementation.*|"
+    r".*experts_implementation.*|gradient_checkpointing"
 )
 
 # Of a generation_config, what this package sets itself, or has elsewhere.

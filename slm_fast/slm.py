@@ -62,8 +62,9 @@ class ScalableLM(TaskKeeper):
         """A model that knows no tasks yet.
 
         Args:
-            backbone: a hub name, a local path, "minilm" (the packaged all-MiniLM-L6-v2), or a transformers model
-                (quantised ones too), which then needs its `tokenizer`. It is frozen and given adapted layers in place.
+            backbone: a hub name, a local path (of a GGUF file, too), "minilm" or "smollm2" (packaged all-MiniLM-L6-v2
+                and SmolLM2-135M-Instruct), or a transformers model (quantised ones too), which then needs its
+                `tokenizer`. It is frozen and given adapted layers in place.
             dtype: "float32", "bfloat16", "float16" or "auto" (bfloat16 where fast). device: "auto", "cpu" or "cuda".
                 Both only for a backbone that is loaded here.
             config: how the model is put together. changes: fields of it, such as query="trunk" | "sentence".

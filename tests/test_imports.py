@@ -213,6 +213,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         ),
         ("sentence_transformers", {"slm_fast.query"}),
         ("pyarrow", {"slm_fast.readers"}),
+        ("lm_eval", {"slm_fast.integrations.lm_eval", "slm_fast.integrations.harness"}),
         (
             "safetensors",
             {"slm_fast.task_file", "slm_fast.integrations.peft_files", "slm_fast.integrations.peft_export"},

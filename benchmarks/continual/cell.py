@@ -81,7 +81,7 @@ def run_cell(
         return stages
     entry, make = method_of(spec)
     method = make(setup)
-    learned, spent = _restore(folder, method)
+    learned, spent = restore(folder, method)
     if not len(stages) <= learned <= len(stages) + 1:
         raise WorkError(
             f"{folder}: state.pt is of {learned} tasks and stages.jsonl of {len(stages)}; delete the folder"
@@ -133,7 +133,7 @@ def _save(folder: Path, method: Method, learned: int, spent: Mapping[str, float]
     write(folder / "state.pt", data.getvalue())
 
 
-def _restore(folder: Path, method: Method) -> tuple[int, dict[str, float]]:
+def restore(folder: Path, method: Method) -> tuple[int, dict[str, float]]:
     """How many tasks the method has learned, and what the last one took."""
     path = folder / "state.pt"
     if not path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -108,7 +109,8 @@ def check_stdin(*files: Mapping[str, str]) -> None:
 
 
 def add_device_options(parser: argparse.ArgumentParser, dtype: str) -> None:
-    parser.add_argument("--backbone", help="hub name, local path or 'minilm'; a store remembers its own")
+    parser.add_argument("--backbone", help="hub name, local path, minilm or smollm2; a store remembers its own")
+    parser.add_argument("--gguf", metavar="FILE", help="of the backbone's folder or repository, the GGUF file to read")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--dtype",
@@ -117,6 +119,18 @@ def add_device_options(parser: argparse.ArgumentParser, dtype: str) -> None:
     )
     parser.add_argument("--threads", type=int, help="processor threads; default: as torch chooses")
     parser.add_argument("--skip-damaged", action="store_true", help="open a store without the tasks that are damaged")
+
+
+def backbone_of(arguments: argparse.Namespace) -> str | None:
+    """The name that --backbone and --gguf give."""
+    backbone: str | None = arguments.backbone
+    if arguments.gguf is None:
+        return backbone
+    if not backbone:
+        raise InputError(f"--gguf {arguments.gguf!r}: needs --backbone, the folder or repository that it is in")
+    if not arguments.gguf.endswith(".gguf"):
+        raise InputError(f"--gguf {arguments.gguf!r}: expected a file whose name ends in .gguf")
+    return os.path.join(backbone, arguments.gguf)
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:
@@ -196,7 +210,7 @@ def open_store(arguments: argparse.Namespace, backbone: Backbone | None = None) 
     more: dict[str, Any] = {"skip_damaged": True} if arguments.skip_damaged else {}
     slm = ScalableLM.from_pretrained(
         arguments.store,
-        backbone=backbone or arguments.backbone,
+        backbone=backbone or backbone_of(arguments),
         dtype=arguments.dtype,
         device=arguments.device,
         **more,

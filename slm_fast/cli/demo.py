@@ -8,12 +8,19 @@ from slm_fast.cli.arguments import Verbs
 
 
 def add(verbs: Verbs) -> None:
-    demo = verbs.add("demo", run, "learn five small tasks and answer a batch that mixes them", store=False)
+    demo = verbs.add("demo", run, "learn a few small tasks and answer a batch that mixes them", store=False)
+    about = "minilm learns five classification tasks, smollm2 (a chat model) three instruction tasks"
+    demo.add_argument("--backbone", choices=("minilm", "smollm2"), default="minilm", help=about)
     demo.add_argument("--store", help="keep the learned tasks in this directory")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from slm_fast import demo
+    if arguments.backbone == "smollm2":
+        from slm_fast.demo import chat
 
-    demo.run(arguments.store)
+        chat.run(arguments.store)
+    else:
+        from slm_fast import demo
+
+        demo.run(arguments.store)
     return 0

@@ -18,6 +18,7 @@ from slm_fast.cli.arguments import (
     add_label_files,
     add_reading_options,
     add_task_files,
+    backbone_of,
     check_stdin,
     complain,
     fields_of,
@@ -134,7 +135,7 @@ def _learn_together(arguments: argparse.Namespace) -> int:
             _check_store(arguments, given)
             if arguments.fsdp or asks_for_shards():
                 store = Store.open(arguments.store) if Store.exists(arguments.store) else None
-                name = arguments.backbone or (store.about["backbone"] if store else None)
+                name = backbone_of(arguments) or (store.about["backbone"] if store else None)
                 backbone = load_backbone(name, None, arguments.dtype, "cpu")
         if backbone is not None:
             shard(backbone, group)
@@ -239,7 +240,7 @@ def _check_store(arguments: argparse.Namespace, given: Mapping[str, Any]) -> Non
             if name != "max_length" and (list(value) if isinstance(value, tuple) else value) != kept:
                 raise InputError(f"--{name.replace('_', '-')}: {arguments.store} was made with {kept!r}")
         store.check_writable()
-    elif arguments.backbone is None:
+    elif backbone_of(arguments) is None:
         raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
 
 
@@ -252,7 +253,7 @@ def _open(arguments: argparse.Namespace, given: Mapping[str, Any], backbone: Bac
     if Store.exists(arguments.store):
         return open_store(arguments, backbone)
     set_threads(arguments.threads)
-    found = backbone or arguments.backbone
+    found = backbone or backbone_of(arguments)
     return ScalableLM.from_backbone(found, dtype=arguments.dtype, device=arguments.device, **given)
 
 
@@ -274,11 +275,11 @@ def _workers(arguments: argparse.Namespace, count: int, given: Mapping[str, Any]
     set_threads(arguments.threads)
     how = {"dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads}
     if not Store.exists(arguments.store):
-        return Workers(count, arguments.backbone, given, **how)
+        return Workers(count, backbone_of(arguments) or "", given, **how)
     store = Store.open(arguments.store)
     start = arguments.warm_start  # one that is not there is found out with the model
     how["start"] = store.read(start)[1] if start in store.files else b""
-    return Workers(count, arguments.backbone or store.about["backbone"], store.about["config"], **how)
+    return Workers(count, backbone_of(arguments) or store.about["backbone"], store.about["config"], **how)
 
 
 def _learn(slm: ScalableLM, job: Job) -> None:

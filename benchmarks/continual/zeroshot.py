@@ -1,0 +1,178 @@
+"""What learning a stream does to everything else: zero-shot benchmarks answered by the bare backbone and by what each
+method of a RUN of `slm-fast repro` has become, side by side (as the paper does with LLaMA after its orders 8 and 9).
+
+    slm-fast repro RUN --data DIR --stream order8 --backbone smollm2 --methods slm finetune replay
+    python -m benchmarks.continual.zeroshot RUN --data DIR
+
+DIR/zeroshot holds arc_easy, arc_challenge, piqa and winogrande, a test.jsonl.gz each; `zeroshot_tasks/` has them as
+tasks of lm-eval, with the prompts and scores of its own. slm_fast answers through its integration, and with `--abstain`
+once more; whole models through lm-eval's class for Hugging Face models. What is done is kept in RUN/zeroshot/: the same
+command goes on, and `--output` has a line for each method, seed and task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from benchmarks.continual.cell import restore
+from benchmarks.continual.methods import method_of
+from benchmarks.continual.methods.finetune import Finetune
+from benchmarks.continual.methods.method import Setup
+from benchmarks.tables import table, write_csv
+from slm_fast import InputError, ScalableLM, SlmError, WorkError
+from slm_fast.backbone import Backbone
+from slm_fast.files import write
+from slm_fast.integrations.harness import evaluate, scores
+from slm_fast.integrations.lm_eval import BARE, StoreLM
+from slm_fast.options import LearnOptions
+
+TASKS = Path(__file__).parent / "zeroshot_tasks"
+SETS = ("arc_easy", "arc_challenge", "piqa", "winogrande")
+WHOLE = ("finetune", "replay", "ewc", "joint")  # methods that are one model in the end, and nothing else
+PREFIX = "local_"  # of these tasks' names, so that they are not lm-eval's
+
+
+def cells_of(run: Path, about: Mapping[str, Any]) -> list[tuple[str, int, Path]]:
+    """The method, the seed and the folder of each cell of a RUN that is done. Raises WorkError where there is none."""
+    found = []
+    for stages in sorted(run.glob("*/seed*/stages.jsonl")):
+        folder = stages.parent
+        if len(stages.read_text().splitlines()) == len(about["stream"]["tasks"]):
+            spec = folder.parent.name.replace(",", ":", 1)
+            found.append((spec, int(folder.name.removeprefix("seed")), folder))
+        else:
+            print(f"zeroshot: {folder}: not done; left out", file=sys.stderr)
+    if not found:
+        raise WorkError(f"{run}: no method has learned the whole stream; `slm-fast repro` goes on with it")
+    return found
+
+
+def whole_model(about: Mapping[str, Any], spec: str, seed: int, folder: Path) -> Backbone:
+    """The backbone with the weights that a method has in the end.
+
+    Raises InputError for a method that has no one model, or adapts it to each row.
+    """
+    if spec.partition(":")[0] not in WHOLE:
+        raise InputError(f"method {spec!r}: is no model on its own; slm, {', '.join(WHOLE)} are")
+    settings = about["settings"]
+    options = LearnOptions(epochs=settings["epochs"], seed=seed)
+    setup = Setup(about["backbone"], (), settings["max_length"], options, settings["max_new_tokens"])
+    method = method_of(spec)[1](setup)
+    assert isinstance(method, Finetune)
+    restore(folder, method)
+    return method.model.backbone
+
+
+def hugging_face(backbone: Backbone, batch_size: int) -> HFLM:
+    return HFLM(pretrained=backbone.model.eval(), tokenizer=backbone.tokenizer, batch_size=batch_size)
+
+
+def answered(model: Any, data: Path, limit: int | None) -> list[dict[str, Any]]:
+    """A line for each number that lm-eval finds."""
+    found = evaluate(
+        model,
+        [PREFIX + name for name in SETS],
+        folder=TASKS,
+        metadata={"data": str(data / "zeroshot")},
+        limit=limit,
+    )
+    shares = model.shares() if isinstance(model, StoreLM) else {}
+    lines = []
+    for score in scores(found):
+        routed = f"{1 - shares[score.task].get(BARE, 0):.4f}" if score.task in shares else ""
+        lines.append(
+            {
+                "set": score.task.removeprefix(PREFIX),
+                "metric": score.metric,
+                "value": f"{score.value:.4f}",
+                "stderr": "" if score.stderr is None else f"{score.stderr:.4f}",
+                "rows": found["n-samples"][score.task]["effective"],
+                "routed": routed,
+            }
+        )
+    return lines
+
+
+def ways_of(run: Path, about: Mapping[str, Any], abstain: float | None) -> list[tuple[str, int, Path | None]]:
+    """What is answered: a name, a seed and a cell's folder; none for the bare backbone."""
+    ways: list[tuple[str, int, Path | None]] = [("bare", 0, None)]
+    for spec, seed, folder in cells_of(run, about):
+        ways.append((spec, seed, folder))
+        if abstain is not None and (folder / "store").is_dir():
+            ways.append((f"{spec}, abstain {abstain:g}", seed, folder))
+    return ways
+
+
+def model_of(about: Mapping[str, Any], way: str, seed: int, folder: Path | None, batch_size: int) -> Any:
+    """What answers lm-eval. Raises InputError for a method that is no model on its own."""
+    if folder is None:
+        return hugging_face(Backbone.load(about["backbone"]), batch_size)
+    spec, _, share = way.partition(", abstain ")
+    if (folder / "store").is_dir():
+        slm = ScalableLM.from_pretrained(folder / "store", backbone=about["backbone"])
+        return StoreLM(slm=slm, batch_size=batch_size, abstain=float(share) if share else False)
+    return hugging_face(whole_model(about, spec, seed, folder), batch_size)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        "benchmarks.continual.zeroshot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found.add_argument("run", type=Path, metavar="RUN", help="folder that `slm-fast repro` has made")
+    found.add_argument("--data", type=Path, default=Path("data"), help="folder with zeroshot/ in it")
+    found.add_argument("--limit", type=int, help="rows of a set at most; default: all")
+    found.add_argument("--batch-size", type=int, default=8)
+    about = "of slm_fast's stores also the bare backbone for rows farther off than this share of training rows"
+    found.add_argument("--abstain", type=float, nargs="?", const=0.99, metavar="SHARE", help=about)
+    found.add_argument("--output", type=Path, help="a CSV; default: RUN/zeroshot.csv")
+    return found
+
+
+def work(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All lines: those kept, and those found now."""
+    path = options.run / "run.json"
+    if not path.is_file():
+        raise InputError(f"{options.run}: no run.json in it; expected the folder of a `slm-fast repro`")
+    about = json.loads(path.read_text())
+    missing = [name for name in SETS if not (options.data / "zeroshot" / name / "test.jsonl.gz").is_file()]
+    if missing:
+        raise InputError(f"--data: {options.data / 'zeroshot' / missing[0] / 'test.jsonl.gz'}: no such file")
+    lines = []
+    for way, seed, folder in ways_of(options.run, about, options.abstain):
+        kept = options.run / "zeroshot" / f"{way}, seed {seed}, {options.limit or 'all'} rows.json"
+        if not kept.exists():
+            try:
+                model = model_of(about, way, seed, folder, options.batch_size)
+            except InputError as error:
+                print(f"zeroshot: {error}; left out", file=sys.stderr)
+                continue
+            found = answered(model, options.data, options.limit)
+            kept.parent.mkdir(exist_ok=True)
+            write(kept, json.dumps(found).encode())
+            print(f"zeroshot: {way}, seed {seed}: answered", file=sys.stderr)
+        own = {"stream": about["stream"]["name"], "backbone": about["backbone"], "method": way, "seed": seed}
+        lines += [{**own, **line} for line in json.loads(kept.read_text())]
+    return lines
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        lines = work(options)
+    except SlmError as error:
+        print(f"zeroshot: error: {error}", file=sys.stderr)
+        return error.status
+    write_csv(options.output or options.run / "zeroshot.csv", lines)
+    print(table(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

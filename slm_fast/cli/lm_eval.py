@@ -1,0 +1,123 @@
+"""`slm-fast lm-eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.util import find_spec
+from typing import Any
+
+from slm_fast.cli.arguments import ABSTAIN, SHARE, Verbs, add_device_options, open_store
+from slm_fast.errors import InputError
+
+
+def add(verbs: Verbs) -> None:
+    about = (
+        "benchmarks of lm-evaluation-harness, answered by a store of a decoder backbone; each request finds its route"
+    )
+    verb = verbs.add("lm-eval", run, about)
+    group = verb.add_argument_group("what is asked")
+    group.add_argument(
+        "--tasks", required=True, metavar="T,T", help="names, patterns such as 'arc_*', or YAML files of your own"
+    )
+    group.add_argument("--task-folder", metavar="DIR", help="where more task files are")
+    group.add_argument(
+        "--metadata", action="append", default=[], metavar="KEY=VALUE", help="told to task files, such as data=DIR"
+    )
+    group.add_argument("--shots", type=int, help="solved examples before a question; default: as the task says")
+    group.add_argument("--limit", type=float, help="rows of a task at most, or a share of them below 1")
+    group.add_argument("--chat", action="store_true", help="in the backbone's chat template")
+    group.add_argument("--system", metavar="TEXT", help="what the system says before a chat")
+    group = verb.add_argument_group("how it is answered")
+    group.add_argument("--batch-size", default="auto", metavar="ROWS", help="rows of a batch at most; changes no score")
+    group.add_argument("--max-length", type=int, help="tokens read of a text; default: what the backbone holds")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="written where a task does not say")
+    group.add_argument("--bare", action="store_true", help="answer with the bare backbone")
+    group.add_argument("--given-task", metavar="NAME", help="take every request for this learned task's")
+    about = "the bare backbone for requests farther off than this share of training rows (0.99)"
+    group.add_argument(ABSTAIN, type=float, nargs="?", const=SHARE, default=False, metavar="SHARE", help=about)
+    add_device_options(verb, "float32")
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.add_argument("--samples", action="store_true", help="with --json: each request and its answer, too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if find_spec("lm_eval") is None:
+        raise InputError("lm-eval: its package is not installed: pip install 'slm-fast[lm-eval]'")
+    metadata = _pairs(arguments.metadata)
+    tasks = [task for task in (part.strip() for part in arguments.tasks.split(",")) if task]
+    batch_size = _rows(arguments.batch_size)
+    for name, least in (("shots", 0), ("limit", 0)):
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            raise InputError(f"--{name}: expected at least {least}, got {value}")
+    if arguments.samples and not arguments.json:
+        raise InputError("--samples: goes with --json")
+    if arguments.system is not None and not arguments.chat:
+        raise InputError("--system: goes with --chat")
+    if not tasks:
+        raise InputError("--tasks: expected names or files, got none")
+
+    from slm_fast.integrations.harness import evaluate, scores
+    from slm_fast.integrations.lm_eval import StoreLM
+
+    model = StoreLM(
+        slm=open_store(arguments),
+        batch_size=batch_size,
+        max_length=arguments.max_length,
+        max_gen_toks=arguments.max_new_tokens,
+        bare=arguments.bare,
+        task=arguments.given_task,
+        abstain=arguments.abstain,
+    )
+    if arguments.chat:
+        model.apply_chat_template([{"role": "user", "content": ""}])  # is there one?
+    found = evaluate(
+        model,
+        tasks,
+        folder=arguments.task_folder,
+        metadata=metadata,
+        shots=arguments.shots,
+        limit=arguments.limit,
+        chat=arguments.chat,
+        system=arguments.system,
+        samples=arguments.samples,
+    )
+    if arguments.json:
+        print(json.dumps({"routed": model.shares(), **found}, allow_nan=False))
+        return 0
+    from rich.table import Table
+
+    from slm_fast.tables import console, percent
+
+    table, shares, told = Table(), model.shares(), set()
+    for column, side in (("task", "left"), ("metric", "left"), ("value", "right"), ("±", "right"), ("routed", "left")):
+        table.add_column(column, justify="right" if side == "right" else "left", overflow="fold")
+    for score in scores(found):
+        routed = ", ".join(f"{name} {percent(share)} %" for name, share in shares.get(score.task, {}).items())
+        metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+        spread = "" if score.stderr is None else f"{score.stderr:.4f}"
+        table.add_row(score.task, metric, f"{score.value:.4f}", spread, "" if score.task in told else routed)
+        told.add(score.task)
+    console().print(table)
+    return 0
+
+
+def _rows(text: str) -> int | None:
+    """Of --batch-size; None: as many as suit the device."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--batch-size: expected auto, or a number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _pairs(given: list[str]) -> dict[str, Any]:
+    """KEY=VALUE, each key once."""
+    found: dict[str, Any] = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not equals or not key or key in found:
+            raise InputError(f"--metadata {item!r}: expected KEY=VALUE, each key once")
+        found[key] = value
+    return found

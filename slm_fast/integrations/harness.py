@@ -1,0 +1,146 @@
+"""lm-evaluation-harness at work: finding its tasks, by name or in files, running them on a model, summing up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import lm_eval
+import numpy as np
+import torch
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+
+from slm_fast.errors import InputError, SlmError, WorkError, one_line, some_of
+
+KEPT = ("results", "groups", "n-samples", "n-shot", "versions", "higher_is_better", "samples")
+SEED = 1234  # lm-eval's own
+
+
+class Score(NamedTuple):
+    """One number of one task. filter: how lm-eval read answers out of texts, "none" where it did not."""
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+
+
+def evaluate(
+    model: LM,
+    tasks: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    shots: int | None = None,
+    limit: float | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    samples: bool = False,
+) -> dict[str, Any]:
+    """Run lm-eval's tasks on a model, and return what it found, of JSON's types.
+
+    Args:
+        tasks: names, patterns of names, or paths of YAML files. folder: one with task files of one's own, which may
+            have the names of lm-eval's. metadata: what those files are told, such as where their data is.
+        shots: solved examples before each question; None: as the task says.
+        limit: so many of a task's rows, the first ones; below 1, a share of them.
+        chat: put each question in the backbone's chat template, with `system` before it.
+        samples: keep each request and its answer, too.
+
+    Raises:
+        InputError: a task is not known. WorkError: a task's file or data cannot be read.
+    """
+    with _quiet():
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # some tasks draw
+            seed(SEED)
+        manager, names = _found(tasks, folder, dict(metadata or {}))
+        loaded = manager.load(names)
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own is None or (shots is not None and own != 0):  # a task of none stays one, as in lm-eval
+                task.set_config(key="num_fewshot", value=shots or 0)
+            task.set_fewshot_seed(seed=SEED)
+        found: dict[str, Any] = lm_eval.evaluate(
+            lm=model,
+            task_dict=loaded,
+            limit=None if limit is None else int(limit) if limit >= 1 else limit,
+            log_samples=samples,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+            system_instruction=system,
+        )
+    kept = {name: found[name] for name in KEPT if name in found}
+    if hasattr(model, "get_model_info"):
+        kept["model"] = model.get_model_info()
+    return json.loads(json.dumps(kept, default=handle_non_serializable))
+
+
+def scores(found: Mapping[str, Any]) -> list[Score]:
+    """The numbers that `evaluate` found, task by task."""
+    rows = []
+    for task, values in found["results"].items():
+        for key, value in values.items():
+            metric, comma, name = key.partition(",")
+            if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                spread = values.get(f"{metric}_stderr,{name}")
+                rows.append(Score(task, metric, name, value, spread if isinstance(spread, (int, float)) else None))
+    return rows
+
+
+class _Tasks(TaskManager):
+    """Says in one line what is wrong with a task."""
+
+    def load(self, task_list: Any) -> Any:
+        try:
+            return super().load(task_list)
+        except SlmError:
+            raise
+        except Exception as error:
+            named = task_list if isinstance(task_list, list) else [task_list]
+            raise WorkError(
+                f"lm-eval: of {some_of(map(str, named))}, one cannot be loaded: {type(error).__name__}: "
+                f"{one_line(error)}"
+            ) from error
+
+
+def _found(tasks: Sequence[str], folder: str | Path | None, metadata: dict[str, Any]) -> tuple[TaskManager, list[str]]:
+    """Where tasks are looked up, and the names or files that are meant. lm-eval's own thousands are only read where
+    something is not among the user's."""
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(f"task folder {str(folder)!r}: no such folder")
+    for defaults in (False, True):
+        manager = _Tasks(include_path=folder, include_defaults=defaults, metadata=metadata)
+        names: list[str] = []
+        missing: list[str] = []
+        for task in tasks:
+            is_file = task.endswith((".yaml", ".yml")) and Path(task).is_file()
+            known = [task] if is_file else manager.match_tasks([task])
+            names += known
+            missing += [] if known else [task]
+        if not missing:
+            return manager, list(dict.fromkeys(names))
+    raise InputError(f"task {missing[0]!r}: neither a task of lm-eval's, nor one in the task folder, nor a YAML file")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's log, and without progress bars of its data."""
+    log = logging.getLogger("lm_eval")
+    level, bars = log.level, datasets.are_progress_bars_disabled()
+    log.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
