@@ -47,8 +47,11 @@ class TaskKeeper:
         for task in tasks:
             self.model.check_fits(task)
             check_learned(task)
+        before = set(self.tasks)
         self.refresh()
-        self._know(tasks)
+        came = {name: task.origin for name, task in self.learned.items() if name not in before}
+        # Another process may have committed the same meanwhile.
+        self._know([task for task in tasks if task.origin is None or came.get(task.name) != task.origin])
 
     def _know(self, tasks: Sequence[LearnedTask]) -> None:
         """Know more tasks and commit them. Those whose commit fails are known all the same: they took long to learn."""

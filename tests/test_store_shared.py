@@ -69,6 +69,20 @@ def test_a_task_learned_elsewhere_can_be_forgotten_and_learned_here(slm: Scalabl
     assert slm.tasks == sorted(Store.open(tmp_path / "store").files) == ["city", "farm", "sea"]
 
 
+def test_a_task_that_somebody_else_has_just_committed_is_added_once(slm: ScalableLM, tmp_path: Path) -> None:
+    other = reopened(tmp_path / "store")
+    other.learn(easy("city", rows=8), epochs=1)
+    city = other.learned["city"]
+    slm.add(city)  # which it does not know of yet
+    assert slm.tasks == sorted(Store.open(tmp_path / "store").files) == ["city", "farm", "sea"]
+    with pytest.raises(InputError, match="has it already"):
+        slm.add(city)
+    late = reopened(tmp_path / "store")
+    other.learn(easy("cat", rows=8), epochs=1)
+    with pytest.raises(InputError, match="has it already"):
+        late.add(replace(random_task(late, "cat"), origin="0" * 64))
+
+
 def test_a_task_that_was_replaced_elsewhere_is_taken_over(slm: ScalableLM, tmp_path: Path) -> None:
     other = reopened(tmp_path / "store")
     other.forget("sea")
