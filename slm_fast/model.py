@@ -18,6 +18,7 @@ from slm_fast.covariance import ALIKE
 from slm_fast.data import Row
 from slm_fast.errors import InputError
 from slm_fast.injection import ForwardContext, Injection
+from slm_fast.known import Known
 from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.options import ModelConfig
@@ -130,7 +131,7 @@ class AdaptedModel:
         """Know these tasks and no others. Pool and router change together, at the very end."""
         with self.lock:
             pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
-            self._known = pool, self.new_router(pool.tasks)
+            self._known = Known(pool, self.new_router(pool.tasks))
 
     @contextmanager
     def changing(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> Iterator[None]:
@@ -141,19 +142,15 @@ class AdaptedModel:
         Raises InputError for a name that is taken, or not there.
         """
         with self.lock:
-            pool, router = self._known
-            for name in remove:
-                pool, router = pool.without(name), router.without(name)
-            for task in add:
-                pool, router = pool.with_task(task), router.with_part(task.name, task.router)
+            known = self._known.changed(add=add, remove=remove)
             yield
-            self._known = pool, router
+            self._known = known
 
     @contextmanager
-    def pinned(self) -> Iterator[None]:
-        """For this thread the tasks stay as they are now, whatever others learn and forget before the block ends."""
+    def pinned(self, known: Known | None = None) -> Iterator[None]:
+        """For this thread the tasks are these, or stay as they are now, whatever others learn and forget meanwhile."""
         before = getattr(self._pinned, "known", None)
-        self._pinned.known = before or self._known
+        self._pinned.known = known or before or self._known
         try:
             yield
         finally:
@@ -181,6 +178,8 @@ class AdaptedModel:
         if known is None or known[0] is not task:
             longest = task.options.get("max_length") or self.config.max_length or 0
             known = task, self.backbone.tokenization.label_words(task.labels, longest)
+            if len(self._label_words) > len(self.pool.names):
+                self._label_words.clear()  # it holds tasks that are forgotten
             self._label_words[task.name] = known
         return known[1].get(text)
 

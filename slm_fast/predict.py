@@ -14,8 +14,8 @@ from torch import Tensor
 from slm_fast.batching import length_buckets, token_budget
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError, some_of
-from slm_fast.generate import generate
-from slm_fast.model import AdaptedModel, Report
+from slm_fast.generate import Written, generate
+from slm_fast.model import AdaptedModel, Reading, Report
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
 from slm_fast.pool import emptied
@@ -173,6 +173,20 @@ class _Ready:
     batches: Sequence[_Batch]
 
 
+def answer_batch(
+    model: AdaptedModel, readings: Sequence[Reading], options: PredictOptions, task: TaskID = None
+) -> list[Answer]:
+    """The answers to rows that are tokens already, passed together. task: one name, or one for each row."""
+    batch = _Batch(list(range(len(readings))), model.collate(readings))
+    return _answers(model, _Ready(0, len(readings), task, {}, [batch]), options, None)
+
+
+def answer_written(model: AdaptedModel, reading: Reading, written: Written, distance: Tensor | None) -> Answer:
+    """The answer that a text is, written for one row. distance: [1]"""
+    passed = _written(model, _Batch([0], model.collate([reading])), written, distance)
+    return WorkError(NOT_FINITE) if written.failed else next(_predictions(model, passed))
+
+
 def tokens_of_a_batch(model: AdaptedModel, options: PredictOptions) -> int:
     """The tokens of a batch, padding included."""
     backbone = model.backbone
@@ -258,7 +272,7 @@ def _pass(model: AdaptedModel, window: _Ready, batch: _Batch, options: PredictOp
         route = model.route(query, slot_mask)
     output = model.forward(encoded, route, slot_mask=slot_mask)
     query = output.query if query is None else query
-    route, distance = _measured(model, query, output.route, options)
+    route, distance = measured(model, query, output.route, options)
     # Where the task is given, its answers are its own, whatever else is learned.
     known = None if query is None or task is not None else model.router.label_scores(query, route.slot_ids)
     prior = None if known is None else pool.heads.prior(*known)
@@ -275,7 +289,7 @@ def _pass(model: AdaptedModel, window: _Ready, batch: _Batch, options: PredictOp
     return _Passed(batch, route, winner, score, words, distance=distance)
 
 
-def _measured(
+def measured(
     model: AdaptedModel, query: Tensor | None, route: Route, options: PredictOptions
 ) -> tuple[Route, Tensor | None]:
     """The route, empty for rows that are abstained from, and how far rows are from their tasks [B], if that is asked
@@ -306,24 +320,19 @@ def _write(
             part = range(start, min(start + at_once, rows))
             parts.append(model.find_queries(encoded.rows(part)))
         query = torch.cat(parts)
-        route, distance = _measured(model, query, model.route(query, slot_mask), options)
+        route, distance = measured(model, query, model.route(query, slot_mask), options)
     # Each row samples from a seed of its own, so that it does not matter which rows run beside it.
     seeds = [options.seed + window.first + place for place in batch.places]
     written = generate(
         model, encoded, options, seeds=seeds, max_rows=at_once, route=route, slot_mask=slot_mask, report=report
     )
-    pool, found = model.pool, written.route
-    winner = pool.task_weights(found).argmax(1) if pool.slots else torch.zeros(rows, dtype=torch.int64)
-    return _Passed(
-        batch,
-        found,
-        winner,
-        written.scores,
-        texts=written.texts,
-        finish_reasons=written.finish_reasons,
-        failed=written.failed,
-        distance=distance,
-    )
+    return _written(model, batch, written, distance)
+
+
+def _written(model: AdaptedModel, batch: _Batch, written: Written, distance: Tensor | None) -> _Passed:
+    pool, route, texts, reasons = model.pool, written.route, written.texts, written.finish_reasons
+    winner = pool.task_weights(route).argmax(1) if pool.slots else torch.zeros(len(texts), dtype=torch.int64)
+    return _Passed(batch, route, winner, written.scores, None, texts, reasons, written.failed, distance)
 
 
 def _predictions(model: AdaptedModel, passed: _Passed) -> Iterator[Answer]:
@@ -337,7 +346,7 @@ def _predictions(model: AdaptedModel, passed: _Passed) -> Iterator[Answer]:
     each = zip(*columns, scores, words, texts, cut, distances, strict=True)
     for ids, weights, winner, score, word, written, truncated, distance in each:
         text, finish_reason = written
-        route = _taken(model, ids, weights)
+        route = taken(model, ids, weights)
         task = model.pool.tasks[winner] if route.slots else None
         name = None if task is None else task.name
         if text is None and (task is None or heads is None):
@@ -373,7 +382,7 @@ def _winners_alone(model: AdaptedModel, route: Route, winner: Tensor) -> Route:
     return Route(route.slot_ids, kept / kept.sum(1, keepdim=True).clamp(min=1e-12))
 
 
-def _taken(model: AdaptedModel, ids: Sequence[int], weights: Sequence[float]) -> RouteTaken:
+def taken(model: AdaptedModel, ids: Sequence[int], weights: Sequence[float]) -> RouteTaken:
     used = [(slot, weight) for slot, weight in zip(ids, weights, strict=True) if slot >= 0]
     return RouteTaken(
         tuple(slot for slot, _ in used),

@@ -26,7 +26,7 @@ LAYERS = (
     ("kv_cache",),
     ("warm_start",),
     ("model",),
-    ("injection", "configure"),
+    ("injection", "configure", "known"),
     ("store",),
     ("task_file",),
     ("schema",),

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from slm_fast.cli import bench, demo, doctor, evaluate, learn, predict, report, store
+from slm_fast.cli import bench, demo, doctor, evaluate, learn, predict, report, serve, store
 from slm_fast.cli.arguments import Parser, Verbs, complain, with_share
 from slm_fast.errors import SlmError, SlmWarning, lacks_memory, one_line, warn
 
-VERBS = (demo, learn, predict, evaluate, store, report, bench, doctor)  # in the order of --help
+VERBS = (demo, learn, predict, evaluate, serve, store, report, bench, doctor)  # in the order of --help
 
 
 def run(argv: Sequence[str]) -> int:
