@@ -156,17 +156,18 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def understood(errors: Any) -> Refused:
-    """The first thing that is wrong with a body, in one line that names the field."""
-    unknown = [error for error in errors if error["type"] == "extra_forbidden"]
-    # Of a field that may be of several types the last complaint is of the one that says most.
-    first = (unknown or errors)[0] if unknown or len({e["loc"][1:2] for e in errors}) > 1 else errors[-1]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    if (first["type"] in ("json_invalid", "missing") and not place) or first["type"] == "json_invalid":
+    """What is wrong with a body first, in one line that names the field. A field that is unknown goes before all."""
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    if first["type"] == "json_invalid":
         return Refused(400, f"the body: expected JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    field = place[0] if place else "the body"
-    what = "unknown field" if first["type"] == "extra_forbidden" else first["msg"]
-    where = ".".join(part for part in place if "[" not in part) or "the body"
-    return Refused(400, f"{where}: {what}", param=field)
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if not place:
+        return Refused(400, "the body: expected a JSON object")
+    if first["type"] == "extra_forbidden":
+        return Refused(400, f"{place[-1]}: unknown field", param=place[-1])
+    # Of a field that may be of several types, each has a complaint.
+    said = dict.fromkeys(error["msg"] for error in errors if error["loc"][1:2] == first["loc"][1:2])
+    return Refused(400, f"{place[0]}: {', or '.join(said)}", param=place[0])
 
 
 def _add_state(app: FastAPI, served: Served) -> None:

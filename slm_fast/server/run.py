@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, WorkError, one_line
 from slm_fast.known import Known
 from slm_fast.options import PredictOptions
 from slm_fast.server.app import Served, create_app, guarded
@@ -61,29 +61,16 @@ def serve(
     SIGTERM and SIGINT let what was admitted end, a second one does not. SIGHUP looks at the store now.
     """
     served = made(slm, options, limits, key=key, admin=admin, source=source, skip_damaged=skip_damaged)
-    app = guarded(create_app(served), served)
-    config = uvicorn.Config(
-        app,
-        http=patient(limits.patience),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=int(limits.deadline) + 5,
-    )
+    server = Server(served)
     host, port = sock.getsockname()[:2]
     log.info("serving %d tasks on http://%s:%d", len(served.engine.generation.files), host, port)
-    served.engine.start()
-    served.watcher.start()
     before = signal.signal(signal.SIGHUP, lambda *_: served.watcher.reload())
     try:
-        _Server(config, served, limits).run(sockets=[sock])
+        server.run(sockets=[sock])
     finally:
         signal.signal(signal.SIGHUP, before)
-        served.watcher.close()
-        served.engine.close()
+    if served.engine.failed is not None:
+        raise WorkError(f"the engine failed: {one_line(served.engine.failed)}")
 
 
 def made(
@@ -149,27 +136,47 @@ def patient(seconds: float) -> type[HttpToolsProtocol]:
     return Patient
 
 
-class _Server(uvicorn.Server):
-    """Drains before it stops to listen, so that balancers see that it is not ready."""
+class Server(uvicorn.Server):
+    """uvicorn, and the engine's threads. It drains before it stops to listen, so that balancers see it."""
 
-    def __init__(self, config: uvicorn.Config, served: Served, limits: ServeOptions) -> None:
+    def __init__(self, served: Served) -> None:
+        limits = served.engine.serve
+        config = uvicorn.Config(
+            guarded(create_app(served), served),
+            http=patient(limits.patience),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=int(limits.deadline) + 5,
+        )
         super().__init__(config)
-        self._served, self._limits = served, limits
-        self._until = 0.0
+        self.served, self._drain, self._until = served, limits.drain, 0.0
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        self.served.engine.start()
+        self.served.watcher.start()
+        try:
+            super().run(sockets)
+        finally:
+            self.served.watcher.close()
+            self.served.engine.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._served.draining:
+        if self.served.draining:
             self.should_exit = self.force_exit = True
-        self._served.draining = True
+        self.served.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        if self._served.draining and not self.should_exit:
+        if self.served.draining and not self.should_exit:
             now = asyncio.get_running_loop().time()
             if not self._until:
                 log.info("draining: what was admitted is answered first")
-                self._until = now + self._limits.drain
-            self.should_exit = now >= self._until and self._served.engine.room.rows == 0
-        if self._served.engine.failed is not None:
+                self._until = now + self._drain
+            self.should_exit = now >= self._until and self.served.engine.room.rows == 0
+        if self.served.engine.failed is not None:
             self.should_exit = True
         return await super().on_tick(counter)
 
