@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,14 @@ def store_with(path: Path, name: str = "bert", **config: Any) -> ScalableLM:
         knows(slm, random_task(slm, "farm", labels=("no", "yes")), random_task(slm, "sea", labels=None))
     slm.save_pretrained(path)
     return slm
+
+
+def until(true: Callable[[], Any], seconds: float = 30) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 class Client:
@@ -86,6 +94,20 @@ class Client:
 
     def raw(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
+
+    def begun(self, path: str, size: int) -> socket.socket:
+        """A connection on which the headers of a request were sent."""
+        raw = self.raw()
+        lines = (f"POST {path} HTTP/1.1", "host: a", "content-type: application/json", f"content-length: {size}")
+        raw.sendall("\r\n".join([*lines, "connection: close", "", ""]).encode())
+        return raw
+
+    def sent(self, path: str, body: Any) -> socket.socket:
+        """A connection on which a request was sent."""
+        data = json.dumps(body).encode()
+        raw = self.begun(path, len(data))
+        raw.sendall(data)
+        return raw
 
 
 @contextmanager

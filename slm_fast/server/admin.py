@@ -21,10 +21,10 @@ SECONDS = 120.0  # a change may take until it is answered with
 def add(app: FastAPI, watcher: Watcher, source: Store | None) -> None:
     path = watcher.store.path
 
-    def changed(name: str, digest: str | None) -> JSONResponse:
+    def changed(name: str, digest: str | None, status: int = 200) -> JSONResponse:
         if not watcher.wait_for(name, digest, SECONDS):
             raise Refused(503, f"task {name!r}: the store has the change, the server not yet: {watcher.trouble}")
-        return JSONResponse({"id": name, "task_sha256": digest, "generation": watcher.current.number})
+        return JSONResponse({"id": name, "task_sha256": digest, "generation": watcher.current.number}, status)
 
     def take(name: str) -> JSONResponse:
         if source is None:
@@ -36,7 +36,7 @@ def add(app: FastAPI, watcher: Watcher, source: Store | None) -> None:
         check_same(there.about, store.about, str(there.path), str(path))
         if store.files.get(name) != there.files[name]:
             store.commit(add=[there.read(name, thorough=True)[0]])
-        return changed(name, store.files[name])
+        return changed(name, store.files[name], 201)
 
     def forget(name: str) -> JSONResponse:
         store = Store.open(path)

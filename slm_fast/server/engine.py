@@ -289,6 +289,8 @@ class Engine:
         ended, tokens = self._writers.step(), 0
         with self._changed:
             for piece in self._writers.pieces:
+                if piece.result is not None:
+                    continue  # it was given up, and its room with it
                 done = piece.length + len(piece.tokens) if piece.tokens else 0
                 tokens += done - piece.credited
                 self.room.tokens -= done - piece.credited
@@ -356,6 +358,7 @@ class Engine:
                 with self.model.pinned(generation.known):
                     answer_batch(self.model, [reading] * many, replace(self.options, top_k=None))
             self.room.note(many * len(reading.ids), time.perf_counter() - clock)
+        log.info("ready")
         self.warm.set()
 
     # Results

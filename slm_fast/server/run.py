@@ -28,7 +28,12 @@ KEEP_ALIVE = 75  # seconds that a connection may be idle: longer than clients ke
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket of this address, before anything takes long. Raises InputError for an address that cannot be."""
+    """A socket of this address, before anything takes long.
+
+    Raises InputError for an address that cannot be, WorkError for one that is taken.
+    """
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port}: expected 0 to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]

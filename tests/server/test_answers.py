@@ -207,3 +207,16 @@ def test_a_server_of_no_store_is_a_wrong_call(encoder) -> None:
     other = ScalableLM(slm.model.backbone, slm.model.config)
     with pytest.raises(InputError, match="store"):
         run.made(other, PredictOptions(), ServeOptions())
+
+
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 1.3, "seed": 4}])
+def test_a_checkpoint_with_settings_of_its_own_writes_as_transformers_does(drawn: dict[str, float], tmp_path) -> None:
+    slm = store_with(tmp_path / "store", "llama")
+    slm.model.backbone.model.generation_config.repetition_penalty = 1.6
+    with serving(slm) as (client, _):
+        body = {"prompt": TEXTS[:5], "max_tokens": 8, **drawn}
+        expected = slm.predict(TEXTS[:5], max_new_tokens=8, sample=bool(drawn), **drawn)
+        choices = client.post("/v1/completions", body)["choices"]
+        assert [choice["text"] for choice in choices] == [answer.text for answer in expected]
+        said = [choice["finish_reason"] for choice in choices]
+        assert said == [answer.finish_reason for answer in expected]
