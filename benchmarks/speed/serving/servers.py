@@ -1,0 +1,91 @@
+"""The servers beside ours, each as a process: `python -m benchmarks.speed.serving.servers NAME STORE PORT DTYPE`.
+
+pipelines: FastAPI and a transformers pipeline a task; whoever asks names the task (oracle routing).
+litserve:  LitServe with our model behind it, which it batches.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import uvicorn
+from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
+
+from slm_fast import ScalableLM
+from slm_fast.loading import resolve
+
+MOST, PATIENCE = 32, 0.005  # requests of LitServe's batches, and seconds that the first of them waits
+
+
+def pipelines(store: str, port: int, dtype: str) -> None:
+    manifest = json.loads((Path(store) / "manifest.json").read_text())
+    where = resolve(manifest["model"]["backbone"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    longest = manifest["model"]["config"]["max_length"]
+    app, lock, known = FastAPI(), threading.Lock(), {}
+    for name in manifest["tasks"]:  # a model each, as fine-tuning a task leaves it
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            where, num_labels=8, dtype=getattr(torch, dtype)
+        )
+        known[name] = transformers.pipeline("text-classification", model=model, tokenizer=tokenizer)
+
+    @app.post("/{task}")
+    async def classify(task: str, request: Request) -> Any:
+        texts = (await request.json())["input"]
+
+        def answer() -> Any:
+            with lock:
+                return known[task](texts, batch_size=len(texts), truncation=True, max_length=longest)
+
+        return await run_in_threadpool(answer)
+
+    @app.get("/health")
+    def health() -> str:
+        return "ok"
+
+    uvicorn.run(app, port=port, log_level="warning")
+
+
+def lit(store: str, port: int, dtype: str) -> None:
+    import litserve
+
+    class Api(litserve.LitAPI):  # type: ignore[misc]
+        def setup(self, device: Any) -> None:
+            torch.set_num_threads(int(sys.argv[5]))
+            self.slm = ScalableLM.from_pretrained(store, dtype=dtype)
+
+        def decode_request(self, request: Any) -> Any:
+            return request["input"]
+
+        def batch(self, inputs: Any) -> Any:
+            self.sizes = [len(texts) for texts in inputs]
+            return [text for texts in inputs for text in texts]
+
+        def predict(self, x: Any) -> Any:
+            return self.slm.predict(x)
+
+        def unbatch(self, output: Any) -> Any:
+            first = 0
+            for size in self.sizes:
+                yield output[first : first + size]
+                first += size
+
+        def encode_response(self, output: Any) -> Any:
+            return [{"task": one.task, "label": one.label, "score": one.score} for one in output]
+
+    api = Api(max_batch_size=MOST, batch_timeout=PATIENCE)
+    litserve.LitServer(api, accelerator="cpu", workers_per_device=1).run(
+        port=port, generate_client_file=False, log_level="warning"
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[5]))
+    {"pipelines": pipelines, "litserve": lit}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), sys.argv[4])
