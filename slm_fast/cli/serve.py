@@ -20,22 +20,24 @@ from slm_fast.options import PredictOptions
 
 KEY, ADMIN_KEY = "SLM_FAST_API_KEY", "SLM_FAST_ADMIN_KEY"
 LIMITS = {
-    "queue_rows": (int, 2048, "rows that are admitted and not answered yet; beyond them requests get 429"),
-    "queue_tokens": (int, None, "their tokens; default: 64 batches"),
-    "batch_tokens": (int, None, "tokens of a batch, padding included; default: what suits the device"),
-    "batch_rows": (int, 16, "texts that are written at once"),
-    "max_new_tokens": (int, 256, "the most that a request may ask for, and what it gets unless it says less"),
-    "deadline": (float, 60.0, "seconds after which a request that is not answered gets 504"),
-    "requests": (int, 512, "concurrent requests; more get 429"),
-    "inputs": (int, 32, "texts of a request"),
-    "body": (int, 2_000_000, "bytes of a request"),
-    "patience": (float, 20.0, "seconds that a client may take to send a request, or to read a part of its answer"),
-    "poll": (float, 0.5, "seconds between two looks at the store"),
-    "drain": (float, 1.0, "seconds between SIGTERM and the end of listening"),
+    "queue_rows": "rows that are admitted and not answered yet; beyond them requests get 429",
+    "queue_tokens": "their tokens; default: 64 batches",
+    "batch_tokens": "tokens of a batch, padding included; default: what suits the device",
+    "batch_rows": "texts that are written at once",
+    "max_new_tokens": "the most that a request may ask for, and what it gets unless it says less",
+    "deadline": "seconds after which a request that is not answered gets 504",
+    "requests": "concurrent requests; more get 429",
+    "inputs": "texts of a request",
+    "body": "bytes of a request",
+    "patience": "seconds that a client may take to send a request, or to read a part of its answer",
+    "poll": "seconds between two looks at the store",
+    "drain": "seconds between SIGTERM and the end of listening",
 }
 
 
 def add(verbs: Verbs) -> None:
+    from slm_fast.server.options import ServeOptions
+
     serve = verbs.add("serve", run, "answer over HTTP: OpenAI's API, classification, and a page to try it")
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 listens on all addresses")
     serve.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
@@ -59,7 +61,9 @@ def add(verbs: Verbs) -> None:
     )
     serve.add_argument("--distance", action="store_true", help="say how unlike its task each row is")
     limits = serve.add_argument_group("how much is taken at once")
-    for name, (kind, default, about) in LIMITS.items():
+    for name, about in LIMITS.items():
+        default = getattr(ServeOptions, name)
+        kind = float if isinstance(default, float) else int
         limits.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=about)
 
 

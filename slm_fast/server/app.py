@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -19,7 +19,7 @@ import slm_fast
 from slm_fast.server import admin, openai, rows, schemas
 from slm_fast.server.engine import Engine
 from slm_fast.server.generation import Watcher
-from slm_fast.server.jobs import Ask, Refused, Routed, Writing
+from slm_fast.server.jobs import Ask, Refused, Routed, Writing, stopping
 from slm_fast.server.limits import App, Body, Concurrency, Key, Marks, Patience, error_body
 from slm_fast.server.metrics import Metrics
 from slm_fast.server.waiting import finished
@@ -214,20 +214,23 @@ def _add_state(app: FastAPI, served: Served) -> None:
         return answered(about, engine.generation.number)
 
 
-def guarded(app: App, served: Served) -> App:
+def guarded(app: FastAPI, served: Served) -> App:
     """The application with what every request meets first."""
     serve, engine = served.engine.serve, served.engine
+    paths = {path for route in app.routes if "{" not in (path := getattr(route, "path", "{"))}
 
     def full() -> Refused | None:
         if served.draining:
-            return Refused(503, "the server is stopping", code="shutting_down", retry_after=1)
+            return stopping()
         if not engine.warm.is_set():
             return Refused(503, "the server is not warm yet", retry_after=1)
         return engine.room.busy() if engine.room.full else None
 
-    inner: App = Concurrency(app, serve.requests)
-    inner = Body(inner, serve, full)
-    inner = Key(inner, served.key, served.admin)
-    number: Callable[[], str] = lambda: engine.generation.number  # noqa: E731
-    inner = Marks(inner, number, lambda: served.draining, served.metrics.note)
-    return Patience(inner, serve.patience)
+    def note(path: str, status: int, seconds: float) -> None:
+        served.metrics.note(path if path in paths else "other", status, seconds)
+
+    inner = Body(Concurrency(app, serve.requests), serve, full)
+    marked = Marks(
+        Key(inner, served.key, served.admin), lambda: engine.generation.number, lambda: served.draining, note
+    )
+    return Patience(marked, serve.patience)

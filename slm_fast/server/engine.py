@@ -24,7 +24,7 @@ from slm_fast.options import PredictOptions
 from slm_fast.predict import NOT_FINITE, answer_batch, measured, taken, tokens_of_a_batch
 from slm_fast.router import NotFinite
 from slm_fast.server.generation import Generation, prepare
-from slm_fast.server.jobs import Ask, Job, Piece, Refused, Result, Routed, Writing
+from slm_fast.server.jobs import Ask, Job, Piece, Refused, Result, Routed, Writing, stopping
 from slm_fast.server.options import ServeOptions
 from slm_fast.server.queue import Room, Waiting
 from slm_fast.server.writing import Writers
@@ -34,7 +34,6 @@ LETTERS = 3  # of a token, until it is known how many tokens a text has
 TOKENISED = 4096  # rows that are made tokens together
 GENERATIONS = 4  # of tasks, that may be in use at once
 BATCHES = 64  # of tokens that the queue holds, unless told otherwise
-STOPPING = Refused(503, "the server is stopping", code="shutting_down", retry_after=1)
 USED = 0.8  # of the deadline: who would wait longer is refused
 
 
@@ -143,7 +142,7 @@ class Engine:
         sizes = [min(longest, len(row.prompt) // LETTERS + 8) + writing for row in ask.rows]
         with self._changed:
             if self._closed or self.failed is not None:
-                raise STOPPING
+                raise stopping()
             self.check(ask)
             self.room.reserve(len(sizes), sum(sizes))
             job = Job(ask, self._current, on_change, left=len(sizes))
@@ -272,7 +271,7 @@ class Engine:
             if is_full:
                 with self._changed:
                     self.room.note(tokens, time.perf_counter() - clock)
-        self._settle_all([piece for job in list(self._jobs) for piece in job.pieces], STOPPING)
+        self._settle_all([piece for job in list(self._jobs) for piece in job.pieces], stopping())
 
     def _begin(self, pieces: Sequence[Piece]) -> None:
         generations = dict.fromkeys(piece.job.generation for piece in pieces)

@@ -31,6 +31,10 @@ class Refused(Exception):
         self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
 
 
+def stopping() -> Refused:
+    return Refused(503, "the server is stopping", code="shutting_down", retry_after=1)
+
+
 @dataclass(frozen=True)
 class Writing:
     """How a text is written. sampling: its seed is that of the request's first row. stop: texts that end it."""

@@ -233,5 +233,4 @@ class Marks:
         try:
             await self.app(scope, receive, marked)
         finally:
-            route = scope.get("route")
-            self.note(getattr(route, "path", "other"), status, loop.time() - began)
+            self.note(scope["path"], status, loop.time() - began)

@@ -56,7 +56,7 @@ class Metrics:
             "vllm:lora_requests_info", "As vLLM has it. Tasks need no loading, so no task has to wait for another.",
             ["max_lora", "running_lora_adapters", "waiting_lora_adapters"], registry=self.registry,
         )  # fmt: skip
-        info.labels("1000000", "", "").set_to_current_time()
+        info.labels(str(len(engine.generation.files)), "", "").set_to_current_time()
 
     def note(self, path: str, status: int, seconds: float) -> None:
         self.requests.labels(path, str(status)).inc()

@@ -24,6 +24,7 @@ from slm_fast.slm import ScalableLM
 from slm_fast.store import Store
 
 log = logging.getLogger("slm_fast.server")
+HEADERS = 1 << 16
 KEEP_ALIVE = 75  # seconds that a connection may be idle: longer than clients keep theirs
 
 
@@ -108,13 +109,15 @@ def made(
 
 
 def patient(seconds: float) -> type[HttpToolsProtocol]:
-    """HTTP whose requests have to begin, and their headers to end, in so many seconds."""
+    """HTTP whose requests have to begin, and their headers to end, in so many seconds and `HEADERS` bytes."""
 
     class Patient(HttpToolsProtocol):
         _timer: asyncio.TimerHandle | None = None
+        _read = 0
 
         def _expect(self) -> None:
             self._forget()
+            self._read = 0
             self._timer = self.loop.call_later(seconds, self.transport.abort)
 
         def _forget(self) -> None:
@@ -125,6 +128,12 @@ def patient(seconds: float) -> type[HttpToolsProtocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._expect()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._read += len(data)
+            if self._timer is not None and self._read > HEADERS:
+                self.transport.abort()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget()

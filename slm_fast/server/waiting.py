@@ -12,8 +12,6 @@ from starlette.requests import Request
 from slm_fast.server.engine import Engine
 from slm_fast.server.jobs import Ask, Job, Refused
 
-GONE = Refused(499, "the client has gone")
-
 
 class Ticket:
     """A job and its changes. Whoever leaves before its end cancels it."""
@@ -40,7 +38,7 @@ class Ticket:
             if changed.done():
                 self._changed.clear()
             elif self._gone.done():
-                raise GONE
+                raise Refused(499, "the client has gone")
             else:
                 raise Refused(504, f"not answered in {self._engine.serve.deadline:g} s", code="deadline_exceeded")
         finally:

@@ -10,7 +10,8 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from served import serving, store_with
 
-EXAMPLES = 300 if os.environ.get("SLM_FAST_FUZZ") else 8
+EARNEST = bool(os.environ.get("SLM_FAST_FUZZ"))
+EXAMPLES = 300 if EARNEST else 6
 SETTINGS = settings(
     max_examples=EXAMPLES,
     deadline=None,
@@ -30,7 +31,7 @@ def check_of(bearer: str, seen: list[int]) -> Callable[[schemathesis.Case], None
     return check
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["llama", *(["bert"] if EARNEST else [])])  # a writer has all that there is
 def test_no_request_that_follows_from_the_schema_or_breaks_it_is_answered_with_a_500(name: str, tmp_path) -> None:
     slm, seen = store_with(tmp_path / "store", name), list[int]()
     with serving(slm, max_new_tokens=3, admin="admin", key="key") as (client, _):
