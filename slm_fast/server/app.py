@@ -51,8 +51,8 @@ class Served:
     watcher: Watcher
     backbone: str
     metrics: Metrics = field(default_factory=Metrics)
-    key: str | None = None
-    admin: str | None = None
+    key: str | None = field(default=None, repr=False)
+    admin: str | None = field(default=None, repr=False)
     source: Store | None = None
     draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
@@ -145,6 +145,10 @@ def _add_errors(app: FastAPI) -> None:
     async def refused(_: Request, error: Refused) -> JSON:
         headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
         return JSON(error_body(error), error.status, headers=headers)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSON:  # its traceback is in the log
+        return JSON(error_body(Refused(500, f"the server has a bug: {type(error).__name__}")), 500)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSON:

@@ -14,18 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
 from slm_fast.data import Row
-from slm_fast.errors import WorkError, one_line, some_of
+from slm_fast.errors import one_line, some_of
 from slm_fast.generate import is_plain
-from slm_fast.model import AdaptedModel, Reading
+from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
-from slm_fast.predict import NOT_FINITE, answer_batch, measured, taken, tokens_of_a_batch
-from slm_fast.router import NotFinite
+from slm_fast.predict import answer_batch, tokens_of_a_batch
 from slm_fast.server.generation import Generation, prepare
-from slm_fast.server.jobs import Ask, Job, Piece, Refused, Result, Routed, Writing, stopping
+from slm_fast.server.jobs import Ask, Job, Piece, Refused, Result, Writing, stopping
 from slm_fast.server.options import ServeOptions
+from slm_fast.server.passes import find_routes
 from slm_fast.server.queue import Room, Waiting
 from slm_fast.server.writing import Writers
 
@@ -178,9 +176,10 @@ class Engine:
         except BaseException as error:
             log.critical("the engine has failed", exc_info=error)
             self.failed = error
-            with self._changed:
-                self._closed = True
-                self._changed.notify_all()
+        with self._changed:  # what is not answered now never is
+            self._closed = True
+            self._settle_all([piece for job in list(self._jobs) for piece in job.pieces], stopping())
+            self._changed.notify_all()
 
     def _tokenise(self) -> None:
         while True:
@@ -226,6 +225,7 @@ class Engine:
             else:
                 continue
             return self._settle_all(job.pieces, Refused(413, refusal, code="context_length_exceeded", param="input"))
+        group: Group | None = None
         for piece in job.pieces:
             writing = 0 if ask.writing is None else ask.writing.max_new_tokens
             self.room.tokens += piece.length + writing - piece.reserved
@@ -233,20 +233,21 @@ class Engine:
             if self._plain and ask.work == "answer":
                 self._to_write.append(piece)
             else:
-                self._groups[piece] = group = self._group(piece)
+                group = self._group(piece, job) if group is None or group.alone else group
+                self._groups[piece] = group
                 self._waiting.add(group, piece)
 
-    def _group(self, piece: Piece) -> Group:
-        ask, writing = piece.job.ask, piece.job.ask.writing
-        options = replace(self.options, top_k=1 if ask.labels == 1 else None, bare=ask.bare)
+    def _group(self, piece: Piece, job: Job) -> Group:
+        ask, writing = job.ask, job.ask.writing
+        options = replace(self.options, bare=ask.bare)
         alone = 0
         if ask.work == "answer" and writing is not None:
-            options = replace(options, top_k=1, max_new_tokens=writing.max_new_tokens)
+            options = replace(options, max_new_tokens=writing.max_new_tokens)
             if writing.sampling is not None:  # all rows of a batch would draw from one source of chance
                 temperature, top_p, seed = writing.sampling.temperature, writing.sampling.top_p, writing.sampling.seed
                 options = replace(options, sample=True, temperature=temperature, top_p=top_p, seed=seed + piece.place)
                 alone = piece.number + 1
-        return Group(piece.job.generation, ask.work, ask.task is not None, options, alone)
+        return Group(job.generation, ask.work, ask.task is not None, options, alone)
 
     def _run(self) -> None:
         self._warm_up()
@@ -271,7 +272,6 @@ class Engine:
             if is_full:
                 with self._changed:
                     self.room.note(tokens, time.perf_counter() - clock)
-        self._settle_all([piece for job in list(self._jobs) for piece in job.pieces], stopping())
 
     def _begin(self, pieces: Sequence[Piece]) -> None:
         generations = dict.fromkeys(piece.job.generation for piece in pieces)
@@ -309,49 +309,30 @@ class Engine:
         try:
             with self.model.pinned(group.generation.known):
                 if group.work == "route":
-                    results = self._routes(readings)
+                    results = find_routes(self.model, readings, self.options)
                 else:
-                    results = answer_batch(self.model, readings, group.options, names)
+                    # Of an encoder's rows, as many labels as the one that wants most.
+                    most = 1 if self.writes or all(piece.job.ask.labels == 1 for piece in batch) else None
+                    results = answer_batch(self.model, readings, replace(group.options, top_k=most), names)
         except Exception as error:
             log.exception("a batch failed")
             results = [Refused(500, f"the batch failed: {one_line(error)}")] * len(batch)
         self._give(list(zip(batch, results, strict=True)))
         return tokens
 
-    @torch.inference_mode()
-    def _routes(self, readings: Sequence[Reading]) -> list[Result]:
-        """Weights without an answer, through the lower layers only."""
-        found: list[Result] = [WorkError(NOT_FINITE)] * len(readings)
-        places = list(range(len(readings)))
-        with self.model.lock:
-            while places:
-                batch = self.model.collate([readings[i] for i in places]).to(self.model.backbone.device)
-                try:
-                    query = self.model.find_queries(batch)
-                    route, distance = measured(self.model, query, self.model.route(query), self.options)
-                except NotFinite as error:
-                    places.pop(error.row)
-                    continue
-                far = [None] * len(places) if distance is None else distance.tolist()
-                rows = zip(places, route.slot_ids.tolist(), route.weights.tolist(), far, strict=True)
-                for place, ids, weights, one in rows:
-                    found[place] = Routed(taken(self.model, ids, weights), one, readings[place].truncated)
-                break
-        return found
-
     def _warm_up(self) -> None:
         """Compute what concerns all tasks, and let each kind of pass have run, before the first request."""
-        generation, row = self._current, Row("warm " * 2 * (self.model.config.max_length or 1))
+        generation, longest = self._current, self.model.config.max_length or 1
         prepare(self.model, generation.known, distances=self.options.measures)
+        row = Row("warm " * 2 * longest)
         reading = self.model.tokenize([row])[0]
-        if self.writes and self._plain:
+        if self._plain:
             job = Job(Ask([row], writing=Writing(2)), generation, lambda: None)
-            short = reading._replace(ids=reading.ids[:8])
-            self._writers.add(generation, [Piece(job, 0, 0, 0, short)])
+            self._writers.add(generation, [Piece(job, 0, 0, 0, reading._replace(ids=reading.ids[:8]))])
             while self._writers.rows:
                 self._writers.step()
         elif not self.writes and generation.files:
-            rows = max(1, self.batch_tokens // max(1, len(reading.ids)))
+            rows = max(1, self.batch_tokens // longest)
             for many in (1, rows, rows):
                 clock = time.perf_counter()
                 with self.model.pinned(generation.known):

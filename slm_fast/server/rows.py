@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from slm_fast.chats import read_chat
@@ -80,11 +81,16 @@ def weights(route: RouteTaken) -> list[dict[str, Any]]:
     return [{"task": task, "slot": slot, "weight": weight} for task, slot, weight in slots]
 
 
+def _said(distance: float | None) -> float | None:
+    """JSON has no word for what is infinitely far."""
+    return None if distance is None or not isfinite(distance) else distance
+
+
 def found(answer: Prediction, generation: Generation) -> dict[str, Any]:
     """What an answer says of its task and of how it was found."""
     digest = None if answer.task is None else generation.files[answer.task]
     about = {"task": answer.task, "task_sha256": digest, "label": answer.label, "score": answer.score}
-    return {**about, "route": weights(answer.route), "distance": answer.distance, "truncated": answer.truncated}
+    return {**about, "route": weights(answer.route), "distance": _said(answer.distance), "truncated": answer.truncated}
 
 
 def predictions(job: Job) -> list[Prediction]:
@@ -120,7 +126,7 @@ def routed(place: int, row: Routed, generation: Generation) -> dict[str, Any]:
     best: str | None = max(sorted(shares), key=lambda name: shares[name], default=None)
     digest = None if best is None else generation.files[best]
     about = {"index": place, "task": best, "task_sha256": digest, "route": weights(row.route)}
-    return {**about, "distance": row.distance, "truncated": row.truncated}
+    return {**about, "distance": _said(row.distance), "truncated": row.truncated}
 
 
 def usage(job: Job) -> dict[str, int]:

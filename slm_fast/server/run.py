@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 from types import FrameType
@@ -70,6 +71,8 @@ def serve(
     server = Server(served)
     host, port = sock.getsockname()[:2]
     log.info("serving %d tasks on http://%s:%d", len(served.engine.generation.files), host, port)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # a connection is a file
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     before = signal.signal(signal.SIGHUP, lambda *_: served.watcher.reload())
     try:
         server.run(sockets=[sock])

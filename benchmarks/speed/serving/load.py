@@ -59,7 +59,7 @@ def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -
                 found.seconds.append(took)
 
     def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
         while time.perf_counter() - began < seconds:
             ask(connection, requests[next(turn) % len(requests)])
         connection.close()

@@ -12,19 +12,21 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import litserve
 import torch
 import transformers
 import uvicorn
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 
-from slm_fast import ScalableLM
+from benchmarks.speed.serving.lit import Api
 from slm_fast.loading import resolve
 
 MOST, PATIENCE = 32, 0.005  # requests of LitServe's batches, and seconds that the first of them waits
 
 
 def pipelines(store: str, port: int, dtype: str) -> None:
+    transformers.logging.set_verbosity_error()
     manifest = json.loads((Path(store) / "manifest.json").read_text())
     where = resolve(manifest["model"]["backbone"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(where)
@@ -54,33 +56,7 @@ def pipelines(store: str, port: int, dtype: str) -> None:
 
 
 def lit(store: str, port: int, dtype: str) -> None:
-    import litserve
-
-    class Api(litserve.LitAPI):  # type: ignore[misc]
-        def setup(self, device: Any) -> None:
-            torch.set_num_threads(int(sys.argv[5]))
-            self.slm = ScalableLM.from_pretrained(store, dtype=dtype)
-
-        def decode_request(self, request: Any) -> Any:
-            return request["input"]
-
-        def batch(self, inputs: Any) -> Any:
-            self.sizes = [len(texts) for texts in inputs]
-            return [text for texts in inputs for text in texts]
-
-        def predict(self, x: Any) -> Any:
-            return self.slm.predict(x)
-
-        def unbatch(self, output: Any) -> Any:
-            first = 0
-            for size in self.sizes:
-                yield output[first : first + size]
-                first += size
-
-        def encode_response(self, output: Any) -> Any:
-            return [{"task": one.task, "label": one.label, "score": one.score} for one in output]
-
-    api = Api(max_batch_size=MOST, batch_timeout=PATIENCE)
+    api = Api(store, dtype, torch.get_num_threads(), max_batch_size=MOST, batch_timeout=PATIENCE)
     litserve.LitServer(api, accelerator="cpu", workers_per_device=1).run(
         port=port, generate_client_file=False, log_level="warning"
     )
