@@ -251,27 +251,32 @@ class Engine:
 
     def _run(self) -> None:
         self._warm_up()
-        while True:
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Begin texts that are new, pass a batch, and write a token of each text. False once the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(self._has_work)
+            if self._closed:
+                return False
+            gone, self._cancelled = self._cancelled, []
+            begin, self._to_write = list(self._to_write), deque()
+            group, batch = self._waiting.take()
+            for piece in batch:
+                self._groups.pop(piece, None)
+            # Only work that does not end for want of more tells how much could be done.
+            is_full = self._waiting.rows > 0 or self._writers.rows + len(begin) > self.serve.batch_rows
+        clock = time.perf_counter()
+        for piece in gone:
+            self._writers.cancel(piece)
+        self._begin(begin)
+        tokens = self._pass(group, batch) if isinstance(group, Group) else 0
+        tokens += self._step() if self._writers.rows else 0
+        if is_full:
             with self._changed:
-                self._changed.wait_for(self._has_work)
-                if self._closed:
-                    break
-                gone, self._cancelled = self._cancelled, []
-                begin, self._to_write = list(self._to_write), deque()
-                group, batch = self._waiting.take()
-                for piece in batch:
-                    self._groups.pop(piece, None)
-                # Only work that does not end for want of more tells how much could be done.
-                is_full = self._waiting.rows > 0 or self._writers.rows + len(begin) > self.serve.batch_rows
-            clock = time.perf_counter()
-            for piece in gone:
-                self._writers.cancel(piece)
-            self._begin(begin)
-            tokens = self._pass(group, batch) if isinstance(group, Group) else 0
-            tokens += self._step() if self._writers.rows else 0
-            if is_full:
-                with self._changed:
-                    self.room.note(tokens, time.perf_counter() - clock)
+                self.room.note(tokens, time.perf_counter() - clock)
+        return True
 
     def _begin(self, pieces: Sequence[Piece]) -> None:
         generations = dict.fromkeys(piece.job.generation for piece in pieces)

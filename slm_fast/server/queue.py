@@ -115,3 +115,5 @@ class Waiting:
         self.rows -= high - low
         if not rows:
             del self._groups[group]
+        if not self.rows:
+            self._arrived.clear()  # nothing keeps what has gone

@@ -41,4 +41,5 @@ def test_percentiles_are_of_the_answers() -> None:
     assert (found.rows_per_second, found.percentile(0.5), found.percentile(0.99)) == (50, 50.0, 99.0)
     row = figures("serving", OURS, 8, found, 100.0)
     assert (row["to_predict"], row["p50_ms"], row["p99_ms"], row["refused_p99_ms"]) == (0.5, 50.0, 99.0, 4.0)
-    assert str(Load().percentile(0.5)) == "nan"
+    assert str(Load().percentile(0.5)) == str(Load().gap) == "nan"
+    assert Load(answered=[3.0, 1.0, 1.5]).gap == 1500.0

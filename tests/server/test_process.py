@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
 import signal
 import socket
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +17,8 @@ from models import mixed_texts, random_task
 from served import Client, Process, store_with, until
 
 from slm_fast.store import Store
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "serving"
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +114,21 @@ def test_keys_stand_in_files_or_in_the_environment(store: Path, tmp_path: Path, 
     monkeypatch.setenv("SLM_FAST_API_KEY", "one")
     monkeypatch.setenv("SLM_FAST_ADMIN_KEY", "one")
     one_line(slm_fast("serve", store), 2, "expected another key")
+
+
+def test_the_examples_start_a_server_as_the_command_line_knows_it(tmp_path: Path) -> None:
+    unit = (EXAMPLES / "slm-fast.service").read_text()
+    (line,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
+    docker = (EXAMPLES / "Dockerfile").read_text()
+    (entry,) = [line for line in docker.splitlines() if line.startswith("ENTRYPOINT ")]
+    for words in (shlex.split(line)[1:], json.loads(entry.removeprefix("ENTRYPOINT "))[1:]):
+        words = [str(tmp_path / "none") if word.endswith("store") else word for word in words]
+        one_line(slm_fast(*words), 2, "not a store")  # all else about the call is right
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
+def test_systemd_finds_nothing_wrong_with_the_unit_but_that_it_is_not_installed_here() -> None:
+    command = ["systemd-analyze", "verify", "--man=no", str(EXAMPLES / "slm-fast.service")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    wrong = [line for line in (done.stdout + done.stderr).splitlines() if "slm-fast" in line]
+    assert all("/opt/slm-fast/bin/slm-fast" in line for line in wrong), wrong

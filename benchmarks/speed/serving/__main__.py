@@ -10,7 +10,8 @@ processor as the clients. "predict" answers the same rows in one call.
 
 serving:  rows a second and the 50th and 99th percentile of an answer's milliseconds.
 overload: four times the clients that fill the queue: what is admitted, and how fast the rest is refused.
-reload:   the longest answer while another process learns and forgets, with `--tasks` tasks in the store.
+reload:   the longest time without an answer to any of 32 clients (gap_ms), while nothing changes and while another
+          process learns and forgets, with `--tasks` tasks in the store.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def figures(section: str, name: str, clients: int, found: Load, base: float) -> 
         "to_predict": round(found.rows_per_second / base, 3),
         "p50_ms": round(found.percentile(0.5), 1),
         "p99_ms": round(found.percentile(0.99), 1),
+        "gap_ms": round(found.gap, 1),
         "refused": found.refused,
         "refused_p99_ms": round(Load(seconds=found.late).percentile(0.99), 1) if found.late else "",
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import litserve
@@ -32,11 +33,9 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
     def predict(self, x: Sequence[str]) -> Any:
         return self.slm.predict(x)
 
-    def unbatch(self, output: Any) -> Iterator[Any]:
-        first = 0
-        for size in self.sizes:
-            yield output[first : first + size]
-            first += size
+    def unbatch(self, output: Any) -> list[Any]:
+        ends = list(accumulate(self.sizes))
+        return [output[end - size : end] for end, size in zip(ends, self.sizes, strict=True)]
 
     def encode_response(self, output: Any) -> Any:
         return [{"task": one.task, "label": one.label, "score": one.score} for one in output]

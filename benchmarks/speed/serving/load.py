@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 Request = tuple[str, Any, int]  # path, body, rows
@@ -24,10 +25,17 @@ class Load:
     refused: int = 0
     seconds: list[float] = field(default_factory=list)
     late: list[float] = field(default_factory=list)  # of refusals
+    answered: list[float] = field(default_factory=list)  # when each answer came
 
     @property
     def rows_per_second(self) -> float:
         return self.rows / self.elapsed
+
+    @property
+    def gap(self) -> float:
+        """The most milliseconds without an answer to any client."""
+        ordered = sorted(self.answered)
+        return 1000 * max((b - a for a, b in pairwise(ordered)), default=math.nan)
 
     def percentile(self, share: float) -> float:
         """Milliseconds within which this share of the answers came."""
@@ -57,6 +65,7 @@ def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -
             else:
                 found.rows += rows
                 found.seconds.append(took)
+                found.answered.append(start + took)
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
