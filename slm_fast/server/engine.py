@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from slm_fast.data import Row
-from slm_fast.errors import one_line, some_of
+from slm_fast.errors import WorkError, one_line, some_of
 from slm_fast.generate import is_plain
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
@@ -23,7 +23,7 @@ from slm_fast.predict import answer_batch, tokens_of_a_batch
 from slm_fast.server.generation import Generation, prepare
 from slm_fast.server.jobs import Ask, Job, Piece, Refused, Result, Writing, stopping
 from slm_fast.server.options import ServeOptions
-from slm_fast.server.passes import find_routes
+from slm_fast.server.passes import find_routes, read
 from slm_fast.server.queue import Room, Waiting
 from slm_fast.server.writing import Writers
 
@@ -194,14 +194,16 @@ class Engine:
 
     def _read(self, jobs: Sequence[Job]) -> None:
         try:
-            readings = iter(self.model.tokenize([row for job in jobs for row in job.ask.rows]))
+            readings = iter(read(self.model, [job.ask for job in jobs]))
         except Exception as error:
             if len(jobs) > 1:  # the others are read all the same
                 for job in jobs:
                     self._read([job])
                 return
-            log.exception("tokenising failed")
-            self._settle_all(jobs[0].pieces, Refused(400, f"input: cannot be read: {one_line(error)}"))
+            if not isinstance(error, WorkError):
+                log.exception("tokenising failed")
+                error = WorkError(f"input: cannot be read: {one_line(error)}")
+            self._settle_all(jobs[0].pieces, Refused(400, str(error)))
             return
         with self._changed:
             for job in jobs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from slm_fast.data import Row
@@ -54,6 +54,7 @@ class Ask:
         labels: how many labels' probabilities are wanted; None for all that are not 0.
         writing: of a backbone that writes its answers. truncate: False refuses rows that would be cut to fit.
         streams: whether `on_change` wants to hear of each token.
+        chat: the turns of the row, where the backbone's own template is to be used, if it has one.
     """
 
     rows: Sequence[Row]
@@ -64,6 +65,7 @@ class Ask:
     writing: Writing | None = None
     truncate: bool = True
     streams: bool = False
+    chat: Sequence[Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,18 @@ CHAT = Shape("chat.completion", "chat.completion.chunk", "chatcmpl", _message, _
 
 def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: int) -> None:
     async def write(
-        shape: Shape, body: schemas.Writing, parsed: Sequence[Row], asked: int | None, request: Request
+        shape: Shape,
+        body: schemas.Writing,
+        parsed: Sequence[Row],
+        asked: int | None,
+        request: Request,
+        turns: Sequence[Mapping[str, str]] | None = None,
     ) -> Response:
         if not engine.writes:
             raise Refused(400, "an encoder-only backbone writes no text; POST /v1/classify answers with labels")
         task, bare = rows.model_of(body.model, backbone)
         writing = rows.writing_of(body, asked, engine.serve)
-        ask = Ask(parsed, "answer", task, bare, 1, writing, True, body.stream)
+        ask = Ask(parsed, "answer", task, bare, 1, writing, True, body.stream, turns if bare else None)
         head = {"id": f"{shape.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
         if not body.stream:
             job = await finished(engine, ask, request)
@@ -101,7 +106,7 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
     async def chat(body: schemas.Chat, request: Request) -> Any:
         """OpenAI's chat. The system's words are the instruction; tasks read chats as they are learned from them."""
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        return await write(CHAT, body, [rows.chat_row(body.messages)], asked, request)
+        return await write(CHAT, body, [rows.chat_row(body.messages)], asked, request, rows.turns(body.messages))
 
     def models() -> list[dict[str, Any]]:
         model = {"object": "model", "created": started, "owned_by": "slm_fast"}

@@ -1,4 +1,4 @@
-"""Weights without an answer, through the lower layers only."""
+"""What the engine does with a model beside answering: requests to tokens, and weights without an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ from slm_fast.model import AdaptedModel, Reading
 from slm_fast.options import PredictOptions
 from slm_fast.predict import NOT_FINITE, measured, taken
 from slm_fast.router import NotFinite
-from slm_fast.server.jobs import Result, Routed
+from slm_fast.server.jobs import Ask, Result, Routed
+
+
+def read(model: AdaptedModel, asks: Sequence[Ask]) -> list[Reading]:
+    """The tokens of all rows, those of a chat for the bare backbone as its own template has them.
+
+    Raises WorkError for a chat that the template refuses.
+    """
+    readings = model.tokenize([row for ask in asks for row in ask.rows])
+    first, longest = 0, model.config.max_length or 0
+    for ask in asks:
+        ids = None if ask.chat is None else model.backbone.tokenization.chat(ask.chat)
+        if ids is not None:
+            readings[first] = Reading(ids[-longest:], len(ids) > longest, None)
+        first += len(ask.rows)
+    return readings
 
 
 @torch.inference_mode()

@@ -58,6 +58,17 @@ def chat_row(turns: Sequence[schemas.Turn]) -> Row:
     return Row(text, None, system)
 
 
+def turns(given: Sequence[schemas.Turn]) -> list[dict[str, str]]:
+    """A chat as templates read it: each turn's parts are one text."""
+    return [
+        {
+            "role": turn.role,
+            "content": turn.content if isinstance(turn.content, str) else "\n".join(part.text for part in turn.content),
+        }
+        for turn in given
+    ]
+
+
 def writing_of(body: schemas.Writing, asked: int | None, serve: ServeOptions) -> Writing:
     """How a text is to be written. Without a temperature it is the likeliest, as `predict` has it."""
     most = serve.max_new_tokens

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from models import mixed, mixed_texts, sentence
+import torch
+from models import make_model, make_tokenizer, mixed, mixed_texts, sentence
 from served import Client, serving, store_with
 
 from slm_fast import ScalableLM
@@ -19,6 +20,7 @@ from slm_fast.server import run
 from slm_fast.server.app import Served
 from slm_fast.server.generation import generation_number
 from slm_fast.server.options import ServeOptions
+from slm_fast.tokenization import Tokenization
 
 TEXTS = mixed_texts(24, seed=3)
 
@@ -220,3 +222,35 @@ def test_a_checkpoint_with_settings_of_its_own_writes_as_transformers_does(drawn
         assert [choice["text"] for choice in choices] == [answer.text for answer in expected]
         said = [choice["finish_reason"] for choice in choices]
         assert said == [answer.finish_reason for answer in expected]
+
+
+def test_the_bare_backbone_reads_a_chat_through_its_own_template(tmp_path) -> None:
+    slm = store_with(tmp_path / "store", "llama")
+    template = (
+        "{% for turn in messages %}{% if turn.role == 'wizard' or loop.index > 3 %}{{ raise_exception('no more') }}"
+        "{% endif %}{{ turn.role }} : {{ turn.content }} the {% endfor %}answer :"
+    )
+    slm.model.backbone.tokenization = Tokenization(_with_template(template), "causal", slm.model.backbone.device)
+    turns = [{"role": "user", "content": [{"type": "text", "text": "sea1 sea2"}]}]
+    with serving(slm) as (client, _):
+        body = {"messages": turns, "max_tokens": 9, "model": "base"}
+        whole = client.post("/v1/chat/completions", body)
+        words = "user : sea1 sea2 the answer :"
+        model, tokenizer = make_model("llama"), make_tokenizer("llama")
+        ids = torch.tensor([tokenizer(words, add_special_tokens=False)["input_ids"]])
+        plain = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, pad_token_id=0)
+        expected = tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        assert whole["choices"][0]["message"]["content"] == expected
+        assert whole["usage"]["prompt_tokens"] == ids.shape[1]
+        (auto,) = slm.predict(["sea1 sea2"], max_new_tokens=9)
+        found = client.post("/v1/chat/completions", {**body, "model": "auto"})
+        assert found["choices"][0]["message"]["content"] == auto.text
+        status, error, _ = client.call("POST", "/v1/chat/completions", {**body, "messages": turns * 4})
+        assert (status, "no more" in error["error"]["message"]) == (400, True)
+
+
+def _with_template(template: str):
+    tokenizer = make_tokenizer("llama")
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.chat_template = template
+    return tokenizer
