@@ -29,7 +29,7 @@ from slm_fast.server.writing import Writers
 
 log = logging.getLogger("slm_fast.server")
 LETTERS = 3  # of a token, until it is known how many tokens a text has
-TOKENISED = 4096  # rows that are made tokens together
+TOKENISED = 512  # rows that are made tokens together
 GENERATIONS = 4  # of tasks, that may be in use at once
 BATCHES = 64  # of tokens that the queue holds, unless told otherwise
 USED = 0.8  # of the deadline: who would wait longer is refused

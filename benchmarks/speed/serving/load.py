@@ -80,7 +80,7 @@ def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -
     return found
 
 
-def until_ready(port: int, path: str, alive: Callable[[], bool], seconds: float = 300.0) -> None:
+def until_ready(port: int, path: str, alive: Callable[[], bool], seconds: float = 1800.0) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
