@@ -97,11 +97,16 @@ def is_closed(raw: socket.socket) -> bool:
 def test_a_client_that_goes_frees_its_place_whether_its_rows_wait_or_are_written(writer) -> None:
     with serving(writer, batch_rows=2, max_new_tokens=100, queue_rows=64) as (client, served):
         gone = []
-        for place in range(12):
-            body = {"prompt": mixed_texts(3, seed=place), "stream": place % 2 == 0, "temperature": 1.0, "seed": 1}
-            gone.append(client.sent("/v1/completions", body))
-        until(lambda: served.engine.room.rows >= 20)
-        for raw in gone:
+        with Held(served):
+            for place in range(12):
+                body = {"prompt": mixed_texts(3, seed=place), "stream": place % 2 == 0, "temperature": 1.0, "seed": 1}
+                gone.append(client.sent("/v1/completions", body))
+            until(lambda: served.engine.room.rows == 36)
+            for raw in gone[:4]:
+                raw.close()
+            until(lambda: served.engine.room.rows == 24)
+        until(lambda: served.engine.running_rows > 0)
+        for raw in gone[4:]:
             raw.close()
         until(lambda: served.engine.room.rows == 0)
         assert served.engine.room.tokens == 0
