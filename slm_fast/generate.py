@@ -77,7 +77,7 @@ def generate(
             f"longest prompt takes {before}), got {options.max_new_tokens}"
         )
     with model.lock:
-        if options.beams == 1 and _is_plain(model, batch.input_ids.shape[1] + options.max_new_tokens):
+        if options.beams == 1 and is_plain(model, batch.input_ids.shape[1] + options.max_new_tokens):
             found = _scheduled(model, batch, options, seeds, max_rows, route, slot_mask, ends, report, enough)
         else:
             found = _with_transformers(model, batch, options, seeds, max_rows, route, slot_mask, ends, report)
@@ -93,7 +93,7 @@ def generate(
     )
 
 
-def _is_plain(model: AdaptedModel, longest: int) -> bool:
+def is_plain(model: AdaptedModel, longest: int) -> bool:
     """Whether the scheduler does for this checkpoint what transformers' generate would.
 
     It knows no settings of a generation_config but those that are overruled (no repetition penalty, no forced tokens).

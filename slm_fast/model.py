@@ -18,6 +18,7 @@ from slm_fast.covariance import ALIKE
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError
 from slm_fast.injection import ForwardContext, Injection
+from slm_fast.known import Known
 from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.options import ModelConfig
@@ -119,18 +120,23 @@ class AdaptedModel:
         with self.lock:
             self.carry(tasks)
             pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
-            self._known = pool, self.new_router(pool.tasks)
+            self._known = Known(pool, self.new_router(pool.tasks))
 
     def carry(self, tasks: Sequence[LearnedTask]) -> None:
         """Let the layers that imported tasks adapt beside `modules` carry increments, if there are such layers."""
-        known = {layer.name for layer in self._injection.adaptation.layers}
+        known = set(self.modules)
         for task in tasks:
             new = [name for name in task.values if name not in known]
-            there = self.backbone.widths(sorted(self.backbone.adaptable.intersection(new))) if new else {}
-            for name in new:
-                if there.get(name) != tuple(half.shape[2] for half in task.values[name]):
-                    raise WorkError(f"task {task.name!r}: values.{name}: the backbone has no such layer of such widths")
-            self._injection.adapt(new)
+            if not new:
+                continue
+            with self.lock:  # no pass runs while layers take others' places
+                there = self.backbone.widths(sorted(self.backbone.adaptable.intersection(new)))
+                for name in new:
+                    if there.get(name) != tuple(half.shape[2] for half in task.values[name]):
+                        raise WorkError(
+                            f"task {task.name!r}: values.{name}: the backbone has no such layer of such widths"
+                        )
+                self._injection.adapt(new)
             known.update(new)
 
     @property
@@ -154,20 +160,16 @@ class AdaptedModel:
         Raises InputError for a name that is taken, or not there.
         """
         with self.lock:
-            pool, router = self._known
-            for name in remove:
-                pool, router = pool.without(name), router.without(name)
             self.carry(add)
-            for task in add:
-                pool, router = pool.with_task(task), router.with_part(task.name, task.router)
+            known = self._known.changed(add=add, remove=remove)
             yield
-            self._known = pool, router
+            self._known = known
 
     @contextmanager
-    def pinned(self) -> Iterator[None]:
-        """For this thread the tasks stay as they are now, whatever others learn and forget before the block ends."""
+    def pinned(self, known: Known | None = None) -> Iterator[None]:
+        """For this thread the tasks are these, or stay as they are now, whatever others learn and forget meanwhile."""
         before = getattr(self._pinned, "known", None)
-        self._pinned.known = before or self._known
+        self._pinned.known = known or before or self._known
         try:
             yield
         finally:
@@ -195,6 +197,8 @@ class AdaptedModel:
         if known is None or known[0] is not task:
             longest = task.options.get("max_length") or self.config.max_length or 0
             known = task, self.backbone.tokenization.label_words(task.labels, longest)
+            if len(self._label_words) > len(self.pool.names):
+                self._label_words.clear()  # it holds tasks that are forgotten
             self._label_words[task.name] = known
         return known[1].get(text)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from slm_fast.batching import length_buckets, token_budget
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError, some_of
-from slm_fast.generate import generate
+from slm_fast.generate import Written, generate
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
@@ -122,7 +122,7 @@ def pass_batch(
         route = model.route(query, slot_mask)
     output = model.forward(batch.encoded, route, slot_mask=slot_mask)
     query = output.query if query is None else query
-    route, distance = _measured(model, query, output.route, options)
+    route, distance = measured(model, query, output.route, options)
     # Where the task is given, its answers are its own, whatever else is learned.
     known = None if query is None or task is not None else model.router.label_scores(query, route.slot_ids)
     prior = None if known is None else pool.heads.prior(*known)
@@ -154,7 +154,7 @@ def _marked(
     return Passed(batch, route, winner, score, words, distance=distance)
 
 
-def _measured(
+def measured(
     model: AdaptedModel, query: Tensor | None, route: Route, options: PredictOptions
 ) -> tuple[Route, Tensor | None]:
     """The route, empty for rows that are abstained from, and how far rows are from their tasks [B], if that is asked
@@ -184,7 +184,7 @@ def _pass_to_write(
             for start in range(0, rows, at_once)
         ]
         query = torch.cat(parts)
-        route, distance = _measured(model, query, model.route(query, slot_mask), options)
+        route, distance = measured(model, query, model.route(query, slot_mask), options)
     if route is None or model.pool.imported is None:
         return [_write(model, window, batch, route, slot_mask, options, report, distance)]
     best = [model.pool.tasks[i] for i in model.pool.slot_task[route.slot_ids[:, 0].clamp(min=0)].tolist()]
@@ -226,7 +226,7 @@ def _write(
     ends: Sequence[Collection[int]] = (),
 ) -> Passed:
     """Texts for rows, as many at once as fit a batch. ends: tokens that end each one's, beside the backbone's."""
-    rows, at_once = len(batch.places), _rows_at_once(model, batch.encoded.input_ids.shape[1], options)
+    at_once = _rows_at_once(model, batch.encoded.input_ids.shape[1], options)
     # Each row samples from a seed of its own, so that it does not matter which rows run beside it.
     seeds = [options.seed + window.first + place for place in batch.places]
     written = generate(
@@ -240,11 +240,16 @@ def _write(
         ends=ends,
         report=report,
     )
-    pool, found = model.pool, written.route
-    winner = pool.task_weights(found).argmax(1) if pool.slots else torch.zeros(rows, dtype=torch.int64)
+    return passed_texts(model, batch, written, distance)
+
+
+def passed_texts(model: AdaptedModel, batch: Batch, written: Written, distance: Tensor | None) -> Passed:
+    """A batch whose texts are written. distance: [B] of the rows from their tasks, where it is asked for."""
+    pool, route = model.pool, written.route
+    winner = pool.task_weights(route).argmax(1) if pool.slots else torch.zeros(len(route.weights), dtype=torch.int64)
     return Passed(
         batch,
-        found,
+        route,
         winner,
         written.scores,
         texts=written.texts,

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError, some_of
+from slm_fast.generate import Written
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.options import PredictOptions
-from slm_fast.passes import Passed, Ready, made_ready, pass_batch
+from slm_fast.passes import Batch, Passed, Ready, made_ready, pass_batch, passed_texts
 from slm_fast.progress import bar
+from slm_fast.reading import Reading
 from slm_fast.router import NotFinite
-from slm_fast.windows import Window, windows_of
+from slm_fast.windows import TaskID, Window, windows_of
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,26 @@ def answer(
         raise failed
 
 
+def answer_batch(
+    model: AdaptedModel,
+    rows: Sequence[Row],
+    readings: Sequence[Reading],
+    options: PredictOptions,
+    task: TaskID = None,
+) -> list[Answer]:
+    """The answers to rows that are tokens already, passed together. task: one name, or one for each row."""
+    batch = Batch(list(range(len(rows))), list(rows), model.collate(readings))
+    return _answers(model, Ready(0, len(rows), task, {}, [batch]), options, None)
+
+
+def answer_written(
+    model: AdaptedModel, row: Row, reading: Reading, written: Written, distance: Tensor | None
+) -> Answer:
+    """The answer that a text is, written for one row. distance: [1]"""
+    passed = passed_texts(model, Batch([0], [row], model.collate([reading])), written, distance)
+    return WorkError(NOT_FINITE) if written.failed else next(_predictions(model, passed))
+
+
 @torch.inference_mode()
 def _answers(model: AdaptedModel, window: Ready, options: PredictOptions, report: Report | None) -> list[Answer]:
     answers: dict[int, Answer] = dict(window.errors)
@@ -174,7 +196,7 @@ def _predictions(model: AdaptedModel, passed: Passed) -> Iterator[Answer]:
     each = zip(*columns, scores, words, texts, cut, distances, strict=True)
     for ids, weights, winner, score, word, written, truncated, distance in each:
         text, finish_reason = written
-        route = _taken(model, ids, weights)
+        route = taken(model, ids, weights)
         task = model.pool.tasks[winner] if route.slots else None
         name = None if task is None else task.name
         if text is None and (task is None or heads is None):
@@ -193,7 +215,7 @@ def _predictions(model: AdaptedModel, passed: Passed) -> Iterator[Answer]:
             yield Prediction(name, names[0], None, score[0], route, truncated, probabilities, distance=distance)
 
 
-def _taken(model: AdaptedModel, ids: Sequence[int], weights: Sequence[float]) -> RouteTaken:
+def taken(model: AdaptedModel, ids: Sequence[int], weights: Sequence[float]) -> RouteTaken:
     used = [(slot, weight) for slot, weight in zip(ids, weights, strict=True) if slot >= 0]
     return RouteTaken(
         tuple(slot for slot, _ in used),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +179,22 @@ class Tokenization:
         if self.device.type == "cuda":
             ids, mask = ids.pin_memory(), mask.pin_memory()
         return Encoded(ids, mask, truncated, query_inputs)
+
+    def chat(self, turns: Sequence[Mapping[str, str]]) -> list[int] | None:
+        """The tokens of a chat ({"role", "content"} a turn) in the backbone's own template, up to where the answer
+        begins; None where it has no template.
+
+        Raises WorkError for a chat that the template refuses.
+        """
+        with self._reading:
+            if getattr(self._reader, "chat_template", None) is None:
+                return None
+            try:
+                text = self._reader.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # a template is a program, and raises what it likes
+                raise WorkError(f"messages: the backbone's chat template refuses them: {one_line(error)}") from None
+            ids: list[int] = self._reader(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return ids
 
     def encode_answers(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Token ids of answers, with the tokens that begin and end them, unless they are longer than `max_length` with

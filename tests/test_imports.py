@@ -27,7 +27,7 @@ LAYERS = (
     ("kv_cache", "distributed"),
     ("warm_start",),
     ("model",),
-    ("injection", "configure"),
+    ("injection", "configure", "known"),
     ("store",),
     ("task_file",),
     ("schema", "task_tensors"),

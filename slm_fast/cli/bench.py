@@ -24,6 +24,7 @@ BENCHMARKS = MappingProxyType(
             "mixed-task batches beside the bare backbone, PEFT and the paper's way",
         ),
         "training": ("benchmarks.speed.training", "learning a task beside the paper's procedure and PEFT"),
+        "serving": ("benchmarks.speed.serving", "our server beside a pipeline a task and LitServe"),
         "generation": ("benchmarks.speed.generation", "writing texts beside the bare model and the paper's way"),
     }
 )

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from slm_fast.cli import adapters, bench, demo, doctor, evaluate, learn, lm_eval, predict, report, store
+from slm_fast.cli import adapters, bench, demo, doctor, evaluate, learn, lm_eval, predict, report, serve, store
 from slm_fast.cli.arguments import Parser, Verbs, complain, with_share
 from slm_fast.errors import SlmError, SlmWarning, lacks_memory, one_line, warn
 
 # In the order of --help.
-VERBS = (demo, learn, predict, evaluate, lm_eval, store, adapters, report, bench, doctor)
+VERBS = (demo, learn, predict, evaluate, serve, store, adapters, lm_eval, report, bench, doctor)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -1,0 +1,95 @@
+"""Clients that ask one after another, each on a connection of its own that is kept."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+Request = tuple[str, Any, int]  # path, body, rows
+
+
+@dataclass
+class Load:
+    """What clients saw. seconds: of each answer. refused: answers with 429, which are not among them."""
+
+    elapsed: float = 0.0
+    rows: int = 0
+    refused: int = 0
+    seconds: list[float] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)  # of refusals
+    answered: list[float] = field(default_factory=list)  # when each answer came
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.rows / self.elapsed
+
+    @property
+    def gap(self) -> float:
+        """The most milliseconds without an answer to any client."""
+        ordered = sorted(self.answered)
+        return 1000 * max((b - a for a, b in pairwise(ordered)), default=math.nan)
+
+    def percentile(self, share: float) -> float:
+        """Milliseconds within which this share of the answers came."""
+        ordered = sorted(self.seconds)
+        return 1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+
+
+def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -> Load:
+    """Let so many clients go through the requests, in turns, for so long. Raises RuntimeError for a wrong answer."""
+    found, lock, turn = Load(), threading.Lock(), iter(range(10**9))
+    began = time.perf_counter()
+
+    def ask(connection: http.client.HTTPConnection, request: Request) -> None:
+        path, body, rows = request
+        data = json.dumps(body)
+        start = time.perf_counter()
+        connection.request("POST", path, data, {"content-type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+        took = time.perf_counter() - start
+        if response.status not in (200, 429):
+            raise RuntimeError(f"{path}: {response.status}: {answer[:200]!r}")
+        with lock:
+            if response.status == 429:
+                found.refused += 1
+                found.late.append(took)
+            else:
+                found.rows += rows
+                found.seconds.append(took)
+                found.answered.append(start + took)
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        while time.perf_counter() - began < seconds:
+            ask(connection, requests[next(turn) % len(requests)])
+        connection.close()
+
+    with ThreadPoolExecutor(clients) as pool:
+        for one in [pool.submit(client) for _ in range(clients)]:
+            one.result()
+    found.elapsed = time.perf_counter() - began
+    return found
+
+
+def until_ready(port: int, path: str, alive: Callable[[], bool], seconds: float = 1800.0) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+            connection.request("GET", path)
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        if time.monotonic() > end or not alive():
+            raise RuntimeError(f"the server on port {port} did not become ready")
+        time.sleep(0.1)

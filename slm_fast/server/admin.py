@@ -1,0 +1,63 @@
+"""Tasks taken in and forgotten over HTTP: off unless a server is started with an admin key."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.responses import JSONResponse
+
+from slm_fast.data import check_name
+from slm_fast.errors import InputError, SlmError
+from slm_fast.server.generation import Watcher
+from slm_fast.server.jobs import Refused
+from slm_fast.server.schemas import AddTask
+from slm_fast.store import Store, check_same
+
+SECONDS = 120.0  # a change may take until it is answered with
+
+
+def add(app: FastAPI, watcher: Watcher, source: Store | None) -> None:
+    path = watcher.store.path
+
+    def changed(name: str, digest: str | None, status: int = 200) -> JSONResponse:
+        if not watcher.wait_for(name, digest, SECONDS):
+            raise Refused(503, f"task {name!r}: the store has the change, the server not yet: {watcher.trouble}")
+        return JSONResponse({"id": name, "task_sha256": digest, "generation": watcher.current.number}, status)
+
+    def take(name: str) -> JSONResponse:
+        if source is None:
+            raise Refused(404, "this server was started without --tasks-from")
+        there = Store.open(source.path)
+        if name not in there.files:
+            raise Refused(404, f"task {name!r}: not in {source.path}", param="name")
+        store = Store.open(path)
+        check_same(there.about, store.about, str(there.path), str(path))
+        if store.files.get(name) != there.files[name]:
+            store.commit(add=[there.read(name, thorough=True)[0]])
+        return changed(name, store.files[name], 201)
+
+    def forget(name: str) -> JSONResponse:
+        store = Store.open(path)
+        if name not in store.files:
+            raise Refused(404, f"task {name!r}: not learned")
+        store.commit(remove=[name])
+        return changed(name, None)
+
+    async def run(work: Any, name: str) -> Any:
+        try:
+            check_name(name)
+            return await asyncio.to_thread(work, name)
+        except SlmError as error:
+            raise Refused(400 if isinstance(error, InputError) else 503, str(error), param="name") from None
+
+    @app.post("/v1/tasks", status_code=201)
+    async def add_task(body: AddTask) -> Any:
+        """Take a task from the store that was named with --tasks-from."""
+        return await run(take, body.name)
+
+    @app.delete("/v1/tasks/{name}")
+    async def forget_task(name: str) -> Any:
+        """Forget a task exactly."""
+        return await run(forget, name)

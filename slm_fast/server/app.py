@@ -1,0 +1,240 @@
+"""The routes: FastAPI over the engine."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import slm_fast
+from slm_fast.server import admin, openai, rows, schemas
+from slm_fast.server.engine import Engine
+from slm_fast.server.generation import Watcher
+from slm_fast.server.jobs import Ask, Refused, Routed, Writing, stopping
+from slm_fast.server.limits import App, Body, Concurrency, Key, Marks, Patience, error_body
+from slm_fast.server.metrics import Metrics
+from slm_fast.server.waiting import finished
+from slm_fast.store import Store
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.Error, "description": about}
+    for status, about in {
+        400: "the request cannot be right",
+        401: "no key, or a wrong one",
+        404: "no such model",
+        408: "the body did not come in time",
+        413: "too many inputs, or too long ones",
+        422: "a row that cannot be answered",
+        429: "too much waits; see Retry-After",
+        503: "not ready, or stopping",
+        504: "not answered before the deadline",
+    }.items()
+}
+# The page asks for nothing of anywhere else, and a browser is told so.
+CSP = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+@dataclass
+class Served:
+    """All that the routes are made over. source: the store that POST /v1/tasks takes tasks from."""
+
+    engine: Engine
+    watcher: Watcher
+    backbone: str
+    metrics: Metrics = field(default_factory=Metrics)
+    key: str | None = field(default=None, repr=False)
+    admin: str | None = field(default=None, repr=False)
+    source: Store | None = None
+    draining: bool = False
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def ready(self) -> bool:
+        return self.engine.warm.is_set() and not self.draining and self.engine.failed is None
+
+    def state(self) -> dict[str, Any]:
+        """What /ready says."""
+        words = "draining" if self.draining else "ready" if self.ready else "not warm"
+        words = words if self.engine.failed is None else "failed"
+        generation, trouble = self.engine.generation, self.watcher.trouble
+        return {
+            "status": words,
+            "generation": generation.number,
+            "tasks": len(generation.files),
+            "store": trouble or "ok",
+        }
+
+
+class JSON(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        # Letters beyond ASCII stand as they are but for halves of pairs, which have no bytes.
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+
+
+def answered(content: Any, generation: str, status: int = 200) -> JSON:
+    return JSON(content, status, headers={"x-store-generation": generation})
+
+
+def create_app(served: Served) -> FastAPI:
+    """The routes and their errors, without the limits: `guarded` puts those around."""
+    app = FastAPI(title="slm_fast", version=slm_fast.__version__, docs_url=None, redoc_url=None)
+    engine, serve = served.engine, served.engine.serve
+    _add_errors(app)
+    _add_state(app, served)
+    openai.add(app, served.engine, served.backbone, served.metrics, served.started)
+    if served.admin is not None:
+        admin.add(app, served.watcher, served.source)
+
+    def ask(given: Any, field: str, model: str, labels: int | None, truncate: bool) -> Ask:
+        task, bare = rows.model_of(model, served.backbone)
+        writing = Writing(min(rows.NEW_TOKENS, serve.max_new_tokens)) if engine.writes else None
+        parsed = rows.rows_of(given, serve.inputs, field)
+        return Ask(parsed, "answer", task, bare, labels, writing, truncate)
+
+    @app.post("/v1/classify", responses=ERRORS, response_model=schemas.Classification)
+    async def classify(body: schemas.Classify, request: Request) -> Any:
+        job = await finished(engine, ask(body.input, "input", body.model, body.labels, body.truncate), request)
+        data = [
+            rows.classified(place, answer, job.generation, body.labels)
+            for place, answer in enumerate(rows.predictions(job))
+        ]
+        served.metrics.note_rows(job)
+        shape = {"id": f"classify-{secrets.token_hex(12)}", "object": "list", "created": int(time.time())}
+        shape |= {"model": body.model, "data": data, "usage": rows.usage(job)}
+        return answered(shape, job.generation.number)
+
+    @app.post("/predict", responses=ERRORS)
+    async def predict(body: schemas.Predict, request: Request) -> Any:
+        """Text Embeddings Inference's: [{label, score}] for a text, [[{label, score}], ...] for a batch."""
+        given: Any = body.inputs
+        several = isinstance(given, list) and isinstance(given[0], list)
+        texts = [given] if isinstance(given, str) else given if several else [given]
+        if not isinstance(given, str) and any(len(text) != 1 for text in texts):
+            raise Refused(400, "inputs: expected a text, or a batch [[text], [text]]; pairs are not understood")
+        parsed = [text if isinstance(text, str) else text[0] for text in texts]
+        job = await finished(engine, ask(parsed, "inputs", rows.AUTO, None, body.truncate), request)
+        scores = [rows.scored(answer) for answer in rows.predictions(job)]
+        served.metrics.note_rows(job)
+        return answered(scores if several else scores[0], job.generation.number)
+
+    @app.post("/v1/route", responses=ERRORS)
+    async def route(body: schemas.Route, request: Request) -> Any:
+        """Which tasks a text is of, and with what weights, without an answer."""
+        parsed = rows.rows_of(body.input, serve.inputs, "input")
+        job = await finished(engine, Ask(parsed, "route", truncate=body.truncate), request)
+        found = [piece.result for piece in job.pieces if isinstance(piece.result, Routed)]
+        data = [rows.routed(place, row, job.generation) for place, row in enumerate(found)]
+        return answered({"object": "list", "data": data, "usage": rows.usage(job)}, job.generation.number)
+
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> JSON:
+        headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+        return JSON(error_body(error), error.status, headers=headers)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSON:  # its traceback is in the log
+        return JSON(error_body(Refused(500, f"the server has a bug: {type(error).__name__}")), 500)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSON:
+        return JSON(error_body(understood(error.errors())), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSON:
+        return JSON(error_body(Refused(error.status_code, str(error.detail))), error.status_code, headers=error.headers)
+
+
+def understood(errors: Any) -> Refused:
+    """What is wrong with a body first, in one line that names the field. A field that is unknown goes before all."""
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    if first["type"] == "json_invalid":
+        return Refused(400, f"the body: expected JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if not place:
+        return Refused(400, "the body: expected a JSON object")
+    if first["type"] == "extra_forbidden":
+        return Refused(400, f"{place[-1]}: unknown field", param=place[-1])
+    # Of a field that may be of several types, each has a complaint.
+    said = dict.fromkeys(error["msg"] for error in errors if error["loc"][1:2] == first["loc"][1:2])
+    return Refused(400, f"{place[0]}: {', or '.join(said)}", param=place[0])
+
+
+def _add_state(app: FastAPI, served: Served) -> None:
+    engine = served.engine
+    page = files("slm_fast.server").joinpath("page.html").read_bytes()
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return Response(page, media_type="text/html; charset=utf-8", headers={"content-security-policy": CSP})
+
+    @app.get("/health")
+    async def health() -> Any:
+        """Whether the process is of use, or has to be started anew."""
+        return JSON({"status": "ok"}) if engine.failed is None else JSON({"status": "failed"}, 503)
+
+    @app.get("/ready", responses={503: {"description": "not warm, or draining"}})
+    async def ready() -> Any:
+        return answered(served.state(), engine.generation.number, 200 if served.ready else 503)
+
+    @app.get("/metrics", responses={401: ERRORS[401]})
+    async def metrics() -> Response:
+        return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/info", responses={401: ERRORS[401]})
+    async def info() -> Any:
+        """What is served and how much is taken; Text Embeddings Inference's names where it has them."""
+        model, serve = engine.model, engine.serve
+        about: Mapping[str, Any] = {
+            "model_id": served.backbone,
+            "model_sha": model.backbone.fingerprint,
+            "model_dtype": str(model.backbone.dtype).removeprefix("torch."),
+            "model_type": {"classifier": {}} if not engine.writes else {"writer": {}},
+            "max_concurrent_requests": serve.requests,
+            "max_input_length": model.config.max_length,
+            "max_batch_tokens": engine.batch_tokens,
+            "max_client_batch_size": serve.inputs,
+            "max_new_tokens": serve.max_new_tokens if engine.writes else None,
+            "queue_rows": engine.room.most_rows,
+            "queue_tokens": engine.room.most_tokens,
+            "router": model.config.router,
+            "version": slm_fast.__version__,
+            **served.state(),
+        }
+        return answered(about, engine.generation.number)
+
+
+def guarded(app: FastAPI, served: Served) -> App:
+    """The application with what every request meets first."""
+    serve, engine = served.engine.serve, served.engine
+    paths = {path for route in app.routes if "{" not in (path := getattr(route, "path", "{"))}
+
+    def full() -> Refused | None:
+        if served.draining:
+            return stopping()
+        if not engine.warm.is_set():
+            return Refused(503, "the server is not warm yet", retry_after=1)
+        return engine.room.busy() if engine.room.full else None
+
+    def note(path: str, status: int, seconds: float) -> None:
+        served.metrics.note(path if path in paths else "other", status, seconds)
+
+    inner = Body(Concurrency(app, serve.requests), serve, full)
+    marked = Marks(
+        Key(inner, served.key, served.admin), lambda: engine.generation.number, lambda: served.draining, note
+    )
+    return Patience(marked, serve.patience)

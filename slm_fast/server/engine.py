@@ -1,0 +1,384 @@
+"""The engine: what was admitted, in one queue, and the one thread that runs the model.
+
+A thread of its own makes tokens. Rows for an encoder pass in length-sorted batches, texts are written with continuous
+batching, and both go on beside each other. Nothing here knows HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from slm_fast.data import Row
+from slm_fast.errors import WorkError, one_line, some_of
+from slm_fast.generate import is_plain
+from slm_fast.model import AdaptedModel
+from slm_fast.options import PredictOptions
+from slm_fast.passes import tokens_of_a_batch
+from slm_fast.predict import answer_batch
+from slm_fast.server.generation import Generation, prepare
+from slm_fast.server.jobs import Ask, Job, Piece, Refused, Result, Writing, stopping
+from slm_fast.server.options import ServeOptions
+from slm_fast.server.passes import find_routes, read
+from slm_fast.server.queue import Room, Waiting
+from slm_fast.server.writing import Writers
+
+log = logging.getLogger("slm_fast.server")
+LETTERS = 3  # of a token, until it is known how many tokens a text has
+TOKENISED = 512  # rows that are made tokens together
+GENERATIONS = 4  # of tasks, that may be in use at once
+BATCHES = 64  # of tokens that the queue holds, unless told otherwise
+USED = 0.8  # of the deadline: who would wait longer is refused
+
+
+class Group(NamedTuple):
+    """What rows of a batch have in common."""
+
+    generation: Generation
+    work: str
+    forced: bool
+    options: PredictOptions
+    alone: int = 0  # of a row that passes by itself, its number
+
+
+class Engine:
+    """Takes jobs from any thread, and answers them in its own.
+
+    Args:
+        options: how rows are answered: head, abstain, distance. serve: how much is taken at once.
+        on_batch: told the rows and the tokens of each batch.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        generation: Generation,
+        options: PredictOptions,
+        serve: ServeOptions,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.model, self.options, self.serve = model, options, serve
+        self.writes = model.backbone.kind != "encoder"
+        longest = model.config.max_length or 1
+        self.batch_tokens = serve.batch_tokens or max(tokens_of_a_batch(model, options), longest)
+        most = serve.queue_tokens or BATCHES * self.batch_tokens
+        self.room = Room(serve.queue_rows, most, USED * serve.deadline)
+        self.failed: BaseException | None = None  # of the threads; nothing is answered after it
+        self.warm = threading.Event()
+        self._plain = self.writes and is_plain(model, longest + serve.max_new_tokens)
+        self._changed = threading.Condition()
+        self._current = generation
+        self._in_use: dict[Generation, int] = {}
+        self._fresh: deque[Job] = deque()  # not tokens yet
+        self._waiting = Waiting(self.batch_tokens)
+        self._groups: dict[Piece, Group] = {}  # of rows that wait for a batch
+        self._to_write: deque[Piece] = deque()
+        self._cancelled: list[Piece] = []
+        self._jobs: set[Job] = set()
+        self._number = 0
+        self._closed = False
+        self._writers = Writers(model, options, max_rows=serve.batch_rows, max_new_tokens=serve.max_new_tokens)
+        self._on_batch = on_batch or (lambda rows, tokens: None)
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+            for name, work in (("tokenise", self._tokenise), ("engine", self._run))
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads; what is not answered is refused."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(10.0)
+
+    # Called by any thread
+
+    @property
+    def generation(self) -> Generation:
+        return self._current
+
+    @property
+    def waiting_rows(self) -> int:
+        return max(0, self.room.rows - self.running_rows)
+
+    @property
+    def running_rows(self) -> int:
+        return self._writers.rows
+
+    def publish(self, generation: Generation) -> None:
+        """Answer what comes from now on with these tasks. Waits while too many generations are in use."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._in_use) < GENERATIONS or self._closed)
+            self._current = generation
+
+    def check(self, ask: Ask) -> None:
+        """Raise Refused for what this model cannot do."""
+        names = self._current.files
+        if ask.task is not None and ask.task not in names:
+            message = f"model {ask.task!r}: expected auto, base or a task; tasks: {some_of(names)}"
+            raise Refused(404, message, code="model_not_found", param="model")
+        if not self.writes and ask.bare:
+            raise Refused(400, "model 'base': an encoder-only backbone has no answer of its own", param="model")
+        if not names and not (self.writes and ask.work == "answer"):
+            raise Refused(503, "no task is learned yet", retry_after=1)
+
+    def submit(self, ask: Ask, on_change: Callable[[], None]) -> Job:
+        """Admit a request: its rows have their room in the queue, all of them or none. Raises Refused."""
+        if ask.writing is None and self.writes and ask.work == "answer":
+            raise ValueError("writing: expected how the text is written")
+        writing = 0 if ask.writing is None else ask.writing.max_new_tokens
+        longest = self.model.config.max_length or 1
+        sizes = [min(longest, len(row.prompt) // LETTERS + 8) + writing for row in ask.rows]
+        with self._changed:
+            if self._closed or self.failed is not None:
+                raise stopping()
+            self.check(ask)
+            self.room.reserve(len(sizes), sum(sizes))
+            job = Job(ask, self._current, on_change, left=len(sizes))
+            self._in_use[job.generation] = self._in_use.get(job.generation, 0) + 1
+            for place, size in enumerate(sizes):
+                job.pieces.append(Piece(job, place, self._number, size))
+                self._number += 1
+            self._jobs.add(job)
+            self._fresh.append(job)
+            self._changed.notify_all()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Give a job up: rows that wait are dropped, texts end, a batch that runs is not heard of."""
+        with self._changed:
+            job.cancelled = True
+            for piece in job.pieces:
+                if piece.result is not None:
+                    continue
+                group = self._groups.pop(piece, None)
+                if group is not None:
+                    self._waiting.remove(group, piece)
+                else:
+                    self._cancelled.append(piece)
+                self._settle(piece, Refused(499, "the client has gone"))
+            self._changed.notify_all()
+
+    # The engine's threads
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            log.critical("the engine has failed", exc_info=error)
+            self.failed = error
+        with self._changed:  # what is not answered now never is
+            self._closed = True
+            self._settle_all([piece for job in list(self._jobs) for piece in job.pieces], stopping())
+            self._changed.notify_all()
+
+    def _tokenise(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._fresh or self._closed)
+                if self._closed:
+                    return
+                jobs: list[Job] = []
+                while self._fresh and sum(len(job.pieces) for job in jobs) < TOKENISED:
+                    jobs.append(self._fresh.popleft())
+            self._read([job for job in jobs if not job.cancelled])
+
+    def _read(self, jobs: Sequence[Job]) -> None:
+        try:
+            readings = iter(read(self.model, [job.ask for job in jobs]))
+        except Exception as error:
+            if len(jobs) > 1:  # the others are read all the same
+                for job in jobs:
+                    self._read([job])
+                return
+            if not isinstance(error, WorkError):
+                log.exception("tokenising failed")
+                error = WorkError(f"input: cannot be read: {one_line(error)}")
+            self._settle_all(jobs[0].pieces, Refused(400, str(error)))
+            return
+        with self._changed:
+            for job in jobs:
+                for piece in job.pieces:
+                    piece.reading = next(readings)
+                self._place(job)
+            self._changed.notify_all()
+
+    def _place(self, job: Job) -> None:
+        """Let a job's rows wait for their turn, now that it is known how long they are."""
+        if job.cancelled:
+            return
+        ask = job.ask
+        for piece in job.pieces:
+            reading = piece.reading
+            assert reading is not None
+            if reading.truncated and not ask.truncate:
+                refusal = f"input {piece.place}: longer than {self.model.config.max_length} tokens, and truncate is off"
+            elif not self.writes and piece.length > self.batch_tokens:
+                refusal = f"input {piece.place}: {piece.length} tokens, a batch has {self.batch_tokens}"
+            else:
+                continue
+            return self._settle_all(job.pieces, Refused(413, refusal, code="context_length_exceeded", param="input"))
+        # Imported adapters read prompts of their own, and some answer with heads: their rows pass as `predict`'s do.
+        imported = job.generation.known.pool.imported is not None and not ask.bare
+        group: Group | None = None
+        for piece in job.pieces:
+            writing = 0 if ask.writing is None else ask.writing.max_new_tokens
+            self.room.tokens += piece.length + writing - piece.reserved
+            piece.reserved = piece.length + writing
+            if self._plain and not imported and ask.work == "answer":
+                self._to_write.append(piece)
+            else:
+                group = self._group(piece, job) if group is None or group.alone else group
+                self._groups[piece] = group
+                self._waiting.add(group, piece)
+
+    def _group(self, piece: Piece, job: Job) -> Group:
+        ask, writing = job.ask, job.ask.writing
+        options = replace(self.options, bare=ask.bare)
+        alone = 0
+        if ask.work == "answer" and writing is not None:
+            options = replace(options, max_new_tokens=writing.max_new_tokens)
+            if writing.sampling is not None:  # all rows of a batch would draw from one source of chance
+                temperature, top_p, seed = writing.sampling.temperature, writing.sampling.top_p, writing.sampling.seed
+                options = replace(options, sample=True, temperature=temperature, top_p=top_p, seed=seed + piece.place)
+                alone = piece.number + 1
+        return Group(job.generation, ask.work, ask.task is not None, options, alone)
+
+    def _run(self) -> None:
+        self._warm_up()
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Begin texts that are new, pass a batch, and write a token of each text. False once the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(self._has_work)
+            if self._closed:
+                return False
+            gone, self._cancelled = self._cancelled, []
+            begin, self._to_write = list(self._to_write), deque()
+            group, batch = self._waiting.take()
+            for piece in batch:
+                self._groups.pop(piece, None)
+            # Only work that does not end for want of more tells how much could be done.
+            is_full = self._waiting.rows > 0 or self._writers.rows + len(begin) > self.serve.batch_rows
+        clock = time.perf_counter()
+        for piece in gone:
+            self._writers.cancel(piece)
+        self._begin(begin)
+        tokens = self._pass(group, batch) if isinstance(group, Group) else 0
+        tokens += self._step() if self._writers.rows else 0
+        if is_full:
+            with self._changed:
+                self.room.note(tokens, time.perf_counter() - clock)
+        return True
+
+    def _begin(self, pieces: Sequence[Piece]) -> None:
+        generations = dict.fromkeys(piece.job.generation for piece in pieces)
+        for generation in generations:
+            own = [piece for piece in pieces if piece.job.generation is generation and piece.result is None]
+            try:
+                self._give(self._writers.add(generation, own))
+            except Exception as error:
+                log.exception("prefill failed")
+                self._settle_all(own, Refused(500, f"writing failed: {one_line(error)}"))
+
+    def _step(self) -> int:
+        """A step of all texts; how many tokens it did of what was reserved."""
+        ended, tokens = self._writers.step(), 0
+        with self._changed:
+            for piece in self._writers.pieces:
+                if piece.result is not None:
+                    continue  # it was given up, and its room with it
+                done = piece.length + len(piece.tokens) if piece.tokens else 0
+                tokens += done - piece.credited
+                self.room.tokens -= done - piece.credited
+                piece.reserved -= done - piece.credited
+                piece.credited = done
+        tokens += sum(piece.reserved for piece, _ in ended)
+        self._give(ended)
+        return tokens
+
+    def _pass(self, group: Group, batch: Sequence[Piece]) -> int:
+        """Answer a batch; how many tokens it did of what was reserved."""
+        readings = [piece.reading for piece in batch if piece.reading is not None]
+        names = [piece.job.ask.task or "" for piece in batch] if group.forced else None
+        tokens = sum(piece.reserved for piece in batch)
+        self._on_batch(len(batch), sum(len(reading.ids) for reading in readings))
+        results: Sequence[Result]
+        try:
+            with self.model.pinned(group.generation.known):
+                if group.work == "route":
+                    results = find_routes(self.model, readings, self.options)
+                else:
+                    # Of an encoder's rows, as many labels as the one that wants most.
+                    most = 1 if self.writes or all(piece.job.ask.labels == 1 for piece in batch) else None
+                    rows = [piece.row for piece in batch]
+                    results = answer_batch(self.model, rows, readings, replace(group.options, top_k=most), names)
+        except Exception as error:
+            log.exception("a batch failed")
+            results = [Refused(500, f"the batch failed: {one_line(error)}")] * len(batch)
+        self._give(list(zip(batch, results, strict=True)))
+        return tokens
+
+    def _warm_up(self) -> None:
+        """Compute what concerns all tasks, and let each kind of pass have run, before the first request."""
+        generation, longest = self._current, self.model.config.max_length or 1
+        prepare(self.model, generation.known, distances=self.options.measures)
+        row = Row("warm " * 2 * longest)
+        reading = self.model.tokenize([row])[0]
+        if self._plain and generation.known.pool.imported is None:
+            job = Job(Ask([row], writing=Writing(2)), generation, lambda: None)
+            self._writers.add(generation, [Piece(job, 0, 0, 0, reading._replace(ids=reading.ids[:8]))])
+            while self._writers.rows:
+                self._writers.step()
+        elif not self.writes and generation.files:
+            rows = max(1, self.batch_tokens // longest)
+            for many in (1, rows, rows):
+                clock = time.perf_counter()
+                with self.model.pinned(generation.known):
+                    answer_batch(self.model, [row] * many, [reading] * many, replace(self.options, top_k=None))
+            self.room.note(many * len(reading.ids), time.perf_counter() - clock)
+        log.info("ready")
+        self.warm.set()
+
+    # Results
+
+    def _give(self, results: Sequence[tuple[Piece, Result]]) -> None:
+        with self._changed:
+            for piece, result in results:
+                self._settle(piece, result)
+
+    def _settle_all(self, pieces: Sequence[Piece], result: Result) -> None:
+        self._give([(piece, result) for piece in pieces])
+
+    def _settle(self, piece: Piece, result: Result) -> None:
+        """A row has its result, if it had none yet: its room is free again."""
+        if piece.result is not None:
+            return
+        piece.result, job = result, piece.job
+        self.room.rows -= 1
+        self.room.tokens -= piece.reserved
+        piece.reserved = 0
+        job.left -= 1
+        if job.left:
+            return
+        self._jobs.discard(job)
+        self._in_use[job.generation] -= 1
+        if not self._in_use[job.generation]:
+            del self._in_use[job.generation]
+            self._changed.notify_all()
+        job.on_change()
+
+    def _has_work(self) -> bool:
+        return bool(self._closed or self._waiting.rows or self._to_write or self._cancelled or self._writers.rows)

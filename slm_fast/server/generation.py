@@ -1,0 +1,168 @@
+"""A generation: the tasks of a store at one moment. The watcher makes the next one beside the passes that run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from slm_fast.errors import SlmError, WorkError, lacks_memory, one_line
+from slm_fast.known import Known
+from slm_fast.model import AdaptedModel
+from slm_fast.store import MANIFEST, Store, check_same
+from slm_fast.tasks import LearnedTask
+
+log = logging.getLogger("slm_fast.server")
+RETRY = 5.0  # seconds after which a store that could not be taken over is looked at again, though it looks the same
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """Tasks that answer together. files: the SHA-256 of each task's file, by name. `number` is its name."""
+
+    known: Known
+    files: Mapping[str, str]
+    number: str
+
+    @classmethod
+    def of(cls, known: Known, files: Mapping[str, str]) -> Generation:
+        own = {name: files[name] for name in known.pool.names}
+        return cls(known, own, generation_number(own))
+
+    @property
+    def tasks(self) -> list[LearnedTask]:
+        return self.known.pool.tasks
+
+
+def generation_number(files: Mapping[str, str]) -> str:
+    """Follows from the tasks' names and files alone, so that servers of equal stores say the same."""
+    lines = "".join(f"{name} {files[name]}\n" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def prepare(model: AdaptedModel, known: Known, *, distances: bool) -> None:
+    """Compute what concerns all tasks now, in this thread, rather than when the first row asks for it.
+
+    Raises WorkError where that cannot be done.
+    """
+    known.router.prepare()
+    _ = known.pool.heads
+    if not known.pool.slots:
+        return
+    query = torch.ones(1, model.query.width, device=model.backbone.device)
+    with torch.no_grad():
+        known.router.route(query)
+        for task in range(len(known.pool.names)) if distances else ():
+            known.router.distance(query, torch.tensor([known.router.task_of_slot.index(task)]))
+
+
+class Watcher:
+    """Takes over what others do to the store: a thread that looks at the manifest now and then.
+
+    A store that is gone or damaged changes nothing: the last good generation stays, and `trouble` says why.
+
+    Args:
+        publish: given each new generation; may wait until it can be taken.
+        skip_damaged: leave out tasks that are damaged, rather than stay with the last generation.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        store: Store,
+        first: Generation,
+        publish: Callable[[Generation], None],
+        *,
+        poll: float,
+        distances: bool = False,
+        skip_damaged: bool = False,
+    ) -> None:
+        self.model, self.store, self.current = model, Store(store.path, store.about, store.files), first
+        self.trouble: str | None = None
+        self.changed = threading.Condition()  # notified after each look
+        self._publish, self._poll, self._distances, self._skip = publish, poll, distances, skip_damaged
+        self._wanted, self._closed = threading.Event(), False
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed = True
+        self._wanted.set()
+
+    def reload(self) -> None:
+        """Look at the store now."""
+        self._wanted.set()
+
+    def wait_for(self, name: str, digest: str | None, seconds: float) -> bool:
+        """Wait until the current generation has this file of a task (None: does not have the task)."""
+        self.reload()
+        with self.changed:
+            return self.changed.wait_for(lambda: self.current.files.get(name) == digest, seconds)
+
+    def _watch(self) -> None:
+        seen: object = None
+        last = 0.0
+        while not self._closed:
+            wanted = self._wanted.wait(self._poll)
+            self._wanted.clear()
+            before, seen = seen, self._version()
+            again = self.trouble is not None and time.monotonic() - last >= RETRY
+            if wanted or again or seen != before:
+                last = time.monotonic()
+                self._look()
+                with self.changed:
+                    self.changed.notify_all()
+
+    def _version(self) -> object:
+        try:
+            now = (self.store.path / MANIFEST).stat()
+        except OSError as error:
+            return error.errno
+        return now.st_ino, now.st_mtime_ns, now.st_size
+
+    def _look(self) -> None:
+        try:
+            new = self._next()
+        except Exception as error:
+            if not isinstance(error, SlmError) and not lacks_memory(error):
+                log.exception("reload failed")
+            trouble = one_line(error)
+            if trouble != self.trouble:
+                log.error("%s; still serving generation %s", trouble, self.current.number)
+            self.trouble = trouble
+            return
+        if self.trouble is not None:
+            log.info("%s: can be read again", self.store.path)
+        self.trouble = None
+        if new is not None:
+            self._publish(new)
+            self.current = new
+            log.info("generation %s: %d tasks", new.number, len(new.files))
+
+    def _next(self) -> Generation | None:
+        """The store as it is now; None where it is the current generation."""
+        now = Store.open(self.store.path)
+        check_same(now.about, self.store.about, str(self.store.path), "the model that is served")
+        known = self.current.files
+        new = self.store.load(known=known, skip_damaged=self._skip)
+        files, read = dict(self.store.files), {task.name for task in new}
+        kept = {name for name, digest in files.items() if known.get(name) == digest}
+        gone = [name for name in known if name not in kept]
+        if not new and not gone:
+            return None
+        for task in new:
+            self.model.check_fits(task)
+        self.model.carry(new)
+        after = self.current.known.changed(add=new, remove=gone)
+        try:
+            prepare(self.model, after, distances=self._distances)
+        except WorkError as error:
+            raise WorkError(f"store {self.store.path}: {error}") from None
+        return Generation.of(after, {name: files[name] for name in kept | read})

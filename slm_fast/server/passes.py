@@ -1,0 +1,53 @@
+"""What the engine does with a model beside answering: requests to tokens, and weights without an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from slm_fast.errors import WorkError
+from slm_fast.model import AdaptedModel
+from slm_fast.options import PredictOptions
+from slm_fast.passes import measured
+from slm_fast.predict import NOT_FINITE, taken
+from slm_fast.reading import Reading
+from slm_fast.router import NotFinite
+from slm_fast.server.jobs import Ask, Result, Routed
+
+
+def read(model: AdaptedModel, asks: Sequence[Ask]) -> list[Reading]:
+    """The tokens of all rows, those of a chat for the bare backbone as its own template has them.
+
+    Raises WorkError for a chat that the template refuses.
+    """
+    readings = model.tokenize([row for ask in asks for row in ask.rows])
+    first, longest = 0, model.config.max_length or 0
+    for ask in asks:
+        ids = None if ask.chat is None else model.backbone.tokenization.chat(ask.chat)
+        if ids is not None:
+            readings[first] = Reading(ids[-longest:], len(ids) > longest, None)
+        first += len(ask.rows)
+    return readings
+
+
+@torch.inference_mode()
+def find_routes(model: AdaptedModel, readings: Sequence[Reading], options: PredictOptions) -> list[Result]:
+    """The routes of rows that pass together; of one whose query is not finite, the error."""
+    found: list[Result] = [WorkError(NOT_FINITE)] * len(readings)
+    places = list(range(len(readings)))
+    with model.lock:
+        while places:
+            batch = model.collate([readings[i] for i in places]).to(model.backbone.device)
+            try:
+                query = model.find_queries(batch)
+                route, distance = measured(model, query, model.route(query), options)
+            except NotFinite as error:
+                places.pop(error.row)
+                continue
+            far = [None] * len(places) if distance is None else distance.tolist()
+            rows = zip(places, route.slot_ids.tolist(), route.weights.tolist(), far, strict=True)
+            for place, ids, weights, one in rows:
+                found[place] = Routed(taken(model, ids, weights), one, readings[place].truncated)
+            break
+    return found

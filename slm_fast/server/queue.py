@@ -1,0 +1,119 @@
+"""Rows that wait: how many may, and which of them share a batch."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Hashable
+
+from slm_fast.server.jobs import Piece, Refused
+
+PADDING = 256  # tokens of padding that cost about as much as a pass of their own
+MEMORY = 10.0  # seconds of work that the rate is taken over
+
+
+class Room:
+    """How many rows and tokens are admitted and not answered yet, and how fast they go. Its user holds a lock."""
+
+    def __init__(self, rows: int, tokens: int, seconds: float) -> None:
+        self.most_rows, self.most_tokens, self.seconds = rows, tokens, seconds
+        self.rows = self.tokens = 0
+        self._done = self._busy = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second of late; None as long as too few have gone to tell."""
+        return self._done / self._busy if self._busy > 0.05 and self._done > 0 else None
+
+    @property
+    def wait(self) -> float:
+        """Seconds until what is admitted now is answered; 0 while that is not known."""
+        return self.tokens / self.rate if self.rate else 0.0
+
+    @property
+    def full(self) -> bool:
+        return self.rows >= self.most_rows or self.tokens >= self.most_tokens or self.wait >= self.seconds
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Take room for all of a request's rows, or raise Refused and take none."""
+        if rows > self.most_rows or tokens > self.most_tokens:
+            raise Refused(413, f"input: {rows} rows of about {tokens} tokens are more than ever fit into the queue")
+        if self.full or self.rows + rows > self.most_rows or self.tokens + tokens > self.most_tokens:
+            raise self.busy()
+        self.rows += rows
+        self.tokens += tokens
+
+    def busy(self) -> Refused:
+        after = min(60, max(1, math.ceil(self.wait / 2)))
+        message = f"the queue is full ({self.rows} rows, {self.tokens} tokens wait); try again in {after} s"
+        return Refused(429, message, code="rate_limit_exceeded", retry_after=after)
+
+    def note(self, tokens: int, seconds: float) -> None:
+        """So many tokens took so long."""
+        kept = math.exp(-seconds / MEMORY)
+        self._done = self._done * kept + tokens
+        self._busy = self._busy * kept + seconds
+
+
+class Waiting:
+    """Rows to be passed in batches, in groups of those that may share one. Its user holds a lock."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget  # tokens of a batch, padding included
+        self._groups: dict[Hashable, list[tuple[int, int, Piece]]] = {}  # sorted by length
+        self._arrived: deque[tuple[Hashable, Piece]] = deque()
+        self.rows = 0
+
+    def add(self, group: Hashable, piece: Piece) -> None:
+        insort(self._groups.setdefault(group, []), (piece.length, piece.number, piece))
+        self._arrived.append((group, piece))
+        self.rows += 1
+
+    def remove(self, group: Hashable, piece: Piece) -> bool:
+        """Take a row away again; False where it does not wait."""
+        rows = self._groups.get(group, [])
+        i = bisect_left(rows, (piece.length, piece.number))
+        if i == len(rows) or rows[i][2] is not piece:
+            return False
+        self._cut(group, i, i + 1)
+        return True
+
+    def take(self, most_rows: int | None = None) -> tuple[Hashable, list[Piece]]:
+        """The next batch: the row that has waited longest, and those of its group that are nearest to it in length, as
+        many as the budget allows, unless they would be padded more than that is worth. Empty where none waits."""
+        while self._arrived:
+            group, first = self._arrived[0]
+            rows = self._groups.get(group, [])
+            i = bisect_left(rows, (first.length, first.number))
+            if i < len(rows) and rows[i][2] is first:
+                break
+            self._arrived.popleft()  # it went with an earlier one, or was cancelled
+        else:
+            return None, []
+        low, high, tokens = i, i + 1, max(1, first.length)
+        while high - low < (most_rows or len(rows)):
+            longest = rows[high - 1][0]
+            below = longest - rows[low - 1][0] if low else math.inf
+            above = rows[high][0] - longest if high < len(rows) else math.inf
+            down = low > 0 and below <= above * (high - low)  # what a row adds of padding, either way
+            if not down and high == len(rows):
+                break
+            length = longest if down else rows[high][0]
+            tokens += rows[low - 1][0] if down else rows[high][0]
+            whole = length * (high - low + 1)
+            if whole > self.budget or whole - tokens > max(PADDING, whole // 4):
+                break
+            low, high = (low - 1, high) if down else (low, high + 1)
+        pieces = [piece for _, _, piece in rows[low:high]]
+        self._cut(group, low, high)
+        return group, pieces
+
+    def _cut(self, group: Hashable, low: int, high: int) -> None:
+        rows = self._groups[group]
+        del rows[low:high]
+        self.rows -= high - low
+        if not rows:
+            del self._groups[group]
+        if not self.rows:
+            self._arrived.clear()  # nothing keeps what has gone

@@ -1,0 +1,146 @@
+"""From what a request says to what the engine is asked, and from results to what is answered."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from slm_fast.chats import read_chat
+from slm_fast.data import Row
+from slm_fast.errors import SlmError
+from slm_fast.predict import Prediction, RouteTaken
+from slm_fast.scheduler import Sampling
+from slm_fast.server import schemas
+from slm_fast.server.generation import Generation
+from slm_fast.server.jobs import Job, Refused, Routed, Writing
+from slm_fast.server.options import ServeOptions
+
+AUTO, BASE = "auto", "base"
+COLDEST = 1e-4  # temperatures below are the likeliest token
+NEW_TOKENS = 64  # of a text that is written to classify, as `predict` has it
+
+
+def model_of(name: str, backbone: str) -> tuple[str | None, bool]:
+    """The task that a request's model forces, and whether it is the bare backbone."""
+    if name == AUTO:
+        return None, False
+    return (None, True) if name in (BASE, backbone) else (name, False)
+
+
+def rows_of(given: Any, most: int, field: str) -> list[Row]:
+    """The rows of a request. Raises Refused for too many, and for one that is empty."""
+    texts = given if isinstance(given, list) else [given]
+    if len(texts) > most:
+        raise Refused(413, f"{field}: expected at most {most} texts, got {len(texts)}", param=field)
+    rows = []
+    for place, text in enumerate(texts):
+        value = (
+            {"instruction": text.instruction, "input": text.input} if isinstance(text, schemas.Instruction) else text
+        )
+        try:
+            rows.append(Row.parse(value))
+        except SlmError as error:
+            raise Refused(400, f"{field} {place}: {error}", param=field) from None
+    return rows
+
+
+def chat_row(turns: Sequence[schemas.Turn]) -> Row:
+    """A chat as tasks learn it: the system's words are the instruction."""
+    given = [turn.model_dump(exclude={"name"}) for turn in turns]
+    try:
+        system, text, answer = read_chat(given, "messages")
+    except SlmError as error:
+        raise Refused(400, str(error), param="messages") from None
+    if answer is not None:
+        raise Refused(400, "messages: expected a turn of the user's at the end", param="messages")
+    return Row(text, None, system)
+
+
+def turns(given: Sequence[schemas.Turn]) -> list[dict[str, str]]:
+    """A chat as templates read it: each turn's parts are one text."""
+    return [
+        {
+            "role": turn.role,
+            "content": turn.content if isinstance(turn.content, str) else "\n".join(part.text for part in turn.content),
+        }
+        for turn in given
+    ]
+
+
+def writing_of(body: schemas.Writing, asked: int | None, serve: ServeOptions) -> Writing:
+    """How a text is to be written. Without a temperature it is the likeliest, as `predict` has it."""
+    most = serve.max_new_tokens
+    if asked is not None and asked > most:
+        raise Refused(400, f"max_tokens: expected at most {most}, got {asked}", param="max_tokens")
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    if any(not one for one in stop):
+        raise Refused(400, "stop: expected texts that are not empty", param="stop")
+    sampling = None
+    if body.temperature is not None and body.temperature >= COLDEST:
+        seed = secrets.randbits(31) if body.seed is None else body.seed
+        sampling = Sampling(body.temperature, 1.0 if body.top_p is None else body.top_p, seed)
+    return Writing(asked or most, sampling, stop)
+
+
+# Results
+
+
+def weights(route: RouteTaken) -> list[dict[str, Any]]:
+    slots = zip(route.tasks, route.slots, route.weights, strict=True)
+    return [{"task": task, "slot": slot, "weight": weight} for task, slot, weight in slots]
+
+
+def _said(distance: float | None) -> float | None:
+    """JSON has no word for what is infinitely far."""
+    return None if distance is None or not isfinite(distance) else distance
+
+
+def found(answer: Prediction, generation: Generation) -> dict[str, Any]:
+    """What an answer says of its task and of how it was found."""
+    digest = None if answer.task is None else generation.files[answer.task]
+    about = {"task": answer.task, "task_sha256": digest, "label": answer.label, "score": answer.score}
+    return {**about, "route": weights(answer.route), "distance": _said(answer.distance), "truncated": answer.truncated}
+
+
+def predictions(job: Job) -> list[Prediction]:
+    return [piece.result for piece in job.pieces if isinstance(piece.result, Prediction)]
+
+
+def classified(place: int, answer: Prediction, generation: Generation, most: int | None) -> dict[str, Any]:
+    """A row of vLLM's classification, and what we say beside it."""
+    known: Mapping[str, float] = answer.probabilities or {}
+    probabilities = list(known.items())[:most]
+    shape = {
+        "index": place,
+        "label": answer.label,
+        "probs": [p for _, p in probabilities],
+        "num_classes": len(known),
+        "labels": [label for label, _ in probabilities],
+        "text": answer.text,
+    }
+    return {**shape, **found(answer, generation)}
+
+
+def scored(answer: Prediction) -> list[dict[str, Any]]:
+    """A row of Text Embeddings Inference's prediction: all labels, the most probable first."""
+    if answer.probabilities is None:  # it is written
+        return [{"label": answer.label or answer.text or "", "score": answer.score}]
+    return [{"label": label, "score": p} for label, p in answer.probabilities.items()]
+
+
+def routed(place: int, row: Routed, generation: Generation) -> dict[str, Any]:
+    shares: dict[str, float] = {}
+    for task, weight in zip(row.route.tasks, row.route.weights, strict=True):
+        shares[task] = shares.get(task, 0.0) + weight
+    best: str | None = max(sorted(shares), key=lambda name: shares[name], default=None)
+    digest = None if best is None else generation.files[best]
+    about = {"index": place, "task": best, "task_sha256": digest, "route": weights(row.route)}
+    return {**about, "distance": _said(row.distance), "truncated": row.truncated}
+
+
+def usage(job: Job) -> dict[str, int]:
+    read = sum(piece.length for piece in job.pieces)
+    written = sum(len(piece.tokens) for piece in job.pieces)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

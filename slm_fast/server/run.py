@@ -1,0 +1,208 @@
+"""A server from beginning to end: its socket, its signals, its log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import signal
+import socket
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from slm_fast.errors import InputError, WorkError, one_line
+from slm_fast.known import Known
+from slm_fast.options import PredictOptions
+from slm_fast.server.app import Served, create_app, guarded
+from slm_fast.server.engine import Engine
+from slm_fast.server.generation import Generation, Watcher
+from slm_fast.server.metrics import Metrics
+from slm_fast.server.options import ServeOptions
+from slm_fast.slm import ScalableLM
+from slm_fast.store import Store
+
+log = logging.getLogger("slm_fast.server")
+HEADERS = 1 << 16
+KEEP_ALIVE = 75  # seconds that a connection may be idle: longer than clients keep theirs
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket of this address, before anything takes long.
+
+    Raises InputError for an address that cannot be, WorkError for one that is taken.
+    """
+    if not 0 <= port <= 65535:
+        raise InputError(f"--port {port}: expected 0 to 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        own = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--host {host!r} --port {port}: {error}") from None
+    try:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        own.bind(address)
+    except (OSError, OverflowError) as error:
+        own.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WorkError(f"--host {host} --port {port}: cannot be listened on: {reason}") from None
+    return own
+
+
+def serve(
+    slm: ScalableLM,
+    sock: socket.socket,
+    options: PredictOptions,
+    limits: ServeOptions,
+    *,
+    key: str | None = None,
+    admin: str | None = None,
+    source: Store | None = None,
+    skip_damaged: bool = False,
+) -> None:
+    """Serve the store of a model until a signal ends it.
+
+    SIGTERM and SIGINT let what was admitted end, a second one does not. SIGHUP looks at the store now.
+    """
+    served = made(slm, options, limits, key=key, admin=admin, source=source, skip_damaged=skip_damaged)
+    server = Server(served)
+    host, port = sock.getsockname()[:2]
+    log.info("serving %d tasks on http://%s:%d", len(served.engine.generation.files), host, port)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # a connection is a file
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    before = signal.signal(signal.SIGHUP, lambda *_: served.watcher.reload())
+    try:
+        server.run(sockets=[sock])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    if served.engine.failed is not None:
+        raise WorkError(f"the engine failed: {one_line(served.engine.failed)}")
+
+
+def made(
+    slm: ScalableLM,
+    options: PredictOptions,
+    limits: ServeOptions,
+    *,
+    key: str | None = None,
+    admin: str | None = None,
+    source: Store | None = None,
+    skip_damaged: bool = False,
+) -> Served:
+    """What is served, before any thread runs. Raises InputError for a model without a store."""
+    if slm.store is None:
+        raise InputError("model: expected one that was opened from a store")
+    model, metrics = slm.model, Metrics()
+    generation = Generation.of(Known(model.pool, model.router), slm.store.files)
+    engine = Engine(model, generation, options, limits, metrics.note_batch)
+    watcher = Watcher(
+        model,
+        slm.store,
+        generation,
+        engine.publish,
+        poll=limits.poll,
+        distances=options.measures,
+        skip_damaged=skip_damaged,
+    )
+    metrics.watch(engine, watcher)
+    return Served(engine, watcher, model.backbone.name, metrics, key, admin, source)
+
+
+def patient(seconds: float) -> type[HttpToolsProtocol]:
+    """HTTP whose requests have to begin, and their headers to end, in so many seconds and `HEADERS` bytes."""
+
+    class Patient(HttpToolsProtocol):
+        _timer: asyncio.TimerHandle | None = None
+        _read = 0
+
+        def _expect(self) -> None:
+            self._forget()
+            self._read = 0
+            self._timer = self.loop.call_later(seconds, self.transport.abort)
+
+        def _forget(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._expect()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._read += len(data)
+            if self._timer is not None and self._read > HEADERS:
+                self.transport.abort()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def on_message_begin(self) -> None:
+            self._expect()
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._forget()
+            super().on_headers_complete()
+
+    return Patient
+
+
+class Server(uvicorn.Server):
+    """uvicorn, and the engine's threads. It drains before it stops to listen, so that balancers see it."""
+
+    def __init__(self, served: Served) -> None:
+        limits = served.engine.serve
+        config = uvicorn.Config(
+            guarded(create_app(served), served),
+            http=patient(limits.patience),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=int(limits.deadline) + 5,
+        )
+        super().__init__(config)
+        self.served, self._drain, self._until = served, limits.drain, 0.0
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        self.served.engine.start()
+        self.served.watcher.start()
+        try:
+            super().run(sockets)
+        finally:
+            self.served.watcher.close()
+            self.served.engine.close()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.served.draining:
+            self.should_exit = self.force_exit = True
+        self.served.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.served.draining and not self.should_exit:
+            now = asyncio.get_running_loop().time()
+            if not self._until:
+                log.info("draining: what was admitted is answered first")
+                self._until = now + self._drain
+            self.should_exit = now >= self._until and self.served.engine.room.rows == 0
+        if self.served.engine.failed is not None:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def log_to(stream: Any, level: int = logging.INFO) -> None:
+    """A line an event."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for name in ("slm_fast.server", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level if name == "slm_fast.server" else logging.WARNING)

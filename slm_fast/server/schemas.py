@@ -1,0 +1,155 @@
+"""The bodies that are understood. An unknown field is refused by its name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Zero = Annotated[float, Field(ge=0, le=0)]
+Model = Annotated[
+    str, Field(description="auto finds the task; a task's name forces it; base is the bare backbone", max_length=512)
+]
+Temperature = Annotated[
+    float, Field(ge=0, le=100, description="0, or left out: the likeliest token; otherwise a draw at this temperature")
+]
+Stop = str | Annotated[list[str], Field(max_length=16)] | None
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Instruction(Body):
+    """A row of an instruction task."""
+
+    instruction: str
+    input: str = ""
+
+
+Text = str | Instruction
+
+
+class Classify(Body):
+    """vLLM's classification request."""
+
+    model: Model = "auto"
+    input: str | Annotated[list[Text], Field(min_length=1)]
+    labels: int | None = Field(None, ge=1, description="how many labels to tell the probabilities of; all that are > 0")
+    truncate: bool = Field(True, description="false refuses texts that are longer than the model reads")
+    user: str | None = None
+
+
+class Route(Body):
+    model: Literal["auto"] = "auto"
+    input: str | Annotated[list[Text], Field(min_length=1)]
+    truncate: bool = True
+    user: str | None = None
+
+
+class Predict(Body):
+    """Text Embeddings Inference's request: a text, or a batch [[text], [text], ...]."""
+
+    inputs: str | Annotated[list[str], Field(min_length=1)] | Annotated[list[list[str]], Field(min_length=1)]
+    raw_scores: Literal[False] = False
+    truncate: bool = False
+    truncation_direction: Literal["right", "Right"] = "right"
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class Writing(Body):
+    """What completions and chats have in common. Fields with one value are there for clients that always send them."""
+
+    model: Model = "auto"
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: Temperature | None = None
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    stop: Stop = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    frequency_penalty: Zero | None = None
+    presence_penalty: Zero | None = None
+    user: str | None = None
+
+
+class Completion(Writing):
+    prompt: str | Annotated[list[str], Field(min_length=1)]
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+
+
+class Part(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Turn(Body):
+    role: str
+    content: str | list[Part]
+    name: str | None = None
+
+
+class Chat(Writing):
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: Literal[False] | None = None
+
+
+class AddTask(Body):
+    name: str
+
+
+class Weight(BaseModel):
+    """A slot of a route: the task it belongs to and its weight."""
+
+    task: str
+    slot: int
+    weight: float
+
+
+class Classified(BaseModel):
+    """labels, probs: the most probable first. distance: how unlike its task the text is, if the server tells."""
+
+    index: int
+    label: str | None
+    text: str | None
+    probs: list[float]
+    labels: list[str]
+    num_classes: int
+    task: str | None
+    task_sha256: str | None
+    score: float
+    route: list[Weight]
+    distance: float | None
+    truncated: bool
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Classification(BaseModel):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Classified]
+    usage: Usage
+
+
+class Score(BaseModel):
+    label: str
+    score: float
+
+
+class Error(BaseModel):
+    """OpenAI's error."""
+
+    error: dict[str, Any]

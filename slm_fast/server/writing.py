@@ -1,0 +1,198 @@
+"""Texts being written, with continuous batching: each belongs to a generation of tasks, and stays with it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slm_fast.errors import WorkError, one_line
+from slm_fast.generate import Written
+from slm_fast.model import AdaptedModel
+from slm_fast.ops import Route
+from slm_fast.options import PredictOptions
+from slm_fast.passes import measured
+from slm_fast.predict import NOT_FINITE, Answer, answer_written
+from slm_fast.router import NotFinite
+from slm_fast.scheduler import Generated, Request, Scheduler
+from slm_fast.server.generation import Generation
+from slm_fast.server.jobs import Piece, Refused, Result
+from slm_fast.server.text import cut_at
+
+log = logging.getLogger("slm_fast.server")
+
+
+Ended = list[tuple[Piece, Result]]
+
+
+class Running(NamedTuple):
+    """A text being written. distance: [1] of its row."""
+
+    generation: Generation
+    number: int
+    generated: Generated
+    distance: Tensor | None
+
+
+class Writers:
+    """A scheduler for each generation that some text still belongs to. For one thread.
+
+    Args:
+        max_rows: of a generation, at once. max_new_tokens: the most of a text.
+        options: of distances and abstention.
+    """
+
+    def __init__(self, model: AdaptedModel, options: PredictOptions, *, max_rows: int, max_new_tokens: int) -> None:
+        self.model, self.options = model, options
+        self.max_rows, self.max_new_tokens = max_rows, max_new_tokens
+        self._schedulers: dict[Generation, Scheduler] = {}
+        self._running: dict[Piece, Running] = {}
+        self._stopped: list[Piece] = []  # by a stop text, in the step that is being made
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """The rows whose texts wait or are written."""
+        return list(self._running)
+
+    @property
+    def rows(self) -> int:
+        return len(self._running)
+
+    @torch.inference_mode()
+    def add(self, generation: Generation, pieces: Sequence[Piece]) -> Ended:
+        """Begin texts for rows of one generation; what those that fail have for a result."""
+        failed: dict[Piece, Result] = {}
+        with self.model.pinned(generation.known), self.model.lock:
+            scheduler = self._schedulers.get(generation)
+            if scheduler is None:
+                longest = self.model.config.max_length or 1
+                scheduler = self._schedulers[generation] = Scheduler(
+                    self.model, max_rows=self.max_rows, max_prompt=longest, max_new_tokens=self.max_new_tokens
+                )
+            ahead = [piece for piece in pieces if self._is_found_ahead(piece)]
+            found: dict[Piece, tuple[Route, Tensor | None]] = {}
+            for start in range(0, len(ahead), self.max_rows):
+                found |= self._routes(ahead[start : start + self.max_rows], failed)
+            for piece in pieces:
+                if piece not in failed:
+                    route, distance = found.get(piece, (None, None))
+                    number = scheduler.add_request(self._request(piece, route))
+                    self._running[piece] = Running(generation, number, scheduler.generated[number], distance)
+        return list(failed.items())
+
+    def _is_found_ahead(self, piece: Piece) -> bool:
+        if piece.job.ask.bare or not self.model.pool.slots:
+            return False
+        before = piece.reading is not None and piece.reading.query_input is not None
+        return before or self.options.measures
+
+    def _routes(self, pieces: list[Piece], failed: dict[Piece, Result]) -> dict[Piece, tuple[Route, Tensor | None]]:
+        pieces = list(pieces)
+        while pieces:
+            batch = self.model.collate([piece.reading for piece in pieces if piece.reading is not None])
+            batch = batch.to(self.model.backbone.device)
+            try:
+                query = self.model.find_queries(batch)
+                route = self.model.route(query, self._mask(pieces))
+            except NotFinite as error:
+                failed[pieces.pop(error.row)] = WorkError(NOT_FINITE)
+                continue
+            route, distance = measured(self.model, query, route, self.options)
+            return {
+                piece: (Route(route.slot_ids[i], route.weights[i]), None if distance is None else distance[i : i + 1])
+                for i, piece in enumerate(pieces)
+            }
+        return {}
+
+    def _mask(self, pieces: Sequence[Piece]) -> Tensor | None:
+        names = [piece.job.ask.task for piece in pieces]
+        if not any(names):
+            return None
+        pool = self.model.pool
+        every = torch.ones_like(pool.slot_task, dtype=torch.bool)
+        return torch.stack([every if name is None else pool.slots_of(name) for name in names])
+
+    def _request(self, piece: Piece, route: Route | None) -> Request:
+        ask, reading = piece.job.ask, piece.reading
+        assert ask.writing is not None
+        assert reading is not None
+        stop = ask.writing.stop
+        if ask.bare:
+            empty = self.model.empty_route(1)
+            route = Route(empty.slot_ids[0], empty.weights[0])
+        sampling = ask.writing.sampling
+        if sampling is not None:  # each row draws from a seed of its own, as `predict` has it
+            sampling = replace(sampling, seed=sampling.seed + piece.place)
+        masked = None if ask.task is None or route is not None else self.model.pool.slots_of(ask.task)
+
+        def on_token(token: int, _: float) -> None:
+            piece.tokens.append(token)
+            if piece.head is None:
+                piece.head = self._answer(piece, "")
+            if stop and piece.stopped is None:
+                piece.stopped = cut_at(self._text(piece), stop)
+                if piece.stopped is not None:
+                    self._stopped.append(piece)
+            if ask.streams:
+                piece.job.on_change()
+
+        return Request(reading.ids, ask.writing.max_new_tokens, sampling, route, masked, on_token=on_token)
+
+    def cancel(self, piece: Piece) -> None:
+        running = self._running.pop(piece, None)
+        if running is not None:
+            self._schedulers[running.generation].cancel(running.number)
+
+    def step(self) -> Ended:
+        """A step of each generation's texts; those that have ended, with their results."""
+        ended: Ended = []
+        for generation, scheduler in list(self._schedulers.items()):
+            with self.model.pinned(generation.known):
+                try:
+                    ended += self._step(generation, scheduler)
+                except Exception as error:
+                    log.exception("writing failed")
+                    refusal = Refused(500, f"writing failed: {one_line(error)}")
+                    ended += [(piece, refusal) for piece in self._of(generation).values()]
+                    scheduler.close()
+            for piece, _ in ended:
+                self._running.pop(piece, None)
+            if not scheduler.unfinished:
+                scheduler.close()
+                del self._schedulers[generation]
+        return ended
+
+    def _step(self, generation: Generation, scheduler: Scheduler) -> Ended:
+        pieces = self._of(generation)
+        self._stopped.clear()
+        ended = [pieces[number] for number in scheduler.step()]
+        for piece in self._stopped:
+            if piece not in ended:
+                scheduler.cancel(self._running[piece].number)
+                ended.append(piece)
+        return [
+            (piece, self._answer(piece, self._text(piece) if piece.stopped is None else piece.stopped))
+            for piece in ended
+        ]
+
+    def _of(self, generation: Generation) -> dict[int, Piece]:
+        return {running.number: piece for piece, running in self._running.items() if running.generation is generation}
+
+    def _text(self, piece: Piece) -> str:
+        text: str = self.model.backbone.tokenizer.batch_decode([piece.tokens], skip_special_tokens=True)[0]
+        return text.strip()
+
+    def _answer(self, piece: Piece, text: str) -> Answer:
+        """The answer as far as the text has come."""
+        generated, distance = self._running[piece].generated, self._running[piece].distance
+        reason = "stop" if piece.stopped is not None else generated.finish_reason
+        route = generated.route or self.model.empty_route(1)
+        route = Route(route.slot_ids.view(1, -1), route.weights.view(1, -1))
+        failed = [0] if reason == "error" else []
+        written = Written([text], [generated.tokens], [generated.score], [reason], route, failed)
+        assert piece.reading is not None
+        return answer_written(self.model, piece.row, piece.reading, written, distance)

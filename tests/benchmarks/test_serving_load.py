@@ -1,0 +1,45 @@
+"""The serving benchmark asks every server for the same rows, counts what was answered, and fails for a wrong answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from models import mixed_texts
+from served import serving, store_with
+
+from benchmarks.speed.serving.__main__ import LITSERVE, OURS, PIPELINES, figures, requests_of
+from benchmarks.speed.serving.load import Load, load
+
+TEXTS = {"sea": mixed_texts(5), "farm": mixed_texts(7, seed=1)}
+
+
+def test_every_server_is_asked_for_the_same_rows_in_the_same_order() -> None:
+    asked = {name: requests_of(name, TEXTS, 3) for name in (OURS, PIPELINES, LITSERVE)}
+    bodies = [[(body["input"], rows) for _, body, rows in requests] for requests in asked.values()]
+    assert bodies[0] == bodies[1] == bodies[2]
+    assert sorted(text for texts, _ in bodies[0] for text in texts) == sorted([*TEXTS["sea"], *TEXTS["farm"]])
+    told = {path: texts for (path, _, _), (texts, _) in zip(asked[PIPELINES], bodies[0], strict=True)}
+    assert all(set(texts) <= set(TEXTS[path.removeprefix("/")]) for path, texts in told.items())
+
+
+def test_clients_count_rows_and_refusals_and_stop_at_a_wrong_answer(tmp_path: Path) -> None:
+    with serving(store_with(tmp_path / "store")) as (client, served):
+        found = load(client.port, requests_of(OURS, TEXTS, 3), 2, 0.2)
+        assert len(found.seconds) < found.rows <= 3 * len(found.seconds)
+        assert (found.refused, 0.2 <= found.elapsed < 20) == (0, True)
+        with pytest.raises(RuntimeError, match="/nothing: 404"):
+            load(client.port, [("/nothing", {}, 1)], 1, 0.1)
+        served.engine.room.most_rows = 0  # it refuses everything
+        found = load(client.port, requests_of(OURS, TEXTS, 3), 2, 0.1)
+        assert (found.rows, found.refused) == (0, len(found.late))
+        assert found.refused > 0
+
+
+def test_percentiles_are_of_the_answers() -> None:
+    found = Load(2.0, 100, 3, [i / 1000 for i in range(1, 101)], [0.004])
+    assert (found.rows_per_second, found.percentile(0.5), found.percentile(0.99)) == (50, 50.0, 99.0)
+    row = figures("serving", OURS, 8, found, 100.0)
+    assert (row["to_predict"], row["p50_ms"], row["p99_ms"], row["refused_p99_ms"]) == (0.5, 50.0, 99.0, 4.0)
+    assert str(Load().percentile(0.5)) == str(Load().gap) == "nan"
+    assert Load(answered=[3.0, 1.0, 1.5]).gap == 1500.0

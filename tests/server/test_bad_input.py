@@ -1,0 +1,91 @@
+"""What cannot be right is refused in one line that names the field, and never with a 500."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from models import WORDS
+from served import Client, serving, store_with
+
+CLASSIFY, CHAT = "/v1/classify", "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory):
+    with serving(store_with(tmp_path_factory.mktemp("bad") / "store", "llama"), body=20_000) as (client, _):
+        yield client
+
+
+BAD: list[tuple[str, Any, int, str]] = [
+    (CLASSIFY, b'{"input": ', 400, "expected JSON"),
+    (CLASSIFY, b"\xff\xfe", 400, ""),
+    (CLASSIFY, b"", 400, "the body"),
+    (CLASSIFY, b"[1]", 400, "the body"),
+    (CLASSIFY, b"null", 400, "the body"),
+    (CLASSIFY, b'{"input": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400, ""),
+    (CLASSIFY, {}, 400, "input: "),
+    (CLASSIFY, {"input": 5}, 400, "input: "),
+    (CLASSIFY, {"input": []}, 400, "input: "),
+    (CLASSIFY, {"input": ""}, 400, "input 0: empty text"),
+    (CLASSIFY, {"input": ["a", " \n"]}, 400, "input 1: empty text"),
+    (CLASSIFY, {"input": ["a", None]}, 400, "input: "),
+    (CLASSIFY, {"input": "a", "colour": 1}, 400, "colour: unknown field"),
+    (CLASSIFY, {"input": [{"text": "a"}]}, 400, "text: unknown field"),
+    (CLASSIFY, {"input": "a", "labels": 0}, 400, "labels: "),
+    (CLASSIFY, {"input": "a", "model": "land"}, 404, "model 'land': expected auto, base or a task; tasks: farm, sea"),
+    (CLASSIFY, {"input": "a", "model": "../../etc/passwd"}, 404, "model"),
+    (CLASSIFY, {"input": ["a"] * 33}, 413, "input: expected at most 32 texts, got 33"),
+    (CLASSIFY, {"input": "a" * 20_000}, 413, "expected at most 20,000 bytes"),
+    (CLASSIFY, {"input": " ".join(WORDS * 2), "truncate": False}, 413, "input 0: longer than"),
+    (CLASSIFY, b'{"input": "\\ud800"}', 400, "input"),
+    ("/predict", {"inputs": [["a", "b"]]}, 400, "pairs"),
+    ("/predict", {"inputs": "a", "raw_scores": True}, 400, "raw_scores: "),
+    ("/v1/route", {"input": "a", "model": "sea"}, 400, "model: "),
+    (CHAT, {"messages": []}, 400, "messages: "),
+    (CHAT, {"messages": [{"role": "wizard", "content": "a"}]}, 400, "wizard"),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, 400, "the user's"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+        400,
+        "image_url: unknown",
+    ),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "temperature": -1}, 400, "temperature: "),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "top_p": 0}, 400, "top_p: "),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "n": 2}, 400, "n: "),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "stop": ""}, 400, "stop: "),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 25}, 400, "max_tokens: expected at most 24"),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 0}, 400, "max_tokens: "),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "said"), BAD)
+def test_a_bad_request_is_refused_in_a_line_that_names_the_field(
+    client: Client, path: str, body: Any, status: int, said: str
+) -> None:
+    got, found, _ = client.call("POST", path, body)
+    assert (got, list(found)) == (status, ["error"])
+    assert said in found["error"]["message"]
+    assert "\n" not in found["error"]["message"]
+    assert len(found["error"]["message"]) < 400
+    assert client.post(CLASSIFY, {"input": "sea1"})["data"][0]["task"] == "sea"  # and the server goes on
+
+
+def test_odd_texts_are_answered(client: Client) -> None:
+    texts = ["a\x00b", "🐟" * 50, "שלום", "\u202e abc", "x" * 5000, "\n\na\t"]
+    assert [row["index"] for row in client.classify(texts)] == list(range(len(texts)))
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/xml", ""])
+def test_json_of_another_content_type_is_no_failure_of_the_server(client: Client, kind: str) -> None:
+    body = json.dumps({"input": "sea1"}).encode()
+    assert client.call("POST", CLASSIFY, body, **{"content-type": kind})[0] in (200, 400)
+
+
+@pytest.mark.parametrize("path", ["/v1/models/..%2f..%2fetc", "/v1/models/%00", "/v1/tasks/a", "//", "/v1/classify/"])
+def test_odd_paths_are_not_found(client: Client, path: str) -> None:
+    status, found, _ = client.call("GET", path)
+    assert status in (404, 405, 307)
+    assert "Traceback" not in json.dumps(found)

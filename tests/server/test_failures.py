@@ -1,0 +1,81 @@
+"""A batch, a text or the engine itself fails: whoever asked is told, and the rest goes on as far as it can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from models import mixed_texts
+from served import serving, store_with, until
+
+from slm_fast.errors import WorkError
+from slm_fast.predict import NOT_FINITE, answer_batch
+from slm_fast.scheduler import Scheduler
+from slm_fast.server import engine as engine_module
+
+TEXTS = mixed_texts(4)
+
+
+def test_a_batch_that_fails_is_a_500_for_its_rows_alone(tmp_path: Path, monkeypatch) -> None:
+    slm = store_with(tmp_path / "store")
+    with serving(slm) as (client, served):
+
+        def fails(model, readings, *others):
+            if any(len(reading.ids) == 4 for reading in readings):
+                raise RuntimeError("no such kernel\nand more")
+            return answer_batch(model, readings, *others)
+
+        monkeypatch.setattr(engine_module, "answer_batch", fails)
+        status, found, _ = client.call("POST", "/v1/classify", {"input": "sea1 sea2"})
+        assert (status, found["error"]["type"]) == (500, "server_error")
+        assert found["error"]["message"] == "the batch failed: no such kernel"
+        assert client.classify(["sea1"])[0]["task"] == "sea"
+        assert served.engine.room.rows == 0
+        assert client.get("/health") == {"status": "ok"}
+
+
+def test_a_row_that_cannot_be_answered_is_named(tmp_path: Path, monkeypatch) -> None:
+    with serving(store_with(tmp_path / "store")) as (client, _):
+
+        def fails(model, readings, *others):
+            return [WorkError(NOT_FINITE) if i else row for i, row in enumerate(answer_batch(model, readings, *others))]
+
+        monkeypatch.setattr(engine_module, "answer_batch", fails)
+        status, found, _ = client.call("POST", "/v1/classify", {"input": ["sea1 sea2", "sea3 sea4"]})
+        assert (status, found["error"]["message"]) == (422, f"input 1: {NOT_FINITE}")
+
+
+def test_texts_that_cannot_be_written_on_are_a_500_and_the_next_are_written(tmp_path: Path, monkeypatch) -> None:
+    slm = store_with(tmp_path / "store", "llama")
+    expected = slm.predict(TEXTS, max_new_tokens=5)
+    step, failed = Scheduler.step, []
+
+    def fails(self):
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("out of kernels")
+        return step(self)
+
+    with serving(slm) as (client, served):
+        monkeypatch.setattr(Scheduler, "step", fails)
+        status, found, _ = client.call("POST", "/v1/completions", {"prompt": TEXTS, "max_tokens": 5})
+        assert (status, found["error"]["message"]) == (500, "writing failed: out of kernels")
+        body = client.post("/v1/completions", {"prompt": TEXTS, "max_tokens": 5})
+        assert [choice["text"] for choice in body["choices"]] == [answer.text for answer in expected]
+        assert (served.engine.room.rows, served.engine.room.tokens, served.engine.running_rows) == (0, 0, 0)
+
+
+def test_an_engine_that_fails_refuses_what_waits_and_ends_the_server(tmp_path: Path, monkeypatch) -> None:
+    with serving(store_with(tmp_path / "store")) as (client, served):
+
+        def fails() -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(served.engine, "_turn", fails)
+        client.call("POST", "/v1/classify", {"input": TEXTS})  # ends the turn that waits
+        until(lambda: served.engine.failed is not None)
+        assert str(served.engine.failed) == "a bug"
+        assert not served.ready
+        assert served.state()["status"] == "failed"
+        with pytest.raises(OSError, match=r"refused|reset|closed"):
+            until(lambda: client.call("POST", "/v1/classify", {"input": TEXTS})[0] != 503)

@@ -1,0 +1,134 @@
+"""`slm-fast serve` as a process: signals, a port in use, keys, and what standard error says."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from command import one_line, slm_fast
+from models import mixed_texts, random_task
+from served import Client, Process, store_with, until
+
+from slm_fast.store import Store
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "serving"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("process") / "store"
+    store_with(path)
+    return path
+
+
+def test_a_process_that_is_told_to_stop_answers_or_refuses_all_it_was_asked(store: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SLM_FAST_API_KEY", "secret")
+    process = Process(store, "--drain", 0.2)
+    process.client.until_ready()
+    port, texts = process.client.port, mixed_texts(16)
+    statuses: list[int] = []
+    refused = []
+
+    def ask(seed: int) -> None:
+        client = Client(port, "secret")
+        while True:
+            try:
+                status, body, headers = client.call("POST", "/v1/classify", {"input": texts})
+            except ConnectionRefusedError:
+                return  # it listens no more
+            except OSError as error:
+                refused.append(repr(error))
+                return
+            statuses.append(status)
+            if status == 200:
+                assert len(body["data"]) == len(texts)
+            else:
+                assert (status, body["error"]["code"]) == (503, "shutting_down")
+                assert headers["connection"] == "close"
+
+    with ThreadPoolExecutor(8) as pool:
+        done = [pool.submit(ask, seed) for seed in range(8)]
+        until(lambda: len(statuses) >= 20)
+        process.kill(signal.SIGTERM)
+        until(lambda: 503 in statuses or all(one.done() for one in done))
+        for one in done:
+            one.result()
+    assert process.wait() == 0, process.said()
+    assert {200} <= set(statuses) <= {200, 503}
+    # A connection that was made as the socket closed is refused by the system.
+    assert all("reset" in one.lower() or "refused" in one.lower() for one in refused), refused
+    lines = process.said().splitlines()
+    assert "serving 2 tasks on http://127.0.0.1:" in lines[0]
+    assert any("draining" in line for line in lines)
+    assert "Traceback" not in process.said()
+
+
+def test_a_hangup_makes_it_look_at_the_store_now(store: Path, tmp_path: Path) -> None:
+    slm = store_with(tmp_path / "store")
+    process = Process(tmp_path / "store", "--poll", 3600)
+    before = process.client.until_ready()
+    Store.open(tmp_path / "store").commit(add=[random_task(slm, "sky")])
+    process.kill(signal.SIGHUP)
+    until(lambda: process.client.get("/ready")["generation"] != before["generation"])
+    assert process.client.get("/ready")["tasks"] == 3
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 0, process.said()
+
+
+def test_a_port_in_use_is_one_line(store: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        one_line(slm_fast("serve", store, "--port", taken.getsockname()[1]), 1, "--port", "in use")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--port", 70000), "--port 70000"),
+        (("--host", "no.such.host.invalid"), "no.such.host.invalid"),
+        (("--key-file", "missing"), "missing: cannot be read"),
+        (("--inputs", 0), "inputs: expected at least 1"),
+        (("--deadline", 0), "deadline: expected at least"),
+        (("--tasks-from", "other"), "--admin-key-file"),
+        (("--abstain", 2), "abstain"),
+    ],
+)
+def test_a_call_that_cannot_be_right_is_one_line(store: Path, arguments: tuple[object, ...], said: str) -> None:
+    one_line(slm_fast("serve", store, *arguments), 2, said)
+
+
+def test_no_store_is_one_line(tmp_path: Path) -> None:
+    one_line(slm_fast("serve", tmp_path / "none"), 2, "not a store")
+
+
+def test_keys_stand_in_files_or_in_the_environment(store: Path, tmp_path: Path, monkeypatch) -> None:
+    empty = tmp_path / "key"
+    empty.write_text("\n")
+    one_line(slm_fast("serve", store, "--key-file", empty), 2, "expected a key in its first line")
+    monkeypatch.setenv("SLM_FAST_API_KEY", "one")
+    monkeypatch.setenv("SLM_FAST_ADMIN_KEY", "one")
+    one_line(slm_fast("serve", store), 2, "expected another key")
+
+
+def test_the_examples_start_a_server_as_the_command_line_knows_it(tmp_path: Path) -> None:
+    unit = (EXAMPLES / "slm-fast.service").read_text()
+    (line,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
+    docker = (EXAMPLES / "Dockerfile").read_text()
+    (entry,) = [line for line in docker.splitlines() if line.startswith("ENTRYPOINT ")]
+    for words in (shlex.split(line)[1:], json.loads(entry.removeprefix("ENTRYPOINT "))[1:]):
+        words = [str(tmp_path / "none") if word.endswith("store") else word for word in words]
+        one_line(slm_fast(*words), 2, "not a store")  # all else about the call is right
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
+def test_systemd_finds_nothing_wrong_with_the_unit_but_that_it_is_not_installed_here() -> None:
+    command = ["systemd-analyze", "verify", "--man=no", str(EXAMPLES / "slm-fast.service")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    wrong = [line for line in (done.stdout + done.stderr).splitlines() if "slm-fast" in line]
+    assert all("/opt/slm-fast/bin/slm-fast" in line for line in wrong), wrong

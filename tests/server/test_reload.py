@@ -1,0 +1,209 @@
+"""Another process learns and forgets: the server takes it over between batches, and says of which tasks answers are."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models import knows, learned, mixed_texts, random_task, sentence
+from served import Client, serving, store_with, until
+
+from slm_fast import ScalableLM
+from slm_fast.server.app import Served
+from slm_fast.server.generation import generation_number
+from slm_fast.store import Store
+from slm_fast.tasks import LearnedTask
+
+SECONDS = 60.0 if os.environ.get("SLM_FAST_FUZZ") else 4.0
+
+
+def served_files(served: Served) -> dict[str, str]:
+    return dict(served.engine.generation.files)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def test_tasks_learned_forgotten_and_replaced_elsewhere_are_served(store: Path) -> None:
+    slm = store_with(store)
+    other = random_task(slm, "sky", labels=("blue", "grey"))
+    with serving(slm) as (client, served):
+        first = client.until_ready()["generation"]
+        Store.open(store).commit(add=[other])
+        until(lambda: served.engine.generation.number != first)
+        expected = knows(slm, *(learned(slm, name) for name in ("farm", "sea")), other)
+        texts = ["sky1 sky2 sky3", *mixed_texts(6)]
+        _, body, headers = client.call("POST", "/v1/classify", {"input": texts})
+        for row, answer in zip(body["data"], expected.predict(texts), strict=True):
+            assert (row["task"], row["label"]) == (answer.task, answer.label)
+            assert row["score"] == pytest.approx(answer.score, abs=2e-4)
+        files = Store.open(store).files
+        assert served_files(served) == files
+        assert headers["x-store-generation"] == generation_number(files) == client.get("/ready")["generation"]
+        Store.open(store).commit(remove=["sky"])
+        until(lambda: served.engine.generation.number == first)  # equal stores have equal generations
+        Store.open(store).commit(remove=["sea"])
+        Store.open(store).commit(add=[replace(other, name="sea")])
+        until(lambda: served_files(served) == Store.open(store).files)
+        (row,) = client.classify(["sky1 sky2 sky3"], model="sea")
+        assert row["label"] in ("blue", "grey")
+        assert row["task_sha256"] == Store.open(store).files["sea"]
+        assert client.call("POST", "/v1/classify", {"input": "a", "model": "sky"})[0] == 404
+
+
+def test_a_text_that_is_being_written_keeps_its_generation(store: Path) -> None:
+    slm = store_with(store, "llama")
+    prompt, seed = "sea1 sea2 sea3", 4
+    with serving(slm, max_new_tokens=100) as (client, served):
+        drawn = {"temperature": 2.0, "seed": seed}
+        (expected,) = slm.predict([prompt], task="sea", max_new_tokens=100, sample=True, **drawn)
+        before = served.engine.generation
+        body = {"prompt": prompt, "model": "sea", "max_tokens": 100, "stream": True, **drawn}
+        with served.engine.model.lock:  # nothing is written before the store has changed
+            raw = client.sent("/v1/completions", body)
+            until(lambda: served.engine.room.rows == 1)
+            Store.open(store).commit(remove=["sea"])
+            until(lambda: served.engine.generation is not before)
+        assert client.call("POST", "/v1/completions", {"prompt": prompt, "model": "sea"})[0] == 404
+        (other,) = client.post("/v1/completions", {"prompt": prompt, "max_tokens": 3})["choices"]
+        assert other["task"] == "farm"
+        said = b""
+        while part := raw.recv(65536):
+            said += part
+        assert f"x-store-generation: {before.number}".encode() in said
+        events = [json.loads(line[6:]) for line in said.decode().splitlines() if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["text"] for event in events) == expected.text
+        assert events[-1]["choices"][0]["task_sha256"] == before.files["sea"]
+        until(lambda: served.engine.running_rows == 0)
+
+
+def damage_manifest(store: Path) -> None:
+    (store / "manifest.json").write_text("{")
+
+
+def damage_task(store: Path) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["tasks"]["farm"] = {"file": f"tasks/farm/{'0' * 64}.safetensors", "sha256": "0" * 64}
+    (store / "manifest.json").write_text(json.dumps(manifest))
+
+
+def change_model(store: Path) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["model"]["fingerprint"] = "another"
+    (store / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("harm", [shutil.rmtree, damage_manifest, damage_task, change_model])
+def test_a_store_that_vanishes_or_is_damaged_leaves_the_last_good_generation(harm, store: Path, caplog) -> None:
+    slm = store_with(store)
+    with serving(slm) as (client, served):
+        before = client.until_ready()
+        shutil.copytree(store, store.parent / "kept")
+        harm(store)
+        until(lambda: served.watcher.trouble is not None)
+        status, now, _ = client.call("GET", "/ready")
+        assert (status, now["status"], now["generation"]) == (200, "ready", before["generation"])
+        assert str(store) in now["store"] or "manifest" in now["store"]
+        assert sum(before["generation"] in record.getMessage() for record in caplog.records) <= 2
+        assert {row["task"] for row in client.classify(mixed_texts(9))} == {"farm", "sea"}
+        shutil.rmtree(store, ignore_errors=True)
+        shutil.copytree(store.parent / "kept", store)
+        served.watcher.reload()
+        until(lambda: served.watcher.trouble is None)
+        assert client.get("/ready") == before
+
+
+def test_tasks_are_taken_in_and_forgotten_over_http(store: Path) -> None:
+    slm = store_with(store)
+    source = Store(store.parent / "source", slm.store.about, {})
+    source.commit(add=[random_task(slm, "sky")])
+    with serving(slm, admin="admin", source=source) as (client, served):
+        admin = Client(client.port, "admin")
+        status, found, _ = admin.call("POST", "/v1/tasks", {"name": "sky"})
+        assert (status, found["task_sha256"]) == (201, source.files["sky"])
+        assert found["generation"] == served.engine.generation.number
+        assert client.classify(["sky1 sky2"])[0]["task"] == "sky"
+        assert admin.call("POST", "/v1/tasks", {"name": "sky"})[0] == 201  # as it is already
+        assert admin.call("DELETE", "/v1/tasks/sky")[0] == 200
+        assert "sky" not in Store.open(store).files
+        assert client.classify(["sky1 sky2"])[0]["task"] != "sky"
+        assert admin.call("DELETE", "/v1/tasks/sky")[0] == 404
+        for name in ("../source", "a/b", "..", "", "x" * 65, ".hidden", "a\x00b", "tasks/../../etc"):
+            assert admin.call("POST", "/v1/tasks", {"name": name})[0] == 400, name
+        for name in ("..%2f..%2fsource", "%2e%2e", "a%00"):
+            assert admin.call("DELETE", f"/v1/tasks/{name}")[0] in (400, 404, 405), name
+        assert admin.call("POST", "/v1/tasks", {"name": "land"})[0] == 404
+        assert sorted(Store.open(store).files) == ["farm", "sea"]
+
+
+def changes(store: Path, tasks: list[LearnedTask], known: dict[str, dict[str, str]], stop: threading.Event) -> None:
+    """Learn and forget at random. known: the files of every generation there ever was."""
+    rng = random.Random(1)
+    while not stop.wait(0.01):
+        now = Store.open(store)
+        task = rng.choice(tasks)
+        after = dict(now.files)
+        if task.name in now.files:
+            del after[task.name]
+            known[generation_number(after)] = after
+            now.commit(remove=[task.name])
+        else:
+            now.commit(add=[task])
+            known[generation_number(now.files)] = dict(now.files)
+
+
+def test_clients_beside_a_writer_are_answered_by_one_generation_each(store: Path) -> None:
+    slm = store_with(store)
+    tasks = [random_task(slm, name, rank=rank) for name, rank in (("sky", 2), ("city", 4), ("sun", 6))]
+    known = {generation_number(slm.store.files): dict(slm.store.files)}
+    stop, wrong, replies = threading.Event(), [], [0]
+
+    def ask(seed: int, port: int) -> None:
+        rng, client = random.Random(seed), Client(port)
+        while not stop.is_set():
+            texts = [sentence(rng.choice(("sea", "farm", "sky", "city")), rng) for _ in range(rng.randint(1, 8))]
+            status, body, headers = client.call("POST", "/v1/classify", {"input": texts})
+            replies[0] += 1
+            if status != 200 or len(body["data"]) != len(texts):
+                wrong.append(body)
+                continue
+            number = headers["x-store-generation"]
+            for row in body["data"]:
+                if number not in known:  # the writer notes it after it has committed
+                    time.sleep(0.05)
+                if known[number].get(row["task"]) != row["task_sha256"]:
+                    wrong.append((number, row))
+
+    with serving(slm) as (client, served), ThreadPoolExecutor(9) as pool:
+        done = [pool.submit(ask, seed, client.port) for seed in range(8)]
+        done.append(pool.submit(changes, store, tasks, known, stop))
+        time.sleep(SECONDS)
+        stop.set()
+        for one in done:
+            one.result()
+        assert wrong == []
+        assert served.watcher.trouble is None
+        assert len(known) > 2
+        assert replies[0] > 20
+        until(lambda: served_files(served) == Store.open(store).files)
+        texts = mixed_texts(8)
+        fresh = ScalableLM(slm.model.backbone, slm.model.config)
+        knows(fresh, *Store.open(store).load())
+        assert [row["label"] for row in client.classify(texts)] == [answer.label for answer in fresh.predict(texts)]
+
+
+def test_a_generations_number_follows_from_the_files_alone() -> None:
+    files = {"a": "1", "b": "2"}
+    assert generation_number(files) == generation_number({"b": "2", "a": "1"})
+    numbers = {generation_number(other) for other in ({}, {"a": "1"}, {"a": "2"}, {"b": "1"}, {"a1": ""}, files)}
+    assert len(numbers) == 6
