@@ -20,10 +20,10 @@ def test_a_batch_that_fails_is_a_500_for_its_rows_alone(tmp_path: Path, monkeypa
     slm = store_with(tmp_path / "store")
     with serving(slm) as (client, served):
 
-        def fails(model, readings, *others):
+        def fails(model, rows, readings, *others):
             if any(len(reading.ids) == 4 for reading in readings):
                 raise RuntimeError("no such kernel\nand more")
-            return answer_batch(model, readings, *others)
+            return answer_batch(model, rows, readings, *others)
 
         monkeypatch.setattr(engine_module, "answer_batch", fails)
         status, found, _ = client.call("POST", "/v1/classify", {"input": "sea1 sea2"})
@@ -37,8 +37,11 @@ def test_a_batch_that_fails_is_a_500_for_its_rows_alone(tmp_path: Path, monkeypa
 def test_a_row_that_cannot_be_answered_is_named(tmp_path: Path, monkeypatch) -> None:
     with serving(store_with(tmp_path / "store")) as (client, _):
 
-        def fails(model, readings, *others):
-            return [WorkError(NOT_FINITE) if i else row for i, row in enumerate(answer_batch(model, readings, *others))]
+        def fails(model, rows, readings, *others):
+            return [
+                WorkError(NOT_FINITE) if i else row
+                for i, row in enumerate(answer_batch(model, rows, readings, *others))
+            ]
 
         monkeypatch.setattr(engine_module, "answer_batch", fails)
         status, found, _ = client.call("POST", "/v1/classify", {"input": ["sea1 sea2", "sea3 sea4"]})

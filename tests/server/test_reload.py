@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from models import knows, learned, mixed_texts, random_task, sentence
+from models import knows, learned, mixed_texts, random_task, reopened, sentence
+from peft_adapters import texts as sentences
+from peft_adapters import write_adapter
 from served import Client, serving, store_with, until
 
 from slm_fast import ScalableLM
@@ -27,6 +29,22 @@ SECONDS = 60.0 if os.environ.get("SLM_FAST_FUZZ") else 4.0
 
 def served_files(served: Served) -> dict[str, str]:
     return dict(served.engine.generation.files)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_adapters_imported_elsewhere_are_served_as_predict_has_them(name: str, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "lora", name, r=9, labels=3 if name == "bert" else None)
+    slm = store_with(tmp_path / "store", name)
+    with serving(slm) as (client, served):
+        first = served.engine.generation.number
+        elsewhere = reopened(tmp_path / "store", name)
+        elsewhere.import_adapter(tmp_path / "lora", "sky", sentences("sky"))
+        until(lambda: served.engine.generation.number != first)
+        texts = [*sentences("sky", 5, seed=2), *mixed_texts(6)]
+        expected = elsewhere.predict(texts, max_new_tokens=24)
+        assert {answer.task for answer in expected} > {"sky"}
+        for row, answer in zip(client.classify(texts), expected, strict=True):
+            assert (row["task"], row["label"], row["text"]) == (answer.task, answer.label, answer.text)
 
 
 @pytest.fixture
