@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +21,7 @@ from slm_fast.store import MANIFEST, Store, check_same
 from slm_fast.tasks import LearnedTask
 
 log = logging.getLogger("slm_fast.server")
+NICE = 10  # of the thread that makes the next generation
 RETRY = 5.0  # seconds after which a store that could not be taken over is looked at again, though it looks the same
 
 
@@ -107,6 +111,9 @@ class Watcher:
             return self.changed.wait_for(lambda: self.current.files.get(name) == digest, seconds)
 
     def _watch(self) -> None:
+        if sys.platform == "linux":  # of this thread alone: where cores are short, answers go first
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         seen: object = None
         last = 0.0
         while not self._closed:

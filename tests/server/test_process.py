@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -101,6 +102,13 @@ def test_a_port_in_use_is_one_line(store: Path) -> None:
 )
 def test_a_call_that_cannot_be_right_is_one_line(store: Path, arguments: tuple[object, ...], said: str) -> None:
     one_line(slm_fast("serve", store, *arguments), 2, said)
+
+
+def test_what_is_not_installed_is_named_with_what_to_do(store: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "slm_fast.server.run")
+    monkeypatch.delattr("slm_fast.server.run")
+    one_line(slm_fast("serve", store), 2, "uvicorn is missing", "slm-fast[serve]")
 
 
 def test_no_store_is_one_line(tmp_path: Path) -> None:
