@@ -17,7 +17,9 @@ reload:   the longest time without an answer to any of 32 clients (gap_ms), whil
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,16 +55,16 @@ def server(name: str, store: Path, dtype: str, threads: int, *more: str) -> Iter
         words += ["--queue-rows", "8192", *more]
     else:
         words = ["benchmarks.speed.serving.servers", name, str(store), str(port), dtype, str(threads)]
-    process = subprocess.Popen([sys.executable, "-m", *words])
+    process = subprocess.Popen([sys.executable, "-m", *words], start_new_session=True)
     try:
         until_ready(port, READY[name], lambda: process.poll() is None)
         yield port
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        with suppress(ProcessLookupError):  # LitServe's workers outlive it
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def requests_of(name: str, texts: Mapping[str, Sequence[str]], rows: int) -> list[Request]:
