@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -61,3 +63,11 @@ def interpreted(request: pytest.FixtureRequest) -> bool:
 def few_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models made in this process have 64 random features rather than 2,048, whose statistics cost a task seconds."""
     monkeypatch.setattr("slm_fast.configure.MAX_FEATURES", 64)
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """An interrupt ends this process and those it starts, though shells have what runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

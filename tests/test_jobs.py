@@ -118,7 +118,7 @@ def test_a_task_that_was_learned_from_other_rows_is_not_committed(folder: Path, 
     assert sorted(Store.open(folder / "other").files) == sorted({*NAMES} - {"farm"})
 
 
-def test_ctrl_c_ends_all_workers_and_keeps_what_was_committed(folder: Path, monkeypatch) -> None:
+def test_ctrl_c_ends_all_workers_and_keeps_what_was_committed(interruptible, folder: Path, monkeypatch) -> None:
     quick_worker(folder, monkeypatch, sticks="city")
     store = folder / "stopped"
 

@@ -199,7 +199,7 @@ def test_the_ratios_are_those_of_rows_a_second_and_of_added_time():
     assert sections.claims(rows[:1]) == []
 
 
-def test_the_command_saves_a_line_for_each_way(tmp_path, monkeypatch, capfd):
+def test_the_command_saves_a_line_for_each_way(few_features, tmp_path, monkeypatch, capfd):
     output = tmp_path / "few.csv"
     arguments = ["--batches", "1", "--batch-tokens", "64", "--rounds", "1", "--ways", "gaussian", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["inference", *arguments, "--output", str(output)])

@@ -40,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of the demo's tasks, learned by the command line."""
     path = tmp_path_factory.mktemp("cli") / "store"
     files = [f"--task={name}={train_file(name)}" for name in TASKS]
-    done = slm_fast("learn", path, "--backbone", "minilm", "--epochs", 6, "--max-length", 48, *files)
+    done = slm_fast("learn", path, "--backbone", "minilm", "--epochs", 6, "--max-length", 24, *files)
     assert done.returncode == 0, done.stderr
     return path
 

@@ -49,7 +49,9 @@ def store(folder: Path) -> Path:
 # Streams
 
 
-def test_a_program_that_waits_for_its_answer_gets_it_and_an_interrupt_ends_the_wait_in_one_line(store: Path):
+def test_a_program_that_waits_for_its_answer_gets_it_and_an_interrupt_ends_the_wait_in_one_line(
+    interruptible, store: Path
+):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([*CLI, "predict", str(store)], **pipes) as process:
         for i in range(2):
