@@ -35,6 +35,12 @@ class TaskKeeper:
         """What is kept of each task, by name."""
         return MappingProxyType({task.name: task for task in self.model.pool.tasks})
 
+    @property
+    def classes_(self) -> list[str]:
+        """The label words of all tasks with heads, sorted, each once: the columns of `predict_proba`."""
+        heads = self.model.pool.heads
+        return [] if heads is None else list(heads.words)
+
     def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
         """Take in tasks learned elsewhere: what `learned` holds of another model of the same kind.
 

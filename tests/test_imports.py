@@ -40,6 +40,7 @@ LAYERS = (
         "layers",
         "tokenization",
         "batching",
+        "epochs",
         "data",
         "tasks",
         "covariance",
