@@ -14,6 +14,7 @@ from slm_fast.data import Task, checked, rows_of_file, rows_to_answer
 from slm_fast.epochs import OnStep, checked_callback, checked_patience
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, as_task, evaluate
+from slm_fast.hub import find_store, is_on_hub
 from slm_fast.keeper import TaskKeeper
 from slm_fast.labels import read_words
 from slm_fast.learn import check_task, learn_task
@@ -30,7 +31,7 @@ from slm_fast.options import (
 from slm_fast.origin import is_same
 from slm_fast.predict import Prediction, predict, predict_stream, probabilities
 from slm_fast.predict_file import FileAnswered, Reading, predict_file
-from slm_fast.store import Store, check_same
+from slm_fast.store import check_same
 from slm_fast.warm_start import check_start
 
 if TYPE_CHECKING:
@@ -90,16 +91,19 @@ class ScalableLM(TaskKeeper):
         dtype: str | torch.dtype = "float32",
         device: str = "auto",
         skip_damaged: bool = False,
+        revision: str | None = None,
     ) -> ScalableLM:
         """Open a store. `backbone` says where its backbone is now, if not where the manifest says.
 
         Args:
+            path: a folder, or USER/NAME of one on the Hugging Face hub (`revision`: a branch, tag or commit of it). The
+                model of one on the hub belongs to no store: what it learns is in memory until `save_pretrained`.
             skip_damaged: leave out tasks whose files are damaged or do not fit, with a warning for each.
 
         Raises:
             InputError: no store, or the backbone is not the one it was made with. WorkError: damage, too little memory.
         """
-        store = Store.open(path)
+        store = find_store(path, revision)
         config: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in store.about["config"].items()
         }
@@ -124,7 +128,8 @@ class ScalableLM(TaskKeeper):
                 slm.model.router.prepare()
             except WorkError as error:
                 raise WorkError(next(iter(store.verify()), f"store {path}: {error}")) from None
-        slm.store, slm._committed = store, dict(store.files)
+        if not is_on_hub(path):
+            slm.store, slm._committed = store, dict(store.files)
         return slm
 
     @shows(LearnOptions)

@@ -28,6 +28,7 @@ LAYERS = (
     ("warm_start",),
     ("model",),
     ("injection", "configure"),
+    ("hub",),
     ("store",),
     ("task_file",),
     ("schema", "task_tensors"),
@@ -42,6 +43,7 @@ LAYERS = (
         "batching",
         "epochs",
         "data",
+        "card",
         "tasks",
         "covariance",
         "scatter",
@@ -219,6 +221,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
             {"slm_fast.task_file", "slm_fast.integrations.peft_files", "slm_fast.integrations.peft_export"},
         ),
         ("peft", {"slm_fast.integrations.peft_check"}),
+        ("huggingface_hub", {"slm_fast.hub", "slm_fast.integrations.peft_files"}),
     ],
 )
 def test_a_heavy_library_comes_in_by_its_own_door(library: str, doors: set[str]) -> None:
