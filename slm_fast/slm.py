@@ -326,9 +326,11 @@ class ScalableLM(TaskKeeper):
         progress: bool | None = None,
         **changes: Unpack[PredictKeywords],
     ) -> FileAnswered:
-        """Answer a file of rows into one of JSON Lines, in order; memory stays bounded, bad rows become error rows.
+        """Answer a file of rows into one of JSON Lines or Parquet, in order; memory stays bounded, bad rows become
+        error rows.
 
-        The same call again goes on where an interrupted one stopped, if this model belongs to a store.
+        The same call again goes on where an interrupted one stopped, if this model belongs to a store and the output is
+        not a .parquet file.
 
         Args:
             source, format, delimiter, encoding: a file as for `Task.from_file`, a pipe, or a binary stream; rows may

@@ -21,7 +21,7 @@ LAYERS = (
     ("worker",),
     ("slm",),
     ("keeper", "learn", "evaluate", "predict_file", "tables", "measures"),
-    ("predict", "passes", "examples", "origin", "resume"),
+    ("predict", "passes", "examples", "origin", "resume", "parquet_output"),
     ("generate", "windows"),
     ("scheduler",),
     ("kv_cache", "distributed"),
@@ -215,7 +215,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
             {"slm_fast.backbone", "slm_fast.loading", "slm_fast.query", "slm_fast.integrations.peft_check"},
         ),
         ("sentence_transformers", {"slm_fast.query"}),
-        ("pyarrow", {"slm_fast.readers"}),
+        ("pyarrow", {"slm_fast.readers", "slm_fast.parquet_output"}),
         (
             "safetensors",
             {"slm_fast.task_file", "slm_fast.integrations.peft_files", "slm_fast.integrations.peft_export"},
