@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from slm_fast.backbone import Backbone
 from slm_fast.configure import complete
-from slm_fast.learn import optimizer_and_schedule
+from slm_fast.epochs import optimizer_and_schedule
 from slm_fast.options import LearnOptions, ModelConfig
 
 

@@ -20,7 +20,17 @@ from slm_fast.families import FAMILIES, Family, family_of
 from slm_fast.given import checked_tokenizer, unwrapped, without_head
 from slm_fast.identity import fingerprint, generation, settings, tokens
 from slm_fast.layers import use_onednn
-from slm_fast.loading import checkpoint, choose_device, choose_dtype, loading, located, resolve, sha256_of, source_of
+from slm_fast.loading import (
+    checkpoint,
+    choose_device,
+    choose_dtype,
+    dtype_word,
+    loading,
+    located,
+    resolve,
+    sha256_of,
+    source_of,
+)
 from slm_fast.structure import find_family
 from slm_fast.surroundings import pinned
 from slm_fast.tokenization import Tokenization
@@ -67,7 +77,7 @@ class Backbone:
             self.tokenization.opening = [int(first)]
 
     @classmethod
-    def load(cls, name: str, *, dtype: str = "float32", device: str = "auto") -> Backbone:
+    def load(cls, name: str, *, dtype: str | torch.dtype = "float32", device: str = "auto") -> Backbone:
         """Load a backbone by hub name, local path, or a name of `PACKAGED`.
 
         Of a GGUF file (the path of one, or a hub's `owner/name/file.gguf`) the weights are dequantised, and the
@@ -318,7 +328,7 @@ class _Output:
         return None
 
 
-def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hint: str = "") -> Backbone:
+def load_backbone(backbone: Any, tokenizer: Any, dtype: str | torch.dtype, device: str, *, hint: str = "") -> Backbone:
     """A backbone from what users give: a path or name, or a model with its tokenizer. A Backbone is one already.
 
     Raises InputError, with the hint at its end where nothing can be loaded from a path or name.
@@ -337,7 +347,7 @@ def load_backbone(backbone: Any, tokenizer: Any, dtype: str, device: str, *, hin
     backbone = unwrapped(backbone)
     if tokenizer is None:
         raise InputError("tokenizer: needed beside a backbone that is given as a model")
-    if dtype != "float32" or device != "auto":
+    if dtype_word(dtype) != "float32" or device != "auto":
         raise InputError("dtype, device: a backbone given as a model keeps its own")
     return Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))
 

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from slm_fast.chats import read_chat
-from slm_fast.columns import CHATTED, LABELLED, Columns, find_columns, known, missing_answer
+from slm_fast.columns import CHATTED, LABELLED, PROMPT, Columns, find_columns, known, missing_answer, plain
 from slm_fast.errors import InputError, WorkError
 from slm_fast.fields import repeated
 from slm_fast.labels import as_text, plain_value, shown, whole
@@ -54,8 +54,9 @@ def read_fields(value: Any, text: str | None = None, label: str | None = None) -
     instruction = "\n".join(filter(None, (_string(fields, name) for name in columns.instruction)))
     key = columns.answer or ("label" if columns.kind == LABELLED else "output")
     answer = fields[columns.answer] if columns.answer else None
-    if columns.kind == CHATTED:
-        system, said, answer = read_chat(fields[columns.text[0]], columns.text[0])
+    turns = _turns(fields, columns)
+    if columns.kind == CHATTED or turns is not None:
+        system, said, answer = read_chat(turns, columns.text[0])
         return Fields(
             CHATTED,
             said,
@@ -70,6 +71,25 @@ def read_fields(value: Any, text: str | None = None, label: str | None = None) -
     if not (said or instruction):
         raise WorkError(f"empty {'text' if columns.kind == LABELLED else 'input'}")
     return Fields(columns.kind, said, instruction, answer, key, _missing(names, columns, value, given))
+
+
+def _turns(fields: Mapping[str, Any], columns: Columns) -> Any:
+    """The turns of a chat: all in one column or, as TRL has them, those of a prompt and those of its completion (which
+    may be a text). None where the row is no chat."""
+    if columns.kind == CHATTED:
+        return fields[columns.text[0]]
+    if len(columns.text) != 1 or plain(columns.text[0]) not in PROMPT or (columns.kind == LABELLED and columns.answer):
+        return None
+    asked: Any = fields[columns.text[0]]
+    answer: Any = fields[columns.answer] if columns.answer else None
+    if isinstance(asked, (str, Mapping)) or not isinstance(asked, Iterable):
+        return None
+    turns = list(asked)
+    if not turns or not isinstance(turns[0], Mapping):
+        return None
+    if isinstance(answer, str):
+        return [*turns, {"role": "assistant", "content": answer}] if answer.strip() else turns
+    return turns if _is_empty(answer) else turns + list(answer)
 
 
 def _missing(names: tuple[str, ...], columns: Columns, value: Any, given: bool) -> str:

@@ -18,9 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, cast
 
+import torch
+
 from slm_fast import __version__
 from slm_fast.data import Task
 from slm_fast.errors import InputError, SlmError, WorkError, warn
+from slm_fast.loading import dtype_word
 from slm_fast.options import LearnOptions
 from slm_fast.origin import origin
 from slm_fast.slm import ScalableLM
@@ -39,6 +42,12 @@ class Job(NamedTuple):
     task: Task
     options: LearnOptions
     valid: Task | None = None
+    patience: int | None = None
+
+    @property
+    def validation(self) -> dict[str, Any]:
+        """Its validation, as keywords of whatever learns it."""
+        return {"valid": self.valid, "patience": self.patience}
 
 
 class _Ended(Exception):
@@ -102,13 +111,13 @@ class Workers:
         backbone: str,
         config: Mapping[str, Any],
         *,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         device: str = "auto",
         threads: int | None = None,
         start: bytes = b"",
     ) -> None:
-        self._opening: Message = {"backbone": backbone, "config": dict(config), "dtype": dtype, "device": device}
-        self._opening |= {"threads": threads, "jobs": count}
+        self._opening: Message = {"backbone": backbone, "config": dict(config), "dtype": dtype_word(dtype)}
+        self._opening |= {"device": device, "threads": threads, "jobs": count}
         self._start = start
         self._about: Mapping[str, Any] = {}  # of the model that commits
         self._lock, self._closed = threading.Lock(), False
@@ -188,7 +197,8 @@ class Workers:
 
     def _learn(self, place: int, job: Job) -> bytes | SlmError:
         valid = None if job.valid is None else task_message(job.valid)
-        request = {"task": task_message(job.task), "options": asdict(job.options), "valid": valid}
+        request: Message = {"task": task_message(job.task), "options": asdict(job.options), "valid": valid}
+        request["patience"] = job.patience
         for attempt in range(1, TRIES + 1):
             worker = self._open(place)
             check_same(worker.about or {}, self._about, "worker", "this model")

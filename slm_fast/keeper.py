@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from slm_fast.backbone import Backbone
 from slm_fast.errors import InputError, WorkError, some_of, warn
+from slm_fast.evaluate import Evaluation
+from slm_fast.hub import check_repo, chosen, push, write_shared
 from slm_fast.model import AdaptedModel
 from slm_fast.options import ModelConfig
 from slm_fast.schema import check_learned
@@ -34,6 +37,12 @@ class TaskKeeper:
     def learned(self) -> Mapping[str, LearnedTask]:
         """What is kept of each task, by name."""
         return MappingProxyType({task.name: task for task in self.model.pool.tasks})
+
+    @property
+    def classes_(self) -> list[str]:
+        """The label words of all tasks with heads, sorted, each once: the columns of `predict_proba`."""
+        heads = self.model.pool.heads
+        return [] if heads is None else list(heads.words)
 
     def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
         """Take in tasks learned elsewhere: what `learned` holds of another model of the same kind.
@@ -126,6 +135,65 @@ class TaskKeeper:
                 self._committed = store.save(list(self.learned.values()))
                 self.store = store
             self.refresh()
+
+    def share(
+        self,
+        folder: str | Path,
+        *,
+        tasks: str | Collection[str] | None = None,
+        evaluation: Evaluation | None = None,
+        base_model: str | None = None,
+    ) -> None:
+        """Write a folder to share: a store of all tasks or some, and README.md, a model card. It is a store like any:
+        `from_pretrained` opens it, `slm-fast merge` takes its tasks elsewhere. This model's own store stays what it is.
+
+        Args:
+            folder: is made; it must be empty or not there.
+            tasks: a name, or several. evaluation: what `evaluate` gave, for the card's accuracies.
+            base_model: the backbone's name on the hub, where it is a folder here.
+
+        Raises:
+            InputError: no such task, a folder that holds something. WorkError: it cannot be written.
+        """
+        self._share(Path(folder), tasks, evaluation, base_model)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tasks: str | Collection[str] | None = None,
+        evaluation: Evaluation | None = None,
+        base_model: str | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload to the Hugging Face hub what `share` writes; the repository's address.
+
+        Args:
+            repo_id: USER/NAME; made if it is not there. private: of one that is made.
+            The rest as for `share`.
+
+        Raises:
+            InputError: no such task, or no name of a repository. WorkError: the hub cannot be reached, or refuses.
+        """
+        check_repo(repo_id)
+        with tempfile.TemporaryDirectory() as folder:
+            self._share(Path(folder), tasks, evaluation, base_model, repo_id)
+            return push(Path(folder), repo_id, private=private, message=commit_message)
+
+    def _share(
+        self,
+        folder: Path,
+        tasks: str | Collection[str] | None,
+        evaluation: Evaluation | None,
+        base_model: str | None,
+        repo_id: str | None = None,
+    ) -> None:
+        found = chosen(list(self.learned.values()), tasks)
+        if evaluation is not None and not isinstance(evaluation, Evaluation):
+            raise InputError(f"evaluation: expected what evaluate() gives, got a {type(evaluation).__name__}")
+        accuracy = None if evaluation is None else evaluation.accuracy
+        write_shared(folder, self.model.about, found, accuracy=accuracy, base_model=base_model, repo_id=repo_id)
 
     def _set(self, tasks: Sequence[LearnedTask]) -> None:
         self.model.set_tasks(in_name_order(tasks))

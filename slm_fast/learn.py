@@ -9,7 +9,6 @@ and `warm_start` it depends on the tasks learned before, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from slm_fast.batching import shuffled_buckets
 from slm_fast.data import Task
 from slm_fast.distributed import ALONE, Processes
+from slm_fast.epochs import Best, LearnStep, OnStep, checked_callback, checked_patience, optimizer_and_schedule
 from slm_fast.errors import InputError, WorkError, memory_for
 from slm_fast.examples import Examples, prepare
 from slm_fast.layers import Values, rounded_for_autocast
@@ -46,12 +46,16 @@ def learn_task(
     options: LearnOptions,
     *,
     valid: Task | None = None,
+    patience: int | None = None,
+    on_step: OnStep | None = None,
     progress: bool | None = None,
     processes: Processes = ALONE,
 ) -> LearnedTask:
     """Learn one task and return what is kept of it, for `ScalableLM.add`; the model is left as it was.
 
-    With `valid` the values of the epoch that did best on it are kept (accuracy for heads, loss for generation).
+    With `valid` the values of the epoch that did best on it are kept (accuracy for heads, loss for generation). With
+    `patience` learning stops where so many epochs in a row were no better; the learning rate falls as if it did not.
+    `on_step` is called after each step.
     Several `processes` that learn it together call this with the same rows and options.
 
     Raises:
@@ -59,8 +63,9 @@ def learn_task(
         another process is no more.
     """
     check_task(model, task, valid, options.max_length)
+    patience = checked_patience(patience, has_valid=valid is not None)
     with memory_for(f"task {task.name!r}"), model.lock, torch.inference_mode(False), torch.enable_grad():
-        trainer = Trainer(model, task, options, processes)
+        trainer = Trainer(model, task, options, processes, patience, checked_callback(on_step))
         with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
             examples, query = prepare(model, task, task.labels, trainer.max_length, advance)
         processes.broadcast([query])  # machines of other kinds round otherwise, and would route otherwise
@@ -130,22 +135,6 @@ def _check_words(model: AdaptedModel, task: Task, max_length: int) -> None:
         seen[text] = label
 
 
-def optimizer_and_schedule(
-    parameters: Sequence[Tensor], options: LearnOptions, rows: int, head: Sequence[Tensor] = ()
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW over parameters and, at a rate of its own, a head's (weight [C, H], bias [C]), with a linear warm-up and
-    decay over all steps."""
-    groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": options.learning_rate}]
-    if head:
-        groups.append({"params": list(head), "lr": options.head_rate(len(head[0]))})
-    optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, fused=True)
-    steps = options.epochs_for(rows) * math.ceil(rows / options.batch_size)
-    warmup = max(1, round(options.warmup * steps))
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-    )
-
-
 def _join(mine: Tensor, theirs: Tensor) -> Tensor:
     """Slots [S, r, F] above others, the smaller rank filled up with zeros."""
     rank = max(mine.shape[1], theirs.shape[1])
@@ -156,8 +145,17 @@ class Trainer:
     """The values, head and training loop of one task. `learn_task` calls, in order: `allocate`, `routed`,
     `warm_start`, `fine_tune`, `learned`."""
 
-    def __init__(self, model: AdaptedModel, task: Task, options: LearnOptions, processes: Processes = ALONE) -> None:
+    def __init__(
+        self,
+        model: AdaptedModel,
+        task: Task,
+        options: LearnOptions,
+        processes: Processes = ALONE,
+        patience: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> None:
         self.model, self.task, self.options, self.processes = model, task, options, processes
+        self.patience, self.on_step = patience, on_step
         self.device, self.dtype = model.backbone.device, model.backbone.dtype
         limit, length = model.backbone.max_positions(), options.max_length
         self.max_length: int = (model.config.max_length or 0) if length is None else length
@@ -239,34 +237,47 @@ class Trainer:
         values = [parameter for pair in self.params.values() for parameter in pair]
         optimizer, scheduler = optimizer_and_schedule(values, options, len(examples), self.head or ())
         epochs, lengths = options.epochs_for(len(examples)), examples.lengths
-        best, best_score = self._snapshot() if valid is not None else [], -math.inf
+        best = None if valid_examples is None else Best(self.parameters(), self.patience)
+        look = LOOK if self.on_step is None else 1
         progressing = bar(f"{self.task.name}: learning", epochs * len(examples), progress)
         with self._rounded(examples), progressing as advance:
-            for epoch in range(epochs):
+            for epoch in range(1, epochs + 1):
                 losses: list[Tensor] = []
                 for step, rows in enumerate(plan := shuffled_buckets(lengths, options.batch_size, self.shuffle), 1):
                     optimizer.zero_grad()
                     losses.append(self.backward(examples, rows.tolist()))
                     nn.utils.clip_grad_norm_(self.parameters(), 1.0)
                     optimizer.step()
+                    rate = float(scheduler.get_last_lr()[0])
                     scheduler.step()
                     note = None
-                    if step % LOOK == 0 or step == len(plan):  # a look at the loss waits for a GPU to finish
+                    if step % look == 0 or step == len(plan):  # a look at the loss waits for a GPU to finish
                         value = float(torch.stack(losses).mean())
-                        self._check_finite(value, f"the loss is {value} in epoch {epoch + 1}")
+                        self._check_finite(value, f"the loss is {value} in epoch {epoch}")
                         losses, note = [], f"loss {value:.3f}"
+                        done = (epoch - 1) * len(plan) + step
+                        now = LearnStep(self.task.name, done, epochs * len(plan), epoch, value, rate)
+                        if step < len(plan):
+                            self._tell(now)
                     advance(len(rows), note=note)
-                if valid_examples is not None:
-                    score = self._score(valid_examples)
-                    self._check_finite(score, f"the validation score is {score} in epoch {epoch + 1}")
-                    if score > best_score:
-                        best, best_score = self._snapshot(), score
+                score = None if valid_examples is None else self._score(valid_examples)
+                if score is not None:
+                    self._check_finite(score, f"the validation score is {score} in epoch {epoch}")
+                self._tell(now, score)
+                if best is not None and score is not None and best.is_enough(score):
+                    break
         for parameter in self.parameters():
             self._check_finite(float(parameter.detach().sum()), "the values are no longer numbers")
-        if valid_examples is not None:
-            with torch.no_grad():
-                for parameter, kept in zip(self.parameters(), best, strict=True):
-                    parameter.copy_(kept)
+        if best is not None:
+            best.restore()
+
+    def _tell(self, step: LearnStep, score: float | None = None) -> None:
+        """Tell whoever wants to know of a step; of an epoch's last one with its validation `score`."""
+        if self.on_step is None:
+            return
+        if score is not None:
+            step = replace(step, valid_loss=-score) if self.head is None else replace(step, valid_accuracy=score)
+        self.on_step(step)
 
     def _rounded(self, examples: Examples) -> AbstractContextManager[None]:
         """With autocast, what passes of these rows meets is rounded once, and not again in every pass."""
@@ -303,9 +314,6 @@ class Trainer:
         examples, query = prepare(self.model, valid, self.task.labels, self.max_length)
         route = router.route(query)
         return replace(examples, route=Route(route.slot_ids.cpu(), route.weights.cpu()))
-
-    def _snapshot(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.parameters()]
 
     @torch.no_grad()
     def _score(self, examples: Examples) -> float:
@@ -375,5 +383,5 @@ class Trainer:
             values={name: kept(pair) for name, pair in self.params.items()},
             router={key: tensor.cpu() for key, tensor in self.part.items()},
             head=None if self.head is None else kept(self.head),
-            options=kept_options(self.options, self.start),
+            options=kept_options(self.options, self.start, self.patience),
         )

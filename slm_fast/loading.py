@@ -127,10 +127,17 @@ def choose_device(device: str) -> torch.device:
     return place
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype that a name of `DTYPES` means on this device."""
-    if dtype not in DTYPES:
+def dtype_word(dtype: str | torch.dtype) -> str:
+    """The word of `DTYPES` for a dtype, which may be torch's own. Raises InputError for any other."""
+    word = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if word not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    return word
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a word of `DTYPES`, or torch's own, means on this device."""
+    dtype = dtype_word(dtype)
     if dtype != "auto":
         found: torch.dtype = getattr(torch, dtype)
         return found

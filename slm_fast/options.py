@@ -30,6 +30,7 @@ LARGEST = {
     "rank": 4096,
     "slots": 4096,
     "epochs": 1_000_000,
+    "patience": 1_000_000,
     "accumulate": 1_000_000,
     "batch_size": 1 << 20,
     "batch_tokens": 1 << 30,
@@ -234,15 +235,21 @@ def _integers(options: Any, *names: str, least: int = 1, optional: bool = False)
         value = getattr(options, name)
         if value is None and optional:
             continue
-        number = _whole(value)
-        if number is None:
-            what = "an integer or None" if optional else "an integer"
-            raise InputError(f"{name}: expected {what}, got {reprlib.repr(value)}")
-        if number < least:
-            raise InputError(f"{name}: expected at least {least}, got {number}")
-        if number > LARGEST[name]:
-            raise InputError(f"{name}: expected at most {LARGEST[name]:,}, got {reprlib.repr(value)}")
-        object.__setattr__(options, name, number)
+        what = "an integer or None" if optional else "an integer"
+        object.__setattr__(options, name, at_least_one(name, value, what, least))
+
+
+def at_least_one(name: str, value: Any, what: str = "an integer or None", least: int = 1) -> int:
+    """An integer of any type, from `least` to the largest that `LARGEST` has of this name, as Python's own. Raises
+    InputError, with the words `what` for it."""
+    number = _whole(value)
+    if number is None:
+        raise InputError(f"{name}: expected {what}, got {reprlib.repr(value)}")
+    if number < least:
+        raise InputError(f"{name}: expected at least {least}, got {number}")
+    if number > LARGEST[name]:
+        raise InputError(f"{name}: expected at most {LARGEST[name]:,}, got {reprlib.repr(value)}")
+    return number
 
 
 def _whole(value: Any) -> int | None:

@@ -25,10 +25,17 @@ def origin(model: AdaptedModel, task: Task, options: Mapping[str, Any], valid: T
     return origin_of(task.name, about, ([row.text, row.target, row.instruction] for rows in parts for row in rows))
 
 
-def is_same(known: LearnedTask, model: AdaptedModel, task: Task, options: LearnOptions, valid: Task | None) -> bool:
+def is_same(
+    known: LearnedTask,
+    model: AdaptedModel,
+    task: Task,
+    options: LearnOptions,
+    valid: Task | None,
+    patience: int | None = None,
+) -> bool:
     """Whether a learned task was made from these rows and options. One that was to start from whatever was nearest is
     the same whatever that was then."""
-    asked = kept_options(options, None)
+    asked = kept_options(options, None, patience)
     if "warm_start" in asked:
         asked["warm_start"] = known.options.get("warm_start")
     return is_wanted(options, known.options) and known.origin == origin(model, task, asked, valid)

@@ -8,7 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slm_fast.data import Row
@@ -109,6 +111,16 @@ def _good(windows: Iterable[list[Answer]]) -> Iterator[Prediction]:
             if isinstance(found, WorkError):
                 raise WorkError(f"row {number}: {found}")
             yield found
+
+
+def probabilities(answers: Sequence[Prediction], words: Sequence[str]) -> NDArray[np.float32]:
+    """The probabilities of answers that give those of all labels, [N, C] float32, C in the order of these words."""
+    column = {word: i for i, word in enumerate(words)}
+    found = np.zeros((len(answers), len(words)), np.float32)
+    for row, answer in zip(found, answers, strict=True):
+        for word, probability in (answer.probabilities or {}).items():
+            row[column[word]] = probability
+    return found
 
 
 def answer(

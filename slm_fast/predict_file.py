@@ -1,4 +1,4 @@
-"""Answers to a file or stream of rows: JSON Lines, in input order; an interrupted run is taken up again."""
+"""Answers to a file or stream of rows: JSON Lines (or Parquet), in order; an interrupted run is taken up again."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from slm_fast.data import Row, identified
 from slm_fast.errors import InputError, SlmWarning, WorkError, some_of
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
+from slm_fast.parquet_output import ParquetOutput, check_parquet, is_parquet
 from slm_fast.passes import tokens_of_a_batch
 from slm_fast.predict import Prediction, answer
 from slm_fast.progress import bar, is_shown
@@ -84,10 +85,12 @@ def check_paths(
     wrong = wrong_name(sink)
     if wrong and kind is not Kind.STREAM:
         raise InputError(f"{sink}: {wrong}")
+    if kind is not Kind.STREAM and is_parquet(sink):
+        check_parquet(sink, overwrite=overwrite)
     if kind is Kind.FILE:
         if isinstance(source, Path) and sink.samefile(source):
             raise InputError(f"{sink}: is the input")
-        if not overwrite and sink.stat().st_size:
+        if not overwrite and sink.stat().st_size and not is_parquet(sink):
             if not _is_file(source):
                 raise InputError(f"{sink}: is there already; --overwrite replaces it")
             check_resumable(sink)
@@ -115,7 +118,7 @@ def predict_file(
     Args:
         source: a file of any format that tasks are learned from, a pipe, or a binary stream. sink: a file or pipe that
             gets JSON Lines (.gz too), or a text stream. The same call again goes on where an interrupted one stopped,
-            if both are files.
+            if both are files. A .parquet file is there once all is answered, and is not gone on with.
         reading: how `source` is read, where that is not plain from it.
         files: the SHA-256 of each task's file; an interrupted run is only taken up over the same ones. None: never.
         task: take every row for this task.
@@ -145,10 +148,13 @@ def predict_file(
             rows = _count(reading.records(source))
     with ExitStack() as stack:
         stack.enter_context(model.pinned())
-        output: Output | None = None
+        output: Output | ParquetOutput | None = None
         stream: IO[str] | io.FileIO | None = None
         if isinstance(sink, Path) and kind_of(sink) is not Kind.STREAM:
-            output = stack.enter_context(Output(sink, about, overwrite=overwrite))
+            if is_parquet(sink):
+                output = stack.enter_context(ParquetOutput(sink, overwrite=overwrite))
+            else:
+                output = stack.enter_context(Output(sink, about, overwrite=overwrite))
         else:
             stream = stack.enter_context(open_stream(sink, "wb")) if isinstance(sink, Path) else sink
         before, failed = (output.rows, output.failed) if output else (0, 0)

@@ -123,6 +123,9 @@ def _check_file(path: Path) -> bool:
         mode = 0
     except (OSError, ValueError) as error:
         raise WorkError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if stat.S_ISDIR(mode):
+        saved = "; Task.from_rows(name, datasets.load_from_disk(folder)) reads it" * (path / "state.json").exists()
+        raise InputError(f"{path}: is a folder, expected a file{saved}")
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
         raise InputError(f"{path}: no such file")
     return stat.S_ISREG(mode)

@@ -6,10 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from slm_fast.backbone import load_backbone
 from slm_fast.data import Task, checked, rows_of_file, rows_to_answer
+from slm_fast.epochs import OnStep, checked_callback, checked_patience
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, as_task, evaluate
+from slm_fast.hub import find_store, is_on_hub
 from slm_fast.keeper import TaskKeeper
 from slm_fast.labels import read_words
 from slm_fast.learn import check_task, learn_task
@@ -24,12 +29,13 @@ from slm_fast.options import (
     shows,
 )
 from slm_fast.origin import is_same
-from slm_fast.predict import Prediction, predict, predict_stream
+from slm_fast.predict import Prediction, predict, predict_stream, probabilities
 from slm_fast.predict_file import FileAnswered, Reading, predict_file
-from slm_fast.store import Store, check_same
+from slm_fast.store import check_same
 from slm_fast.warm_start import check_start
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from typing_extensions import Unpack
 
 
@@ -55,7 +61,7 @@ class ScalableLM(TaskKeeper):
         config: ModelConfig | None = None,
         *,
         tokenizer: Any = None,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         device: str = "auto",
         **changes: Unpack[ModelKeywords],
     ) -> ScalableLM:
@@ -65,8 +71,8 @@ class ScalableLM(TaskKeeper):
             backbone: a hub name, a local path (of a GGUF file, too), "minilm" or "smollm2" (packaged all-MiniLM-L6-v2
                 and SmolLM2-135M-Instruct), or a transformers model (quantised ones too), which then needs its
                 `tokenizer`. It is frozen and given adapted layers in place.
-            dtype: "float32", "bfloat16", "float16" or "auto" (bfloat16 where fast). device: "auto", "cpu" or "cuda".
-                Both only for a backbone that is loaded here.
+            dtype: "float32", "bfloat16", "float16" (or torch's own, such as torch.bfloat16) or "auto" (bfloat16 where
+                fast). device: "auto", "cpu" or "cuda". Both only for a backbone that is loaded here.
             config: how the model is put together. changes: fields of it, such as query="trunk" | "sentence".
 
         Raises:
@@ -83,19 +89,22 @@ class ScalableLM(TaskKeeper):
         *,
         backbone: Any = None,
         tokenizer: Any = None,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         device: str = "auto",
         skip_damaged: bool = False,
+        revision: str | None = None,
     ) -> ScalableLM:
         """Open a store. `backbone` says where its backbone is now, if not where the manifest says.
 
         Args:
+            path: a folder, or USER/NAME of one on the Hugging Face hub (`revision`: a branch, tag or commit of it). The
+                model of one on the hub belongs to no store: what it learns is in memory until `save_pretrained`.
             skip_damaged: leave out tasks whose files are damaged or do not fit, with a warning for each.
 
         Raises:
             InputError: no store, or the backbone is not the one it was made with. WorkError: damage, too little memory.
         """
-        store = Store.open(path)
+        store = find_store(path, revision)
         config: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in store.about["config"].items()
         }
@@ -120,7 +129,8 @@ class ScalableLM(TaskKeeper):
                 slm.model.router.prepare()
             except WorkError as error:
                 raise WorkError(next(iter(store.verify()), f"store {path}: {error}")) from None
-        slm.store, slm._committed = store, dict(store.files)
+        if not is_on_hub(path):
+            slm.store, slm._committed = store, dict(store.files)
         return slm
 
     @shows(LearnOptions)
@@ -130,6 +140,8 @@ class ScalableLM(TaskKeeper):
         options: LearnOptions | None = None,
         *,
         valid: Task | str | Path | None = None,
+        patience: int | None = None,
+        on_step: OnStep | None = None,
         progress: bool | None = None,
         **changes: Unpack[LearnKeywords],
     ) -> None:
@@ -137,6 +149,10 @@ class ScalableLM(TaskKeeper):
 
         Args:
             valid: a validation task or file; the epoch that does best on it is kept.
+            patience: early stopping: learning ends where so many epochs in a row were no better on `valid` than the
+                best. Epochs are what they are without: the learning rate falls as over all of them.
+            on_step: called after each step with a `LearnStep`: loss, learning rate and, at the end of an epoch, how
+                `valid` was answered. What it raises ends learning, and comes out of here.
             progress: show bars on standard error; None shows them on a terminal.
             options: how it is learned. changes: fields of them, such as epochs=5.
 
@@ -150,12 +166,14 @@ class ScalableLM(TaskKeeper):
             valid = Task.from_file(task.name, valid, known=known, training=False)
         valid = None if valid is None else checked(valid, "valid").spelled_as(known)
         check_task(self.model, task, valid, chosen.max_length)
+        how: dict[str, Any] = {"valid": valid, "patience": checked_patience(patience, has_valid=valid is not None)}
+        checked_callback(on_step)
         if self.store is not None:
             self.store.check_writable()
             self.refresh()
-        if self.knows(task, chosen, valid=valid):
+        if self.knows(task, chosen, **how):
             return warn(f"task {task.name!r}: already learned from the same rows and options; kept as it is")
-        self._know([learn_task(self.model, task, chosen, valid=valid, progress=progress)])
+        self._know([learn_task(self.model, task, chosen, **how, on_step=on_step, progress=progress)])
 
     def import_adapter(
         self,
@@ -208,13 +226,20 @@ class ScalableLM(TaskKeeper):
 
         peft_export.export_task(self.model, name, folder, weights=weights)
 
-    def knows(self, task: Task, options: LearnOptions | None = None, *, valid: Task | None = None) -> bool:
+    def knows(
+        self,
+        task: Task,
+        options: LearnOptions | None = None,
+        *,
+        valid: Task | None = None,
+        patience: int | None = None,
+    ) -> bool:
         """Whether this very task is learned already, from the same rows and options; `learn` then does nothing.
 
         Raises InputError when the name is another task's, or the task to start from is not learned.
         """
         known, options = self.learned.get(task.name), options or LearnOptions()
-        if known is not None and is_same(known, self.model, task, options, valid):
+        if known is not None and is_same(known, self.model, task, options, valid, patience):
             return True
         if known is not None or task.name in self._committed:
             raise InputError(f"task {task.name!r}: already learned; forget it first to learn it anew")
@@ -243,6 +268,33 @@ class ScalableLM(TaskKeeper):
         """
         parsed = list(rows_to_answer(rows))
         return predict(self.model, parsed, combine(PredictOptions, options, changes), task=task, progress=progress)
+
+    @shows(PredictOptions)
+    def predict_proba(
+        self,
+        rows: Iterable[Any],
+        options: PredictOptions | None = None,
+        *,
+        task: str | None = None,
+        progress: bool | None = False,
+        **changes: Unpack[PredictKeywords],
+    ) -> NDArray[np.float32]:
+        """The probability of each label for each row: [N, C] float32, C in the order of `classes_`. A row sums to 1,
+        and holds zeros where it is abstained from.
+
+        Args:
+            task: take every row for this task. C is then in the order of its own labels, which are sorted
+                (`slm.learned[task].labels`).
+            rows, options, changes, errors: those of `predict`; `top_k` does not matter.
+
+        Raises InputError for a backbone that writes its answers, too: it weighs no labels.
+        """
+        known = None if task is None else self.learned.get(task)
+        if self.model.backbone.kind != "encoder" and (known is None or known.head is None):
+            raise InputError("predict_proba: this backbone writes its answers and weighs no labels; predict has .score")
+        changes["top_k"] = None
+        answers = self.predict(rows, options, task=task, progress=progress, **changes)
+        return probabilities(answers, self.classes_ if known is None else known.labels or ())
 
     @shows(PredictOptions)
     def predict_stream(
@@ -275,9 +327,11 @@ class ScalableLM(TaskKeeper):
         progress: bool | None = None,
         **changes: Unpack[PredictKeywords],
     ) -> FileAnswered:
-        """Answer a file of rows into one of JSON Lines, in order; memory stays bounded, bad rows become error rows.
+        """Answer a file of rows into one of JSON Lines or Parquet, in order; memory stays bounded, bad rows become
+        error rows.
 
-        The same call again goes on where an interrupted one stopped, if this model belongs to a store.
+        The same call again goes on where an interrupted one stopped, if this model belongs to a store and the output is
+        not a .parquet file.
 
         Args:
             source, format, delimiter, encoding: a file as for `Task.from_file`, a pipe, or a binary stream; rows may

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -210,7 +210,9 @@ class Store:
             self._finish(files)
         return same
 
-    def merge(self, sources: Sequence[Store], *, prefer: str | Path | None = None) -> None:
+    def merge(
+        self, sources: Sequence[Store], *, prefer: str | Path | None = None, tasks: Collection[str] | None = None
+    ) -> None:
         """Copy the tasks of other stores into this one.
 
         Of two tasks of one name that were made from the same rows and options, and came out otherwise (on another
@@ -218,23 +220,34 @@ class Store:
 
         Args:
             prefer: the store (this one or a source) whose task is taken where two hold different ones of a name.
+            tasks: the names of those to copy; None means all.
 
         Raises:
-            InputError: a source is of another backbone or configuration, or holds another task of the same name.
+            InputError: a source is of another backbone or configuration, or holds another task of the same name; no
+            source holds a task to copy.
             WorkError: a file is damaged, or cannot be written; the store is as it was.
         """
         preferred = None if prefer is None else Path(prefer).resolve()
         if preferred is not None and preferred not in [store.path.resolve() for store in (self, *sources)]:
             raise InputError(f"prefer: expected one of the stores that are merged, got {prefer}")
+        there = sorted({name for source in sources for name in source.files})
+        for name in sorted(tasks or ()):
+            if name not in there:
+                raise InputError(f"task {name!r}: in none of the stores to copy from; tasks: {some_of(there)}")
         with self._writing():
             files, holder = dict(self.files), dict.fromkeys(self.files, self)
             for source in sources:
                 check_same(source.about, self.about, str(source.path), str(self.path))
-                files, holder = self._merged(source, files, holder, preferred)
+                files, holder = self._merged(source, files, holder, preferred, tasks)
             self._finish(files)
 
     def _merged(
-        self, source: Store, files: Mapping[str, str], holder: Mapping[str, Store], preferred: Path | None
+        self,
+        source: Store,
+        files: Mapping[str, str],
+        holder: Mapping[str, Store],
+        preferred: Path | None,
+        wanted: Collection[str] | None,
     ) -> tuple[dict[str, str], dict[str, Store]]:
         """`files`, and the store that each of them was found in, with those of one source more, which are copied."""
         taken: dict[str, str] = {}
@@ -242,7 +255,7 @@ class Store:
         def look(name: str) -> None:
             taken.pop(name, None)
             digest = source.files[name]
-            if files.get(name) == digest:
+            if files.get(name) == digest or (wanted is not None and name not in wanted):
                 return
             task, data = source.read(name, thorough=True)
             if name in files and preferred != source.path.resolve():

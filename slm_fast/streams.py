@@ -67,9 +67,9 @@ def wrong_name(path: Path) -> str | None:
     """What is wrong with the name of a file that answers are to be written to."""
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
-    if suffix not in _OTHERS:
+    if suffix not in _OTHERS or name.endswith(".parquet"):
         return None
-    return f"answers are written as JSON Lines, not as {suffix}; name it .jsonl (or .jsonl.gz)"
+    return f"answers are written as JSON Lines, not as {suffix}; name it .jsonl (or .jsonl.gz, .parquet)"
 
 
 def open_stream(path: Path, mode: Literal["rb", "wb"]) -> io.FileIO:

@@ -105,10 +105,10 @@ def slot_weights(route: Route, slots: int) -> Tensor:
     return found.scatter_add_(1, ids.where(inside, 0), weights * inside)
 
 
-def kept_options(options: LearnOptions, start: Start | None) -> dict[str, Any]:
+def kept_options(options: LearnOptions, start: Start | None, patience: int | None = None) -> dict[str, Any]:
     """Options as a task's file keeps them. `warm_start` is there only if it was wanted: {"task": name, "sha256": that
-    of its file}, or True where there was nothing to start from."""
-    kept = asdict(options)
+    of its file}, or True where there was nothing to start from; `patience` only if there was one."""
+    kept = asdict(options) | ({} if patience is None else {"patience": patience})
     if not options.warm_start:
         del kept["warm_start"]
     elif start is not None:

@@ -126,7 +126,8 @@ def _learn(slm: ScalableLM, request: Message) -> bytes:
     from slm_fast.task_file import task_to_bytes
 
     task, valid = task_of(request["task"]), request["valid"] and task_of(request["valid"])
-    return task_to_bytes(learn_task(slm.model, task, LearnOptions(**request["options"]), valid=valid, progress=False))
+    options, patience = LearnOptions(**request["options"]), request["patience"]
+    return task_to_bytes(learn_task(slm.model, task, options, valid=valid, patience=patience, progress=False))
 
 
 if __name__ == "__main__":

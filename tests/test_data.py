@@ -165,9 +165,10 @@ def test_bad_names_are_wrong_calls_and_are_shown(tmp_path: Path, name: object) -
 
 
 def test_a_missing_file_is_a_wrong_call(tmp_path: Path) -> None:
-    (tmp_path / "folder.csv").mkdir()
-    for name in ("missing.csv", "missing.jsonl.gz", "missing.parquet", "folder.csv"):
+    for name in ("missing.csv", "missing.jsonl.gz", "missing.parquet"):
         refused(InputError, tmp_path / name, "no such file")
+    (tmp_path / "folder.csv").mkdir()
+    refused(InputError, tmp_path / "folder.csv", "is a folder, expected a file")
 
 
 @pytest.mark.parametrize("closed", ["file", "folder"])

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(folder: Path, store: str, *more: object, names: tuple[str, ...] = NAMES) -> list[str]:
     files = [f"--task={name}={folder / f'{name}.csv'}" for name in names]
-    valid = [f"--valid=sea={folder / 'sea.csv'}"] if "sea" in names else []
+    valid = [f"--valid=sea={folder / 'sea.csv'}", "--patience=1"] if "sea" in names else []
     options = ["--backbone", folder / "bert", "--epochs", 2, "--threads", 1]
     return list(map(str, ["learn", folder / store, *options, *files, *valid, *more]))
 

@@ -161,7 +161,7 @@ def test_an_interrupted_run_is_not_taken_up_with_another_way_of_reading(slm: Sca
 
 
 @pytest.mark.parametrize(
-    "name", ["o.csv", "o.CSV", "o.csv.gz", "o.tsv", "o.parquet", "o.json", "o.xlsx", "o.jsonl.zst"]
+    "name", ["o.csv", "o.CSV", "o.csv.gz", "o.tsv", "o.parquet.gz", "o.json", "o.xlsx", "o.jsonl.zst"]
 )
 def test_a_name_that_promises_another_format_is_refused(slm: ScalableLM, tmp_path: Path, name: str) -> None:
     (tmp_path / "in.jsonl").write_text('"sea1"\n')

@@ -44,6 +44,8 @@ def add(verbs: Verbs) -> None:
     about = "training file: csv, tsv, jsonl, json or parquet with text,label; instruction,input,output; or messages"
     add_task_files(learn, f"{about}; - is standard input")
     learn.add_argument("--valid", action="append", default=[], metavar="NAME=FILE", help="a task's validation file")
+    about = "stop a task that has a validation file after so many epochs in a row that were no better than its best"
+    learn.add_argument("--patience", type=int, metavar="N", help=about)
     about = "learn so many tasks at a time, each in a process of its own with a share of the threads"
     learn.add_argument("--jobs", type=int, default=1, metavar="N", help=about)
     about = "with several processes (`torchrun`, `accelerate launch`): spread the frozen backbone's layers over them"
@@ -162,8 +164,8 @@ def _learn_one_together(slm: ScalableLM, job: Job, group: ProcessGroup) -> None:
         if slm.store is not None:
             slm.store.check_writable()
             slm.refresh()
-        kept = slm.knows(*job[:2], valid=job.valid)
-    made_from = origin(slm.model, job.task, kept_options(job.options, None), job.valid)
+        kept = slm.knows(*job[:2], **job.validation)
+    made_from = origin(slm.model, job.task, kept_options(job.options, None, job.patience), job.valid)
     said = group.gather([kept, made_from, __version__])
     with group.agreeing():
         for rank, (_, *theirs) in enumerate(said):
@@ -175,7 +177,7 @@ def _learn_one_together(slm: ScalableLM, job: Job, group: ProcessGroup) -> None:
     learned = None
     if not said[0][0]:
         shown = False if slm.store is None else None
-        learned = learn_task(slm.model, *job[:2], valid=job.valid, progress=shown, processes=group)
+        learned = learn_task(slm.model, *job[:2], **job.validation, progress=shown, processes=group)
     with group.agreeing():
         if slm.store is not None and learned is None:
             _learn(slm, job)  # which says that it is kept
@@ -194,13 +196,14 @@ def _check(slm: ScalableLM, jobs: Sequence[Job]) -> None:
     """Raise InputError for a task that this model cannot learn, as far as that can be known beforehand."""
     from slm_fast.learn import check_task
 
-    for task, options, valid in jobs:
-        check_task(slm.model, task, valid, options.max_length)
-        slm.knows(task, options, valid=valid)
+    for job in jobs:
+        check_task(slm.model, job.task, job.valid, job.options.max_length)
+        slm.knows(*job[:2], **job.validation)
 
 
 def _read(arguments: argparse.Namespace, *, launched: bool = False) -> list[Job]:
     """The tasks of a call, as files and options say."""
+    from slm_fast.epochs import checked_patience
     from slm_fast.jobs import Job
 
     files, valid_files = named_files(arguments.tasks), named_files(arguments.valid)
@@ -218,7 +221,8 @@ def _read(arguments: argparse.Namespace, *, launched: bool = False) -> list[Job]
     valid = read_tasks(arguments, valid_files, training=False, known=known)
     valid = {name: task.spelled_as(known[name]) for name, task in valid.items()}
     options = LearnOptions(**fields_of(arguments, LearnOptions))
-    return [Job(task, options, valid.get(task.name)) for task in tasks]
+    patience = checked_patience(arguments.patience, has_valid=bool(valid))
+    return [Job(task, options, valid.get(task.name), patience if task.name in valid else None) for task in tasks]
 
 
 def open_or_new(arguments: argparse.Namespace) -> ScalableLM:
@@ -285,7 +289,7 @@ def _workers(arguments: argparse.Namespace, count: int, given: Mapping[str, Any]
 def _learn(slm: ScalableLM, job: Job) -> None:
     """Learn a task here, and commit it."""
     done = "kept" if job.task.name in slm.learned else "learned"
-    _commit(slm, job, lambda: slm.learn(job.task, job.options, valid=job.valid), done)
+    _commit(slm, job, lambda: slm.learn(*job[:2], **job.validation), done)
 
 
 def _learn_side_by_side(slm: ScalableLM, workers: Workers, jobs: Sequence[Job]) -> int:
@@ -295,7 +299,7 @@ def _learn_side_by_side(slm: ScalableLM, workers: Workers, jobs: Sequence[Job]) 
 
     status, new = 0, []
     for job in jobs:
-        if slm.knows(*job[:2], valid=job.valid):
+        if slm.knows(*job[:2], **job.validation):
             _learn(slm, job)  # which says so
         else:
             new.append(job)
@@ -305,7 +309,7 @@ def _learn_side_by_side(slm: ScalableLM, workers: Workers, jobs: Sequence[Job]) 
                 if isinstance(learned, SlmError):
                     raise learned
                 slm.refresh()
-                if slm.knows(*job[:2], valid=job.valid):  # somebody else has learned it meanwhile
+                if slm.knows(*job[:2], **job.validation):  # somebody else has learned it meanwhile
                     _learn(slm, job)
                 else:
                     _commit(slm, job, partial(slm.add, learned), "learned")

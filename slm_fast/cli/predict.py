@@ -29,7 +29,8 @@ def add(verbs: Verbs) -> None:
     predict.add_argument(
         "--output",
         default="-",
-        help="where the answers go, as JSON Lines in the order of the input; the same call again resumes",
+        help="where the answers go, as JSON Lines (.gz too) in the order of the input; the same call again resumes. A "
+        ".parquet file is written whole, and not resumed",
     )
     predict.add_argument("--overwrite", action="store_true", help="replace an output that is there, do not resume")
     predict.add_argument("--strict", action="store_true", help="stop at the first bad row")

@@ -1,13 +1,15 @@
-"""What is done with a store alone: `slm-fast tasks`, `forget`, `merge` and `verify`."""
+"""What is done with a store alone: `slm-fast tasks`, `forget`, `merge`, `share`, `push` and `verify`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import tempfile
+from pathlib import Path
 
 from slm_fast.cli.arguments import Verbs
-from slm_fast.errors import some_of
+from slm_fast.errors import InputError, WorkError, one_line, some_of
 
 
 def add(verbs: Verbs) -> None:
@@ -17,18 +19,34 @@ def add(verbs: Verbs) -> None:
     forget.add_argument("name", metavar="NAME")
     merge = verbs.add("merge", run_merge, "copy the tasks of other stores into one", store=False)
     merge.add_argument("store", metavar="DEST", help="the store that receives them; made if it is not there")
-    merge.add_argument("sources", metavar="SRC", nargs="+")
+    merge.add_argument("sources", metavar="SRC", nargs="+", help="a store's directory, or USER/NAME on the hub")
+    _add_names(merge, "copy this task alone (give it again for more)")
     merge.add_argument(
         "--prefer", metavar="STORE", help="where stores hold different tasks of one name, take this store's"
     )
+    share = verbs.add("share", run_share, "write some tasks and a model card to a folder that is a store, too")
+    share.add_argument("folder", metavar="DIR", help="is made; must be empty or not there")
+    pushed = verbs.add("push", run_push, "upload to the Hugging Face hub what `share` writes")
+    pushed.add_argument("repo_id", metavar="USER/NAME", help="the repository; made if it is not there")
+    pushed.add_argument("--private", action="store_true", default=None, help="a repository that is made is private")
+    for parser in (share, pushed):
+        _add_names(parser, "share this task alone (give it again for more)")
+        about = "the backbone's name on the hub, where it is a folder here"
+        parser.add_argument("--base-model", metavar="USER/NAME", help=about)
+        about = "what `slm-fast evaluate --json` printed, for the card's accuracies"
+        parser.add_argument("--evaluation", metavar="FILE", help=about)
     verbs.add("verify", run_verify, "check every file of a store against its manifest")
 
 
+def _add_names(parser: argparse.ArgumentParser, about: str) -> None:
+    parser.add_argument("--task", action="append", metavar="NAME", dest="names", help=about)
+
+
 def run_tasks(arguments: argparse.Namespace) -> int:
-    from slm_fast.store import Store
+    from slm_fast.hub import find_store
     from slm_fast.tables import console, tasks_table
 
-    tasks = Store.open(arguments.store).load()
+    tasks = find_store(arguments.store).load()
     if arguments.json:
         labels = {task.name: {"labels": task.labels, "slots": task.slots, "options": task.options} for task in tasks}
         print(json.dumps(labels, allow_nan=False))
@@ -45,20 +63,66 @@ def run_forget(arguments: argparse.Namespace) -> int:
 
 
 def run_merge(arguments: argparse.Namespace) -> int:
+    from slm_fast.hub import find_store
     from slm_fast.store import Store
 
-    sources = [Store.open(path) for path in arguments.sources]
+    sources = [find_store(path) for path in arguments.sources]
     exists = Store.exists(arguments.store)
     store = Store.open(arguments.store) if exists else Store(arguments.store, sources[0].about, {})
-    store.merge(sources, prefer=arguments.prefer)
+    store.merge(sources, prefer=arguments.prefer, tasks=arguments.names)
     print(f"{arguments.store} holds {len(store.files):,} tasks: {some_of(sorted(store.files))}", file=sys.stderr)
     return 0
 
 
-def run_verify(arguments: argparse.Namespace) -> int:
+def run_share(arguments: argparse.Namespace) -> int:
+    found = _write_shared(arguments, Path(arguments.folder))
+    print(f"{arguments.folder}: {some_of(found)}, and a model card, README.md", file=sys.stderr)
+    return 0
+
+
+def run_push(arguments: argparse.Namespace) -> int:
+    from slm_fast.hub import check_repo, push
+
+    check_repo(arguments.repo_id)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_shared(arguments, Path(folder), arguments.repo_id)
+        print(push(Path(folder), arguments.repo_id, private=arguments.private))
+    return 0
+
+
+def _write_shared(arguments: argparse.Namespace, folder: Path, repo_id: str | None = None) -> list[str]:
+    """Write what is shared to a folder: the names of its tasks."""
+    from slm_fast.hub import chosen, write_shared
     from slm_fast.store import Store
 
+    accuracy = None if arguments.evaluation is None else _accuracy(Path(arguments.evaluation))
     store = Store.open(arguments.store)
+    tasks = chosen(store.load(), arguments.names)
+    write_shared(folder, store.about, tasks, accuracy=accuracy, base_model=arguments.base_model, repo_id=repo_id)
+    return [task.name for task in tasks]
+
+
+def _accuracy(file: Path) -> dict[str, float]:
+    """Accuracies by task, as `slm-fast evaluate --json` prints them."""
+    from slm_fast.fields import Unfit, check, fields, number, read_json
+
+    try:
+        found = fields(
+            fields(read_json(file.read_bytes()), "", "accuracy", others=True)["accuracy"], "accuracy", others=True
+        )
+        for name, value in found.items():
+            check(value, f"accuracy.{name}", number(0, 1))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (OSError, ValueError, Unfit) as error:
+        raise WorkError(f"{file}: not what `slm-fast evaluate --json` prints: {one_line(error)}") from None
+    return {name: float(value) for name, value in found.items()}
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    from slm_fast.hub import find_store
+
+    store = find_store(arguments.store)
     for path in store.leftovers():
         print(f"{path}: left over from an interrupted commit; the next one removes it", file=sys.stderr)
     wrong = store.verify()

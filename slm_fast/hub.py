@@ -1,0 +1,129 @@
+"""Stores on the Hugging Face hub, and folders to share: a store of some tasks with a model card."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slm_fast import __version__
+from slm_fast.card import base_model_of, model_card
+from slm_fast.errors import InputError, WorkError, one_line, some_of, warn
+from slm_fast.files import path_of, write
+from slm_fast.store import LOCK, MANIFEST, RESERVE, Store
+from slm_fast.tasks import LearnedTask
+
+CARD = "README.md"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def chosen(tasks: Sequence[LearnedTask], names: str | Collection[str] | None) -> list[LearnedTask]:
+    """The tasks of these names (None: all), by name. Raises InputError for one that is not there, or none."""
+    wanted = {names} if isinstance(names, str) else None if names is None else set(names)
+    known = {task.name: task for task in tasks}
+    for name in sorted(wanted or ()):
+        if name not in known:
+            raise InputError(f"task {name!r}: not learned; tasks: {some_of(known)}")
+    found = [known[name] for name in sorted(known if wanted is None else wanted)]
+    if not found:
+        raise InputError("tasks: there are none to share")
+    return found
+
+
+def write_shared(
+    folder: str | Path,
+    about: Mapping[str, Any],
+    tasks: Sequence[LearnedTask],
+    *,
+    accuracy: Mapping[str, float] | None = None,
+    base_model: str | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """Write a folder to share: a store of these tasks, which opens and merges as any, and its card, README.md.
+
+    Args:
+        folder: is made; it must be empty or not there. base_model: the backbone's name on the hub, where its own is
+            none. The rest: see `model_card`.
+
+    Raises:
+        InputError: a folder that holds something. WorkError: it cannot be written.
+    """
+    path, base = path_of(folder), base_model_of(about, base_model)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: is there already; expected a folder that is empty or not there")
+    name = str(base_model or about["backbone"])
+    if base is None:  # a path says much of this machine, and nothing to others
+        name = Path(name).name
+        warn(
+            f"backbone {name!r}: a folder here, or without a name; base_model= (--base-model) says what it is elsewhere"
+        )
+    about = {**about, "backbone": name}
+    Store(path, about, {}).save(tasks)
+    try:
+        for file in (LOCK, RESERVE):  # whoever writes to it makes them anew
+            (path / file).unlink(missing_ok=True)
+        card = model_card(about, tasks, accuracy=accuracy, base_model=base, repo_id=repo_id)
+        write(path / CARD, card.encode())
+    except OSError as error:
+        raise WorkError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def check_repo(repo_id: str) -> None:
+    """Raise InputError for what is no name of a repository."""
+    if not isinstance(repo_id, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", repo_id):
+        raise InputError(f"repo_id: expected a name such as user/store, got {repo_id!r}")
+
+
+def push(folder: Path, repo_id: str, *, private: bool | None = None, message: str | None = None) -> str:
+    """Make a repository of the hub hold the store that is in a folder, and its address. It is made if it is not there;
+    tasks that it held before and the folder does not are removed from its newest version.
+
+    Raises WorkError where the hub cannot be reached or does not take it.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi(library_name="slm-fast", library_version=__version__)
+        made = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            delete_patterns=["tasks/*"],
+            commit_message=message or "Upload a store of slm_fast",
+        )
+        return str(made)
+    except Exception as error:  # whatever the hub's client raises for a name, a network, a permission
+        raise WorkError(f"{repo_id}: cannot be pushed to the hub: {one_line(error)}") from None
+
+
+def is_on_hub(path: str | Path) -> bool:
+    """Whether what stands for a store can only be a name on the hub: USER/REPO, where there is no such folder."""
+    return (
+        isinstance(path, str)
+        and HUB_NAME.fullmatch(path) is not None
+        and not os.path.exists(path)
+        and not os.path.isdir(os.path.dirname(path))
+    )
+
+
+def find_store(path: str | Path, revision: str | None = None) -> Store:
+    """Open the store in a folder or, of a name on the hub, the one there, which is downloaded and is to be read only.
+
+    Raises:
+        InputError: there is none, or the hub cannot be asked. WorkError: its manifest is damaged.
+    """
+    if not is_on_hub(path):
+        if revision is not None:
+            raise InputError(f"revision: goes with a store on the hub, got {revision!r} and {path}")
+        return Store.open(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(str(path), revision=revision, allow_patterns=[MANIFEST, "tasks/*"])
+    except Exception as error:  # whatever the hub's client raises for a name, a network, a permission
+        raise InputError(f"store {path}: no such folder, and cannot be had from the hub: {one_line(error)}") from None
+    if not Store.exists(folder):
+        raise InputError(f"store {path}: the hub's repository of this name holds no store (no {MANIFEST})")
+    return Store.open(folder)

@@ -1,0 +1,98 @@
+"""Answers as a Parquet file: there whole or not at all, so an interrupted run begins anew."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from slm_fast.errors import InputError, WorkError
+from slm_fast.streams import named
+
+
+def is_parquet(path: Path) -> bool:
+    return path.name.lower().endswith(".parquet")
+
+
+def check_parquet(path: Path, *, overwrite: bool) -> None:
+    """Raise InputError where a Parquet file cannot be written there."""
+    try:
+        import pyarrow.parquet  # noqa: F401  optional: only parquet files need it
+    except ImportError:
+        raise InputError(f"{path}: writing parquet needs pyarrow: pip install 'slm-fast[parquet]'") from None
+    if not overwrite and path.exists():
+        raise InputError(f"{path}: is there already, and a Parquet file cannot be resumed; --overwrite replaces it")
+
+
+class ParquetOutput:
+    """A Parquet file that records are written to, a window at a time, and that is there once all are.
+
+    Its columns are the fields of the records of JSON Lines, the same ones for every run: `id` as text, `route` a list
+    of {task, slot, weight}, `probabilities` a list of {label, probability}. A field that a record lacks is null.
+
+    Raises InputError as `check_parquet`. WorkError: another process writes to it, or it cannot be written.
+    """
+
+    rows, failed, bad = 0, 0, None  # as `resume.Output`; nothing is ever there from before
+
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        check_parquet(path, overwrite=overwrite)
+        text, number, whole = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
+        route = pyarrow.struct({"task": text, "slot": whole, "weight": number})
+        probability = pyarrow.struct({"label": text, "probability": number})
+        columns = {"id": text, "task": text, "label": text, "text": text, "score": number}
+        columns |= {"route": pyarrow.list_(route), "probabilities": pyarrow.list_(probability), "distance": number}
+        columns |= {"finish_reason": text, "max_new_tokens": whole, "truncated": pyarrow.bool_(), "error": text}
+        self.path, self.part, self.schema = path, path.with_name(path.name + ".part"), pyarrow.schema(columns)
+        with named(path):
+            self._file = self.part.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise WorkError(f"{path}: another process is writing it") from None
+        self._file.truncate(0)
+        self._writer = pyarrow.parquet.ParquetWriter(self._file, self.schema)
+
+    def write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Raises WorkError, naming the file, where it cannot be written."""
+        import pyarrow
+
+        with named(self.path):
+            self._writer.write_table(pyarrow.Table.from_pylist(list(map(_row, records)), self.schema))
+
+    def __enter__(self) -> ParquetOutput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            with suppress(Exception):  # of a full disk, say; the first error is the one to tell
+                self._writer.close()
+            with suppress(OSError):
+                self._file.close()
+            self.part.unlink(missing_ok=True)
+            return
+        with named(self.path):
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.replace(self.part, self.path)
+            self._file.close()
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    name, known = record["id"], record.get("probabilities")
+    row = {**record, "id": name if isinstance(name, str) else json.dumps(name, ensure_ascii=False)}
+    if known is not None:
+        row["probabilities"] = [{"label": label, "probability": p} for label, p in known.items()]
+    return row

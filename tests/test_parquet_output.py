@@ -1,0 +1,114 @@
+"""Answers as a Parquet file: those of JSON Lines, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pandas
+import pyarrow
+import pyarrow.parquet
+import pytest
+from command import one_line, slm_fast
+from models import (
+    knows,
+    make_slm,
+    mixed,
+    one_thread,  # noqa: F401
+    random_task,
+    two_tasks,
+)
+
+from slm_fast import InputError, ScalableLM, WorkError
+
+pytestmark = pytest.mark.usefixtures("few_features")
+
+
+@pytest.fixture(scope="module")
+def slm() -> ScalableLM:
+    slm = make_slm("bert", features=32)
+    return knows(slm, *two_tasks(slm))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Rows with ids of several kinds, one of which is bad and one empty."""
+    rows = [{"text": text} for text in mixed(3)] + [
+        {"text": "sea1", "id": "käse"},
+        {"id": 7},
+        {"text": "farm1", "id": [1]},
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_parquet_file_holds_what_json_lines_do(slm, source, tmp_path):
+    how = {"top_k": None, "distance": True}
+    one = slm.predict_file(source, tmp_path / "out.jsonl", **how)
+    two = slm.predict_file(source, tmp_path / "out.PARQUET", **how)
+    assert one == two
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.PARQUET", "out.jsonl"]
+    records = list(map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines()))
+    rows = pyarrow.parquet.read_table(tmp_path / "out.PARQUET").to_pylist()
+    assert len(rows) == len(records) == 9
+    for row, record in zip(rows, records, strict=True):
+        found = {name: value for name, value in row.items() if value is not None}
+        if "probabilities" in found:
+            found["probabilities"] = {one["label"]: one["probability"] for one in found["probabilities"]}
+        if not isinstance(record["id"], str):
+            record["id"] = json.dumps(record["id"])
+        assert found == record
+    frame = pandas.read_parquet(tmp_path / "out.PARQUET")
+    assert list(frame.id) == ["1", "2", "3", "4", "5", "6", "käse", "7", "[1]"]
+    assert frame.error.notna().sum() == 1
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_texts_and_runs_without_rows_have_the_same_columns(name, tmp_path):
+    slm = make_slm(name, features=32)
+    knows(slm, random_task(slm, "sea", labels=None))
+    for file, content in (("texts", '"sea1 sea2"\n'), ("nothing", "")):
+        (tmp_path / f"{file}.jsonl").write_text(content)
+        slm.predict_file(tmp_path / f"{file}.jsonl", tmp_path / f"{file}.parquet", max_new_tokens=3)
+    texts, nothing = (pyarrow.parquet.read_table(tmp_path / f"{file}.parquet") for file in ("texts", "nothing"))
+    assert texts.schema == nothing.schema
+    assert (texts.num_rows, nothing.num_rows) == (1, 0)
+    assert texts["text"].to_pylist() == [slm.predict(["sea1 sea2"], max_new_tokens=3)[0].text]
+    assert texts["label"].null_count == 1
+
+
+def test_a_file_that_is_there_is_not_gone_on_with(slm, source, tmp_path):
+    (tmp_path / "out.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match=r"out.parquet: is there already, and a Parquet file cannot be resumed"):
+        slm.predict_file(source, tmp_path / "out.parquet")
+    slm.predict_file(source, tmp_path / "out.parquet", overwrite=True)
+    assert pyarrow.parquet.read_table(tmp_path / "out.parquet").num_rows == 9
+
+
+def test_what_stops_the_work_leaves_nothing_or_what_was_there(slm, source, tmp_path):
+    with pytest.raises(WorkError, match="row 7: no 'text'"):
+        slm.predict_file(source, tmp_path / "out.parquet", strict=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    (tmp_path / "out.parquet").write_text("kept")
+    with pytest.raises(WorkError, match="row 7: no 'text'"):
+        slm.predict_file(source, tmp_path / "out.parquet", strict=True, overwrite=True)
+    assert (tmp_path / "out.parquet").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]
+
+
+def test_without_pyarrow_it_is_one_line_before_a_model_is_loaded(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    done = slm_fast("predict", tmp_path / "no-store", "--input", source, "--output", tmp_path / "out.parquet")
+    one_line(done, 2, "out.parquet: writing parquet needs pyarrow: pip install 'slm-fast[parquet]'")
+
+
+def test_shards_are_read_as_one(slm, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(f'"sea{i % 20}"\n' for i in range(1500)))  # two windows
+    for i in (1, 2):
+        slm.predict_file(tmp_path / "in.jsonl", tmp_path / f"out-{i}.parquet", shard=(i, 2))
+    slm.predict_file(tmp_path / "in.jsonl", tmp_path / "out.parquet")
+    whole = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    parts = [pyarrow.parquet.read_table(tmp_path / f"out-{i}.parquet") for i in (1, 2)]
+    assert pyarrow.concat_tables(parts).to_pylist() == whole.to_pylist()
