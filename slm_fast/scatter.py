@@ -11,6 +11,8 @@ order, so that all machines make the same bits of it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,11 @@ def expand(factor: Tensor, exponent: Tensor, diagonal: Tensor) -> Tensor:
         packed[place : place + len(upper)] = upper
         place += len(upper)
     return packed
+
+
+def scatter_of(part: Mapping[str, Tensor]) -> Tensor:
+    """The upper triangle of a task's scatter, row by row, from what a router keeps of the task."""
+    return expand(part["factor"], part["exponent"], part["diagonal"]) if "factor" in part else part["scatter"]
 
 
 def _strongest(scatter: Tensor, rank: int, seed: int) -> Tensor:
