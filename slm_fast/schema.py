@@ -5,6 +5,7 @@ Every refusal is one WorkError line that names the file and the field.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -151,6 +152,18 @@ def _files(tasks: Any) -> dict[str, str]:
 def task_path(name: str, digest: str) -> str:
     """Where a task's file stands in its store."""
     return f"tasks/{name}/{digest}.safetensors"
+
+
+def manifest_of(about: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
+    """The manifest of a store: JSON with sorted fields, an indent of one. Of tasks, which may be many, only names and
+    digests are written, which need no escapes."""
+    start = json.dumps({"format": FORMAT, "model": about}, indent=1, sort_keys=True, allow_nan=False)
+    entries = [
+        f'  "{name}": {{\n   "file": "{task_path(name, digest)}",\n   "sha256": "{digest}"\n  }}'
+        for name, digest in sorted(files.items())
+    ]
+    tasks = "{\n" + ",\n".join(entries) + "\n }" if entries else "{}"
+    return f'{start[:-2]},\n "tasks": {tasks}\n}}\n'.encode()
 
 
 def check_same(got: Mapping[str, Any], expected: Mapping[str, Any], got_from: str, expected_by: str) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.files import Reserve, flush_directory, locked, write
 from slm_fast.kept_sum import KeptSum
 from slm_fast.scatter import scatter_of
-from slm_fast.schema import FORMAT, check_same, task_path
+from slm_fast.schema import check_same, manifest_of, task_path
 from slm_fast.store_view import LOCK, MANIFEST, RESERVE, StoreView
 from slm_fast.task_file import opening_digest, task_from_file, task_to_bytes
 from slm_fast.tasks import LearnedTask
@@ -31,6 +30,7 @@ Summed = tuple[Mapping[str, str], ExactSum]
 class Store(StoreView):
     """A store that is read and written: each change is a commit."""
 
+    _clean = False  # whether nothing lies about that the manifest does not name
     unsummed = 16  # tasks that the sum kept may lack, or a store have without one
 
     # Writing
@@ -213,14 +213,27 @@ class Store(StoreView):
                 if not held:
                     raise WorkError(f"{self.path}: another process is writing to this store; try again later")
                 if Store.exists(self.path):
-                    now = Store.open(self.path)
-                    check_same(now.about, self.about, str(self.path), "this model")
-                    self.files, self.about = now.files, {**self.about, **now.about}
+                    about = self._look_anew()
+                    check_same(about, self.about, str(self.path), "this model")
+                    self.about = {**self.about, **about}
+                self._clean = self._mark(clean=False)
                 try:
                     yield
                 except BaseException:
                     self._clear()
                     raise
+                with suppress(OSError):
+                    self._mark(clean=self._clean)
+
+    def _mark(self, *, clean: bool) -> bool:
+        """Say in the lock's file whether nothing lies about beside this manifest; whether it was said before."""
+        version = "{} {}".format(*self._version()).encode()
+        with (self.path / LOCK).open("r+b") as file:
+            said = file.read(100) == version
+            file.seek(0)
+            file.truncate()
+            file.write(version if clean else b"")
+        return said
 
     def _place(self, name: str, digest: str, data: bytes) -> None:
         file = self.path / task_path(name, digest)
@@ -234,9 +247,7 @@ class Store(StoreView):
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """Commit the manifest, then clear away what it no longer names."""
-        tasks = {name: {"file": task_path(name, digest), "sha256": digest} for name, digest in files.items()}
-        content = {"format": FORMAT, "model": self.about, "tasks": tasks}
-        data = (json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+        data = manifest_of(self.about, files)
         reserve = Reserve(self.path / RESERVE)
         try:
             write(self.path / MANIFEST, data)
@@ -244,22 +255,27 @@ class Store(StoreView):
             if len(files) >= len(self.files) or not reserve.spend(error):  # it is for making room only
                 raise
             write(self.path / MANIFEST, data)
-        self.files = dict(files)
+        changed = {name for name, _ in self.files.items() ^ files.items()}
+        self.files, self._seen = dict(files), self._version()
         try:
             flush_directory(self.path)
         except OSError as error:
             raise WorkError(f"{self.path}: the change is made, but a power cut may undo it: {error.strerror}") from None
-        self._clear()
+        self._clear(changed if self._clean else None)
         reserve.keep(len(data))
 
-    def _clear(self) -> None:
-        """Remove what the manifest does not name. What cannot be removed now, the next commit removes."""
-        with suppress(OSError):
-            for path in self.leftovers():
+    def _clear(self, names: Iterable[str] | None = None) -> None:
+        """Remove what the manifest does not name, of all tasks or of some. What cannot be removed now, the next
+        commit removes."""
+        try:
+            for path in self.leftovers(names):
                 if path.is_dir():
                     path.rmdir()
                 else:
                     path.unlink(missing_ok=True)
+            self._clean = self._clean or names is None
+        except OSError:
+            self._clean = False
 
 
 def _one_origin(one: LearnedTask, other: LearnedTask) -> bool:

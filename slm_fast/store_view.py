@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ class StoreView:
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
         self.path, self.about, self.files = path_of(path), dict(about), dict(files)
         self.summed: tuple[frozenset[str], ExactSum] | None = None  # names of tasks, and their sum, as `load` found it
+        self._seen = 0, 0  # the version of the manifest that `files` are of
         self._opening: dict[str, str] = {}  # SHA-256 of a task's file -> its `opening_digest`, as far as known
 
     @classmethod
@@ -145,7 +146,7 @@ class StoreView:
         for attempt in range(MOST_READS):
             with self._writers_waiting(wanted=attempt >= PATIENT_READS) as waiting:
                 version, wrong = self._version(), {}
-                self.files = type(self).open(self.path).files
+                self._look_anew()
                 for name in sorted(self.files):
                     if seen.get(name) != self.files[name]:
                         try:
@@ -156,6 +157,14 @@ class StoreView:
                 if not wrong or waiting or self._version() == version:
                     break
         return wrong
+
+    def _look_anew(self) -> dict[str, Any]:
+        """Read the manifest, if it is another one than that which was read last: what it says of the model."""
+        version, about = self._version(), self.about
+        if version != self._seen or version == (0, 0):
+            now = type(self).open(self.path)
+            self.files, about, self._seen = now.files, now.about, version
+        return about
 
     def _version(self) -> tuple[int, int]:
         """Every commit puts another file in the manifest's place, also one that takes a change back."""
@@ -175,12 +184,15 @@ class StoreView:
                     waiting = stack.enter_context(locked(self.path / LOCK, self.patience, shared=True))
             yield waiting
 
-    def leftovers(self) -> list[Path]:
-        """What an interrupted commit left behind: it lies in the store and the manifest does not name it."""
+    def leftovers(self, names: Iterable[str] | None = None) -> list[Path]:
+        """What an interrupted commit left behind: it lies in the store and the manifest does not name it. names: of the
+        tasks to look for, not all."""
         tasks = self.path / "tasks"
         found = [part for part in (self.path / f"{name}.part" for name in (MANIFEST, RESERVE, SUM)) if part.exists()]
         found += [self._sum.path] if self._sum.is_stale(self.files.values()) else []
-        for folder in sorted(tasks.iterdir()) if tasks.is_dir() else []:
+        if names is None:
+            names = [folder.name for folder in tasks.iterdir()] if tasks.is_dir() else []
+        for folder in [tasks / name for name in sorted(names)]:
             if folder.is_dir():
                 files = list(folder.iterdir())
                 named = self.file(folder.name) if folder.name in self.files else None
