@@ -36,9 +36,12 @@ class ExactSum:
     fine: Tensor
 
     @classmethod
-    def of(cls, terms: Iterable[Tensor]) -> ExactSum:
-        """Raises WorkError for a term that is not finite or of another shape, or a sum that is too large."""
-        total = None
+    def of(cls, terms: Iterable[Tensor], start: ExactSum | None = None) -> ExactSum:
+        """The sum of these, and of what is in `start`, if given.
+
+        Raises WorkError for a term that is not finite or of another shape, or a sum that is too large.
+        """
+        total = start and cls(start.coarse.clone(), start.fine.clone())
         for term in terms:
             total = total or cls(*torch.zeros(2, *term.shape, dtype=torch.int64))
             total._add(term)
@@ -53,8 +56,12 @@ class ExactSum:
     def minus(self, term: Tensor) -> ExactSum:
         """Without a term that is in the sum."""
         total = ExactSum(self.coarse.clone(), self.fine.clone())
-        total._add(term, -1)
+        total.take(term)
         return total
+
+    def take(self, term: Tensor) -> None:
+        """Take a term out where the sum lies, which needs no memory for another."""
+        self._add(term, -1)
 
     def _add(self, term: Tensor, sign: int = 1) -> None:
         """Add a term to the planes where they lie, as many of its numbers at once as the caches hold."""
@@ -220,3 +227,16 @@ def mahalanobis(query: Tensor, mean: Tensor, lower: Tensor) -> Tensor:
 def percentiles(distance: Tensor) -> Tensor:
     """[N] -> [101] float32: percentiles 0, 1, ..., 100."""
     return torch.quantile(distance.double(), torch.linspace(0, 1, PERCENTILES, dtype=torch.float64)).float()
+
+
+def share_below(distance: Tensor, percentiles: Tensor) -> Tensor:
+    """Where distances [N] lie among percentiles 0, 1, ..., 100 [101], from 0 to 1; beyond them 1 and what they are
+    farther by, in units of the upper half. What lies on a percentile is not beyond it."""
+    distance, percentiles, last = distance.double(), percentiles.double(), len(percentiles) - 1
+    above = torch.searchsorted(percentiles, distance)  # how many are less
+    lower = percentiles[(above - 1).clamp(min=0)]
+    step = (percentiles[above.clamp(max=last)] - lower).clamp(min=1e-30)
+    among = (above - 1 + (distance - lower) / step) / last
+    half = (percentiles[last] - percentiles[last // 2]).clamp(min=1e-6 * percentiles[last].abs() + 1e-30)
+    beyond = 1 + (distance - percentiles[last]) / half
+    return torch.where(above > last, beyond, among.where(above > 0, torch.zeros_like(among)))

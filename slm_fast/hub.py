@@ -12,7 +12,8 @@ from slm_fast import __version__
 from slm_fast.card import base_model_of, model_card
 from slm_fast.errors import InputError, WorkError, one_line, some_of, warn
 from slm_fast.files import path_of, write
-from slm_fast.store import LOCK, MANIFEST, RESERVE, Store
+from slm_fast.store import Store
+from slm_fast.store_view import LOCK, MANIFEST, RESERVE
 from slm_fast.tasks import LearnedTask
 
 CARD = "README.md"

@@ -26,8 +26,8 @@ from slm_fast.errors import InputError, SlmError, WorkError, warn
 from slm_fast.loading import dtype_word
 from slm_fast.options import LearnOptions
 from slm_fast.origin import origin
+from slm_fast.schema import check_same
 from slm_fast.slm import ScalableLM
-from slm_fast.store import check_same
 from slm_fast.task_file import task_from_bytes
 from slm_fast.tasks import LearnedTask
 from slm_fast.worker import Message, receive, send, task_message

@@ -14,8 +14,10 @@ from slm_fast.evaluate import Evaluation
 from slm_fast.hub import check_repo, chosen, push, write_shared
 from slm_fast.model import AdaptedModel
 from slm_fast.options import ModelConfig
-from slm_fast.schema import check_learned
-from slm_fast.store import Store, check_same
+from slm_fast.router import GaussianRouter, Router
+from slm_fast.router import Summed as AnySum
+from slm_fast.schema import check_learned, check_same
+from slm_fast.store import Store, Summed
 from slm_fast.task_file import digest_of
 from slm_fast.tasks import LearnedTask, in_name_order
 
@@ -65,22 +67,33 @@ class TaskKeeper:
     def _know(self, tasks: Sequence[LearnedTask]) -> None:
         """Know more tasks and commit them. Those whose commit fails are known all the same: they took long to learn."""
         failed: WorkError | None = None
-        with self.model.changing(add=tasks):
+        with self.model.changing(add=tasks) as router:
             try:
-                self._commit(add=tasks)
+                self._commit(router, add=tasks)
             except WorkError as error:
                 failed = error
         if failed is not None:
             names = ", ".join(task.name for task in tasks)
             raise WorkError(f"{failed}; {names}: kept in memory, and `save_pretrained` commits it") from None
 
-    def _commit(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
+    def _commit(self, router: Router, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
         if self.store is not None:
-            self.store.commit(add=add, remove=remove)
+            files = {task.name: digest_of(task) for task in add}
+            self.store.commit(add=add, remove=remove, summed=self._summed(router, files))
             for name in remove:
                 self._committed.pop(name, None)
-            files = {task.name: digest_of(task) for task in add}
             self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
+
+    def _summed(self, router: Router, new: Mapping[str, str] = MappingProxyType({})) -> Summed | None:
+        """The sum of a router's scatters as a store keeps it, where all its tasks are committed, or `new`."""
+        files = {name: new.get(name) or self._committed.get(name, "") for name in router.names}
+        return (files, router.scatter) if isinstance(router, GaussianRouter) and all(files.values()) else None
+
+    def _keep_sum(self) -> None:
+        """Spare whoever opens this model's store later the sum of its tasks' scatters."""
+        summed = self._summed(self.model.router)
+        if self.store is not None and summed is not None:
+            self.store.keep_sum(*summed)
 
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.
@@ -91,9 +104,9 @@ class TaskKeeper:
         known = name in self.learned
         if not known and name not in self._committed:
             raise InputError(f"task {name!r}: not learned; tasks: {some_of(self.tasks)}")
-        with self.model.changing(remove=[name] if known else []):
+        with self.model.changing(remove=[name] if known else []) as router:
             if name in self._committed:
-                self._commit(remove=[name])
+                self._commit(router, remove=[name])
 
     def refresh(self) -> None:
         """Take over what others have done to this model's store: tasks learned there are known, tasks forgotten gone.
@@ -135,6 +148,7 @@ class TaskKeeper:
                 self._committed = store.save(list(self.learned.values()))
                 self.store = store
             self.refresh()
+            self._keep_sum()
 
     def share(
         self,
@@ -195,5 +209,5 @@ class TaskKeeper:
         accuracy = None if evaluation is None else evaluation.accuracy
         write_shared(folder, self.model.about, found, accuracy=accuracy, base_model=base_model, repo_id=repo_id)
 
-    def _set(self, tasks: Sequence[LearnedTask]) -> None:
-        self.model.set_tasks(in_name_order(tasks))
+    def _set(self, tasks: Sequence[LearnedTask], summed: AnySum | None = None) -> None:
+        self.model.set_tasks(in_name_order(tasks), summed)

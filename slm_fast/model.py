@@ -25,7 +25,7 @@ from slm_fast.options import ModelConfig
 from slm_fast.pool import Pool, emptied
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery
 from slm_fast.reading import Reading, collated, read_rows
-from slm_fast.router import Router
+from slm_fast.router import Router, Summed
 from slm_fast.schema import check_fits
 from slm_fast.surroundings import PinnedLock
 from slm_fast.tasks import LearnedTask
@@ -115,12 +115,12 @@ class AdaptedModel:
         """Raise WorkError unless a task fits this model."""
         check_fits(task, self.shapes, asdict(self.config))
 
-    def set_tasks(self, tasks: Sequence[LearnedTask]) -> None:
-        """Know these tasks and no others. Pool and router change together, at the very end."""
+    def set_tasks(self, tasks: Sequence[LearnedTask], summed: Summed | None = None) -> None:
+        """Know these tasks and no others. Pool and router change together, at the very end. summed: `Router.load`'s."""
         with self.lock:
             self.carry(tasks)
             pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
-            self._known = Known(pool, self.new_router(pool.tasks))
+            self._known = Known(pool, self.new_router(pool.tasks, summed))
 
     def carry(self, tasks: Sequence[LearnedTask]) -> None:
         """Let the layers that imported tasks adapt beside `modules` carry increments, if there are such layers."""
@@ -152,8 +152,9 @@ class AdaptedModel:
         return pool.ahead
 
     @contextmanager
-    def changing(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> Iterator[None]:
-        """Know some tasks more or less once the block has ended well, at the cost of those tasks.
+    def changing(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> Iterator[Router]:
+        """Know some tasks more or less once the block has ended well, at the cost of those tasks. Gives the router that
+        there will be.
 
         All that can fail is done before the block begins, which is the place to commit them.
 
@@ -162,7 +163,7 @@ class AdaptedModel:
         with self.lock:
             self.carry(add)
             known = self._known.changed(add=add, remove=remove)
-            yield
+            yield known.router
             self._known = known
 
     @contextmanager
@@ -183,10 +184,10 @@ class AdaptedModel:
     def router(self) -> Router:
         return (getattr(self._pinned, "known", None) or self._known)[1]
 
-    def new_router(self, tasks: Sequence[LearnedTask] = ()) -> Router:
-        """A router as the configuration says, over these tasks' slots."""
+    def new_router(self, tasks: Sequence[LearnedTask] = (), summed: Summed | None = None) -> Router:
+        """A router as the configuration says, over these tasks' slots. summed: of `Router.load`."""
         router = replace(self._new_router)
-        router.load({task.name: task.router for task in tasks}, self.backbone.device)
+        router.load({task.name: task.router for task in tasks}, self.backbone.device, summed)
         return router
 
     def label_of(self, task: LearnedTask, text: str) -> str | None:

@@ -97,10 +97,14 @@ class Pool:
         self.names = [task.name for task in tasks]
         self.slot_names = [self.names[i] for i in owner]  # the task of each slot
         self.slot_task = torch.tensor(owner, dtype=torch.int64, device=buffers.device)
-        placed = [torch.tensor(own.ids).view(task.slots, -1) for task, own in zip(tasks, held, strict=True)]
-        pages = max((part.shape[1] for part in placed), default=1)
-        placed = [nn.functional.pad(part, (0, pages - part.shape[1]), value=-1) for part in placed]
-        row_of_slot = torch.cat([*placed, torch.full((1, pages), -1)]).to(buffers.device)
+        own_pages = [len(own.ids) // task.slots for task, own in zip(tasks, held, strict=True)]
+        pages = max(own_pages, default=1)
+        placed = [
+            own.ids[at : at + count] + [-1] * (pages - count)
+            for own, count in zip(held, own_pages, strict=True)
+            for at in range(0, len(own.ids), count)
+        ]
+        row_of_slot = torch.tensor([*placed, [-1] * pages], device=buffers.device)
         self.row_of_slot = row_of_slot[:, 0] if pages == 1 else row_of_slot
         imported = [tasks[i].adapter is not None for i in owner]
         self.imported = torch.tensor([*imported, False], device=buffers.device) if any(imported) else None

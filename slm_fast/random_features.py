@@ -19,7 +19,7 @@ from slm_fast.covariance import PERCENTILES, covariance, factorised, moments, pe
 from slm_fast.layers import use_onednn
 from slm_fast.ops import Route
 from slm_fast.router import GaussianRouter, Part, check_finite
-from slm_fast.scatter import compress, expand
+from slm_fast.scatter import compress
 
 SHRINKAGE = 4.0  # times the oracle-approximating amount, which takes queries for Gaussian: their tails are heavier
 MOST_SHRINKAGE = 0.9
@@ -97,9 +97,6 @@ class RandomFeatureRouter(GaussianRouter):
             "sample": query[sample],
             "sample_mean": found.assignment[sample].float(),
         }
-
-    def _term(self, part: Part) -> Tensor:
-        return expand(part["factor"], part["exponent"], part["diagonal"])
 
     @cached_property
     @torch.inference_mode(False)

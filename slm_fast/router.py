@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 
 from slm_fast import ops
-from slm_fast.covariance import ExactSum, mahalanobis, moments, pack, percentiles, unpack, whitener
+from slm_fast.covariance import ExactSum, mahalanobis, moments, pack, percentiles, share_below, unpack, whitener
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.ops import Route
 from slm_fast.ops.retrieve import PreparedKeys
+from slm_fast.scatter import scatter_of
 
 Part = Mapping[str, Tensor]  # what one task's file holds for its router
+Summed = tuple[AbstractSet[str], ExactSum]  # names of tasks, and the sum of their scatters
 WHITENER_BYTES = 256 << 20  # what the covariances kept for distances may take
 
 
@@ -83,10 +86,12 @@ class Router(ABC):
     def _sensitivity(self, query: Tensor, task: int) -> Tensor:
         """How much that distance may change with a small change of the query, as a share of its size: [N]."""
 
-    def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device) -> None:
+    def load(
+        self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device, summed: Summed | None = None
+    ) -> None:
         """Route among these tasks, given by name or as a list in order, whose names are then 000000, 000001, ...
 
-        Raises WorkError for a part that cannot be used.
+        summed: some of them whose scatters are summed already. Raises WorkError for a part that cannot be used.
         """
         named = parts if isinstance(parts, Mapping) else {f"{i:06d}": part for i, part in enumerate(parts)}
         names = sorted(named)
@@ -149,19 +154,6 @@ class Router(ABC):
             except WorkError:
                 pass
         return found
-
-
-def share_below(distance: Tensor, percentiles: Tensor) -> Tensor:
-    """Where distances [N] lie among percentiles 0, 1, ..., 100 [101], from 0 to 1; beyond them 1 and what they are
-    farther by, in units of the upper half. What lies on a percentile is not beyond it."""
-    distance, percentiles, last = distance.double(), percentiles.double(), len(percentiles) - 1
-    above = torch.searchsorted(percentiles, distance)  # how many are less
-    lower = percentiles[(above - 1).clamp(min=0)]
-    step = (percentiles[above.clamp(max=last)] - lower).clamp(min=1e-30)
-    among = (above - 1 + (distance - lower) / step) / last
-    half = (percentiles[last] - percentiles[last // 2]).clamp(min=1e-6 * percentiles[last].abs() + 1e-30)
-    beyond = 1 + (distance - percentiles[last]) / half
-    return torch.where(above > last, beyond, among.where(above > 0, torch.zeros_like(among)))
 
 
 @dataclass
@@ -290,25 +282,30 @@ class GaussianRouter(Router):
         slot."""
         return part["mean_slot"].long() if "mean_slot" in part else torch.arange(len(part["count"]))
 
-    def _term(self, part: Part) -> Tensor:
-        """A task's scatter, packed."""
-        return part["scatter"]
-
-    def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device) -> None:
+    def load(
+        self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device, summed: Summed | None = None
+    ) -> None:
         super().load(parts, device)
-        self.scatter = ExactSum.of(map(self._term, self.parts))
+        known, start = summed or (frozenset(), None)
+        if start is not None and not known <= set(self.names):
+            known, start = frozenset(), None
+        new = (part for name, part in zip(self.names, self.parts, strict=True) if name not in known)
+        self.scatter = ExactSum.of(map(scatter_of, new), start)
         self.whiteners: dict[str, Tensor] = {}
 
     def with_part(self, name: str, part: Part) -> GaussianRouter:
         router = super().with_part(name, part)
-        term = self._term(part)
+        term = scatter_of(part)
         router.scatter = self.scatter.plus(term) if self.parts else ExactSum.of([term])
         router.whiteners = dict(self.whiteners)
         return router
 
     def without(self, name: str) -> GaussianRouter:
         router = super().without(name)
-        router.scatter = self.scatter.minus(self._term(self.parts[self._place(name)]))
+        try:
+            router.scatter = self.scatter.minus(scatter_of(self.parts[self._place(name)]))
+        except WorkError:  # its file was damaged since: what it added is known from what the others did
+            router.scatter = ExactSum.of(map(scatter_of, router.parts))
         router.whiteners = {task: lower for task, lower in dict(self.whiteners).items() if task != name}
         return router
 

@@ -11,6 +11,9 @@ order, so that all machines make the same bits of it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +21,7 @@ RANK = 256  # directions kept. 256 127^2 < 2^24: float32 counts exactly so far
 EXPONENTS = (-40, 12)  # of a factor's units; a scatter is then below 2^46
 SPARE = 32  # directions more that are looked at, and PASSES times, to find the strongest (Halko et al. 2011)
 PASSES = 4
-COLUMNS_AT_ONCE = 64
+ROWS_AT_ONCE = 128
 
 
 def compress(scatter: Tensor, rows: int, seed: int) -> dict[str, Tensor]:
@@ -35,18 +38,24 @@ def compress(scatter: Tensor, rows: int, seed: int) -> dict[str, Tensor]:
 def expand(factor: Tensor, exponent: Tensor, diagonal: Tensor) -> Tensor:
     """The upper triangle, row by row, of the scatter that these mean [D (D + 1) / 2] float64, the same bits everywhere.
 
-    A few rows at a time, so that they stay in the caches.
+    A few rows at a time, so that they stay in the caches. Powers of two change no digit of a factor, and all products
+    of one sum have the same.
     """
-    whole, units, width = factor.float(), exponent.double().exp2(), len(diagonal)
-    place, packed = 0, torch.empty(width * (width + 1) // 2, dtype=torch.float64)
-    for first in range(0, width, COLUMNS_AT_ONCE):
-        rows = slice(first, first + COLUMNS_AT_ONCE)
-        part = (whole[:, rows].T @ whole[:, first:]).double() * units[first:] * units[rows, None]
-        part.diagonal().add_(diagonal[rows].double())
-        upper = part[torch.ones_like(part, dtype=torch.bool).triu()]
-        packed[place : place + len(upper)] = upper
-        place += len(upper)
-    return packed
+    scaled, width = factor.float() * exponent.double().exp2().float(), len(diagonal)
+    packed, place, begins = np.empty(width * (width + 1) // 2), 0, []
+    for first in range(0, width, ROWS_AT_ONCE):
+        part = (scaled[:, first : first + ROWS_AT_ONCE].T @ scaled[:, first:]).numpy()
+        for i, row in enumerate(part):
+            begins.append(place)
+            packed[place : place + len(row) - i] = row[i:]
+            place += len(row) - i
+    packed[begins] += diagonal.double().numpy()
+    return torch.from_numpy(packed)
+
+
+def scatter_of(part: Mapping[str, Tensor]) -> Tensor:
+    """The upper triangle of a task's scatter, row by row, from what a router keeps of the task."""
+    return expand(part["factor"], part["exponent"], part["diagonal"]) if "factor" in part else part["scatter"]
 
 
 def _strongest(scatter: Tensor, rank: int, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ Every refusal is one WorkError line that names the file and the field.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,6 +154,41 @@ def task_path(name: str, digest: str) -> str:
     return f"tasks/{name}/{digest}.safetensors"
 
 
+def manifest_of(about: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
+    """The manifest of a store: JSON with sorted fields, an indent of one. Of tasks, which may be many, only names and
+    digests are written, which need no escapes."""
+    start = json.dumps({"format": FORMAT, "model": about}, indent=1, sort_keys=True, allow_nan=False)
+    entries = [
+        f'  "{name}": {{\n   "file": "{task_path(name, digest)}",\n   "sha256": "{digest}"\n  }}'
+        for name, digest in sorted(files.items())
+    ]
+    tasks = "{\n" + ",\n".join(entries) + "\n }" if entries else "{}"
+    return f'{start[:-2]},\n "tasks": {tasks}\n}}\n'.encode()
+
+
+def check_same(got: Mapping[str, Any], expected: Mapping[str, Any], got_from: str, expected_by: str) -> None:
+    """Raise InputError unless two stores, or a store and a model, are of one backbone and configuration.
+
+    Fields of `WHEN_KNOWN` are compared where both have them.
+    """
+    both = got.keys() & expected.keys()
+    for name in sorted(both & {"tokens", "encoder_tokens"}):
+        if got[name] != expected[name]:
+            raise InputError(
+                f"{got_from}: its {name.removesuffix('tokens')}tokenizer makes other tokens than that of {expected_by}"
+            )
+    parts = [name for name in ("config", "settings", "encoder_settings") if name in both]
+    for part, theirs, ours in [("", got, expected), *((f"{name}.", got[name], expected[name]) for name in parts)]:
+        for key in sorted(theirs.keys() | ours.keys()):
+            if part + key in ("backbone", "config", "settings", "encoder_settings"):  # the backbone may have moved
+                continue
+            # Libraries of other versions have other settings.
+            if (part + key in WHEN_KNOWN or "settings" in part) and (key not in theirs or key not in ours):
+                continue
+            if theirs.get(key) != ours.get(key):
+                raise InputError(f"{got_from}: {part}{key} is {theirs.get(key)!r}, {expected_by} has {ours.get(key)!r}")
+
+
 # A task's file
 
 
@@ -162,8 +198,7 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
     Raises WorkError when they do not. Whether the task fits a backbone is for `check_fits`.
     """
     try:
-        check(metadata, "metadata", TEXT)
-        about = fields(read_json(metadata), "", "labels", "name", "options", optional=["origin", "adapter"])
+        about = about_task(metadata)
         check(about["name"], "name", TEXT)
         check_name(about["name"])
         check(about["labels"], "labels", or_null(list_of(TEXT)))
@@ -176,12 +211,24 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
             _check_start(about["options"]["warm_start"])
         if "origin" in about:
             check(about["origin"], "origin", DIGEST)
-        adapter = _adapter(about["adapter"]) if "adapter" in about else None
+        adapter = adapter_of(about)
         check_tensors(tensors, labels, adapter)
     except Unknown as unknown:
         raise WorkError(f"{file}: {unknown}") from None
     except (Unfit, InputError, ValueError) as error:
         raise WorkError(f"{file}: not a task file: {error}") from None
+    return task_of(about, tensors)
+
+
+def about_task(metadata: Any) -> Mapping[str, Any]:
+    """A task's metadata, of which only the fields that it has are checked. Raises as `read_json`, or Unfit."""
+    check(metadata, "metadata", TEXT)
+    return fields(read_json(metadata), "", "labels", "name", "options", optional=["origin", "adapter"])
+
+
+def task_of(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LearnedTask:
+    """The task that metadata and tensors make that were checked before."""
+    labels = about["labels"]
     return LearnedTask(
         name=about["name"],
         labels=None if labels is None else tuple(labels),
@@ -193,13 +240,16 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
         head=(tensors["head.weight"], tensors["head.bias"]) if "head.weight" in tensors else None,
         options=about["options"],
         origin=about.get("origin"),
-        adapter=adapter,
+        adapter=adapter_of(about),
         dense=(tensors["head.dense.weight"], tensors["head.dense.bias"]) if "head.dense.weight" in tensors else None,
     )
 
 
-def _adapter(about: Any) -> Adapter:
+def adapter_of(task: Mapping[str, Any]) -> Adapter | None:
     """What an imported task's file says of how it answers."""
+    if "adapter" not in task:
+        return None
+    about = task["adapter"]
     fields(about, "adapter", *ADAPTER)
     for field, kind in ADAPTER.items():
         check(about[field], f"adapter.{field}", kind)

@@ -31,7 +31,7 @@ from slm_fast.options import (
 from slm_fast.origin import is_same
 from slm_fast.predict import Prediction, predict, predict_stream, probabilities
 from slm_fast.predict_file import FileAnswered, Reading, predict_file
-from slm_fast.store import check_same
+from slm_fast.schema import check_same
 from slm_fast.warm_start import check_start
 
 if TYPE_CHECKING:
@@ -124,13 +124,15 @@ class ScalableLM(TaskKeeper):
             warn(f"store {path}: keeps no settings of its backbone and tokenizer, so changed ones cannot be told")
         store.about = {**slm.model.about, **store.about}  # what an earlier version did not say
         with slm.model.lock, memory_for(f"store {path}"):
-            slm._set(store.load(skip_damaged=skip_damaged))
+            slm._set(store.load(skip_damaged=skip_damaged), store.summed)
+            store.summed = None
             try:
                 slm.model.router.prepare()
             except WorkError as error:
                 raise WorkError(next(iter(store.verify()), f"store {path}: {error}")) from None
         if not is_on_hub(path):
             slm.store, slm._committed = store, dict(store.files)
+            slm._keep_sum()
         return slm
 
     @shows(LearnOptions)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -59,12 +60,12 @@ class LearnedTask:
     adapter: Adapter | None = None
     dense: tuple[Tensor, Tensor] | None = None
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The largest of its modules' ranks."""
         return max(lora_a.shape[1] for lora_a, _ in self.values.values())
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """S, the number of slots this task brings to the pool."""
         return next(iter(self.values.values()))[0].shape[0]

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import torch
 
-from slm_fast.covariance import pack
+from slm_fast.covariance import ExactSum, pack
 from slm_fast.errors import SlmError
+from slm_fast.kept_sum import KeptSum, SumFile
+from slm_fast.scatter import scatter_of
 from slm_fast.store import Store, task_to_bytes
+from slm_fast.task_file import digest_of
 from slm_fast.tasks import LearnedTask
 
 CONFIG = {
@@ -68,6 +71,28 @@ def store_of(path: Path, *tasks: LearnedTask) -> Store:
 
 def writer(path: Path) -> Store:
     return Store.open(path) if Store.exists(path) else Store(path, ABOUT, {})
+
+
+def summed(*tasks: LearnedTask) -> tuple[dict[str, str], ExactSum]:
+    """What a caller of `commit` has who knows these tasks."""
+    files = {task.name: digest_of(task) for task in tasks}
+    return files, ExactSum.of(scatter_of(task.router) for task in tasks)
+
+
+def summed_store(path: Path, *tasks: LearnedTask) -> Store:
+    """A store of these tasks that keeps their sum."""
+    store = Store(path, ABOUT, {})
+    store.commit(add=tasks, summed=summed(*tasks))
+    assert SumFile(path / ".sum", ABOUT).tasks() == set(store.files.values())
+    return store
+
+
+def same(one: ExactSum, other: ExactSum) -> bool:
+    return torch.equal(one.coarse, other.coarse) and torch.equal(one.fine, other.fine)
+
+
+def kept(path: Path) -> KeptSum | None:
+    return SumFile(path / ".sum", Store.open(path).about).read()
 
 
 def tree(path: Path) -> dict[str, bytes]:

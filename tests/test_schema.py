@@ -17,7 +17,7 @@ from slm_fast import schema
 from slm_fast.errors import WorkError
 from slm_fast.fields import word
 from slm_fast.options import ModelConfig
-from slm_fast.schema import check_fits, check_manifest, check_task
+from slm_fast.schema import check_fits, check_manifest, check_task, manifest_of
 from slm_fast.store import task_to_bytes
 from slm_fast.tasks import LearnedTask
 
@@ -376,3 +376,12 @@ def test_an_encoders_task_needs_a_head() -> None:
 def test_keys_fit_the_width_of_queries() -> None:
     with pytest.raises(WorkError, match=r"keys: expected \[3, 8\], got \[3, 4\]"):
         check_fits(with_keys(TASK), {**SHAPES, "query": 8}, DTKR)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_manifest_is_sorted_json_with_an_indent_of_one(count: int) -> None:
+    files = {f"t{i}-A.b_{i}": f"{i}a" * 32 for i in reversed(range(count))}
+    tasks = {name: {"file": f"tasks/{name}/{d}.safetensors", "sha256": d} for name, d in files.items()}
+    about = {"fingerprint": "né", "config": {"z": [1, 2], "a": None}, "backbone": "b"}
+    expected = json.dumps({"format": 1, "model": about, "tasks": tasks}, indent=1, sort_keys=True) + "\n"
+    assert manifest_of(about, files) == expected.encode()

@@ -316,7 +316,7 @@ def test_too_little_memory_for_a_store_is_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("slm_fast.store.task_from_bytes", fail)
+    monkeypatch.setattr("slm_fast.store_view.task_from_bytes", fail)
     with pytest.raises(WorkError, match=r"store/tasks/farm/.*: not enough memory: ") as caught:
         reopened(tmp_path / "store")
     assert "damaged" not in str(caught.value)

@@ -10,10 +10,11 @@ from starlette.responses import JSONResponse
 
 from slm_fast.data import check_name
 from slm_fast.errors import InputError, SlmError
+from slm_fast.schema import check_same
 from slm_fast.server.generation import Watcher
 from slm_fast.server.jobs import Refused
 from slm_fast.server.schemas import AddTask
-from slm_fast.store import Store, check_same
+from slm_fast.store import Store
 
 SECONDS = 120.0  # a change may take until it is answered with
 

@@ -17,7 +17,9 @@ import torch
 from slm_fast.errors import SlmError, WorkError, lacks_memory, one_line
 from slm_fast.known import Known
 from slm_fast.model import AdaptedModel
-from slm_fast.store import MANIFEST, Store, check_same
+from slm_fast.schema import check_same
+from slm_fast.store import Store
+from slm_fast.store_view import MANIFEST
 from slm_fast.tasks import LearnedTask
 
 log = logging.getLogger("slm_fast.server")

@@ -1,0 +1,239 @@
+"""The sum of tasks' scatters, kept in a file beside a store's manifest, so that opening adds only those of newer tasks.
+
+    .sum    SHA-256 of what follows [32 bytes]; SHA-256 of what the tasks' model is [32]; how many tasks N and numbers n
+            there are [8 each]; N times SHA-256 of a task's file and of what of it a store reads when it is opened
+            [32 each]; the two planes of the sum
+
+It is made of the tasks' files and nothing else, and may be deleted at any time. One that is damaged, or of a task that
+the manifest does not name, is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slm_fast.covariance import ExactSum
+from slm_fast.errors import WorkError
+from slm_fast.files import flush_directory, write
+from slm_fast.scatter import scatter_of
+
+NUMBERS = 8192  # of a plane that share a unit and a width
+HEAD = struct.Struct("<32s32sQQ")
+
+
+@dataclass(frozen=True)
+class KeptSum:
+    """The exact sum of some tasks' scatters.
+
+    opening: SHA-256 of each task's file -> that of what is read of it when a store is opened
+        (`slm_fast.task_file.opening_digest`), so that the rest can wait until it is needed.
+    """
+
+    opening: Mapping[str, str]
+    total: ExactSum
+
+    def joined(self, other: KeptSum) -> KeptSum:
+        """With the sum of other tasks."""
+        coarse, fine = (one + more for one, more in zip(self._planes, other._planes, strict=True))
+        return KeptSum({**self.opening, **other.opening}, ExactSum(coarse, fine))
+
+    def without(self, digest: str, term: Tensor) -> KeptSum:
+        """Less a task by the SHA-256 of its file, and its scatter."""
+        opening = {task: own for task, own in self.opening.items() if task != digest}
+        return replace(self, opening=opening, total=self.total.minus(term))
+
+    @property
+    def _planes(self) -> tuple[Tensor, Tensor]:
+        return self.total.coarse, self.total.fine
+
+
+@dataclass(frozen=True)
+class SumFile:
+    """The file of a store's sum. Who changes it holds the store's lock.
+
+    about: of the store, whose model the sum is of.
+    """
+
+    path: Path
+    about: Mapping[str, Any]
+
+    def write(self, kept: KeptSum) -> None:
+        """Put a sum there, whole or not at all. Raises OSError."""
+        table = b"".join(bytes.fromhex(digest) for pair in sorted(kept.opening.items()) for digest in pair)
+        planes = (kept.total.coarse, kept.total.fine)
+        content = [table, *(part for plane in planes for part in _packed(plane.numpy()))]
+        head = HEAD.pack(b"", self._model, len(kept.opening), len(kept.total.coarse))[32:]
+        digest = hashlib.sha256(head)
+        for part in content:
+            digest.update(part)
+        write(self.path, b"".join([digest.digest(), head, *content]))
+
+    def read(self) -> KeptSum | None:
+        """None where there is none, or it is damaged or of another model."""
+        try:
+            data = memoryview(self.path.read_bytes())
+            digest, model, count, numbers = HEAD.unpack_from(data)
+            if model != self._model or digest != hashlib.sha256(data[32:]).digest():
+                return None
+            at = HEAD.size + 64 * count
+            opening = dict(_pairs(data[HEAD.size : at]))
+            coarse, at = _unpacked(data, at, numbers)
+            fine, _ = _unpacked(data, at, numbers)
+            return KeptSum(opening, ExactSum(torch.from_numpy(coarse), torch.from_numpy(fine)))
+        except (OSError, ValueError, IndexError, struct.error):
+            return None
+
+    def tasks(self) -> set[str] | None:
+        """SHA-256 of the files of the tasks that are in it, read alone; None where there is a file and it says nothing
+        that can be read."""
+        try:
+            with self.path.open("rb") as file:
+                _, _, count, _ = HEAD.unpack(file.read(HEAD.size))
+                table = file.read(min(64 * count, self.path.stat().st_size))
+        except FileNotFoundError:
+            return set()
+        except (OSError, struct.error):
+            return None
+        return {task for task, _ in _pairs(memoryview(table))} if len(table) == 64 * count else None
+
+    def lacks(self, digests: Iterable[str]) -> int:
+        """How many of these tasks are not in it."""
+        there = self.tasks() or set()
+        return sum(digest not in there for digest in digests)
+
+    def is_stale(self, digests: Iterable[str]) -> bool:
+        """Whether it holds another task than these, or nobody can tell."""
+        there = self.tasks()
+        return there is None or not there <= set(digests)
+
+    def take_out(
+        self, gone: Iterable[str], term: Callable[[str], Tensor], left: Callable[[], KeptSum] | None = None
+    ) -> None:
+        """Leave no trace of some tasks, by the SHA-256 of their files.
+
+        term: gives a task's scatter. left: gives the sum of tasks that stay, from whoever has it. Without what it takes
+        the file is deleted. Raises OSError where that cannot be done.
+        """
+        there = self.tasks()
+        found = [digest for digest in gone if there is None or digest in there]
+        if not found:
+            return
+        try:
+            kept = left() if left is not None else self.read()
+            for digest in found if left is None else ():
+                kept = kept and kept.without(digest, term(digest))
+            if kept is None or not kept.opening:
+                self.path.unlink()
+            else:
+                self.write(kept)
+        except (OSError, WorkError):  # a full disk, or a task that is damaged
+            self.path.unlink()
+        flush_directory(self.path.parent)
+
+    def join(self, others: Sequence[SumFile], digests: Iterable[str]) -> None:
+        """Add to it those of others that hold none but these tasks, and none that was added before. Raises OSError."""
+        wanted, joined, changed = set(digests), self.read(), False
+        for other in others:
+            kept = other.read()
+            if kept is not None and kept.opening.keys() <= wanted:
+                if joined is None:
+                    joined, changed = kept, True
+                elif not kept.opening.keys() & joined.opening.keys():
+                    joined, changed = joined.joined(kept), True
+        if joined is not None and changed:
+            self.write(joined)
+
+    @property
+    def _model(self) -> bytes:
+        """What tells stores of another kind of model."""
+        same = json.dumps([self.about["fingerprint"], self.about["config"]], sort_keys=True)
+        return hashlib.sha256(same.encode()).digest()
+
+
+class SumProof:
+    """Whether a sum is that of its tasks, which are looked at one after another."""
+
+    def __init__(self, file: SumFile) -> None:
+        self._file, self._kept = file, file.read()
+        self._left = dict(self._kept.opening) if self._kept else {}
+
+    def take(self, digest: str, opening: str, part: Mapping[str, Tensor]) -> None:
+        """A task of the store: SHA-256 of its file, its `opening_digest`, and its part of the router."""
+        if self._kept is not None and self._left.get(digest) == opening:
+            self._kept.total.take(scatter_of(part))
+            del self._left[digest]
+
+    def wrong(self) -> list[str]:
+        """What is wrong with the sum once all tasks were looked at: a line or none."""
+        kept = self._kept
+        if kept is None:
+            right = self._file.tasks() == set()
+        else:
+            right = not self._left and not kept.total.coarse.any() and not kept.total.fine.any()
+        says = "not the sum of the store's tasks; delete it, it is made again where it is needed"
+        return [] if right else [f"{self._file.path}: {says}"]
+
+
+def _pairs(table: memoryview) -> Iterator[tuple[str, str]]:
+    for at in range(0, len(table), 64):
+        yield table[at : at + 32].hex(), table[at + 32 : at + 64].hex()
+
+
+# A plane in few bytes. Products of 8-bit factors are multiples of a unit far above 2^-56, so that most numbers of a
+# plane end in zeros, and few are large. The diagonal, which is of any numbers, stands apart.
+
+
+def _diagonal(numbers: int) -> np.ndarray:
+    """Where in the upper triangle, row by row, of so many numbers its diagonal lies."""
+    width = (math.isqrt(8 * numbers + 1) - 1) // 2
+    place = np.arange(width)
+    return place * width - place * (place - 1) // 2
+
+
+def _packed(plane: np.ndarray) -> Iterable[bytes]:
+    """The diagonal as it is; how many zero bits and how many bytes the numbers of each chunk have; their bytes."""
+    diagonal, plane = _diagonal(len(plane)), plane.astype("<i8")
+    own = plane[diagonal].tobytes()
+    plane[diagonal] = 0
+    sizes, parts = bytearray(), []
+    for at in range(0, len(plane), NUMBERS):
+        chunk = plane[at : at + NUMBERS]
+        bits = int(np.bitwise_or.reduce(chunk))
+        zeros = (bits & -bits).bit_length() - 1 if bits else 0
+        least, most = int(chunk.min()) >> zeros, int(chunk.max()) >> zeros
+        width = (max(most, ~least).bit_length() + 8) // 8 if bits else 0
+        sizes += bytes((zeros, width))
+        parts.append((chunk >> zeros).view(np.uint8).reshape(-1, 8)[:, :width].tobytes())
+    return [own, bytes(sizes), *parts]
+
+
+def _unpacked(data: memoryview, at: int, numbers: int) -> tuple[np.ndarray, int]:
+    """A plane that begins at a place, and where it ends."""
+    diagonal, plane = _diagonal(numbers), np.empty(numbers, "<i8")
+    own = np.frombuffer(data, "<i8", len(diagonal), at)
+    at += own.nbytes
+    chunks = -(-numbers // NUMBERS)
+    sizes = np.frombuffer(data, np.uint8, 2 * chunks, at).reshape(-1, 2).tolist()
+    at += 2 * chunks
+    for i, (zeros, width) in enumerate(sizes):
+        chunk = plane[i * NUMBERS : (i + 1) * NUMBERS]
+        if not width:
+            chunk[:] = 0
+            continue
+        spread = np.zeros((len(chunk), 8), np.uint8)  # the bytes at the top, so that shifting back keeps the sign
+        spread[:, 8 - width :] = np.frombuffer(data, np.uint8, len(chunk) * width, at).reshape(-1, width)
+        np.left_shift(spread.view("<i8")[:, 0] >> 8 * (8 - width), zeros, out=chunk)
+        at += len(chunk) * width
+    plane[diagonal] = own
+    return plane.astype(np.int64, copy=False), at

@@ -1,0 +1,203 @@
+"""A store as it is read: beside writers, without a lock.
+
+manifest.json                           what the store is, and the SHA-256 of each task's file
+tasks/<name>/<digest>.safetensors       one task
+.lock, .reserve                         held by who writes; room for a manifest on a disk that is full
+.sum                                    what tasks add up to (`slm_fast.kept_sum`), where there are many
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_fast.covariance import ExactSum
+from slm_fast.errors import InputError, WorkError, memory_for, warn
+from slm_fast.files import locked, path_of
+from slm_fast.kept_sum import SumFile, SumProof
+from slm_fast.schema import check_fits, check_manifest, check_scatter, task_path
+from slm_fast.task_file import map_task, opening_digest, read_file, task_from_bytes
+from slm_fast.tasks import LearnedTask
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+MANIFEST = "manifest.json"
+LOCK, RESERVE, SUM = ".lock", ".reserve", ".sum"
+PATIENT_READS, MOST_READS = 3, 100  # how often a reader begins again beside a busy writer before it asks for the lock
+TASK_FILE = re.compile(r"[0-9a-f]{64}\.safetensors(\.part)?")
+
+
+class StoreView:
+    """A directory of tasks for one kind of model.
+
+    `about` is what its tasks have in common: the backbone's id and fingerprint and the model's configuration.
+    `files` maps each task's name to the SHA-256 of its file, as this object last saw it.
+    """
+
+    patience = 30.0  # seconds a writer waits for another one, whose commit takes far less
+
+    def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        self.path, self.about, self.files = path_of(path), dict(about), dict(files)
+        self.summed: tuple[frozenset[str], ExactSum] | None = None  # names of tasks, and their sum, as `load` found it
+        self._seen = 0, 0  # the version of the manifest that `files` are of
+        self._opening: dict[str, str] = {}  # SHA-256 of a task's file -> its `opening_digest`, as far as known
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a store that exists.
+
+        Raises:
+            InputError: there is none. WorkError: its manifest is damaged or of a newer format.
+        """
+        manifest = path_of(path) / MANIFEST
+        try:
+            data = manifest.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path}: not a store (no {MANIFEST}); `slm-fast learn {path} ...` makes one") from None
+        except OSError as error:
+            raise WorkError(f"{manifest}: cannot be read: {error.strerror}") from None
+        with memory_for(str(manifest)):
+            return cls(path, *check_manifest(data, manifest))
+
+    @classmethod
+    def exists(cls, path: str | Path) -> bool:
+        return os.path.exists(path_of(path) / MANIFEST)
+
+    def file(self, name: str) -> Path:
+        return self.path / task_path(name, self.files[name])
+
+    @property
+    def _sum(self) -> SumFile:
+        return SumFile(self.path / SUM, self.about)
+
+    # Reading
+
+    def read(self, name: str, *, thorough: bool = False) -> tuple[LearnedTask, bytes]:
+        """One task and the bytes of its file. `thorough`: what takes long is checked too, that its scatter is one.
+
+        Raises WorkError when they are not what the manifest says, or do not fit the store's model.
+        """
+        file = self.file(name)
+        with memory_for(str(file)):
+            data = read_file(file, self.files[name])
+            task = task_from_bytes(data, file)
+            if task.name != name:
+                raise WorkError(f"{file}: holds task {task.name!r}, the manifest says {name!r}")
+            if "shapes" in self.about:
+                check_fits(task, self.about["shapes"], self.about["config"], file=file)
+            if thorough:
+                check_scatter(task, file)
+            self._opening[self.files[name]] = opening_digest(data)
+        return task, data
+
+    def load(self, *, known: Mapping[str, str] | None = None, skip_damaged: bool = False) -> list[LearnedTask]:
+        """All tasks, by name, of one version of the store, whatever others write meanwhile.
+
+        Of tasks that are in the sum kept, which stands in `summed` then, what answering needs is read and checked; the
+        rest of their files is when it is used first (`map_task`).
+
+        Args:
+            known: the SHA-256 of tasks that need not be read, by name.
+            skip_damaged: leave out tasks that are damaged, with a warning, rather than raise WorkError for the first.
+                Every file is then read whole.
+        """
+        found: dict[str, LearnedTask] = {}
+        kept = None if known is not None or skip_damaged else self._sum.read()
+        self._opening |= kept.opening if kept else {}
+
+        def look(name: str) -> None:
+            opening = kept and kept.opening.get(self.files[name])
+            task = map_task(self.file(name), self.files[name], opening) if opening else None
+            found[name] = task or self.read(name, thorough=skip_damaged)[0]
+
+        for error in self.look_at(look, known or {}).values():
+            if not skip_damaged:
+                raise error
+            warn(f"{error}; left out")
+        self.summed = None
+        if kept and kept.opening.keys() <= set(self.files.values()):
+            names = frozenset(name for name, digest in self.files.items() if digest in kept.opening)
+            self.summed = names, kept.total
+        return [found[name] for name in sorted(self.files) if name in found]
+
+    def verify(self) -> list[str]:
+        """Everything that is wrong with the store, a line each; an empty list when nothing is."""
+
+        proof = SumProof(self._sum)
+
+        def look(name: str) -> None:
+            task, digest = self.read(name, thorough=True)[0], self.files[name]
+            proof.take(digest, self._opening[digest], task.router)
+
+        return [str(error) for error in self.look_at(look).values()] or proof.wrong()
+
+    def look_at(self, look: Callable[[str], None], known: Mapping[str, str] | None = None) -> dict[str, WorkError]:
+        """Call `look` for each task of the store as it is now but those `known`; the errors it raised, by name.
+
+        A writer may take a file away meanwhile. Then the manifest is another one, and what was wrong or is new is
+        looked at again. After a few times writers are asked to wait, so that this ends. `files` are those seen.
+        """
+        seen, wrong = dict(known or {}), dict[str, WorkError]()
+        for attempt in range(MOST_READS):
+            with self._writers_waiting(wanted=attempt >= PATIENT_READS) as waiting:
+                version, wrong = self._version(), {}
+                self._look_anew()
+                for name in sorted(self.files):
+                    if seen.get(name) != self.files[name]:
+                        try:
+                            look(name)
+                            seen[name] = self.files[name]
+                        except WorkError as error:
+                            wrong[name] = error
+                if not wrong or waiting or self._version() == version:
+                    break
+        return wrong
+
+    def _look_anew(self) -> dict[str, Any]:
+        """Read the manifest, if it is another one than that which was read last: what it says of the model."""
+        version, about = self._version(), self.about
+        if version != self._seen or version == (0, 0):
+            now = type(self).open(self.path)
+            self.files, about, self._seen = now.files, now.about, version
+        return about
+
+    def _version(self) -> tuple[int, int]:
+        """Every commit puts another file in the manifest's place, also one that takes a change back."""
+        try:
+            now = (self.path / MANIFEST).stat()
+        except OSError:
+            return 0, 0
+        return now.st_ino, now.st_mtime_ns
+
+    @contextmanager
+    def _writers_waiting(self, *, wanted: bool) -> Iterator[bool]:
+        """Keep writers away while the block runs, if that is wanted and can be had: whether it is so."""
+        with ExitStack() as stack:
+            waiting = False
+            if wanted:
+                with suppress(OSError):  # there never was a lock, or it may not be read
+                    waiting = stack.enter_context(locked(self.path / LOCK, self.patience, shared=True))
+            yield waiting
+
+    def leftovers(self, names: Iterable[str] | None = None) -> list[Path]:
+        """What an interrupted commit left behind: it lies in the store and the manifest does not name it. names: of the
+        tasks to look for, not all."""
+        tasks = self.path / "tasks"
+        found = [part for part in (self.path / f"{name}.part" for name in (MANIFEST, RESERVE, SUM)) if part.exists()]
+        found += [self._sum.path] if self._sum.is_stale(self.files.values()) else []
+        if names is None:
+            names = [folder.name for folder in tasks.iterdir()] if tasks.is_dir() else []
+        for folder in [tasks / name for name in sorted(names)]:
+            if folder.is_dir():
+                files = list(folder.iterdir())
+                named = self.file(folder.name) if folder.name in self.files else None
+                ours = [file for file in files if TASK_FILE.fullmatch(file.name) and file != named]
+                found += sorted(ours)
+                if folder.name not in self.files and ours == files:
+                    found.append(folder)
+        return found
