@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 
 from slm_fast.backbone import Backbone
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, WorkError
 from slm_fast.loading import located
-from slm_fast.options import ModelConfig
+from slm_fast.options import LARGEST, ModelConfig
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, check_taps, default_taps
 from slm_fast.random_features import RandomFeatureRouter, feature_matrix
 from slm_fast.router import DtkrRouter, GaussianRouter, Router
@@ -38,6 +38,7 @@ def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
     gaussian = config.router == "gaussian"
     return replace(
         config,
+        chat_template=_chat_template(config.chat_template, backbone),
         taps=taps,
         encoder=None if trunk else located(config.encoder or DEFAULT_ENCODER, "encoder"),
         targets=tuple(targets),
@@ -46,6 +47,22 @@ def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
         features=config.features if gaussian else 0,
         max_length=max_length,
     )
+
+
+def _chat_template(wanted: bool | str | None, backbone: Backbone) -> bool | str:
+    """The template that is meant, or False. Raises InputError where there is none, or none can be."""
+    if not wanted:
+        return False
+    if backbone.kind != "causal":
+        raise InputError("chat_template: goes with a causal backbone; this one reads no chats")
+    template = backbone.tokenization.chat_template if wanted is True else wanted
+    if template is None:
+        raise InputError("chat_template: the tokenizer has none; set tokenizer.chat_template, or give one for True")
+    try:
+        backbone.tokenization.tokenize_chat("", "a", template, LARGEST["max_length"])
+    except WorkError as error:
+        raise InputError(str(error)) from None
+    return template
 
 
 def complete_for(config: ModelConfig, width: int) -> ModelConfig:

@@ -18,6 +18,7 @@ from slm_fast.errors import InputError, warn
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.query import TrunkQuery
+from slm_fast.reading import prompts_of
 from slm_fast.tokenization import Encoded, pad
 
 STATES_BYTES = 2 << 30  # hidden states of more than this are not kept; the lower layers then run in every step
@@ -62,7 +63,7 @@ def prepare(
     labels: of an encoder-only backbone's head. max_length: tokens read of an input.
     """
     backbone, rows = model.backbone, task.rows
-    prompts, cut = backbone.tokenization.tokenize([row.prompt for row in rows], max_length)
+    prompts, cut = prompts_of(rows, backbone.tokenization, model.config, max_length)
     if any(cut):
         warn(f"{_of(task, cut)} inputs are longer than max_length={max_length} tokens and are read up to there")
     if backbone.kind == "encoder":
@@ -78,7 +79,7 @@ def prepare(
     if not fits(model, sequences):
         return examples, model.queries(rows, report=report)
     # The pass that finds the states finds the queries too, unless these come from other text or another model.
-    alike = all(row.query_text(model.config.route_on) == row.prompt for row in rows)
+    alike = all(row.query_text(model.config.route_on) == row.prompt for row in rows) and not model.config.chat_template
     shared = alike and max_length == model.config.max_length and isinstance(model.query, TrunkQuery)
     queries = torch.empty(len(rows), model.query.width, device=backbone.device)
     states: list[Tensor] = [queries] * len(rows)

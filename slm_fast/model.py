@@ -26,7 +26,7 @@ from slm_fast.pool import Pool, emptied
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery
 from slm_fast.reading import Reading, collated, read_rows
 from slm_fast.router import Router, Summed
-from slm_fast.schema import check_fits
+from slm_fast.schema import WHEN_SET, check_fits
 from slm_fast.surroundings import PinnedLock
 from slm_fast.tasks import LearnedTask
 from slm_fast.tokenization import Encoded
@@ -96,6 +96,7 @@ class AdaptedModel:
     def about(self) -> dict[str, Any]:
         """What a store of this model's tasks has in common; all but `backbone` must agree for it to be opened."""
         config = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.config).items()}
+        config = {key: value for key, value in config.items() if value or key not in WHEN_SET}
         about = {"backbone": self.backbone.name, "fingerprint": self.backbone.fingerprint, "config": config}
         about |= {"shapes": self.shapes, "tokens": self.backbone.tokens, "settings": self.backbone.settings}
         if isinstance(self.query, SentenceQuery):

@@ -65,6 +65,8 @@ class ModelConfig:
             too; None means twice the query's width, at most 2,048; 0 with dtkr.
         route_on: "input" (a row's instruction does not help routing) or "prompt".
         max_length: tokens read of an input; None means 256, or fewer where the backbone holds fewer.
+        chat_template: of a causal chat model: write each row as a user's turn (its instruction as the system's) in the
+            tokenizer's chat template, or in the one given (Jinja). A store keeps it.
     """
 
     query: str = "trunk"
@@ -80,6 +82,7 @@ class ModelConfig:
     features: int | None = None
     route_on: str = "input"
     max_length: int | None = None
+    chat_template: bool | str = False
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -107,6 +110,8 @@ class ModelConfig:
             raise InputError(f"encoder: goes with query='sentence', got query='trunk' and encoder {self.encoder!r}")
         if self.taps is not None and self.query != "trunk":
             raise InputError(f"taps: go with query='trunk', got query='sentence' and taps {list(self.taps)}")
+        if not isinstance(self.chat_template, str) or not self.chat_template:
+            _switches(self, "chat_template", otherwise=" or a template")
         if self.features and self.router != "gaussian":
             raise InputError(f"features: go with router='gaussian', got router='dtkr' and features {self.features}")
 
@@ -314,6 +319,7 @@ class ModelKeywords(TypedDict, total=False):
     features: int | None
     route_on: str
     max_length: int | None
+    chat_template: bool | str
 
 
 class LearnKeywords(TypedDict, total=False):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from slm_fast.data import Row
+from slm_fast.errors import WorkError
 from slm_fast.options import ModelConfig
 from slm_fast.query import SentenceQuery, TrunkQuery
 from slm_fast.tasks import Adapter
@@ -36,7 +38,7 @@ def read_rows(
     """Rows as tokens, each text tokenised once. shared: a sentence encoder reads the same tokens as the backbone."""
     longest = config.max_length or 0
     texts, queries = [row.prompt for row in rows], [row.query_text(config.route_on) for row in rows]
-    if isinstance(query, SentenceQuery) and shared and texts == queries:
+    if isinstance(query, SentenceQuery) and shared and texts == queries and not config.chat_template:
         encoder_longest = query.longest or longest
         ids, cut = tokenization.tokenize(texts, max(longest, encoder_longest))
         return [
@@ -49,10 +51,30 @@ def read_rows(
     if isinstance(query, SentenceQuery):
         inputs = dict(enumerate(queries))
     else:
-        other = [i for i, text in enumerate(texts) if queries[i] != text]
+        # Of a chat only the input's own words are looked at.
+        other = [i for i, text in enumerate(texts) if queries[i] != text or config.chat_template]
         inputs = dict(zip(other, tokenization.tokenize([queries[i] for i in other], longest)[0], strict=True))
-    ids, cut = tokenization.tokenize(texts, longest)
+    ids, cut = prompts_of(rows, tokenization, config, longest)
     return [Reading(row, lost, inputs.get(i)) for i, (row, lost) in enumerate(zip(ids, cut, strict=True))]
+
+
+def prompts_of(
+    rows: Sequence[Row], tokenization: Tokenization, config: ModelConfig, max_length: int
+) -> tuple[list[list[int]], list[bool]]:
+    """The tokens of rows' prompts, cut to `max_length`, and which were cut."""
+    if not isinstance(config.chat_template, str):
+        return tokenization.tokenize([row.prompt for row in rows], max_length)
+    found = [_chat(row, tokenization, config.chat_template, max_length) for row in rows]
+    return [ids for ids, _ in found], [cut for _, cut in found]
+
+
+def _chat(row: Row, tokenization: Tokenization, template: str, max_length: int) -> tuple[list[int], bool]:
+    """A row as a user's turn. Its instruction is the system's or, where there is no text or no such turn in the
+    template, stands in the user's."""
+    if row.instruction and row.text:
+        with suppress(WorkError):
+            return tokenization.tokenize_chat(row.instruction, row.text, template, max_length)
+    return tokenization.tokenize_chat("", row.prompt, template, max_length)
 
 
 def collated(readings: Sequence[Reading], tokenization: Tokenization) -> Encoded:

@@ -58,7 +58,10 @@ CONFIG: Mapping[str, Kind] = {
     "features": integer(0, LARGEST["features"]),
     "route_on": word("input", "prompt"),
     "max_length": integer(1, LARGEST["max_length"]),
+    "chat_template": TEXT,
 }
+# Those that are there only where they are set, so that what is made without them is the same as ever.
+WHEN_SET = ("chat_template",)
 # The fields of an imported task's `adapter` (slm_fast.tasks.Adapter).
 ADAPTER: Mapping[str, Kind] = {
     "pooling": or_null(word(*POOLINGS)),
@@ -109,9 +112,9 @@ def _model(model: Any) -> dict[str, Any]:
         if field in model:
             check(model[field], f"model.{field}", kind)
     config = {**WHEN_ABSENT, **fields(model["config"], "model.config", others=True)}
-    fields(config, "model.config", *CONFIG)
-    for field, kind in CONFIG.items():
-        check(config[field], f"model.config.{field}", kind)
+    fields(config, "model.config", *(field for field in CONFIG if field not in WHEN_SET), optional=WHEN_SET)
+    for field in [field for field in CONFIG if field in config]:
+        check(config[field], f"model.config.{field}", CONFIG[field])
     for field in ("taps", "targets"):
         if repeated(config[field] or ()) is not None:
             raise Unfit(f"model.config.{field}", f"{repeated(config[field])!r} stands there twice")

@@ -118,6 +118,13 @@ class Tokenization:
             rows = [[self._instead if token in self._beyond else token for token in row] for row in rows]
         return [row + ending for row in rows] if ending else rows, cut
 
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's chat template, of several the default one."""
+        found = self.tokenizer.chat_template
+        found = found.get("default") if isinstance(found, dict) else found
+        return found or None
+
     def tokenize_chat(self, system: str, user: str, template: str, max_length: int) -> tuple[list[int], bool]:
         """The tokens of a user's turn (and a system's before it, if there is one) in a chat template, up to where the
         assistant's begins, and whether the user's text was cut so that they are at most `max_length`.

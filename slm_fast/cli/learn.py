@@ -76,6 +76,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--aggregate", choices=("mean", "vote"), help="how the dtkr router joins its groups")
     group.add_argument("--temperature", type=float, help="of the gaussian router's weights")
     group.add_argument("--features", type=int, help="random features of the gaussian router; default up to 2,048")
+    about = "write rows as turns in the tokenizer's chat template (causal chat models)"
+    group.add_argument("--chat-template", action="store_true", default=None, help=about)
     group.add_argument("--route-on", choices=("input", "prompt"), help="whether an instruction helps routing")
     about = "tokens read of an input: by a new store's model or, where the store is there, in learning these tasks"
     group.add_argument("--max-length", type=int, help=about)
@@ -241,6 +243,7 @@ def _check_store(arguments: argparse.Namespace, given: Mapping[str, Any]) -> Non
         store = Store.open(arguments.store)
         for name, value in given.items():
             kept = store.about["config"].get(name)
+            kept = kept is not None if name == "chat_template" else kept
             if name != "max_length" and (list(value) if isinstance(value, tuple) else value) != kept:
                 raise InputError(f"--{name.replace('_', '-')}: {arguments.store} was made with {kept!r}")
         store.check_writable()

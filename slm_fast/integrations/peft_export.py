@@ -47,6 +47,11 @@ SEPARATED = """
 The task was learned on prompts that end in a line break: `tokenizer(text)["input_ids"]`, then the tokens of "\\n".
 """
 
+CHATTED = """
+The task was learned on prompts in the chat template of `chat_template.jinja`: the text as a user's turn, an instruction
+as the system's, and the beginning of the assistant's.
+"""
+
 
 @dataclass(frozen=True)
 class _Head:
@@ -83,19 +88,20 @@ def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: 
         tensors[f"{PREFIX}{prefix}{module}.lora_A.weight"] = lora_a
         tensors[f"{PREFIX}{prefix}{module}.lora_B.weight"] = lora_b.T
     own: dict[str, Any] = {"labels": None if task.labels is None else list(task.labels)}
-    own["prompt"] = "separator" if task.adapter is None else task.adapter.prompt
+    template = model.config.chat_template or None if task.adapter is None else task.adapter.chat_template
+    own["prompt"] = task.adapter.prompt if task.adapter is not None else "plain" if template else "separator"
     if head.beside:
         own["pooling"] = "mean" if task.adapter is None else task.adapter.pooling
     files: dict[str, bytes] = {
         CONFIG: _json(_config(ranks, head, backbone)),
         WEIGHTS: _safetensors(tensors),
         OWN: _json(own),
-        "README.md": _readme(task, head, backbone).encode(),
+        "README.md": _readme(task, head, backbone, CHATTED if template else SEPARATED).encode(),
     }
     if head.beside:
         files[OWN_HEAD] = _safetensors(head.beside)
-    if task.adapter is not None and task.adapter.chat_template is not None:
-        files["chat_template.jinja"] = task.adapter.chat_template.encode()
+    if isinstance(template, str):
+        files["chat_template.jinja"] = template.encode()
     if task.adapter is not None and task.adapter.ends:
         files["generation_config.json"] = _json({"eos_token_id": list(task.adapter.ends)})
     try:
@@ -181,10 +187,10 @@ def _config(ranks: Mapping[str, int], head: _Head, backbone: Backbone) -> dict[s
     }
 
 
-def _readme(task: LearnedTask, head: _Head, backbone: Backbone) -> str:
+def _readme(task: LearnedTask, head: _Head, backbone: Backbone, prompt: str) -> str:
     classifies = bool(head.saved)
     notes = BESIDE.format(head=OWN_HEAD, own=OWN) if head.beside else ""
-    notes += SEPARATED if backbone.kind == "causal" and task.adapter is None else ""
+    notes += prompt if backbone.kind == "causal" and task.adapter is None else ""
     return README.format(
         name=task.name,
         base=backbone.name,
