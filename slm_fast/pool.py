@@ -38,10 +38,12 @@ class Pool:
     def __init__(
         self, tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype, *, capacity: int = 0
     ) -> None:
-        """A pool whose slots lie in the rows of their ids, in buffers with room for `capacity` rows in all."""
+        """A pool whose slots lie in the rows of their ids, in buffers with room for `capacity` rows in all, and for a
+        sixteenth more than there are."""
         tasks = in_name_order(tasks)
         page = page_rank(tasks)
-        buffers = _Buffers(tasks, max(capacity, sum(rows_of(task, page) for task in tasks)), device, dtype)
+        rows = sum(rows_of(task, page) for task in tasks)
+        buffers = _Buffers(tasks, max(capacity, rows + rows // 16), device, dtype)
         slots = iter(range(buffers.capacity))
         ids = [list(islice(slots, rows_of(task, page))) for task in tasks]
         self._hold(tasks, buffers.write(tasks, ids), buffers)

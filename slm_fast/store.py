@@ -269,7 +269,7 @@ class Store(StoreView):
                 raise
             write(self.path / MANIFEST, data)
         changed = {name for name, _ in self.files.items() ^ files.items()}
-        self.files, self._seen = dict(files), self._version()
+        self.files, self._seen = dict(files), hashlib.sha256(data).digest()
         try:
             flush_directory(self.path)
         except OSError as error:

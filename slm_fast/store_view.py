@@ -8,6 +8,7 @@ tasks/<name>/<digest>.safetensors       one task
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,7 +45,7 @@ class StoreView:
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
         self.path, self.about, self.files = path_of(path), dict(about), dict(files)
         self.summed: tuple[frozenset[str], ExactSum] | None = None  # names of tasks, and their sum, as `load` found it
-        self._seen = 0, 0  # the version of the manifest that `files` are of
+        self._seen = b""  # SHA-256 of the manifest that says what `files` does
         self._opening: dict[str, str] = {}  # SHA-256 of a task's file -> its `opening_digest`, as far as known
 
     @classmethod
@@ -54,15 +55,9 @@ class StoreView:
         Raises:
             InputError: there is none. WorkError: its manifest is damaged or of a newer format.
         """
-        manifest = path_of(path) / MANIFEST
-        try:
-            data = manifest.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{path}: not a store (no {MANIFEST}); `slm-fast learn {path} ...` makes one") from None
-        except OSError as error:
-            raise WorkError(f"{manifest}: cannot be read: {error.strerror}") from None
-        with memory_for(str(manifest)):
-            return cls(path, *check_manifest(data, manifest))
+        store = cls(path, {}, {})
+        store.about = store._look_anew()
+        return store
 
     @classmethod
     def exists(cls, path: str | Path) -> bool:
@@ -159,11 +154,21 @@ class StoreView:
         return wrong
 
     def _look_anew(self) -> dict[str, Any]:
-        """Read the manifest, if it is another one than that which was read last: what it says of the model."""
-        version, about = self._version(), self.about
-        if version != self._seen or version == (0, 0):
-            now = type(self).open(self.path)
-            self.files, about, self._seen = now.files, now.about, version
+        """Read the manifest, and check it if it is another one than that which was read last: what it says of the
+        model. Raises as `open`."""
+        manifest = self.path / MANIFEST
+        try:
+            data = manifest.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            hint = f"`slm-fast learn {self.path} ...` makes one"
+            raise InputError(f"{self.path}: not a store (no {MANIFEST}); {hint}") from None
+        except OSError as error:
+            raise WorkError(f"{manifest}: cannot be read: {error.strerror}") from None
+        if (digest := hashlib.sha256(data).digest()) == self._seen:
+            return self.about
+        with memory_for(str(manifest)):
+            about, self.files = check_manifest(data, manifest)
+        self._seen = digest
         return about
 
     def _version(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,12 +162,12 @@ def moving(path: Path, monkeypatch: pytest.MonkeyPatch, *, rest: int | None) -> 
     """A store of "a" and "x0" whose "x" is another one each time somebody has read the manifest, `rest` times (None: as
     long as it may be written). The names that came and went."""
     store_of(path, A, replace(B, name="x0"))
-    writer, opening, gone = Store.open(path), Store.open, []
+    writer, looking, gone = Store.open(path), Store._look_anew, []
 
-    def opened(where: Path) -> Store:
-        found = opening(where)
-        if Path(where) == path and (rest is None or len(gone) < rest):
-            monkeypatch.setattr(Store, "open", opening)
+    def looked(store: Store) -> dict[str, Any]:
+        found = looking(store)
+        if store.path == path and (rest is None or len(gone) < rest):
+            monkeypatch.setattr(Store, "_look_anew", looking)
             monkeypatch.setattr(Store, "patience", 0.0)
             try:
                 writer.commit(add=[replace(B, name=f"x{len(gone) + 1}")], remove=[f"x{len(gone)}"])
@@ -174,10 +175,10 @@ def moving(path: Path, monkeypatch: pytest.MonkeyPatch, *, rest: int | None) -> 
             except WorkError:  # a reader keeps the lock
                 pass
             monkeypatch.setattr(Store, "patience", 1.0)
-            monkeypatch.setattr(Store, "open", opened)
+            monkeypatch.setattr(Store, "_look_anew", looked)
         return found
 
-    monkeypatch.setattr(Store, "open", opened)
+    monkeypatch.setattr(Store, "_look_anew", looked)
     return gone
 
 
