@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
+from slm_fast.errors import InputError, SlmError, WorkError, memory_for, some_of, warn
 from slm_fast.files import Reserve, flush_directory, locked, path_of, write
 from slm_fast.schema import FORMAT, WHEN_KNOWN, check_fits, check_manifest, check_scatter, task_path
 from slm_fast.task_file import read_file, task_from_bytes, task_from_file, task_to_bytes
@@ -307,7 +307,9 @@ class Store:
                 try:
                     yield
                 except BaseException:
-                    self._clear()
+                    with suppress(SlmError):  # an interrupt may come when the new manifest is in place already
+                        self.files = Store.open(self.path).files if Store.exists(self.path) else {}
+                        self._clear()
                     raise
 
     def _place(self, name: str, digest: str, data: bytes) -> None:
