@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slm_fast.covariance import ExactSum
-from slm_fast.errors import InputError, WorkError, some_of
+from slm_fast.errors import InputError, SlmError, WorkError, some_of
 from slm_fast.files import Reserve, flush_directory, locked, write
 from slm_fast.kept_sum import KeptSum
 from slm_fast.scatter import scatter_of
@@ -233,7 +233,9 @@ class Store(StoreView):
                 try:
                     yield
                 except BaseException:
-                    self._clear()
+                    with suppress(SlmError):  # an interrupt may come when the new manifest is in place already
+                        self.files = Store.open(self.path).files if Store.exists(self.path) else {}
+                        self._clear()
                     raise
                 with suppress(OSError):
                     self._mark(clean=self._clean)

@@ -30,6 +30,7 @@ from stores import (
 )
 
 from slm_fast.errors import InputError, SlmError, WorkError
+from slm_fast.files import write
 from slm_fast.store import Store, task_to_bytes
 from slm_fast.tasks import LearnedTask
 
@@ -285,3 +286,21 @@ def test_a_name_in_a_manifest_cannot_lead_out_of_the_store(tmp_path: Path) -> No
     with pytest.raises(SlmError, match="evil"):
         into.merge([Store.open(other.path)])
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "safetensors"])
+def test_an_interrupt_right_behind_a_file_leaves_the_old_store_or_the_new_one(tmp_path, monkeypatch, file):
+    Store(tmp_path, ABOUT, {}).commit(add=[A])
+
+    def interrupted(path: Path, data: bytes) -> None:
+        write(path, data)
+        if path.name.endswith(file):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("slm_fast.store.write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Store.open(tmp_path).commit(add=[B], remove=["a"])
+    found = Store.open(tmp_path)
+    assert sorted(found.files) == (["b"] if file == "manifest.json" else ["a"])
+    assert found.verify() == []
+    assert found.leftovers() == []
