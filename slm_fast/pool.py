@@ -38,12 +38,12 @@ class Pool:
     def __init__(
         self, tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype, *, capacity: int = 0
     ) -> None:
-        """A pool whose slots lie in the rows of their ids, in buffers with room for `capacity` rows in all, and for a
-        sixteenth more than there are."""
+        """A pool whose slots lie in the rows of their ids, in buffers with room for `capacity` rows in all, and for one
+        more in 64 than there are, so that the first task learned does not lay out all anew."""
         tasks = in_name_order(tasks)
         page = page_rank(tasks)
         rows = sum(rows_of(task, page) for task in tasks)
-        buffers = _Buffers(tasks, max(capacity, rows + rows // 16), device, dtype)
+        buffers = _Buffers(tasks, max(capacity, rows + rows // 64), device, dtype)
         slots = iter(range(buffers.capacity))
         ids = [list(islice(slots, rows_of(task, page))) for task in tasks]
         self._hold(tasks, buffers.write(tasks, ids), buffers)
@@ -191,7 +191,9 @@ class _Buffers:
 
     @torch.inference_mode(False)  # or they could not be written to outside of it
     def __init__(self, tasks: Sequence[LearnedTask], capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        widths = {module: (a.shape[2], b.shape[2]) for task in tasks for module, (a, b) in task.values.items()}
+        holder = {module: task for task in tasks for module in task.values}
+        pairs = {module: task.values[module] for module, task in holder.items()}
+        widths = {module: (lora_a.shape[2], lora_b.shape[2]) for module, (lora_a, lora_b) in pairs.items()}
         page = self.page = page_rank(tasks)
         self.capacity, self.device, self.dtype = capacity, device, dtype
         self.values = {
@@ -221,18 +223,24 @@ class _Buffers:
         self.taken.update(held)
         index = torch.tensor([row for own in ids for row in own], dtype=torch.int64, device=self.device)
         for module, pair in self.values.items():
+            given = [task.values.get(module) for task in tasks]
             for which, buffer in enumerate(pair):
-                parts = [self._in_rows(task, module, which, len(own)) for task, own in zip(tasks, ids, strict=True)]
+                parts = [
+                    self._in_rows(buffer, own and own[which], task.slots, len(rows))
+                    for task, own, rows in zip(tasks, given, ids, strict=True)
+                ]
                 buffer[index] = torch.cat(parts).to(device=self.device, dtype=self.dtype)
         return held
 
-    def _in_rows(self, task: LearnedTask, module: str, which: int, rows: int) -> Tensor:
-        """A half of a task's values for a module in so many rows, [rows, page, F]; zeros where it has none."""
-        if module not in task.values:
-            return torch.zeros(rows, *self.values[module][which].shape[1:])
-        part = task.values[module][which]
-        whole = rows // task.slots * self.page
-        return nn.functional.pad(part, (0, 0, 0, whole - part.shape[1])).reshape(rows, self.page, part.shape[2])
+    def _in_rows(self, buffer: Tensor, half: Tensor | None, slots: int, rows: int) -> Tensor:
+        """A half of a task's values for a module [slots, r, F] in so many rows of its buffer, [rows, page, F]; zeros
+        where it has none."""
+        if half is None:
+            return torch.zeros(rows, *buffer.shape[1:])
+        whole = rows // slots * self.page
+        if whole != half.shape[1]:
+            half = nn.functional.pad(half, (0, 0, 0, whole - half.shape[1]))
+        return half.reshape(rows, self.page, half.shape[2])
 
 
 def emptied(route: Route, rows: Tensor) -> Route:
