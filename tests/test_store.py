@@ -285,3 +285,18 @@ def test_a_name_in_a_manifest_cannot_lead_out_of_the_store(tmp_path: Path) -> No
     with pytest.raises(SlmError, match="evil"):
         into.merge([Store.open(other.path)])
     assert tree(tmp_path) == before
+
+
+def test_a_commit_looks_everywhere_for_leftovers_where_the_writer_before_it_may_have_left_some(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", A, B)
+    stray = store.file("b").with_name("0" * 64 + ".safetensors")
+    stray.write_bytes(b"")
+    store.commit(add=[C])
+    assert store.leftovers() == [stray]  # nobody died here, so only the folder of "c" was looked at
+    shutil.copytree(store.path, tmp_path / "copy")
+    copy = Store.open(tmp_path / "copy")
+    copy.commit(remove=["c"])
+    assert copy.leftovers() == []
+    (store.path / ".lock").write_bytes(b"")  # as a writer leaves it that is killed
+    store.commit(remove=["c"])
+    assert store.leftovers() == []
