@@ -153,6 +153,15 @@ def test_taking_a_task_away_writes_nothing_until_less_than_a_quarter_is_used() -
     assert_same(pool, pool_of(*tasks[:9]))
 
 
+def test_of_many_tasks_one_more_finds_room_at_once() -> None:
+    tasks = [make_task(name) for name in names_of(65)]
+    pool = pool_of(*tasks[:64])
+    start = addresses(pool)
+    pool = pool.with_task(tasks[64])
+    assert addresses(pool) == start
+    assert_same(pool, pool_of(*tasks))
+
+
 def test_rows_are_used_again_once_nobody_reads_them() -> None:
     tasks = [make_task(name) for name in ("a", "b", "c", "d", "e", "f", "g")]
     pool = pool_of()

@@ -304,3 +304,18 @@ def test_an_interrupt_right_behind_a_file_leaves_the_old_store_or_the_new_one(tm
     assert sorted(found.files) == (["b"] if file == "manifest.json" else ["a"])
     assert found.verify() == []
     assert found.leftovers() == []
+
+
+def test_a_commit_looks_everywhere_for_leftovers_where_the_writer_before_it_may_have_left_some(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", A, B)
+    stray = store.file("b").with_name("0" * 64 + ".safetensors")
+    stray.write_bytes(b"")
+    store.commit(add=[C])
+    assert store.leftovers() == [stray]  # nobody died here, so only the folder of "c" was looked at
+    shutil.copytree(store.path, tmp_path / "copy")
+    copy = Store.open(tmp_path / "copy")
+    copy.commit(remove=["c"])
+    assert copy.leftovers() == []
+    (store.path / ".lock").write_bytes(b"")  # as a writer leaves it that is killed
+    store.commit(remove=["c"])
+    assert store.leftovers() == []
