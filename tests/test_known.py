@@ -59,8 +59,9 @@ def test_a_batch_of_tokens_is_answered_as_its_rows_are() -> None:
     slm = make_slm("bert")
     farm_and_sea(slm)
     texts = mixed_texts(7)
-    readings = slm.model.tokenize([Row(text) for text in texts])
-    found = answer_batch(slm.model, readings, PredictOptions())
+    rows = [Row(text) for text in texts]
+    readings = slm.model.tokenize(rows)
+    found = answer_batch(slm.model, rows, readings, PredictOptions())
     assert [(one.task, one.label) for one in found] == [(one.task, one.label) for one in slm.predict(texts)]
-    named = answer_batch(slm.model, readings, PredictOptions(), ["sea"] * 7)
+    named = answer_batch(slm.model, rows, readings, PredictOptions(), ["sea"] * 7)
     assert {one.task for one in named} == {"sea"}

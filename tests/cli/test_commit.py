@@ -138,7 +138,7 @@ def test_standard_input_is_given_once(second: str, bert: Path, tmp_path: Path) -
 
 
 def test_the_readmes_example_runs_twice_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, example = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    _, example, *_ = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     for name in ("reviews.csv", "reviews-test.csv"):
         write_csv(
