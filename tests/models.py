@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,16 @@ def make_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
 def make_slm(name: str, seed: int = 0, **config: Any) -> ScalableLM:
     """A ScalableLM over `make_model`, which knows no tasks."""
     return ScalableLM.from_backbone(make_model(name, seed), tokenizer=make_tokenizer(name), **config)
+
+
+def beside_its_backbone(folder: Path, tasks: Callable[[ScalableLM], Sequence[LearnedTask]]) -> Path:
+    """A store of tasks for a BERT whose files lie beside it, so that other processes and the command line find it."""
+    make_model("bert").save_pretrained(folder / "bert")
+    make_tokenizer("bert").save_pretrained(folder / "bert")
+    slm = ScalableLM.from_backbone(str(folder / "bert"))
+    knows(slm, *tasks(slm))
+    slm.save_pretrained(folder / "store")
+    return folder / "store"
 
 
 def reopened(path: Path, name: str = "bert", **options: Any) -> ScalableLM:

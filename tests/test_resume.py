@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from command import one_line, slm_fast
-from models import make_model, make_tokenizer, one_thread, random_task, sentence  # noqa: F401
+from models import beside_its_backbone, make_model, make_tokenizer, one_thread, random_task, sentence  # noqa: F401
 
-from slm_fast import ScalableLM, cli
+from slm_fast import cli
 from slm_fast.resume import run_file
 from slm_fast.windows import WINDOW
 
@@ -24,12 +24,9 @@ ROWS = 2 * WINDOW + 200
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
-    make_model("bert").save_pretrained(folder / "bert")
-    make_tokenizer("bert").save_pretrained(folder / "bert")
-    slm = ScalableLM.from_backbone(str(folder / "bert"))
-    slm._set([random_task(slm, topic, labels=(topic, "no", "yes")) for topic in ("farm", "sea")])
-    slm.save_pretrained(folder / "store")
-    return folder / "store"
+    return beside_its_backbone(
+        folder, lambda slm: [random_task(slm, topic, labels=(topic, "no", "yes")) for topic in ("farm", "sea")]
+    )
 
 
 @pytest.fixture(scope="module")

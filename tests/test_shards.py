@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from command import one_line, slm_fast
-from models import make_model, make_tokenizer, one_thread, random_task, sentence  # noqa: F401
+from models import beside_its_backbone, make_model, make_tokenizer, one_thread, random_task, sentence  # noqa: F401
 
-from slm_fast import ScalableLM, windows
+from slm_fast import windows
 
 WINDOW = 40  # rows: a file of five windows is answered in a moment
 
@@ -24,12 +24,9 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    make_model("bert").save_pretrained(folder / "bert")
-    make_tokenizer("bert").save_pretrained(folder / "bert")
-    slm = ScalableLM.from_backbone(str(folder / "bert"))
-    slm._set([random_task(slm, topic, labels=(topic, "no", "yes")) for topic in ("farm", "sea")])
-    slm.save_pretrained(folder / "store")
-    return folder / "store"
+    return beside_its_backbone(
+        folder, lambda slm: [random_task(slm, topic, labels=(topic, "no", "yes")) for topic in ("farm", "sea")]
+    )
 
 
 def lines(rows: int) -> list[str]:

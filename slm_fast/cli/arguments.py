@@ -133,14 +133,8 @@ def backbone_of(arguments: argparse.Namespace) -> str | None:
     return os.path.join(backbone, arguments.gguf)
 
 
-def add_predict_options(parser: argparse.ArgumentParser) -> None:
-    """The fields of PredictOptions."""
-    add_device_options(parser, "auto")
-    parser.add_argument(
-        "--batch-tokens", type=int, help="tokens of a batch, padding included; default: what suits the device"
-    )
-    parser.add_argument("--batch-size", type=int, help="rows of a batch at most")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of a generated answer")
+def add_routing_options(parser: argparse.ArgumentParser) -> None:
+    """The fields of PredictOptions that say how a row's task answers, if any does."""
     parser.add_argument(
         "--head", choices=("mixed", "winner"), default="mixed", help="weigh all tasks' heads or take one"
     )
@@ -156,6 +150,17 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distance", action="store_true", help="say how unlike its task each row is, as --abstain does, too"
     )
+
+
+def add_predict_options(parser: argparse.ArgumentParser) -> None:
+    """The fields of PredictOptions."""
+    add_device_options(parser, "auto")
+    parser.add_argument(
+        "--batch-tokens", type=int, help="tokens of a batch, padding included; default: what suits the device"
+    )
+    parser.add_argument("--batch-size", type=int, help="rows of a batch at most")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of a generated answer")
+    add_routing_options(parser)
     parser.add_argument("--bare", action="store_true", help="answer with the bare backbone")
     parser.add_argument("--beams", type=int, default=1, help="beam search over so many hypotheses")
     parser.add_argument("--sample", action="store_true", help="sample generated text")

@@ -7,14 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from slm_fast.cli.arguments import (
-    ABSTAIN,
-    SHARE,
-    Verbs,
-    add_device_options,
-    fields_of,
-    open_store,
-)
+from slm_fast.cli.arguments import Verbs, add_device_options, add_routing_options, fields_of, open_store
 from slm_fast.errors import InputError
 from slm_fast.options import PredictOptions
 
@@ -47,19 +40,7 @@ def add(verbs: Verbs) -> None:
     serve.add_argument("--admin-key-file", type=Path, metavar="FILE", help=about)
     serve.add_argument("--tasks-from", type=Path, metavar="STORE", help="where POST /v1/tasks takes tasks from")
     add_device_options(serve, "auto")
-    serve.add_argument(
-        "--head", choices=("mixed", "winner"), default="mixed", help="weigh all tasks' heads or take one"
-    )
-    serve.add_argument(
-        ABSTAIN,
-        type=float,
-        nargs="?",
-        const=SHARE,
-        default=False,
-        metavar="SHARE",
-        help="give no task to out-of-distribution rows: farther off than this share of training rows (0.99)",
-    )
-    serve.add_argument("--distance", action="store_true", help="say how unlike its task each row is")
+    add_routing_options(serve)
     limits = serve.add_argument_group("how much is taken at once")
     for name, about in LIMITS.items():
         default = getattr(ServeOptions, name)
@@ -88,9 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     with sock:
         server.log_to(sys.stderr)
         slm = open_store(arguments)
-        server.serve(
-            slm, sock, options, limits, key=key, admin=admin, source=source, skip_damaged=arguments.skip_damaged
-        )
+        keys = {"key": key, "admin": admin}
+        served = server.made(slm, options, limits, **keys, source=source, skip_damaged=arguments.skip_damaged)
+        server.serve(served, sock)
     return 0
 
 

@@ -52,22 +52,11 @@ def bound(host: str, port: int) -> socket.socket:
     return own
 
 
-def serve(
-    slm: ScalableLM,
-    sock: socket.socket,
-    options: PredictOptions,
-    limits: ServeOptions,
-    *,
-    key: str | None = None,
-    admin: str | None = None,
-    source: Store | None = None,
-    skip_damaged: bool = False,
-) -> None:
-    """Serve the store of a model until a signal ends it.
+def serve(served: Served, sock: socket.socket) -> None:
+    """Serve until a signal ends it.
 
     SIGTERM and SIGINT let what was admitted end, a second one does not. SIGHUP looks at the store now.
     """
-    served = made(slm, options, limits, key=key, admin=admin, source=source, skip_damaged=skip_damaged)
     server = Server(served)
     host, port = sock.getsockname()[:2]
     log.info("serving %d tasks on http://%s:%d", len(served.engine.generation.files), host, port)

@@ -30,7 +30,7 @@ class TextStream:
     def so_far(self, tokens: Sequence[int]) -> str:
         """What can be said more after these tokens, all there are."""
         text = self._decode(tokens).rstrip("\ufffd").rstrip()
-        return self._more(text[: max(0, len(text) - self._held)])
+        return self._more(text[: max(0, len(text) - self._held)].rstrip())  # a stop text may follow the blanks
 
     def end(self, text: str) -> str:
         """What is left of the whole text."""

@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from command import one_line, slm_fast
-from models import make_model, make_tokenizer, one_thread, random_task  # noqa: F401
+from models import beside_its_backbone, make_model, make_tokenizer, one_thread, random_task  # noqa: F401
 
-from slm_fast import ScalableLM, cli
+from slm_fast import cli
 from slm_fast.cli.arguments import with_share
 from slm_fast.errors import InputError, WorkError
 
@@ -31,12 +31,14 @@ LINE = '{"id": "é", "text": "sea1 sea2"}\n'
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shell")
-    make_model("bert").save_pretrained(folder / "bert")
-    make_tokenizer("bert").save_pretrained(folder / "bert")
-    slm = ScalableLM.from_backbone(str(folder / "bert"))
     many = tuple(f"label {i}" for i in range(5000))
-    slm._set([random_task(slm, "sea", labels=("Rückgabe", "配送")), random_task(slm, "farm" + "m" * 60, labels=many)])
-    slm.save_pretrained(folder / "store")
+    beside_its_backbone(
+        folder,
+        lambda slm: [
+            random_task(slm, "sea", labels=("Rückgabe", "配送")),
+            random_task(slm, "farm" + "m" * 60, labels=many),
+        ],
+    )
     (folder / "in.jsonl").write_text(LINE, "utf-8")
     return folder
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 from command import one_line, slm_fast
 from models import (
+    beside_its_backbone,
     knows,
-    make_model,
     make_slm,
-    make_tokenizer,
     one_thread,  # noqa: F401
     random_task,
     toy_task,
@@ -235,11 +234,7 @@ def test_keys_that_are_one_point_have_a_map():
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store whose backbone the command line can find."""
     path = tmp_path_factory.mktemp("report")
-    make_model("bert").save_pretrained(path / "backbone")
-    make_tokenizer("bert").save_pretrained(path / "backbone")
-    slm = ScalableLM.from_backbone(str(path / "backbone"))
-    knows(slm, *[random_task(slm, topic) for topic in ("farm", "sea")])
-    slm.save_pretrained(path / "store")
+    beside_its_backbone(path, lambda slm: [random_task(slm, topic) for topic in ("farm", "sea")])
     for name, task in given().items():
         (path / f"{name}.csv").write_text("text,label\n" + "".join(f"{row.text},{row.target}\n" for row in task.rows))
     return path / "store"

@@ -6,7 +6,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slm_fast.data import Row
@@ -101,6 +101,7 @@ def test_a_text_is_cut_before_its_first_stop_text(text: str, stops: list[str], f
     assert cut_at(text, stops) == found
 
 
+@example("a bb", ["bb"])
 @given(st.text("ab \n🐟é", max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=2))
 def test_parts_of_a_text_are_the_text_and_hold_no_part_of_a_stop_text(text: str, stops: list[str]) -> None:
     data = list(text.encode())
