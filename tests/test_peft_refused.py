@@ -109,7 +109,10 @@ def test_a_field_that_asks_for_nothing_is_accepted(adapter: Path, field: str, va
 def test_every_default_of_the_installed_peft_is_accepted() -> None:
     config = peft.LoraConfig()
     found = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    check_config(found | {"peft_type": "LORA"}, Path("adapter_config.json"))
+    found["peft_type"] = "LORA"
+    check_config(found, Path("adapter_config.json"))
+    with pytest.raises(InputError, match="use_dora"):
+        check_config(found | {"use_dora": True}, Path("adapter_config.json"))
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
