@@ -6,10 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "calls.h"
@@ -24,12 +25,24 @@ namespace slm_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// No streams: they crash where a compiler puts a second C++ library into _C, beside the one that torch brought.
+template <class Part>
+inline std::string text_of(const Part& part) {
+  if constexpr (std::is_integral_v<Part>) {
+    return std::to_string(part);
+  } else if constexpr (std::is_floating_point_v<Part>) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%g", static_cast<double>(part));
+    return text;
+  } else {
+    return part;
+  }
+}
+
 // A ValueError in Python; the public functions raise it again as InputError.
 template <class... Parts>
 [[noreturn]] inline void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  throw std::invalid_argument((std::string() + ... + text_of(parts)));
 }
 
 inline std::string shape_of(const Tensor& tensor) {
