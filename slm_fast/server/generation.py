@@ -99,8 +99,11 @@ class Watcher:
         self._thread.start()
 
     def close(self) -> None:
+        """End the thread: a process that ends while it is still computing is aborted."""
         self._closed = True
         self._wanted.set()
+        if self._thread.is_alive():
+            self._thread.join(30.0)
 
     def reload(self) -> None:
         """Look at the store now."""

@@ -167,8 +167,8 @@ class Server(uvicorn.Server):
         try:
             super().run(sockets)
         finally:
+            self.served.engine.close()  # first: the watcher may be waiting for it to take a generation
             self.served.watcher.close()
-            self.served.engine.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.served.draining:

@@ -141,6 +141,22 @@ def test_a_store_that_vanishes_or_is_damaged_leaves_the_last_good_generation(har
         assert client.get("/ready") == before
 
 
+def test_the_server_ends_after_a_reload_that_is_under_way(store: Path, monkeypatch) -> None:
+    began = threading.Event()
+
+    def slow(*_: object, **__: object) -> None:
+        began.set()
+        time.sleep(1.0)
+
+    with serving(store_with(store)) as (client, served):
+        client.until_ready()
+        monkeypatch.setattr("slm_fast.server.generation.prepare", slow)
+        Store.open(store).commit(remove=["sea"])
+        served.watcher.reload()
+        assert began.wait(30.0)
+    assert "watch" not in [thread.name for thread in threading.enumerate()]
+
+
 def test_tasks_are_taken_in_and_forgotten_over_http(store: Path) -> None:
     slm = store_with(store)
     source = Store(store.parent / "source", slm.store.about, {})
