@@ -99,9 +99,12 @@ class Watcher:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread: a process that ends while it is still computing is aborted."""
+        """Take nothing over any more."""
         self._closed = True
         self._wanted.set()
+
+    def join(self) -> None:
+        """Wait until a look that is under way has ended: a process that ends while it computes is aborted."""
         if self._thread.is_alive():
             self._thread.join(30.0)
 
@@ -121,9 +124,11 @@ class Watcher:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         seen: object = None
         last = 0.0
-        while not self._closed:
+        while True:
             wanted = self._wanted.wait(self._poll)
             self._wanted.clear()
+            if self._closed:
+                return
             before, seen = seen, self._version()
             again = self.trouble is not None and time.monotonic() - last >= RETRY
             if wanted or again or seen != before:

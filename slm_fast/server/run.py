@@ -167,8 +167,9 @@ class Server(uvicorn.Server):
         try:
             super().run(sockets)
         finally:
-            self.served.engine.close()  # first: the watcher may be waiting for it to take a generation
             self.served.watcher.close()
+            self.served.engine.close()
+            self.served.watcher.join()  # last: it may have waited for the engine to take a generation
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.served.draining:

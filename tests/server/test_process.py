@@ -64,7 +64,7 @@ def test_a_process_that_is_told_to_stop_answers_or_refuses_all_it_was_asked(stor
     assert process.wait() == 0, process.said()
     assert {200} <= set(statuses) <= {200, 503}
     # A connection that was made as the socket closed is refused by the system.
-    assert all(any(word in one.lower() for word in ("reset", "refused", "broken pipe")) for one in refused), refused
+    assert all("reset" in one.lower() or "refused" in one.lower() for one in refused), refused
     lines = process.said().splitlines()
     assert "serving 2 tasks on http://127.0.0.1:" in lines[0]
     assert any("draining" in line for line in lines)
