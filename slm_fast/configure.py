@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 
 from slm_fast.backbone import Backbone
+from slm_fast.dtkr import DtkrRouter
 from slm_fast.errors import InputError, WorkError
 from slm_fast.loading import located
 from slm_fast.options import LARGEST, ModelConfig
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, check_taps, default_taps
 from slm_fast.random_features import RandomFeatureRouter, feature_matrix
-from slm_fast.router import DtkrRouter, GaussianRouter, Router
+from slm_fast.router import GaussianRouter, Router
 
 MAX_FEATURES = 2048  # random features of a query, unless more are asked for
 

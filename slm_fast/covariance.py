@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,6 +86,22 @@ class ExactSum:
     def total(self) -> Tensor:
         """float64, within a few units in the last place."""
         return self.coarse.double() / COARSE + self.fine.double() / FINE
+
+
+Discriminant = tuple[Tensor, Tensor, Tensor]  # centre [D], keys [M, D] and bias [M] of a gaussian router
+
+
+class Kept(NamedTuple):
+    """What is known of tasks together, so that a router need not compute it.
+
+    summed: names of tasks and the sum of their scatters, read when it is asked for. discriminant: that of all tasks.
+    """
+
+    summed: Callable[[], tuple[AbstractSet[str], ExactSum] | None] | None = None
+    discriminant: Discriminant | None = None
+
+
+NOTHING = Kept()
 
 
 class Moments(NamedTuple):

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from slm_fast.backbone import Backbone
+from slm_fast.covariance import NOTHING, Kept
 from slm_fast.errors import InputError, WorkError, some_of, warn
 from slm_fast.evaluate import Evaluation
 from slm_fast.hub import check_repo, chosen, push, write_shared
 from slm_fast.model import AdaptedModel
 from slm_fast.options import ModelConfig
 from slm_fast.router import GaussianRouter, Router
-from slm_fast.router import Summed as AnySum
 from slm_fast.schema import check_learned, check_same
 from slm_fast.store import Store, Summed
 from slm_fast.task_file import digest_of
@@ -89,11 +89,14 @@ class TaskKeeper:
         files = {name: new.get(name) or self._committed.get(name, "") for name in router.names}
         return (files, router.scatter) if isinstance(router, GaussianRouter) and all(files.values()) else None
 
-    def _keep_sum(self) -> None:
-        """Spare whoever opens this model's store later the sum of its tasks' scatters."""
-        summed = self._summed(self.model.router)
-        if self.store is not None and summed is not None:
-            self.store.keep_sum(*summed)
+    def _keep_for_later(self) -> None:
+        """Spare whoever opens this model's store later what routing computes of its tasks."""
+        router, files = self.model.router, self._committed
+        if self.store is None or not isinstance(router, GaussianRouter) or files.keys() != set(router.names):
+            return
+        self.store.keep_sum(files, lambda: router.scatter)
+        if "discriminant" in vars(router):  # if it was computed already
+            self.store.keep_keys(files, router.discriminant)
 
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.
@@ -148,7 +151,7 @@ class TaskKeeper:
                 self._committed = store.save(list(self.learned.values()))
                 self.store = store
             self.refresh()
-            self._keep_sum()
+            self._keep_for_later()
 
     def share(
         self,
@@ -209,5 +212,5 @@ class TaskKeeper:
         accuracy = None if evaluation is None else evaluation.accuracy
         write_shared(folder, self.model.about, found, accuracy=accuracy, base_model=base_model, repo_id=repo_id)
 
-    def _set(self, tasks: Sequence[LearnedTask], summed: AnySum | None = None) -> None:
-        self.model.set_tasks(in_name_order(tasks), summed)
+    def _set(self, tasks: Sequence[LearnedTask], kept: Kept = NOTHING) -> None:
+        self.model.set_tasks(in_name_order(tasks), kept)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -70,10 +71,10 @@ class SumFile:
 
     def write(self, kept: KeptSum) -> None:
         """Put a sum there, whole or not at all. Raises OSError."""
-        table = b"".join(bytes.fromhex(digest) for pair in sorted(kept.opening.items()) for digest in pair)
+        table = table_of(kept.opening)
         planes = (kept.total.coarse, kept.total.fine)
         content = [table, *(part for plane in planes for part in _packed(plane.numpy()))]
-        head = HEAD.pack(b"", self._model, len(kept.opening), len(kept.total.coarse))[32:]
+        head = HEAD.pack(b"", model_digest(self.about), len(kept.opening), len(kept.total.coarse))[32:]
         digest = hashlib.sha256(head)
         for part in content:
             digest.update(part)
@@ -82,16 +83,30 @@ class SumFile:
     def read(self) -> KeptSum | None:
         """None where there is none, or it is damaged or of another model."""
         try:
-            data = memoryview(self.path.read_bytes())
+            return self._parsed(memoryview(self.path.read_bytes()))
+        except OSError:
+            return None
+
+    def later(self) -> Callable[[], KeptSum | None]:
+        """What is there now, to be read when it is wanted, though the file be replaced or removed meanwhile."""
+        try:
+            with self.path.open("rb") as file:
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except (OSError, ValueError):
+            return lambda: None
+        return lambda: self._parsed(data)
+
+    def _parsed(self, data: memoryview) -> KeptSum | None:
+        try:
             digest, model, count, numbers = HEAD.unpack_from(data)
-            if model != self._model or digest != hashlib.sha256(data[32:]).digest():
+            if model != model_digest(self.about) or digest != hashlib.sha256(data[32:]).digest():
                 return None
             at = HEAD.size + 64 * count
-            opening = dict(_pairs(data[HEAD.size : at]))
+            opening = dict(pairs(data[HEAD.size : at]))
             coarse, at = _unpacked(data, at, numbers)
             fine, _ = _unpacked(data, at, numbers)
             return KeptSum(opening, ExactSum(torch.from_numpy(coarse), torch.from_numpy(fine)))
-        except (OSError, ValueError, IndexError, struct.error):
+        except (ValueError, IndexError, struct.error):
             return None
 
     def tasks(self) -> set[str] | None:
@@ -105,7 +120,7 @@ class SumFile:
             return set()
         except (OSError, struct.error):
             return None
-        return {task for task, _ in _pairs(memoryview(table))} if len(table) == 64 * count else None
+        return {task for task, _ in pairs(memoryview(table))} if len(table) == 64 * count else None
 
     def lacks(self, digests: Iterable[str]) -> int:
         """How many of these tasks are not in it."""
@@ -154,12 +169,6 @@ class SumFile:
         if joined is not None and changed:
             self.write(joined)
 
-    @property
-    def _model(self) -> bytes:
-        """What tells stores of another kind of model."""
-        same = json.dumps([self.about["fingerprint"], self.about["config"]], sort_keys=True)
-        return hashlib.sha256(same.encode()).digest()
-
 
 class SumProof:
     """Whether a sum is that of its tasks, which are looked at one after another."""
@@ -185,7 +194,19 @@ class SumProof:
         return [] if right else [f"{self._file.path}: {says}"]
 
 
-def _pairs(table: memoryview) -> Iterator[tuple[str, str]]:
+def model_digest(about: Mapping[str, Any]) -> bytes:
+    """What tells stores of another kind of model."""
+    same = json.dumps([about["fingerprint"], about["config"]], sort_keys=True)
+    return hashlib.sha256(same.encode()).digest()
+
+
+def table_of(opening: Mapping[str, str]) -> bytes:
+    """SHA-256 of each task's file and of what of it a store reads when it is opened, as bytes."""
+    return b"".join(bytes.fromhex(digest) for pair in sorted(opening.items()) for digest in pair)
+
+
+def pairs(table: memoryview) -> Iterator[tuple[str, str]]:
+    """What `table_of` was given."""
     for at in range(0, len(table), 64):
         yield table[at : at + 32].hex(), table[at + 32 : at + 64].hex()
 

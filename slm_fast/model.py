@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slm_fast.backbone import Backbone
 from slm_fast.configure import complete, complete_for, router_of
-from slm_fast.covariance import ALIKE
+from slm_fast.covariance import ALIKE, NOTHING, Kept
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError
 from slm_fast.injection import ForwardContext, Injection
@@ -25,7 +25,7 @@ from slm_fast.options import ModelConfig
 from slm_fast.pool import Pool, emptied
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery
 from slm_fast.reading import Reading, collated, read_rows
-from slm_fast.router import Router, Summed
+from slm_fast.router import Router
 from slm_fast.schema import WHEN_SET, check_fits
 from slm_fast.surroundings import PinnedLock
 from slm_fast.tasks import LearnedTask
@@ -116,12 +116,12 @@ class AdaptedModel:
         """Raise WorkError unless a task fits this model."""
         check_fits(task, self.shapes, asdict(self.config))
 
-    def set_tasks(self, tasks: Sequence[LearnedTask], summed: Summed | None = None) -> None:
-        """Know these tasks and no others. Pool and router change together, at the very end. summed: `Router.load`'s."""
+    def set_tasks(self, tasks: Sequence[LearnedTask], kept: Kept = NOTHING) -> None:
+        """Know these tasks and no others. Pool and router change together, at the very end. kept: `Router.load`'s."""
         with self.lock:
             self.carry(tasks)
             pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
-            self._known = Known(pool, self.new_router(pool.tasks, summed))
+            self._known = Known(pool, self.new_router(pool.tasks, kept))
 
     def carry(self, tasks: Sequence[LearnedTask]) -> None:
         """Let the layers that imported tasks adapt beside `modules` carry increments, if there are such layers."""
@@ -185,10 +185,10 @@ class AdaptedModel:
     def router(self) -> Router:
         return (getattr(self._pinned, "known", None) or self._known)[1]
 
-    def new_router(self, tasks: Sequence[LearnedTask] = (), summed: Summed | None = None) -> Router:
-        """A router as the configuration says, over these tasks' slots. summed: of `Router.load`."""
+    def new_router(self, tasks: Sequence[LearnedTask] = (), kept: Kept = NOTHING) -> Router:
+        """A router as the configuration says, over these tasks' slots. kept: of `Router.load`."""
         router = replace(self._new_router)
-        router.load({task.name: task.router for task in tasks}, self.backbone.device, summed)
+        router.load({task.name: task.router for task in tasks}, self.backbone.device, kept)
         return router
 
     def label_of(self, task: LearnedTask, text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Routers: from a query to a route. Both are one `ops.retrieve` call over what the tasks' files hold.
+"""Routers: from a query to a route. All are one `ops.retrieve` call over what the tasks' files hold.
 
 A router's part of a task depends on that task's queries alone, and parts are combined in the order of the tasks' names.
 So tasks may be learned in any order, or one taken away, and every bit of the result is as if that had been the history.
@@ -6,11 +6,9 @@ So tasks may be learned in any order, or one taken away, and every bit of the re
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from bisect import bisect
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -19,14 +17,24 @@ import torch
 from torch import Tensor
 
 from slm_fast import ops
-from slm_fast.covariance import ExactSum, mahalanobis, moments, pack, percentiles, share_below, unpack, whitener
+from slm_fast.covariance import (
+    NOTHING,
+    ExactSum,
+    Kept,
+    mahalanobis,
+    moments,
+    pack,
+    percentiles,
+    share_below,
+    unpack,
+    whitener,
+)
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.ops import Route
 from slm_fast.ops.retrieve import PreparedKeys
 from slm_fast.scatter import scatter_of
 
 Part = Mapping[str, Tensor]  # what one task's file holds for its router
-Summed = tuple[AbstractSet[str], ExactSum]  # names of tasks, and the sum of their scatters
 WHITENER_BYTES = 256 << 20  # what the covariances kept for distances may take
 
 
@@ -86,12 +94,10 @@ class Router(ABC):
     def _sensitivity(self, query: Tensor, task: int) -> Tensor:
         """How much that distance may change with a small change of the query, as a share of its size: [N]."""
 
-    def load(
-        self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device, summed: Summed | None = None
-    ) -> None:
+    def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device, kept: Kept = NOTHING) -> None:
         """Route among these tasks, given by name or as a list in order, whose names are then 000000, 000001, ...
 
-        summed: some of them whose scatters are summed already. Raises WorkError for a part that cannot be used.
+        kept: what is known of them together. Raises WorkError for a part that cannot be used.
         """
         named = parts if isinstance(parts, Mapping) else {f"{i:06d}": part for i, part in enumerate(parts)}
         names = sorted(named)
@@ -157,81 +163,6 @@ class Router(ABC):
 
 
 @dataclass
-class DtkrRouter(Router):
-    """Dynamic Task-related Knowledge Retrieval (the paper's Section 3.2): grouped cosine, learned keys, ratio weights.
-
-    The recipe of key preparation is that of the paper's Section 4.2 and released code: AdamW, the rate a tenth of
-    itself in the last third. A small task gets as many epochs as make `steps` steps, or its keys would hardly move.
-    """
-
-    k: int = 4
-    groups: int = 6
-    aggregate: str = "mean"
-    mask_prob: float = 0.2
-    epochs: int = 3
-    steps: int = 150
-    learning_rate: float = 1e-3
-    batch_size: int = 32
-
-    def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
-        check_finite(query)
-        if query.shape[1] % self.groups:
-            raise InputError(f"groups: expected a divisor of the query width {query.shape[1]}, got {self.groups}")
-        generator = torch.Generator().manual_seed(seed)
-        query = query.cpu()
-        keys = orthogonal_keys(slots, query.shape[1], self.groups, generator).requires_grad_(True)
-        optimizer = torch.optim.AdamW([keys], lr=self.learning_rate, weight_decay=0.01)
-        epochs = max(self.epochs, math.ceil(self.steps / math.ceil(len(query) / self.batch_size)))
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=math.ceil(2 * epochs / 3), gamma=0.1)
-        step = 0
-        for _ in range(epochs):
-            for rows in torch.randperm(len(query), generator=generator).split(self.batch_size):
-                loss = ops.key_loss(
-                    query[rows], keys, self.k, groups=self.groups, mask_prob=self.mask_prob, seed=seed + step
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_([keys], 0.1)
-                optimizer.step()
-                step += 1
-            scheduler.step()
-        keys = keys.detach()
-        return {"keys": keys, "distance": percentiles(self._nearest(query, keys))}
-
-    def _nearest(self, query: Tensor, keys: Tensor) -> Tensor:
-        """1 - the mean-over-groups cosine to the nearest key, [N]."""
-
-        def normalised(rows: Tensor) -> Tensor:
-            grouped = rows.view(len(rows), self.groups, -1)
-            return torch.nn.functional.normalize(grouped, dim=-1).flatten(1) / self.groups**0.5
-
-        return 1 - (normalised(query) @ normalised(keys).T).amax(1)
-
-    @cached_property
-    @torch.inference_mode(False)
-    def keys(self) -> PreparedKeys:
-        """All tasks' keys, prepared in a pass over P D numbers."""
-        return ops.prepare_keys(torch.cat([part["keys"] for part in self.parts]).to(self.device), groups=self.groups)
-
-    def prepare(self) -> None:
-        if self.parts:
-            _ = self.keys
-
-    def slots(self, part: Part) -> int:
-        return len(part["keys"])
-
-    def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
-        check_finite(query)
-        return ops.retrieve(query, self.keys, self.k, groups=self.groups, aggregate=self.aggregate, mask=mask)
-
-    def _distance(self, query: Tensor, task: int) -> Tensor:
-        return self._nearest(query, self.parts[task]["keys"])
-
-    def _sensitivity(self, query: Tensor, task: int) -> Tensor:
-        return torch.full((len(query),), 2.0)  # of a cosine at the most
-
-
-@dataclass
 class GaussianRouter(Router):
     """Linear discriminant analysis: a mean for each label of a slot, one covariance within them, shared by all.
 
@@ -282,16 +213,24 @@ class GaussianRouter(Router):
         slot."""
         return part["mean_slot"].long() if "mean_slot" in part else torch.arange(len(part["count"]))
 
-    def load(
-        self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device, summed: Summed | None = None
-    ) -> None:
+    def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device, kept: Kept = NOTHING) -> None:
         super().load(parts, device)
-        known, start = summed or (frozenset(), None)
+        self._kept, self.whiteners = kept, dict[str, Tensor]()
+        if kept.discriminant is None:
+            _ = self.scatter
+        else:
+            centre, keys, bias = (part.to(device) for part in kept.discriminant)
+            self.discriminant = centre, keys, bias
+
+    @cached_property
+    def scatter(self) -> ExactSum:
+        """The sum of all tasks' scatters. Where keys were kept only those who learn, forget or measure distances need
+        it."""
+        known, start = (self._kept.summed() if self._kept.summed else None) or (frozenset(), None)
         if start is not None and not known <= set(self.names):
             known, start = frozenset(), None
         new = (part for name, part in zip(self.names, self.parts, strict=True) if name not in known)
-        self.scatter = ExactSum.of(map(scatter_of, new), start)
-        self.whiteners: dict[str, Tensor] = {}
+        return ExactSum.of(map(scatter_of, new), start)
 
     def with_part(self, name: str, part: Part) -> GaussianRouter:
         router = super().with_part(name, part)
@@ -380,11 +319,3 @@ class GaussianRouter(Router):
         while len(self.whiteners) > max(1, WHITENER_BYTES // lower.nbytes):
             self.whiteners.pop(next(iter(self.whiteners)))
         return lower
-
-
-def orthogonal_keys(slots: int, width: int, groups: int, generator: torch.Generator) -> Tensor:
-    """Keys [S, D], (semi-)orthogonal in each group (Saxe et al. 2013, as the paper begins)."""
-    keys = torch.empty(slots, groups, width // groups)
-    for group in range(groups):
-        torch.nn.init.orthogonal_(keys[:, group], generator=generator)
-    return keys.view(slots, width)

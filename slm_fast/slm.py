@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from slm_fast.backbone import load_backbone
+from slm_fast.covariance import NOTHING
 from slm_fast.data import Task, checked, rows_of_file, rows_to_answer
 from slm_fast.epochs import OnStep, checked_callback, checked_patience
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
@@ -124,15 +125,15 @@ class ScalableLM(TaskKeeper):
             warn(f"store {path}: keeps no settings of its backbone and tokenizer, so changed ones cannot be told")
         store.about = {**slm.model.about, **store.about}  # what an earlier version did not say
         with slm.model.lock, memory_for(f"store {path}"):
-            slm._set(store.load(skip_damaged=skip_damaged), store.summed)
-            store.summed = None
+            slm._set(store.load(skip_damaged=skip_damaged), store.kept)
+            store.kept = NOTHING
             try:
                 slm.model.router.prepare()
             except WorkError as error:
                 raise WorkError(next(iter(store.verify()), f"store {path}: {error}")) from None
         if not is_on_hub(path):
             slm.store, slm._committed = store, dict(store.files)
-            slm._keep_sum()
+            slm._keep_for_later()
         return slm
 
     @shows(LearnOptions)

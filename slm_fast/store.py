@@ -10,11 +10,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slm_fast.covariance import ExactSum
+from slm_fast.covariance import Discriminant, ExactSum
 from slm_fast.errors import InputError, SlmError, WorkError, some_of
 from slm_fast.files import Reserve, flush_directory, locked, write
 from slm_fast.kept_sum import KeptSum
@@ -165,13 +165,23 @@ class Store(StoreView):
         now = {name: digest for name, digest in taken.items() if source.files.get(name) == digest}
         return {**files, **now}, {**holder, **dict.fromkeys(now, source)}
 
-    def keep_sum(self, files: Mapping[str, str], total: ExactSum) -> None:
+    def keep_sum(self, files: Mapping[str, str], total: Callable[[], ExactSum]) -> None:
         """Keep the sum of these tasks' scatters (name -> SHA-256 of its file), if the one that is kept lacks many, and
         this process may write and nobody else does just now. It spares later ones the work, so failing is nothing."""
         with suppress(WorkError, InputError):
             if self._sum.lacks(files.values()) >= self.unsummed:
                 with self._writing(patience=0):
-                    self._keep((files, total))
+                    self._keep((files, total()))
+
+    def keep_keys(self, files: Mapping[str, str], discriminant: Discriminant) -> None:
+        """Keep what routing computes of these tasks, if they are the store's and it is not kept; failing is nothing, as
+        for `keep_sum`."""
+        if self._keys.path.exists() and not self._keys.is_stale(files):
+            return
+        with suppress(WorkError, InputError), self._writing(patience=0):
+            if self.files == files:
+                with suppress(OSError, WorkError):
+                    self._keys.write(files, self._opening_of(files), discriminant)
 
     def _keep(self, summed: Summed | None) -> None:
         """Keep a sum if it is of tasks that the manifest, which is committed, names, and the one kept lacks many."""
@@ -181,10 +191,14 @@ class Store(StoreView):
                     self._sum.write(self._as_kept(summed))
 
     def _as_kept(self, summed: Summed) -> KeptSum:
-        for name, digest in summed[0].items():
+        return KeptSum(self._opening_of(summed[0]), summed[1])
+
+    def _opening_of(self, files: Mapping[str, str]) -> dict[str, str]:
+        """SHA-256 of each of these tasks' files -> its `opening_digest`. Raises WorkError for one that is damaged."""
+        for name, digest in files.items():
             if digest not in self._opening:
                 self.read(name)
-        return KeptSum({digest: self._opening[digest] for digest in summed[0].values()}, summed[1])
+        return {digest: self._opening[digest] for digest in files.values()}
 
     def _take_out(self, files: Mapping[str, str], summed: Summed | None) -> None:
         """Leave no trace in the sum kept of tasks that will not be among `files`. Before the manifest says so, so that
@@ -262,6 +276,9 @@ class Store(StoreView):
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """Commit the manifest, then clear away what it no longer names."""
+        if files != self.files and self._keys.path.exists():
+            self._keys.path.unlink()  # now, so that nothing of a task outlives it
+            flush_directory(self.path)
         data = manifest_of(self.about, files)
         reserve = Reserve(self.path / RESERVE)
         try:

@@ -4,6 +4,7 @@ manifest.json                           what the store is, and the SHA-256 of ea
 tasks/<name>/<digest>.safetensors       one task
 .lock, .reserve                         held by who writes; room for a manifest on a disk that is full
 .sum                                    what tasks add up to (`slm_fast.kept_sum`), where there are many
+.keys                                   what routing computes of all tasks (`slm_fast.kept_keys`), once it was opened
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_fast.covariance import ExactSum
+from slm_fast.covariance import NOTHING, ExactSum, Kept
 from slm_fast.errors import InputError, WorkError, memory_for, warn
 from slm_fast.files import locked, path_of
-from slm_fast.kept_sum import SumFile, SumProof
+from slm_fast.kept_keys import KeysFile
+from slm_fast.kept_sum import KeptSum, SumFile, SumProof
 from slm_fast.schema import check_fits, check_manifest, check_scatter, task_path
 from slm_fast.task_file import map_task, opening_digest, read_file, task_from_bytes
 from slm_fast.tasks import LearnedTask
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MANIFEST = "manifest.json"
-LOCK, RESERVE, SUM = ".lock", ".reserve", ".sum"
+LOCK, RESERVE, SUM, KEYS = ".lock", ".reserve", ".sum", ".keys"
 PATIENT_READS, MOST_READS = 3, 100  # how often a reader begins again beside a busy writer before it asks for the lock
 TASK_FILE = re.compile(r"[0-9a-f]{64}\.safetensors(\.part)?")
 
@@ -44,7 +47,7 @@ class StoreView:
 
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
         self.path, self.about, self.files = path_of(path), dict(about), dict(files)
-        self.summed: tuple[frozenset[str], ExactSum] | None = None  # names of tasks, and their sum, as `load` found it
+        self.kept = NOTHING  # of the tasks together, as `load` found it
         self._seen = b""  # SHA-256 of the manifest that says what `files` does
         self._opening: dict[str, str] = {}  # SHA-256 of a task's file -> its `opening_digest`, as far as known
 
@@ -70,6 +73,10 @@ class StoreView:
     def _sum(self) -> SumFile:
         return SumFile(self.path / SUM, self.about)
 
+    @property
+    def _keys(self) -> KeysFile:
+        return KeysFile(self.path / KEYS, self.about)
+
     # Reading
 
     def read(self, name: str, *, thorough: bool = False) -> tuple[LearnedTask, bytes]:
@@ -93,8 +100,8 @@ class StoreView:
     def load(self, *, known: Mapping[str, str] | None = None, skip_damaged: bool = False) -> list[LearnedTask]:
         """All tasks, by name, of one version of the store, whatever others write meanwhile.
 
-        Of tasks that are in the sum kept, which stands in `summed` then, what answering needs is read and checked; the
-        rest of their files is when it is used first (`map_task`).
+        Of tasks that are in what is kept of them together, which stands in `kept` then, what answering needs is read
+        and checked; the rest of their files is when it is used first (`map_task`).
 
         Args:
             known: the SHA-256 of tasks that need not be read, by name.
@@ -102,22 +109,29 @@ class StoreView:
                 Every file is then read whole.
         """
         found: dict[str, LearnedTask] = {}
-        kept = None if known is not None or skip_damaged else self._sum.read()
-        self._opening |= kept.opening if kept else {}
+        keys, later, opening = None, None, dict[str, str]()
+        if known is None and not skip_damaged:
+            keys, later = self._keys.read(), self._sum.later()
+            if keys is None:
+                kept = later()
+                later = lambda: kept  # noqa: E731
+            opening = dict(keys.opening if keys else kept.opening if kept else {})
+        self._opening |= opening
 
         def look(name: str) -> None:
-            opening = kept and kept.opening.get(self.files[name])
-            task = map_task(self.file(name), self.files[name], opening) if opening else None
+            read = opening.get(self.files[name])
+            task = map_task(self.file(name), self.files[name], read) if read else None
             found[name] = task or self.read(name, thorough=skip_damaged)[0]
 
         for error in self.look_at(look, known or {}).values():
             if not skip_damaged:
                 raise error
             warn(f"{error}; left out")
-        self.summed = None
-        if kept and kept.opening.keys() <= set(self.files.values()):
-            names = frozenset(name for name, digest in self.files.items() if digest in kept.opening)
-            self.summed = names, kept.total
+        matches = keys is not None and keys.tasks == self._keys.tasks_digest(self.files)
+        self.kept = Kept(
+            None if later is None else partial(_summed, later, dict(self.files)),
+            keys.discriminant if keys and matches else None,
+        )
         return [found[name] for name in sorted(self.files) if name in found]
 
     def verify(self) -> list[str]:
@@ -129,7 +143,7 @@ class StoreView:
             task, digest = self.read(name, thorough=True)[0], self.files[name]
             proof.take(digest, self._opening[digest], task.router)
 
-        return [str(error) for error in self.look_at(look).values()] or proof.wrong()
+        return [str(error) for error in self.look_at(look).values()] or [*proof.wrong(), *self._keys.wrong(self.files)]
 
     def look_at(self, look: Callable[[str], None], known: Mapping[str, str] | None = None) -> dict[str, WorkError]:
         """Call `look` for each task of the store as it is now but those `known`; the errors it raised, by name.
@@ -193,8 +207,10 @@ class StoreView:
         """What an interrupted commit left behind: it lies in the store and the manifest does not name it. names: of the
         tasks to look for, not all."""
         tasks = self.path / "tasks"
-        found = [part for part in (self.path / f"{name}.part" for name in (MANIFEST, RESERVE, SUM)) if part.exists()]
+        parts = (self.path / f"{name}.part" for name in (MANIFEST, RESERVE, SUM, KEYS))
+        found = [part for part in parts if part.exists()]
         found += [self._sum.path] if self._sum.is_stale(self.files.values()) else []
+        found += [self._keys.path] if self._keys.is_stale(self.files) else []
         if names is None:
             names = [folder.name for folder in tasks.iterdir()] if tasks.is_dir() else []
         for folder in [tasks / name for name in sorted(names)]:
@@ -206,3 +222,11 @@ class StoreView:
                 if folder.name not in self.files and ours == files:
                     found.append(folder)
         return found
+
+
+def _summed(later: Callable[[], KeptSum | None], files: Mapping[str, str]) -> tuple[frozenset[str], ExactSum] | None:
+    """Names of tasks whose sum was kept, and the sum; None where it is of others, too."""
+    kept = later()
+    if kept is None or not kept.opening.keys() <= set(files.values()):
+        return None
+    return frozenset(name for name, digest in files.items() if digest in kept.opening), kept.total

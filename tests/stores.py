@@ -96,9 +96,10 @@ def kept(path: Path) -> KeptSum | None:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file's bytes (a folder's are empty), but for the lock and the room kept in reserve."""
+    """Every file's bytes (a folder's are empty), but for the lock, the room kept in reserve and the keys, which are
+    there once somebody has opened the store."""
     found = {str(p.relative_to(path)): p.read_bytes() if p.is_file() else b"" for p in path.rglob("*")}
-    return {name: data for name, data in found.items() if name not in (".lock", ".reserve")}
+    return {name: data for name, data in found.items() if name not in (".lock", ".reserve", ".keys")}
 
 
 def version(path: Path) -> dict[str, bytes]:

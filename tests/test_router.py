@@ -11,8 +11,9 @@ from gaussians import WIDTH, closed_form, draw, softmax
 from torch import Tensor
 
 from slm_fast import ops
+from slm_fast.dtkr import DtkrRouter, orthogonal_keys
 from slm_fast.errors import InputError, WorkError
-from slm_fast.router import DtkrRouter, GaussianRouter, orthogonal_keys, percentiles, share_below
+from slm_fast.router import GaussianRouter, percentiles, share_below
 
 CPU = torch.device("cpu")
 

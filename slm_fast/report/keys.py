@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slm_fast.dtkr import DtkrRouter
 from slm_fast.random_features import RandomFeatureRouter, drawn_means
 from slm_fast.report.figures import Figure, Grid, Note, Points
-from slm_fast.router import DtkrRouter, GaussianRouter, Part, Router
+from slm_fast.router import GaussianRouter, Part, Router
 from slm_fast.tasks import LearnedTask
 
 FEWEST, MOST_POINTS, MOST_KEYS = 4, 1000, 60

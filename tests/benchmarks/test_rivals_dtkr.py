@@ -14,8 +14,8 @@ from benchmarks.continual.methods.dtkr_adapter import DtkrAdapter, Prefix, prefi
 from benchmarks.continual.methods.dtkr_prompt import DtkrPrompt
 from benchmarks.continual.methods.prompts import make_prompted
 from slm_fast.backbone import Backbone
+from slm_fast.dtkr import DtkrRouter
 from slm_fast.ops import Route
-from slm_fast.router import DtkrRouter
 from slm_fast.tasks import name_seed
 
 KINDS = [(DtkrPrompt, "bert"), (DtkrPrompt, "t5"), (DtkrPrompt, "llama"), (DtkrAdapter, "bert"), (DtkrAdapter, "llama")]

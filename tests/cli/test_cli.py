@@ -30,9 +30,8 @@ test_file.__test__ = False  # a helper, not a test
 
 
 def tree(store: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(store)): p.read_bytes() for p in sorted(store.rglob("*")) if p.is_file() and p.name != ".lock"
-    }
+    files = [p for p in sorted(store.rglob("*")) if p.is_file() and p.name not in (".lock", ".keys")]
+    return {str(p.relative_to(store)): p.read_bytes() for p in files}
 
 
 @pytest.fixture(scope="module")

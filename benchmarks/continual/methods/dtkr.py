@@ -19,10 +19,10 @@ from benchmarks.continual.methods.common import BATCH, Classifier, Writer
 from benchmarks.continual.methods.method import Answer, Setup, State
 from slm_fast.backbone import Backbone
 from slm_fast.data import Row, Task
+from slm_fast.dtkr import DtkrRouter
 from slm_fast.ops import Route
 from slm_fast.options import LearnOptions
 from slm_fast.query import SentenceQuery
-from slm_fast.router import DtkrRouter
 from slm_fast.tasks import name_seed
 
 SLOTS = 4  # of a task; as many are retrieved

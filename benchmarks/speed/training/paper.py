@@ -18,10 +18,10 @@ from benchmarks.speed.layers import released
 from benchmarks.speed.training.rows import Learn, Rows
 from slm_fast import Task
 from slm_fast.backbone import Backbone
+from slm_fast.dtkr import DtkrRouter
 from slm_fast.ops import Route
 from slm_fast.options import LearnOptions
 from slm_fast.query import SentenceQuery
-from slm_fast.router import DtkrRouter
 from slm_fast.tasks import name_seed
 
 SLOTS, K, GROUPS = 4, 4, 6
