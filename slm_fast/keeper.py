@@ -13,6 +13,7 @@ from slm_fast.covariance import NOTHING, Kept
 from slm_fast.errors import InputError, WorkError, some_of, warn
 from slm_fast.evaluate import Evaluation
 from slm_fast.hub import check_repo, chosen, push, write_shared
+from slm_fast.memory import ample, bytes_of
 from slm_fast.model import AdaptedModel
 from slm_fast.options import ModelConfig
 from slm_fast.router import GaussianRouter, Router
@@ -25,8 +26,16 @@ from slm_fast.tasks import LearnedTask, in_name_order
 class TaskKeeper:
     """A model whose tasks are those of its store, if it has one: what is added or forgotten is committed."""
 
-    def __init__(self, backbone: Backbone, config: ModelConfig, store: Store | None = None) -> None:
-        self.model = AdaptedModel(backbone, config)
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: ModelConfig,
+        store: Store | None = None,
+        *,
+        device_memory: int | str | None = None,
+    ) -> None:
+        memory = ample(backbone.device) if device_memory is None else bytes_of(device_memory, "device_memory")
+        self.model = AdaptedModel(backbone, config, memory)
         self.store = store
         self._committed: dict[str, str] = {}  # task -> SHA-256 of its file, of the store as this model last knew it
 

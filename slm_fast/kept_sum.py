@@ -38,7 +38,7 @@ class KeptSum:
     """The exact sum of some tasks' scatters.
 
     opening: SHA-256 of each task's file -> that of what is read of it when a store is opened
-        (`slm_fast.task_file.opening_digest`), so that the rest can wait until it is needed.
+        (`slm_fast.task_file.Digests`), so that the rest can wait until it is needed.
     """
 
     opening: Mapping[str, str]
@@ -71,7 +71,7 @@ class SumFile:
 
     def write(self, kept: KeptSum) -> None:
         """Put a sum there, whole or not at all. Raises OSError."""
-        table = table_of(kept.opening)
+        table = b"".join(bytes.fromhex(digest) for pair in sorted(kept.opening.items()) for digest in pair)
         planes = (kept.total.coarse, kept.total.fine)
         content = [table, *(part for plane in planes for part in _packed(plane.numpy()))]
         head = HEAD.pack(b"", model_digest(self.about), len(kept.opening), len(kept.total.coarse))[32:]
@@ -102,7 +102,7 @@ class SumFile:
             if model != model_digest(self.about) or digest != hashlib.sha256(data[32:]).digest():
                 return None
             at = HEAD.size + 64 * count
-            opening = dict(pairs(data[HEAD.size : at]))
+            opening = dict(_pairs(data[HEAD.size : at]))
             coarse, at = _unpacked(data, at, numbers)
             fine, _ = _unpacked(data, at, numbers)
             return KeptSum(opening, ExactSum(torch.from_numpy(coarse), torch.from_numpy(fine)))
@@ -120,7 +120,7 @@ class SumFile:
             return set()
         except (OSError, struct.error):
             return None
-        return {task for task, _ in pairs(memoryview(table))} if len(table) == 64 * count else None
+        return {task for task, _ in _pairs(memoryview(table))} if len(table) == 64 * count else None
 
     def lacks(self, digests: Iterable[str]) -> int:
         """How many of these tasks are not in it."""
@@ -178,7 +178,7 @@ class SumProof:
         self._left = dict(self._kept.opening) if self._kept else {}
 
     def take(self, digest: str, opening: str, part: Mapping[str, Tensor]) -> None:
-        """A task of the store: SHA-256 of its file, its `opening_digest`, and its part of the router."""
+        """A task of the store: SHA-256 of its file, its `Digests.opening`, and its part of the router."""
         if self._kept is not None and self._left.get(digest) == opening:
             self._kept.total.take(scatter_of(part))
             del self._left[digest]
@@ -200,13 +200,7 @@ def model_digest(about: Mapping[str, Any]) -> bytes:
     return hashlib.sha256(same.encode()).digest()
 
 
-def table_of(opening: Mapping[str, str]) -> bytes:
-    """SHA-256 of each task's file and of what of it a store reads when it is opened, as bytes."""
-    return b"".join(bytes.fromhex(digest) for pair in sorted(opening.items()) for digest in pair)
-
-
-def pairs(table: memoryview) -> Iterator[tuple[str, str]]:
-    """What `table_of` was given."""
+def _pairs(table: memoryview) -> Iterator[tuple[str, str]]:
     for at in range(0, len(table), 64):
         yield table[at : at + 32].hex(), table[at + 32 : at + 64].hex()
 

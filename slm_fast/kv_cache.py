@@ -103,7 +103,8 @@ class Decoder:
         self.places, self.input_capacity, self.past = places, input_columns, past
         self.capacity = columns + columns // 2  # so that columns are moved back only now and then
         self.causal, self.device = model.backbone.kind == "causal", model.backbone.device
-        self.graphs = graphs_on(self.device)
+        # What is paged has to be looked at from Python in every step.
+        self.graphs = graphs_on(self.device) if model.known.most_rows is None else None
         self.starts: list[int] = []  # of the rows that run: the column each begins in
         self.input_lengths: list[int] = []  # and the tokens of T5's input
         self.first = self.end = self.inputs = 0

@@ -63,6 +63,8 @@ def learn_task(
         another process is no more.
     """
     check_task(model, task, valid, options.max_length)
+    if options.joint and model.known.most_rows is not None:
+        raise InputError("joint: trains over the values of all tasks, which do not fit device_memory")
     patience = checked_patience(patience, has_valid=valid is not None)
     with memory_for(f"task {task.name!r}"), model.lock, torch.inference_mode(False), torch.enable_grad():
         trainer = Trainer(model, task, options, processes, patience, checked_callback(on_step))
@@ -196,8 +198,10 @@ class Trainer:
         self.renumber[-1] = -1  # id -1 stays
         self.slots = slots
         self.foreign: Values = pool.values if foreign else {}
-        rows = pool.row_of_slot if pool.row_of_slot.dim() == 1 else pool.row_of_slot[:, 0]  # learned tasks have one
-        self.foreign_rows = rows[[i for i, name in enumerate(pool.slot_names) if name in learned]]
+        self.foreign_rows = torch.empty(0, dtype=torch.int64)
+        if foreign:
+            rows = pool.row_of_slot if pool.row_of_slot.dim() == 1 else pool.row_of_slot[:, 0]  # learned tasks have one
+            self.foreign_rows = rows[[i for i, name in enumerate(pool.slot_names) if name in learned]]
 
     def _parameter(self, tensor: Tensor) -> Tensor:
         return nn.Parameter(tensor.to(self.device))

@@ -22,6 +22,7 @@ from slm_fast.known import Known
 from slm_fast.layers import Values
 from slm_fast.ops import Route
 from slm_fast.options import ModelConfig
+from slm_fast.paging import pool_of
 from slm_fast.pool import Pool, emptied
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery
 from slm_fast.reading import Reading, collated, read_rows
@@ -35,17 +36,11 @@ Report = Callable[[int], None]  # told how many rows were just done
 
 
 class Output(NamedTuple):
-    """What a forward pass gives.
+    """What a forward pass gives."""
 
-    Attributes:
-        hidden: [B, T, H], the trunk's last hidden states (of T5, the encoder's).
-        query: [B, D]; None where the route was given or no task is known.
-        route: [B, K]
-    """
-
-    hidden: Tensor
-    query: Tensor | None
-    route: Route
+    hidden: Tensor  # [B, T, H], the trunk's last hidden states (of T5, the encoder's)
+    query: Tensor | None  # [B, D]; None where the route was given or no task is known
+    route: Route  # [B, K]
 
 
 class AdaptedModel:
@@ -57,8 +52,9 @@ class AdaptedModel:
             it. It may be taken again by the thread that holds it, and keeps out what that has set for torch.
     """
 
-    def __init__(self, backbone: Backbone, config: ModelConfig) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, config: ModelConfig, device_memory: int | None = None) -> None:
+        """device_memory: bytes that tasks' values may take on the device (`slm_fast.paging`); None: what they need."""
+        self.backbone, self._device_memory = backbone, device_memory
         self.config = complete(config, backbone)
         self._pinned = threading.local()
         self.lock = PinnedLock.of(backbone.model, one_thread=backbone.needs_one_thread)
@@ -120,8 +116,8 @@ class AdaptedModel:
         """Know these tasks and no others. Pool and router change together, at the very end. kept: `Router.load`'s."""
         with self.lock:
             self.carry(tasks)
-            pool = Pool(tasks, self.backbone.device, self.backbone.dtype)
-            self._known = Known(pool, self.new_router(pool.tasks, kept))
+            pool = pool_of(tasks, self.backbone.device, self.backbone.dtype, self._device_memory, self.config.k or 1)
+            self._known = Known(pool, self.new_router(pool.tasks, kept), self._device_memory)
 
     def carry(self, tasks: Sequence[LearnedTask]) -> None:
         """Let the layers that imported tasks adapt beside `modules` carry increments, if there are such layers."""
@@ -133,7 +129,7 @@ class AdaptedModel:
             with self.lock:  # no pass runs while layers take others' places
                 there = self.backbone.widths(sorted(self.backbone.adaptable.intersection(new)))
                 for name in new:
-                    if there.get(name) != tuple(half.shape[2] for half in task.values[name]):
+                    if there.get(name) != task.shape.widths[name]:
                         raise WorkError(
                             f"task {task.name!r}: values.{name}: the backbone has no such layer of such widths"
                         )
@@ -178,12 +174,16 @@ class AdaptedModel:
             self._pinned.known = before
 
     @property
+    def known(self) -> Known:
+        return getattr(self._pinned, "known", None) or self._known
+
+    @property
     def pool(self) -> Pool:
-        return (getattr(self._pinned, "known", None) or self._known)[0]
+        return self.known.pool
 
     @property
     def router(self) -> Router:
-        return (getattr(self._pinned, "known", None) or self._known)[1]
+        return self.known.router
 
     def new_router(self, tasks: Sequence[LearnedTask] = (), kept: Kept = NOTHING) -> Router:
         """A router as the configuration says, over these tasks' slots. kept: of `Router.load`."""

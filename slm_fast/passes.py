@@ -34,9 +34,13 @@ class Batch:
         """Some of its rows."""
         return Batch([self.places[i] for i in kept], [self.rows[i] for i in kept], self.encoded.rows(kept))
 
-    def without(self, row: int) -> Batch:
-        """All of its rows but one."""
-        return self.some([i for i in range(len(self.places)) if i != row])
+    def without(self, *rows: int) -> Batch:
+        """All of its rows but these."""
+        return self.some([i for i in range(len(self.places)) if i not in rows])
+
+    def halves(self) -> list[Batch]:
+        rows, half = range(len(self.places)), len(self.places) // 2
+        return [self.some(rows[:half]), self.some(rows[half:])]
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def _rows_at_once(model: AdaptedModel, longest: int, options: PredictOptions) ->
     """How many rows write their texts together: as many as a batch's tokens allow."""
     tokens = options.beams * (longest + options.max_new_tokens)
     rows = max(1, tokens_of_a_batch(model, options) // tokens)
-    return rows if options.batch_size is None else min(rows, options.batch_size)
+    rows = rows if options.batch_size is None else min(rows, options.batch_size)
+    return min(rows, model.known.most_rows or rows)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Pool:
         tasks = in_name_order(tasks)
         page = page_rank(tasks)
         rows = sum(rows_of(task, page) for task in tasks)
-        buffers = _Buffers(tasks, max(capacity, rows + rows // 64), device, dtype)
+        buffers = Buffers(tasks, max(capacity, rows + rows // 64), device, dtype)
         slots = iter(range(buffers.capacity))
         ids = [list(islice(slots, rows_of(task, page))) for task in tasks]
         self._hold(tasks, buffers.write(tasks, ids), buffers)
@@ -92,13 +92,20 @@ class Pool:
         pool._hold(tasks, held, self._buffers)
         return pool
 
-    def _hold(self, tasks: list[LearnedTask], held: list[_Rows], buffers: _Buffers) -> None:
-        owner = [i for i, task in enumerate(tasks) for _ in range(task.slots)]
-        rows = [row for own in held for row in own.ids]
-        self.tasks = tasks
+    def _know(self, tasks: list[LearnedTask], device: torch.device) -> None:
+        """All of the tasks but where their values lie."""
+        self.tasks, self.device = tasks, device
         self.names = [task.name for task in tasks]
-        self.slot_names = [self.names[i] for i in owner]  # the task of each slot
-        self.slot_task = torch.tensor(owner, dtype=torch.int64, device=buffers.device)
+        self.owner = [i for i, task in enumerate(tasks) for _ in range(task.slots)]
+        self.slot_names = [self.names[i] for i in self.owner]  # the task of each slot
+        self.slot_task = torch.tensor(self.owner, dtype=torch.int64, device=device)
+        imported = [tasks[i].adapter is not None for i in self.owner]
+        self.imported = torch.tensor([*imported, False], device=device) if any(imported) else None
+        self.ahead: bool | None = None  # whether these tasks' routes are found ahead, once the model has looked
+
+    def _hold(self, tasks: list[LearnedTask], held: list[_Rows], buffers: Buffers) -> None:
+        self._know(tasks, buffers.device)
+        rows = [row for own in held for row in own.ids]
         own_pages = [len(own.ids) // task.slots for task, own in zip(tasks, held, strict=True)]
         pages = max(own_pages, default=1)
         placed = [
@@ -108,24 +115,32 @@ class Pool:
         ]
         row_of_slot = torch.tensor([*placed, [-1] * pages], device=buffers.device)
         self.row_of_slot = row_of_slot[:, 0] if pages == 1 else row_of_slot
-        imported = [tasks[i].adapter is not None for i in owner]
-        self.imported = torch.tensor([*imported, False], device=buffers.device) if any(imported) else None
+        self.dtype = buffers.dtype
         # Views, so that what runs on this pool finds its values where they were, whatever is learned meanwhile.
         used = max(rows, default=-1) + 1
         self.values: Values = {module: (a[:used], b[:used]) for module, (a, b) in buffers.values.items()}
         self._buffers, self._held = buffers, held
-        self.ahead: bool | None = None  # whether these tasks' routes are found ahead, once the model has looked
 
     @property
     def slots(self) -> int:
         return len(self.slot_task)
+
+    @property
+    def room(self) -> int:
+        """Bytes that the buffers take."""
+        return self._buffers.bytes
+
+    @property
+    def most_slots(self) -> int | None:
+        """How many slots a pass may ask for; None for all."""
+        return None
 
     @cached_property
     @torch.inference_mode(False)
     def heads(self) -> Heads | None:
         """Put together when first asked for, since the order of all tasks' words decides ties. For 2,000 tasks of four
         labels and 768 features that copies 25 MB."""
-        return Heads.of(self.tasks, self._buffers.device) if any(task.head for task in self.tasks) else None
+        return Heads.of(self.tasks, self.device) if any(task.head for task in self.tasks) else None
 
     def rows(self, route: Route) -> Route:
         """The route with the rows of `values` in the place of slot ids, for the adapted layers. Does not wait for the
@@ -182,7 +197,7 @@ class _Rows:
         self.ids = ids
 
 
-class _Buffers:
+class Buffers:
     """Room for `capacity` rows of values, of the rank `page` that suits the tasks they are made for.
 
     Pools that follow from one another share them. Only weak references tell which rows are taken, so that a row is free
@@ -191,9 +206,7 @@ class _Buffers:
 
     @torch.inference_mode(False)  # or they could not be written to outside of it
     def __init__(self, tasks: Sequence[LearnedTask], capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        holder = {module: task for task in tasks for module in task.values}
-        pairs = {module: task.values[module] for module, task in holder.items()}
-        widths = {module: (lora_a.shape[2], lora_b.shape[2]) for module, (lora_a, lora_b) in pairs.items()}
+        widths = {module: pair for task in tasks for module, pair in task.shape.widths.items()}
         page = self.page = page_rank(tasks)
         self.capacity, self.device, self.dtype = capacity, device, dtype
         self.values = {
@@ -203,6 +216,7 @@ class _Buffers:
             )
             for module, (features_in, features_out) in widths.items()
         }
+        self.bytes = sum(half.nbytes for pair in self.values.values() for half in pair)
         self.taken: WeakSet[_Rows] = WeakSet()
 
     def free(self, count: int) -> list[int] | None:
@@ -231,6 +245,16 @@ class _Buffers:
                 ]
                 buffer[index] = torch.cat(parts).to(device=self.device, dtype=self.dtype)
         return held
+
+    @torch.no_grad()
+    def write_slot(self, task: LearnedTask, slot: int, rows: Sequence[int]) -> None:
+        """Fills these rows with one of a task's slots. Raises WorkError where its file is damaged."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        for module, pair in self.values.items():
+            given = task.values.get(module)
+            for which, buffer in enumerate(pair):
+                half = given and given[which][slot : slot + 1]
+                buffer[index] = self._in_rows(buffer, half, 1, len(rows)).to(device=self.device, dtype=self.dtype)
 
     def _in_rows(self, buffer: Tensor, half: Tensor | None, slots: int, rows: int) -> Tensor:
         """A half of a task's values for a module [slots, r, F] in so many rows of its buffer, [rows, page, F]; zeros

@@ -18,6 +18,7 @@ from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.generate import Written
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.options import PredictOptions
+from slm_fast.paging import TooManySlots, Unreadable
 from slm_fast.passes import Batch, Passed, Ready, made_ready, pass_batch, passed_texts
 from slm_fast.progress import bar
 from slm_fast.reading import Reading
@@ -182,15 +183,25 @@ def _answers(model: AdaptedModel, window: Ready, options: PredictOptions, report
     report(len(answers))
     passed: list[Passed] = []
     with model.lock:  # the tasks stay the same for a window
-        for batch in window.batches:
-            while batch.places:
-                try:
-                    passed += pass_batch(model, window, batch, options, report)
-                    break
-                except NotFinite as error:  # a row that fails does not take its batch with it
-                    answers[batch.places[error.row]] = WorkError(NOT_FINITE)
-                    batch = batch.without(error.row)
-                    report(1)
+        waiting = list(reversed(window.batches))
+        while waiting:
+            batch = waiting.pop()
+            if not batch.places:
+                continue
+            try:
+                passed += pass_batch(model, window, batch, options, report)
+            except NotFinite as error:  # a row that fails does not take its batch with it
+                answers[batch.places[error.row]] = WorkError(NOT_FINITE)
+                waiting.append(batch.without(error.row))
+                report(1)
+            except Unreadable as error:
+                answers.update((batch.places[i], WorkError(str(error))) for i in error.rows)
+                waiting.append(batch.without(*error.rows))
+                report(len(error.rows))
+            except TooManySlots:  # of many tasks, where there is room for few
+                if len(batch.places) == 1:
+                    raise
+                waiting += reversed(batch.halves())
         for one in passed:
             answers.update(zip(one.batch.places, _predictions(model, one), strict=True))
             answers.update((one.batch.places[i], WorkError(NOT_FINITE)) for i in one.failed)

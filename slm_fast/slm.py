@@ -94,6 +94,7 @@ class ScalableLM(TaskKeeper):
         device: str = "auto",
         skip_damaged: bool = False,
         revision: str | None = None,
+        device_memory: int | str | None = None,
     ) -> ScalableLM:
         """Open a store. `backbone` says where its backbone is now, if not where the manifest says.
 
@@ -101,6 +102,8 @@ class ScalableLM(TaskKeeper):
             path: a folder, or USER/NAME of one on the Hugging Face hub (`revision`: a branch, tag or commit of it). The
                 model of one on the hub belongs to no store: what it learns is in memory until `save_pretrained`.
             skip_damaged: leave out tasks whose files are damaged or do not fit, with a warning for each.
+            device_memory: bytes, or a size such as "2GB", that tasks' values may take on the device; those that do not
+                fit stay in their files until a row needs them. None: half of what is free.
 
         Raises:
             InputError: no store, or the backbone is not the one it was made with. WorkError: damage, too little memory.
@@ -119,7 +122,7 @@ class ScalableLM(TaskKeeper):
                 f"backbone {loaded.name!r}: its fingerprint is {loaded.fingerprint}, store {path} has {expected}"
             )
         with memory_for(f"backbone {loaded.name!r}"):
-            slm = cls(loaded, ModelConfig(**config))
+            slm = cls(loaded, ModelConfig(**config), device_memory=device_memory)
         check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {path}")
         if "tokens" not in store.about:
             warn(f"store {path}: keeps no settings of its backbone and tokenizer, so changed ones cannot be told")

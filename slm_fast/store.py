@@ -21,7 +21,7 @@ from slm_fast.kept_sum import KeptSum
 from slm_fast.scatter import scatter_of
 from slm_fast.schema import check_same, manifest_of, task_path
 from slm_fast.store_view import LOCK, MANIFEST, RESERVE, StoreView
-from slm_fast.task_file import opening_digest, task_from_file, task_to_bytes
+from slm_fast.task_file import Digests, digests_of, task_from_file, task_to_bytes
 from slm_fast.tasks import LearnedTask
 
 Summed = tuple[Mapping[str, str], ExactSum]
@@ -61,7 +61,7 @@ class Store(StoreView):
             for task in add:
                 data = task_to_bytes(task)
                 files[task.name] = hashlib.sha256(data).hexdigest()
-                self._opening[files[task.name]] = opening_digest(data)
+                self._digests[files[task.name]] = digests_of(data)
                 self._place(task.name, files[task.name], data)
             self._take_out(files, summed)
             self._finish(files)
@@ -181,7 +181,7 @@ class Store(StoreView):
         with suppress(WorkError, InputError), self._writing(patience=0):
             if self.files == files:
                 with suppress(OSError, WorkError):
-                    self._keys.write(files, self._opening_of(files), discriminant)
+                    self._keys.write(files, self._digests_of(files), discriminant)
 
     def _keep(self, summed: Summed | None) -> None:
         """Keep a sum if it is of tasks that the manifest, which is committed, names, and the one kept lacks many."""
@@ -191,14 +191,14 @@ class Store(StoreView):
                     self._sum.write(self._as_kept(summed))
 
     def _as_kept(self, summed: Summed) -> KeptSum:
-        return KeptSum(self._opening_of(summed[0]), summed[1])
+        return KeptSum({task: own.opening for task, own in self._digests_of(summed[0]).items()}, summed[1])
 
-    def _opening_of(self, files: Mapping[str, str]) -> dict[str, str]:
-        """SHA-256 of each of these tasks' files -> its `opening_digest`. Raises WorkError for one that is damaged."""
+    def _digests_of(self, files: Mapping[str, str]) -> dict[str, Digests]:
+        """SHA-256 of each of these tasks' files -> those of its parts. Raises WorkError for one that is damaged."""
         for name, digest in files.items():
-            if digest not in self._opening:
+            if digest not in self._digests:
                 self.read(name)
-        return {digest: self._opening[digest] for digest in files.values()}
+        return {digest: self._digests[digest] for digest in files.values()}
 
     def _take_out(self, files: Mapping[str, str], summed: Summed | None) -> None:
         """Leave no trace in the sum kept of tasks that will not be among `files`. Before the manifest says so, so that

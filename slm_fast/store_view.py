@@ -24,7 +24,7 @@ from slm_fast.files import locked, path_of
 from slm_fast.kept_keys import KeysFile
 from slm_fast.kept_sum import KeptSum, SumFile, SumProof
 from slm_fast.schema import check_fits, check_manifest, check_scatter, task_path
-from slm_fast.task_file import map_task, opening_digest, read_file, task_from_bytes
+from slm_fast.task_file import Digests, digests_of, map_task, read_file, task_from_bytes
 from slm_fast.tasks import LearnedTask
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class StoreView:
         self.path, self.about, self.files = path_of(path), dict(about), dict(files)
         self.kept = NOTHING  # of the tasks together, as `load` found it
         self._seen = b""  # SHA-256 of the manifest that says what `files` does
-        self._opening: dict[str, str] = {}  # SHA-256 of a task's file -> its `opening_digest`, as far as known
+        self._digests: dict[str, Digests] = {}  # of parts of tasks' files, by the SHA-256 of all of each
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -94,7 +94,7 @@ class StoreView:
                 check_fits(task, self.about["shapes"], self.about["config"], file=file)
             if thorough:
                 check_scatter(task, file)
-            self._opening[self.files[name]] = opening_digest(data)
+            self._digests[self.files[name]] = digests_of(data)
         return task, data
 
     def load(self, *, known: Mapping[str, str] | None = None, skip_damaged: bool = False) -> list[LearnedTask]:
@@ -115,13 +115,22 @@ class StoreView:
             if keys is None:
                 kept = later()
                 later = lambda: kept  # noqa: E731
-            opening = dict(keys.opening if keys else kept.opening if kept else {})
-        self._opening |= opening
+                opening = dict(kept.opening) if kept else {}
+            else:
+                self._digests |= keys.digests
 
         def look(name: str) -> None:
-            read = opening.get(self.files[name])
-            task = map_task(self.file(name), self.files[name], read) if read else None
-            found[name] = task or self.read(name, thorough=skip_damaged)[0]
+            digest = self.files[name]
+            before = keys and keys.digests.get(digest)
+            task = None
+            if before:
+                task = map_task(self.file(name), digest, *before)
+            elif digest in opening:
+                task = map_task(self.file(name), digest, opening[digest])
+            if task:
+                found[name], self._digests[digest] = task
+            else:
+                found[name] = self.read(name, thorough=skip_damaged)[0]
 
         for error in self.look_at(look, known or {}).values():
             if not skip_damaged:
@@ -141,7 +150,7 @@ class StoreView:
 
         def look(name: str) -> None:
             task, digest = self.read(name, thorough=True)[0], self.files[name]
-            proof.take(digest, self._opening[digest], task.router)
+            proof.take(digest, self._digests[digest].opening, task.router)
 
         return [str(error) for error in self.look_at(look).values()] or [*proof.wrong(), *self._keys.wrong(self.files)]
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -18,7 +18,7 @@ from slm_fast.errors import WorkError, lacks_memory, one_line
 from slm_fast.fields import Unfit, read_json
 from slm_fast.schema import about_task, check_task, task_of
 from slm_fast.task_tensors import modules_of
-from slm_fast.tasks import LearnedTask
+from slm_fast.tasks import LearnedTask, ValuesShape, shape_of
 
 # What answering needs not: a scatter counts in the sum of all, and the sample says how far a row is.
 LATER = ("factor", "exponent", "diagonal", "scatter", "sample")
@@ -63,8 +63,12 @@ def read_file(path: Path, digest: str) -> bytes:
         raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
-        raise WorkError(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
+        raise _damaged(path, found, digest)
     return data
+
+
+def _damaged(path: Path, found: str, digest: str) -> WorkError:
+    return WorkError(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
 
 
 def task_from_bytes(data: bytes, path: Path) -> LearnedTask:
@@ -83,13 +87,21 @@ def task_from_bytes(data: bytes, path: Path) -> LearnedTask:
 # Mapped
 
 
-def opening_digest(data: bytes | memoryview) -> str:
-    """SHA-256 of what is read of a task's file when a store is opened: its header and all tensors but those of `LATER`.
+class Digests(NamedTuple):
+    """SHA-256 of what is read of a task's file at a time.
 
-    Raises ValueError or KeyError for what is no task's file.
+    opening: its header and all tensors but those of `LATER`. start: neither those nor values.
     """
+
+    opening: str
+    start: str
+
+
+def digests_of(data: bytes | memoryview) -> Digests:
+    """Raises ValueError or KeyError for what is no task's file."""
     data = memoryview(data)
-    return _digest_without_later(data, *_header(data))
+    header, begin = _header(data)
+    return Digests(_digest(data, header, begin), _digest(data, header, begin, values=False))
 
 
 def _header(data: memoryview) -> tuple[dict[str, Any], int]:
@@ -99,43 +111,57 @@ def _header(data: memoryview) -> tuple[dict[str, Any], int]:
     return header, begin
 
 
-def _digest_without_later(data: memoryview, header: Mapping[str, Any], begin: int) -> str:
+def _digest(data: memoryview, header: Mapping[str, Any], begin: int, *, values: bool = True) -> str:
     digest, at = hashlib.sha256(), 0
-    for first, last in sorted(header[name]["data_offsets"] for name in LATER if name in header):
+    left_out = [name for name in header if name in LATER or (name.startswith("values.") and not values)]
+    for first, last in sorted(header[name]["data_offsets"] for name in left_out):
         digest.update(data[at : begin + first])
         at = begin + last
     digest.update(data[at:])
     return digest.hexdigest()
 
 
-def map_task(path: Path, digest: str, opening: str) -> LearnedTask | None:
-    """A task whose file was read whole and checked before, if what is read of it now has the SHA-256 `opening`.
+def map_task(path: Path, digest: str, opening: str, start: str | None = None) -> tuple[LearnedTask, Digests] | None:
+    """A task whose file was read whole and checked before, if what is read of it now has the SHA-256 `start`, or where
+    that is not known `opening` (`Digests`); and both of these.
 
-    Its tensors are views of the file, which the kernel reads when they are used and may let go of. Those of `LATER` are
-    not looked at: the first use of one of them compares the whole file with `digest`, checks it, and raises WorkError
-    as `task_from_file` does. None where the file cannot be mapped, or is another: reading it whole says what is wrong.
+    Its tensors are views of the file, which the kernel reads when they are used and may let go of. With `start` values
+    are compared with `opening` when one of them is used first. Those of `LATER` are not looked at: the first use of one
+    of them compares the whole file with `digest`, checks it, and raises WorkError as `task_from_file` does. None where
+    the file cannot be mapped, or is another: reading it whole says what is wrong.
     """
     try:
         whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
         data = memoryview(whole.numpy().data)
         header, begin = _header(data)
-        if _digest_without_later(data, header, begin) != opening:
+        found = _digest(data, header, begin, values=False)
+        if found != start and (start is not None or _digest(data, header, begin) != opening):
             return None
-        about = about_task((header.pop("__metadata__") or {}).get("slm_fast"))
+        about = about_task((header.get("__metadata__") or {}).get("slm_fast"))
+        tensors = {name: place for name, place in header.items() if name != "__metadata__"}
+        others = {
+            name: _view(whole[begin:], place) for name, place in tensors.items() if not name.startswith("values.")
+        }
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, Unfit):
         return None
 
     def check_whole() -> None:
         found = hashlib.sha256(data).hexdigest()
         if found != digest:
-            raise WorkError(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
+            raise _damaged(path, found, digest)
         task_from_bytes(bytes(data), path)
 
-    others = {name: _view(whole[begin:], place) for name, place in header.items() if not name.startswith("values.")}
+    def check_values() -> None:
+        if _digest(data, header, begin) != opening:
+            raise _damaged(path, hashlib.sha256(data).hexdigest(), digest)
+
     task = task_of(about, others)
-    values = {name: place for name, place in header.items() if name not in others}
-    first = begin + min(place["data_offsets"][0] for place in values.values())
-    return replace(task, values=_Values(whole[first:], values, first - begin), router=_Part(task.router, check_whole))
+    places = {name: place for name, place in tensors.items() if name not in others}
+    first = begin + min(place["data_offsets"][0] for place in places.values())
+    values = _Values(whole[first:], places, first - begin, None if start is None else check_values)
+    task = replace(task, values=values, router=_Part(task.router, check_whole))
+    vars(task)["shape"] = values.shape
+    return task, Digests(opening, found)
 
 
 def _view(data: Tensor, place: Mapping[str, Any]) -> Tensor:
@@ -145,12 +171,12 @@ def _view(data: Tensor, place: Mapping[str, Any]) -> Tensor:
 
 
 class _Values(Mapping[str, tuple[Tensor, Tensor]]):
-    """Values by module. Views are made when they are asked for, and tasks that are laid out alike share what says where
-    they are: of many tasks both would take more memory than the rest."""
+    """Values by module, checked before the first use of one of them. Views are made when they are asked for, and tasks
+    that are laid out alike share what says where they are: of many tasks both would take more memory than the rest."""
 
-    def __init__(self, data: Tensor, places: Mapping[str, Any], begin: int) -> None:
-        self._data = data
-        self._layout = _layout(
+    def __init__(self, data: Tensor, places: Mapping[str, Any], begin: int, check: Callable[[], None] | None) -> None:
+        self._data, self._check = data, check
+        self._layout, self.shape = _layout(
             tuple(
                 (module, place["dtype"], tuple(place["shape"]), *(at - begin for at in place["data_offsets"]))
                 for module in modules_of(places)
@@ -160,6 +186,9 @@ class _Values(Mapping[str, tuple[Tensor, Tensor]]):
         )
 
     def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
+        if self._check is not None:
+            self._check()
+            self._check = None
         lora_a, lora_b = (_view(self._data, place) for place in self._layout[module])
         return lora_a, lora_b
 
@@ -171,11 +200,11 @@ class _Values(Mapping[str, tuple[Tensor, Tensor]]):
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(places: tuple[tuple[Any, ...], ...]) -> dict[str, list[dict[str, Any]]]:
+def _layout(places: tuple[tuple[Any, ...], ...]) -> tuple[dict[str, list[dict[str, Any]]], ValuesShape]:
     found: dict[str, list[dict[str, Any]]] = {}
     for module, dtype, shape, first, last in places:
         found.setdefault(module, []).append({"dtype": dtype, "shape": shape, "data_offsets": (first, last)})
-    return found
+    return found, shape_of({module: [place["shape"] for place in pair] for module, pair in found.items()})
 
 
 class _Part(Mapping[str, Tensor]):

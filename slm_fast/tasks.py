@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -32,6 +32,21 @@ class Adapter:
     prompt: str = "plain"
     chat_template: str | None = None
     ends: tuple[int, ...] = ()
+
+
+class ValuesShape(NamedTuple):
+    """slots: of a task. rank: the largest of its modules'. widths: module name -> (I, O)."""
+
+    slots: int
+    rank: int
+    widths: Mapping[str, tuple[int, int]]
+
+
+def shape_of(shapes: Mapping[str, Sequence[Sequence[int]]]) -> ValuesShape:
+    """shapes: module name -> those of its lora_a [S, r, I] and lora_b [S, r, O]."""
+    widths = {module: (lora_a[2], lora_b[2]) for module, (lora_a, lora_b) in shapes.items()}
+    first = next(iter(shapes.values()))[0]
+    return ValuesShape(first[0], max(lora_a[1] for lora_a, _ in shapes.values()), widths)
 
 
 @dataclass(frozen=True)
@@ -61,14 +76,19 @@ class LearnedTask:
     dense: tuple[Tensor, Tensor] | None = None
 
     @cached_property
+    def shape(self) -> ValuesShape:
+        """Of its values. It is known without reading them where the task lies in a file."""
+        return shape_of({module: [tuple(half.shape) for half in pair] for module, pair in self.values.items()})
+
+    @property
     def rank(self) -> int:
         """The largest of its modules' ranks."""
-        return max(lora_a.shape[1] for lora_a, _ in self.values.values())
+        return self.shape.rank
 
-    @cached_property
+    @property
     def slots(self) -> int:
         """S, the number of slots this task brings to the pool."""
-        return next(iter(self.values.values()))[0].shape[0]
+        return self.shape.slots
 
 
 def origin_of(name: str, about: Mapping[str, Any], rows: Iterable[Sequence[Any]]) -> str:

@@ -28,11 +28,13 @@ LAYERS = (
     ("warm_start",),
     ("model",),
     ("injection", "configure", "known"),
+    ("paging",),
     ("hub",),
     ("store",),
     ("store_view",),
+    ("kept_keys",),
     ("task_file",),
-    ("schema", "task_tensors", "kept_sum", "kept_keys"),
+    ("schema", "task_tensors", "kept_sum"),
     ("reading",),
     ("query", "random_features", "dtkr", "pool"),
     ("router",),
@@ -58,7 +60,7 @@ LAYERS = (
     ("delimited", "documents"),
     ("encodings", "columns"),
     ("fields", "files", "streams"),
-    ("ops",),
+    ("ops", "memory"),
 )
 DOOR = ("slm_fast.slm", "integrations")  # whose methods offer some of them, imported inside
 LEAVES = ("errors", "progress", "options")  # these import only each other, and any module may import them

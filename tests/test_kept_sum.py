@@ -262,7 +262,7 @@ def test_what_answering_needs_is_checked_when_the_store_is_opened(path: Path, na
         at = data.index(tensor.numpy().tobytes())
     flip(file, at)
     with pytest.raises(WorkError, match=rf"{file}: damaged: SHA-256"):
-        Store.open(path).load()
+        reopened(path)
     with pytest.warns(UserWarning, match="left out"):
         assert "farm" not in reopened(path, skip_damaged=True).tasks
 

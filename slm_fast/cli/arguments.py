@@ -152,9 +152,17 @@ def add_routing_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_memory_option(parser: argparse.ArgumentParser) -> None:
+    about = (
+        "what tasks' values may take on the device, such as 2GB; those that do not fit are read when a row needs them"
+    )
+    parser.add_argument("--device-memory", metavar="SIZE", help=f"{about}; default: half of what is free")
+
+
 def add_predict_options(parser: argparse.ArgumentParser) -> None:
     """The fields of PredictOptions."""
     add_device_options(parser, "auto")
+    add_memory_option(parser)
     parser.add_argument(
         "--batch-tokens", type=int, help="tokens of a batch, padding included; default: what suits the device"
     )
@@ -213,6 +221,7 @@ def open_store(arguments: argparse.Namespace, backbone: Backbone | None = None) 
 
     set_threads(arguments.threads)
     more: dict[str, Any] = {"skip_damaged": True} if arguments.skip_damaged else {}
+    more |= {"device_memory": vars(arguments).get("device_memory")}
     slm = ScalableLM.from_pretrained(
         arguments.store,
         backbone=backbone or backbone_of(arguments),

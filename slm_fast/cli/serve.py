@@ -7,7 +7,14 @@ import os
 import sys
 from pathlib import Path
 
-from slm_fast.cli.arguments import Verbs, add_device_options, add_routing_options, fields_of, open_store
+from slm_fast.cli.arguments import (
+    Verbs,
+    add_device_options,
+    add_memory_option,
+    add_routing_options,
+    fields_of,
+    open_store,
+)
 from slm_fast.errors import InputError
 from slm_fast.options import PredictOptions
 
@@ -40,6 +47,7 @@ def add(verbs: Verbs) -> None:
     serve.add_argument("--admin-key-file", type=Path, metavar="FILE", help=about)
     serve.add_argument("--tasks-from", type=Path, metavar="STORE", help="where POST /v1/tasks takes tasks from")
     add_device_options(serve, "auto")
+    add_memory_option(serve)
     add_routing_options(serve)
     limits = serve.add_argument_group("how much is taken at once")
     for name, about in LIMITS.items():

@@ -14,7 +14,6 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from slm_fast.errors import InputError, WorkError, one_line
-from slm_fast.known import Known
 from slm_fast.options import PredictOptions
 from slm_fast.server.app import Served, create_app, guarded
 from slm_fast.server.engine import Engine
@@ -85,7 +84,7 @@ def made(
     if slm.store is None:
         raise InputError("model: expected one that was opened from a store")
     model, metrics = slm.model, Metrics()
-    generation = Generation.of(Known(model.pool, model.router), slm.store.files)
+    generation = Generation.of(model.known, slm.store.files)
     engine = Engine(model, generation, options, limits, metrics.note_batch)
     watcher = Watcher(
         model,

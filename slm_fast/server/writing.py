@@ -70,8 +70,9 @@ class Writers:
             scheduler = self._schedulers.get(generation)
             if scheduler is None:
                 longest = self.model.config.max_length or 1
+                rows = min(self.max_rows, self.model.known.most_rows or self.max_rows)
                 scheduler = self._schedulers[generation] = Scheduler(
-                    self.model, max_rows=self.max_rows, max_prompt=longest, max_new_tokens=self.max_new_tokens
+                    self.model, max_rows=rows, max_prompt=longest, max_new_tokens=self.max_new_tokens
                 )
             ahead = [piece for piece in pieces if self._is_found_ahead(piece)]
             found: dict[Piece, tuple[Route, Tensor | None]] = {}

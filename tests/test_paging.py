@@ -1,0 +1,239 @@
+"""Values of more tasks than there is room for: the same answers, to the bit, from pages that come and go."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from models import FAMILIES, TOPICS, easy, make_slm, one_thread, random_task, reopened, sentence  # noqa: F401
+
+from slm_fast import ScalableLM
+from slm_fast.errors import InputError, WorkError
+from slm_fast.memory import bytes_of
+from slm_fast.ops import Route
+from slm_fast.paging import PagedPool, TooManySlots
+from slm_fast.pool import Pool
+from slm_fast.predict import Prediction
+from slm_fast.store import Store
+from slm_fast.tasks import LearnedTask
+
+NAMES = [f"{topic}{i}" for topic in TOPICS for i in range(3)]
+
+
+def some_tasks(slm: ScalableLM, **shape: int) -> list[LearnedTask]:
+    return [random_task(slm, name, topic=name[:-1], **shape) for name in NAMES]
+
+
+def texts(count: int = 40, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [sentence(rng.choice(TOPICS), rng, words=rng.choice((1, 3, 8, 20))) for _ in range(count)]
+
+
+def slot_bytes(slm: ScalableLM, rank: int = 4) -> int:
+    return 4 * rank * sum(sum(widths) for widths in slm.model.widths.values())
+
+
+def with_room(name: str, slots: int, tasks: Sequence[LearnedTask], rank: int = 4, **config: object) -> ScalableLM:
+    """A model of these tasks with room for the values of so many slots."""
+    slm = make_slm(name, **config)
+    slm.model._device_memory = slots * slot_bytes(slm, rank)
+    slm._set(tasks)
+    return slm
+
+
+def assert_same(here: Sequence[Prediction], there: Sequence[Prediction]) -> None:
+    assert [(a.task, a.label, a.text, a.score) for a in here] == [(a.task, a.label, a.text, a.score) for a in there]
+    assert [a.route for a in here] == [a.route for a in there]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("slots", [1, 2])
+def test_answers_are_to_the_bit_those_with_all_values_there(name: str, slots: int) -> None:
+    whole = make_slm(name)
+    tasks = some_tasks(whole, slots=slots)
+    whole._set(tasks)
+    paged = with_room(name, 8, tasks)
+    assert isinstance(paged.model.pool, PagedPool)
+    assert not isinstance(whole.model.pool, PagedPool)
+    for seed in range(3):
+        options = {"batch_size": 4, "max_new_tokens": 4}
+        assert_same(paged.predict(texts(24, seed), **options), whole.predict(texts(24, seed), **options))
+    counts = paged.model.pool.counts
+    assert counts.misses > 8
+    assert counts.hits > 0
+
+
+def test_where_all_fit_nothing_is_read_twice() -> None:
+    slm = make_slm("bert", k=1)
+    tasks = some_tasks(slm)
+    assert type(with_room("bert", len(tasks), tasks, k=1).model.pool) is Pool
+    paged = with_room("bert", len(tasks) - 1, tasks, k=1)
+    rows = [text for text in texts(40) if "sky" not in text]
+    answers = paged.predict(rows, batch_size=4)
+    used = {task for answer in answers for task in answer.route.tasks}
+    before = paged.model.pool.counts.misses
+    assert before == len(used) < len(tasks)
+    assert_same(paged.predict(rows, batch_size=4), answers)
+    assert paged.model.pool.counts.misses == before
+
+
+def test_the_pages_used_last_stay() -> None:
+    slm = make_slm("bert", k=1)
+    pool = with_room("bert", 3, some_tasks(slm), k=1).model.pool
+
+    def ask(*slots: int) -> list[int]:
+        return pool.rows(Route(torch.tensor(slots)[:, None], torch.ones(len(slots), 1))).slot_ids[:, 0].tolist()
+
+    first = ask(0, 1, 2)
+    assert sorted(first) == [0, 1, 2]
+    assert ask(0, 2, -1) == [first[0], first[2], -1]
+    assert ask(3) == [first[1]]  # in the place of the one that was not used for longest
+    assert ask(0, 2, 3) == [first[0], first[2], first[1]]
+    assert ask(1) == [first[0]]
+    assert (pool.counts.hits, pool.counts.misses) == (5, 5)
+    with pytest.raises(TooManySlots, match="device_memory: the tasks of one batch take"):
+        ask(0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_of_more_tasks_than_there_is_room_for_passes_in_parts(name: str) -> None:
+    whole = make_slm(name)
+    tasks = some_tasks(whole)
+    whole._set(tasks)
+    paged = with_room(name, 2, tasks)
+    rows = texts(30)
+    here, there = paged.predict(rows, max_new_tokens=3), whole.predict(rows, max_new_tokens=3)
+    assert [(a.task, a.label, a.text) for a in here] == [(a.task, a.label, a.text) for a in there]
+    for one, other in zip(here, there, strict=True):
+        assert one.score == pytest.approx(other.score, abs=1e-5)
+
+
+def test_room_for_less_than_one_row_is_refused_with_the_least_that_works() -> None:
+    slm = make_slm("bert")
+    tasks, one = some_tasks(slm), slot_bytes(slm)
+    slm.model._device_memory = 2 * one - 1
+    with pytest.raises(InputError, match=rf"device_memory: expected at least {2 * one} bytes, .* got {2 * one - 1}"):
+        slm._set(tasks)
+
+
+def test_tasks_that_come_and_go_leave_what_a_fresh_model_has() -> None:
+    whole = make_slm("bert")
+    tasks = some_tasks(whole)
+    whole._set(tasks[:-1])
+    paged = with_room("bert", 4, tasks[1:])
+    rows = texts(20)
+    paged.predict(rows)
+    pool = paged.model.pool
+    paged.add(tasks[0])
+    paged.forget(tasks[-1].name)
+    assert paged.model.pool._pages is pool._pages  # what was there stays there
+    assert_same(paged.predict(rows, batch_size=2), whole.predict(rows, batch_size=2))
+    for slm in (paged, whole):
+        slm.add(random_task(whole, "wide", rank=8))  # all are laid out anew, in half as many rows
+    assert paged.model.known.most_rows == 1
+    assert_same(paged.predict(rows, batch_size=1), whole.predict(rows, batch_size=1))
+    for slm in (paged, whole):
+        slm.add(random_task(whole, "wider", rank=16))  # of which a row's route takes more than was given
+    assert paged.model.known.most_rows == 1
+    assert_same(paged.predict(rows, batch_size=1), whole.predict(rows, batch_size=1))
+    with pytest.raises(InputError, match="the pool has it already"):
+        paged.model.pool.with_task(tasks[0])
+    with pytest.raises(InputError, match="the pool does not have it"):
+        paged.model.pool.without("nobody")
+
+
+def test_a_pool_that_outgrows_its_room_is_paged_from_then_on() -> None:
+    whole = make_slm("bert")
+    tasks = some_tasks(whole)
+    grown = with_room("bert", 5, tasks[:2])
+    assert type(grown.model.pool) is Pool
+    for task in tasks[2:]:
+        grown.add(task)
+    assert isinstance(grown.model.pool, PagedPool)
+    whole._set(tasks)
+    assert_same(grown.predict(texts(12), batch_size=2), whole.predict(texts(12), batch_size=2))
+
+
+def test_joint_learning_needs_all_values() -> None:
+    slm = make_slm("bert")
+    paged = with_room("bert", 3, some_tasks(slm))
+    with pytest.raises(InputError, match="joint: trains over the values of all tasks, which do not fit device_memory"):
+        paged.learn(easy("more"), joint=True)
+    paged.learn(easy("more"), epochs=1, rank=4)
+    assert "more" in paged.tasks
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> ScalableLM:
+    """A model whose tasks lie in a store with its keys, so that opening it reads no values."""
+    slm = make_slm("bert")
+    slm.save_pretrained(tmp_path / "store")
+    slm.add(some_tasks(slm))
+    reopened(tmp_path / "store")
+    return slm
+
+
+def damage(slm: ScalableLM, name: str) -> Path:
+    """Change a byte of a task's values where they lie; its file."""
+    assert slm.store is not None
+    file = slm.store.file(name)
+    begin = file.read_bytes().index(next(iter(slm.learned[name].values.values()))[0].numpy().tobytes())
+    with file.open("r+b") as opened:
+        opened.seek(begin)
+        opened.write(b"\xff")
+    return file
+
+
+def test_rows_of_a_task_whose_file_is_damaged_are_errors_and_the_rest_go_on(stored: ScalableLM, tmp_path: Path) -> None:
+    rows = texts(30)
+    good = stored.predict(rows, batch_size=2)
+    gone = good[0].task
+    assert gone is not None
+    file = damage(stored, gone)
+    paged = reopened(tmp_path / "store", device_memory=4 * slot_bytes(stored))
+    found = answered(paged, rows, tmp_path)
+    for answer, record in zip(good, found, strict=True):
+        if gone in answer.route.tasks:
+            assert record["error"].startswith(f"task {gone!r}: {file}: damaged: SHA-256")
+        else:
+            assert (record["task"], record["label"]) == (answer.task, answer.label)
+    assert 0 < sum("error" in record for record in found) < len(rows)
+    [line] = Store.open(tmp_path / "store").verify()
+    assert str(file) in line
+    with pytest.raises(WorkError, match=f"row 1: task {gone!r}: {file}: damaged"):
+        paged.predict(rows)
+    with pytest.raises(WorkError, match=f"{file}: damaged"):  # where there is room for all, all are read
+        reopened(tmp_path / "store")
+
+
+def answered(slm: ScalableLM, rows: Sequence[str], folder: Path) -> list[dict]:
+    """The records that `predict_file` writes."""
+    (folder / "in.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    slm.predict_file(folder / "in.jsonl", folder / "out.jsonl", batch_size=2)
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def test_opening_reads_no_values_that_it_has_no_room_for(stored: ScalableLM, tmp_path: Path) -> None:
+    paged = reopened(tmp_path / "store", device_memory=4 * slot_bytes(stored))
+    assert [task._check is not None for task in (t.values for t in paged.learned.values())].count(False) <= 1
+    rows = texts(30)
+    assert_same(paged.predict(rows, batch_size=2), stored.predict(rows, batch_size=2))
+
+
+SIZES = [("2GB", 2 << 30), ("1.5 MiB", 3 << 19), ("700", 700), (12, 12), ("3k", 3072)]
+
+
+@pytest.mark.parametrize(("given", "found"), SIZES)
+def test_sizes_are_read_as_people_write_them(given: object, found: int) -> None:
+    assert bytes_of(given, "device_memory") == found
+
+
+@pytest.mark.parametrize("given", ["", "two", "-1", 0, -5, 1.5, True, "1PB", "GB"])
+def test_what_is_no_size_is_refused(given: object, tmp_path: Path) -> None:
+    make_slm("bert").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"device_memory: expected a number of bytes or a size such as '2GB', got "):
+        reopened(tmp_path, device_memory=given)
