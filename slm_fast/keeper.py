@@ -104,7 +104,7 @@ class TaskKeeper:
         if self.store is None or not isinstance(router, GaussianRouter) or files.keys() != set(router.names):
             return
         self.store.keep_sum(files, lambda: router.scatter)
-        if "discriminant" in vars(router):  # if it was computed already
+        if "discriminant" in vars(router) and not router.is_kept:  # if it was computed already
             self.store.keep_keys(files, router.discriminant)
 
     def forget(self, name: str) -> None:

@@ -182,6 +182,7 @@ class GaussianRouter(Router):
 
     k: int = 2
     temperature: float = 4.0
+    _kept = NOTHING  # of one that was loaded
 
     def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
         check_finite(query)
@@ -221,6 +222,11 @@ class GaussianRouter(Router):
         else:
             centre, keys, bias = (part.to(device) for part in kept.discriminant)
             self.discriminant = centre, keys, bias
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the discriminant is the one that was known when the tasks were loaded."""
+        return self._kept.discriminant is not None
 
     @cached_property
     def scatter(self) -> ExactSum:

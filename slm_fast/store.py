@@ -176,7 +176,8 @@ class Store(StoreView):
     def keep_keys(self, files: Mapping[str, str], discriminant: Discriminant) -> None:
         """Keep what routing computes of these tasks, if they are the store's and it is not kept; failing is nothing, as
         for `keep_sum`."""
-        if self._keys.path.exists() and not self._keys.is_stale(files):
+        kept = self._keys.read()
+        if kept is not None and kept.tasks == self._keys.tasks_digest(files):
             return
         with suppress(WorkError, InputError), self._writing(patience=0):
             if self.files == files:

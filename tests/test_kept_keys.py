@@ -129,6 +129,8 @@ def test_keys_that_are_damaged_anywhere_or_cut_short_are_not_used(path: Path) ->
     assert line.startswith(f"{path / '.keys'}: not of the store's tasks")
     store.load()
     assert store.kept.discriminant is None
+    reopened(path)
+    assert (path / ".keys").read_bytes() == data
 
 
 def test_keys_of_other_tasks_are_not_used_and_cleared_away(path: Path, tmp_path: Path) -> None:
