@@ -58,13 +58,13 @@ class PagedPool(Pool):
         self._follow(tasks, _Pages(Buffers(tasks, capacity, device, dtype)))
 
     def with_task(self, task: LearnedTask) -> PagedPool:
-        if task.name in self.names:
+        if task.name in self.place:
             raise InputError(f"task {task.name!r}: the pool has it already")
         i = bisect(self.names, task.name)
         return self._with([*self.tasks[:i], task, *self.tasks[i:]])
 
     def without(self, name: str) -> PagedPool:
-        if name not in self.names:
+        if name not in self.place:
             raise InputError(f"task {name!r}: the pool does not have it; tasks: {some_of(self.names)}")
         return self._with([task for task in self.tasks if task.name != name])
 

@@ -269,9 +269,10 @@ def _slot_mask(model: AdaptedModel, task: str | Sequence[str] | None, rows: int)
         return None
     names = [task] * rows if isinstance(task, str) else list(task)
     for name in names:
-        if name not in model.pool.names:
+        if name not in model.pool.place:
             raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
-    return torch.stack([model.pool.slots_of(name) for name in names])
+    places = torch.tensor([model.pool.place[name] for name in names], device=model.pool.device)
+    return model.pool.slot_task == places[:, None]  # [B, P]
 
 
 def _winners_alone(model: AdaptedModel, route: Route, winner: Tensor) -> Route:

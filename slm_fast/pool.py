@@ -56,7 +56,7 @@ class Pool:
 
         Raises InputError for a name that is taken.
         """
-        if task.name in self.names:
+        if task.name in self.place:
             raise InputError(f"task {task.name!r}: the pool has it already")
         i = bisect(self.names, task.name)
         tasks = [*self.tasks[:i], task, *self.tasks[i:]]
@@ -74,9 +74,9 @@ class Pool:
 
         Raises InputError for a name that is not there.
         """
-        if name not in self.names:
+        if name not in self.place:
             raise InputError(f"task {name!r}: the pool does not have it; tasks: {some_of(self.names)}")
-        i = self.names.index(name)
+        i = self.place[name]
         tasks = self.tasks[:i] + self.tasks[i + 1 :]
         rows = sum(rows_of(task, self._buffers.page) for task in tasks)
         if 4 * rows < self._buffers.capacity or not self._buffers.suit(tasks):
@@ -96,6 +96,7 @@ class Pool:
         """All of the tasks but where their values lie."""
         self.tasks, self.device = tasks, device
         self.names = [task.name for task in tasks]
+        self.place = {name: i for i, name in enumerate(self.names)}
         self.owner = [i for i, task in enumerate(tasks) for _ in range(task.slots)]
         self.slot_names = [self.names[i] for i in self.owner]  # the task of each slot
         self.slot_task = torch.tensor(self.owner, dtype=torch.int64, device=device)
@@ -167,7 +168,7 @@ class Pool:
 
     def slots_of(self, name: str) -> Tensor:
         """[P] bool: the slots of one task."""
-        return self.slot_task == self.names.index(name)
+        return self.slot_task == self.place[name]
 
     def task_weights(self, route: Route) -> Tensor:
         """The route's weight summed over each task's slots, p(t) of every row: [B, tasks] float32."""

@@ -132,7 +132,7 @@ def predict_file(
     """
     reading = reading or Reading()
     check_paths(source, sink, overwrite=overwrite, reading=reading, shard=shard)
-    if task is not None and task not in model.pool.names:
+    if task is not None and task not in model.pool.place:
         raise InputError(f"task {task!r}: not learned; tasks: {some_of(model.pool.names)}")
     about, rows, first, mine = None, None, 0, None
     if shard is not None:

@@ -27,6 +27,7 @@ KEPT, PRIOR_ROWS = 0.6, 2.0  # of n rows' distance from their task's mean a labe
 LABEL_TEMPERATURE = 24.0  # of labels' scores, which are of thousands of numbers that are not independent
 BEFORE = (1.0, 0.0, 64.0)  # these three, in files of before they were written
 MANY_MEANS = 1024  # beyond so many only those that are asked for are scored, for fewer it takes longer to find them
+MEANS_AT_ONCE = 4096  # keys are computed of, which is what takes memory where there are thousands of tasks
 SAMPLE = 96  # training queries kept of a task, which say how far its own rows are
 ROUNDING = 1e-3  # of a distance, at the most
 LEAST_LEFT = 0.05  # of a row's share in a covariance that is taken away, for what compression made of it
@@ -113,13 +114,18 @@ class RandomFeatureRouter(GaussianRouter):
     @cached_property
     @torch.inference_mode(False)
     def discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
-        mean_MD = torch.cat([drawn_means(part) for part in self.parts])
+        lower, first = self._pooled().lower, self.first_mean
+        mean_MD = torch.empty(first[-1], len(lower), dtype=torch.float64)
+        for begin, part in zip(first, self.parts, strict=False):
+            mean_MD[begin : begin + len(part["count"])] = drawn_means(part)
         centre = mean_MD.mean(0)
-        centred_MD = mean_MD - centre
-        keys_MD = torch.cholesky_solve(centred_MD.T, self._pooled().lower).T
-        bias = -0.5 * (keys_MD * centred_MD).sum(1)
-        keys_MD, device = keys_MD.float().contiguous(), self.device
-        return centre.float().to(device), keys_MD.to(device), bias.float().to(device)
+        mean_MD -= centre
+        keys_MD, bias = torch.empty(mean_MD.shape), torch.empty(len(mean_MD))
+        for begin in range(0, len(mean_MD), MEANS_AT_ONCE):
+            rows = slice(begin, begin + MEANS_AT_ONCE)
+            solved = torch.cholesky_solve(mean_MD[rows].T, lower).T
+            keys_MD[rows], bias[rows] = solved, -0.5 * (solved * mean_MD[rows]).sum(1)
+        return centre.float().to(self.device), keys_MD.to(self.device), bias.to(self.device)
 
     @cached_property
     def label_of_mean(self) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ class StoreLM(TemplateLM):
         if self.model.backbone.kind != "causal":
             kind = self.model.backbone.kind
             raise InputError(f"lm-eval: expected a decoder-only backbone such as LLaMA, this one is {kind}")
-        if task is not None and task not in self.model.pool.names:
+        if task is not None and task not in self.model.pool.place:
             raise InputError(f"task {task!r}: not learned; tasks: {some_of(self.model.pool.names)}")
         rows = None if batch_size in (None, "auto") else int(batch_size or 0)
         self.options = PredictOptions(batch_size=rows, max_new_tokens=max_gen_toks, bare=bare, abstain=abstain)

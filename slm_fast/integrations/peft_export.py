@@ -73,9 +73,9 @@ def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: 
         InputError: no such task, a folder that holds something, several slots without weights. WorkError: it cannot be
         written.
     """
-    if name not in model.pool.names:
+    if name not in model.pool.place:
         raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
-    task, path = model.pool.tasks[model.pool.names.index(name)], Path(folder)
+    task, path = model.pool.tasks[model.pool.place[name]], Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: is there already; expected a folder that is empty or not there")
     backbone, shares = model.backbone, _shares(task, weights)
