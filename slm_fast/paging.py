@@ -144,7 +144,7 @@ class _Pages:
         page = self.buffers.page
         sizes = [rows_of(task, page) // task.slots for task, _ in slots]
         if sum(sizes) > self.buffers.capacity:
-            one = self.buffers.bytes // self.buffers.capacity
+            one = self.buffers.row_bytes
             raise TooManySlots(
                 f"device_memory: the tasks of one batch take {sum(sizes) * one} bytes, there is room for "
                 f"{self.buffers.bytes}; pass fewer rows at once"
@@ -201,7 +201,7 @@ def within(pool: Pool, budget: int | None, k: int) -> Pool:
 
 
 def _row_bytes(tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype) -> int:
-    return Buffers(tasks, 1, device, dtype).bytes
+    return Buffers(tasks, 1, device, dtype).row_bytes
 
 
 def _least_rows(tasks: Sequence[LearnedTask], k: int) -> int:

@@ -132,6 +132,11 @@ class Pool:
         return self._buffers.bytes
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return sum(half[0].nbytes for pair in self.values.values() for half in pair)
+
+    @property
     def most_slots(self) -> int | None:
         """How many slots a pass may ask for; None for all."""
         return None
@@ -217,7 +222,8 @@ class Buffers:
             )
             for module, (features_in, features_out) in widths.items()
         }
-        self.bytes = sum(half.nbytes for pair in self.values.values() for half in pair)
+        self.row_bytes = page * sum(map(sum, widths.values())) * dtype.itemsize
+        self.bytes = capacity * self.row_bytes
         self.taken: WeakSet[_Rows] = WeakSet()
 
     def free(self, count: int) -> list[int] | None:

@@ -1,11 +1,13 @@
-"""What a store of many tasks costs: opening it, the first answer, one task more or less, verify, merge.
+"""What a store of many tasks costs: opening it, answering, one task more or less, verify, merge.
 
-    python -m benchmarks.speed.scale [--tasks N,N,...] [--folder DIR] [--no-merge]
+    python -m benchmarks.speed.scale [--tasks N,N,...] [--folder DIR] [--no-merge] [--no-verify]
 
 The packaged MiniLM. No task is trained: each has random values and a head, and the router knows it by the means and the
 scatter of real queries (the demonstration's), moved and turned at random. Figures are seconds of processor time of one
 thread, as the machine may be shared, in a process of its own for each row; `anon` and `mapped` are MiB that the process
-holds once it has answered, of its own and of files that the kernel may take back.
+holds once it has answered, of its own and of files that the kernel may take back. Rows/s are of texts of the
+demonstration with given tasks, drawn from all with frequencies as Zipf's law has them (exponent 1) or alike. `tenth`:
+with room for a tenth of the tasks' values (`device_memory`), of stores of 100 tasks and more.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,8 @@ from slm_fast.tasks import LearnedTask, name_seed
 
 ROWS = 240  # of the demonstration, that the router's part is made of
 AT_ONCE = 16  # tasks committed together
+TRAFFIC = 2048  # rows answered, after a quarter as many
+LEAST_PAGED = 100  # tasks
 
 
 class Maker:
@@ -125,10 +131,34 @@ def measure(folder: Path, steps: str) -> dict[str, str]:
         found["forget"] = seconds(lambda: slm.forget(task.name))[0]
         some = slm.tasks[os.getpid() % len(slm.tasks)]  # not always one that was learned anew after the sum was kept
         found["forget old"] = seconds(lambda: slm.forget(some))[0]
+    if "traffic" in steps:
+        slm = ScalableLM.from_pretrained(folder)
+        found |= traffic(slm, "all")
+        count, one = len(slm.tasks), slm.model.pool.row_bytes
+        if count >= LEAST_PAGED:
+            del slm
+            room = count * one // 10
+            found["open tenth"], slm = seconds(lambda: ScalableLM.from_pretrained(folder, device_memory=room))
+            found |= traffic(slm, "tenth")
+            kept = {f"{name} tenth": size for name, size in memory().items()}
     if "verify" in steps:
         found["verify"], wrong = seconds(lambda: Store.open(folder).verify())
         assert not wrong, wrong[0]
     return {name: f"{figure:.3f}" for name, figure in found.items()} | kept
+
+
+def traffic(slm: ScalableLM, room: str) -> dict[str, float]:
+    """Rows a second of texts of tasks that are drawn by Zipf's law, and of all alike."""
+    draw, names = random.Random(0), list(slm.tasks)
+    draw.shuffle(names)
+    rows = [row.text for task in load("train").values() for row in task.rows]
+    found = {}
+    for law, weights in (("zipf", [1 / place for place in range(1, len(names) + 1)]), ("uniform", None)):
+        texts, tasks = draw.choices(rows, k=TRAFFIC), draw.choices(names, weights, k=TRAFFIC)
+        slm.predict(texts[: TRAFFIC // 4], task=tasks[: TRAFFIC // 4])
+        took, _ = seconds(partial(slm.predict, texts, task=tasks))
+        found[f"{law} {room}"] = TRAFFIC / took
+    return found
 
 
 def merged(folder: Path, into: Path) -> str:
@@ -143,6 +173,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to keep the store; a temporary one is removed")
     parser.add_argument("--no-merge", action="store_true", help="skip merge, which copies the store")
     parser.add_argument("--no-verify", action="store_true", help="skip verify")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scale.csv")
     parser.add_argument("--measure", metavar="STEPS", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -153,11 +184,8 @@ def main() -> None:
     for count in map(int, options.tasks.split(",")):
         make(folder, count)
         line: dict[str, Any] = {"tasks": count}
-        for steps in [
-            "open",
-            "open",
-            *([] if options.no_verify else ["verify"]),
-        ]:  # the second finds what the first kept
+        # The second opening finds what the first kept.
+        for steps in ["open", "open", "traffic", *([] if options.no_verify else ["verify"])]:
             command = [sys.executable, "-m", "benchmarks.speed.scale", "--folder", str(folder), "--measure", steps]
             run = subprocess.run(
                 command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True
@@ -173,9 +201,12 @@ def main() -> None:
         print(line, file=sys.stderr)
     if options.folder is None:
         shutil.rmtree(folder)
-    notes = {"command": f"python -m benchmarks.speed.scale --tasks {options.tasks}", "unit": "processor seconds, MiB"}
+    notes = {"command": f"python -m benchmarks.speed.scale --tasks {options.tasks}"}
+    notes |= {"unit": "processor seconds, MiB, rows a processor second"}
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    lines = [{name: line.get(name, "") for name in columns} for line in lines]
     print(table(lines))
-    write_csv(RESULTS / "scale.csv", lines, notes)
+    write_csv(options.output, lines, notes)
 
 
 if __name__ == "__main__":
