@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isfinite
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -67,6 +68,8 @@ class Prediction:
 
 
 Answer = Prediction | WorkError
+Begun = TypeVar("Begun")
+Ended = TypeVar("Ended")
 NOT_FINITE = "its query holds a number that is not finite"
 NO_SCORE = "its score is not a number"
 
@@ -129,29 +132,43 @@ def answer(
 ) -> Iterator[list[Answer]]:
     """The answers of each window, in order; a row that fails has its error there. `report` is told of rows done.
 
-    A thread tokenises the next window and makes its batches while this one is answered; None among the windows says
-    that the next one may be long in coming. Which rows share a batch follows from the windows and the options alone, so
-    answering the same input again gives the same bits.
+    A thread tokenises the next window and makes its batches while this one is answered. Which rows share a batch
+    follows from the windows and the options alone, so answering the same input again gives the same bits.
     """
-    waiting: deque[Future[Ready]] = deque()
-    windows, failed, more = iter(windows), None, True
     with ThreadPoolExecutor(1, "tokenise") as worker:
-        while more or waiting:
-            pause = False
-            try:
-                if more:
-                    window = next(windows)
-                    if window is None:
-                        pause = True
-                    else:
-                        waiting.append(worker.submit(made_ready, model, window, options))
-                    del window  # its texts may be long, and are not needed once they are tokens
-            except StopIteration:
-                more = False
-            except Exception as error:  # what was read before it is answered first
-                failed, more = error, False
-            while len(waiting) == 2 or (waiting and (pause or not more)):
-                yield _answers(model, waiting.popleft().result(), options, report)
+
+        def begin(window: Window) -> Future[Ready]:
+            return worker.submit(made_ready, model, window, options)
+
+        yield from in_order(windows, begin, lambda ready: _answers(model, ready.result(), options, report), 2)
+
+
+def in_order(
+    windows: Iterable[Window | None], begin: Callable[[Window], Begun], end: Callable[[Begun], Ended], most: int
+) -> Iterator[Ended]:
+    """What windows come to, in order, where `most` are begun before the first of them is ended.
+
+    None among the windows says that the next one may be long in coming: those before it are ended first. So are they
+    where reading fails.
+    """
+    waiting: deque[Begun] = deque()
+    windows, failed, more = iter(windows), None, True
+    while more or waiting:
+        pause = False
+        try:
+            if more:
+                window = next(windows)
+                if window is None:
+                    pause = True
+                else:
+                    waiting.append(begin(window))
+                del window  # its texts may be long, and are not needed once they are tokens
+        except StopIteration:
+            more = False
+        except Exception as error:  # what was read before it is answered first
+            failed, more = error, False
+        while len(waiting) == most or (waiting and (pause or not more)):
+            yield end(waiting.popleft())
     if failed is not None:
         raise failed
 

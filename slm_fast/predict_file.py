@@ -7,7 +7,7 @@ import io
 import json
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -18,11 +18,11 @@ from typing import IO, Any
 from slm_fast import __version__
 from slm_fast.data import Row, identified
 from slm_fast.errors import InputError, SlmWarning, WorkError, some_of
-from slm_fast.model import AdaptedModel
+from slm_fast.model import AdaptedModel, Report
 from slm_fast.options import PredictOptions
 from slm_fast.parquet_output import ParquetOutput, check_parquet, is_parquet
 from slm_fast.passes import tokens_of_a_batch
-from slm_fast.predict import Prediction, answer
+from slm_fast.predict import Answer, Prediction, answer
 from slm_fast.progress import bar, is_shown
 from slm_fast.readers import Record, read_records
 from slm_fast.resume import Output, check_resumable, digest_of
@@ -96,14 +96,35 @@ def check_paths(
             check_resumable(sink)
 
 
+@dataclass(frozen=True)
+class Answering:
+    """Who answers windows, with tasks that stay the same meanwhile: a model here, or several elsewhere.
+
+    Attributes:
+        tasks: the names of those that are known.
+        about: what, beside the input, decides every byte of the answers; None: a run is never taken up again.
+        answer: the answers of each window, in order, as `slm_fast.predict.answer`.
+    """
+
+    tasks: Sequence[str]
+    about: dict[str, Any] | None
+    answer: Callable[[Iterator[Window | None], Report], Iterator[list[Answer]]]
+
+    @classmethod
+    def of(cls, model: AdaptedModel, options: PredictOptions, files: Mapping[str, str] | None) -> Answering:
+        """A model with the tasks that it knows now, in this thread. files: the SHA-256 of each one's file; an
+        interrupted run is only taken up over the same ones. None: never."""
+        about = None if files is None else what_decides(model, options, files)
+        return cls(model.pool.names, about, lambda windows, report: answer(model, windows, options, report))
+
+
 def predict_file(
-    model: AdaptedModel,
+    by: Answering,
     source: Source,
     sink: Sink,
     options: PredictOptions,
     *,
     reading: Reading | None = None,
-    files: Mapping[str, str] | None = None,
     task: str | None = None,
     shard: tuple[int, int] | None = None,
     strict: bool = False,
@@ -112,15 +133,14 @@ def predict_file(
 ) -> FileAnswered:
     """Answer each row of `source` and write an answer or an error to `sink`, in order.
 
-    Memory is bounded by two windows, of 1,024 rows or 8 MB of text, whatever the input's size. All rows are answered by
-    the tasks that are known when the call begins. What a program writes to a pipe is answered as soon as it pauses.
+    Memory is bounded by two windows, of 1,024 rows or 8 MB of text, whatever the input's size (with several models, two
+    for each). What a program writes to a pipe is answered as soon as it pauses.
 
     Args:
         source: a file of any format that tasks are learned from, a pipe, or a binary stream. sink: a file or pipe that
             gets JSON Lines (.gz too), or a text stream. The same call again goes on where an interrupted one stopped,
             if both are files. A .parquet file is there once all is answered, and is not gone on with.
         reading: how `source` is read, where that is not plain from it.
-        files: the SHA-256 of each task's file; an interrupted run is only taken up over the same ones. None: never.
         task: take every row for this task.
         shard: (i, n): answer the i-th of n parts of a file, i from 1. A part is a run of whole windows, so that the
             parts' outputs, one behind the other, are that of the whole file to the byte.
@@ -132,22 +152,21 @@ def predict_file(
     """
     reading = reading or Reading()
     check_paths(source, sink, overwrite=overwrite, reading=reading, shard=shard)
-    if task is not None and task not in model.pool.place:
-        raise InputError(f"task {task!r}: not learned; tasks: {some_of(model.pool.names)}")
+    if task is not None and task not in by.tasks:
+        raise InputError(f"task {task!r}: not learned; tasks: {some_of(by.tasks)}")
     about, rows, first, mine = None, None, 0, None
     if shard is not None:
         sizes = _sizes(source, reading)
         mine = range(len(sizes) * (shard[0] - 1) // shard[1], len(sizes) * shard[0] // shard[1])
         first, rows = sum(sizes[: mine.start]), sum(sizes[mine.start : mine.stop])
     if isinstance(source, Path) and _is_file(source):
-        if files is not None:
+        if by.about is not None:
             how = {name: value for name, value in asdict(reading).items() if value is not None}
             about = {"input": digest_of(source), "task": task, "version": __version__, **how}
-            about |= _what_decides(model, options, files) | ({"shard": "{}/{}".format(*shard)} if shard else {})
+            about |= by.about | ({"shard": "{}/{}".format(*shard)} if shard else {})
         if rows is None and is_shown(progress):
             rows = _count(reading.records(source))
     with ExitStack() as stack:
-        stack.enter_context(model.pinned())
         output: Output | ParquetOutput | None = None
         stream: IO[str] | io.FileIO | None = None
         if isinstance(sink, Path) and kind_of(sink) is not Kind.STREAM:
@@ -167,8 +186,8 @@ def predict_file(
         windows, start = _behind(windows, first + before, ids)
         part, answered = first + before - start, 0  # rows of a window begun are answered, and counted, once more
         advance = stack.enter_context(bar("predicting", rows, progress, done=start - first))
-        for answers in answer(model, windows, options, advance):
-            records = [{"id": ids.popleft()} | _as_json(found, options) for found in answers][part:]
+        for answers in by.answer(windows, advance):
+            records = [{"id": ids.popleft()} | as_record(found, options) for found in answers][part:]
             part = 0
             bad = [i for i, record in enumerate(records) if "error" in record]
             if strict and bad:
@@ -264,7 +283,7 @@ def _bad_row(source: Source, record: Mapping[str, Any]) -> WorkError:
     return WorkError(f"{source if isinstance(source, Path) else '-'}: row {record['id']}: {record['error']}")
 
 
-def _what_decides(model: AdaptedModel, options: PredictOptions, files: Mapping[str, str]) -> dict[str, Any]:
+def what_decides(model: AdaptedModel, options: PredictOptions, files: Mapping[str, str]) -> dict[str, Any]:
     """What, beside the input, decides every byte of the answers: the tasks, the options and the precision."""
     # Where the backbone lies does not count.
     about = {key: value for key, value in model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
@@ -277,7 +296,7 @@ def _what_decides(model: AdaptedModel, options: PredictOptions, files: Mapping[s
     }
 
 
-def _as_json(found: Prediction | WorkError, options: PredictOptions) -> dict[str, Any]:
+def as_record(found: Prediction | WorkError, options: PredictOptions) -> dict[str, Any]:
     if isinstance(found, WorkError):
         return {"error": str(found)}
     labelled = found.label is not None or found.text is None

@@ -31,7 +31,7 @@ from slm_fast.options import (
 )
 from slm_fast.origin import is_same
 from slm_fast.predict import Prediction, predict, predict_stream, probabilities
-from slm_fast.predict_file import FileAnswered, Reading, predict_file
+from slm_fast.predict_file import Answering, FileAnswered, Reading, predict_file
 from slm_fast.schema import check_same
 from slm_fast.warm_start import check_start
 
@@ -350,14 +350,15 @@ class ScalableLM(TaskKeeper):
             InputError: a path, an option, or an output of another run. WorkError: the work failed; what was written is
             kept, and the same call goes on.
         """
+        chosen = combine(PredictOptions, options, changes)
         with self.model.pinned():
+            files = None if self.store is None else {name: self._committed.get(name, "") for name in self.tasks}
             return predict_file(
-                self.model,
+                Answering.of(self.model, chosen, files),
                 Path(source) if isinstance(source, str) else source,
                 Path(sink) if isinstance(sink, str) else sink,
-                combine(PredictOptions, options, changes),
+                chosen,
                 reading=Reading(format, delimiter, encoding, text),
-                files=None if self.store is None else {name: self._committed.get(name, "") for name in self.tasks},
                 task=task,
                 shard=shard,
                 strict=strict,
