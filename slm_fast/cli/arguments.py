@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from slm_fast.errors import InputError, warn
@@ -230,11 +231,11 @@ def open_store(arguments: argparse.Namespace, backbone: Backbone | None = None) 
         **more,
     )
     if "sample" in vars(arguments):
-        _warn_of_idle_options(fields_of(arguments, PredictOptions), slm.model.backbone.kind == "encoder")
+        warn_of_idle_options(fields_of(arguments, PredictOptions), slm.model.backbone.kind == "encoder")
     return slm
 
 
-def _warn_of_idle_options(given: Mapping[str, Any], is_encoder: bool) -> None:
+def warn_of_idle_options(given: Mapping[str, Any], is_encoder: bool) -> None:
     """Options of answering that were given and change nothing."""
     drawing = ("temperature", "top_p", "seed")
     if is_encoder:
@@ -248,6 +249,12 @@ def _warn_of_idle_options(given: Mapping[str, Any], is_encoder: bool) -> None:
         if given.get(name, default) != default:
             flag = "sample-temperature" if name == "temperature" else name.replace("_", "-")
             warn(f"--{flag} has no effect: {why}")
+
+
+def check_ray() -> None:
+    """Raise InputError where Ray is not installed."""
+    if find_spec("ray") is None:
+        raise InputError("--ray: Ray is not installed: pip install 'slm-fast[ray]'")
 
 
 def set_threads(threads: int | None) -> None:

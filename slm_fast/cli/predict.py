@@ -5,17 +5,25 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from slm_fast.cli.arguments import (
     STDIN,
     Verbs,
     add_predict_options,
     add_reading_options,
+    backbone_of,
+    check_ray,
     complain,
     fields_of,
     open_store,
+    warn_of_idle_options,
 )
+from slm_fast.errors import InputError
 from slm_fast.options import PredictOptions
+
+if TYPE_CHECKING:
+    from slm_fast.predict_file import FileAnswered, Sink, Source
 
 
 def add(verbs: Verbs) -> None:
@@ -40,6 +48,10 @@ def add(verbs: Verbs) -> None:
     )
     about = "answer the I-th of N parts of the input file, for a process each; `cat` joins their outputs"
     predict.add_argument("--shard", type=_shard, metavar="I/N", help=about)
+    about = "share the rows out among actors of a Ray cluster: HOST:PORT, auto (the one that runs here), or local"
+    predict.add_argument("--ray", metavar="ADDRESS", help=about)
+    about = "so many, a model each; default: one for each GPU or, without GPUs, for each node"
+    predict.add_argument("--actors", type=int, metavar="N", help=about)
     add_reading_options(predict, label=False)
     add_predict_options(predict)
 
@@ -69,10 +81,29 @@ def run(arguments: argparse.Namespace) -> int:
     sink = sys.stdout if arguments.output in ("-", "/dev/stdout") else Path(arguments.output)
     columns = {"delimiter": arguments.delimiter, "encoding": arguments.encoding, "text": arguments.text_column}
     check_paths(source, sink, overwrite=arguments.overwrite, reading=Reading(**columns), shard=arguments.shard)
-    slm = open_store(arguments)
     how = {name: getattr(arguments, name) for name in ("task", "shard", "strict", "overwrite")}
-    done = slm.predict_file(source, sink, options, **columns, **how)
+    if arguments.ray is not None:
+        done = _on_ray(arguments, source, sink, options, reading=Reading(**columns), **how)
+    elif arguments.actors is not None:
+        raise InputError("--actors: goes with --ray")
+    else:
+        done = open_store(arguments).predict_file(source, sink, options, **columns, **how)
     if done.failed:
         rows = f"{done.failed} row{'s' * (done.failed > 1)}"
         return complain(f"{rows} failed; each is marked with its error in the output", 1)
     return 0
+
+
+def _on_ray(
+    arguments: argparse.Namespace, source: Source, sink: Sink, options: PredictOptions, **how: Any
+) -> FileAnswered:
+    """Have the actors of a cluster answer, whose models are those that `open_store` would open."""
+    check_ray()
+    from slm_fast.hub import find_store
+    from slm_fast.integrations.ray_pool import StorePool
+
+    find_store(arguments.store)
+    opening = {name: getattr(arguments, name) for name in ("actors", "threads", "dtype", "device", "skip_damaged")}
+    with StorePool(arguments.store, address=arguments.ray, backbone=backbone_of(arguments), **opening) as pool:
+        warn_of_idle_options(fields_of(arguments, PredictOptions), pool.kind == "encoder")
+        return pool.predict_file(source, sink, options, **how)

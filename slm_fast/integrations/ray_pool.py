@@ -1,0 +1,221 @@
+"""Windows of rows answered by actors of Ray: a model in each, all of the same tasks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+
+from slm_fast import __version__
+from slm_fast.errors import WorkError, warn
+from slm_fast.integrations.ray_cluster import (
+    LOCAL,
+    TRIES,
+    ActorEnded,
+    Opening,
+    Shares,
+    answer_of,
+    check_alike,
+    check_version,
+    connected,
+)
+from slm_fast.model import Report
+from slm_fast.options import PredictOptions
+from slm_fast.predict import Answer, answer, in_order
+from slm_fast.predict_file import (
+    Answering,
+    FileAnswered,
+    Reading,
+    Sink,
+    Source,
+    check_paths,
+    predict_file,
+    what_decides,
+)
+from slm_fast.slm import ScalableLM
+from slm_fast.windows import Window
+
+AT_ONCE = 2  # windows of an actor: it makes tokens of the second while it answers the first
+
+
+class StoreActor:
+    """The model of a store, opened when it is first asked for something, so that what is wrong is an answer."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
+        self._lock = threading.Lock()
+        self._slm: ScalableLM | None = None
+        self._warnings: list[str] = []
+
+    def version(self) -> str:
+        return __version__
+
+    def about(self) -> dict[str, Any]:
+        """What whoever shares out the windows has to know of the model."""
+        slm = self._model()
+        about = {"tasks": slm.tasks, "kind": slm.model.backbone.kind, "in_store": slm.store is not None}
+        return about | {"warnings": self._warnings}
+
+    def decides(self, options: PredictOptions) -> dict[str, Any]:
+        """What, beside the input, decides every byte of its answers."""
+        slm = self._model()
+        files = {} if slm.store is None else {name: slm.store.files[name] for name in slm.tasks}
+        return what_decides(slm.model, options, files)
+
+    def answer(self, window: Window, options: PredictOptions) -> tuple[dict[str, Any], list[Answer]]:
+        """Its answers, and what decided them: an actor that was started anew may have found another store."""
+        [answers] = answer(self._model().model, [window], options)
+        return self.decides(options), answers
+
+    def _model(self) -> ScalableLM:
+        with self._lock:
+            if self._slm is None:
+                self._slm, self._warnings = self._opening.open()
+            return self._slm
+
+
+class _Sent(NamedTuple):
+    """A window that an actor has."""
+
+    window: Window
+    actor: int
+    reference: Any
+
+
+class StorePool:
+    """So many actors of a Ray cluster, each with the model of one store.
+
+    Use it in a `with` block, which starts the actors and ends them. An actor that dies is started anew, and its windows
+    are answered again, three times at most.
+
+    Args:
+        store: a folder that all workers see under this path, or a name on the hub.
+        address: of the cluster: HOST:PORT, "auto" for the one that runs on this machine, or "local" for one of this
+            machine's processors alone. A process that is connected to a cluster works there.
+        actors: None: one for each GPU or, where there is none, for each node.
+        backbone, dtype, device, skip_damaged: as for `ScalableLM.from_pretrained`. threads: of the processors, shared
+            out among the actors; None: all.
+
+    Raises:
+        InputError: no store, or more actors than there are processors or GPUs. WorkError: the cluster cannot be
+        reached, its workers have another version of this package, or their models are not alike.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        *,
+        address: str = LOCAL,
+        actors: int | None = None,
+        threads: int | None = None,
+        backbone: str | None = None,
+        dtype: str = "float32",
+        device: str = "auto",
+        skip_damaged: bool = False,
+    ) -> None:
+        self._opening = Opening.of(store, backbone=backbone, dtype=dtype, device=device, skip_damaged=skip_damaged)
+        self._address, self._asked = address, (actors, threads, device)
+        self._about: dict[str, Any] = {}
+        self._actors: list[Any] = []
+        self._busy: list[list[Any]] = []  # what each has to answer yet
+        self._stack = ExitStack()
+
+    def __enter__(self) -> StorePool:
+        with ExitStack() as stack:
+            stack.enter_context(connected(self._address))
+            shares = Shares.of(*self._asked)
+            opening = replace(self._opening, threads=shares.threads)
+            made = ray.remote(StoreActor).options(
+                max_restarts=-1, max_task_retries=TRIES - 1, max_concurrency=AT_ONCE, **shares.resources
+            )
+            self._actors = [made.remote(opening) for _ in range(shares.actors)]
+            self._busy = [[] for _ in self._actors]
+            stack.callback(self._end)
+            for version in self._ask("version"):
+                check_version(version)
+            self._about = self._ask("about")[0]
+            for message in self._about["warnings"]:
+                warn(message)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def predict_file(
+        self,
+        source: Source | str,
+        sink: Sink | str,
+        options: PredictOptions | None = None,
+        *,
+        reading: Reading | None = None,
+        task: str | None = None,
+        shard: tuple[int, int] | None = None,
+        strict: bool = False,
+        overwrite: bool = False,
+        progress: bool | None = None,
+    ) -> FileAnswered:
+        """Answer a file as `ScalableLM.predict_file` does, to the same bytes; either goes on with what the other has
+        begun."""
+        source = Path(source) if isinstance(source, str) else source
+        sink = Path(sink) if isinstance(sink, str) else sink
+        options = options or PredictOptions()
+        check_paths(source, sink, overwrite=overwrite, reading=reading, shard=shard)
+        how: dict[str, Any] = {"reading": reading, "task": task, "shard": shard, "strict": strict}
+        by = self.answering(options)
+        return predict_file(by, source, sink, options, **how, overwrite=overwrite, progress=progress)
+
+    def answering(self, options: PredictOptions) -> Answering:
+        """The actors, as those who answer. Raises WorkError where their models are not alike."""
+        decides, *others = self._ask("decides", options)
+        for other in others:
+            check_alike(other, decides)
+
+        def end(sent: _Sent) -> list[Answer]:
+            try:
+                got, answers = answer_of(sent.reference)
+            except ActorEnded as error:
+                rows = f"{sent.window.first + 1} to {sent.window.first + len(sent.window.rows)}"
+                raise WorkError(f"rows {rows}: their actor died, {TRIES} times: {error}") from None
+            check_alike(got, decides)
+            self._busy[sent.actor].remove(sent.reference)
+            return answers
+
+        def answered(windows: Iterator[Window | None], report: Report) -> Iterator[list[Answer]]:
+            most = AT_ONCE * len(self._actors)
+            for answers in in_order(windows, lambda window: self._send(window, options), end, most):
+                report(len(answers))
+                yield answers
+
+        return Answering(self._about["tasks"], decides if self._about["in_store"] else None, answered)
+
+    @property
+    def kind(self) -> str:
+        """The backbone's: encoder, seq2seq or causal."""
+        return self._about["kind"]
+
+    def _send(self, window: Window, options: PredictOptions) -> _Sent:
+        """Give a window to the actor that has the fewest to answer."""
+        loads = [len(ray.wait(some, num_returns=len(some), timeout=0)[1]) if some else 0 for some in self._busy]
+        actor = loads.index(min(loads))
+        reference = self._actors[actor].answer.remote(window, options)
+        self._busy[actor].append(reference)
+        return _Sent(window, actor, reference)
+
+    def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        """What all actors answer."""
+        references = [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        try:
+            return [answer_of(reference) for reference in references]
+        except ActorEnded as error:
+            raise WorkError(f"Ray: an actor died before it had its model, {TRIES} times: {error}") from None
+
+    def _end(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors, self._busy = [], []
