@@ -50,25 +50,49 @@ class Job(NamedTuple):
         return {"valid": self.valid, "patience": self.patience}
 
 
-class _Ended(Exception):
+class Ended(Exception):
     """A worker is no more; the message says how it ended."""
 
 
-class _Worker:
-    """One process. It is started at once and opens its model meanwhile.
+class Worker:
+    """What learns tasks elsewhere. It is started at once and opens its model meanwhile.
 
     Args:
         opening: how it opens its model. start: the file of the task that others begin at, or nothing.
     """
 
     def __init__(self, opening: Message, start: bytes) -> None:
-        # In a session of its own, so that Ctrl-C reaches the parent alone, which ends it.
-        self.process = subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-        self.about: Message | None = None
+        self.about: Message | None = None  # of its model, once that is open
         self._opening = opening, start
 
+    def open(self, told: Callable[[str], None]) -> None:
+        if self.about is None:
+            answer, _ = self.ask(*self._opening, told)
+            if answer["version"] != __version__:
+                raise WorkError(f"worker: is slm_fast {answer['version']}, this is {__version__}")
+            self.about = answer["ready"]
+
     def ask(self, message: Mapping[str, Any], data: bytes, told: Callable[[str], None]) -> tuple[Message, bytes]:
-        """The answer to a request; warnings on the way are `told`. Raises _Ended, or the SlmError it answers with."""
+        """The answer to a request; warnings on the way are `told`. Raises Ended, or the SlmError it answers with."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Wait until it has ended."""
+
+
+class ProcessWorker(Worker):
+    """A process of this machine."""
+
+    def __init__(self, opening: Message, start: bytes) -> None:
+        super().__init__(opening, start)
+        # In a session of its own, so that Ctrl-C reaches the parent alone, which ends it.
+        self.process = subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+
+    def ask(self, message: Mapping[str, Any], data: bytes, told: Callable[[str], None]) -> tuple[Message, bytes]:
         try:
             send(cast("IO[bytes]", self.process.stdin), message, data)
             while True:
@@ -80,29 +104,29 @@ class _Worker:
             self.kill()
             code = self.process.wait()
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-            raise _Ended(how) from None
+            raise Ended(how) from None
         if "error" in answer:
             raise (InputError if answer["status"] == InputError.status else WorkError)(answer["error"])
         return answer, found
 
-    def open(self, told: Callable[[str], None]) -> None:
-        if self.about is None:
-            answer, _ = self.ask(*self._opening, told)
-            if answer["version"] != __version__:
-                raise WorkError(f"worker: is slm_fast {answer['version']}, this is {__version__}")
-            self.about = answer["ready"]
-
     def kill(self) -> None:
         self.process.kill()
 
+    def close(self) -> None:
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):  # what was not written yet is lost
+                cast("IO[bytes]", stream).close()
+
 
 class Workers:
-    """So many worker processes, which start at once and open their models while the caller opens its own.
+    """So many workers, which start at once and open their models while the caller opens its own.
 
     Args:
-        count: of processes. backbone, config, dtype, device: of the model, as for `ScalableLM.from_backbone`.
+        count: of workers. backbone, config, dtype, device: of the model, as for `ScalableLM.from_backbone`.
         threads: of the processor, shared out among them; None: as many as torch takes.
         start: the file of a task that others begin at (`warm_start`).
+        make: starts a worker.
     """
 
     def __init__(
@@ -115,13 +139,15 @@ class Workers:
         device: str = "auto",
         threads: int | None = None,
         start: bytes = b"",
+        make: Callable[[Message, bytes], Worker] = ProcessWorker,
     ) -> None:
+        self._make = make
         self._opening: Message = {"backbone": backbone, "config": dict(config), "dtype": dtype_word(dtype)}
         self._opening |= {"device": device, "threads": threads, "jobs": count}
         self._start = start
         self._about: Mapping[str, Any] = {}  # of the model that commits
         self._lock, self._closed = threading.Lock(), False
-        self._workers: list[_Worker | None] = [None] * count
+        self._workers: list[Worker | None] = [None] * count
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._said: queue.SimpleQueue[tuple[Job | None, bytes | str | SlmError]] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._run, args=(i,), daemon=True) for i in range(count)]
@@ -134,7 +160,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End all processes, whatever they do."""
+        """End all workers, whatever they do."""
         with self._lock:
             self._closed = True
             for worker in filter(None, self._workers):
@@ -144,10 +170,7 @@ class Workers:
         for thread in self._threads:
             thread.join()
         for worker in filter(None, self._workers):
-            worker.process.wait()
-            for stream in (worker.process.stdin, worker.process.stdout):
-                with suppress(OSError):  # what was not written yet is lost
-                    cast("IO[bytes]", stream).close()
+            worker.close()
 
     def learn(self, slm: ScalableLM, jobs: Sequence[Job]) -> Iterator[tuple[Job, LearnedTask | SlmError]]:
         """Each job with what it came to, as they are done: what was learned, for `slm.add`, or why it was not.
@@ -174,24 +197,24 @@ class Workers:
             self._open(place)
             while (job := self._jobs.get()) is not None:
                 self._said.put((job, self._learn(place, job)))
-        except _Ended:  # while all are ended
+        except Ended:  # while all are ended
             pass
         except SlmError as error:
             self._said.put((None, error))
 
-    def _open(self, place: int) -> _Worker:
-        """The worker of a place, with a model. Raises SlmError where that cannot be had, _Ended if all are to end."""
+    def _open(self, place: int) -> Worker:
+        """The worker of a place, with a model. Raises SlmError where that cannot be had, Ended if all are to end."""
         for _ in range(TRIES):
             worker = self._workers[place]
             if worker is None:
                 with self._lock:
                     if self._closed:
-                        raise _Ended
-                    self._workers[place] = worker = _Worker(self._opening, self._start)
+                        raise Ended
+                    self._workers[place] = worker = self._make(self._opening, self._start)
             try:
                 worker.open(self._tell)
                 return worker
-            except _Ended as end:
+            except Ended as end:
                 how = self._gone(place, end)
         raise WorkError(f"worker: {how} before it had its model, {TRIES} times")
 
@@ -204,7 +227,7 @@ class Workers:
             check_same(worker.about or {}, self._about, "worker", "this model")
             try:
                 return worker.ask(request, b"", self._tell)[1]
-            except _Ended as end:
+            except Ended as end:
                 how = self._gone(place, end)
             except SlmError as error:
                 return error
@@ -212,7 +235,7 @@ class Workers:
                 self._tell(f"task {job.task.name!r}: its worker {how}; it is learned again")
         return WorkError(f"task {job.task.name!r}: not learned: its worker {how}, {TRIES} times; try fewer --jobs")
 
-    def _gone(self, place: int, end: _Ended) -> str:
+    def _gone(self, place: int, end: Ended) -> str:
         self._workers[place] = None
         if self._closed:
             raise end

@@ -77,20 +77,31 @@ def main() -> None:
 
 
 def _serve(requests: queue.SimpleQueue[tuple[Message, bytes]], answers: IO[bytes]) -> None:
-    from slm_fast import __version__
-
-    slm: ScalableLM | None = None
+    learner = Learner()
     while True:
-        request, data = requests.get()
+        request = requests.get()
         try:
-            with memory_for("worker"):
-                if slm is None:
-                    slm = _open(request, data)
-                    send(answers, {"ready": slm.model.about, "version": __version__})
-                else:
-                    send(answers, {"learned": request["task"]["name"]}, _learn(slm, request))
+            answer = learner.answer(*request)
         except SlmError as error:  # any other is a bug: its traceback goes to standard error
-            send(answers, {"error": str(error), "status": error.status})
+            answer = {"error": str(error), "status": error.status}, b""
+        send(answers, *answer)
+
+
+class Learner:
+    """A model in memory, which the first request opens; each other one is a task."""
+
+    def __init__(self) -> None:
+        self._slm: ScalableLM | None = None
+
+    def answer(self, request: Message, data: bytes) -> tuple[Message, bytes]:
+        """What the model is, or a task learned and its file. Raises SlmError for what cannot be done."""
+        from slm_fast import __version__
+
+        with memory_for("worker"):
+            if self._slm is None:
+                self._slm = _open(request, data)
+                return {"ready": self._slm.model.about, "version": __version__}, b""
+            return {"learned": request["task"]["name"]}, _learn(self._slm, request)
 
 
 def _read(requests: queue.SimpleQueue[tuple[Message, bytes]]) -> None:

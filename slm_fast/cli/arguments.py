@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -251,10 +252,16 @@ def warn_of_idle_options(given: Mapping[str, Any], is_encoder: bool) -> None:
             warn(f"--{flag} has no effect: {why}")
 
 
-def check_ray() -> None:
-    """Raise InputError where Ray is not installed."""
+@contextmanager
+def quiet_ray() -> Iterator[None]:
+    """Around whatever works on Ray, which prints on standard output, where answers may go: that is dropped.
+
+    Raises InputError where Ray is not installed.
+    """
     if find_spec("ray") is None:
         raise InputError("--ray: Ray is not installed: pip install 'slm-fast[ray]'")
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def set_threads(threads: int | None) -> None:

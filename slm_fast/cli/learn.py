@@ -24,6 +24,7 @@ from slm_fast.cli.arguments import (
     fields_of,
     named_files,
     open_store,
+    quiet_ray,
     read_tasks,
     set_threads,
 )
@@ -48,6 +49,8 @@ def add(verbs: Verbs) -> None:
     learn.add_argument("--patience", type=int, metavar="N", help=about)
     about = "learn so many tasks at a time, each in a process of its own with a share of the threads"
     learn.add_argument("--jobs", type=int, default=1, metavar="N", help=about)
+    about = "let these be actors of a Ray cluster: HOST:PORT, auto (the one that runs here), or local"
+    learn.add_argument("--ray", metavar="ADDRESS", help=about)
     about = "with several processes (`torchrun`, `accelerate launch`): spread the frozen backbone's layers over them"
     learn.add_argument("--fsdp", action="store_true", help=about)
     add_reading_options(learn)
@@ -111,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     count = _count(arguments, jobs)
     _check_store(arguments, given)
     with ExitStack() as stack:
-        workers = stack.enter_context(_workers(arguments, count, given)) if count > 1 else None
+        workers = _workers(arguments, count, given, stack) if count > 1 or arguments.ray is not None else None
         slm = _open(arguments, given)
         _check(slm, jobs)
         if slm.store is None:
@@ -213,6 +216,8 @@ def _read(arguments: argparse.Namespace, *, launched: bool = False) -> list[Job]
         if name not in files:
             raise InputError(f"--valid {name!r}: no --task of that name")
     check_stdin(files, valid_files)
+    if launched and arguments.ray is not None:
+        raise InputError("--ray: does not go with the processes of a launcher")
     if launched and (arguments.jobs != 1 or any(path in STDIN for path in (*files.values(), *valid_files.values()))):
         what = "--jobs" if arguments.jobs != 1 else "standard input (-)"
         raise InputError(f"{what}: does not go with the processes of a launcher, which all read the same files")
@@ -268,25 +273,34 @@ def _count(arguments: argparse.Namespace, jobs: Sequence[Job]) -> int:
     """How many workers the tasks of a call get."""
     if arguments.jobs < 1:
         raise InputError(f"--jobs: expected at least 1, got {arguments.jobs}")
-    if arguments.jobs > 1 and (arguments.joint or arguments.warm_start is True):
+    several = "--jobs" if arguments.jobs > 1 else "--ray" if arguments.ray is not None else ""
+    if several and (arguments.joint or arguments.warm_start is True):
         flag = "--joint" if arguments.joint else "--warm-start without a TASK"
-        raise InputError(f"--jobs: does not go with {flag}, where a task depends on those learned before it")
+        raise InputError(f"{several}: does not go with {flag}, where a task depends on those learned before it")
     return min(arguments.jobs, len(jobs))
 
 
-def _workers(arguments: argparse.Namespace, count: int, given: Mapping[str, Any]) -> Workers:
-    """Processes that learn, with the model of the store, or of the call where there is no store yet."""
+def _workers(arguments: argparse.Namespace, count: int, given: Mapping[str, Any], stack: ExitStack) -> Workers:
+    """Processes that learn, with the model of the store, or of the call where there is no store yet. The stack ends
+    them."""
     from slm_fast.jobs import Workers
     from slm_fast.store import Store
 
     set_threads(arguments.threads)
     how = {"dtype": arguments.dtype, "device": arguments.device, "threads": arguments.threads}
+    if arguments.ray is not None:
+        stack.enter_context(quiet_ray())
+        from slm_fast.integrations import ray_cluster, ray_learn
+
+        stack.enter_context(ray_cluster.connected(arguments.ray))
+        how["make"] = ray_learn.maker(count, arguments.threads, arguments.device)
     if not Store.exists(arguments.store):
-        return Workers(count, backbone_of(arguments) or "", given, **how)
+        return stack.enter_context(Workers(count, backbone_of(arguments) or "", given, **how))
     store = Store.open(arguments.store)
     start = arguments.warm_start  # one that is not there is found out with the model
     how["start"] = store.read(start)[1] if start in store.files else b""
-    return Workers(count, backbone_of(arguments) or store.about["backbone"], store.about["config"], **how)
+    backbone = backbone_of(arguments) or store.about["backbone"]
+    return stack.enter_context(Workers(count, backbone, store.about["config"], **how))
 
 
 def _learn(slm: ScalableLM, job: Job) -> None:

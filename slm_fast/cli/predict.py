@@ -13,10 +13,10 @@ from slm_fast.cli.arguments import (
     add_predict_options,
     add_reading_options,
     backbone_of,
-    check_ray,
     complain,
     fields_of,
     open_store,
+    quiet_ray,
     warn_of_idle_options,
 )
 from slm_fast.errors import InputError
@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_paths(source, sink, overwrite=arguments.overwrite, reading=Reading(**columns), shard=arguments.shard)
     how = {name: getattr(arguments, name) for name in ("task", "shard", "strict", "overwrite")}
     if arguments.ray is not None:
-        done = _on_ray(arguments, source, sink, options, reading=Reading(**columns), **how)
+        with quiet_ray():
+            done = _on_ray(arguments, source, sink, options, reading=Reading(**columns), **how)
     elif arguments.actors is not None:
         raise InputError("--actors: goes with --ray")
     else:
@@ -98,7 +99,6 @@ def _on_ray(
     arguments: argparse.Namespace, source: Source, sink: Sink, options: PredictOptions, **how: Any
 ) -> FileAnswered:
     """Have the actors of a cluster answer, whose models are those that `open_store` would open."""
-    check_ray()
     from slm_fast.hub import find_store
     from slm_fast.integrations.ray_pool import StorePool
 

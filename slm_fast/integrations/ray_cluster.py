@@ -75,26 +75,28 @@ class Shares:
     gpus: int = 0
 
     @classmethod
-    def of(cls, actors: int | None = None, threads: int | None = None, device: str = "auto") -> Shares:
+    def of(
+        cls, actors: int | None = None, threads: int | None = None, device: str = "auto", *, flag: str = "--actors"
+    ) -> Shares:
         """Shares of the cluster that this process is connected to.
 
         Args:
             actors: None: one for each GPU or, where there is none, for each node. threads: of the processors, for all
                 actors together; None: all.
-            device: "cpu": GPUs are left alone.
+            device: "cpu": GPUs are left alone. flag: what the caller calls `actors`.
 
         Raises InputError for less than one, or for more than there are processors or GPUs.
         """
-        for name, value in (("actors", actors), ("threads", threads)):
+        for name, value in ((flag, actors), ("--threads", threads)):
             if value is not None and value < 1:
-                raise InputError(f"--{name}: expected at least 1, got {value}")
+                raise InputError(f"{name}: expected at least 1, got {value}")
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus = [int(node.get("CPU", 0)) for node in nodes]
         gpus = 0 if device == "cpu" else sum(int(node.get("GPU", 0)) for node in nodes)
         count = actors or gpus or sum(cpu > 0 for cpu in cpus)
         if count > (gpus or sum(cpus)):
             has = f"{gpus} GPUs" if gpus else f"{sum(cpus)} processors"
-            raise InputError(f"--actors: expected at most what the cluster has, {has}, got {count}")
+            raise InputError(f"{flag}: expected at most what the cluster has, {has}, got {count}")
         each = max(1, (threads or sum(cpus)) // count)
         while each > 1 and sum(cpu // each for cpu in cpus) < count:  # an actor is on one node
             each -= 1
@@ -129,9 +131,7 @@ class Opening:
             torch.set_num_threads(self.threads)
         if not is_on_hub(self.store) and not Store.exists(self.store):
             node = ray.util.get_node_ip_address()
-            raise InputError(
-                f"store {self.store}: is not there on node {node}; each worker must see it under this path"
-            )
+            raise InputError(f"store {self.store}: is not on node {node}; each worker must see it under this path")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", SlmWarning)
             slm = ScalableLM.from_pretrained(
@@ -151,20 +151,19 @@ def answer_of(reference: Any) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, SlmError):
             raise error.cause from None
-        if "failed to import on the worker" not in str(error):
-            raise
-        why = next((line for line in reversed(str(error).splitlines()) if "Error: " in line), "")
-        raise WorkError(
-            f"Ray: its workers cannot import slm_fast {slm_fast.__version__}; install it on all nodes: {why.strip()}"
-        ) from None
+        _check_imported(error)
+        raise
     except RayError as error:
+        _check_imported(error)
         raise ActorEnded(one_line(error)) from None
 
 
-def check_version(version: str) -> None:
-    """Raise WorkError unless a worker's version is this one."""
-    if version != slm_fast.__version__:
-        raise WorkError(f"worker: is slm_fast {version}, this is {slm_fast.__version__}")
+def _check_imported(error: RayError) -> None:
+    said = str(error)
+    if "failed to import on the worker" in said:
+        why = next((line.strip() for line in reversed(said.splitlines()) if "Error: " in line), "")
+        version = slm_fast.__version__
+        raise WorkError(f"Ray: its workers cannot import slm_fast {version}; install it on all nodes: {why}") from None
 
 
 def check_alike(got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

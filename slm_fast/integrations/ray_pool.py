@@ -21,7 +21,6 @@ from slm_fast.integrations.ray_cluster import (
     Shares,
     answer_of,
     check_alike,
-    check_version,
     connected,
 )
 from slm_fast.model import Report
@@ -137,7 +136,8 @@ class StorePool:
             self._busy = [[] for _ in self._actors]
             stack.callback(self._end)
             for version in self._ask("version"):
-                check_version(version)
+                if version != __version__:
+                    raise WorkError(f"worker: is slm_fast {version}, this is {__version__}")
             self._about = self._ask("about")[0]
             for message in self._about["warnings"]:
                 warn(message)

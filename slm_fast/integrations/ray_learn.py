@@ -1,0 +1,64 @@
+"""Workers of `slm_fast.jobs` as actors of Ray: a task an actor, and whoever started them commits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+
+from slm_fast.errors import SlmWarning
+from slm_fast.integrations.ray_cluster import ActorEnded, Shares, answer_of
+from slm_fast.jobs import Ended, Worker
+from slm_fast.loading import located
+from slm_fast.worker import Learner, Message
+
+
+class LearnActor:
+    """A worker's model in a process of Ray's."""
+
+    def __init__(self) -> None:
+        self._learner = Learner()
+
+    def ask(self, message: Message, data: bytes) -> tuple[Message, bytes, list[str]]:
+        """The answer to a request, and what to warn of."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", SlmWarning)
+            answer, found = self._learner.answer(message, data)
+        return answer, found, [str(one.message) for one in caught if issubclass(one.category, SlmWarning)]
+
+
+class RayWorker(Worker):
+    """An actor. Where it dies, `slm_fast.jobs` starts another one."""
+
+    def __init__(self, opening: Message, start: bytes, shares: Shares) -> None:
+        super().__init__({**opening, "threads": shares.threads, "jobs": 1}, start)
+        self.actor: Any = ray.remote(LearnActor).options(**shares.resources).remote()
+
+    def ask(self, message: Mapping[str, Any], data: bytes, told: Callable[[str], None]) -> tuple[Message, bytes]:
+        try:
+            answer, found, warned = answer_of(self.actor.ask.remote(message, data))
+        except ActorEnded as error:
+            raise Ended(f"died ({error})") from None
+        for one in warned:
+            told(one)
+        return answer, found
+
+    def kill(self) -> None:
+        ray.kill(self.actor)
+
+
+def maker(jobs: int, threads: int | None, device: str) -> Callable[[Message, bytes], RayWorker]:
+    """What starts the workers of `slm_fast.jobs.Workers` on the cluster that this process is connected to.
+
+    threads: of the processors, shared out among so many jobs; None: all.
+
+    Raises InputError for more jobs than there are processors or GPUs.
+    """
+    shares = Shares.of(jobs, threads, device, flag="--jobs")
+
+    def make(opening: Message, start: bytes) -> RayWorker:
+        return RayWorker({**opening, "backbone": located(opening["backbone"])}, start, shares)
+
+    return make
