@@ -29,11 +29,24 @@ def check_parquet(path: Path, *, overwrite: bool) -> None:
         raise InputError(f"{path}: is there already, and a Parquet file cannot be resumed; --overwrite replaces it")
 
 
+def answer_columns() -> dict[str, Any]:
+    """The columns of answers and their Arrow types: the fields of the records of JSON Lines, but `id` is text and
+    `probabilities` a list of {label, probability}."""
+    import pyarrow
+
+    text, number, whole = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
+    route = pyarrow.struct({"task": text, "slot": whole, "weight": number})
+    probability = pyarrow.struct({"label": text, "probability": number})
+    columns = {"id": text, "task": text, "label": text, "text": text, "score": number}
+    columns |= {"route": pyarrow.list_(route), "probabilities": pyarrow.list_(probability), "distance": number}
+    columns |= {"finish_reason": text, "max_new_tokens": whole, "truncated": pyarrow.bool_(), "error": text}
+    return columns
+
+
 class ParquetOutput:
     """A Parquet file that records are written to, a window at a time, and that is there once all are.
 
-    Its columns are the fields of the records of JSON Lines, the same ones for every run: `id` as text, `route` a list
-    of {task, slot, weight}, `probabilities` a list of {label, probability}. A field that a record lacks is null.
+    Its columns are those of `answer_columns`, the same ones for every run. A field that a record lacks is null.
 
     Raises InputError as `check_parquet`. WorkError: another process writes to it, or it cannot be written.
     """
@@ -45,13 +58,7 @@ class ParquetOutput:
         import pyarrow.parquet
 
         check_parquet(path, overwrite=overwrite)
-        text, number, whole = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
-        route = pyarrow.struct({"task": text, "slot": whole, "weight": number})
-        probability = pyarrow.struct({"label": text, "probability": number})
-        columns = {"id": text, "task": text, "label": text, "text": text, "score": number}
-        columns |= {"route": pyarrow.list_(route), "probabilities": pyarrow.list_(probability), "distance": number}
-        columns |= {"finish_reason": text, "max_new_tokens": whole, "truncated": pyarrow.bool_(), "error": text}
-        self.path, self.part, self.schema = path, path.with_name(path.name + ".part"), pyarrow.schema(columns)
+        self.path, self.part, self.schema = path, path.with_name(path.name + ".part"), pyarrow.schema(answer_columns())
         with named(path):
             self._file = self.part.open("ab")
         try:
@@ -67,7 +74,7 @@ class ParquetOutput:
         import pyarrow
 
         with named(self.path):
-            self._writer.write_table(pyarrow.Table.from_pylist(list(map(_row, records)), self.schema))
+            self._writer.write_table(pyarrow.Table.from_pylist(list(map(row_of, records)), self.schema))
 
     def __enter__(self) -> ParquetOutput:
         return self
@@ -90,7 +97,8 @@ class ParquetOutput:
             self._file.close()
 
 
-def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of JSON Lines as those columns have it."""
     name, known = record["id"], record.get("probabilities")
     row = {**record, "id": name if isinstance(name, str) else json.dumps(name, ensure_ascii=False)}
     if known is not None:

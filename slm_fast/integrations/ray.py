@@ -1,0 +1,134 @@
+"""Ray Data: the rows of a dataset answered by actors, a model in each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow
+from ray.data import Dataset
+
+from slm_fast import __version__
+from slm_fast.data import identified
+from slm_fast.errors import InputError, WorkError, warn
+from slm_fast.hub import find_store, is_on_hub
+from slm_fast.integrations.ray_cluster import Opening
+from slm_fast.integrations.ray_pool import StorePool
+from slm_fast.options import PredictKeywords, PredictOptions, combine, shows
+from slm_fast.parquet_output import answer_columns, row_of
+from slm_fast.predict import answer
+from slm_fast.predict_file import as_record
+from slm_fast.readers import Record
+from slm_fast.windows import WINDOW, windows_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["StorePool", "predict"]
+ERROR = "error"
+
+
+@shows(PredictOptions)
+def predict(
+    dataset: Dataset,
+    store: str | Path,
+    options: PredictOptions | None = None,
+    *,
+    text: str | None = None,
+    task: str | None = None,
+    prefix: str = "predicted_",
+    concurrency: int | tuple[int, int] = 1,
+    num_cpus: int = 1,
+    num_gpus: float = 0,
+    backbone: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    **changes: Unpack[PredictKeywords],
+) -> Dataset:
+    """The dataset with its rows answered: all of its columns, those of an answer (`predicted_task`, `predicted_label`
+    ...), and `error`, which says why a row has none.
+
+    Nothing is computed until the dataset is read. Blocks of 1,024 rows are answered by themselves: with Ray Data's
+    `execution_options.preserve_order` these are the windows of `ScalableLM.predict_file`, with its answers. Without,
+    rows share blocks as they arrive, which may change the last bits of a score.
+
+    Args:
+        dataset: rows with the columns that `ScalableLM.predict` understands. text: the column of the input, where it
+            has another name than usual.
+        store: a folder that all workers see under this path, or a name on the hub.
+        options: how rows are answered. changes: fields of them, such as top_k=3.
+        task: take every row for this task.
+        prefix: of the answers' columns.
+        concurrency: so many actors, or (least, most) between which Ray Data chooses. num_cpus, num_gpus: of each.
+        backbone, dtype, device: as for `ScalableLM.from_pretrained`.
+
+    Raises:
+        InputError: no store, a task that is not learned, a column that is there already, or `sample`, which needs a
+        row's place in its input. While the dataset is read: Ray's error, caused by an InputError or a WorkError.
+    """
+    chosen = combine(PredictOptions, options, changes)
+    if chosen.sample:
+        raise InputError("sample: a row draws by its place in the input, which rows of a dataset do not have")
+    opened = find_store(store)
+    if task is not None and task not in opened.files:
+        raise InputError(f"task {task!r}: not learned by {store}")
+    schema = dataset.schema(fetch_if_missing=False)
+    _check_free([] if schema is None else schema.names, prefix)
+    return dataset.repartition(target_num_rows_per_block=WINDOW, strict=True).map_batches(
+        _Answers,
+        fn_constructor_kwargs={
+            "opening": Opening.of(store, backbone=backbone, dtype=dtype, device=device, threads=num_cpus),
+            "files": None if is_on_hub(store) else opened.files,
+            "version": __version__,
+            "how": {"options": chosen, "text": text, "task": task, "prefix": prefix},
+        },
+        batch_size=WINDOW,
+        batch_format="pyarrow",
+        concurrency=concurrency,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    )
+
+
+def _check_free(names: list[str], prefix: str) -> None:
+    """Raise InputError where an answer's column is there already."""
+    for name in _columns(prefix):
+        if name in names:
+            raise InputError(f"column {name!r}: is there already; rename it, or give another prefix=")
+
+
+def _columns(prefix: str) -> dict[str, Any]:
+    """The columns that are added, and their types."""
+    columns = answer_columns()
+    return {name if name == ERROR else prefix + name: kind for name, kind in columns.items() if name != "id"}
+
+
+class _Answers:
+    """A model, and the answers of blocks.
+
+    Args:
+        files, version: the SHA-256 of each task's file, and this package, as whoever asks has them.
+    """
+
+    def __init__(self, opening: Opening, files: dict[str, str] | None, version: str, how: dict[str, Any]) -> None:
+        if version != __version__:
+            raise WorkError(f"worker: is slm_fast {__version__}, {version} asks")
+        self._slm, warned = opening.open()
+        for message in warned:
+            warn(message)
+        if files is not None and self._slm.store is not None and self._slm.store.files != files:
+            raise WorkError(f"store {opening.store}: was changed since it was asked for answers")
+        self._how = how
+
+    def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
+        options, prefix = self._how["options"], self._how["prefix"]
+        _check_free(table.column_names, prefix)
+        given = [Record(place, fields) for place, fields in enumerate(table.to_pylist(), 1)]
+        rows = [identified(record, text=self._how["text"])[1] for record in given]
+        records = []
+        for answers in answer(self._slm.model, windows_of(rows, self._how["task"]), options):
+            records += [row_of({"id": "", **as_record(found, options)}) for found in answers]
+        for name, kind in _columns(prefix).items():
+            values = [record.get(name if name == ERROR else name.removeprefix(prefix)) for record in records]
+            table = table.append_column(pyarrow.field(name, kind), pyarrow.array(values, kind))
+        return table
