@@ -74,7 +74,7 @@ class ParquetOutput:
         import pyarrow
 
         with named(self.path):
-            self._writer.write_table(pyarrow.Table.from_pylist(list(map(row_of, records)), self.schema))
+            self._writer.write_table(pyarrow.Table.from_pylist(list(map(_row, records)), self.schema))
 
     def __enter__(self) -> ParquetOutput:
         return self
@@ -97,10 +97,20 @@ class ParquetOutput:
             self._file.close()
 
 
-def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of JSON Lines as those columns have it."""
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     name, known = record["id"], record.get("probabilities")
     row = {**record, "id": name if isinstance(name, str) else json.dumps(name, ensure_ascii=False)}
     if known is not None:
         row["probabilities"] = [{"label": label, "probability": p} for label, p in known.items()]
     return row
+
+
+def with_answers(table: Any, records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Any:
+    """An Arrow table and, beside its columns, the fields of a record for each of its rows. names: their columns'."""
+    import pyarrow
+
+    rows, kinds = list(map(_row, records)), answer_columns()
+    for name, column in names.items():
+        values = pyarrow.array([row.get(name) for row in rows], kinds[name])
+        table = table.append_column(pyarrow.field(column, kinds[name]), values)
+    return table

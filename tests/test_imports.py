@@ -225,6 +225,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
             {"slm_fast.task_file", "slm_fast.integrations.peft_files", "slm_fast.integrations.peft_export"},
         ),
         ("peft", {"slm_fast.integrations.peft_check"}),
+        (
+            "ray",
+            {f"slm_fast.integrations.ray{part}" for part in ("", "_cluster", "_pool", "_learn")}
+            | {"slm_fast.server.ray_serve"},
+        ),
         ("huggingface_hub", {"slm_fast.hub", "slm_fast.integrations.peft_files"}),
     ],
 )

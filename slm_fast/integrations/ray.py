@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow
 from ray.data import Dataset
 
 from slm_fast import __version__
@@ -15,7 +14,7 @@ from slm_fast.hub import find_store, is_on_hub
 from slm_fast.integrations.ray_cluster import Opening
 from slm_fast.integrations.ray_pool import StorePool
 from slm_fast.options import PredictKeywords, PredictOptions, combine, shows
-from slm_fast.parquet_output import answer_columns, row_of
+from slm_fast.parquet_output import answer_columns, with_answers
 from slm_fast.predict import answer
 from slm_fast.predict_file import as_record
 from slm_fast.readers import Record
@@ -92,15 +91,14 @@ def predict(
 
 def _check_free(names: list[str], prefix: str) -> None:
     """Raise InputError where an answer's column is there already."""
-    for name in _columns(prefix):
+    for name in _columns(prefix).values():
         if name in names:
             raise InputError(f"column {name!r}: is there already; rename it, or give another prefix=")
 
 
-def _columns(prefix: str) -> dict[str, Any]:
-    """The columns that are added, and their types."""
-    columns = answer_columns()
-    return {name if name == ERROR else prefix + name: kind for name, kind in columns.items() if name != "id"}
+def _columns(prefix: str) -> dict[str, str]:
+    """The fields of an answer, and their columns."""
+    return {name: name if name == ERROR else prefix + name for name in answer_columns() if name != "id"}
 
 
 class _Answers:
@@ -120,15 +118,12 @@ class _Answers:
             raise WorkError(f"store {opening.store}: was changed since it was asked for answers")
         self._how = how
 
-    def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
+    def __call__(self, table: Any) -> Any:
+        """An Arrow table, answered."""
         options, prefix = self._how["options"], self._how["prefix"]
         _check_free(table.column_names, prefix)
         given = [Record(place, fields) for place, fields in enumerate(table.to_pylist(), 1)]
         rows = [identified(record, text=self._how["text"])[1] for record in given]
-        records = []
-        for answers in answer(self._slm.model, windows_of(rows, self._how["task"]), options):
-            records += [row_of({"id": "", **as_record(found, options)}) for found in answers]
-        for name, kind in _columns(prefix).items():
-            values = [record.get(name if name == ERROR else name.removeprefix(prefix)) for record in records]
-            table = table.append_column(pyarrow.field(name, kind), pyarrow.array(values, kind))
-        return table
+        found = answer(self._slm.model, windows_of(rows, self._how["task"]), options)
+        records = [{"id": ""} | as_record(one, options) for answers in found for one in answers]
+        return with_answers(table, records, _columns(prefix))
