@@ -46,12 +46,13 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     slm = ScalableLM.from_pretrained(store)
     opened = [time.perf_counter() - start]
     pool = StorePool(store, actors=arguments.actors, threads=arguments.actors)
+    both: tuple[ScalableLM | StorePool, ...] = (slm, pool)
     start = time.perf_counter()
     with pool:
         opened.append(time.perf_counter() - start)
         times: dict[str, list[float]] = {name: [] for name in outputs}
         for _ in range(arguments.rounds):  # in turns
-            for (name, output), by in zip(outputs.items(), (slm, pool), strict=True):
+            for by, (name, output) in zip(both, outputs.items(), strict=True):
                 start = time.perf_counter()
                 by.predict_file(source, output, overwrite=True)
                 times[name].append(time.perf_counter() - start)

@@ -39,6 +39,7 @@ from slm_fast.predict_file import (
 from slm_fast.slm import ScalableLM
 from slm_fast.windows import Window
 
+START = 60.0  # seconds for actors to run
 AT_ONCE = 2  # windows of an actor: it makes tokens of the second while it answers the first
 
 
@@ -135,6 +136,7 @@ class StorePool:
             self._actors = [made.remote(opening) for _ in range(shares.actors)]
             self._busy = [[] for _ in self._actors]
             stack.callback(self._end)
+            self._wait()
             for version in self._ask("version"):
                 if version != __version__:
                     raise WorkError(f"worker: is slm_fast {version}, this is {__version__}")
@@ -206,6 +208,13 @@ class StorePool:
         reference = self._actors[actor].answer.remote(window, options)
         self._busy[actor].append(reference)
         return _Sent(window, actor, reference)
+
+    def _wait(self) -> None:
+        """Until all actors run, or for a while; then say what they may wait for."""
+        started = [actor.version.remote() for actor in self._actors]
+        late = ray.wait(started, num_returns=len(started), timeout=START)[1]
+        if late:
+            warn(f"Ray: {len(late)} of {len(started)} actors do not run yet; the cluster may have no room for them")
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
         """What all actors answer."""

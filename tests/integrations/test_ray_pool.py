@@ -23,6 +23,7 @@ import ray
 
 from slm_fast import InputError, ScalableLM, WorkError, __version__, windows
 from slm_fast.data import Row
+from slm_fast.errors import SlmWarning
 from slm_fast.integrations import ray_pool
 from slm_fast.integrations.ray_cluster import Opening, Shares, check_alike
 from slm_fast.integrations.ray_pool import StorePool
@@ -206,7 +207,7 @@ def test_workers_without_the_package_are_told_of_in_one_line(cluster: str, store
     assert "\n" not in str(caught.value)
 
 
-def test_a_worker_of_another_version_is_refused(cluster: str, store: Path, monkeypatch) -> None:
+def test_a_worker_that_is_late_is_told_of_and_another_version_refused(cluster: str, store: Path, monkeypatch) -> None:
     class Older:
         def __init__(self, opening) -> None:
             pass
@@ -215,7 +216,9 @@ def test_a_worker_of_another_version_is_refused(cluster: str, store: Path, monke
             return "0.0"
 
     monkeypatch.setattr(ray_pool, "StoreActor", Older)
+    monkeypatch.setattr(ray_pool, "START", 0.0)
     with (
+        pytest.warns(SlmWarning, match="1 of 1 actors do not run yet"),
         pytest.raises(WorkError, match=f"worker: is slm_fast 0.0, this is {__version__}"),
         StorePool(store, actors=1, threads=1),
     ):
