@@ -170,5 +170,6 @@ def check_alike(got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise WorkError unless an actor's model decides all that the first one's does."""
     for name in sorted(got.keys() | expected.keys()):
         if got.get(name) != expected.get(name):
-            what = "other tasks: the store was changed meanwhile" if name == "store" else f"{name} {got.get(name)!r}"
-            raise WorkError(f"Ray: an actor has {what}, the first one {expected.get(name)!r}")
+            if name == "store":
+                raise WorkError("Ray: an actor has other tasks: the store was changed meanwhile; begin afresh")
+            raise WorkError(f"Ray: an actor has {name} {got.get(name)!r}, the first one {expected.get(name)!r}")
