@@ -103,7 +103,10 @@ def _on_ray(
     from slm_fast.integrations.ray_pool import StorePool
 
     find_store(arguments.store)
-    opening = {name: getattr(arguments, name) for name in ("actors", "threads", "dtype", "device", "skip_damaged")}
+    opening = {
+        name: getattr(arguments, name)
+        for name in ("actors", "threads", "dtype", "device", "skip_damaged", "device_memory")
+    }
     with StorePool(arguments.store, address=arguments.ray, backbone=backbone_of(arguments), **opening) as pool:
         warn_of_idle_options(fields_of(arguments, PredictOptions), pool.kind == "encoder")
         return pool.predict_file(source, sink, options, **how)

@@ -117,6 +117,7 @@ class Opening:
     dtype: str = "float32"
     device: str = "auto"
     skip_damaged: bool = False
+    device_memory: int | str | None = None
     threads: int | None = None
 
     @classmethod
@@ -140,6 +141,7 @@ class Opening:
                 dtype=self.dtype,
                 device=self.device,
                 skip_damaged=self.skip_damaged,
+                device_memory=self.device_memory,
             )
         return slm, [str(one.message) for one in caught if issubclass(one.category, SlmWarning)]
 

@@ -98,7 +98,7 @@ class StorePool:
         address: of the cluster: HOST:PORT, "auto" for the one that runs on this machine, or "local" for one of this
             machine's processors alone. A process that is connected to a cluster works there.
         actors: None: one for each GPU or, where there is none, for each node.
-        backbone, dtype, device, skip_damaged: as for `ScalableLM.from_pretrained`. threads: of the processors, shared
+        backbone, dtype, device, skip_damaged, device_memory: as for `ScalableLM.from_pretrained`. threads: of the processors, shared
             out among the actors; None: all.
 
     Raises:
@@ -117,8 +117,10 @@ class StorePool:
         dtype: str = "float32",
         device: str = "auto",
         skip_damaged: bool = False,
+        device_memory: int | str | None = None,
     ) -> None:
-        self._opening = Opening.of(store, backbone=backbone, dtype=dtype, device=device, skip_damaged=skip_damaged)
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "skip_damaged": skip_damaged}
+        self._opening = Opening.of(store, backbone=backbone, **how, device_memory=device_memory)
         self._address, self._asked = address, (actors, threads, device)
         self._about: dict[str, Any] = {}
         self._actors: list[Any] = []
