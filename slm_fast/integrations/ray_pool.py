@@ -98,8 +98,8 @@ class StorePool:
         address: of the cluster: HOST:PORT, "auto" for the one that runs on this machine, or "local" for one of this
             machine's processors alone. A process that is connected to a cluster works there.
         actors: None: one for each GPU or, where there is none, for each node.
-        backbone, dtype, device, skip_damaged, device_memory: as for `ScalableLM.from_pretrained`. threads: of the processors, shared
-            out among the actors; None: all.
+        backbone, dtype, device, skip_damaged, device_memory: as for `ScalableLM.from_pretrained`.
+        threads: of the processors, shared out among the actors; None: all.
 
     Raises:
         InputError: no store, or more actors than there are processors or GPUs. WorkError: the cluster cannot be
