@@ -152,7 +152,7 @@ def map_task(path: Path, digest: str, opening: str, start: str | None = None) ->
         task_from_bytes(bytes(data), path)
 
     def check_values() -> None:
-        if _digest(data, header, begin) != opening:
+        if _digest(data, *_header(data)) != opening:  # parsed again: kept, headers of many tasks would take much memory
             raise _damaged(path, hashlib.sha256(data).hexdigest(), digest)
 
     task = task_of(about, others)

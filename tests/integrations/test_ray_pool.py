@@ -186,9 +186,10 @@ def test_an_actor_that_dies_again_and_again_ends_the_call(cluster: str, store: P
             os._exit(1)
 
     monkeypatch.setattr(ray_pool, "StoreActor", Dies)
+    monkeypatch.setattr(ray_pool, "TRIES", 2)
     with StorePool(store, actors=1, threads=1) as pool, pytest.raises(WorkError) as caught:
         pool.predict_file(source, io.StringIO())
-    assert str(caught.value).startswith("rows 1 to 64: their actor died, 3 times: ")
+    assert str(caught.value).startswith("rows 1 to 64: their actor died, 2 times: ")
     assert "\n" not in str(caught.value)
 
 
