@@ -7,8 +7,10 @@ import logging
 import resource
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import suppress
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -26,6 +28,7 @@ from slm_fast.store import Store
 log = logging.getLogger("slm_fast.server")
 HEADERS = 1 << 16
 KEEP_ALIVE = 75  # seconds that a connection may be idle: longer than clients keep theirs
+LAST_CALL = 1.0  # seconds: to begin a request when listening ends, and to stop sending one that was refused
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -99,16 +102,40 @@ def made(
     return Served(engine, watcher, model.backbone.name, metrics, key, admin, source)
 
 
+class Lingering:
+    """A transport that ends its side only, when it is closed, and lets the other end its own (RFC 9112, section 9.6).
+
+    With bytes unread the system would reset the connection, and the client might not get to read its answer.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport, self.lingers = transport, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        return self.lingers or self._transport.is_closing()
+
+    def close(self) -> None:
+        if self.is_closing() or not self._transport.can_write_eof():
+            return self._transport.close()
+        self.lingers = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        asyncio.get_running_loop().call_later(LAST_CALL, self._transport.close)
+
+
 def patient(seconds: float) -> type[HttpToolsProtocol]:
     """HTTP whose requests have to begin, and their headers to end, in so many seconds and `HEADERS` bytes."""
 
     class Patient(HttpToolsProtocol):
         _timer: asyncio.TimerHandle | None = None
-        _read = 0
+        read = 0  # bytes of the headers, so far
 
         def _expect(self) -> None:
             self._forget()
-            self._read = 0
+            self.read = 0
             self._timer = self.loop.call_later(seconds, self.transport.abort)
 
         def _forget(self) -> None:
@@ -117,13 +144,15 @@ def patient(seconds: float) -> type[HttpToolsProtocol]:
                 self._timer = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+            super().connection_made(cast(asyncio.Transport, Lingering(transport)))
             self._expect()
 
         def data_received(self, data: bytes) -> None:
+            if cast(Lingering, self.transport).lingers:
+                return
             super().data_received(data)
-            self._read += len(data)
-            if self._timer is not None and self._read > HEADERS:
+            self.read += len(data)
+            if self._timer is not None and self.read > HEADERS:
                 self.transport.abort()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -137,6 +166,10 @@ def patient(seconds: float) -> type[HttpToolsProtocol]:
         def on_headers_complete(self) -> None:
             self._forget()
             super().on_headers_complete()
+
+        def shutdown(self) -> None:
+            if self._timer is None or not self.read:  # else a request has begun, and will be refused
+                super().shutdown()
 
     return Patient
 
@@ -185,6 +218,37 @@ class Server(uvicorn.Server):
         if self.served.engine.failed is not None:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop to listen. Who is connected by then is not cut off, but refused when asking."""
+        self.served.draining = True
+        loop = asyncio.get_running_loop()
+        waiting = [one for sock in sockets or [] for one in connected(sock)]
+        for server in self.servers:
+            server.close()
+        for one in waiting:
+            await loop.connect_accepted_socket(self._protocol, one)
+        until = loop.time() + LAST_CALL
+        await asyncio.sleep(0.01)  # in which those that were accepted before become connections
+        while not self.force_exit and loop.time() < until and any(map(silent, self.server_state.connections)):
+            await asyncio.sleep(0.01)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        kind = cast(type[HttpToolsProtocol], self.config.http_protocol_class)
+        return kind(self.config, self.server_state, self.lifespan.state)
+
+
+def connected(listening: socket.socket) -> Iterator[socket.socket]:
+    """Whom the system has connected and nobody accepted yet: closing the socket would reset them."""
+    with suppress(OSError):  # BlockingIOError when there are no more
+        while True:
+            yield listening.accept()[0]
+
+
+def silent(connection: Any) -> bool:
+    """Whether nothing was asked on it yet."""
+    return connection.cycle is None and not connection.read
 
 
 def log_to(stream: Any, level: int = logging.INFO) -> None:
