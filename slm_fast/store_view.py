@@ -110,7 +110,8 @@ class StoreView:
         """
         found: dict[str, LearnedTask] = {}
         keys, later, opening = None, None, dict[str, str]()
-        if known is None and not skip_damaged:
+        fresh = known is None and not skip_damaged
+        if fresh:
             keys, later = self._keys.read(), self._sum.later()
             if keys is None:
                 kept = later()
@@ -127,10 +128,12 @@ class StoreView:
                 task = map_task(self.file(name), digest, *before)
             elif digest in opening:
                 task = map_task(self.file(name), digest, opening[digest])
-            if task:
-                found[name], self._digests[digest] = task
-            else:
+            if task is None:
                 found[name] = self.read(name, thorough=skip_damaged)[0]
+                if fresh:  # of many, what was read would take more memory than there is
+                    task = map_task(self.file(name), digest, *self._digests[digest])
+            if task is not None:
+                found[name], self._digests[digest] = task
 
         for error in self.look_at(look, known or {}).values():
             if not skip_damaged:
