@@ -230,6 +230,15 @@ def mixed_texts(count: int, seed: int = 0) -> list[str]:
     return [sentence(rng.choice(("sea", "farm")), rng, words=rng.choice((1, 2, 5, 9, 16, 30))) for _ in range(count)]
 
 
+def bits(slm: ScalableLM) -> tuple[Tensor, ...]:
+    """What answering depends on, and answers, of a model with a gaussian router."""
+    texts = mixed_texts(12)
+    queries = slm.model.queries([Row(text) for text in texts])
+    route = slm.model.route(queries)
+    scores = torch.tensor([answer.score for answer in slm.predict(texts)])
+    return (*slm.model.router.discriminant, route.slot_ids, route.weights, scores, slm.model.distance(queries, route))
+
+
 def pool_values(tasks: Sequence[LearnedTask], module: str) -> list[tuple[Tensor, Tensor]]:
     """(lora_a [r, I], lora_b [r, O]) of each slot of the pool: tasks in name order, slots in theirs."""
     return [

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import make_slm, mixed_texts, random_task, reopened
+from models import bits, make_slm, random_task, reopened
 from stores import before_call, die, fail, finish, start
 
 from slm_fast import ScalableLM
-from slm_fast.data import Row
 from slm_fast.files import locked
 from slm_fast.kept_keys import KeysFile
 from slm_fast.store import Store
@@ -49,14 +48,6 @@ def keys_of(path: Path) -> bool:
     store = Store.open(path)
     found = file_of(store).read()
     return found is not None and found.tasks == file_of(store).tasks_digest(store.files)
-
-
-def bits(slm: ScalableLM) -> tuple[torch.Tensor, ...]:
-    texts = mixed_texts(12)
-    queries = slm.model.queries([Row(text) for text in texts])
-    route = slm.model.route(queries)
-    scores = torch.tensor([answer.score for answer in slm.predict(texts)])
-    return (*slm.model.router.discriminant, route.slot_ids, route.weights, scores, slm.model.distance(queries, route))
 
 
 def assert_same_bits(one: ScalableLM, other: ScalableLM) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import make_slm, mixed_texts, one_thread, random_task, reopened  # noqa: F401
+from models import bits, make_slm, mixed_texts, one_thread, random_task, reopened  # noqa: F401
 from stores import (
     ABOUT,
     A,
@@ -28,7 +28,6 @@ from stores import (
 
 from slm_fast import ScalableLM
 from slm_fast.covariance import ExactSum
-from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError
 from slm_fast.files import locked
 from slm_fast.kept_sum import KeptSum, SumFile
@@ -116,15 +115,6 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def path(large: Path, tmp_path: Path) -> Path:
     shutil.copytree(large, tmp_path / "store")
     return tmp_path / "store"
-
-
-def bits(slm: ScalableLM) -> tuple[torch.Tensor, ...]:
-    """What answering depends on, and answers."""
-    texts = mixed_texts(12)
-    queries = slm.model.queries([Row(text) for text in texts])
-    route = slm.model.route(queries)
-    scores = torch.tensor([answer.score for answer in slm.predict(texts)])
-    return (*slm.model.router.discriminant, route.slot_ids, route.weights, scores, slm.model.distance(queries, route))
 
 
 def assert_as_without_a_sum(path: Path, *slms: ScalableLM) -> None:
