@@ -63,6 +63,15 @@ def test_a_body_that_is_too_large_is_refused_however_it_is_sent(store) -> None:
         assert client.classify(["sea1"])
 
 
+def test_who_is_refused_before_a_large_body_was_sent_gets_to_read_why(store) -> None:
+    body = b" " * 1_900_000
+    with serving(store, key="secret", body=2_000_000) as (client, served):
+        served.draining = True
+        for _ in range(5):
+            status, found, _ = client.call("POST", CLASSIFY, body)
+            assert (status, found["error"]["code"]) == (503, "shutting_down")
+
+
 def test_clients_that_send_half_a_request_or_a_byte_at_a_time_hold_up_nobody(store) -> None:
     with serving(store, patience=1.0, requests=4) as (client, served):
         halves = [client.begun(CLASSIFY, 500) for _ in range(20)]

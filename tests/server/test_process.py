@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,6 +70,36 @@ def test_a_process_that_is_told_to_stop_answers_or_refuses_all_it_was_asked(stor
     assert "serving 2 tasks on http://127.0.0.1:" in lines[0]
     assert any("draining" in line for line in lines)
     assert "Traceback" not in process.said()
+
+
+def test_who_was_connected_when_listening_ended_is_refused_when_asking_and_not_waited_for_long(store: Path) -> None:
+    process = Process(store, "--drain", 0)
+    process.client.until_ready()
+    early, begun, mute = (process.client.raw() for _ in range(3))
+    begun.sendall(b"POST /v1/classify HTTP/1.1\r\nhost: a\r\n")
+    process.kill(signal.SIGTERM)
+    until(lambda: not listens(process.client.port))
+    for raw, rest in ((early, "POST /v1/classify HTTP/1.1\r\nhost: a\r\n"), (begun, "")):
+        raw.sendall(f"{rest}content-length: 2\r\n\r\n".encode())
+        raw.sendall(b"{}")
+        with raw, raw.makefile("rb") as answer:
+            said = answer.read().decode()
+        assert said.startswith("HTTP/1.1 503 ")
+        assert "connection: close" in said
+        assert "shutting_down" in said
+    began = time.monotonic()
+    assert process.wait() == 0, process.said()
+    assert time.monotonic() - began < 10  # patience is twenty seconds
+    with mute:
+        assert mute.recv(1) == b""
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def test_a_hangup_makes_it_look_at_the_store_now(store: Path, tmp_path: Path) -> None:
