@@ -28,7 +28,7 @@ from slm_fast.store import Store
 log = logging.getLogger("slm_fast.server")
 HEADERS = 1 << 16
 KEEP_ALIVE = 75  # seconds that a connection may be idle: longer than clients keep theirs
-LAST_CALL = 1.0  # seconds: to begin a request when listening ends, and to stop sending one that was refused
+LAST_CALL = 2.0  # seconds: to begin a request when listening ends, and to stop sending one that was refused
 
 
 def bound(host: str, port: int) -> socket.socket:
