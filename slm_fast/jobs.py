@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -54,7 +55,7 @@ class Ended(Exception):
     """A worker is no more; the message says how it ended."""
 
 
-class Worker:
+class Worker(ABC):
     """What learns tasks elsewhere. It is started at once and opens its model meanwhile.
 
     Args:
@@ -72,14 +73,15 @@ class Worker:
                 raise WorkError(f"worker: is slm_fast {answer['version']}, this is {__version__}")
             self.about = answer["ready"]
 
+    @abstractmethod
     def ask(self, message: Mapping[str, Any], data: bytes, told: Callable[[str], None]) -> tuple[Message, bytes]:
         """The answer to a request; warnings on the way are `told`. Raises Ended, or the SlmError it answers with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kill(self) -> None:
         """End it, whatever it does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Wait until it has ended."""
 

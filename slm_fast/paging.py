@@ -69,7 +69,7 @@ class PagedPool(Pool):
         return self._with([task for task in self.tasks if task.name != name])
 
     def _with(self, tasks: list[LearnedTask]) -> PagedPool:
-        buffers = self._pages.buffers
+        buffers = self._buffers
         if not buffers.suit(tasks):
             return PagedPool(tasks, buffers.device, buffers.dtype, capacity=buffers.capacity)
         pool = PagedPool.__new__(PagedPool)
@@ -78,19 +78,15 @@ class PagedPool(Pool):
 
     def _follow(self, tasks: list[LearnedTask], pages: _Pages) -> None:
         buffers = pages.buffers
-        self._know(tasks, buffers.device)
-        self._pages, self.values, self.dtype = pages, buffers.values, buffers.dtype
+        self._know(tasks, buffers)
+        self._pages, self.values = pages, buffers.values
         self._place: list[Place] = [(i, slot) for i, task in enumerate(tasks) for slot in range(task.slots)]
         self._page = max((rows_of(task, buffers.page) // task.slots for task in tasks), default=1)
 
     @property
-    def room(self) -> int:
-        return self._pages.buffers.bytes
-
-    @property
     def capacity(self) -> int:
         """Rows that the buffers have room for."""
-        return self._pages.buffers.capacity
+        return self._buffers.capacity
 
     @property
     def most_slots(self) -> int:

@@ -36,7 +36,8 @@ class Batch:
 
     def without(self, *rows: int) -> Batch:
         """All of its rows but these."""
-        return self.some([i for i in range(len(self.places)) if i not in rows])
+        gone = set(rows)
+        return self.some([i for i in range(len(self.places)) if i not in gone])
 
     def halves(self) -> list[Batch]:
         rows, half = range(len(self.places)), len(self.places) // 2

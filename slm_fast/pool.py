@@ -92,20 +92,21 @@ class Pool:
         pool._hold(tasks, held, self._buffers)
         return pool
 
-    def _know(self, tasks: list[LearnedTask], device: torch.device) -> None:
+    def _know(self, tasks: list[LearnedTask], buffers: Buffers) -> None:
         """All of the tasks but where their values lie."""
-        self.tasks, self.device = tasks, device
+        self.tasks, self._buffers = tasks, buffers
+        self.device, self.dtype = buffers.device, buffers.dtype
         self.names = [task.name for task in tasks]
         self.place = {name: i for i, name in enumerate(self.names)}
-        self.owner = [i for i, task in enumerate(tasks) for _ in range(task.slots)]
-        self.slot_names = [self.names[i] for i in self.owner]  # the task of each slot
-        self.slot_task = torch.tensor(self.owner, dtype=torch.int64, device=device)
-        imported = [tasks[i].adapter is not None for i in self.owner]
-        self.imported = torch.tensor([*imported, False], device=device) if any(imported) else None
+        owner = [i for i, task in enumerate(tasks) for _ in range(task.slots)]
+        self.slot_names = [self.names[i] for i in owner]  # the task of each slot
+        self.slot_task = torch.tensor(owner, dtype=torch.int64, device=self.device)
+        imported = [tasks[i].adapter is not None for i in owner]
+        self.imported = torch.tensor([*imported, False], device=self.device) if any(imported) else None
         self.ahead: bool | None = None  # whether these tasks' routes are found ahead, once the model has looked
 
     def _hold(self, tasks: list[LearnedTask], held: list[_Rows], buffers: Buffers) -> None:
-        self._know(tasks, buffers.device)
+        self._know(tasks, buffers)
         rows = [row for own in held for row in own.ids]
         own_pages = [len(own.ids) // task.slots for task, own in zip(tasks, held, strict=True)]
         pages = max(own_pages, default=1)
@@ -116,11 +117,10 @@ class Pool:
         ]
         row_of_slot = torch.tensor([*placed, [-1] * pages], device=buffers.device)
         self.row_of_slot = row_of_slot[:, 0] if pages == 1 else row_of_slot
-        self.dtype = buffers.dtype
         # Views, so that what runs on this pool finds its values where they were, whatever is learned meanwhile.
         used = max(rows, default=-1) + 1
         self.values: Values = {module: (a[:used], b[:used]) for module, (a, b) in buffers.values.items()}
-        self._buffers, self._held = buffers, held
+        self._held = held
 
     @property
     def slots(self) -> int:
@@ -134,7 +134,7 @@ class Pool:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return sum(half[0].nbytes for pair in self.values.values() for half in pair)
+        return self._buffers.row_bytes
 
     @property
     def most_slots(self) -> int | None:
@@ -256,12 +256,12 @@ class Buffers:
     @torch.no_grad()
     def write_slot(self, task: LearnedTask, slot: int, rows: Sequence[int]) -> None:
         """Fills these rows with one of a task's slots. Raises WorkError where its file is damaged."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         for module, pair in self.values.items():
             given = task.values.get(module)
             for which, buffer in enumerate(pair):
                 half = given and given[which][slot : slot + 1]
-                buffer[index] = self._in_rows(buffer, half, 1, len(rows)).to(device=self.device, dtype=self.dtype)
+                for row, part in zip(rows, self._in_rows(buffer, half, 1, len(rows)), strict=True):
+                    buffer[row].copy_(part)
 
     def _in_rows(self, buffer: Tensor, half: Tensor | None, slots: int, rows: int) -> Tensor:
         """A half of a task's values for a module [slots, r, F] in so many rows of its buffer, [rows, page, F]; zeros

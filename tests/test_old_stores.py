@@ -23,8 +23,10 @@ OLD = sorted(path.parent for path in DATA.glob("store_*/*/answers.json"))
 
 
 @pytest.fixture(params=OLD, ids=lambda path: f"{path.parent.name}-{path.name}")
-def old(request: pytest.FixtureRequest) -> Path:
-    return request.param
+def old(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy, since whoever opens a store may keep there what spares the next one work."""
+    shutil.copytree(request.param, tmp_path / "old")
+    return tmp_path / "old"
 
 
 def task_files(store: Path) -> dict[str, bytes]:

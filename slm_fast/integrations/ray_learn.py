@@ -48,6 +48,9 @@ class RayWorker(Worker):
     def kill(self) -> None:
         ray.kill(self.actor)
 
+    def close(self) -> None:
+        """Ray sees to it."""
+
 
 def maker(jobs: int, threads: int | None, device: str) -> Callable[[Message, bytes], RayWorker]:
     """What starts the workers of `slm_fast.jobs.Workers` on the cluster that this process is connected to.
