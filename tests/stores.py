@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -177,6 +178,27 @@ def before_call(n: int, act: Callable[[], object], only: str = "") -> Callable[[
 
     announce(hook)
     return lambda: seen
+
+
+def broken_anywhere(begin: Path, commit: Callable[[Store], object], act: Callable[[], object]) -> Iterator[Path]:
+    """A copy of the store `begin` after a commit in a process of its own, with `act` before each of its file-system
+    calls in turn."""
+    path, n = begin.parent / "store", 0
+    while True:
+        n += 1
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(begin, path)
+
+        def broken(n: int = n) -> int:
+            calls = before_call(n, act)
+            commit(Store.open(path))
+            return calls()
+
+        code, answer = finish(start(broken))
+        if code == 0 and answer.startswith("done: ") and int(answer[6:]) < n:
+            return
+        assert code in (0, -signal.SIGKILL)
+        yield path
 
 
 def die() -> None:

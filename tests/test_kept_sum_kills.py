@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,15 +13,13 @@ from stores import (
     B,
     C,
     D,
-    before_call,
+    broken_anywhere,
     contents,
     die,
     fail,
-    finish,
     kept,
     make_task,
     same,
-    start,
     summed,
     summed_store,
     version,
@@ -60,23 +56,9 @@ def test_a_commit_broken_anywhere_leaves_no_sum_of_a_task_that_the_manifest_does
     begin: Path, change: str, act: Callable[[], object]
 ) -> None:
     work, after = CHANGES[change]
-    path, old, new = begin.parent / "store", contents([A, B]), contents(after)
-    outcomes, sums = set(), set()
-    n = 0
-    while True:
-        n += 1
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.copytree(begin, path)
-
-        def broken(n: int = n) -> int:
-            calls = before_call(n, act)
-            work(Store.open(path))
-            return calls()
-
-        code, answer = finish(start(broken))
-        if code == 0 and answer.startswith("done: ") and int(answer[6:]) < n:
-            break
-        assert code in (0, -signal.SIGKILL)
+    old, new = contents([A, B]), contents(after)
+    outcomes, sums, n = set(), set(), 0
+    for n, path in enumerate(broken_anywhere(begin, work, act), 1):
         store = Store.open(path)
         there = SumFile(path / ".sum", store.about).tasks()
         assert there is not None
