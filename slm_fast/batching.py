@@ -22,13 +22,32 @@ def token_budget(device: str, kind: str, width: int) -> int:
     return TOKEN_BUDGET[device] if device != "cpu" else max(LEAST, TOKEN_BUDGET[device] * WIDTH // max(WIDTH, width))
 
 
-def length_buckets(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> list[list[int]]:
+def rounded(number: int, least: int, parts: int) -> int:
+    """A number rounded up to one of a few: to a multiple of `least`, or of so many parts of the next power of two where
+    that is more."""
+    step = max(least, (1 << max(0, number - 1).bit_length()) // parts)
+    return -(-number // step) * step
+
+
+def few_shapes(rows: int, columns: int) -> tuple[int, int]:
+    """What a batch of so many rows and columns is padded to where batches should be of few shapes."""
+    return rounded(rows, 1, 8), rounded(columns, 16, 16)
+
+
+def length_buckets(
+    lengths: Sequence[int], budget: int, max_rows: int | None = None, *, few: bool = False
+) -> list[list[int]]:
     """Rows of these lengths in batches, the longest first. Padded to its longest row, a batch holds at most `budget`
-    tokens (or is one row that is longer) and at most `max_rows` rows."""
+    tokens (or is one row that is longer) and at most `max_rows` rows. few: as many rows and columns as `few_shapes`
+    leaves as they are, but where the rows end."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches = []
     while order:
-        rows = min(max(1, budget // max(1, lengths[order[0]])), max_rows or len(order))
+        longest = max(1, lengths[order[0]])
+        most = max(1, budget // (few_shapes(1, longest)[1] if few else longest))
+        while few and few_shapes(most, longest)[0] > most:
+            most -= 1
+        rows = min(most, max_rows or len(order))
         batches.append(order[:rows])
         order = order[rows:]
     return batches

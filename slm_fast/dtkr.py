@@ -81,8 +81,9 @@ class DtkrRouter(Router):
     def slots(self, part: Part) -> int:
         return len(part["keys"])
 
-    def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
-        check_finite(query)
+    def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
+        if check:
+            check_finite(query)
         return ops.retrieve(query, self.keys, self.k, groups=self.groups, aggregate=self.aggregate, mask=mask)
 
     def _distance(self, query: Tensor, task: int) -> Tensor:

@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from slm_fast.batching import rounded
+from slm_fast.cuda_graphs import Step, graphs_on
 from slm_fast.errors import one_line
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 
-Step = Callable[[], Tensor]  # gives logits
 COLUMNS = 64  # columns are rounded up to a multiple of this; of an eighth of the next power of two where that is more
 
 
@@ -279,53 +279,4 @@ class Decoder:
 
 def round_up(columns: int) -> int:
     """Columns rounded up, so that few shapes serve many lengths: by less than COLUMNS or less than a quarter."""
-    step = max(COLUMNS, 1 << (columns - 1).bit_length() >> 3)
-    return -(-columns // step) * step
-
-
-class Graphs:
-    """CUDA graphs on one device, which share their memory: a replay overwrites what any other returned."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stream = device, _stream(device)
-        self.memory = torch.cuda.graph_pool_handle()
-
-    @contextmanager
-    def trial(self) -> Iterator[None]:
-        """Whatever waits for the device inside the block is an error: it would be one in a capture too, and there leave
-        torch's allocator capturing."""
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-
-    def capture(self, step: Step) -> Step:
-        """A step as a graph: the same kernels on the same addresses, launched at once."""
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self.device)
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            # Another thread may meanwhile make rows ready for the GPU, which is no business of this capture.
-            graph.capture_begin(pool=self.memory, capture_error_mode="thread_local")
-            try:
-                logits = step()
-            finally:
-                graph.capture_end()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """What steps are captured on: always the same, because libraries keep memory for each stream."""
-    return torch.cuda.Stream(device)
-
-
-def graphs_on(device: torch.device) -> Graphs | None:
-    """Where steps are captured on this device; None where they are not."""
-    return Graphs(device) if device.type == "cuda" else None
+    return rounded(columns, COLUMNS, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import io
 import os
@@ -181,3 +182,19 @@ def checkpoint(auto_class: Any, path: str, config: Any, dtype: torch.dtype, gguf
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+@contextmanager
+def masks_not_looked_at() -> Iterator[None]:
+    """Inside the block transformers does not look whether a mask of tokens masks any, for which a GPU is waited for; it
+    does not while a CUDA graph is captured."""
+    masking_utils: Any = importlib.import_module("transformers.masking_utils")
+    looks = getattr(masking_utils, "is_tracing", None)
+    if looks is None:
+        yield
+        return
+    masking_utils.is_tracing = lambda tensor=None: True
+    try:
+        yield
+    finally:
+        masking_utils.is_tracing = looks

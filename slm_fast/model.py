@@ -41,6 +41,7 @@ class Output(NamedTuple):
     hidden: Tensor  # [B, T, H], the trunk's last hidden states (of T5, the encoder's)
     query: Tensor | None  # [B, D]; None where the route was given or no task is known
     route: Route  # [B, K]
+    checked: bool = True  # whether all queries are known to be finite
 
 
 class AdaptedModel:
@@ -257,13 +258,13 @@ class AdaptedModel:
                 return self.empty_route(len(batch))
             return self.route(self.find_queries(batch), slot_mask, abstain)
 
-    def route(self, query: Tensor, slot_mask: Tensor | None = None, abstain: float | None = None) -> Route:
-        """The route of queries [B, D]. `slot_mask`, `abstain`: those of `forward`.
-
-        Raises NotFinite, which names the row, for a query that is not finite.
-        """
+    def route(
+        self, query: Tensor, slot_mask: Tensor | None = None, abstain: float | None = None, *, check: bool = True
+    ) -> Route:
+        """The route of queries [B, D]. `slot_mask`, `abstain`: those of `forward`. check: `Router.route`'s; raises
+        NotFinite, which names the row, for a query that is not finite."""
         with self.lock:
-            route = self.pool.settled(self.router.route(query, slot_mask))
+            route = self.pool.settled(self.router.route(query, slot_mask, check=check))
             return route if abstain is None else emptied(route, self.distance(query, route) > abstain)
 
     def distance(self, query: Tensor, route: Route) -> Tensor:
@@ -288,7 +289,7 @@ class AdaptedModel:
             if isinstance(self.query, SentenceQuery):
                 return self.query.encode_tokens(batch)
             context = ForwardContext(batch.attention_mask, {}, stop="query")
-            self._injection.run(lambda: self._trunk(batch), context)
+            self._injection.run(lambda: self.trunk(batch), context)
         assert context.query is not None
         return context.query
 
@@ -323,7 +324,7 @@ class AdaptedModel:
             if route is None and (batch.query_inputs or self.ahead or isinstance(self.query, SentenceQuery)):
                 route = self.find_routes(batch, slot_mask=slot_mask, abstain=abstain)
             result, query, found = self.call(
-                lambda: self._trunk(batch),
+                lambda: self.trunk(batch),
                 batch.attention_mask,
                 route,
                 slot_mask=slot_mask,
@@ -343,13 +344,14 @@ class AdaptedModel:
         abstain: float | None = None,
         values: Values | None = None,
         states: Tensor | None = None,
+        check: bool = True,
     ) -> tuple[Any, Tensor | None, Route]:
         """`forward` for any call of the backbone, such as one with a cache or of `generate`.
 
         Args:
             function: calls the backbone. mask: [B, T], the real tokens of its (first) pass, which may repeat each row
                 for its beams; the route found then has a row for each.
-            others: those of `forward`.
+            others: those of `forward` and `route`.
 
         Returns:
             What the function returned, the query, the route.
@@ -365,7 +367,7 @@ class AdaptedModel:
             def find_route(query: Tensor) -> Route:
                 beams = len(query) // len(mask)
                 allowed = None if slot_mask is None else slot_mask.repeat_interleave(beams, 0)
-                return self.route(query, allowed, abstain)
+                return self.route(query, allowed, abstain, check=check)
 
             context = ForwardContext(mask, pool.values if values is None else values, route)
             if values is None:
@@ -382,11 +384,12 @@ class AdaptedModel:
         over `query_mask` [B, T] on the way."""
         context = ForwardContext(query_mask, {}, stop="states")
         with self.lock:
-            self._injection.run(lambda: self._trunk(batch), context)
+            self._injection.run(lambda: self.trunk(batch), context)
         assert context.states is not None
         return context.states, context.query
 
-    def _trunk(self, batch: Encoded) -> Tensor:
+    def trunk(self, batch: Encoded) -> Tensor:
+        """The last hidden states [B, T, H], adapted inside `call`."""
         model, options = self.backbone.model, self.backbone.positions(batch.attention_mask)
         if self.backbone.kind == "seq2seq":
             model = model.get_encoder()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from slm_fast import encoder_graphs
 from slm_fast.batching import length_buckets, token_budget
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError, some_of
@@ -76,7 +77,8 @@ def _batches(model: AdaptedModel, window: Window, options: PredictOptions) -> li
     readings = model.tokenize(given)
     if model.backbone.kind == "encoder":
         lengths = [len(reading.ids) for reading in readings]
-        chosen = length_buckets(lengths, tokens_of_a_batch(model, options), options.batch_size)
+        few = model.backbone.device.type != "cpu"  # for `encoder_graphs`
+        chosen = length_buckets(lengths, tokens_of_a_batch(model, options), options.batch_size, few=few)
     else:
         chosen = [list(range(len(readings)))] if readings else []
     return [
@@ -106,6 +108,7 @@ class Passed:
     texts: list[str] | None = None  # of a generating backbone
     finish_reasons: list[str | None] | None = None  # of the texts
     failed: Sequence[int] = ()  # rows whose query is not finite
+    finite: Tensor | None = None  # [B] which are, where nobody has waited to see it
     distance: Tensor | None = None  # [B] of the rows from their tasks
 
 
@@ -126,14 +129,17 @@ def pass_batch(
     if route is None and (batch.encoded.query_inputs or model.ahead or not isinstance(model.query, TrunkQuery)):
         query = model.find_queries(batch.encoded)
         route = model.route(query, slot_mask)
-    output = model.forward(batch.encoded, route, slot_mask=slot_mask)
+    output = encoder_graphs.forward(model, batch.encoded, route, slot_mask)
     query = output.query if query is None else query
     route, distance = measured(model, query, output.route, options)
     # Where the task is given, its answers are its own, whatever else is learned.
     known = None if query is None or task is not None else model.router.label_scores(query, route.slot_ids)
     prior = None if known is None else pool.heads.prior(*known)
+    passed = _marked(model, batch, output.hidden, route, options, prior, distance)
     report(rows)
-    return [_marked(model, batch, output.hidden, route, options, prior, distance)]
+    if query is not None and not output.checked:
+        passed = replace(passed, finite=query.isfinite().all(1))
+    return [passed]
 
 
 def _marked(

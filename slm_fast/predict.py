@@ -221,7 +221,8 @@ def _answers(model: AdaptedModel, window: Ready, options: PredictOptions, report
                 waiting += reversed(batch.halves())
         for one in passed:
             answers.update(zip(one.batch.places, _predictions(model, one), strict=True))
-            answers.update((one.batch.places[i], WorkError(NOT_FINITE)) for i in one.failed)
+            failed = one.failed if one.finite is None else (~one.finite).nonzero()[:, 0].tolist()
+            answers.update((one.batch.places[i], WorkError(NOT_FINITE)) for i in failed)
     return [answers[i] for i in range(window.rows)]
 
 

@@ -140,13 +140,14 @@ class RandomFeatureRouter(GaussianRouter):
         each = [torch.full((len(part["count"]),), constants(part)[2]) for part in self.parts]
         return torch.cat(each).to(self.device)
 
-    def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
-        check_finite(query)
+    def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
+        if check:
+            check_finite(query)
         if mask is None and len(self.task_of_slot) == 1:  # every row's route is the lone slot, which needs no keys
             ids = torch.full((len(query), self.k), -1, device=query.device)
-            ids[:, 0] = 0
+            ids[:, 0].zero_()
             return Route(ids, (ids == 0).float())
-        return super().route(self.expand(query), mask)
+        return super().route(self.expand(query), mask, check=False)
 
     def label_scores(self, query: Tensor, slot_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         keys, bias, temperature, (task, label) = self.keys, self.bias, self.label_temperature, self.label_of_mean

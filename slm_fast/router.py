@@ -74,8 +74,9 @@ class Router(ABC):
         """How many slots a task has."""
 
     @abstractmethod
-    def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
-        """query [B, D], mask [B, P] or [P] of slots allowed -> Route."""
+    def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
+        """query [B, D], mask [B, P] or [P] of slots allowed -> Route. check: look whether all queries are finite, for
+        which a GPU is waited for; where one is not its route may be any."""
 
     def label_scores(self, query: Tensor, slot_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
         """Log-odds [B, M] of labels for queries [B, D], and [M] the place of each one's task and its number there (-1:
@@ -296,8 +297,9 @@ class GaussianRouter(Router):
             most = max(most, int(slot.bincount().max()))
         return PreparedKeys(self.keys, 1, None, torch.cat(key_slots).to(self.device), most)
 
-    def route(self, query: Tensor, mask: Tensor | None = None) -> Route:
-        check_finite(query)
+    def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
+        if check:
+            check_finite(query)
         return ops.retrieve(
             query - self.centre,
             self.prepared,

@@ -24,7 +24,7 @@ LAYERS = (
     ("predict", "passes", "examples", "origin", "resume", "parquet_output"),
     ("generate", "windows"),
     ("scheduler",),
-    ("kv_cache", "distributed"),
+    ("kv_cache", "encoder_graphs", "distributed"),
     ("warm_start",),
     ("model",),
     ("injection", "configure", "known"),
@@ -39,6 +39,7 @@ LAYERS = (
     ("query", "random_features", "dtkr", "pool"),
     ("router",),
     ("backbone",),
+    ("cuda_graphs",),
     ("loading", "structure"),
     (
         "layers",

@@ -1,15 +1,10 @@
-"""Steps of rounded shapes, as a GPU has them captured: the same texts, and nothing baked in that changes later.
-
-A CUDA graph replays the same kernels, on the same addresses, with the same plain numbers. What would go wrong there
-goes wrong on a CPU too when the torch operators of one step are recorded and called again.
-"""
+"""Steps of rounded shapes, as a GPU has them captured: the same texts, and nothing baked in that changes later."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,69 +20,12 @@ from models import (
     one_thread,  # noqa: F401
     sentence,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from recorder import Recorder
 
-from slm_fast import PredictOptions, ScalableLM, generate, kv_cache, ops
+from slm_fast import PredictOptions, ScalableLM, cuda_graphs, generate, kv_cache, ops
 from slm_fast.data import Row
 from slm_fast.predict import answer
 from slm_fast.windows import windows_of
-
-aten = torch.ops.aten
-# What waits for numbers, or brings them from the host: an error while a stream is captured.
-WAITING = (
-    *(aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default),
-    *(aten.nonzero.default, aten.masked_select.default, aten.equal.default, aten.lift_fresh.default),
-)
-
-
-class Watch(TorchDispatchMode):
-    """Notes the calls of torch operators, and refuses those that wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator in WAITING:
-            raise RuntimeError(f"{operator} waits for the device")
-        out = operator(*args, **(kwargs or {}))
-        self.calls.append((operator, args, kwargs or {}, out))
-        return out
-
-
-class Recorder:
-    """Stands in for `kv_cache.Graphs`: captures the torch operators that a step calls, and counts."""
-
-    def __init__(self) -> None:
-        self.tried = self.captured = self.replayed = 0
-
-    @contextmanager
-    def trial(self) -> Iterator[None]:
-        self.tried += 1
-        with Watch():
-            yield
-
-    def capture(self, step: kv_cache.Step) -> kv_cache.Step:
-        self.captured += 1
-        with Watch() as watch:
-            logits = step()
-
-        def replay() -> Tensor:
-            self.replayed += 1
-            now: dict[int, Tensor] = {}  # what each tensor that a recorded call returned is this time
-
-            def current(x: Any) -> Any:
-                return now.get(id(x), x) if isinstance(x, Tensor) else x
-
-            for operator, args, kwargs, out in watch.calls:
-                new = operator(*tree_map(current, args), **tree_map(current, kwargs))
-                for old, fresh in zip(tree_leaves(out), tree_leaves(new), strict=True):
-                    now[id(old)] = fresh
-            return now[id(logits)]
-
-        return replay
 
 
 @pytest.fixture
@@ -169,7 +107,7 @@ def test_where_a_step_cannot_be_captured_texts_are_written_all_the_same(name, wh
         slm.model.backbone.model.register_forward_pre_hook(lambda module, args: bool(torch.ones(1).sum() > 0) and None)
     else:
 
-        def refuse(step: kv_cache.Step) -> kv_cache.Step:
+        def refuse(step: cuda_graphs.Step) -> cuda_graphs.Step:
             step()
             raise RuntimeError("the graph waits for the device\nmore lines")
 
@@ -224,13 +162,13 @@ def on_gpu(name: str) -> ScalableLM:
 def test_a_gpu_replays_what_it_computes_step_by_step(name, monkeypatch):
     slm, texts, replayed = on_gpu(name), mixed_texts(20), []
 
-    class Counted(kv_cache.Graphs):
-        def capture(self, step: kv_cache.Step) -> kv_cache.Step:
+    class Counted(cuda_graphs.Graphs):
+        def capture(self, step: cuda_graphs.Step) -> cuda_graphs.Step:
             replay = super().capture(step)
             return lambda: replayed.append(1) or replay()
 
-    class StepByStep(kv_cache.Graphs):
-        def capture(self, step: kv_cache.Step) -> kv_cache.Step:
+    class StepByStep(cuda_graphs.Graphs):
+        def capture(self, step: cuda_graphs.Step) -> cuda_graphs.Step:
             return step
 
     found = []

@@ -187,6 +187,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.name = before
 
 
+def is_forced() -> bool:
+    """Whether a block of `use_backend` is open."""
+    return _forced.name is not None
+
+
 def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """For an implementation written in torch calls: autocast would lower the precision of what it accumulates."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.speed.backbones import copies, sharing
 from benchmarks.speed.layers import Pass, one_task, per_sample, replace_layers
 from benchmarks.speed.tasks import RANK, random_tasks
-from slm_fast import ScalableLM
+from slm_fast import ScalableLM, encoder_graphs
 from slm_fast.batching import length_buckets
 from slm_fast.layers import use_onednn
 from slm_fast.ops import Route
@@ -49,7 +49,7 @@ def answer(slm: ScalableLM, batch: Encoded, route: Route | None = None) -> Tenso
     model = slm.model
     if isinstance(model.query, SentenceQuery) and route is None:
         route = model.route(model.query.encode_tokens(batch))
-    passed = model.forward(batch, route)
+    passed = encoder_graphs.forward(model, batch, route)
     if model.pool.heads is not None:
         features = TrunkQuery.pool(passed.hidden, batch.attention_mask)
         model.pool.heads.answer(features, model.pool.slot_task, passed.route)

@@ -1,0 +1,74 @@
+"""CUDA graphs on a CPU, for tests.
+
+A graph replays the same kernels, on the same addresses, with the same plain numbers. What would go wrong there goes
+wrong here too when the torch operators of one step are recorded and called again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from slm_fast.cuda_graphs import Step
+from slm_fast.loading import masks_not_looked_at
+
+aten = torch.ops.aten
+# What waits for numbers, or brings them from the host: an error while a stream is captured.
+WAITING = (
+    *(aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default),
+    *(aten.nonzero.default, aten.masked_select.default, aten.equal.default, aten.lift_fresh.default),
+)
+
+
+class Watch(TorchDispatchMode):
+    """Notes the calls of torch operators, and refuses those that wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator in WAITING:
+            raise RuntimeError(f"{operator} waits for the device")
+        out = operator(*args, **(kwargs or {}))
+        self.calls.append((operator, args, kwargs or {}, out))
+        return out
+
+
+class Recorder:
+    """Stands in for `cuda_graphs.Graphs`: captures the torch operators that a step calls, and counts."""
+
+    def __init__(self) -> None:
+        self.tried = self.captured = self.replayed = 0
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        self.tried += 1
+        with masks_not_looked_at(), Watch():
+            yield
+
+    def capture(self, step: Step) -> Step:
+        self.captured += 1
+        with masks_not_looked_at(), Watch() as watch:
+            result = step()
+
+        def replay() -> Any:
+            self.replayed += 1
+            now: dict[int, Tensor] = {}  # what each tensor that a recorded call returned is this time
+
+            def current(x: Any) -> Any:
+                return now.get(id(x), x) if isinstance(x, Tensor) else x
+
+            for operator, args, kwargs, out in watch.calls:
+                new = operator(*tree_map(current, args), **tree_map(current, kwargs))
+                for old, fresh in zip(tree_leaves(out), tree_leaves(new), strict=True):
+                    now[id(old)] = fresh
+            return tree_map(current, result)
+
+        return replay
