@@ -88,7 +88,7 @@ else
     echo "== sanitizer: left out, no compute-sanitizer"
   fi
   many=$(($(nproc) < 8 ? $(nproc) : 8))
-  writing=$("$python" -c "import transformers" 2>/dev/null && echo tests/test_kv_cache.py) # its CUDA graphs
+  writing=$("$python" -c "import transformers" 2>/dev/null && echo tests/test_kv_cache.py tests/test_encoder_graphs.py) # CUDA graphs
   step tests 240 bash -c "tests $many tests/ops $writing -k 'not native and not cpu' --ignore tests/ops/test_native.py" \
     || status=1
   for other in "${others[@]}"; do wait "$other" || status=1; done

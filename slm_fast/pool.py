@@ -320,10 +320,10 @@ class Heads:
 
         task, label: [M], the place of each mean's task, and its label's number there (-1 for none).
         """
-        column = self.column[task, label.clamp(min=0)]
-        known = (label >= 0) & (column >= 0)
-        found = scores.new_full((len(scores), len(self.bias)), -torch.inf)
-        found.scatter_reduce_(1, column[known].expand(len(scores), -1), scores[:, known], "amax")
+        column, last = self.column[task, label.clamp(min=0)], len(self.bias)
+        column = torch.where((label >= 0) & (column >= 0), column, last)  # what is no label's goes beyond the last
+        found = scores.new_full((len(scores), last + 1), -torch.inf)
+        found = found.scatter_reduce_(1, column.expand(len(scores), -1), scores, "amax")[:, :last]
         lowest = scores.amin(1, keepdim=True).expand_as(found)
         return torch.where(found.isinf(), lowest, found)
 

@@ -45,11 +45,11 @@ class Shape(cpu.Shape):
 
 SEVEN_B = Shape(B=8, T=512, H=4096, P=20, K=4, r=8)
 SHAPES = [
-    replace(SEVEN_B, most=1.08),
+    replace(SEVEN_B, most=1.14),
     Shape(most=1.35),
-    Shape(T=1, H=4096, K=2, r=8, most=1.20),
-    Shape(T=1, H=4096, P=64, K=2, r=8, slots="distinct", most=1.45),
-    replace(SEVEN_B, backward=True, most=1.12),
+    Shape(T=1, H=4096, K=2, r=8, most=1.30),
+    Shape(T=1, H=4096, P=64, K=2, r=8, slots="distinct", most=1.50),
+    replace(SEVEN_B, backward=True, most=1.40),
     replace(SEVEN_B, out=11008),
     replace(SEVEN_B, H=11008, out=4096),
     Shape(T=512, H=1024),

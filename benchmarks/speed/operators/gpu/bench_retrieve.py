@@ -7,30 +7,35 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.speed.operators import bench_retrieve as cpu
 from benchmarks.speed.operators.command import Ways
 from benchmarks.speed.operators.gpu.compare import Rows, backends_of, checked, lines, measure, tensors_of
 from benchmarks.speed.operators.gpu.timing import floor_ms, sets_of_inputs
+from slm_fast import ops
 
 
 @dataclass(frozen=True)
 class Search(cpu.Shape):
-    """One retrieval; `most` microseconds."""
+    """One retrieval; `most` microseconds. keys: of each slot, as the default router has them, which compares by plain
+    products and knows a bias; 0 for one and cosines."""
 
     B: int = 32
     D: int = 384
     most: float = 0.0
+    keys: int = 0
 
     @property
     def size(self) -> str:
-        return "few" if self.P <= 4096 else "many"
+        return "other" if self.vote else "few" if self.P * max(1, self.keys) <= 4096 else "many"
 
 
 SEARCHES = [
-    Search(P=512, most=3),
-    Search(P=4096, most=6),
-    Search(P=100_000, most=50),
+    Search(P=512, most=5),
+    Search(P=4096, most=8),
+    Search(P=100_000, most=60),
+    Search(P=10, D=3072, G=1, K=2, keys=30),
     Search(P=1000, D=768, B=256),
     Search(P=20, D=768),
     Search(P=1000, D=768, vote=True),
@@ -41,9 +46,11 @@ def search_ways(shape: Search, device: str, seed: int) -> Ways:
     """Every way to one retrieval, over inputs drawn from the seed."""
     torch.manual_seed(seed)
     query, keys = torch.randn(shape.B, shape.D, device=device), torch.randn(shape.P, shape.D, device=device)
+    if shape.keys:
+        return routing_ways(shape, query)
     unit_keys, aggregate = cpu.unit(keys, shape.G), "vote" if shape.vote else "mean"
     calls: Ways = {}
-    for name in ("reference", *backends_of("retrieve", "other" if shape.vote else shape.size, device)):
+    for name in ("reference", *backends_of("retrieve", shape.size, device)):
         op = getattr(torch.ops.slm_fast, f"retrieve_{name}")
         arguments = (query, keys, shape.K, shape.G, None, None, "cosine", aggregate, "ratio", 1.0)
         calls[name] = partial(op, *arguments)
@@ -56,9 +63,29 @@ def search_ways(shape: Search, device: str, seed: int) -> Ways:
     return calls
 
 
+def routing_ways(shape: Search, query: Tensor) -> Ways:
+    """Every way to the best slots where a slot has several keys."""
+    slot = torch.arange(shape.P, device=query.device).repeat_interleave(shape.keys)
+    keys = torch.randn(len(slot), shape.D, device=query.device) * shape.D**-0.5
+    bias, prepared = -keys.square().sum(1), ops.prepare_keys(keys, key_slot=slot)
+
+    def by(name: str) -> tuple[Tensor, ...]:
+        with ops.use_backend(name):
+            return ops.retrieve(query, prepared, shape.K, bias=bias, metric="dot", weighting="softmax")
+
+    def gemm_amax_topk() -> tuple[Tensor, ...]:
+        scores = torch.addmm(bias, query, keys.T)
+        best = scores.new_full((shape.B, shape.P), -torch.inf).scatter_reduce(1, slot.expand_as(scores), scores, "amax")
+        found, ids = best.topk(shape.K)
+        return ids, found.softmax(1)
+
+    names = ("reference", *backends_of("retrieve", shape.size, query.device.type))
+    return {**{name: partial(by, name) for name in names}, "gemm + topk": gemm_amax_topk}
+
+
 def retrieve_rows(shape: Search, device: str, seconds: float) -> Rows:
     """A row for each way and mode (CUDA graph, eager), each held against the reference first."""
-    moved = (shape.P + shape.B) * shape.D * 4.0
+    moved = (shape.P * max(1, shape.keys) + shape.B) * shape.D * 4.0
     low = floor_ms(0.0, moved, torch.float32) if device == "cuda" else 0.0
     with torch.inference_mode():
         sets = sets_of_inputs(moved) if device == "cuda" else 1
@@ -69,5 +96,6 @@ def retrieve_rows(shape: Search, device: str, seconds: float) -> Rows:
         )  # in float32 another of nearly equal slots may be first
         timed = measure(all_ways, about, device, seconds)
     case: dict[str, Any] = {"B": shape.B, "P": shape.P, "D": shape.D, "G": shape.G, "K": shape.K}
-    case |= {"aggregate": "vote" if shape.vote else "mean", "size": "other" if shape.vote else shape.size}
+    case |= {"keys": max(1, shape.keys), "aggregate": "vote" if shape.vote else "dot" if shape.keys else "mean"}
+    case |= {"size": shape.size}
     return lines(case | {"target": shape.most or "-"}, timed, low, about)

@@ -16,7 +16,7 @@ SPEED_UPS = {"gather bmm compiled": 1.5, "vllm x K": 3.0, "arrow": 20.0}  # thei
 def by_case(rows: Rows) -> dict[str, dict[str, dict[str, Any]]]:
     """Case -> way -> its row: as graphs, or eager where nothing was captured (in a dry run)."""
     how = "graph" if any(row["how"] == "graph" for row in rows) else "eager"
-    names = ("pass", "aggregate", "B", "T", "I", "O", "D", "P", "G", "K", "r", "dtype", "slots")
+    names = ("pass", "aggregate", "B", "T", "I", "O", "D", "P", "keys", "G", "K", "r", "dtype", "slots")
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         if row["how"] == how:
