@@ -19,12 +19,23 @@ from torch import Tensor
 from slm_fast.batching import few_shapes
 from slm_fast.cuda_graphs import Graphs, Step, graphs_on
 from slm_fast.errors import one_line
-from slm_fast.model import AdaptedModel, Output
+from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route, dispatch
 from slm_fast.pool import Pool
+from slm_fast.query import TrunkQuery
 from slm_fast.tokenization import Encoded
 
 MOST_SHAPES = 64  # kept; the one that was not used for longest goes first
+
+
+class Pooled(NamedTuple):
+    """What a pass gives."""
+
+    mean: Tensor  # [B, H] float32, of the last hidden states of real tokens
+    hidden: Tensor | None  # [B, T, H], all of them; None where no head reads them
+    query: Tensor | None  # [B, D]; None where the route was given or no task is known
+    route: Route  # [B, K]
+    checked: bool  # whether all queries are known to be finite
 
 
 class Shape(NamedTuple):
@@ -81,8 +92,8 @@ class EncoderGraphs:
 
     def forward(
         self, model: AdaptedModel, batch: Encoded, route: Route | None, slot_mask: Tensor | None
-    ) -> Output | None:
-        """What the module's `forward` gives; None where there is no graph, nor will be."""
+    ) -> Pooled | None:
+        """What the module's `forward` gives; None where it is not by a graph."""
         if self._pool is None or self._pool() is not model.pool:  # what graphs read of the last one may be gone
             self._pool, self.graphs = weakref.ref(model.pool), graphs_on(model.backbone.device)
             self.met.clear()
@@ -109,14 +120,18 @@ class EncoderGraphs:
         self.met.move_to_end(shape)
         if len(self.met) > MOST_SHAPES:
             self.met.popitem(last=False)
-        hidden, query, ids, weights = found  # of all graphs in the same memory
-        own = Route(ids[:rows].clone(), weights[:rows].clone())
-        return Output(hidden[:rows, :columns].clone(), None if route else query[:rows].clone(), own, bool(route))
+        # Of all graphs in the same memory.
+        mean, ids, weights, *others = (part[:rows].clone() for part in found)
+        hidden = others.pop()[:, :columns] if _reads_hidden(model) else None
+        return Pooled(mean, hidden, others.pop() if others else None, Route(ids, weights), route is not None)
 
     def _shape(
         self, model: AdaptedModel, batch: Encoded, route: Route | None, slot_mask: Tensor | None
     ) -> Shape | None:
         """What the batch is padded to; None for one that cannot be captured, or need not."""
+        ahead = bool(batch.query_inputs) or model.ahead or not isinstance(model.query, TrunkQuery)
+        if route is None and ahead:
+            return None
         if torch.is_grad_enabled() or model.known.most_rows is not None or not batch.input_ids.numel():
             return None
         if dispatch.is_forced() or torch.is_autocast_enabled(model.backbone.device.type):
@@ -128,22 +143,35 @@ class EncoderGraphs:
         return Shape(rows, columns, picks, slots)
 
 
+def _reads_hidden(model: AdaptedModel) -> bool:
+    """Whether a head of a task that was imported may read other features than the mean."""
+    return model.pool.heads is not None and bool(model.pool.heads.imported)
+
+
 def _pass(model: AdaptedModel, buffers: Buffers) -> tuple[Tensor, ...]:
+    """The mean, the route, and where there are such the query and hidden states that are read. (What a graph gives
+    stays its own, and hidden states are large.)"""
     batch = buffers.batch
     hidden, query, route = model.call(
         lambda: model.trunk(batch), batch.attention_mask, buffers.route, slot_mask=buffers.slot_mask, check=False
     )
-    return hidden, hidden if query is None else query, *route
+    mean = TrunkQuery.pool(hidden, batch.attention_mask)
+    return mean, *route, *(() if query is None else (query,)), *((hidden,) if _reads_hidden(model) else ())
 
 
 _graphs: weakref.WeakKeyDictionary[AdaptedModel, EncoderGraphs] = weakref.WeakKeyDictionary()
 
 
-def forward(model: AdaptedModel, batch: Encoded, route: Route | None = None, slot_mask: Tensor | None = None) -> Output:
-    """`AdaptedModel.forward` for rows that wait for their answers; of an encoder-only backbone on a GPU by CUDA graphs,
-    where the caller has to look whether queries are finite if the output is not `checked`."""
+def forward(model: AdaptedModel, batch: Encoded, route: Route | None = None, slot_mask: Tensor | None = None) -> Pooled:
+    """`AdaptedModel.forward` for rows that wait for their answers; of an encoder-only backbone on a GPU by CUDA graphs.
+
+    The caller has to look whether queries are finite if what it gets is not `checked`.
+    """
     with model.lock:
         found = None
         if model.backbone.kind == "encoder":
             found = _graphs.setdefault(model, EncoderGraphs()).forward(model, batch, route, slot_mask)
-        return found or model.forward(batch, route, slot_mask=slot_mask)
+        if found is not None:
+            return found
+        hidden, query, route = model.forward(batch, route, slot_mask=slot_mask)
+    return Pooled(TrunkQuery.pool(hidden, batch.attention_mask), hidden, query, route, True)

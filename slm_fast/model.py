@@ -41,7 +41,6 @@ class Output(NamedTuple):
     hidden: Tensor  # [B, T, H], the trunk's last hidden states (of T5, the encoder's)
     query: Tensor | None  # [B, D]; None where the route was given or no task is known
     route: Route  # [B, K]
-    checked: bool = True  # whether all queries are known to be finite
 
 
 class AdaptedModel:

@@ -135,7 +135,7 @@ def pass_batch(
     # Where the task is given, its answers are its own, whatever else is learned.
     known = None if query is None or task is not None else model.router.label_scores(query, route.slot_ids)
     prior = None if known is None else pool.heads.prior(*known)
-    passed = _marked(model, batch, output.hidden, route, options, prior, distance)
+    passed = _marked(model, batch, (output.mean, output.hidden), route, options, prior, distance)
     report(rows)
     if query is not None and not output.checked:
         passed = replace(passed, finite=query.isfinite().all(1))
@@ -145,17 +145,17 @@ def pass_batch(
 def _marked(
     model: AdaptedModel,
     batch: Batch,
-    hidden: Tensor,
+    read: tuple[Tensor, Tensor | None],
     route: Route,
     options: PredictOptions,
     prior: Tensor | None = None,
     distance: Tensor | None = None,
 ) -> Passed:
-    """What the heads say of last hidden states [B, T, H]."""
+    """What the heads say of rows. read: the mean [B, H] of last hidden states, and all of them [B, T, H]."""
     pool, mask = model.pool, batch.encoded.attention_mask
     assert pool.heads is not None
     winner = pool.task_weights(route).argmax(1)
-    features = pool.heads.features(TrunkQuery.pool(hidden, mask), hidden, mask, winner)
+    features = pool.heads.features(*read, mask, winner)
     weighed = _winners_alone(model, route, winner) if options.head == "winner" else route
     answer = pool.heads.answer(features, pool.slot_task, weighed, prior)
     if options.top_k == 1:
@@ -214,7 +214,8 @@ def _pass_to_write(
         part, own = batch.some(some), Route(route.slot_ids[some], route.weights[some])
         hidden = model.forward(part.encoded, own).hidden
         far = None if distance is None else distance[some]
-        passed.append(_marked(model, part, hidden, own, options, distance=far))
+        read = TrunkQuery.pool(hidden, part.encoded.attention_mask), hidden
+        passed.append(_marked(model, part, read, own, options, distance=far))
         report(len(some))
     if written:
         own, far = (

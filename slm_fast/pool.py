@@ -295,13 +295,15 @@ class Heads:
     words: list[str]
     imported: Mapping[int, LearnedTask] = field(default_factory=dict)
 
-    def features(self, mean: Tensor, hidden: Tensor, mask: Tensor, winner: Tensor) -> Tensor:
+    def features(self, mean: Tensor, hidden: Tensor | None, mask: Tensor, winner: Tensor) -> Tensor:
         """What the heads read, [B, H] float32: the `mean` [B, H] of hidden states [B, T, H] over real tokens (mask [B,
-        T]), but for rows whose `winner` [B] is an imported task, what its own head reads."""
+        T]), but for rows whose `winner` [B] is an imported task, what its own head reads. hidden may be None where no
+        task is imported."""
         features = mean if not self.imported else mean.clone()
         for place in set(winner.tolist()) & self.imported.keys() if self.imported else ():
             rows, task = (winner == place).nonzero()[:, 0], self.imported[place]
             assert task.adapter is not None
+            assert hidden is not None
             own = features[rows]
             if task.adapter.pooling != "mean":
                 real = mask[rows].bool()

@@ -17,7 +17,7 @@ from slm_fast import ScalableLM, encoder_graphs
 from slm_fast.batching import length_buckets
 from slm_fast.layers import use_onednn
 from slm_fast.ops import Route
-from slm_fast.query import SentenceQuery, TrunkQuery
+from slm_fast.query import SentenceQuery
 from slm_fast.tokenization import Encoded
 
 BARE = "bare backbone"
@@ -44,16 +44,15 @@ Step = Callable[[Batch], Tensor]  # a batch's last hidden states [B, T, H]
 def answer(slm: ScalableLM, batch: Encoded, route: Route | None = None) -> Tensor:
     """A pass with increments, (where there are any) heads and, unless it is given, the search for its route [B, K].
 
-    Returns the last hidden states [B, T, H].
+    Returns the last hidden states [B, T, H], or their mean [B, H] where that is all there is (of a CUDA graph).
     """
     model = slm.model
     if isinstance(model.query, SentenceQuery) and route is None:
         route = model.route(model.query.encode_tokens(batch))
     passed = encoder_graphs.forward(model, batch, route)
     if model.pool.heads is not None:
-        features = TrunkQuery.pool(passed.hidden, batch.attention_mask)
-        model.pool.heads.answer(features, model.pool.slot_task, passed.route)
-    return passed.hidden
+        model.pool.heads.answer(passed.mean, model.pool.slot_task, passed.route)
+    return passed.mean if passed.hidden is None else passed.hidden
 
 
 def run_trunk(model: Any, kind: str, batch: Encoded) -> Tensor:
