@@ -49,7 +49,7 @@ struct Retrieve {
   double temperature;
   int64_t* slot_ids;  // [B, K]
   float* weights;     // [B, K]
-  // On a CPU, where slots have several keys each (then `slots` above is how many keys there are):
+  // Where slots have several keys each (then `slots` above is how many keys there are):
   const int64_t* key_slot;  // [N] whose each key is, rising; or null
   int64_t mask_slots;       // the P of a mask [B, P]
 };

@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
 #if defined(SLM_FAST_CUDA)
   library.def(MULTI_LORA("cuda"));
   library.def(MULTI_LORA_("cuda"));
-  library.def(RETRIEVE("cuda", ""));
+  library.def(RETRIEVE("cuda", ", Tensor? key_slot=None"));
 #endif
 }
 // clang-format on
@@ -95,11 +95,14 @@ PYBIND11_MODULE(_C, module) {
       "blocks that share one, and their shared bytes.");
   module.def(
       "retrieve_cut",
-      [](int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t vector, int multiprocessors) {
-        const auto cut = slm_fast::cuda::cut_retrieve(queries, slots, width, groups, vector, multiprocessors);
-        return std::make_tuple(cut.tiles, cut.splits, cut.span, cut.shared);
+      [](int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t k, bool whole, int multiprocessors,
+         int64_t most_shared) {
+        const auto cut = slm_fast::cuda::cut_retrieve(
+            queries, slots, width, groups, k, whole, multiprocessors, most_shared);
+        return std::make_tuple(cut.few, cut.tile, cut.parts, cut.span, cut.slab, cut.shared, cut.pick_warps);
       },
-      "How the CUDA retrieve kernel cuts its work: blocks of queries, parts of the pool, slots a part, shared bytes.");
+      "How the CUDA retrieve kernels cut their work: whether the keys are few, queries a block, parts of the pool, keys a\n"
+      "part, queries a pair of launches, shared bytes, and warps that pick a query's best.");
   module.def(
       "poison_memory", [](bool on) { __atomic_store_n(&slm_fast::poisons_memory, on, __ATOMIC_RELAXED); },
       "For tests: whether memory that native code gets and nobody has written reads as NaN, or as an id out of range.");

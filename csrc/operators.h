@@ -34,7 +34,8 @@ Tensor multi_lora(
 void multi_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor base);
 std::tuple<Tensor, Tensor> retrieve(
     Tensor query, Tensor keys, int64_t k, int64_t groups, std::optional<Tensor> bias, std::optional<Tensor> mask,
-    std::string metric, std::string aggregate, std::string weighting, double temperature);
+    std::string metric, std::string aggregate, std::string weighting, double temperature,
+    std::optional<Tensor> key_slot);
 }  // namespace cuda
 
 }  // namespace slm_fast

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "calls.h"
+#include "launch.h"
 
 namespace slm_fast::cuda {
 
@@ -36,12 +37,13 @@ struct Adapt {
 };
 cudaError_t adapt(const Adapt&, bool clusters, cudaStream_t stream);
 
+// call.key_slot: any slots in any order; one that is not below call.mask_slots, or that the mask leaves out, is nobody's.
 struct RetrieveOnDevice {
   slm_fast::Retrieve call;
-  int64_t* parts;  // [splits, B, K] scratch where splits > 1
-  int vector;      // numbers of a key that one lane reads at once
-  int tiles, splits;
-  int64_t span, shared;
+  RetrieveCut cut;
+  bool whole;    // rows can be read four numbers at a time
+  bool early;    // the card can begin a launch before the one it follows has ended
+  void* scratch; // scores [slab, P] float32 for few keys, else the best [B, parts, K] int64
 };
 cudaError_t retrieve(const RetrieveOnDevice&, cudaStream_t stream);
 

@@ -78,30 +78,66 @@ constexpr TokenCut cut_tokens(
   return {tile, wide && in_a_wave(2 * samples * blocks_of(tokens, tile)) ? kTokenBlocks : 1};
 }
 
-// Retrieve: a block of 8 warps holds kQueries queries, and 4 keys a warp pass by at a time.
-constexpr int kQueries = 4, kRetrieveThreads = 256, kKeysAtOnce = kRetrieveThreads / 8, kMostPicks = 32;
-constexpr int64_t kMostShared = 99 << 10;  // bytes a block may have on any card since sm_80
+// Retrieve: blocks of 8 warps score keys, 16 at a time, against a tile of 8, 16 or 32 queries, 16 numbers of a group at a
+// time; then a block a query picks the best.
+constexpr int kRetrieveWarps = 8, kRetrieveThreads = 32 * kRetrieveWarps, kMostPicks = 32;
+constexpr int64_t kMostSlots = 0xffffffff;  // ids of 32 bits, the last of which is no slot's
+constexpr int kKeyRows = 16, kChunk = 16, kManyKeys = kRetrieveWarps * kKeyRows;
+constexpr int kScoreRow = kManyKeys + 4;   // 4 more, so that rows meet other banks
+constexpr int kStrip = 4 * 32;             // candidates that a warp looks at together
+constexpr int kMostPickWarps = 32;
+constexpr int64_t kMostScores = int64_t{1} << 26;  // kept between the two launches: 256 MiB
 
 struct RetrieveCut {
-  int tiles, splits;  // blocks of queries, parts of the pool
-  int64_t span;       // slots a part
-  int64_t shared;     // bytes
+  bool few;        // a block for 16 keys, whose warps share their numbers out; else blocks that go through many keys
+  int tile;        // queries a block
+  int64_t parts;   // of the pool, a block each
+  int64_t span;    // keys a part
+  int64_t slab;    // queries a pair of launches
+  int64_t shared;  // bytes
+  int pick_warps;  // that pick a query's best
 };
 
-// A group's numbers as they lie in shared memory: whole rounds of 8 lanes, `vector` numbers each, zeros at the end.
-SLM_BOTH constexpr int64_t padded_group(int64_t width, int64_t vector) {
-  return (width + 8 * vector - 1) / (8 * vector) * (8 * vector);
+SLM_BOTH constexpr int64_t chunks_of(int64_t group_width) { return blocks_of(group_width, kChunk); }
+
+// float64 numbers of a query's row in shared memory; two more than there are, so that rows meet other banks.
+SLM_BOTH constexpr int64_t query_row(int64_t groups, int64_t group_width) {
+  return groups * chunks_of(group_width) * kChunk + 2;
 }
 
+// Bytes: the queries, and the scores of two tiles of keys.
+SLM_BOTH constexpr int64_t many_shared(int64_t tile, int64_t groups, int64_t group_width) {
+  return tile * (query_row(groups, group_width) * 8 + 2 * kScoreRow * 4);
+}
+
+// Few keys: all multiprocessors get a block before a tile of queries grows. Many, from 4 such blocks a multiprocessor on:
+// about a wave of blocks, which hold the queries and read the keys once. Rows too wide for that go the way of few keys,
+// as many queries at a time as their scores have room. `whole`: rows can be read four numbers at a time.
 constexpr RetrieveCut cut_retrieve(
-    int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t vector, int multiprocessors) {
-  const int64_t tiles = blocks_of(queries, kQueries);
-  const int64_t most = std::max<int64_t>(1, blocks_of(slots, kKeysAtOnce));
-  const int64_t wanted = std::clamp<int64_t>(blocks_of(2 * multiprocessors, tiles), 1, std::min<int64_t>(most, 65535));
-  const int64_t span = std::max<int64_t>(1, blocks_of(blocks_of(slots, wanted), kKeysAtOnce)) * kKeysAtOnce;
-  const int64_t numbers = kQueries * groups * (padded_group(width / groups, vector) + 1);  // and a length a group
-  const int64_t lists = kRetrieveThreads / 32 * kQueries * kMostPicks;
-  return {static_cast<int>(tiles), static_cast<int>(std::max<int64_t>(1, blocks_of(slots, span))), span, 8 * (numbers + lists)};
+    int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t k, bool whole, int multiprocessors,
+    int64_t most_shared) {
+  const auto pick_warps = [](int64_t candidates) {
+    return static_cast<int>(std::clamp<int64_t>(blocks_of(candidates, kStrip), 1, kMostPickWarps));
+  };
+  const int widest = whole ? 32 : 8;
+  int tile = widest;
+  while (tile > 8 && (tile / 2 >= queries || many_shared(tile, groups, width / groups) > most_shared)) tile /= 2;
+  const int64_t bytes = many_shared(tile, groups, width / groups), sixteens = blocks_of(slots, kKeyRows);
+  if (bytes > most_shared || sixteens * blocks_of(queries, widest) <= 4 * multiprocessors) {
+    tile = widest;
+    while (tile > 8 && (tile / 2 >= queries || 4 * sixteens * blocks_of(queries, tile) < 3 * multiprocessors)) tile /= 2;
+    const int64_t most = std::clamp<int64_t>(kMostScores / std::max<int64_t>(slots, 1) / tile, 1, 65535);
+    return {true, tile, sixteens, kKeyRows, std::min(most, blocks_of(queries, tile)) * tile, 0, pick_warps(slots)};
+  }
+  const int64_t tiles = blocks_of(queries, tile), key_tiles = blocks_of(slots, kManyKeys);
+  const int64_t wanted = 4 * tiles <= multiprocessors ? multiprocessors / tiles : blocks_of(4 * multiprocessors, tiles);
+  const int64_t span = blocks_of(key_tiles, std::min(wanted, key_tiles)) * kManyKeys, parts = blocks_of(slots, span);
+  return {false, tile, parts, span, queries, bytes, pick_warps(parts * k)};
+}
+
+// 64-bit words between the two launches: scores in float32, or each part's best.
+constexpr int64_t scratch_longs(const RetrieveCut& cut, int64_t queries, int64_t slots, int64_t k) {
+  return cut.few ? blocks_of(std::min(cut.slab, queries) * slots, 2) : queries * cut.parts * k;
 }
 
 }  // namespace slm_fast::cuda

@@ -156,7 +156,8 @@ void multi_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor
 
 std::tuple<Tensor, Tensor> retrieve(
     Tensor query, Tensor keys, int64_t k, int64_t groups, std::optional<Tensor> bias, std::optional<Tensor> mask,
-    std::string metric, std::string aggregate, std::string weighting, double temperature) {
+    std::string metric, std::string aggregate, std::string weighting, double temperature,
+    std::optional<Tensor> key_slot) {
   RetrieveOnDevice on_device{};
   Retrieve& op = on_device.call;
   const ScalarType type = query.scalar_type();
@@ -170,7 +171,9 @@ std::tuple<Tensor, Tensor> retrieve(
   if (groups < 1 || op.width % groups != 0) fail("groups: expected a divisor of ", op.width, ", got ", groups);
   if (k < 1 || k > kMostPicks) fail("k: expected 1..", kMostPicks, ", got ", k);
   if (aggregate != "mean") fail("aggregate: expected 'mean', got '", aggregate, "'");
-  op.cosine = metric == "cosine", op.softmax = weighting == "softmax", op.temperature = temperature;
+  op.cosine = metric == "cosine";
+  if (!op.cosine && groups != 1) fail("metric: groups go with 'cosine', got '", metric, "'");
+  op.softmax = weighting == "softmax", op.temperature = temperature;
 
   const OnDevice on(device);
   query = dense(query), keys = dense(keys);
@@ -179,10 +182,18 @@ std::tuple<Tensor, Tensor> retrieve(
     bias = dense(bias->scalar_type() == ScalarType::Float ? *bias : torch::stable::to(*bias, ScalarType::Float));
     op.bias = static_cast<const float*>(bias->data_ptr());
   }
+  op.mask_slots = op.slots;
+  if (key_slot) {
+    check("key_slot", *key_slot, ScalarType::Long, {op.slots}, device);
+    key_slot = dense(*key_slot);
+    op.key_slot = static_cast<const int64_t*>(key_slot->data_ptr());
+    op.mask_slots = mask && mask->dim() > 0 ? mask->size(mask->dim() - 1) : kMostSlots;
+  }
+  if (op.slots > kMostSlots || op.mask_slots > kMostSlots) fail("keys: expected at most ", kMostSlots, " slots");
   if (mask) {
     op.mask_per_query = mask->dim() == 2;
-    if (op.mask_per_query) check("mask", *mask, ScalarType::Bool, {op.queries, op.slots}, device);
-    else check("mask", *mask, ScalarType::Bool, {op.slots}, device);
+    if (op.mask_per_query) check("mask", *mask, ScalarType::Bool, {op.queries, op.mask_slots}, device);
+    else check("mask", *mask, ScalarType::Bool, {op.mask_slots}, device);
     mask = dense(*mask);
     op.mask = static_cast<const bool*>(mask->data_ptr());
   }
@@ -190,14 +201,13 @@ std::tuple<Tensor, Tensor> retrieve(
   if (op.queries == 0) return {slot_ids, weights};
   op.query = query.data_ptr(), op.keys = keys.data_ptr();
   op.slot_ids = static_cast<int64_t*>(slot_ids.data_ptr()), op.weights = static_cast<float*>(weights.data_ptr());
-  const int64_t vector = 16 / static_cast<int64_t>(query.element_size()), d = op.width / groups;
-  const bool whole = d % vector == 0 && op.width % vector == 0 && reinterpret_cast<uintptr_t>(op.keys) % 16 == 0;
-  on_device.vector = whole ? static_cast<int>(vector) : 1;
-  const RetrieveCut cut = cut_retrieve(op.queries, op.slots, op.width, groups, on_device.vector, on.card.multiprocessors);
-  if (cut.shared > kMostShared) fail("query: ", groups, " groups of ", d, " numbers are too wide");
-  on_device.tiles = cut.tiles, on_device.splits = cut.splits, on_device.span = cut.span, on_device.shared = cut.shared;
-  Tensor parts = like(query, {cut.splits > 1 ? cut.splits * op.queries * k : 0}, ScalarType::Long);
-  on_device.parts = static_cast<int64_t*>(parts.data_ptr());
+  const auto by_fours = [&](const void* rows) { return reinterpret_cast<uintptr_t>(rows) % (4 * query.element_size()) == 0; };
+  on_device.whole = op.width / groups % 4 == 0 && by_fours(op.query) && by_fours(op.keys);
+  on_device.early = on.card.major >= 9;
+  on_device.cut = cut_retrieve(
+      op.queries, op.slots, op.width, groups, k, on_device.whole, on.card.multiprocessors, on.card.most_shared);
+  Tensor scratch = like(query, {scratch_longs(on_device.cut, op.queries, op.slots, k)}, ScalarType::Long);
+  on_device.scratch = scratch.data_ptr();
   done(retrieve(on_device, on.stream));
   return {slot_ids, weights};
 }

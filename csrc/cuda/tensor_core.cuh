@@ -1,5 +1,6 @@
-// Copies that go on by themselves and products of 16-bit tiles, as any card since sm_80 has them. What a CPU does in
-// their place, for tests, is tests/ops/cuda_on_host.h.
+// Copies that go on by themselves and products of tiles of 16-bit numbers and of float64, as any card since sm_80 has
+// them, and kernels that begin before the one they follow has ended. What a CPU does in their place, for tests, is
+// tests/ops/cuda_on_host.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -54,6 +55,39 @@ __device__ inline void multiply(float (&sums)[4], const uint32_t (&p)[4], uint32
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
                  : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(q0), "r"(q1));
+}
+
+// sums [16, 8] += p [16, 16] . q [16, 8], in float64. p[2 t + h]: row lane / 4 + 8 h, column lane % 4 + 4 t. q[t]: row
+// lane % 4 + 4 t, column lane / 4. sums: rows lane / 4 and 8 more, columns 2 (lane % 4), + 1.
+__device__ inline void multiply(double (&sums)[4], const double (&p)[8], const double (&q)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7, %8, %9, %10, %11}, "
+               "{%12, %13, %14, %15}, {%0, %1, %2, %3};"
+               : "+d"(sums[0]), "+d"(sums[1]), "+d"(sums[2]), "+d"(sums[3])
+               : "d"(p[0]), "d"(p[1]), "d"(p[2]), "d"(p[3]), "d"(p[4]), "d"(p[5]), "d"(p[6]), "d"(p[7]), "d"(q[0]),
+                 "d"(q[1]), "d"(q[2]), "d"(q[3]));
+#else
+#pragma unroll
+  for (int t = 0; t < 4; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                   : "+d"(sums[2 * h]), "+d"(sums[2 * h + 1])
+                   : "d"(p[2 * t + h]), "d"(q[t]));
+#endif
+}
+
+// On sm_90 a kernel launched to follow another may have its blocks placed once all of the other's have called the first.
+// What the other wrote is there after the second. Without such a launch both do nothing.
+__device__ inline void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 #endif

@@ -128,6 +128,7 @@ BACKENDS = (
         lambda: CUDA_MISSING,
         checks_arguments=True,
         in_place=True,
+        takes_key_slot=True,
     ),
 )
 

@@ -140,14 +140,15 @@ def retrieve(
         if tensor is not None and tensor.device != query.device:
             raise InputError(f"{name}: expected device {query.device} to match query, got {tensor.device}")
     query, keys, bias = query.detach(), keys.detach(), None if bias is None else bias.detach()
-    wanted, size = k, ""
-    if query.device.type != "cpu" or dispatch.INTERPRETED:
-        if key_slot is not None and len(key_slot):
-            # So many keys that the best of each of the best k slots are certainly among them.
-            most = most_keys(key_slot) if most is None else most
-            wanted = min((min(k, len(key_slot)) - 1) * most + 1, len(key_slot))
-        size = size_of(query, keys, wanted, groups, aggregate)
+    wanted, sized = k, query.device.type != "cpu" or dispatch.INTERPRETED
+    size = size_of(query, keys, k, groups, aggregate) if sized else ""
     backend = dispatch.chosen("retrieve", query.device.type, size)
+    if key_slot is not None and not backend.takes_key_slot and len(key_slot):
+        # So many keys that the best of each of the best k slots are certainly among them.
+        most = most_keys(key_slot) if most is None else most
+        wanted = min((min(k, len(key_slot)) - 1) * most + 1, len(key_slot))
+        size = size_of(query, keys, wanted, groups, aggregate) if sized else ""
+        backend = dispatch.chosen("retrieve", query.device.type, size)
     op = getattr(torch.ops.slm_fast, f"retrieve_{backend.name}")
     more = {"prepared": prepared} if backend.prepares_keys and metric == "cosine" else {}
     if key_slot is not None and backend.takes_key_slot:
@@ -197,11 +198,10 @@ def most_keys(key_slot: Tensor) -> int:
 
 def size_of(query: Tensor, keys: Tensor, k: int, groups: int, aggregate: str) -> str:
     """What dispatch chooses by: "few" and "many" slots where a warp keeps the K best, "wide" for very large K."""
-    slots, width = keys.shape
+    slots = keys.shape[0]
     if min(k, slots) > MOST_PICKED:
         return "wide"
-    padded = groups * -(-width // groups // 64) * 64  # a group's numbers as they lie in shared memory
-    if k > 32 or aggregate == "vote" or padded > 2560 or query.dtype == torch.float64:
+    if k > 32 or aggregate == "vote" or query.dtype == torch.float64:
         return "other"
     return "few" if slots <= 4096 else "many"
 

@@ -41,6 +41,9 @@ struct alignas(8) uint2 {
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) double2 {
+  double x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -100,7 +103,7 @@ struct Block {
   std::vector<bool> done;
   std::vector<int> arrived;  // at the block's barrier ([0]), at each warp's
   std::vector<int> turn;
-  std::vector<std::array<uint64_t, 6>> lanes;
+  std::vector<std::array<uint64_t, 12>> lanes;
   int running = 0;
   const std::function<void()>* kernel = nullptr;
   Cluster* cluster = nullptr;
@@ -216,6 +219,15 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   });
   return votes;
 }
+template <class T>
+T __reduce_max_sync(unsigned, T value) {
+  on_host::exchange({value}, [&](const auto& of) {
+    for (int lane = 0; lane < 32; ++lane) value = max(value, of(lane, 0));
+  });
+  return value;
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline double rsqrt(double value) { return 1 / std::sqrt(value); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __float_as_int(float value) {
   int bits;
@@ -282,16 +294,27 @@ void multiply(float (&sums)[4], const uint32_t (&p)[4], uint32_t q0, uint32_t q1
     }
   });
 }
+inline void multiply(double (&sums)[4], const double (&p)[8], const double (&q)[4]) {
+  const int lane = threadIdx.x % 32;
+  on_host::exchange({p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], q[0], q[1], q[2], q[3]}, [&](const auto& of) {
+    for (int m = 0; m < 4; ++m)
+      for (int k = 0; k < 16; ++k)
+        sums[m] += of(lane / 4 * 4 + k % 4, k / 4 * 2 + m / 2) * of((lane % 4 * 2 + m % 2) * 4 + k % 4, 8 + k / 4);
+  });
+}
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
 }  // namespace slm_fast::cuda
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -308,6 +331,6 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 }
 template <class Argument>
 cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t* config, void (*kernel)(Argument), const Argument& argument) {
-  on_host::launch_all(config->gridDim, config->blockDim.x, config->attrs->val.clusterDim.x, [&] { kernel(argument); });
+  on_host::launch_all(config->gridDim, config->blockDim.x, config->numAttrs ? config->attrs->val.clusterDim.x : 1, [&] { kernel(argument); });
   return cudaSuccess;
 }

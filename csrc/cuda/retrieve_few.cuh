@@ -1,0 +1,154 @@
+// Scores of few keys, or of rows too wide for the other kernel: a block has 16 keys and a tile of queries, and its warps
+// share the numbers of their rows out, so that all of them are read at once. The warps' products and squares meet in
+// shared memory and are added up in a fixed order.
+#pragma once
+
+#include "kernels.h"
+#include "retrieve_rows.cuh"
+
+namespace slm_fast::cuda {
+
+// N: tiles of 8 queries.
+template <int N>
+struct FewShared {
+  static constexpr int kTile = 8 * N, kRow = kTile + 1;  // one more, so that a query's products meet all banks
+  double products[kRetrieveWarps][kKeyRows * kRow];
+  double squares[kRetrieveWarps][kKeyRows + kTile];  // of keys and queries; then 1 / their lengths
+};
+
+template <class T, int N, bool kWhole>
+struct Few {
+  static constexpr int kTile = 8 * N, kRow = FewShared<N>::kRow;
+  static constexpr int kAhead = 4 / N, kQueriesAhead = N == 1 ? 4 : 1;  // chunks, as registers have room
+  static constexpr int kPairs = kKeyRows * kTile, kEach = (kPairs + kRetrieveThreads - 1) / kRetrieveThreads;
+
+  const Retrieve& op;
+  FewShared<N>& shared;
+  int64_t first_query, end_query, first_key, d;
+  int at_once, warps;  // groups that the warps work on at a time, warps that share one
+  int warp, lane, quarter;
+
+  __device__ Few(const RetrieveOnDevice& on, FewShared<N>& shared, int64_t slab)
+      : op(on.call), shared(shared), first_query(slab + static_cast<int64_t>(blockIdx.y) * kTile),
+        end_query(min(op.queries, slab + on.cut.slab)), first_key(static_cast<int64_t>(blockIdx.x) * kKeyRows),
+        d(op.width / op.groups), at_once(static_cast<int>(min(op.groups, int64_t{kRetrieveWarps}))),
+        warps(kRetrieveWarps / at_once), warp(threadIdx.x / 32), lane(threadIdx.x % 32), quarter(lane % 4) {}
+
+  // How many of a group's numbers are left from this lane's in a chunk on.
+  __device__ int count(int chunk) const { return static_cast<int>(d) - chunk * kChunk - 4 * quarter; }
+
+  // This warp's share of its group's products and squares.
+  __device__ void multiply_share(int64_t group) {
+    const int chunks = static_cast<int>(chunks_of(d)), share = warp % warps;
+    const int begin = chunks * share / warps, end = chunks * (share + 1) / warps;
+    const int64_t column = group * d + 4 * quarter;
+    const T* keys = static_cast<const T*>(op.keys) + first_key * op.width + column;
+    const T* queries = static_cast<const T*>(op.query) + first_query * op.width + column;
+    int key_row[2], query_row[N];  // where this lane's rows begin; the last one stands in for those beyond
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      key_row[h] = static_cast<int>(min(int64_t{lane / 4 + 8 * h}, op.slots - 1 - first_key) * op.width);
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+      query_row[n] = static_cast<int>(min(int64_t{lane / 4 + 8 * n}, op.queries - 1 - first_query) * op.width);
+    Four<T, kWhole> key_ahead[kAhead][2], query_ahead[kQueriesAhead][N];
+    const auto fetch_keys = [&](int r, int chunk) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        if (chunk < end) key_ahead[r][h].load(keys + key_row[h] + chunk * kChunk, count(chunk));
+    };
+    const auto fetch_query = [&](int r, int n, int chunk) {
+      if (chunk < end) query_ahead[r][n].load(queries + query_row[n] + chunk * kChunk, count(chunk));
+    };
+    double product[N][4] = {}, square[2 + N] = {};
+#pragma unroll
+    for (int r = 0; r < kAhead; ++r) fetch_keys(r, begin + r);
+#pragma unroll
+    for (int r = 0; r < kQueriesAhead; ++r)
+#pragma unroll
+      for (int n = 0; n < N; ++n) fetch_query(r, n, begin + r);
+    for (int chunk = begin; chunk < end; chunk += kAhead) {
+#pragma unroll
+      for (int r = 0; r < kAhead; ++r) {
+        if (chunk + r >= end) break;
+        double key[8];
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            key[2 * t + h] = key_ahead[r][h].at(t);
+            square[h] += key[2 * t + h] * key[2 * t + h];
+          }
+        fetch_keys(r, chunk + r + kAhead);
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+          double query[4];
+#pragma unroll
+          for (int t = 0; t < 4; ++t) {
+            query[t] = query_ahead[r % kQueriesAhead][n].at(t);
+            square[2 + n] += query[t] * query[t];
+          }
+          fetch_query(r % kQueriesAhead, n, chunk + r + kQueriesAhead);
+          multiply(product[n], key, query);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+        shared.products[warp][(lane / 4 + m / 2 * 8) * kRow + 8 * n + 2 * quarter + m % 2] = product[n][m];
+    if (!op.cosine) return;
+#pragma unroll
+    for (int i = 0; i < 2 + N; ++i) {
+      const double sum = sum_of_row(square[i]);
+      if (quarter == 0) shared.squares[warp][8 * i + lane / 4] = sum;  // keys' rows are the first 16
+    }
+  }
+
+  // The sum of a group's shares.
+  template <class Share>
+  __device__ double add_up(int group, const Share& share) const {
+    double sum = share(group * warps);
+    for (int w = 1; w < warps; ++w) sum += share(group * warps + w);
+    return sum;
+  }
+
+  __device__ void run(float* scores) {
+    float score[kEach] = {};
+    for (int64_t done = 0; done < op.groups; done += at_once) {
+      const int groups = static_cast<int>(min(op.groups - done, static_cast<int64_t>(at_once)));
+      if (warp / warps < groups) multiply_share(done + warp / warps);
+      __syncthreads();
+      if (op.cosine) {
+        for (int i = threadIdx.x; i < groups * (kKeyRows + kTile); i += kRetrieveThreads) {
+          const int group = i / (kKeyRows + kTile), vector = i % (kKeyRows + kTile);
+          const double square = add_up(group, [&](int w) { return shared.squares[w][vector]; });
+          shared.squares[group * warps][vector] = inverse_length(square);
+        }
+        __syncthreads();
+      }
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        const int pair = threadIdx.x + e * kRetrieveThreads, key = pair % kKeyRows, q = pair / kKeyRows;
+        if (pair >= kPairs) break;
+        for (int group = 0; group < groups; ++group) {
+          const double product = add_up(group, [&](int w) { return shared.products[w][key * kRow + q]; });
+          const double* inverse = shared.squares[group * warps];
+          if (op.cosine) score[e] += cosine_of(product * inverse[kKeyRows + q], inverse[key]);
+          else score[e] = static_cast<float>(product + (op.bias && first_key + key < op.slots ? op.bias[first_key + key] : 0.f));
+        }
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int pair = threadIdx.x + e * kRetrieveThreads;
+      const int64_t key = first_key + pair % kKeyRows, query = first_query + pair / kKeyRows;
+      if (pair < kPairs && key < op.slots && query < end_query)
+        scores[query * op.slots + key] = op.cosine ? score[e] / static_cast<float>(op.groups) : score[e];
+    }
+  }
+};
+
+}  // namespace slm_fast::cuda
