@@ -78,10 +78,11 @@ constexpr TokenCut cut_tokens(
   return {tile, wide && in_a_wave(2 * samples * blocks_of(tokens, tile)) ? kTokenBlocks : 1};
 }
 
-// Retrieve: blocks of 8 warps score keys, 16 at a time, against a tile of 8, 16 or 32 queries, 16 numbers of a group at a
-// time; then a block a query picks the best.
+// Retrieve: warps score keys, 16 at a time, against a tile of 8, 16 or 32 queries, 16 numbers of a group at a time; then a
+// block a query picks the best. Blocks of 6 warps for few keys: two of them have 168 registers a thread.
 constexpr int kRetrieveWarps = 8, kRetrieveThreads = 32 * kRetrieveWarps, kMostPicks = 32;
 constexpr int64_t kMostSlots = 0xffffffff;  // ids of 32 bits, the last of which is no slot's
+constexpr int kFewWarps = 6, kFewThreads = 32 * kFewWarps;
 constexpr int kKeyRows = 16, kChunk = 16, kManyKeys = kRetrieveWarps * kKeyRows;
 constexpr int kScoreRow = kManyKeys + 4;   // 4 more, so that rows meet other banks
 constexpr int kStrip = 4 * 32;             // candidates that a warp looks at together
@@ -111,21 +112,20 @@ SLM_BOTH constexpr int64_t many_shared(int64_t tile, int64_t groups, int64_t gro
 }
 
 // Few keys: all multiprocessors get a block before a tile of queries grows. Many, from 4 such blocks a multiprocessor on:
-// about a wave of blocks, which hold the queries and read the keys once. Rows too wide for that go the way of few keys,
-// as many queries at a time as their scores have room. `whole`: rows can be read four numbers at a time.
+// about a wave of blocks, which hold the queries and read the keys once. Where a tile of queries is too wide to be held
+// the keys go the way of few, as many queries at a time as their scores have room: a smaller tile would have them read
+// from memory more often. `whole`: rows can be read four numbers at a time.
 constexpr RetrieveCut cut_retrieve(
     int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t k, bool whole, int multiprocessors,
     int64_t most_shared) {
   const auto pick_warps = [](int64_t candidates) {
     return static_cast<int>(std::clamp<int64_t>(blocks_of(candidates, kStrip), 1, kMostPickWarps));
   };
-  const int widest = whole ? 32 : 8;
-  int tile = widest;
-  while (tile > 8 && (tile / 2 >= queries || many_shared(tile, groups, width / groups) > most_shared)) tile /= 2;
+  int tile = whole ? 32 : 8;
+  while (tile > 8 && tile / 2 >= queries) tile /= 2;
   const int64_t bytes = many_shared(tile, groups, width / groups), sixteens = blocks_of(slots, kKeyRows);
-  if (bytes > most_shared || sixteens * blocks_of(queries, widest) <= 4 * multiprocessors) {
-    tile = widest;
-    while (tile > 8 && (tile / 2 >= queries || 4 * sixteens * blocks_of(queries, tile) < 3 * multiprocessors)) tile /= 2;
+  if (bytes > most_shared || sixteens * blocks_of(queries, tile) <= 4 * multiprocessors) {
+    while (tile > 8 && 4 * sixteens * blocks_of(queries, tile) < 3 * multiprocessors) tile /= 2;
     const int64_t most = std::clamp<int64_t>(kMostScores / std::max<int64_t>(slots, 1) / tile, 1, 65535);
     return {true, tile, sixteens, kKeyRows, std::min(most, blocks_of(queries, tile)) * tile, 0, pick_warps(slots)};
   }

@@ -20,11 +20,11 @@ struct Slab {
 };
 
 template <class T, int N, bool kWhole>
-__global__ void __launch_bounds__(kRetrieveThreads, 2) score_few(const Slab slab) {
+__global__ void __launch_bounds__(kFewThreads, 2) score_few(const Slab slab) {
   using Memory = FewShared<N>;
   __shared__ Memory shared;
   let_next_begin();
-  Few<T, N, kWhole>(slab.on, shared, slab.first).run(static_cast<float*>(slab.on.scratch) - slab.first * slab.on.call.slots);
+  Few<T, N, kWhole>(slab.on, shared, slab.first).run();
 }
 
 template <class T, int N, bool kWhole>
@@ -105,7 +105,7 @@ cudaError_t launch(const RetrieveOnDevice& on, cudaStream_t stream) {
     const Slab slab{on, first};
     const int64_t queries = std::min(cut.slab, all - first);
     const dim3 grid(static_cast<unsigned>(cut.parts), static_cast<unsigned>(blocks_of(queries, cut.tile)));
-    if (cut.parts > 0) score_few<T, N, kWhole><<<grid, kRetrieveThreads, 0, stream>>>(slab);
+    if (cut.parts > 0) score_few<T, N, kWhole><<<grid, kFewThreads, 0, stream>>>(slab);
     if (const cudaError_t status = launch_pick(slab, queries, stream); status != cudaSuccess) return status;
   }
   return cudaGetLastError();

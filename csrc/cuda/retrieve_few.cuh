@@ -12,61 +12,53 @@ namespace slm_fast::cuda {
 template <int N>
 struct FewShared {
   static constexpr int kTile = 8 * N, kRow = kTile + 1;  // one more, so that a query's products meet all banks
-  double products[kRetrieveWarps][kKeyRows * kRow];
-  double squares[kRetrieveWarps][kKeyRows + kTile];  // of keys and queries; then 1 / their lengths
+  double products[kFewWarps][kKeyRows * kRow];
+  double squares[kFewWarps][kKeyRows + kTile];  // of keys and queries; then 1 / their lengths
 };
 
 template <class T, int N, bool kWhole>
 struct Few {
   static constexpr int kTile = 8 * N, kRow = FewShared<N>::kRow;
-  static constexpr int kAhead = 4 / N, kQueriesAhead = N == 1 ? 4 : 1;  // chunks, as registers have room
-  static constexpr int kPairs = kKeyRows * kTile, kEach = (kPairs + kRetrieveThreads - 1) / kRetrieveThreads;
+  static constexpr int kAhead = N == 1 ? 6 : N == 2 ? 3 : 1;  // chunks, as registers have room
+  static constexpr int kPairs = kKeyRows * kTile, kEach = (kPairs + kFewThreads - 1) / kFewThreads;
 
+  const RetrieveOnDevice& on;
   const Retrieve& op;
   FewShared<N>& shared;
-  int64_t first_query, end_query, first_key, d;
-  int at_once, warps;  // groups that the warps work on at a time, warps that share one
+  int64_t slab;          // the first query of this launch
+  int d;                 // a group's numbers
+  int at_once, warps;    // groups that the warps work on at a time, warps that share one
   int warp, lane, quarter;
 
   __device__ Few(const RetrieveOnDevice& on, FewShared<N>& shared, int64_t slab)
-      : op(on.call), shared(shared), first_query(slab + static_cast<int64_t>(blockIdx.y) * kTile),
-        end_query(min(op.queries, slab + on.cut.slab)), first_key(static_cast<int64_t>(blockIdx.x) * kKeyRows),
-        d(op.width / op.groups), at_once(static_cast<int>(min(op.groups, int64_t{kRetrieveWarps}))),
-        warps(kRetrieveWarps / at_once), warp(threadIdx.x / 32), lane(threadIdx.x % 32), quarter(lane % 4) {}
+      : on(on), op(on.call), shared(shared), slab(slab), d(static_cast<int>(op.width / op.groups)),
+        at_once(static_cast<int>(min(op.groups, int64_t{kFewWarps}))), warps(kFewWarps / at_once),
+        warp(threadIdx.x / 32), lane(threadIdx.x % 32), quarter(lane % 4) {}
 
-  // How many of a group's numbers are left from this lane's in a chunk on.
-  __device__ int count(int chunk) const { return static_cast<int>(d) - chunk * kChunk - 4 * quarter; }
+  // Computed where they are needed: registers are short.
+  __device__ int64_t first_key() const { return static_cast<int64_t>(blockIdx.x) * kKeyRows; }
+  __device__ int64_t first_query() const { return slab + static_cast<int64_t>(blockIdx.y) * kTile; }
 
   // This warp's share of its group's products and squares.
-  __device__ void multiply_share(int64_t group) {
+  __device__ void multiply_share(int group) {
     const int chunks = static_cast<int>(chunks_of(d)), share = warp % warps;
     const int begin = chunks * share / warps, end = chunks * (share + 1) / warps;
-    const int64_t column = group * d + 4 * quarter;
-    const T* keys = static_cast<const T*>(op.keys) + first_key * op.width + column;
-    const T* queries = static_cast<const T*>(op.query) + first_query * op.width + column;
-    int key_row[2], query_row[N];  // where this lane's rows begin; the last one stands in for those beyond
+    const int row = lane / 4, eight = 8 * static_cast<int>(op.width), column = 4 * quarter;
+    const T* keys = static_cast<const T*>(op.keys) + (first_key() + row) * op.width + static_cast<int64_t>(group) * d + column;
+    const T* queries = static_cast<const T*>(op.query) + (first_query() + row) * op.width + static_cast<int64_t>(group) * d + column;
+    const int keys_left = static_cast<int>(min(op.slots - first_key(), int64_t{kKeyRows})) - row;
+    const int queries_left = static_cast<int>(min(op.queries - first_query(), int64_t{kTile})) - row;
+    Four<T, kWhole> key_ahead[kAhead][2], query_ahead[kAhead][N];
+    const auto fetch = [&](int r, int chunk) {  // zeros beyond the last row, and beyond a group's last number
+      const int at = chunk * kChunk, count = chunk < end ? d - at - column : 0;
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      key_row[h] = static_cast<int>(min(int64_t{lane / 4 + 8 * h}, op.slots - 1 - first_key) * op.width);
+      for (int h = 0; h < 2; ++h) key_ahead[r][h].load(keys + h * eight + at, 8 * h < keys_left ? count : 0);
 #pragma unroll
-    for (int n = 0; n < N; ++n)
-      query_row[n] = static_cast<int>(min(int64_t{lane / 4 + 8 * n}, op.queries - 1 - first_query) * op.width);
-    Four<T, kWhole> key_ahead[kAhead][2], query_ahead[kQueriesAhead][N];
-    const auto fetch_keys = [&](int r, int chunk) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        if (chunk < end) key_ahead[r][h].load(keys + key_row[h] + chunk * kChunk, count(chunk));
-    };
-    const auto fetch_query = [&](int r, int n, int chunk) {
-      if (chunk < end) query_ahead[r][n].load(queries + query_row[n] + chunk * kChunk, count(chunk));
+      for (int n = 0; n < N; ++n) query_ahead[r][n].load(queries + n * eight + at, 8 * n < queries_left ? count : 0);
     };
     double product[N][4] = {}, square[2 + N] = {};
 #pragma unroll
-    for (int r = 0; r < kAhead; ++r) fetch_keys(r, begin + r);
-#pragma unroll
-    for (int r = 0; r < kQueriesAhead; ++r)
-#pragma unroll
-      for (int n = 0; n < N; ++n) fetch_query(r, n, begin + r);
+    for (int r = 0; r < kAhead; ++r) fetch(r, begin + r);
     for (int chunk = begin; chunk < end; chunk += kAhead) {
 #pragma unroll
       for (int r = 0; r < kAhead; ++r) {
@@ -79,18 +71,17 @@ struct Few {
             key[2 * t + h] = key_ahead[r][h].at(t);
             square[h] += key[2 * t + h] * key[2 * t + h];
           }
-        fetch_keys(r, chunk + r + kAhead);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
           double query[4];
 #pragma unroll
           for (int t = 0; t < 4; ++t) {
-            query[t] = query_ahead[r % kQueriesAhead][n].at(t);
+            query[t] = query_ahead[r][n].at(t);
             square[2 + n] += query[t] * query[t];
           }
-          fetch_query(r % kQueriesAhead, n, chunk + r + kQueriesAhead);
           multiply(product[n], key, query);
         }
+        fetch(r, chunk + r + kAhead);
       }
     }
 #pragma unroll
@@ -114,14 +105,14 @@ struct Few {
     return sum;
   }
 
-  __device__ void run(float* scores) {
+  __device__ void run() {
     float score[kEach] = {};
-    for (int64_t done = 0; done < op.groups; done += at_once) {
-      const int groups = static_cast<int>(min(op.groups - done, static_cast<int64_t>(at_once)));
+    for (int done = 0; done < static_cast<int>(op.groups); done += at_once) {
+      const int groups = min(static_cast<int>(op.groups) - done, at_once);
       if (warp / warps < groups) multiply_share(done + warp / warps);
       __syncthreads();
       if (op.cosine) {
-        for (int i = threadIdx.x; i < groups * (kKeyRows + kTile); i += kRetrieveThreads) {
+        for (int i = threadIdx.x; i < groups * (kKeyRows + kTile); i += kFewThreads) {
           const int group = i / (kKeyRows + kTile), vector = i % (kKeyRows + kTile);
           const double square = add_up(group, [&](int w) { return shared.squares[w][vector]; });
           shared.squares[group * warps][vector] = inverse_length(square);
@@ -130,23 +121,24 @@ struct Few {
       }
 #pragma unroll
       for (int e = 0; e < kEach; ++e) {
-        const int pair = threadIdx.x + e * kRetrieveThreads, key = pair % kKeyRows, q = pair / kKeyRows;
+        const int pair = threadIdx.x + e * kFewThreads, key = pair % kKeyRows, q = pair / kKeyRows;
         if (pair >= kPairs) break;
         for (int group = 0; group < groups; ++group) {
           const double product = add_up(group, [&](int w) { return shared.products[w][key * kRow + q]; });
           const double* inverse = shared.squares[group * warps];
           if (op.cosine) score[e] += cosine_of(product * inverse[kKeyRows + q], inverse[key]);
-          else score[e] = static_cast<float>(product + (op.bias && first_key + key < op.slots ? op.bias[first_key + key] : 0.f));
+          else score[e] = static_cast<float>(product + (op.bias && first_key() + key < op.slots ? op.bias[first_key() + key] : 0.f));
         }
       }
       __syncthreads();
     }
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int pair = threadIdx.x + e * kRetrieveThreads;
-      const int64_t key = first_key + pair % kKeyRows, query = first_query + pair / kKeyRows;
-      if (pair < kPairs && key < op.slots && query < end_query)
-        scores[query * op.slots + key] = op.cosine ? score[e] / static_cast<float>(op.groups) : score[e];
+      const int pair = threadIdx.x + e * kFewThreads;
+      const int64_t key = first_key() + pair % kKeyRows, query = first_query() + pair / kKeyRows;
+      if (pair < kPairs && key < op.slots && query < min(op.queries, slab + on.cut.slab))
+        static_cast<float*>(on.scratch)[(query - slab) * op.slots + key] =
+            op.cosine ? score[e] / static_cast<float>(op.groups) : score[e];
     }
   }
 };

@@ -103,8 +103,9 @@ def test_retrieve_gives_every_multiprocessor_a_block_before_a_block_gets_more_qu
 
     cuts = [_C.retrieve_cut(32, slots, 384, 6, 4, True, 132, 227 << 10)[:4] for slots in (512, 1024, 4096, 100_000)]
     assert cuts == [(True, 8, 32, 16), (True, 16, 64, 16), (True, 32, 256, 16), (False, 32, 131, 768)]
-    wide = [_C.retrieve_cut(32, 100_000, width, 1, 4, True, 132, 227 << 10)[:2] for width in (768, 1536, 3072, 4096)]
-    assert wide == [(False, 32), (False, 16), (False, 8), (True, 32)]
+    assert _C.retrieve_cut(32, 100_000, 768, 6, 4, True, 132, 227 << 10)[:2] == (False, 32)
+    for width, memory in ((1536, 227 << 10), (3072, 227 << 10), (768, 99 << 10)):  # queries too wide to be held
+        assert _C.retrieve_cut(32, 100_000, width, 1, 2, True, 132, memory)[:5] == (True, 32, 6250, 16, 32)
 
 
 def test_cuda_kernels_beside_a_torch_without_cuda_are_not_usable_and_the_reason_says_so(monkeypatch):
