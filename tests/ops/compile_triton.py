@@ -71,6 +71,7 @@ def launch_all(dtype: torch.dtype) -> None:
             adapted_linear.forward(x, torch.zeros(H, H, dtype=dtype), x[0, 0], a, b, ids, weights)
 
     lora(32, 128, 768, 20, 4, 12)  # prefill
+    lora(8, 512, 4096, 20, 4, 8)
     lora(1, 1, 1, 1, 1, 1)  # Triton makes constants of ones
     lora(2, 128, 4096, 20, 4, 64)  # more columns than fit at once
     lora(4, 1, 4096, 100, 2, 8)  # decode

@@ -72,6 +72,7 @@ SIZES = {
     "more places than slots": {"K": 6, "P": 2},
     "multiples of a tile": {"B": 4, "T": 16, "K": 4, "P": 8, "r": 8, "I": 128, "O": 64},
     "past a tile": {"B": 2, "T": 33, "r": 17, "I": 131, "O": 67},
+    "many tokens": {"B": 5, "T": 70, "K": 3, "P": 4, "r": 5, "I": 20, "O": 150},
     "no token": {"T": 0},
     "no slot": {"P": 0},
 }

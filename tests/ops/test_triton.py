@@ -78,6 +78,34 @@ def test_gradients_of_more_columns_than_fit_at_once_equal_the_specification():
         assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "needed", [[True] * 4, [True, False, False, False], [False, True, True, True], [False, False, True, False]]
+)
+def test_gradients_of_many_tokens_in_several_spans_equal_the_specification(dtype, needed, monkeypatch):
+    """A slot that two samples share and one has twice, places without a slot whose weights are not finite, and tokens
+    that do not lie together."""
+    from slm_fast.ops.triton import multi_lora_backward
+
+    monkeypatch.setattr(multi_lora_backward, "processors", lambda device: 30)
+    call = example(dtype, B=3, T=531, K=3, r=5, I=70, O=24)
+    call["slot_ids"] = torch.tensor([[1, 1, 0], [3, -1, 1], [2, -1, -1]], device=DEVICE)
+    call["weights"][call["slot_ids"] < 0] = torch.nan
+    x = call["x"].repeat(1, 1, 2)[..., :70]  # every other row's length apart
+    tiles = multi_lora_backward.blocks(70, 64) + multi_lora_backward.blocks(24, 64)
+    assert multi_lora_backward.spans_of(3, 531, tiles, 64, x.device)[0] > 1
+    assert multi_lora_backward.serves(x, 3, 5, 24)
+    arguments = (x, call["lora_a"], call["lora_b"], call["slot_ids"], call["weights"], needed)
+    got = torch.ops.slm_fast.multi_lora_triton_backward(call["base"], *arguments)
+    wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
+    expected = torch.ops.slm_fast.multi_lora_reference_backward(call["base"].double(), *wide)
+    again = torch.ops.slm_fast.multi_lora_triton_backward(call["base"], *arguments)
+    for mine, same, right in zip(got, again, expected, strict=True):
+        assert mine.shape == right.shape
+        assert torch.equal(mine, same)
+        assert (mine.double() - right).norm() <= TOLERANCE[dtype] * right.norm()
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_of_all_slots_at_once_one_that_is_not_finite_reaches_only_samples_that_use_it(number):
     call = example(B=19)

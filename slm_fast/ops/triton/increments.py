@@ -35,6 +35,17 @@ def route_rows(ids, weights, sample, first, P, K: tl.constexpr, RANK: tl.constex
 
 
 @triton.jit
+def shrink(x, x_mask, a_row, valid, I, h, BI: tl.constexpr, PRECISION: tl.constexpr):
+    """h [BT, RP] += x [BT, I] . A [I, RP]; `x` [BT, 1] and `a_row` [1, RP] point at the rows' first elements."""
+    for i0 in range(0, I, BI):
+        i = i0 + tl.arange(0, BI)
+        x_block = tl.load(x + i[None, :], mask=x_mask & (i < I)[None, :], other=0.0)
+        a_block = tl.load(a_row + i[:, None], mask=valid[None, :] & (i < I)[:, None], other=0.0)
+        h = dot(x_block, a_block, h, PRECISION)
+    return h
+
+
+@triton.jit
 def expand(h, b_row, valid, o, O, sums, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr):
     """sums + h [BT, RP] . B [RP, BO] of the columns o; `b_row` [RP, 1] points at the rows' first elements."""
     b_block = tl.load(b_row + o[None, :], mask=valid[:, None] & (o < O)[None, :], other=0.0)

@@ -9,8 +9,9 @@ less than a second launch.
 `_dense_shrink`, `_dense_expand`: decoding with a small pool that most samples share. All P r rows at once for many
 samples, those that a sample does not use scaled by zero.
 
-Backward: `_adapt` with A and B exchanged gives the gradient of x; it leaves both R-vectors in memory, from which
-`_slot_gradient` sums each slot's gradient over the pairs that use it, in their order, without atomics.
+Backward: multi_lora_backward.py where samples have many tokens. Else `_adapt` with A and B exchanged gives the gradient
+of x; it leaves both R-vectors in memory, from which `_slot_gradient` sums each slot's gradient over the pairs that use
+it, in their order, without atomics.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slm_fast.ops.triton import blocks, by_slot, on, power_of_two, processors
+from slm_fast.ops.triton import blocks, by_slot, multi_lora_backward, on, power_of_two, processors
 from slm_fast.ops.triton.increments import (
     Tiles,
     arithmetic,
@@ -29,19 +30,9 @@ from slm_fast.ops.triton.increments import (
     dot,
     expand,
     route_rows,
+    shrink,
     token_block,
 )
-
-
-@triton.jit
-def _shrink(x, x_mask, a_row, valid, I, h, BI: tl.constexpr, PRECISION: tl.constexpr):
-    """h [BT, RP] += x [BT, I] . A [I, RP]; `x` [BT, 1] and `a_row` [1, RP] point at the rows' first elements."""
-    for i0 in range(0, I, BI):
-        i = i0 + tl.arange(0, BI)
-        x_block = tl.load(x + i[None, :], mask=x_mask & (i < I)[None, :], other=0.0)
-        a_block = tl.load(a_row + i[:, None], mask=valid[None, :] & (i < I)[:, None], other=0.0)
-        h = dot(x_block, a_block, h, PRECISION)
-    return h
 
 
 @triton.jit(do_not_specialize=["P", "T"])
@@ -60,7 +51,7 @@ def _adapt(
 
     h = tl.zeros([BT, RP], tl.float64 if DOUBLE else tl.float32)
     x_row = x + sample * x_sample + t.to(tl.int64)[:, None] * x_token
-    h = _shrink(x_row, t_mask, a + (row * I)[None, :], valid, I, h, BI, PRECISION)
+    h = shrink(x_row, t_mask, a + (row * I)[None, :], valid, I, h, BI, PRECISION)
     h = tl.where(valid[None, :], h, 0.0)  # also where x is not finite
     y_row = sample * T + t.to(tl.int64)[:, None]
     if STORE and share == 0:
@@ -89,7 +80,7 @@ def _dense_shrink(
     begin = part * SPAN
     h = tl.zeros([BN, QP], tl.float64 if DOUBLE else tl.float32)
     x_row, a_row = x + n.to(tl.int64)[:, None] * I + begin, a + q.to(tl.int64)[None, :] * I + begin
-    h = _shrink(x_row, (n < N)[:, None], a_row, q < Q, tl.minimum(I - begin, SPAN), h, BI, PRECISION)
+    h = shrink(x_row, (n < N)[:, None], a_row, q < Q, tl.minimum(I - begin, SPAN), h, BI, PRECISION)
     tl.store(partial + ((part * N + n[:, None]) * Q + q[None, :]), h, mask=(n < N)[:, None] & (q < Q)[None, :])
 
 
@@ -257,6 +248,9 @@ def backward(
         return zeros[0], zeros[1], zeros[2], zeros[3]
     x, grad, lora_a, lora_b = dense_rows(x), dense_rows(grad), lora_a.contiguous(), lora_b.contiguous()
     slot_ids, weights = slot_ids.contiguous(), weights.contiguous()
+    if multi_lora_backward.serves(x, K, r, O):
+        with on(x.device):
+            return multi_lora_backward.sample_wise(grad, x, lora_a, lora_b, slot_ids, weights, needed)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     shrunk = grad_shrunk = None
     if needed[2] or needed[3]:
