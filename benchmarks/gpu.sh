@@ -52,11 +52,13 @@ tests() { # tests PROCESSES PYTEST-ARGUMENTS...
 
 sanitize() { # without torch's cache of memory, which hides accesses past the end
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 3 "$python" -m pytest \
-    -p no:cacheprovider tests/ops/test_cuda.py tests/ops/test_triton.py -k "specification and not kernels_code"
+    -p no:cacheprovider tests/ops/test_cuda.py tests/ops/test_cuda_retrieve.py tests/ops/test_triton.py \
+    -k "specification and not kernels_code"
 }
 
 racecheck() {
-  compute-sanitizer --tool racecheck --error-exitcode 3 "$python" -m pytest -p no:cacheprovider tests/ops/test_cuda.py \
+  compute-sanitizer --tool racecheck --error-exitcode 3 "$python" -m pytest -p no:cacheprovider \
+    tests/ops/test_cuda.py tests/ops/test_cuda_retrieve.py \
     -k "(decoding_equals or retrieve_gives) and not kernels_code"
 }
 export -f build tests sanitize racecheck
@@ -78,7 +80,7 @@ for backend in ops.backends(): print(backend.name, backend.why_not() or 'ready')
 
 # Wrong kernels are not timed as if they were right: what follows says so.
 if [[ ${DRY_RUN:-} ]]; then
-  step tests 180 bash -c "tests 1 tests/ops/test_triton.py tests/ops/test_cuda.py" || status=1
+  step tests 180 bash -c "tests 1 tests/ops/test_triton.py tests/ops/test_cuda.py tests/ops/test_cuda_retrieve.py" || status=1
 else
   others=()
   if command -v compute-sanitizer >/dev/null; then

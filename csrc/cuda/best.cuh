@@ -53,8 +53,8 @@ struct Best {
 
   __device__ long long last(int k) const { return __shfl_sync(~0u, mine, k - 1); }
 
-  // The same candidate in all lanes. Whether it is better than the last of the best k. No branches, so that what is done
-  // for several queries overlaps.
+  // The same candidate in all lanes. Whether it is better than the last of the best k. No branches, so that what is
+  // done for several queries overlaps.
   __device__ bool offer(long long candidate, int k) {
     const int lane = threadIdx.x % 32;
     const bool better = candidate > last(k);

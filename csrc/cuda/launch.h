@@ -78,14 +78,14 @@ constexpr TokenCut cut_tokens(
   return {tile, wide && in_a_wave(2 * samples * blocks_of(tokens, tile)) ? kTokenBlocks : 1};
 }
 
-// Retrieve: warps score keys, 16 at a time, against a tile of 8, 16 or 32 queries, 16 numbers of a group at a time; then a
-// block a query picks the best. Blocks of 6 warps for few keys: two of them have 168 registers a thread.
+// Retrieve: warps score keys, 16 at a time, against a tile of 8, 16 or 32 queries, 16 numbers of a group at a time;
+// then a block a query picks the best. Blocks of 6 warps for few keys: two of them have 168 registers a thread.
 constexpr int kRetrieveWarps = 8, kRetrieveThreads = 32 * kRetrieveWarps, kMostPicks = 32;
 constexpr int64_t kMostSlots = 0xffffffff;  // ids of 32 bits, the last of which is no slot's
 constexpr int kFewWarps = 6, kFewThreads = 32 * kFewWarps;
 constexpr int kKeyRows = 16, kChunk = 16, kManyKeys = kRetrieveWarps * kKeyRows;
-constexpr int kScoreRow = kManyKeys + 4;   // 4 more, so that rows meet other banks
-constexpr int kStrip = 4 * 32;             // candidates that a warp looks at together
+constexpr int kScoreRow = kManyKeys + 4;  // 4 more, so that rows meet other banks
+constexpr int kStrip = 4 * 32;            // candidates that a warp looks at together
 constexpr int kMostPickWarps = 32;
 constexpr int64_t kMostScores = int64_t{1} << 26;  // kept between the two launches: 256 MiB
 
@@ -111,10 +111,10 @@ SLM_BOTH constexpr int64_t many_shared(int64_t tile, int64_t groups, int64_t gro
   return tile * (query_row(groups, group_width) * 8 + 2 * kScoreRow * 4);
 }
 
-// Few keys: all multiprocessors get a block before a tile of queries grows. Many, from 4 such blocks a multiprocessor on:
-// about a wave of blocks, which hold the queries and read the keys once. Where a tile of queries is too wide to be held
-// the keys go the way of few, as many queries at a time as their scores have room: a smaller tile would have them read
-// from memory more often. `whole`: rows can be read four numbers at a time.
+// Few keys: all multiprocessors get a block before a tile of queries grows. Many, from 4 such blocks a multiprocessor
+// on: about a wave of blocks, which hold the queries and read the keys once. Where a tile of queries is too wide to be
+// held the keys go the way of few, as many queries at a time as their scores have room: a smaller tile would have them
+// read from memory more often. `whole`: rows can be read four numbers at a time.
 constexpr RetrieveCut cut_retrieve(
     int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t k, bool whole, int multiprocessors,
     int64_t most_shared) {
@@ -130,7 +130,8 @@ constexpr RetrieveCut cut_retrieve(
     return {true, tile, sixteens, kKeyRows, std::min(most, blocks_of(queries, tile)) * tile, 0, pick_warps(slots)};
   }
   const int64_t tiles = blocks_of(queries, tile), key_tiles = blocks_of(slots, kManyKeys);
-  const int64_t wanted = 4 * tiles <= multiprocessors ? multiprocessors / tiles : blocks_of(4 * multiprocessors, tiles);
+  const int64_t wanted =
+      4 * tiles <= multiprocessors ? multiprocessors / tiles : blocks_of(4 * multiprocessors, tiles);
   const int64_t span = blocks_of(key_tiles, std::min(wanted, key_tiles)) * kManyKeys, parts = blocks_of(slots, span);
   return {false, tile, parts, span, queries, bytes, pick_warps(parts * k)};
 }

@@ -201,7 +201,9 @@ std::tuple<Tensor, Tensor> retrieve(
   if (op.queries == 0) return {slot_ids, weights};
   op.query = query.data_ptr(), op.keys = keys.data_ptr();
   op.slot_ids = static_cast<int64_t*>(slot_ids.data_ptr()), op.weights = static_cast<float*>(weights.data_ptr());
-  const auto by_fours = [&](const void* rows) { return reinterpret_cast<uintptr_t>(rows) % (4 * query.element_size()) == 0; };
+  const auto by_fours = [&](const void* rows) {
+    return reinterpret_cast<uintptr_t>(rows) % (4 * query.element_size()) == 0;
+  };
   on_device.whole = op.width / groups % 4 == 0 && by_fours(op.query) && by_fours(op.keys);
   on_device.early = on.card.major >= 9;
   on_device.cut = cut_retrieve(

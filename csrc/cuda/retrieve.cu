@@ -42,7 +42,8 @@ struct Lists {
 __global__ void __launch_bounds__(32 * kMostPickWarps) pick(const Slab slab) {
   __shared__ Lists lists;
   const Retrieve& op = slab.on.call;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = slab.on.cut.pick_warps, k = static_cast<int>(op.k);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = slab.on.cut.pick_warps;
+  const int k = static_cast<int>(op.k);
   const int64_t query = slab.first + blockIdx.x, count = slab.on.cut.few ? op.slots : slab.on.cut.parts * k;
   Best best[1];
   long long candidates[1][kStrip / 32];

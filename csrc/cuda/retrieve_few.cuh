@@ -1,6 +1,6 @@
-// Scores of few keys, or of rows too wide for the other kernel: a block has 16 keys and a tile of queries, and its warps
-// share the numbers of their rows out, so that all of them are read at once. The warps' products and squares meet in
-// shared memory and are added up in a fixed order.
+// Scores of few keys, or of rows too wide for the other kernel: a block has 16 keys and a tile of queries, and its
+// warps share the numbers of their rows out, so that all of them are read at once. The warps' products and squares meet
+// in shared memory and are added up in a fixed order.
 #pragma once
 
 #include "kernels.h"
@@ -44,8 +44,9 @@ struct Few {
     const int chunks = static_cast<int>(chunks_of(d)), share = warp % warps;
     const int begin = chunks * share / warps, end = chunks * (share + 1) / warps;
     const int row = lane / 4, eight = 8 * static_cast<int>(op.width), column = 4 * quarter;
-    const T* keys = static_cast<const T*>(op.keys) + (first_key() + row) * op.width + static_cast<int64_t>(group) * d + column;
-    const T* queries = static_cast<const T*>(op.query) + (first_query() + row) * op.width + static_cast<int64_t>(group) * d + column;
+    const int64_t from = static_cast<int64_t>(group) * d + column;
+    const T* keys = static_cast<const T*>(op.keys) + (first_key() + row) * op.width + from;
+    const T* queries = static_cast<const T*>(op.query) + (first_query() + row) * op.width + from;
     const int keys_left = static_cast<int>(min(op.slots - first_key(), int64_t{kKeyRows})) - row;
     const int queries_left = static_cast<int>(min(op.queries - first_query(), int64_t{kTile})) - row;
     Four<T, kWhole> key_ahead[kAhead][2], query_ahead[kAhead][N];
@@ -127,7 +128,10 @@ struct Few {
           const double product = add_up(group, [&](int w) { return shared.products[w][key * kRow + q]; });
           const double* inverse = shared.squares[group * warps];
           if (op.cosine) score[e] += cosine_of(product * inverse[kKeyRows + q], inverse[key]);
-          else score[e] = static_cast<float>(product + (op.bias && first_key() + key < op.slots ? op.bias[first_key() + key] : 0.f));
+          else {
+            const bool biased = op.bias && first_key() + key < op.slots;
+            score[e] = static_cast<float>(product + (biased ? op.bias[first_key() + key] : 0.f));
+          }
         }
       }
       __syncthreads();

@@ -1,7 +1,8 @@
-// Scores of many keys: a block holds a tile of queries in shared memory, in float64 and of unit length, and goes through
-// its part of the pool 128 keys at a time, 16 a warp. Keys go from memory straight to the lanes that multiply them, four
-// chunks ahead, so that each is read once and memory stays busy: the floor is reading them. A tile's scores meet in
-// shared memory, where each warp picks the best of some of the queries; two such tiles, so that a warp may be one ahead.
+// Scores of many keys: a block holds a tile of queries in shared memory, in float64 and of unit length, and goes
+// through its part of the pool 128 keys at a time, 16 a warp. Keys go from memory straight to the lanes that multiply
+// them, four chunks ahead, so that each is read once and memory stays busy: the floor is reading them. A tile's scores
+// meet in shared memory, where each warp picks the best of some of the queries; two such tiles, so that a warp may be
+// one ahead.
 #pragma once
 
 #include "best.cuh"

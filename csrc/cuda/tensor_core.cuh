@@ -57,12 +57,12 @@ __device__ inline void multiply(float (&sums)[4], const uint32_t (&p)[4], uint32
                  : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(q0), "r"(q1));
 }
 
-// sums [16, 8] += p [16, 16] . q [16, 8], in float64. p[2 t + h]: row lane / 4 + 8 h, column lane % 4 + 4 t. q[t]: row
-// lane % 4 + 4 t, column lane / 4. sums: rows lane / 4 and 8 more, columns 2 (lane % 4), + 1.
+// sums [16, 8] += p [16, 16] . q [16, 8], in float64. p[2 t + h]: row lane / 4 + 8 h, column lane % 4 + 4 t. q[t]:
+// row lane % 4 + 4 t, column lane / 4. sums: rows lane / 4 and 8 more, columns 2 (lane % 4), + 1.
 __device__ inline void multiply(double (&sums)[4], const double (&p)[8], const double (&q)[4]) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7, %8, %9, %10, %11}, "
-               "{%12, %13, %14, %15}, {%0, %1, %2, %3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, "
+               "{%4, %5, %6, %7, %8, %9, %10, %11}, {%12, %13, %14, %15}, {%0, %1, %2, %3};"
                : "+d"(sums[0]), "+d"(sums[1]), "+d"(sums[2]), "+d"(sums[3])
                : "d"(p[0]), "d"(p[1]), "d"(p[2]), "d"(p[3]), "d"(p[4]), "d"(p[5]), "d"(p[6]), "d"(p[7]), "d"(q[0]),
                  "d"(q[1]), "d"(q[2]), "d"(q[3]));
@@ -77,8 +77,8 @@ __device__ inline void multiply(double (&sums)[4], const double (&p)[8], const d
 #endif
 }
 
-// On sm_90 a kernel launched to follow another may have its blocks placed once all of the other's have called the first.
-// What the other wrote is there after the second. Without such a launch both do nothing.
+// On sm_90 a kernel launched to follow another may have its blocks placed once all of the other's have called the
+// first. What the other wrote is there after the second. Without such a launch both do nothing.
 __device__ inline void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

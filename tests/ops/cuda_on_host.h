@@ -308,7 +308,10 @@ inline void wait_for_previous() {}
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -331,6 +334,7 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 }
 template <class Argument>
 cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t* config, void (*kernel)(Argument), const Argument& argument) {
-  on_host::launch_all(config->gridDim, config->blockDim.x, config->numAttrs ? config->attrs->val.clusterDim.x : 1, [&] { kernel(argument); });
+  const int cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
+  on_host::launch_all(config->gridDim, config->blockDim.x, cluster, [&] { kernel(argument); });
   return cudaSuccess;
 }

@@ -9,8 +9,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from slm_fast.ops import dispatch
 
 ROOT = Path(__file__).parents[2]
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+no_extension = pytest.mark.skipif(dispatch.NATIVE_MISSING is not None, reason=str(dispatch.NATIVE_MISSING))
+no_gpu = pytest.mark.skipif(
+    dispatch.CUDA_MISSING is not None or not torch.cuda.is_available(), reason=dispatch.CUDA_MISSING or "no GPU"
+)
 
 
 def compile_for_host(source: str, entry: str, folder: Path):
@@ -32,3 +40,11 @@ def compile_for_host(source: str, entry: str, folder: Path):
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-fno-gnu-unique", "-shared", "-pthread", "-w", *include]
     subprocess.run([*command, str(folder / "kernels.cpp"), "-o", str(folder / "kernels.so")], check=True)
     return ctypes.CDLL(str(folder / "kernels.so")).run
+
+
+def numbers(*values):
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

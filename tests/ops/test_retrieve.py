@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from slm_fast import ops
 from slm_fast.errors import InputError
+from slm_fast.ops import dispatch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -162,6 +165,26 @@ def test_many_keys_a_slot_empty_batch_and_pool_equal_the_specification(device, B
     counts = torch.randint(1, most + 1, (slots,), generator=torch.Generator().manual_seed(0))
     key_slot = torch.arange(slots).repeat_interleave(counts)
     check(normal(B, 24), normal(len(key_slot), 24, seed=1), 3, device, groups=2, key_slot=key_slot)
+
+
+def test_a_backend_that_takes_key_slot_is_chosen_by_k_and_nobody_counts_the_keys_of_a_slot(monkeypatch):
+    module, sizes = sys.modules["slm_fast.ops.retrieve"], []
+    key_slot = torch.arange(3).repeat_interleave(40)  # k = 2 slots are among 41 keys, more than a warp keeps
+    query, keys, chosen = normal(2, 3072), normal(120, 3072, seed=1), dispatch.chosen
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)  # so that a CPU chooses by size too
+    monkeypatch.setattr(module.dispatch, "chosen", lambda *asked: (sizes.append(asked[2]), chosen(*asked))[1])
+    counted = module.most_keys
+    monkeypatch.setattr(module, "most_keys", lambda key_slot: pytest.fail("counted"))
+    with ops.use_backend("reference"):
+        expected = ops.retrieve(query, keys, 2, metric="dot", key_slot=key_slot)
+    assert sizes == ["few"]
+    sizes.clear()
+    monkeypatch.setattr(module, "most_keys", counted)
+    others = [replace(b, takes_key_slot=False) for b in dispatch.BACKENDS if b.name == "reference"]
+    monkeypatch.setattr(dispatch, "BACKENDS", others)
+    with ops.use_backend("reference"):
+        assert_same_route(ops.retrieve(query, keys, 2, metric="dot", key_slot=key_slot), expected, "cpu")
+    assert sizes == ["few", "other"]
 
 
 def test_of_slots_with_equal_best_keys_the_lower_comes_first(device):
