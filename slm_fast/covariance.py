@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,14 +91,35 @@ class ExactSum:
 Discriminant = tuple[Tensor, Tensor, Tensor]  # centre [D], keys [M, D] and bias [M] of a gaussian router
 
 
+class KnownKeys(NamedTuple):
+    """Keys that were computed. rows: task name -> where its means' keys and biases lie."""
+
+    rows: Mapping[str, slice]
+    discriminant: Discriminant
+
+    def runs(self, names: Sequence[str], first: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Of rows that are wanted in this order, each name's from `first` on: from where to where those go that lie one
+        after another here, and where they lie."""
+        found: list[tuple[int, int, int]] = []
+        for name, begin, end in zip(names, first, first[1:], strict=False):
+            if (own := self.rows.get(name)) is None:
+                continue
+            place = own.start
+            if found and found[-1][1] == begin and found[-1][2] + begin - found[-1][0] == place:
+                begin, _, place = found.pop()
+            found.append((begin, end, place))
+        return found
+
+
 class Kept(NamedTuple):
     """What is known of tasks together, so that a router need not compute it.
 
-    summed: names of tasks and the sum of their scatters, read when it is asked for. discriminant: that of all tasks.
+    summed: names of tasks and the sum of their scatters, read when it is asked for. keys: of all tasks or of some, in
+    the covariance of those that are sampled now.
     """
 
     summed: Callable[[], tuple[AbstractSet[str], ExactSum] | None] | None = None
-    discriminant: Discriminant | None = None
+    keys: KnownKeys | None = None
 
 
 NOTHING = Kept()

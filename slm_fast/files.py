@@ -23,12 +23,12 @@ def path_of(given: Any) -> Path:
     return Path(given)
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, *data: bytes | memoryview) -> None:
     """Put `data` at `path`, all of it or none: write beside it, flush to disk, rename. Raises OSError."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            file.writelines(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -94,18 +94,21 @@ class TaskKeeper:
             self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
 
     def _summed(self, router: Router, new: Mapping[str, str] = MappingProxyType({})) -> Summed | None:
-        """The sum of a router's scatters as a store keeps it, where all its tasks are committed, or `new`."""
-        files = {name: new.get(name) or self._committed.get(name, "") for name in router.names}
-        return (files, router.scatter) if isinstance(router, GaussianRouter) and all(files.values()) else None
+        """The sum of a router's scatters as a store keeps it, where it was computed and all tasks in it are committed,
+        or `new`."""
+        if not isinstance(router, GaussianRouter) or not router.sketch.is_summed:
+            return None
+        files = {name: new.get(name) or self._committed.get(name, "") for name in router.sketch.parts}
+        return (files, router.scatter) if all(files.values()) else None
 
     def _keep_for_later(self) -> None:
         """Spare whoever opens this model's store later what routing computes of its tasks."""
         router, files = self.model.router, self._committed
         if self.store is None or not isinstance(router, GaussianRouter) or files.keys() != set(router.names):
             return
-        self.store.keep_sum(files, lambda: router.scatter)
-        if "discriminant" in vars(router) and not router.is_kept:  # if it was computed already
-            self.store.keep_keys(files, router.discriminant)
+        self.store.keep_sum({name: files[name] for name in router.sketch.parts}, lambda: router.scatter)
+        if "discriminant" in vars(router) and not router.is_kept and (known := router.known_keys) is not None:
+            self.store.keep_keys(files, known)
 
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.

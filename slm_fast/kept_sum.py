@@ -1,5 +1,8 @@
 """The sum of tasks' scatters, kept in a file beside a store's manifest, so that opening adds only those of newer tasks.
 
+It is written of the tasks that are sampled (`slm_fast.sketch`), and says of which, so that one that lags behind is
+brought up to date.
+
     .sum    SHA-256 of what follows [32 bytes]; SHA-256 of what the tasks' model is [32]; how many tasks N and numbers n
             there are [8 each]; N times SHA-256 of a task's file and of what of it a store reads when it is opened
             [32 each]; the two planes of the sum
@@ -122,10 +125,9 @@ class SumFile:
             return None
         return {task for task, _ in _pairs(memoryview(table))} if len(table) == 64 * count else None
 
-    def lacks(self, digests: Iterable[str]) -> int:
-        """How many of these tasks are not in it."""
-        there = self.tasks() or set()
-        return sum(digest not in there for digest in digests)
+    def apart(self, digests: Iterable[str]) -> int:
+        """In how many tasks it is another than that of these."""
+        return len((self.tasks() or set()) ^ set(digests))
 
     def is_stale(self, digests: Iterable[str]) -> bool:
         """Whether it holds another task than these, or nobody can tell."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from slm_fast.layers import use_onednn
 from slm_fast.ops import Route
 from slm_fast.router import GaussianRouter, Part, check_finite
 from slm_fast.scatter import compress
+from slm_fast.sketch import Pooled
 
 SHRINKAGE = 4.0  # times the oracle-approximating amount, which takes queries for Gaussian: their tails are heavier
 MOST_SHRINKAGE = 0.9
@@ -27,18 +26,9 @@ KEPT, PRIOR_ROWS = 0.6, 2.0  # of n rows' distance from their task's mean a labe
 LABEL_TEMPERATURE = 24.0  # of labels' scores, which are of thousands of numbers that are not independent
 BEFORE = (1.0, 0.0, 64.0)  # these three, in files of before they were written
 MANY_MEANS = 1024  # beyond so many only those that are asked for are scored, for fewer it takes longer to find them
-MEANS_AT_ONCE = 4096  # keys are computed of, which is what takes memory where there are thousands of tasks
 SAMPLE = 96  # training queries kept of a task, which say how far its own rows are
 ROUNDING = 1e-3  # of a distance, at the most
 LEAST_LEFT = 0.05  # of a row's share in a covariance that is taken away, for what compression made of it
-
-
-class Pooled(NamedTuple):
-    """lower: the Cholesky factor [D, D] float64 of all tasks' shrunk covariance. of_a_row: how much of d d' is in that
-    covariance for a row that is d from its mean."""
-
-    lower: Tensor
-    of_a_row: float
 
 
 @dataclass
@@ -60,9 +50,9 @@ class RandomFeatureRouter(GaussianRouter):
     Distance is the share of the task's own rows that are not so far as a query, the larger of two: how little nearer it
     is to the task's nearest mean than to the centre of all means (Ren et al. 2021; the negative of its highest score),
     which finds what resembles the tasks and belongs to none; and half of its squared distance from that mean (Lee et
-    al. 2018), which finds what resembles nothing known. Both are taken in the covariance of all tasks and change with
+    al. 2018), which finds what resembles nothing known. Both are taken in the covariance of many tasks and change with
     them; so the rows of the sample are measured anew, each as if it had not been among those that mean and covariance
-    are made of.
+    are made of. (A row of a task that the covariance is not of is in the mean alone.)
     """
 
     matrix: nn.Linear = field(default_factory=lambda: feature_matrix(1, 1, torch.device("cpu")))
@@ -99,33 +89,29 @@ class RandomFeatureRouter(GaussianRouter):
             "sample_mean": found.assignment[sample].float(),
         }
 
-    @cached_property
-    @torch.inference_mode(False)
+    def means(self, part: Part) -> Tensor:
+        return drawn_means(part)
+
+    def _follow(self, before: GaussianRouter) -> None:
+        super()._follow(before)
+        if self.sketch is before.sketch and isinstance(before, RandomFeatureRouter):
+            there = set(self.names)
+            self.left_out = {name: found for name, found in dict(before.left_out).items() if name in there}
+
+    @property
     def pooled(self) -> Pooled:
         """Kept only for those who ask for distances: it is as large as a covariance."""
-        return self._pooled()
+        if self.sketch.pooled is None:
+            self.sketch.pooled = self._pooled()
+        return self.sketch.pooled
 
+    @torch.inference_mode(False)
     def _pooled(self) -> Pooled:
-        count = torch.cat([part["count"] for part in self.parts]).double()
-        mean = torch.cat([part["mean"] for part in self.parts]).double()
-        found = covariance(count, mean, unpack(self.scatter.total()), SHRINKAGE, MOST_SHRINKAGE)
+        found = covariance(*self._moments(), unpack(self.scatter.total()), SHRINKAGE, MOST_SHRINKAGE)
         return Pooled(factorised(found.matrix), (1 - found.shrinkage) / found.freedom)
 
-    @cached_property
-    @torch.inference_mode(False)
-    def discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
-        lower, first = self._pooled().lower, self.first_mean
-        mean_MD = torch.empty(first[-1], len(lower), dtype=torch.float64)
-        for begin, part in zip(first, self.parts, strict=False):
-            mean_MD[begin : begin + len(part["count"])] = drawn_means(part)
-        centre = mean_MD.mean(0)
-        mean_MD -= centre
-        keys_MD, bias = torch.empty(mean_MD.shape), torch.empty(len(mean_MD))
-        for begin in range(0, len(mean_MD), MEANS_AT_ONCE):
-            rows = slice(begin, begin + MEANS_AT_ONCE)
-            solved = torch.cholesky_solve(mean_MD[rows].T, lower).T
-            keys_MD[rows], bias[rows] = solved, -0.5 * (solved * mean_MD[rows]).sum(1)
-        return centre.float().to(self.device), keys_MD.to(self.device), bias.to(self.device)
+    def _lower(self) -> Tensor:
+        return (self.sketch.pooled or self._pooled()).lower
 
     @cached_property
     def label_of_mean(self) -> tuple[Tensor, Tensor]:
@@ -192,11 +178,6 @@ class RandomFeatureRouter(GaussianRouter):
         centre, keys, bias = self.centre, self.keys[own], self.bias[own]
         return centre.double().cpu(), keys.double().cpu(), bias.double().cpu()
 
-    @cached_property
-    def first_mean(self) -> list[int]:
-        """Where each task's means begin."""
-        return list(accumulate((len(part["count"]) for part in self.parts), initial=0))
-
     def _white(self, rows: Tensor) -> Tensor:
         """Rows [N, D] where the covariance is the identity, [D, N]."""
         return torch.linalg.solve_triangular(self.pooled.lower, rows.T, upper=False)
@@ -207,8 +188,8 @@ class RandomFeatureRouter(GaussianRouter):
         return {}
 
     def _left_out(self, task: int) -> tuple[Tensor, Tensor]:
-        """The two distances [m] of the rows of a task's sample, each row taken out of mean and covariance: what Sherman
-        & Morrison's formula makes of them."""
+        """The two distances [m] of the rows of a task's sample, each row taken out of its mean and, where the task is
+        one of those that it is of, out of the covariance: what Sherman & Morrison's formula makes of them."""
         if (known := self.left_out.get(self.names[task])) is not None:
             return known
         part, (centre, keys, bias) = self.parts[task], self._own_discriminant(task)
@@ -218,7 +199,8 @@ class RandomFeatureRouter(GaussianRouter):
         own = drawn_means(part, query, mean)
         # r = S^-1/2 (q - m), and so on; S less w (q - m) (q - m)' has the products x'y + w (x'r) (y'r) / (1 - w r'r).
         r, q, m, left = self._white(torch.cat([apart, query - centre, own - centre, query - own])).chunk(4, 1)
-        weight = self.pooled.of_a_row * count / (count - 1)
+        of_a_row = self.pooled.of_a_row if self.names[task] in self.sketch.parts else 0.0
+        weight = of_a_row * count / (count - 1)
         weight = weight / (1 - weight * r.square().sum(0)).clamp(min=LEAST_LEFT)
 
         def product(x: Tensor, y: Tensor) -> Tensor:

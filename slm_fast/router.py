@@ -9,8 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor
 from slm_fast import ops
 from slm_fast.covariance import (
     NOTHING,
+    Discriminant,
     ExactSum,
     Kept,
+    KnownKeys,
     mahalanobis,
     moments,
     pack,
@@ -32,7 +35,7 @@ from slm_fast.covariance import (
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.ops import Route
 from slm_fast.ops.retrieve import PreparedKeys
-from slm_fast.scatter import scatter_of
+from slm_fast.sketch import Sketch, sampled
 
 Part = Mapping[str, Tensor]  # what one task's file holds for its router
 WHITENER_BYTES = 256 << 20  # what the covariances kept for distances may take
@@ -176,14 +179,19 @@ class GaussianRouter(Router):
     that the oracle-approximating formula of Chen, Wiesel, Eldar & Hero (2010) gives. Distance is Mahalanobis (Lee et
     al. 2018) in the task's own covariance, so that it does not change when other tasks are learned.
 
-    A task more or less costs its scatter's D (D + 1) / 2 numbers. The next route then takes a Cholesky factor of [D, D]
-    and a product [P, D] [D, D]. Scatters are summed exactly and means stand in name order, so no history shows in them.
+    Covariance and centre are of at most 512 tasks, which follow from the names (`slm_fast.sketch`). A task that is none
+    of them and comes or goes costs its own keys: a product [M, D] [D, D] for its M means, and, for the first one, the
+    inverse. Where those 512 change, or all tasks are among them, the next route costs a Cholesky factor and an inverse
+    of [D, D] and such a product for each task. Each task's keys are a product of its own, so that their bits follow
+    from its means and those 512; scatters are summed exactly and means stand in name order: no history shows in them.
     whiteners: task name -> the factor [D, D] of its covariance, of those whose distance was asked for last.
     """
 
     k: int = 2
     temperature: float = 4.0
-    _kept = NOTHING  # of one that was loaded
+    is_kept = False  # whether the discriminant is the one that was known when the tasks were loaded
+    _follows = False  # whether it is another router with one task more or less
+    _known: KnownKeys | None = field(default=None, init=False, repr=False, compare=False)  # need not be computed
 
     def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
         check_finite(query)
@@ -215,60 +223,110 @@ class GaussianRouter(Router):
         slot."""
         return part["mean_slot"].long() if "mean_slot" in part else torch.arange(len(part["count"]))
 
+    def means(self, part: Part) -> Tensor:
+        """The means [M, D] float64 that a task's keys are made of."""
+        return part["mean"].double()
+
     def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device, kept: Kept = NOTHING) -> None:
         super().load(parts, device)
-        self._kept, self.whiteners = kept, dict[str, Tensor]()
-        if kept.discriminant is None:
+        self.whiteners = dict[str, Tensor]()
+        there = dict(zip(self.names, self.parts, strict=True))
+        self.sketch = Sketch({name: there[name] for name in sampled(there)}, there, kept.summed)
+        self._follows, self._known = False, kept.keys
+        self.is_kept = kept.keys is not None and kept.keys.rows.keys() == there.keys()
+        if kept.keys is None:
             _ = self.scatter
-        else:
-            centre, keys, bias = (part.to(device) for part in kept.discriminant)
+        elif self.is_kept:
+            centre, keys, bias = (part.to(device) for part in kept.keys.discriminant)
             self.discriminant = centre, keys, bias
 
     @property
-    def is_kept(self) -> bool:
-        """Whether the discriminant is the one that was known when the tasks were loaded."""
-        return self._kept.discriminant is not None
-
-    @cached_property
     def scatter(self) -> ExactSum:
-        """The sum of all tasks' scatters. Where keys were kept only those who learn, forget or measure distances need
-        it."""
-        known, start = (self._kept.summed() if self._kept.summed else None) or (frozenset(), None)
-        if start is not None and not known <= set(self.names):
-            known, start = frozenset(), None
-        new = (part for name, part in zip(self.names, self.parts, strict=True) if name not in known)
-        return ExactSum.of(map(scatter_of, new), start)
+        """The sum of the sampled tasks' scatters. Where keys were kept only those who need others or measure distances
+        need it."""
+        return self.sketch.scatter
 
     def with_part(self, name: str, part: Part) -> GaussianRouter:
         router = super().with_part(name, part)
-        term = scatter_of(part)
-        router.scatter = self.scatter.plus(term) if self.parts else ExactSum.of([term])
-        router.whiteners = dict(self.whiteners)
+        router._follow(self)
         return router
 
     def without(self, name: str) -> GaussianRouter:
         router = super().without(name)
-        try:
-            router.scatter = self.scatter.minus(scatter_of(self.parts[self._place(name)]))
-        except WorkError:  # its file was damaged since: what it added is known from what the others did
-            router.scatter = ExactSum.of(map(scatter_of, router.parts))
-        router.whiteners = {task: lower for task, lower in dict(self.whiteners).items() if task != name}
+        router._follow(self)
+        router.sketch.let_go(name)
         return router
+
+    def _follow(self, before: GaussianRouter) -> None:
+        """Take over what was computed of tasks that are there as they were, from a router that knows one more or less.
+        Raises as `ExactSum.of`."""
+        there = dict(zip(self.names, self.parts, strict=True))
+        self.sketch = before.sketch.changed({name: there[name] for name in sampled(there)})
+        self.whiteners = {name: lower for name, lower in dict(before.whiteners).items() if name in there}
+        if self.sketch is before.sketch and (known := before.known_keys) is not None:
+            rows = {name: place for name, place in known.rows.items() if name in there}
+            self._known = KnownKeys(rows, known.discriminant)
+        self._follows = True
+
+    @property
+    def known_keys(self) -> KnownKeys | None:
+        """Those that were computed, of all tasks or of some."""
+        if "discriminant" not in vars(self):
+            return self._known
+        first = self.first_mean
+        return KnownKeys({name: slice(*first[i : i + 2]) for i, name in enumerate(self.names)}, self.discriminant)
+
+    @cached_property
+    def first_mean(self) -> list[int]:
+        """Where each task's means begin, and where the last one's end."""
+        return list(accumulate((len(part["count"]) for part in self.parts), initial=0))
 
     @cached_property
     @torch.inference_mode(False)
-    def discriminant(self) -> tuple[Tensor, Tensor, Tensor]:
+    def discriminant(self) -> Discriminant:
         """Centre [D], and of all means keys [M, D] and bias [M]. Queries are measured from the centre of the means.
         That adds the same to all scores of a query, so no route changes, and float32 keeps more of their
         differences."""
-        count = torch.cat([part["count"] for part in self.parts]).double()
-        mean_PD = torch.cat([part["mean"] for part in self.parts]).double()
-        inverse = torch.cholesky_inverse(whitener(count, mean_PD, unpack(self.scatter.total())))
-        centre = mean_PD.mean(0)
-        centred_PD = mean_PD - centre
-        keys_PD = centred_PD @ inverse
-        bias = -0.5 * (keys_PD * centred_PD).sum(1)
-        return centre.float().to(self.device), keys_PD.float().to(self.device), bias.float().to(self.device)
+        first, known = self.first_mean, self._known
+        rows = {} if known is None else known.rows
+        new = [i for i, name in enumerate(self.names) if name not in rows]
+        centre = (self._centre().float() if known is None else known.discriminant[0]).to(self.device)
+        keys, bias = torch.empty(first[-1], len(centre), device=self.device), torch.empty(first[-1], device=self.device)
+        if known is not None:
+            for begin, end, place in known.runs(self.names, first):
+                for part, old in ((keys, known.discriminant[1]), (bias, known.discriminant[2])):
+                    part[begin:end] = old[place : place + end - begin]
+        if new:
+            inverse, middle = self._inverse(keep=self._follows and known is not None), self._centre()
+            for i in new:  # each by itself, so that its bits follow from no other's rows
+                centred, own = self.means(self.parts[i]) - middle, slice(*first[i : i + 2])
+                solved = centred @ inverse
+                keys[own], bias[own] = solved.float(), (-0.5 * (solved * centred).sum(1)).float()
+        self._known = None  # so that all are held once
+        return centre, keys, bias
+
+    def _centre(self) -> Tensor:
+        """The mean [D] float64 of the sampled tasks' means."""
+        if self.sketch.centre is None:
+            self.sketch.centre = torch.cat([self.means(part) for part in self.sketch.parts.values()]).mean(0)
+        return self.sketch.centre
+
+    def _inverse(self, *, keep: bool) -> Tensor:
+        """That [D, D] float64 of the sampled tasks' covariance, kept with them if that is said."""
+        found = self.sketch.inverse
+        if found is None:
+            found = torch.cholesky_inverse(self._lower())
+            self.sketch.inverse = found if keep else None
+        return found
+
+    def _lower(self) -> Tensor:
+        """The Cholesky factor [D, D] float64 of the sampled tasks' covariance."""
+        return whitener(*self._moments(), unpack(self.scatter.total()))
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Counts [M] and means [M, D] of the sampled tasks, float64."""
+        count, mean = (torch.cat([part[key] for part in self.sketch.parts.values()]) for key in ("count", "mean"))
+        return count.double(), mean.double()
 
     def prepare(self) -> None:
         if self.parts and not all(part.isfinite().all() for part in self.discriminant):

@@ -14,12 +14,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slm_fast.covariance import Discriminant, ExactSum
+from slm_fast.covariance import ExactSum, KnownKeys
 from slm_fast.errors import InputError, SlmError, WorkError, some_of
 from slm_fast.files import Reserve, flush_directory, locked, write
 from slm_fast.kept_sum import KeptSum
 from slm_fast.scatter import scatter_of
 from slm_fast.schema import check_same, manifest_of, task_path
+from slm_fast.sketch import sampled
 from slm_fast.store_view import LOCK, MANIFEST, RESERVE, StoreView
 from slm_fast.task_file import Digests, digests_of, task_from_file, task_to_bytes
 from slm_fast.tasks import LearnedTask
@@ -31,7 +32,7 @@ class Store(StoreView):
     """A store that is read and written: each change is a commit."""
 
     _clean = False  # whether nothing lies about that the manifest does not name
-    unsummed = 16  # tasks that the sum kept may lack, or a store have without one
+    unsummed = 16  # tasks in which the sum kept may be another, or that a store may have without one
 
     # Writing
 
@@ -42,8 +43,8 @@ class Store(StoreView):
 
         A task that is there, made from the same rows and options on another processor, stays as it is.
 
-        summed: of the tasks that there are then, by the SHA-256 of their files, the sum of their scatters, from whoever
-            has it. It is kept where the one that is lacks many tasks.
+        summed: of the tasks that are sampled then, by the SHA-256 of their files, the sum of their scatters, from
+            whoever has it. It is kept where the one that is there is of many others.
 
         Raises:
             InputError: a task to add is there already, or one to remove is not.
@@ -129,8 +130,9 @@ class Store(StoreView):
             self._take_out(files, None)
             self._finish(files)
             with suppress(OSError, WorkError):
-                if self._sum.lacks(files.values()) >= self.unsummed:
-                    self._sum.join([source._sum for source in sources], files.values())
+                wanted = self._sampled().values()
+                if self._sum.apart(wanted) >= self.unsummed:
+                    self._sum.join([source._sum for source in sources], wanted)
 
     def _merged(
         self,
@@ -166,30 +168,36 @@ class Store(StoreView):
         return {**files, **now}, {**holder, **dict.fromkeys(now, source)}
 
     def keep_sum(self, files: Mapping[str, str], total: Callable[[], ExactSum]) -> None:
-        """Keep the sum of these tasks' scatters (name -> SHA-256 of its file), if the one that is kept lacks many, and
-        this process may write and nobody else does just now. It spares later ones the work, so failing is nothing."""
+        """Keep the sum of these tasks' scatters (name -> SHA-256 of its file), which are those sampled, if the one that
+        is kept is of many others, and this process may write and nobody else does just now. It spares later ones the
+        work, so failing is nothing."""
         with suppress(WorkError, InputError):
-            if self._sum.lacks(files.values()) >= self.unsummed:
+            if self._sum.apart(files.values()) >= self.unsummed:
                 with self._writing(patience=0):
                     self._keep((files, total()))
 
-    def keep_keys(self, files: Mapping[str, str], discriminant: Discriminant) -> None:
+    def keep_keys(self, files: Mapping[str, str], known: KnownKeys) -> None:
         """Keep what routing computes of these tasks, if they are the store's and it is not kept; failing is nothing, as
         for `keep_sum`."""
         kept = self._keys.read()
-        if kept is not None and kept.tasks == self._keys.tasks_digest(files):
+        if kept is not None and kept.rows.keys() == set(files.values()) and not self._keys.is_stale(files):
             return
         with suppress(WorkError, InputError), self._writing(patience=0):
             if self.files == files:
                 with suppress(OSError, WorkError):
-                    self._keys.write(files, self._digests_of(files), discriminant)
+                    self._keys.write(files, self._digests_of(files), known)
 
     def _keep(self, summed: Summed | None) -> None:
-        """Keep a sum if it is of tasks that the manifest, which is committed, names, and the one kept lacks many."""
+        """Keep a sum if it is of tasks that the manifest, which is committed, names, and the one kept is of many
+        others."""
         if summed is not None and summed[0].items() <= self.files.items():
             with suppress(OSError, WorkError):
-                if self._sum.lacks(self.files.values()) >= self.unsummed:
+                if self._sum.apart(summed[0].values()) >= self.unsummed:
                     self._sum.write(self._as_kept(summed))
+
+    def _sampled(self) -> dict[str, str]:
+        """The files of the tasks that covariance and centre are of."""
+        return {name: self.files[name] for name in sampled(self.files)}
 
     def _as_kept(self, summed: Summed) -> KeptSum:
         return KeptSum({task: own.opening for task, own in self._digests_of(summed[0]).items()}, summed[1])
@@ -277,9 +285,8 @@ class Store(StoreView):
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """Commit the manifest, then clear away what it no longer names."""
-        if files != self.files and self._keys.path.exists():
-            self._keys.path.unlink()  # now, so that nothing of a task outlives it
-            flush_directory(self.path)
+        if files != self.files:
+            self._keys.take_out(files)  # now, so that nothing of a task outlives it
         data = manifest_of(self.about, files)
         reserve = Reserve(self.path / RESERVE)
         try:

@@ -4,7 +4,7 @@ manifest.json                           what the store is, and the SHA-256 of ea
 tasks/<name>/<digest>.safetensors       one task
 .lock, .reserve                         held by who writes; room for a manifest on a disk that is full
 .sum                                    what tasks add up to (`slm_fast.kept_sum`), where there are many
-.keys                                   what routing computes of all tasks (`slm_fast.kept_keys`), once it was opened
+.keys                                   what routing computes of tasks (`slm_fast.kept_keys`), once it was opened
 """
 
 from __future__ import annotations
@@ -139,10 +139,9 @@ class StoreView:
             if not skip_damaged:
                 raise error
             warn(f"{error}; left out")
-        matches = keys is not None and keys.tasks == self._keys.tasks_digest(self.files)
         self.kept = Kept(
             None if later is None else partial(_summed, later, dict(self.files)),
-            keys.discriminant if keys and matches else None,
+            None if keys is None else self._keys.known(keys, self.files),
         )
         return [found[name] for name in sorted(self.files) if name in found]
 

@@ -51,6 +51,7 @@ LAYERS = (
         "tasks",
         "covariance",
         "scatter",
+        "sketch",
         "families",
         "identity",
         "given",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.dtkr import DtkrRouter
-from slm_fast.random_features import RandomFeatureRouter, drawn_means
+from slm_fast.random_features import RandomFeatureRouter
 from slm_fast.report.figures import Figure, Grid, Note, Points
 from slm_fast.router import GaussianRouter, Part, Router
 from slm_fast.tasks import LearnedTask
@@ -61,7 +61,7 @@ def keys_of(router: Router, tasks: Sequence[LearnedTask]) -> Keys:
     """All keys of a router that holds these tasks.
 
     Learned keys are compared as `dtkr` compares them with queries, by the mean cosine over groups; means in the
-    covariance of all tasks, from their centre (m_i' S^-1 m_j), which is what `gaussian` sees of them.
+    covariance of the tasks, from their centre (m_i' S^-1 m_j), which is what `gaussian` sees of them.
     """
     labels = {task.name: task.labels or () for task in tasks}
     owner: list[str] = []
@@ -78,9 +78,8 @@ def keys_of(router: Router, tasks: Sequence[LearnedTask]) -> Keys:
         unit = torch.nn.functional.normalize(grouped, dim=-1).flatten(1) / router.groups**0.5
         return Keys(owner, names, unit @ unit.T)
     assert isinstance(router, GaussianRouter)
-    is_drawn = isinstance(router, RandomFeatureRouter)
-    means = torch.cat([drawn_means(part) if is_drawn else part["mean"].double() for part in router.parts]).cpu()
-    gram = (means - means.mean(0)) @ router.keys.double().cpu().T
+    means = torch.cat([router.means(part) for part in router.parts]).cpu()
+    gram = (means - router.centre.double().cpu()) @ router.keys.double().cpu().T
     return Keys(owner, names, (gram + gram.T) / 2)
 
 
