@@ -110,6 +110,10 @@ class KnownKeys(NamedTuple):
             found.append((begin, end, place))
         return found
 
+    def is_of(self, names: Sequence[str], first: Sequence[int]) -> bool:
+        """Whether they are those of all these, as they are wanted."""
+        return self.rows.keys() == set(names) and self.runs(names, first) == [(0, len(self.discriminant[1]), 0)]
+
 
 class Kept(NamedTuple):
     """What is known of tasks together, so that a router need not compute it.

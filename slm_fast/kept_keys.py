@@ -1,8 +1,8 @@
 """What a gaussian router computes of tasks, kept in a file beside a store's manifest, so that opening reads it.
 
-    .keys   SHA-256 of what follows up to the biases [32 bytes]; SHA-256 of the tasks that are sampled [32]; MADE, how
-            many tasks N, means M and numbers of a query D there are [8 each]; zeros up to 128; N times SHA-256 of a
-            task's file, of two parts of it (`slm_fast.task_file.Digests`), of its biases and keys [32 each], and how
+    .keys   SHA-256 of what follows up to the biases [32 bytes]; SHA-256 of the tasks that are sampled [32]; how many
+            tasks N, means M and numbers of a query D there are, and MADE [8 each]; zeros up to 128; N times SHA-256 of
+            a task's file, of two parts of it (`slm_fast.task_file.Digests`), of its biases and keys [32 each], and how
             many means it has [8]; centre [D], bias [M] and keys [M, D] float32
 
 It is made of the tasks' files and nothing else, and may be deleted at any time. It may lack tasks. One that is damaged,
@@ -95,7 +95,7 @@ class KeysFile:
         """Write what these entries say of the keys that lie there."""
         centre, keys, bias = discriminant
         count = [entry.rows.stop - entry.rows.start for entry in entries]
-        head = HEAD.pack(b"", sample, MADE, len(entries), sum(count), len(centre))[32:].ljust(BEGIN - 32, b"\0")
+        head = HEAD.pack(b"", sample, len(entries), sum(count), len(centre), MADE)[32:].ljust(BEGIN - 32, b"\0")
         table = b"".join(
             ENTRY.pack(*map(bytes.fromhex, (entry.file, *entry.digests, entry.keys)), means)
             for entry, means in zip(entries, count, strict=True)
@@ -119,7 +119,7 @@ class KeysFile:
         try:
             whole = torch.from_file(str(self.path), size=self.path.stat().st_size, dtype=torch.uint8)
             data = memoryview(whole.numpy().data)
-            digest, sample, made, count, means, width = HEAD.unpack_from(data)
+            digest, sample, count, means, width, made = HEAD.unpack_from(data)
             numbers = BEGIN + ENTRY.size * count
             end = numbers + 4 * width
             if made != MADE or width == 0 or len(data) != end + 4 * (means + means * width):
@@ -135,10 +135,10 @@ class KeysFile:
         return KeptKeys(sample, entries, (centre, keys.view(means, width), bias))
 
     def known(self, kept: KeptKeys, files: Mapping[str, str]) -> KnownKeys | None:
-        """What is known of these tasks' keys; None where they are made with other tasks."""
-        if kept.sample != self.sample_digest(files):
-            return None
+        """What is known of these tasks' keys; None where they are made with others, or there are others among them."""
         rows = kept.rows
+        if kept.sample != self.sample_digest(files) or not rows.keys() <= set(files.values()):
+            return None
         return KnownKeys({name: rows[digest] for name, digest in files.items() if digest in rows}, kept.discriminant)
 
     def take_out(self, files: Mapping[str, str]) -> None:
@@ -161,7 +161,7 @@ class KeysFile:
         """Whether it is of other tasks than these, made with others or by another version, or nobody can tell."""
         try:
             with self.path.open("rb") as file:
-                _, sample, made, count, _, _ = HEAD.unpack(file.read(HEAD.size))
+                _, sample, count, _, _, made = HEAD.unpack(file.read(HEAD.size))
                 file.seek(BEGIN)
                 table = file.read(min(ENTRY.size * count, self.path.stat().st_size))
         except FileNotFoundError:
@@ -176,7 +176,7 @@ class KeysFile:
         """What is wrong with it beside these tasks: a line or none. One of another version is not used."""
         try:
             with self.path.open("rb") as file:
-                made = HEAD.unpack(file.read(HEAD.size))[2]
+                made = HEAD.unpack(file.read(HEAD.size))[-1]
         except FileNotFoundError:
             return []
         except (OSError, struct.error):

@@ -233,7 +233,7 @@ class GaussianRouter(Router):
         there = dict(zip(self.names, self.parts, strict=True))
         self.sketch = Sketch({name: there[name] for name in sampled(there)}, there, kept.summed)
         self._follows, self._known = False, kept.keys
-        self.is_kept = kept.keys is not None and kept.keys.rows.keys() == there.keys()
+        self.is_kept = kept.keys is not None and kept.keys.is_of(self.names, self.first_mean)
         if kept.keys is None:
             _ = self.scatter
         elif self.is_kept:

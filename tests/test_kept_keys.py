@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,8 @@ import torch
 from models import bits, make_slm, random_task, reopened
 from stores import broken_anywhere, die, fail
 
+import slm_fast.kept_keys
+import slm_fast.sketch
 from slm_fast import ScalableLM
 from slm_fast.files import locked
 from slm_fast.kept_keys import KeysFile
@@ -167,3 +171,129 @@ def test_a_commit_broken_anywhere_leaves_no_keys_of_other_tasks(begin: Path, act
         seen.add((there, "sea" in Store.open(path).files))
         assert Store.open(path).verify() == []
     assert seen == {(True, True), (False, True), (False, False)}
+
+
+# Of tasks outside the sample
+
+
+@pytest.fixture
+def of_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Covariance and centre are those of city, whose name has the lowest SHA-256 but for sky's."""
+    monkeypatch.setattr(slm_fast.sketch, "SAMPLED", 1)
+
+
+@pytest.fixture
+def sample_of_one(of_one_task: None, path: Path) -> Path:
+    (path / ".keys").unlink()
+    reopened(path)
+    assert keys_of(path)
+    return path
+
+
+def test_learning_outside_the_sample_leaves_the_keys_and_opening_computes_what_they_lack(
+    sample_of_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, computed = (sample_of_one / ".keys").read_bytes(), []
+    slm = reopened(sample_of_one)
+    slm.add(random_task(slm, "word"))
+    assert (sample_of_one / ".keys").read_bytes() == data
+    assert Store.open(sample_of_one).verify() == []
+    kind = type(slm.model.router)
+    means = kind.means
+    monkeypatch.setattr(kind, "means", lambda self, part: computed.append(len(part["mean"])) or means(self, part))
+    opened = reopened(sample_of_one)
+    assert len(computed) == 2  # city's for the centre, and word's
+    assert_same_bits(opened, slm)
+    assert_same_bits(opened, without_keys(sample_of_one, tmp_path / "without"))
+    assert keys_of(sample_of_one)
+    assert (sample_of_one / ".keys").read_bytes() == (tmp_path / "without" / ".keys").read_bytes()
+
+
+def test_forgetting_outside_the_sample_leaves_the_others_keys_and_nothing_of_the_task(
+    sample_of_one: Path, tmp_path: Path
+) -> None:
+    slm = reopened(sample_of_one)
+    own = slm.model.router.known_keys.rows["farm"]
+    traces = [part[own].numpy().tobytes() for part in slm.model.router.discriminant[1:]]
+    traces.append(bytes.fromhex(Store.open(sample_of_one).files["farm"]))
+
+    def found() -> list[bool]:
+        data = b"".join(file.read_bytes() for file in sample_of_one.rglob("*") if file.is_file())
+        return [trace in data for trace in traces]
+
+    assert found() == [True, True, True]
+    slm.forget("farm")
+    assert found() == [False, False, False]
+    assert keys_of(sample_of_one)
+    assert_same_bits(reopened(sample_of_one), slm)
+    assert_same_bits(slm, without_keys(sample_of_one, tmp_path / "without"))
+    assert (sample_of_one / ".keys").read_bytes() == (tmp_path / "without" / ".keys").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["learn", "forget"])
+def test_another_sample_removes_the_keys(sample_of_one: Path, tmp_path: Path, change: str) -> None:
+    slm = reopened(sample_of_one)
+    if change == "learn":
+        slm.add(random_task(slm, "sky"))
+    else:
+        slm.forget("city")
+    assert not (sample_of_one / ".keys").exists()
+    assert_same_bits(reopened(sample_of_one), without_keys(sample_of_one, tmp_path / "without"))
+    assert_same_bits(slm, reopened(sample_of_one))
+
+
+def test_keys_that_cannot_be_written_anew_are_removed(sample_of_one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        fail()
+
+    monkeypatch.setattr(slm_fast.kept_keys, "write", full)
+    Store.open(sample_of_one).commit(remove=["farm"])
+    assert not (sample_of_one / ".keys").exists()
+    assert Store.open(sample_of_one).verify() == []
+
+
+@pytest.mark.parametrize("act", [die, fail])
+def test_a_commit_outside_the_sample_broken_anywhere_leaves_keys_of_the_stores_tasks_alone(
+    begin: Path, of_one_task: None, act: Callable[[], object]
+) -> None:
+    (begin / ".keys").unlink()
+    reopened(begin)
+    farm, seen = Store.open(begin).files["farm"], set()
+    for path in broken_anywhere(begin, lambda store: store.commit(remove=["farm"]), act):
+        store = Store.open(path)
+        kept = file_of(store).read()
+        assert (kept is None) == (not (path / ".keys").exists())
+        rows = {} if kept is None else kept.rows
+        assert rows.keys() <= set(store.files.values())
+        assert store.verify() == []
+        seen.add((kept is not None, farm in rows, "farm" in store.files))
+        store.commit(remove=["sea"])
+        assert store.leftovers() == []
+        assert not (path / ".keys.part").exists()
+    assert seen >= {(True, True, True), (True, False, True), (True, False, False)}
+
+
+# Of an earlier version
+
+
+def test_keys_of_an_earlier_version_are_ignored_and_made_anew(path: Path) -> None:
+    """Those of a covariance of all tasks: SHA-256 of what follows and of the tasks, N, M, D, a table, and numbers."""
+    expected = (path / ".keys").read_bytes()
+    kept = file_of(Store.open(path)).read()
+    assert kept is not None
+    centre, keys, bias = kept.discriminant
+    head = struct.pack("<32sQQQ", b"\7" * 32, len(NAMES), *keys.shape).ljust(96, b"\0")
+    table = sorted((entry.file, *entry.digests) for entry in kept.entries)
+    rest = head + b"".join(bytes.fromhex(part) for entry in table for part in entry)
+    rest += b"".join(part.numpy().tobytes() for part in (2 * bias, centre, keys))
+    (path / ".keys").write_bytes(hashlib.sha256(rest).digest() + rest)
+    store = Store.open(path)
+    assert store.verify() == []
+    store.load()
+    assert store.kept.keys is None
+    assert path / ".keys" in store.leftovers()
+    shutil.copytree(path, path.parent / "changed")
+    Store.open(path.parent / "changed").commit(remove=["sea"])
+    assert not (path.parent / "changed" / ".keys").exists()
+    reopened(path)
+    assert (path / ".keys").read_bytes() == expected

@@ -26,6 +26,7 @@ from stores import (
     version,
 )
 
+import slm_fast.sketch
 from slm_fast import ScalableLM
 from slm_fast.covariance import ExactSum
 from slm_fast.errors import InputError, WorkError
@@ -212,6 +213,62 @@ def test_a_sum_that_names_a_task_that_the_manifest_does_not_is_neither_used_nor_
     assert (tmp_path / ".sum") in opened.leftovers()
     store.commit(add=[C])
     assert not (tmp_path / ".sum").exists()
+
+
+# Of sampled tasks
+
+
+@pytest.fixture
+def of_two_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Covariance and centre are those of sky and city, whose names have the lowest SHA-256; sea's is next."""
+    monkeypatch.setattr(slm_fast.sketch, "SAMPLED", 2)
+
+
+def names_in_sum(path: Path) -> set[str]:
+    there = SumFile(path / ".sum", Store.open(path).about).tasks()
+    return {name for name, digest in Store.open(path).files.items() if digest in (there or ())}
+
+
+def test_a_sum_of_all_tasks_as_earlier_versions_wrote_it_opens_right_and_is_made_anew(
+    path: Path, of_two_tasks: None
+) -> None:
+    assert names_in_sum(path) == set(NAMES)
+    assert Store.open(path).verify() == []
+    slm = reopened(path)
+    assert names_in_sum(path) == {"city", "sky"}
+    assert_as_without_a_sum(path, slm)
+
+
+def test_what_enters_and_leaves_the_sample_alone_changes_the_sum(path: Path, of_two_tasks: None) -> None:
+    slm = reopened(path)
+    before = slm.model.router.scatter
+    data = (path / ".sum").read_bytes()
+    slm.add(random_task(slm, "word"))
+    slm.forget("farm")
+    assert slm.model.router.scatter is before
+    assert (path / ".sum").read_bytes() == data
+    slm.forget("sky")
+    assert names_in_sum(path) == {"city", "sea"}  # sky's is gone at once
+    assert Store.open(path).verify() == []
+    assert_as_without_a_sum(path, slm)
+
+
+def test_a_task_that_left_the_sample_is_in_the_sum_until_it_is_forgotten(
+    path: Path, of_two_tasks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "unsummed", 3)
+    slm = reopened(path)
+    slm.forget("sky")
+    slm.add(random_task(slm, "sky"))  # sea leaves the sample again; one is not many
+    assert names_in_sum(path) == {"city", "sea"}
+    other = reopened(path)
+    assert other.model.router.sketch.parts.keys() == {"city", "sky"}
+    Store.open(path).commit(remove=["sea"])
+    assert "sea" not in names_in_sum(path)
+    assert Store.open(path).verify() == []
+    other.refresh()
+    slm.refresh()
+    assert_as_without_a_sum(path, slm, other)
 
 
 # What is read when it is used first
