@@ -17,6 +17,7 @@ PERCENTILES = 101
 ALIKE = 2.0**-18  # how far apart, of their size, rounding may leave two float32 queries of one text
 COARSE, FINE = 2.0**10, 2.0**56  # one over the units of the two planes
 ROWS_AT_ONCE, NUMBERS_AT_ONCE = 4096, 1 << 15
+BLOCK = 256
 LARGEST_TERM, LARGEST_PLANE = 2.0**52, 2**62
 
 
@@ -246,6 +247,20 @@ def factorised(full: Tensor) -> Tensor:
         if not failed:
             return lower
     raise WorkError("scatter: expected a positive definite covariance, got one that is not")
+
+
+def products(rows: Sequence[Tensor], symmetric: Tensor) -> list[Tensor]:
+    """Each of some matrices [M, D] times a symmetric one [D, D].
+
+    Each by itself, so that its bits do not depend on what else is asked for; all with a block of the other that stays
+    in the caches, which takes a third of the time.
+    """
+    found = [torch.empty_like(own) for own in rows]
+    for begin in range(0, len(symmetric), BLOCK):
+        block = symmetric[begin : begin + BLOCK].T
+        for own, product in zip(rows, found, strict=True):
+            product[:, begin : begin + BLOCK] = own @ block
+    return found
 
 
 def is_scatter(scatter: Tensor) -> bool:

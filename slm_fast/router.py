@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -28,6 +28,7 @@ from slm_fast.covariance import (
     moments,
     pack,
     percentiles,
+    products,
     share_below,
     unpack,
     whitener,
@@ -38,6 +39,7 @@ from slm_fast.ops.retrieve import PreparedKeys
 from slm_fast.sketch import Sketch, sampled
 
 Part = Mapping[str, Tensor]  # what one task's file holds for its router
+TASKS_AT_ONCE = 32  # whose keys are computed
 WHITENER_BYTES = 256 << 20  # what the covariances kept for distances may take
 
 
@@ -296,14 +298,19 @@ class GaussianRouter(Router):
             for begin, end, place in known.runs(self.names, first):
                 for part, old in ((keys, known.discriminant[1]), (bias, known.discriminant[2])):
                     part[begin:end] = old[place : place + end - begin]
-        if new:
-            inverse, middle = self._inverse(keep=self._follows and known is not None), self._centre()
-            for i in new:  # each by itself, so that its bits follow from no other's rows
-                centred, own = self.means(self.parts[i]) - middle, slice(*first[i : i + 2])
-                solved = centred @ inverse
-                keys[own], bias[own] = solved.float(), (-0.5 * (solved * centred).sum(1)).float()
+        for i, own_keys, own_bias in self._computed(new, keep=self._follows and known is not None):
+            keys[first[i] : first[i + 1]], bias[first[i] : first[i + 1]] = own_keys, own_bias
         self._known = None  # so that all are held once
         return centre, keys, bias
+
+    def _computed(self, tasks: Sequence[int], *, keep: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each of some tasks with the keys [M, D] and biases [M] of its means. keep: the inverse, with the sample."""
+        inverse = self._inverse(keep=keep) if tasks else torch.empty(0)
+        for begin in range(0, len(tasks), TASKS_AT_ONCE):
+            some = tasks[begin : begin + TASKS_AT_ONCE]
+            centred = [self.means(self.parts[i]) - self._centre() for i in some]
+            for i, apart, keys in zip(some, centred, products(centred, inverse), strict=True):
+                yield i, keys.float(), (-0.5 * (keys * apart).sum(1)).float()
 
     def _centre(self) -> Tensor:
         """The mean [D] float64 of the sampled tasks' means."""
@@ -315,7 +322,7 @@ class GaussianRouter(Router):
         """That [D, D] float64 of the sampled tasks' covariance, kept with them if that is said."""
         found = self.sketch.inverse
         if found is None:
-            found = torch.cholesky_inverse(self._lower())
+            found = torch.cholesky_inverse(self._lower()).T  # which is the same, with rows that lie together
             self.sketch.inverse = found if keep else None
         return found
 
@@ -347,13 +354,10 @@ class GaussianRouter(Router):
     @cached_property
     def prepared(self) -> PreparedKeys:
         """The keys and whose each of them is."""
-        key_slots, first, most = [], 0, 1
-        for part in self.parts:
-            slot = self.mean_slot(part)
-            key_slots.append(slot + first)
-            first += int(slot[-1]) + 1
-            most = max(most, int(slot.bincount().max()))
-        return PreparedKeys(self.keys, 1, None, torch.cat(key_slots).to(self.device), most)
+        slot, first = torch.cat([self.mean_slot(part) for part in self.parts]), torch.tensor(self.first_mean)
+        many = slot[first[1:] - 1] + 1  # slots of each task
+        key_slot = slot + (many.cumsum(0) - many).repeat_interleave(first.diff())
+        return PreparedKeys(self.keys, 1, None, key_slot.to(self.device), int(key_slot.bincount().max()))
 
     def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
         if check:
