@@ -281,6 +281,18 @@ def mahalanobis(query: Tensor, mean: Tensor, lower: Tensor) -> Tensor:
     return torch.cdist(white_query, white_mean).amin(1)
 
 
+def held_out_distances(query: Tensor, slots: int, seed: int, labels: Tensor | None) -> Tensor:
+    """How far training queries [N, D] are from what half of the others say, [N], in no order: those of rows from a fit
+    to themselves would be too small. Each label's rows are dealt out to both halves, in whatever order they stand."""
+    rows = torch.arange(len(query)) if labels is None else labels.argsort(stable=True)
+    halves = (rows[0::2], rows[1::2]) if len(query) >= 4 * slots else (rows, rows)
+    found = []
+    for fitted, held_out in (halves, halves[::-1]):
+        half = moments(query[fitted], slots, seed, None if labels is None else labels[fitted])
+        found.append(mahalanobis(query[held_out], half.mean, whitener(half.rows, half.mean, half.scatter)))
+    return torch.cat(found)
+
+
 def percentiles(distance: Tensor) -> Tensor:
     """[N] -> [101] float32: percentiles 0, 1, ..., 100."""
     return torch.quantile(distance.double(), torch.linspace(0, 1, PERCENTILES, dtype=torch.float64)).float()

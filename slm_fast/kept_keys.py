@@ -76,9 +76,11 @@ class KeysFile:
     about: Mapping[str, Any]
 
     def sample_digest(self, files: Mapping[str, str]) -> bytes:
-        """Of the model, and the names and files of those of these tasks that are sampled."""
-        digest = hashlib.sha256(model_digest(self.about))
-        for name in sampled(files):
+        """Of the model, the names and files of those of these tasks that are sampled, and whether there are others,
+        without which keys are computed together."""
+        own = sampled(files)
+        digest = hashlib.sha256(model_digest(self.about) + bytes([len(files) > len(own)]))
+        for name in own:
             digest.update(f"{name}\n{files[name]}\n".encode())
         return digest.digest()
 

@@ -113,6 +113,9 @@ class RandomFeatureRouter(GaussianRouter):
     def _lower(self) -> Tensor:
         return (self.sketch.pooled or self._pooled()).lower
 
+    def _solved(self, lower: Tensor, rows: Tensor) -> Tensor:
+        return torch.cholesky_solve(rows.T, lower).T
+
     @cached_property
     def label_of_mean(self) -> tuple[Tensor, Tensor]:
         """Of each mean: the place of its task, and the number of its label there (-1 for none), [M] int64 each."""

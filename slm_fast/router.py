@@ -11,7 +11,7 @@ from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from slm_fast.covariance import (
     ExactSum,
     Kept,
     KnownKeys,
+    held_out_distances,
     mahalanobis,
     moments,
     pack,
@@ -39,7 +40,8 @@ from slm_fast.ops.retrieve import PreparedKeys
 from slm_fast.sketch import Sketch, sampled
 
 Part = Mapping[str, Tensor]  # what one task's file holds for its router
-TASKS_AT_ONCE = 32  # whose keys are computed
+TASKS_AT_ONCE = 32  # whose keys are computed, each by itself
+MEANS_AT_ONCE = 4096  # of which keys are computed together
 WHITENER_BYTES = 256 << 20  # what the covariances kept for distances may take
 
 
@@ -181,11 +183,10 @@ class GaussianRouter(Router):
     that the oracle-approximating formula of Chen, Wiesel, Eldar & Hero (2010) gives. Distance is Mahalanobis (Lee et
     al. 2018) in the task's own covariance, so that it does not change when other tasks are learned.
 
-    Covariance and centre are of at most 512 tasks, which follow from the names (`slm_fast.sketch`). A task that is none
-    of them and comes or goes costs its own keys: a product [M, D] [D, D] for its M means, and, for the first one, the
-    inverse. Where those 512 change, or all tasks are among them, the next route costs a Cholesky factor and an inverse
-    of [D, D] and such a product for each task. Each task's keys are a product of its own, so that their bits follow
-    from its means and those 512; scatters are summed exactly and means stand in name order: no history shows in them.
+    Covariance and centre are of at most 512 tasks, which follow from the names (`slm_fast.sketch`). One of these costs
+    its scatter's D (D + 1) / 2 numbers, and the next route a Cholesky factor of [D, D] and a product [P, D] [D, D]. One
+    of the others costs its own keys, [M, D] [D, D], which are a product of its own, so that their bits follow from its
+    means and those 512. Scatters are summed exactly and means stand in name order, so no history shows in them.
     whiteners: task name -> the factor [D, D] of its covariance, of those whose distance was asked for last.
     """
 
@@ -199,21 +200,12 @@ class GaussianRouter(Router):
         check_finite(query)
         query = query.double().cpu()
         whole = moments(query, slots, seed, labels)
-        # Held-out distances: those of training rows from a fit to themselves would be too small.
-        # Each label's rows are dealt out to both halves, in whatever order the labels stand.
-        rows = torch.arange(len(query)) if labels is None else labels.argsort(stable=True)
-        halves = (rows[0::2], rows[1::2]) if len(query) >= 4 * slots else (rows, rows)
-        distances = []
-        for fitted, held_out in (halves, halves[::-1]):
-            own = None if labels is None else labels[fitted]
-            half = moments(query[fitted], slots, seed, own)
-            distances.append(mahalanobis(query[held_out], half.mean, whitener(half.rows, half.mean, half.scatter)))
         return {
             "count": whole.rows.float(),
             "mean": whole.mean.float(),
             "mean_slot": whole.slot.float(),
             "scatter": pack(whole.scatter).float(),
-            "distance": percentiles(torch.cat(distances)),
+            "distance": percentiles(held_out_distances(query, slots, seed, labels)),
         }
 
     def slots(self, part: Part) -> int:
@@ -244,8 +236,7 @@ class GaussianRouter(Router):
 
     @property
     def scatter(self) -> ExactSum:
-        """The sum of the sampled tasks' scatters. Where keys were kept only those who need others or measure distances
-        need it."""
+        """The sum of the sampled tasks' scatters: for new keys, and for distances."""
         return self.sketch.scatter
 
     def with_part(self, name: str, part: Part) -> GaussianRouter:
@@ -265,7 +256,7 @@ class GaussianRouter(Router):
         there = dict(zip(self.names, self.parts, strict=True))
         self.sketch = before.sketch.changed({name: there[name] for name in sampled(there)})
         self.whiteners = {name: lower for name, lower in dict(before.whiteners).items() if name in there}
-        if self.sketch is before.sketch and (known := before.known_keys) is not None:
+        if self.sketch is before.sketch and before._has_others and (known := before.known_keys) is not None:
             rows = {name: place for name, place in known.rows.items() if name in there}
             self._known = KnownKeys(rows, known.discriminant)
         self._follows = True
@@ -275,8 +266,8 @@ class GaussianRouter(Router):
         """Those that were computed, of all tasks or of some."""
         if "discriminant" not in vars(self):
             return self._known
-        first = self.first_mean
-        return KnownKeys({name: slice(*first[i : i + 2]) for i, name in enumerate(self.names)}, self.discriminant)
+        rows = {name: slice(*own) for name, own in zip(self.names, pairwise(self.first_mean), strict=True)}
+        return KnownKeys(rows, self.discriminant)
 
     @cached_property
     def first_mean(self) -> list[int]:
@@ -289,7 +280,7 @@ class GaussianRouter(Router):
         """Centre [D], and of all means keys [M, D] and bias [M]. Queries are measured from the centre of the means.
         That adds the same to all scores of a query, so no route changes, and float32 keeps more of their
         differences."""
-        first, known = self.first_mean, self._known
+        first, known = self.first_mean, self._known if self._has_others else None
         rows = {} if known is None else known.rows
         new = [i for i, name in enumerate(self.names) if name not in rows]
         centre = (self._centre().float() if known is None else known.discriminant[0]).to(self.device)
@@ -298,7 +289,8 @@ class GaussianRouter(Router):
             for begin, end, place in known.runs(self.names, first):
                 for part, old in ((keys, known.discriminant[1]), (bias, known.discriminant[2])):
                     part[begin:end] = old[place : place + end - begin]
-        for i, own_keys, own_bias in self._computed(new, keep=self._follows and known is not None):
+        keep = self._follows and known is not None
+        for i, own_keys, own_bias in self._computed(new, keep=keep) if self._has_others else self._together():
             keys[first[i] : first[i + 1]], bias[first[i] : first[i + 1]] = own_keys, own_bias
         self._known = None  # so that all are held once
         return centre, keys, bias
@@ -311,6 +303,23 @@ class GaussianRouter(Router):
             centred = [self.means(self.parts[i]) - self._centre() for i in some]
             for i, apart, keys in zip(some, centred, products(centred, inverse), strict=True):
                 yield i, keys.float(), (-0.5 * (keys * apart).sum(1)).float()
+
+    @property
+    def _has_others(self) -> bool:
+        """Whether there are tasks that are not sampled."""
+        return len(self.names) > len(self.sketch.parts)
+
+    def _together(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """As `_computed`, all tasks. Where all are sampled a change changes all keys, and this takes less time."""
+        apart, lower = torch.cat([self.means(part) for part in self.parts]) - self._centre(), self._lower()
+        keys = torch.cat([self._solved(lower, rows) for rows in apart.split(MEANS_AT_ONCE)])
+        bias = -0.5 * (keys * apart).sum(1)
+        for i, (begin, end) in enumerate(pairwise(self.first_mean)):
+            yield i, keys[begin:end].float(), bias[begin:end].float()
+
+    def _solved(self, lower: Tensor, rows: Tensor) -> Tensor:
+        """Rows [M, D] times the inverse of the covariance whose factor is `lower`."""
+        return rows @ torch.cholesky_inverse(lower)
 
     def _centre(self) -> Tensor:
         """The mean [D] float64 of the sampled tasks' means."""
