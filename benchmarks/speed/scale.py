@@ -8,7 +8,8 @@ thread, as the machine may be shared, in a process of its own for each row; `ano
 holds once it has answered, of its own and of files that the kernel may take back. Rows/s are of texts of the
 demonstration with given tasks, drawn from all with frequencies as Zipf's law has them (exponent 1) or alike. `tenth`:
 with room for a tenth of the tasks' values (`device_memory`), of stores of 100 tasks and more. `first open`: nothing is
-kept of the tasks together. `open`: all is. `open changed`: some tasks were forgotten and learned anew since.
+kept of the tasks together. `open`: all is. `open changed`: some tasks were forgotten and learned anew since. `answer
+learned`, `answer forgotten`: two rows, once a task more or less is there, and routing looks at that.
 """
 
 from __future__ import annotations
@@ -131,7 +132,9 @@ def measure(folder: Path, steps: str) -> dict[str, str]:
         found["again"] = seconds(lambda: slm.predict(rows))[0]
         kept = memory()
         found["learn"] = seconds(lambda: slm.add(task))[0]
+        found["answer learned"] = seconds(lambda: slm.predict(rows))[0]
         found["forget"] = seconds(lambda: slm.forget(task.name))[0]
+        found["answer forgotten"] = seconds(lambda: slm.predict(rows))[0]
         some = slm.tasks[os.getpid() % len(slm.tasks)]  # not always one that was learned anew after the sum was kept
         found["forget old"] = seconds(lambda: slm.forget(some))[0]
     if "traffic" in steps:
