@@ -166,7 +166,7 @@ def test_the_route_is_found_once_a_row_whatever_the_length_of_its_text(name):
     farm_and_sea(slm)
     routed: list[int] = []
     find = slm.model.route
-    slm.model.route = lambda query, *args: routed.append(len(query)) or find(query, *args)
+    slm.model.route = lambda query, *args, **options: routed.append(len(query)) or find(query, *args, **options)
     slm.predict(mixed_texts(20), batch_size=6, max_new_tokens=12)
     assert sum(routed) == 20
 
