@@ -72,3 +72,16 @@ class Recorder:
             return tree_map(current, result)
 
         return replay
+
+
+def cannot_be_captured(model: torch.nn.Module, recorder: Recorder, when: str) -> None:
+    """Let a model wait for the device ("waits"), or the capture of it fail."""
+    if when == "waits":
+        model.register_forward_pre_hook(lambda module, args: bool(torch.ones(1).sum() > 0) and None)
+        return
+
+    def refuse(step: Step) -> Step:
+        step()
+        raise RuntimeError("the graph waits for the device\nmore lines")
+
+    recorder.capture = refuse  # type: ignore[method-assign]

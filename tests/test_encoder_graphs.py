@@ -13,7 +13,7 @@ from models import (
     mixed_texts,
     one_thread,  # noqa: F401
 )
-from recorder import Recorder
+from recorder import Recorder, cannot_be_captured
 
 from slm_fast import PredictOptions, ScalableLM, cuda_graphs, encoder_graphs
 from slm_fast.batching import few_shapes, length_buckets
@@ -80,15 +80,7 @@ def test_tasks_that_come_and_go_are_seen(recorder, monkeypatch):
 @pytest.mark.parametrize("when", ["waits", "capture"])
 def test_where_a_pass_cannot_be_captured_rows_are_answered_all_the_same(when, recorder, monkeypatch):
     slm, texts = known("bert"), mixed_texts(20)
-    if when == "waits":
-        slm.model.backbone.model.register_forward_pre_hook(lambda module, args: bool(torch.ones(1).sum() > 0) and None)
-    else:
-
-        def refuse(step: cuda_graphs.Step) -> cuda_graphs.Step:
-            step()
-            raise RuntimeError("the graph waits for the device\nmore lines")
-
-        monkeypatch.setattr(recorder, "capture", refuse)
+    cannot_be_captured(slm.model.backbone.model, recorder, when)
     with pytest.warns(UserWarning, match=r"passes without CUDA graphs, which are slower: .* waits for the device$"):
         found = slm.predict(texts, batch_size=5)
     assert (recorder.tried, recorder.replayed) == (1, 0)

@@ -20,7 +20,7 @@ from models import (
     one_thread,  # noqa: F401
     sentence,
 )
-from recorder import Recorder
+from recorder import Recorder, cannot_be_captured
 
 from slm_fast import PredictOptions, ScalableLM, cuda_graphs, generate, kv_cache, ops
 from slm_fast.data import Row
@@ -103,15 +103,7 @@ def test_rows_that_join_later_and_columns_that_move_are_seen_by_steps_captured_b
 def test_where_a_step_cannot_be_captured_texts_are_written_all_the_same(name, when, recorder, monkeypatch):
     slm = make_slm(name)
     farm_and_sea(slm)
-    if when == "waits":
-        slm.model.backbone.model.register_forward_pre_hook(lambda module, args: bool(torch.ones(1).sum() > 0) and None)
-    else:
-
-        def refuse(step: cuda_graphs.Step) -> cuda_graphs.Step:
-            step()
-            raise RuntimeError("the graph waits for the device\nmore lines")
-
-        monkeypatch.setattr(recorder, "capture", refuse)
+    cannot_be_captured(slm.model.backbone.model, recorder, when)
     texts = mixed_texts(12)
     with pytest.warns(UserWarning, match=r"writing without CUDA graphs, which is slower: .* waits for the device$"):
         answers = slm.predict(texts, batch_size=12, max_new_tokens=8)
