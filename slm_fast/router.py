@@ -183,10 +183,10 @@ class GaussianRouter(Router):
     that the oracle-approximating formula of Chen, Wiesel, Eldar & Hero (2010) gives. Distance is Mahalanobis (Lee et
     al. 2018) in the task's own covariance, so that it does not change when other tasks are learned.
 
-    Covariance and centre are of at most 512 tasks, which follow from the names (`slm_fast.sketch`). One of these costs
-    its scatter's D (D + 1) / 2 numbers, and the next route a Cholesky factor of [D, D] and a product [P, D] [D, D]. One
-    of the others costs its own keys, [M, D] [D, D], which are a product of its own, so that their bits follow from its
-    means and those 512. Scatters are summed exactly and means stand in name order, so no history shows in them.
+    Covariance and centre are of all tasks up to 2,048, beyond of 512 that follow from the names (`slm_fast.sketch`).
+    One of these costs its scatter's D (D + 1) / 2 numbers, and the next route a Cholesky factor of [D, D] and a product
+    [P, D] [D, D]; one of the others its own keys, [M, D] [D, D], by a product of their own, so that their bits follow
+    from its means and those 512. Scatters are summed exactly and means stand in name order: no history shows in them.
     whiteners: task name -> the factor [D, D] of its covariance, of those whose distance was asked for last.
     """
 

@@ -17,16 +17,20 @@ from slm_fast.scatter import scatter_of
 
 Parts = Mapping[str, Mapping[str, Tensor]]  # what tasks' files hold for their router, by name
 SAMPLED = 512  # tasks; so many say what rows around their means are like as well as all do
+ALL = 2048  # up to so many all are sampled: to compute all their keys together takes less time than each by itself
 
 
 def sampled(names: Iterable[str]) -> list[str]:
     """The tasks that covariance and centre are of, in the order of their names: the SAMPLED whose names have the lowest
-    SHA-256, all where there are no more.
+    SHA-256, but all of them up to ALL.
 
     A bottom-k sketch (Cohen & Kaplan 2007): as good as drawn at random, and yet it follows from the names that there
     are, whatever came and went before. A task that comes or goes changes at most one that is in it for another; and if
     it is not in it, it changes no other task's keys, so that its cost does not grow with their number.
     """
+    names = list(names)
+    if len(names) <= ALL:
+        return sorted(names)
     return sorted(heapq.nsmallest(SAMPLED, names, key=lambda name: hashlib.sha256(name.encode()).digest()))
 
 

@@ -180,6 +180,7 @@ def test_a_commit_broken_anywhere_leaves_no_keys_of_other_tasks(begin: Path, act
 def of_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """Covariance and centre are those of city, whose name has the lowest SHA-256 but for sky's."""
     monkeypatch.setattr(slm_fast.sketch, "SAMPLED", 1)
+    monkeypatch.setattr(slm_fast.sketch, "ALL", 1)
 
 
 @pytest.fixture

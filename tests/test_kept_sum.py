@@ -222,6 +222,7 @@ def test_a_sum_that_names_a_task_that_the_manifest_does_not_is_neither_used_nor_
 def of_two_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Covariance and centre are those of sky and city, whose names have the lowest SHA-256; sea's is next."""
     monkeypatch.setattr(slm_fast.sketch, "SAMPLED", 2)
+    monkeypatch.setattr(slm_fast.sketch, "ALL", 2)
 
 
 def names_in_sum(path: Path) -> set[str]:

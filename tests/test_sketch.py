@@ -29,6 +29,7 @@ INSIDE = BY_HASH[:3]
 @pytest.fixture(autouse=True)
 def of_three_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slm_fast.sketch, "SAMPLED", 3)
+    monkeypatch.setattr(slm_fast.sketch, "ALL", 3)
 
 
 def new_router(kind: str, width: int) -> GaussianRouter:
@@ -91,6 +92,11 @@ def test_a_name_more_changes_at_most_one_that_is_in_the_sample_for_another() -> 
         assert (len(after - before), after - before) in ((0, set()), (1, {names[i]}))
         changed += before != after
     assert 1 <= changed <= 20  # of the n-th 3 / n
+
+
+def test_up_to_all_tasks_are_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slm_fast.sketch, "ALL", 7)
+    assert [len(sampled(NAMES[:n])) for n in range(10)] == [0, 1, 2, 3, 4, 5, 6, 7, 3, 3]
 
 
 # Histories
