@@ -28,8 +28,8 @@ from slm_fast.tokenization import Encoded
 MOST_SHAPES = 64  # kept; the one that was not used for longest goes first
 
 
-class Pooled(NamedTuple):
-    """What a pass gives."""
+class EncoderOutput(NamedTuple):
+    """What a pass gives: `model.Output`, and what heads read of it."""
 
     mean: Tensor  # [B, H] float32, of the last hidden states of real tokens
     hidden: Tensor | None  # [B, T, H], all of them; None where no head reads them
@@ -92,7 +92,7 @@ class EncoderGraphs:
 
     def forward(
         self, model: AdaptedModel, batch: Encoded, route: Route | None, slot_mask: Tensor | None
-    ) -> Pooled | None:
+    ) -> EncoderOutput | None:
         """What the module's `forward` gives; None where it is not by a graph."""
         if self._pool is None or self._pool() is not model.pool:  # what graphs read of the last one may be gone
             self._pool, self.graphs = weakref.ref(model.pool), graphs_on(model.backbone.device)
@@ -123,7 +123,7 @@ class EncoderGraphs:
         # Of all graphs in the same memory.
         mean, ids, weights, *others = (part[:rows].clone() for part in found)
         hidden = others.pop()[:, :columns] if _reads_hidden(model) else None
-        return Pooled(mean, hidden, others.pop() if others else None, Route(ids, weights), route is not None)
+        return EncoderOutput(mean, hidden, others.pop() if others else None, Route(ids, weights), route is not None)
 
     def _shape(
         self, model: AdaptedModel, batch: Encoded, route: Route | None, slot_mask: Tensor | None
@@ -162,7 +162,9 @@ def _pass(model: AdaptedModel, buffers: Buffers) -> tuple[Tensor, ...]:
 _graphs: weakref.WeakKeyDictionary[AdaptedModel, EncoderGraphs] = weakref.WeakKeyDictionary()
 
 
-def forward(model: AdaptedModel, batch: Encoded, route: Route | None = None, slot_mask: Tensor | None = None) -> Pooled:
+def forward(
+    model: AdaptedModel, batch: Encoded, route: Route | None = None, slot_mask: Tensor | None = None
+) -> EncoderOutput:
     """`AdaptedModel.forward` for rows that wait for their answers; of an encoder-only backbone on a GPU by CUDA graphs.
 
     The caller has to look whether queries are finite if what it gets is not `checked`.
@@ -174,4 +176,4 @@ def forward(model: AdaptedModel, batch: Encoded, route: Route | None = None, slo
         if found is not None:
             return found
         hidden, query, route = model.forward(batch, route, slot_mask=slot_mask)
-    return Pooled(TrunkQuery.pool(hidden, batch.attention_mask), hidden, query, route, True)
+    return EncoderOutput(TrunkQuery.pool(hidden, batch.attention_mask), hidden, query, route, True)

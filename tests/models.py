@@ -224,6 +224,13 @@ def farm_and_sea(slm: ScalableLM) -> list[LearnedTask]:
     return tasks
 
 
+def on_gpu(name: str) -> ScalableLM:
+    """A model on a GPU that knows farm and sea."""
+    slm = ScalableLM.from_backbone(make_model(name).cuda(), tokenizer=make_tokenizer(name))
+    farm_and_sea(slm)
+    return slm
+
+
 def mixed_texts(count: int, seed: int = 0) -> list[str]:
     """Texts of those two topics, from one word to thirty."""
     rng = random.Random(seed)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from slm_fast.cuda_graphs import Step
+from slm_fast.cuda_graphs import Graphs, Step
 from slm_fast.loading import masks_not_looked_at
 
 aten = torch.ops.aten
@@ -72,6 +72,21 @@ class Recorder:
             return tree_map(current, result)
 
         return replay
+
+
+class Counted(Graphs):
+    """Graphs of a GPU, whose replays are counted."""
+
+    replayed = 0
+
+    def capture(self, step: Step) -> Step:
+        replay = super().capture(step)
+
+        def counted() -> Any:
+            Counted.replayed += 1
+            return replay()
+
+        return counted
 
 
 def cannot_be_captured(model: torch.nn.Module, recorder: Recorder, when: str) -> None:

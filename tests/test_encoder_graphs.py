@@ -7,15 +7,14 @@ import torch
 from models import (
     farm_and_sea,
     learned,
-    make_model,
     make_slm,
-    make_tokenizer,
     mixed_texts,
+    on_gpu,
     one_thread,  # noqa: F401
 )
-from recorder import Recorder, cannot_be_captured
+from recorder import Counted, Recorder, cannot_be_captured
 
-from slm_fast import PredictOptions, ScalableLM, cuda_graphs, encoder_graphs
+from slm_fast import PredictOptions, ScalableLM, encoder_graphs
 from slm_fast.batching import few_shapes, length_buckets
 from slm_fast.data import Row
 from slm_fast.predict import answer
@@ -115,27 +114,16 @@ def test_rows_are_cut_into_batches_of_few_shapes():
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def on_gpu(name: str) -> ScalableLM:
-    slm = ScalableLM.from_backbone(make_model(name).cuda(), tokenizer=make_tokenizer(name))
-    farm_and_sea(slm)
-    return slm
-
-
 @needs_gpu
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_gpu_replays_what_it_computes_pass_by_pass(name, monkeypatch):
-    texts, replayed = mixed_texts(200), []
-
-    class Counted(cuda_graphs.Graphs):
-        def capture(self, step: cuda_graphs.Step) -> cuda_graphs.Step:
-            replay = super().capture(step)
-            return lambda: replayed.append(1) or replay()
+    texts, before = mixed_texts(200), Counted.replayed
 
     found = []
     for kind in (Counted, lambda device: None):
         monkeypatch.setattr(encoder_graphs, "graphs_on", kind)
         found.append(on_gpu(name).predict(texts, batch_size=8))
-    assert len(replayed) > 5
+    assert Counted.replayed > before + 5
     same(*found)
 
 

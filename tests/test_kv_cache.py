@@ -13,14 +13,13 @@ from models import (
     GENERATORS,
     WRITERS,
     farm_and_sea,
-    make_model,
     make_slm,
-    make_tokenizer,
     mixed_texts,
+    on_gpu,
     one_thread,  # noqa: F401
     sentence,
 )
-from recorder import Recorder, cannot_be_captured
+from recorder import Counted, Recorder, cannot_be_captured
 
 from slm_fast import PredictOptions, ScalableLM, cuda_graphs, generate, kv_cache, ops
 from slm_fast.data import Row
@@ -143,21 +142,10 @@ def test_columns_are_rounded_to_few_numbers_and_by_little():
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def on_gpu(name: str) -> ScalableLM:
-    slm = ScalableLM.from_backbone(make_model(name).cuda(), tokenizer=make_tokenizer(name))
-    farm_and_sea(slm)
-    return slm
-
-
 @needs_gpu
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_gpu_replays_what_it_computes_step_by_step(name, monkeypatch):
-    slm, texts, replayed = on_gpu(name), mixed_texts(20), []
-
-    class Counted(cuda_graphs.Graphs):
-        def capture(self, step: cuda_graphs.Step) -> cuda_graphs.Step:
-            replay = super().capture(step)
-            return lambda: replayed.append(1) or replay()
+    slm, texts, before = on_gpu(name), mixed_texts(20), Counted.replayed
 
     class StepByStep(cuda_graphs.Graphs):
         def capture(self, step: cuda_graphs.Step) -> cuda_graphs.Step:
@@ -167,7 +155,7 @@ def test_a_gpu_replays_what_it_computes_step_by_step(name, monkeypatch):
     for kind in (Counted, StepByStep):
         monkeypatch.setattr(kv_cache, "graphs_on", kind)
         found.append([(a.text, a.route.slots) for a in slm.predict(texts, batch_size=6, max_new_tokens=11)])
-    assert len(replayed) > 20
+    assert Counted.replayed > before + 20
     assert found[0] == found[1]
 
 
