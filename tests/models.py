@@ -336,5 +336,14 @@ def easy(name: str, rows: int = 48, seed: int = 0) -> Task:
     )
 
 
+def tasks_as_files(folder: Path, names: Sequence[str]) -> None:
+    """A small BERT in `bert`, and a file of rows a task, of unlike sizes."""
+    make_model("bert").save_pretrained(folder / "bert")
+    make_tokenizer("bert").save_pretrained(folder / "bert")
+    for i, name in enumerate(names):
+        rows = [f"{row.text},{row.target}\n" for row in easy(name, 12 + 7 * i).rows]
+        (folder / f"{name}.csv").write_text("text,label\n" + "".join(rows))
+
+
 def replace_options(data: bytes) -> bytes:
     return data[8 + int.from_bytes(data[:8], "little") :]  # the tensors, without the header that names the options

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from command import one_line, slm_fast
-from models import easy, make_model, make_tokenizer, one_thread  # noqa: F401
+from models import easy, one_thread, tasks_as_files  # noqa: F401
 from stores import finish, start, tree
 from test_data import write_csv
 
@@ -31,11 +31,7 @@ NAMES = ("farm", "sea", "sky", "city")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone, files of tasks of unlike sizes, and a store that one process made of them."""
     folder = tmp_path_factory.mktemp("jobs")
-    make_model("bert").save_pretrained(folder / "bert")
-    make_tokenizer("bert").save_pretrained(folder / "bert")
-    for i, name in enumerate(NAMES):
-        rows = easy(name, 12 + 7 * i).rows
-        write_csv(folder / f"{name}.csv", *((row.text, row.target or "") for row in rows))
+    tasks_as_files(folder, NAMES)
     done = slm_fast(*call(folder, "one"))
     assert done.returncode == 0, done.stderr
     return folder

@@ -13,7 +13,7 @@ from slm_fast import __version__
 from slm_fast.integrations import ray_learn
 from slm_fast.store import Store
 from tests.command import one_line, slm_fast
-from tests.models import easy, make_model, make_tokenizer, one_thread  # noqa: F401
+from tests.models import one_thread, tasks_as_files  # noqa: F401
 from tests.rays import actors
 from tests.served import until
 from tests.stores import tree
@@ -25,11 +25,7 @@ NAMES = ("farm", "sea", "sky", "city")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone, files of tasks, and a store that one process made of them."""
     folder = tmp_path_factory.mktemp("learn")
-    make_model("bert").save_pretrained(folder / "bert")
-    make_tokenizer("bert").save_pretrained(folder / "bert")
-    for i, name in enumerate(NAMES):
-        rows = [f"{row.text},{row.target}\n" for row in easy(name, 12 + 7 * i).rows]
-        (folder / f"{name}.csv").write_text("text,label\n" + "".join(rows))
+    tasks_as_files(folder, NAMES)
     done = slm_fast(*call(folder, "one"))
     assert done.returncode == 0, done.stderr
     return folder
