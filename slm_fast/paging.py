@@ -97,6 +97,24 @@ class PagedPool(Pool):
     def counts(self) -> Counts:
         return self._pages.counts
 
+    def parts(self, route: Route) -> list[list[int]]:
+        """Rows of the same slots lie together, so that each slot is read once; those whose values are there come first,
+        before what is read takes their places."""
+        asked = [sorted({slot for slot in row if slot >= 0}) for row in route.slot_ids.tolist()]
+        slots = sorted({slot for row in asked for slot in row})
+        held = self._pages.held([(self.tasks[i], slot) for i, slot in map(self._place.__getitem__, slots)])
+        there = dict(zip(slots, held, strict=True))
+        order = sorted(range(len(asked)), key=lambda row: (not all(there[slot] for slot in asked[row]), asked[row]))
+        parts: list[list[int]] = []
+        together: set[int] = set()
+        for row in order:
+            if not parts or len(together.union(asked[row])) > self.most_slots:
+                parts.append([])
+                together = set()
+            parts[-1].append(row)
+            together.update(asked[row])
+        return parts
+
     def rows(self, route: Route) -> Route:
         """The route with the rows of `values` in the place of slot ids. Waits for the device.
 
@@ -134,6 +152,11 @@ class _Pages:
         # By the identity of a task, which is held, and the number of its slot; the last is the one used last.
         self._held: OrderedDict[tuple[int, int], tuple[LearnedTask, list[int]]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def held(self, slots: Sequence[tuple[LearnedTask, int]]) -> list[bool]:
+        """Whether these slots' values are there."""
+        with self._lock:
+            return [(id(task), slot) in self._held for task, slot in slots]
 
     def of(self, slots: Sequence[tuple[LearnedTask, int]]) -> list[list[int]]:
         """The rows of these slots' values, which are all there then."""

@@ -16,6 +16,7 @@ from slm_fast.generate import Written, generate
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
+from slm_fast.paging import Unreadable
 from slm_fast.pool import emptied
 from slm_fast.query import TrunkQuery
 from slm_fast.reading import reread
@@ -39,10 +40,6 @@ class Batch:
         """All of its rows but these."""
         gone = set(rows)
         return self.some([i for i in range(len(self.places)) if i not in gone])
-
-    def halves(self) -> list[Batch]:
-        rows, half = range(len(self.places)), len(self.places) // 2
-        return [self.some(rows[:half]), self.some(rows[half:])]
 
 
 @dataclass(frozen=True)
@@ -129,17 +126,63 @@ def pass_batch(
     if route is None and (batch.encoded.query_inputs or model.ahead or not isinstance(model.query, TrunkQuery)):
         query = model.find_queries(batch.encoded)
         route = model.route(query, slot_mask)
-    output = encoder_graphs.forward(model, batch.encoded, route, slot_mask)
-    query = output.query if query is None else query
-    route, distance = measured(model, query, output.route, options)
+    if rows > (model.known.most_rows or rows):
+        passed = _passed_in_parts(model, batch, query, route, slot_mask, task, options)
+    else:
+        output = encoder_graphs.forward(model, batch.encoded, route, slot_mask)
+        query = output.query if query is None else query
+        passed = [_answered(model, batch, (output.mean, output.hidden), query, output.route, task, options)]
+        if query is not None and not output.checked:
+            passed = [replace(passed[0], finite=query.isfinite().all(1))]
+    report(rows)
+    return passed
+
+
+def _passed_in_parts(
+    model: AdaptedModel,
+    batch: Batch,
+    query: Tensor | None,
+    route: Route | None,
+    slot_mask: Tensor | None,
+    task: TaskID,
+    options: PredictOptions,
+) -> list[Passed]:
+    """A batch that may need more tasks' values than there is room for: rows of the same tasks pass the adapted layers
+    together. The layers below, which find the routes, all rows pass together, and once."""
+    mask, states = batch.encoded.attention_mask, None
+    if route is None:
+        states, query = model.lower_states(batch.encoded, mask)
+        assert query is not None
+        route = model.route(query, slot_mask)
+    passed = []
+    for rows in model.pool.parts(route):
+        part, own = batch.some(rows), Route(route.slot_ids[rows], route.weights[rows])
+        try:
+            hidden = model.forward(part.encoded, own, states=None if states is None else states[rows]).hidden
+        except Unreadable as error:
+            raise Unreadable(str(error), [rows[i] for i in error.rows]) from None
+        read, found = (TrunkQuery.pool(hidden, mask[rows]), hidden), None if query is None else query[rows]
+        names = task if task is None or isinstance(task, str) else [task[i] for i in rows]
+        passed.append(_answered(model, part, read, found, own, names, options))
+    return passed
+
+
+def _answered(
+    model: AdaptedModel,
+    batch: Batch,
+    read: tuple[Tensor, Tensor | None],
+    query: Tensor | None,
+    route: Route,
+    task: TaskID,
+    options: PredictOptions,
+) -> Passed:
+    """What heads and router say of rows that have passed. read: `_marked`'s. task: given for the rows."""
+    route, distance = measured(model, query, route, options)
     # Where the task is given, its answers are its own, whatever else is learned.
     known = None if query is None or task is not None else model.router.label_scores(query, route.slot_ids)
-    prior = None if known is None else pool.heads.prior(*known)
-    passed = _marked(model, batch, (output.mean, output.hidden), route, options, prior, distance)
-    report(rows)
-    if query is not None and not output.checked:
-        passed = replace(passed, finite=query.isfinite().all(1))
-    return [passed]
+    heads = model.pool.heads
+    prior = None if known is None or heads is None else heads.prior(*known)
+    return _marked(model, batch, read, route, options, prior, distance)
 
 
 def _marked(

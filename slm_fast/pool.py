@@ -141,6 +141,10 @@ class Pool:
         """How many slots a pass may ask for; None for all."""
         return None
 
+    def parts(self, route: Route) -> list[list[int]]:
+        """The numbers of the route's rows, those together that may pass together."""
+        return [list(range(len(route.slot_ids)))]
+
     @cached_property
     @torch.inference_mode(False)
     def heads(self) -> Heads | None:

@@ -19,7 +19,7 @@ from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.generate import Written
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.options import PredictOptions
-from slm_fast.paging import TooManySlots, Unreadable
+from slm_fast.paging import Unreadable
 from slm_fast.passes import Batch, Passed, Ready, made_ready, pass_batch, passed_texts
 from slm_fast.progress import bar
 from slm_fast.reading import Reading
@@ -215,10 +215,6 @@ def _answers(model: AdaptedModel, window: Ready, options: PredictOptions, report
                 answers.update((batch.places[i], WorkError(str(error))) for i in error.rows)
                 waiting.append(batch.without(*error.rows))
                 report(len(error.rows))
-            except TooManySlots:  # of many tasks, where there is room for few
-                if len(batch.places) == 1:
-                    raise
-                waiting += reversed(batch.halves())
         for one in passed:
             answers.update(zip(one.batch.places, _predictions(model, one), strict=True))
             failed = one.failed if one.finite is None else (~one.finite).nonzero()[:, 0].tolist()

@@ -106,10 +106,50 @@ def test_a_batch_of_more_tasks_than_there_is_room_for_passes_in_parts(name: str)
     whole._set(tasks)
     paged = with_room(name, 2, tasks)
     rows = texts(30)
-    here, there = paged.predict(rows, max_new_tokens=3), whole.predict(rows, max_new_tokens=3)
-    assert [(a.task, a.label, a.text) for a in here] == [(a.task, a.label, a.text) for a in there]
-    for one, other in zip(here, there, strict=True):
-        assert one.score == pytest.approx(other.score, abs=1e-5)
+    names = random.Random(0).choices(NAMES, k=len(rows))
+    for options in ({}, {"task": names}, {"distance": True}, {"abstain": 0.5}):
+        here, there = (slm.predict(rows, max_new_tokens=3, **options) for slm in (paged, whole))
+        assert [(a.task, a.label, a.text) for a in here] == [(a.task, a.label, a.text) for a in there]
+        assert [a.route.tasks for a in here] == [a.route.tasks for a in there]
+        if name == "bert":  # which does not find them for fewer rows at a time
+            assert [a.route for a in here] == [a.route for a in there]
+        for one, other in zip(here, there, strict=True):
+            assert one.score == pytest.approx(other.score, abs=1e-5)
+            assert one.distance == (None if other.distance is None else pytest.approx(other.distance, abs=1e-5))
+
+
+def test_a_batch_in_parts_reads_each_slot_once_and_passes_the_lower_layers_once() -> None:
+    paged = with_room("bert", 3, some_tasks(make_slm("bert")))
+    passed: list[int] = []
+    for i, layer in enumerate(paged.model.backbone.layers):
+        layer.register_forward_hook(lambda *_, i=i: passed.append(i))
+    rows = [text for text in texts(60) if 4 < len(text.split()) < 12]
+    first = paged.predict(rows)
+    used = {task for answer in first for task in answer.route.tasks}
+    counts, lower = paged.model.pool.counts, range(paged.model.config.first_layer)
+    assert [passed.count(i) for i in lower] == [1] * len(lower)
+    assert passed.count(lower.stop) > 2
+    assert len(used) > 6
+    hits, misses = counts.hits, counts.misses
+    paged.predict(rows)  # what is there from the first time is used before it has to go
+    assert counts.hits > 2 * hits
+    assert counts.misses - misses < misses
+
+
+def test_rows_in_parts_are_all_there_once_with_no_more_slots_than_there_is_room_for() -> None:
+    pool = with_room("bert", 4, some_tasks(make_slm("bert"))).model.pool
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(pool.slots, generator=draw)[:2] for _ in range(50)])
+    ids[3], ids[7, 1] = -1, -1
+    held = pool.rows(Route(torch.tensor([[2, 5]]), torch.ones(1, 2)))
+    assert (held.slot_ids >= 0).all()
+    parts = pool.parts(Route(ids, torch.ones(50, 2)))
+    assert sorted(row for part in parts for row in part) == list(range(50))
+    for part in parts:
+        assert len(set(ids[part].flatten().tolist()) - {-1}) <= 4
+    ready = [row for row in range(50) if set(ids[row].tolist()) <= {-1, 2, 5}]
+    assert set(ready) <= set(parts[0])
+    assert len(parts) < 50
 
 
 def test_room_for_less_than_one_row_is_refused_with_the_least_that_works() -> None:
@@ -188,14 +228,17 @@ def damage(slm: ScalableLM, name: str) -> Path:
     return file
 
 
-def test_rows_of_a_task_whose_file_is_damaged_are_errors_and_the_rest_go_on(stored: ScalableLM, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [2, 30])
+def test_rows_of_a_task_whose_file_is_damaged_are_errors_and_the_rest_go_on(
+    stored: ScalableLM, tmp_path: Path, batch_size: int
+) -> None:
     rows = texts(30)
     good = stored.predict(rows, batch_size=2)
     gone = good[0].task
     assert gone is not None
     file = damage(stored, gone)
     paged = reopened(tmp_path / "store", device_memory=4 * slot_bytes(stored))
-    found = answered(paged, rows, tmp_path)
+    found = answered(paged, rows, tmp_path, batch_size)
     for answer, record in zip(good, found, strict=True):
         if gone in answer.route.tasks:
             assert record["error"].startswith(f"task {gone!r}: {file}: damaged: SHA-256")
@@ -210,10 +253,10 @@ def test_rows_of_a_task_whose_file_is_damaged_are_errors_and_the_rest_go_on(stor
         reopened(tmp_path / "store")
 
 
-def answered(slm: ScalableLM, rows: Sequence[str], folder: Path) -> list[dict]:
+def answered(slm: ScalableLM, rows: Sequence[str], folder: Path, batch_size: int) -> list[dict]:
     """The records that `predict_file` writes."""
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    slm.predict_file(folder / "in.jsonl", folder / "out.jsonl", batch_size=2)
+    slm.predict_file(folder / "in.jsonl", folder / "out.jsonl", batch_size=batch_size)
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
