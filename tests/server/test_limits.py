@@ -65,7 +65,7 @@ def test_a_body_that_is_too_large_is_refused_however_it_is_sent(store) -> None:
 
 def test_who_is_refused_before_a_large_body_was_sent_gets_to_read_why(store) -> None:
     body = b" " * 1_900_000
-    with serving(store, key="secret", body=2_000_000) as (client, served):
+    with serving(store, key="secret", body=2_000_000, drain=60.0) as (client, served):
         served.draining = True
         for _ in range(5):
             status, found, _ = client.call("POST", CLASSIFY, body)
