@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 
 # Two processes with a thread each take half the time of one with two.
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # 10,000 damaged stores, 5,000 lines, 500 kills, two minutes of writers and readers: `make test` does a little of each.
 fuzz: $(VENV)/.ready

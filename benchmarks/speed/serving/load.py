@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -48,29 +49,10 @@ def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -
     found, lock, turn = Load(), threading.Lock(), iter(range(10**9))
     began = time.perf_counter()
 
-    def ask(connection: http.client.HTTPConnection, request: Request) -> None:
-        path, body, rows = request
-        data = json.dumps(body)
-        start = time.perf_counter()
-        connection.request("POST", path, data, {"content-type": "application/json"})
-        response = connection.getresponse()
-        answer = response.read()
-        took = time.perf_counter() - start
-        if response.status not in (200, 429):
-            raise RuntimeError(f"{path}: {response.status}: {answer[:200]!r}")
-        with lock:
-            if response.status == 429:
-                found.refused += 1
-                found.late.append(took)
-            else:
-                found.rows += rows
-                found.seconds.append(took)
-                found.answered.append(start + took)
-
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
         while time.perf_counter() - began < seconds:
-            ask(connection, requests[next(turn) % len(requests)])
+            _ask(connection, requests[next(turn) % len(requests)], time.perf_counter(), found, lock)
         connection.close()
 
     with ThreadPoolExecutor(clients) as pool:
@@ -78,6 +60,50 @@ def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -
             one.result()
     found.elapsed = time.perf_counter() - began
     return found
+
+
+def arrive(port: int, requests: Sequence[Request], rate: float, seconds: float, clients: int = 64) -> Load:
+    """Send the requests at random times, so many a second on average whatever is not answered yet, for so long. An
+    answer's seconds are from when its request was due."""
+    draw, due, times = random.Random(0), 0.0, []
+    while (due := due + draw.expovariate(rate)) < seconds:
+        times.append(due)
+    found, lock, turn = Load(), threading.Lock(), iter(range(len(times)))
+    began = time.perf_counter()
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        for number in turn:
+            time.sleep(max(0.0, began + times[number] - time.perf_counter()))
+            _ask(connection, requests[number % len(requests)], began + times[number], found, lock)
+        connection.close()
+
+    with ThreadPoolExecutor(clients) as pool:
+        for one in [pool.submit(client) for _ in range(clients)]:
+            one.result()
+    found.elapsed = time.perf_counter() - began
+    return found
+
+
+def _ask(
+    connection: http.client.HTTPConnection, request: Request, start: float, found: Load, lock: threading.Lock
+) -> None:
+    """Ask, and note what comes. start: when the time until the answer begins."""
+    path, body, rows = request
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    answer = response.read()
+    took = time.perf_counter() - start
+    if response.status not in (200, 429):
+        raise RuntimeError(f"{path}: {response.status}: {answer[:200]!r}")
+    with lock:
+        if response.status == 429:
+            found.refused += 1
+            found.late.append(took)
+        else:
+            found.rows += rows
+            found.seconds.append(took)
+            found.answered.append(start + took)
 
 
 def until_ready(port: int, path: str, alive: Callable[[], bool], seconds: float = 1800.0) -> None:

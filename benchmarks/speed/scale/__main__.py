@@ -17,95 +17,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.speed.tasks import LABELS, random_tasks
+from benchmarks.speed.scale.stores import TRAFFIC, Maker, make, seconds, traffic
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM
 from slm_fast.data import Row
-from slm_fast.demo import load
 from slm_fast.store import Store
-from slm_fast.tasks import LearnedTask, name_seed
 
-ROWS = 240  # of the demonstration, that the router's part is made of
-AT_ONCE = 16  # tasks committed together
-TRAFFIC = 2048  # rows answered, after a quarter as many
 LEAST_PAGED = 100  # tasks
-
-
-class Maker:
-    """Tasks of a model, as many as are wanted, the same for the same name."""
-
-    def __init__(self, slm: ScalableLM) -> None:
-        rows = [row.text for task in load("train").values() for row in task.rows][:ROWS]
-        [self.like] = random_tasks(slm, {"like": rows})
-
-    def __call__(self, name: str) -> LearnedTask:
-        draw = torch.Generator().manual_seed(name_seed(name, 0))
-        values = {
-            module: (lora_a[:, :, torch.randperm(lora_a.shape[2], generator=draw)], lora_b)
-            for module, (lora_a, lora_b) in self.like.values.items()
-        }
-        assert self.like.head is not None
-        weight, bias = self.like.head
-        head = (0.05 * torch.randn(weight.shape, generator=draw), bias)
-        return LearnedTask(name, LABELS, values, moved(self.like.router, draw), head, {"rank": 8})
-
-
-def moved(part: Mapping[str, Tensor], draw: torch.Generator) -> dict[str, Tensor]:
-    """A router's part of another task: three means, moved, and a scatter whose directions are turned."""
-    mean = part["mean"] * (1 + 0.2 * torch.randn(3, part["mean"].shape[1], generator=draw))
-    signs = torch.randint(0, 2, (part["factor"].shape[1],), generator=draw) * 2 - 1
-    turns = torch.randint(-1, 2, part["exponent"].shape, generator=draw)
-    rows = part["count"].sum() / 3
-    sample = part["sample"] + 0.1 * torch.randn(part["sample"].shape, generator=draw)
-    return dict(part) | {
-        "count": rows.floor().expand(3).contiguous(),
-        "mean": mean,
-        "mean_slot": torch.zeros(3),
-        "mean_label": torch.arange(3.0),
-        "factor": (part["factor"] * signs).to(torch.int8),
-        "exponent": (part["exponent"] + turns).clamp(-40, 12).to(torch.int8),
-        "diagonal": part["diagonal"] * torch.rand(part["diagonal"].shape, generator=draw),
-        "sample": sample,
-        "sample_mean": torch.randint(0, 3, part["sample_mean"].shape, generator=draw).float(),
-    }
-
-
-def name_of(number: int) -> str:
-    return f"task-{number:06d}"
-
-
-def make(folder: Path, count: int) -> Store:
-    """A store of so many tasks; those that it has are kept."""
-    slm = ScalableLM.from_backbone("minilm")
-    maker = Maker(slm)
-    if not Store.exists(folder):
-        slm.save_pretrained(folder)
-    store = Store.open(folder)
-    wanted = [name for name in map(name_of, range(count)) if name not in store.files]
-    for start in range(0, len(wanted), AT_ONCE):
-        store.commit(add=[maker(name) for name in wanted[start : start + AT_ONCE]])
-    return store
-
-
-def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor time, and what `work` returned."""
-    start = time.process_time()
-    found = work()
-    return time.process_time() - start, found
 
 
 def memory() -> dict[str, str]:
@@ -139,13 +67,13 @@ def measure(folder: Path, steps: str) -> dict[str, str]:
         found["forget old"] = seconds(lambda: slm.forget(some))[0]
     if "traffic" in steps:
         found["open changed"], slm = seconds(lambda: ScalableLM.from_pretrained(folder))
-        found |= traffic(slm, "all")
+        found |= rates(slm, "all")
         count, one = len(slm.tasks), slm.model.pool.row_bytes
         if count >= LEAST_PAGED:
             del slm
             room = count * one // 10
             found["open tenth"], slm = seconds(lambda: ScalableLM.from_pretrained(folder, device_memory=room))
-            found |= traffic(slm, "tenth")
+            found |= rates(slm, "tenth")
             kept = {f"{name} tenth": size for name, size in memory().items()}
     if "verify" in steps:
         found["verify"], wrong = seconds(lambda: Store.open(folder).verify())
@@ -153,17 +81,13 @@ def measure(folder: Path, steps: str) -> dict[str, str]:
     return {name: f"{figure:.3f}" for name, figure in found.items()} | kept
 
 
-def traffic(slm: ScalableLM, room: str) -> dict[str, float]:
-    """Rows a second of texts of tasks that are drawn by Zipf's law, and of all alike."""
-    draw, names = random.Random(0), list(slm.tasks)
-    draw.shuffle(names)
-    rows = [row.text for task in load("train").values() for row in task.rows]
+def rates(slm: ScalableLM, room: str) -> dict[str, float]:
+    """Rows a processor second of texts of tasks that are drawn by Zipf's law, and of all alike."""
     found = {}
-    for law, weights in (("zipf", [1 / place for place in range(1, len(names) + 1)]), ("uniform", None)):
-        texts, tasks = draw.choices(rows, k=TRAFFIC), draw.choices(names, weights, k=TRAFFIC)
+    for law, exponent in (("zipf", 1.0), ("uniform", 0.0)):
+        texts, tasks = traffic(slm.tasks, exponent)
         slm.predict(texts[: TRAFFIC // 4], task=tasks[: TRAFFIC // 4])
-        took, _ = seconds(partial(slm.predict, texts, task=tasks))
-        found[f"{law} {room}"] = TRAFFIC / took
+        found[f"{law} {room}"] = TRAFFIC / seconds(partial(slm.predict, texts, task=tasks))[0]
     return found
 
 

@@ -1,0 +1,269 @@
+"""Throughput and latency with any number of tasks, from what a page, a batch and a route cost on this machine.
+
+    python -m benchmarks.speed.scale.simulated [--folder DIR] [--tasks 200,1000] [--seconds 60]
+
+First the parts are timed, one thread, and what simulator.py makes of them is held against what is measured at sizes
+that fit here: rows a second of `predict`, each row's task given; and the milliseconds until a row is answered by
+`slm-fast serve`, asked by clients that do not wait for each other (Poisson arrivals) at shares of the load it can take.
+What a row costs the server follows from its rows a second with 32 clients and FEW tasks, since HTTP takes processor
+time, too. Then up to a million tasks are simulated. Results: results/scale_simulated.csv and its picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.figures import pyplot
+from benchmarks.speed.scale.simulator import Costs, Setting, rate, waits
+from benchmarks.speed.scale.stores import TRAFFIC, make, traffic
+from benchmarks.speed.serving.__main__ import OURS, server
+from benchmarks.speed.serving.load import Request, arrive, load
+from benchmarks.tables import RESULTS, table, write_csv
+from slm_fast import ScalableLM
+from slm_fast.data import Row
+from slm_fast.ops import Route
+from slm_fast.store import Store
+
+FEW, KEYS = 5, 3  # tasks of the store that others are compared with, keys of a task
+LAWS = {"zipf": 1.0, "uniform": 0.0}
+LOADS = (0.5, 0.8)
+SIZES = (100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
+EXPONENTS = (0.0, 0.8, 1.0, 1.2)
+DEVICE, HOST = 1 << 30, 16 << 30  # bytes for values, of the simulated replicas
+Line = dict[str, Any]
+
+
+def least(work: Callable[[], Any], times: int = 7) -> float:
+    """Seconds of the fastest of some calls."""
+    found = math.inf
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        found = min(found, time.perf_counter() - start)
+    return found
+
+
+# ---- what the parts cost ----
+
+
+def costs_of(few: Path, many: Path) -> tuple[Costs, int]:
+    """The costs on this machine, and the rows of a full batch. few, many: stores of FEW and of many tasks."""
+    slm = ScalableLM.from_pretrained(few)
+    texts, tasks = traffic(slm.tasks, 0.0)
+    rows = round(statistics.mean(batches(slm, texts, tasks)))
+    whole = least(lambda: slm.predict(texts, task=tasks), 3) / TRAFFIC
+    single = least(lambda: [slm.predict(texts[i : i + 1], task=tasks[i]) for i in range(16)], 5) / 16
+    row = (whole * rows - single) / (rows - 1)
+    batch = single - row
+    above = 1 - (slm.model.config.first_layer or 0) / len(slm.model.backbone.layers)  # the layers that parts pass
+    page, disk = paging(many)
+    return Costs(batch, row, batch * above, page, disk, *routing(few, many)), rows
+
+
+def batches(slm: ScalableLM, texts: Sequence[str], tasks: Sequence[str]) -> list[int]:
+    """The rows of each batch that the texts are answered in."""
+    met: list[int] = []
+    layer = slm.model.backbone.layers[0]
+    hook = layer.register_forward_pre_hook(
+        lambda _, args, kwargs: met.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+    )
+    slm.predict(texts, task=tasks)
+    hook.remove()
+    return met
+
+
+@torch.inference_mode()
+def routing(few: Path, many: Path) -> tuple[float, float]:
+    """Seconds of a batch's route for each key, and for each key and row."""
+    models = [ScalableLM.from_pretrained(folder) for folder in (few, many)]
+    keys = KEYS * (len(models[1].tasks) - len(models[0].tasks))
+    found = []
+    for rows in (1, 128):
+        query = models[0].model.queries([Row(text) for text in traffic(["any"], 0.0, rows)[0]])
+        took = [least(lambda slm=slm, query=query: slm.model.route(query), 30) for slm in models]  # type: ignore[misc]
+        found.append(max(0.0, took[1] - took[0]) / keys)
+    scores = max(0.0, found[1] - found[0]) / 127
+    return max(0.0, found[0] - scores), scores
+
+
+def paging(folder: Path, count: int = 64) -> tuple[float, float]:
+    """Seconds of a task's values from memory to the device, and from the disk to memory."""
+    size = ScalableLM.from_pretrained(folder).model.pool.row_bytes
+    slm = ScalableLM.from_pretrained(folder, device_memory=size * count)
+    turns = [Route(torch.arange(i, i + count)[:, None], torch.ones(count, 1)) for i in (0, count)]
+
+    def ask() -> None:
+        for turn in turns:
+            slm.model.pool.rows(turn)
+
+    ask()  # which also checks the files
+    page = least(ask) / (2 * count)
+    assert slm.store is not None
+    files = [slm.store.file(name) for name in slm.tasks[-32:]]
+    for file in files:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    start = time.perf_counter()
+    for file in files:
+        with file.open("rb", buffering=0) as raw:
+            raw.read(size)
+    return page, (time.perf_counter() - start) / len(files)
+
+
+# ---- held against measurement ----
+
+
+def rates_held(folder: Path, costs: Costs, rows: int) -> list[Line]:
+    """`predict` with all values there, and with room for a tenth."""
+    slm = ScalableLM.from_pretrained(folder)
+    count, size = len(slm.tasks), slm.model.pool.row_bytes
+    found = []
+    for share in (1.0, 0.1):
+        room = int(share * count)
+        if share < 1:
+            slm = ScalableLM.from_pretrained(folder, device_memory=room * size)
+        for exponent in LAWS.values():
+            texts, tasks = traffic(slm.tasks, exponent, 2 * TRAFFIC)
+            slm.predict(texts[:TRAFFIC], task=tasks[:TRAFFIC])
+            took = least(lambda s=slm, x=texts, t=tasks: s.predict(x[TRAFFIC:], task=t[TRAFFIC:]), 1)  # type: ignore[misc]
+            setting = Setting(count, exponent, room, rows=rows, keys=KEYS)
+            found.append(held("rows/s", setting, "", rate(costs, setting), TRAFFIC / took))
+    return found
+
+
+def served_costs(few: Path, costs: Costs) -> Costs:
+    """The costs of the server, which single rows reach by HTTP: of one client, and of 32 that ask again and again."""
+    with serve(few) as port:
+        requests = asked(few, 0.0)
+        load(port, requests, 32, 2.0)
+        alone, many = load(port, requests, 1, 5.0), load(port, requests, 32, 10.0)
+    row = (32 / many.rows_per_second - costs.batch) / 32
+    return replace(costs, row=row, request=max(0.0, 1 / alone.rows_per_second - costs.batch - row))
+
+
+def serve(folder: Path, *more: str) -> Any:
+    return server(OURS, folder, "float32", 1, *more)
+
+
+def asked(folder: Path, exponent: float, rows: int = TRAFFIC) -> list[Request]:
+    texts, tasks = traffic(list(Store.open(folder).files), exponent, rows)
+    return [
+        ("/v1/classify", {"input": text, "model": task, "labels": 1}, 1)
+        for text, task in zip(texts, tasks, strict=True)
+    ]
+
+
+def waits_held(folder: Path, count: int, size: int, costs: Costs, rows: int, seconds: float) -> list[Line]:
+    """The server with room for a tenth of the values, at some shares of the load that it can take."""
+    found = []
+    room = count // 10
+    setting = Setting(count, LAWS["zipf"], room, rows=rows, keys=KEYS)
+    with serve(folder, "--device-memory", str(room * size)) as port:
+        requests = asked(folder, LAWS["zipf"], 1 << 16)
+        load(port, requests, 32, min(10.0, seconds))
+        for share in LOADS:
+            met = arrive(port, requests, share * rate(costs, setting), seconds)
+            simulated = 1000 * waits(costs, setting, share)
+            for place in (0.5, 0.99):
+                name = f"p{100 * place:g} ms"
+                found.append(
+                    held(name, setting, f"{share:g}", float(np.quantile(simulated, place)), met.percentile(place))
+                )
+    return found
+
+
+def held(what: str, setting: Setting, share: str, simulated: float, measured: float | None = None) -> Line:
+    line = {"what": what, "tasks": setting.tasks, "exponent": f"{setting.exponent:g}"}
+    line |= {"on device": min(setting.tasks, setting.device), "in memory": min(setting.tasks, setting.host)}
+    line |= {"load": share, "simulated": f"{simulated:.1f}"}
+    if measured is None:
+        return line | {"measured": "", "simulated/measured": ""}
+    return line | {"measured": f"{measured:.1f}", "simulated/measured": f"{simulated / measured:.2f}"}
+
+
+# ---- beyond ----
+
+
+def beyond(costs: Costs, rows: int, size: int) -> list[Line]:
+    """Rows a second, and the 99th percentile at LOADS[0], with DEVICE and HOST bytes for values of `size` bytes."""
+    found = []
+    for exponent in EXPONENTS:
+        for tasks in SIZES:
+            setting = Setting(tasks, exponent, DEVICE // size, HOST // size, rows, KEYS)
+            found.append(held("rows/s", setting, "", rate(costs, setting)))
+            late = float(np.quantile(waits(costs, setting, LOADS[0]), 0.99))
+            found.append(held("p99 ms", setting, f"{LOADS[0]:g}", 1000 * late))
+    return found
+
+
+def draw(lines: Sequence[Line], path: Path) -> None:
+    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4), dpi=130, layout="constrained")
+    few = [line for line in lines if line["what"] == "rows/s" and line["tasks"] == SIZES[0] and not line["measured"]]
+    best = max(float(line["simulated"]) for line in few)
+    for panel, what in zip(panels, ("rows/s", "p99 ms"), strict=True):
+        scale = best if what == "rows/s" else 1.0
+        chosen = [line for line in lines if line["what"] == what and not line["measured"]]
+        for exponent in EXPONENTS:
+            points = [
+                (line["tasks"], float(line["simulated"]) / scale)
+                for line in chosen
+                if line["exponent"] == f"{exponent:g}"
+            ]
+            name = "all tasks alike" if exponent == 0 else f"Zipf, exponent {exponent:g}"
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        panel.set(xscale="log", xlabel="tasks in the store")
+        panel.grid(True, which="both", alpha=0.25)
+    panels[0].set(ylabel="rows/s, relative to 100 tasks", ylim=(0, 1.08))
+    panels[1].set(ylabel=f"99th percentile of a row's wait, ms, at {LOADS[0]:.0%} load", ylim=(0, None))
+    panels[0].legend(fontsize=8)
+    room = f"{DEVICE >> 30} GiB of values on the device and {HOST >> 30} GiB in memory"
+    figure.suptitle(f"One replica of one thread, {room}, simulated", fontsize=10)
+    figure.savefig(path)
+    pyplot().close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default="200,1000", help="sizes that are measured, comma-separated, rising")
+    parser.add_argument("--folder", type=Path, help="where to keep the stores; a temporary one is removed")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, for each load")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scale_simulated.csv")
+    chosen = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        where = chosen.folder or Path(temporary)
+        counts = [int(count) for count in chosen.tasks.split(",")]
+        folders = {count: where / str(count) for count in (FEW, *counts)}
+        for count, folder in folders.items():
+            make(folder, count)
+            ScalableLM.from_pretrained(folder)  # keeps its keys
+        costs, rows = costs_of(folders[FEW], folders[counts[-1]])
+        size = ScalableLM.from_pretrained(folders[FEW]).model.pool.row_bytes
+        lines = [line for count in counts for line in rates_held(folders[count], costs, rows)]
+        print(table(lines), flush=True)
+        served = served_costs(folders[FEW], costs)
+        lines += waits_held(folders[counts[-1]], counts[-1], size, served, rows, chosen.seconds)
+        print(table(lines), flush=True)
+    lines += beyond(costs, rows, size)
+    micro = {name: f"{1e6 * value:.4g}" for name, value in asdict(costs).items()}
+    notes = {"microseconds": " ".join(f"{name} {value}" for name, value in micro.items())}
+    notes |= {"rows of a batch": str(rows), "bytes of a task's values": str(size)}
+    write_csv(chosen.output, lines, notes)
+    draw(lines, chosen.output.with_suffix(".png"))
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
