@@ -6,6 +6,8 @@
 // Sizes are chosen so that accumulators and operands fill the registers and multiply-adds, not loads, set the pace.
 #pragma once
 
+#include <algorithm>
+
 #include "vec.h"
 
 namespace slm_fast::SLM_ISA {
@@ -105,17 +107,19 @@ inline void dot_rows(
   }
 }
 
+template <class P>
+constexpr int64_t kDotPiece = 4096 / sizeof(typename P::Element);  // of a row
+
 // S[n * ld + m] = x[m] . a[n] for any numbers of rows. Long rows go in pieces that let some rows of a stay in L1.
 template <class P>
 inline void dot(
     const typename P::Element* const* x, int64_t rows_x, const typename P::Element* const* a, int64_t rows_a,
     int64_t length, typename P::Accumulator* sums, int64_t ld) {
-  constexpr int64_t kPiece = 4096 / sizeof(typename P::Element);
   for (int64_t n = 0; n < rows_a; ++n)
     for (int64_t m = 0; m < rows_x; ++m) sums[n * ld + m] = 0;
   const int64_t blocks = (rows_a + kDotN<P> - 1) / kDotN<P>;
-  for (int64_t begin = 0; begin < length; begin += kPiece) {
-    const int64_t piece = length - begin < kPiece ? length - begin : kPiece;
+  for (int64_t begin = 0; begin < length; begin += kDotPiece<P>) {
+    const int64_t piece = std::min(length - begin, kDotPiece<P>);
     for (int64_t block = 0, n = 0; block < blocks; ++block) {
       const int wide = static_cast<int>((rows_a - n + blocks - block - 1) / (blocks - block));  // 16 = 6 + 5 + 5
       const typename P::Element* a_piece[kDotN<P>];

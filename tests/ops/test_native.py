@@ -352,3 +352,18 @@ def test_build_info_names_the_compiler_and_the_instruction_set_in_use():
     assert info["instruction_set"] in info["instruction_sets"]
     assert info["instruction_sets"][-1] == "portable"
     assert info["compiler"].split()[0] in ("GNU", "Clang", "AppleClang")
+
+
+@pytest.mark.parametrize("B", [1, 30])
+@pytest.mark.parametrize("exponent", range(-21, -15))
+def test_a_score_that_every_addition_makes_smaller_is_ranked_by_what_it_is(B, exponent):
+    """The last of 61 keys is the best by two units in its score's last place. The others lose nothing to rounding."""
+    query, best = torch.ones(B, 3200), torch.ones(3200)
+    best[1:] += 0.49 * 2.0**exponent
+    others = torch.ones(60, 3200)
+    # A score of 3,200 has units of 2^-12. No two others tie, which alone would have all of them ranked.
+    others[:, 0] += (best.double() - 1).sum() - 2**-11 - torch.arange(60.0) * 2**-9
+    keys = torch.cat([others, best[None]])
+    product = query[:1].double() @ keys.double().T
+    assert product[0, 60].float() > product[0, 0].float()
+    assert ops.retrieve(query, keys, 1, metric="dot").slot_ids.tolist() == [[60]] * B

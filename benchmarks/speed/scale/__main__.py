@@ -6,7 +6,8 @@ The packaged MiniLM. No task is trained: each has random values and a head, and 
 scatter of real queries (the demonstration's), moved and turned at random. Figures are seconds of processor time of one
 thread, as the machine may be shared, in a process of its own for each row; `anon` and `mapped` are MiB that the process
 holds once it has answered, of its own and of files that the kernel may take back. Rows/s are of texts of the
-demonstration with given tasks, drawn from all with frequencies as Zipf's law has them (exponent 1) or alike. `tenth`:
+demonstration with given tasks, drawn from all with frequencies as Zipf's law has them (exponent 1) or alike, and
+`routed`: of texts that find theirs among all (of these, whose tasks are like each other, a few are found). `tenth`:
 with room for a tenth of the tasks' values (`device_memory`), of stores of 100 tasks and more. `first open`: nothing is
 kept of the tasks together. `open`: all is. `open changed`: some tasks were forgotten and learned anew since. `answer
 learned`, `answer forgotten`: two rows, once a task more or less is there, and routing looks at that.
@@ -88,6 +89,8 @@ def rates(slm: ScalableLM, room: str) -> dict[str, float]:
         texts, tasks = traffic(slm.tasks, exponent)
         slm.predict(texts[: TRAFFIC // 4], task=tasks[: TRAFFIC // 4])
         found[f"{law} {room}"] = TRAFFIC / seconds(partial(slm.predict, texts, task=tasks))[0]
+    if room == "all":
+        found["routed"] = TRAFFIC / seconds(partial(slm.predict, traffic(slm.tasks, 0.0)[0]))[0]
     return found
 
 
