@@ -110,6 +110,7 @@ class StoreView:
         """
         found: dict[str, LearnedTask] = {}
         keys, later, opening = None, None, dict[str, str]()
+        parts: dict[str, Digests] = {}
         fresh = known is None and not skip_damaged
         if fresh:
             keys, later = self._keys.read(), self._sum.later()
@@ -118,14 +119,14 @@ class StoreView:
                 later = lambda: kept  # noqa: E731
                 opening = dict(kept.opening) if kept else {}
             else:
-                self._digests |= keys.digests
+                parts = keys.digests
+                self._digests |= parts
 
         def look(name: str) -> None:
             digest = self.files[name]
-            before = keys and keys.digests.get(digest)
             task = None
-            if before:
-                task = map_task(self.file(name), digest, *before)
+            if digest in parts:
+                task = map_task(self.file(name), digest, *parts[digest])
             elif digest in opening:
                 task = map_task(self.file(name), digest, opening[digest])
             if task is None:
