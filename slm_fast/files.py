@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,13 +15,21 @@ from typing import Any
 from slm_fast.errors import InputError
 
 LEAST_RESERVE = 64 << 10
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def path_of(given: Any) -> Path:
     """The path of a store's folder. Raises InputError for what is no path; an empty one would be the current folder."""
     if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
         raise InputError(f"store: expected the path of a folder, got {given!r}")
+    if is_url(given):
+        raise InputError(f"{given}: expected the path of a folder; a store at a URL is only read")
     return Path(given)
+
+
+def is_url(given: Any) -> bool:
+    """Whether what stands for a folder is an address such as s3://bucket/store."""
+    return isinstance(given, str) and URL.match(given) is not None
 
 
 def write(path: Path, *data: bytes | memoryview) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from slm_fast import __version__
 from slm_fast.card import base_model_of, model_card
 from slm_fast.errors import InputError, WorkError, one_line, some_of, warn
-from slm_fast.files import path_of, write
+from slm_fast.files import is_url, path_of, write
+from slm_fast.remote_store import RemoteStore
 from slm_fast.store import Store
 from slm_fast.store_view import LOCK, MANIFEST, RESERVE
 from slm_fast.tasks import LearnedTask
@@ -109,8 +110,14 @@ def is_on_hub(path: str | Path) -> bool:
     )
 
 
+def is_elsewhere(path: str | Path) -> bool:
+    """Whether what stands for a store is no folder, but a URL or a name on the hub."""
+    return is_url(path) or is_on_hub(path)
+
+
 def find_store(path: str | Path, revision: str | None = None) -> Store:
-    """Open the store in a folder or, of a name on the hub, the one there, which is downloaded and is to be read only.
+    """Open the store in a folder, at a URL or, of a name on the hub, the one there. The latter two are downloaded and
+    are to be read only.
 
     Raises:
         InputError: there is none, or the hub cannot be asked. WorkError: its manifest is damaged.
@@ -118,7 +125,7 @@ def find_store(path: str | Path, revision: str | None = None) -> Store:
     if not is_on_hub(path):
         if revision is not None:
             raise InputError(f"revision: goes with a store on the hub, got {revision!r} and {path}")
-        return Store.open(path)
+        return RemoteStore.open(path) if is_url(path) else Store.open(path)
     from huggingface_hub import snapshot_download
 
     try:

@@ -12,10 +12,12 @@ from slm_fast.backbone import Backbone
 from slm_fast.covariance import NOTHING, Kept
 from slm_fast.errors import InputError, WorkError, some_of, warn
 from slm_fast.evaluate import Evaluation
+from slm_fast.files import path_of
 from slm_fast.hub import check_repo, chosen, push, write_shared
 from slm_fast.memory import ample, bytes_of
 from slm_fast.model import AdaptedModel
 from slm_fast.options import ModelConfig
+from slm_fast.remote_store import RemoteStore
 from slm_fast.router import GaussianRouter, Router
 from slm_fast.schema import check_learned, check_same
 from slm_fast.store import Store, Summed
@@ -37,7 +39,9 @@ class TaskKeeper:
         memory = ample(backbone.device) if device_memory is None else bytes_of(device_memory, "device_memory")
         self.model = AdaptedModel(backbone, config, memory)
         self.store = store
+        self.source: RemoteStore | None = None  # the store at a URL that it was opened from, while it has no other
         self._committed: dict[str, str] = {}  # task -> SHA-256 of its file, of the store as this model last knew it
+        self._left: dict[str, str] = {}  # as `_committed`: tasks of the source that were forgotten here
 
     @property
     def tasks(self) -> list[str]:
@@ -68,7 +72,8 @@ class TaskKeeper:
             self.model.check_fits(task)
             check_learned(task)
         before = set(self.tasks)
-        self.refresh()
+        if self.store is not None:
+            self.refresh()
         came = {name: task.origin for name, task in self.learned.items() if name not in before}
         # Another process may have committed the same meanwhile.
         self._know([task for task in tasks if task.origin is None or came.get(task.name) != task.origin])
@@ -86,12 +91,14 @@ class TaskKeeper:
             raise WorkError(f"{failed}; {names}: kept in memory, and `save_pretrained` commits it") from None
 
     def _commit(self, router: Router, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
-        if self.store is not None:
-            files = {task.name: digest_of(task) for task in add}
-            self.store.commit(add=add, remove=remove, summed=self._summed(router, files))
-            for name in remove:
-                self._committed.pop(name, None)
-            self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
+        if self.store is None:
+            self._left |= {name: self._committed.pop(name) for name in remove}
+            return
+        files = {task.name: digest_of(task) for task in add}
+        self.store.commit(add=add, remove=remove, summed=self._summed(router, files))
+        for name in remove:
+            self._committed.pop(name, None)
+        self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
 
     def _summed(self, router: Router, new: Mapping[str, str] = MappingProxyType({})) -> Summed | None:
         """The sum of a router's scatters as a store keeps it, where it was computed and all tasks in it are committed,
@@ -103,19 +110,33 @@ class TaskKeeper:
 
     def _keep_for_later(self) -> None:
         """Spare whoever opens this model's store later what routing computes of its tasks."""
-        router, files = self.model.router, self._committed
-        if self.store is None or not isinstance(router, GaussianRouter) or files.keys() != set(router.names):
+        store, router, files = self.store or self.source, self.model.router, self._committed
+        if store is None or not isinstance(router, GaussianRouter) or files.keys() != set(router.names):
             return
-        self.store.keep_sum({name: files[name] for name in router.sketch.parts}, lambda: router.scatter)
+        store.keep_sum({name: files[name] for name in router.sketch.parts}, lambda: router.scatter)
         if "discriminant" in vars(router) and not router.is_kept and (known := router.known_keys) is not None:
-            self.store.keep_keys(files, known)
+            store.keep_keys(files, known)
+
+    def _belongs_to(self, store: Store) -> None:
+        """This model has just been opened from this store. One at a URL stays as it is whatever is learned."""
+        self.source, self.store = (store, None) if isinstance(store, RemoteStore) else (None, store)
+        self._committed, self._left = dict(store.files), {}
+        self._keep_for_later()
+
+    @property
+    def _files(self) -> dict[str, str] | None:
+        """SHA-256 of the tasks' files, by name; None where tasks have none."""
+        if self.store is None and not (self.source and self._committed.keys() >= set(self.tasks)):
+            return None
+        return {name: self._committed.get(name, "") for name in self.tasks}
 
     def forget(self, name: str) -> None:
         """Remove a task exactly: what is left is as if it had never been learned.
 
         Raises InputError for a task that is not there.
         """
-        self.refresh()
+        if self.store is not None:
+            self.refresh()
         known = name in self.learned
         if not known and name not in self._committed:
             raise InputError(f"task {name!r}: not learned; tasks: {some_of(self.tasks)}")
@@ -127,23 +148,28 @@ class TaskKeeper:
         """Take over what others have done to this model's store: tasks learned there are known, tasks forgotten gone.
 
         `learn`, `add`, `forget` and `save_pretrained` begin with it. A new task that is damaged is left out, with a
-        warning.
+        warning. Of a model that was opened from a URL it takes over what is new there: what was learned here stays
+        unless a task of that name is new there, and what was forgotten here stays forgotten until it is.
 
         Raises:
-            InputError: the store is no longer there. WorkError: its manifest is damaged.
+            InputError: the store is no longer there. WorkError: its manifest is damaged, or the URL cannot be read.
         """
-        if self.store is None:
+        store = self.store or self.source
+        if store is None:
             return
+        store.bring()
         with self.model.lock:
-            new = {task.name: task for task in self.store.load(known=self._committed, skip_damaged=True)}
-            files, was, gone = dict(self.store.files), self._committed, []
+            new = {task.name: task for task in store.load(known=self._committed | self._left, skip_damaged=True)}
+            files, was, gone = dict(store.files), self._committed, []
+            left = {name: digest for name, digest in self._left.items() if files.get(name) == digest}
             for name in self.learned:
                 if name in new or (name in was and files.get(name) != was[name]):
                     gone.append(name)
                 if name in new and name not in was:
-                    warn(f"task {name!r}: {self.store.path} has another since; what was not committed here is dropped")
+                    warn(f"task {name!r}: {store.where} has another since; what was not committed here is dropped")
             with self.model.changing(add=list(new.values()), remove=gone):
-                self._committed = files
+                self._committed = {name: digest for name, digest in files.items() if name not in left}
+                self._left = left
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write all tasks to a store; from then on learn and forget commit to it.
@@ -161,7 +187,7 @@ class TaskKeeper:
                 store = Store.open(path) if Store.exists(path) else Store(path, self.model.about, {})
                 check_same(store.about, self.model.about, str(path), "this model")
                 self._committed = store.save(list(self.learned.values()))
-                self.store = store
+                self.store, self.source, self._left = store, None, {}
             self.refresh()
             self._keep_for_later()
 
@@ -184,7 +210,7 @@ class TaskKeeper:
         Raises:
             InputError: no such task, a folder that holds something. WorkError: it cannot be written.
         """
-        self._share(Path(folder), tasks, evaluation, base_model)
+        self._share(path_of(folder), tasks, evaluation, base_model)
 
     def push_to_hub(
         self,

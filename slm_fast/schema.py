@@ -83,7 +83,7 @@ WHEN_ABSENT: Mapping[str, Any] = {"features": 0}
 # The manifest
 
 
-def check_manifest(data: bytes, file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def check_manifest(data: bytes, file: Path | str) -> tuple[dict[str, Any], dict[str, str]]:
     """What the tasks of a store have in common, its configuration completed from `WHEN_ABSENT`, and the SHA-256 of
     each task's file.
 

@@ -51,7 +51,8 @@ class ScalableLM(TaskKeeper):
         backbone, config = self.model.backbone, self.model.config
         parts = [repr(backbone.name or type(backbone.model).__name__), f"query={config.query!r}"]
         parts += [f"router={config.router!r}", f"tasks=[{some_of(self.tasks)}]"]
-        parts += [] if self.store is None else [f"store={str(self.store.path)!r}"]
+        store = self.store or self.source
+        parts += [] if store is None else [f"store={store.where!r}"]
         return f"ScalableLM({', '.join(parts)})"
 
     @classmethod
@@ -99,8 +100,9 @@ class ScalableLM(TaskKeeper):
         """Open a store. `backbone` says where its backbone is now, if not where the manifest says.
 
         Args:
-            path: a folder, or USER/NAME of one on the Hugging Face hub (`revision`: a branch, tag or commit of it). The
-                model of one on the hub belongs to no store: what it learns is in memory until `save_pretrained`.
+            path: a folder, a URL such as s3://bucket/store, or USER/NAME of one on the Hugging Face hub (`revision`: a
+                branch, tag or commit of it). The model of one at a URL or on the hub belongs to no store: what it
+                learns is in memory until `save_pretrained`. `refresh` takes over what is new at the URL.
             skip_damaged: leave out tasks whose files are damaged or do not fit, with a warning for each.
             device_memory: bytes, or a size such as "2GB", that tasks' values may take on the device; those that do not
                 fit stay in their files until a row needs them. None: half of what is free.
@@ -135,8 +137,7 @@ class ScalableLM(TaskKeeper):
             except WorkError as error:
                 raise WorkError(next(iter(store.verify()), f"store {path}: {error}")) from None
         if not is_on_hub(path):
-            slm.store, slm._committed = store, dict(store.files)
-            slm._keep_for_later()
+            slm._belongs_to(store)
         return slm
 
     @shows(LearnOptions)
@@ -352,9 +353,8 @@ class ScalableLM(TaskKeeper):
         """
         chosen = combine(PredictOptions, options, changes)
         with self.model.pinned():
-            files = None if self.store is None else {name: self._committed.get(name, "") for name in self.tasks}
             return predict_file(
-                Answering.of(self.model, chosen, files),
+                Answering.of(self.model, chosen, self._files),
                 Path(source) if isinstance(source, str) else source,
                 Path(sink) if isinstance(sink, str) else sink,
                 chosen,

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from slm_fast.covariance import ExactSum, KnownKeys
 from slm_fast.errors import InputError, SlmError, WorkError, some_of
@@ -125,7 +126,7 @@ class Store(StoreView):
         with self._writing():
             files, holder = dict(self.files), dict.fromkeys(self.files, self)
             for source in sources:
-                check_same(source.about, self.about, str(source.path), str(self.path))
+                check_same(source.about, self.about, source.where, self.where)
                 files, holder = self._merged(source, files, holder, preferred, tasks)
             self._take_out(files, None)
             self._finish(files)
@@ -156,7 +157,7 @@ class Store(StoreView):
                 if preferred == there.path.resolve() or _one_origin(task, other):
                     return
                 raise InputError(
-                    f"task {name!r}: {there.path} and {source.path} hold different tasks of this name; "
+                    f"task {name!r}: {there.where} and {source.where} hold different tasks of this name; "
                     "--prefer STORE says whose to take"
                 )
             self._place(name, digest, data)
@@ -249,9 +250,7 @@ class Store(StoreView):
                 if not held:
                     raise WorkError(f"{self.path}: another process is writing to this store; try again later")
                 if Store.exists(self.path):
-                    about = self._look_anew()
-                    check_same(about, self.about, str(self.path), "this model")
-                    self.about = {**self.about, **about}
+                    self.about = self._joined(self._look_anew())
                 self._clean = self._mark(clean=False)
                 try:
                     yield
@@ -262,6 +261,11 @@ class Store(StoreView):
                     raise
                 with suppress(OSError):
                     self._mark(clean=self._clean)
+
+    def _joined(self, about: dict[str, Any]) -> dict[str, Any]:
+        """What the store is, which says `about` of itself. Raises InputError where that is another model's."""
+        check_same(about, self.about, str(self.path), "this model")
+        return {**self.about, **about}
 
     def _mark(self, *, clean: bool) -> bool:
         """Say in the lock's file whether nothing lies about beside this manifest; whether it was said before."""

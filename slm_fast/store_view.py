@@ -44,6 +44,7 @@ class StoreView:
     """
 
     patience = 30.0  # seconds a writer waits for another one, whose commit takes far less
+    poll = 0.5  # between two looks of who follows it, in seconds, unless told otherwise
 
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
         self.path, self.about, self.files = path_of(path), dict(about), dict(files)
@@ -65,6 +66,26 @@ class StoreView:
     @classmethod
     def exists(cls, path: str | Path) -> bool:
         return os.path.exists(path_of(path) / MANIFEST)
+
+    def again(self) -> Self:
+        """The same store as this object knows it, for another thread."""
+        return type(self)(self.path, self.about, self.files)
+
+    @property
+    def where(self) -> str:
+        """As it is shown."""
+        return str(self.path)
+
+    def bring(self) -> None:
+        """Have here what there is now; of a folder, it is."""
+
+    def glance(self) -> object:
+        """What is another one whenever the store has changed, or is gone."""
+        try:
+            now = (self.path / MANIFEST).stat()
+        except OSError as error:
+            return error.errno
+        return now.st_ino, now.st_mtime_ns, now.st_size
 
     def file(self, name: str) -> Path:
         return self.path / task_path(name, self.files[name])

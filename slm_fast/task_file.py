@@ -61,13 +61,18 @@ def read_file(path: Path, digest: str) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise _damaged(path, found, digest)
+    check_digest(data, digest, path)
     return data
 
 
-def _damaged(path: Path, found: str, digest: str) -> WorkError:
+def check_digest(data: bytes, digest: str, path: Path | str) -> None:
+    """Raise WorkError unless these are the bytes of the task's file that the manifest means."""
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise _damaged(path, found, digest)
+
+
+def _damaged(path: Path | str, found: str, digest: str) -> WorkError:
     return WorkError(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
 
 

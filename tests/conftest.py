@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,24 @@ def interpreted(request: pytest.FixtureRequest) -> bool:
 def few_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models made in this process have 64 random features rather than 2,048, whose statistics cost a task seconds."""
     monkeypatch.setattr("slm_fast.configure.MAX_FEATURES", 64)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the store whose URL is `shelf.URL`; a cache that is this test's alone."""
+    from shelf import put_up
+
+    return put_up(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def cache(shelf: Path) -> Path:
+    """The folder that this store is brought into."""
+    from shelf import URL
+
+    from slm_fast.remote_store import cache_of
+
+    return cache_of(URL)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ LAYERS = (
     ("injection", "configure", "known"),
     ("paging",),
     ("hub",),
+    ("remote_store",),
     ("store",),
     ("store_view",),
     ("kept_keys",),
@@ -233,6 +234,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
             | {"slm_fast.server.ray_serve"},
         ),
         ("huggingface_hub", {"slm_fast.hub", "slm_fast.integrations.peft_files"}),
+        ("fsspec", {"slm_fast.remote_store"}),
     ],
 )
 def test_a_heavy_library_comes_in_by_its_own_door(library: str, doors: set[str]) -> None:

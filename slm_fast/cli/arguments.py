@@ -45,7 +45,9 @@ class Verbs:
         )
         parser.set_defaults(run=run)
         if store:
-            parser.add_argument("store", metavar="STORE", help="the directory that holds the tasks")
+            parser.add_argument(
+                "store", metavar="STORE", help="the directory that holds the tasks; verbs that only read take a URL"
+            )
         return parser
 
 

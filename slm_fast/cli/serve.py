@@ -30,7 +30,7 @@ LIMITS = {
     "inputs": "texts of a request",
     "body": "bytes of a request",
     "patience": "seconds that a client may take to send a request, or to read a part of its answer",
-    "poll": "seconds between two looks at the store",
+    "poll": "seconds between two looks at the store; default: 0.5, or 5 of one at a URL",
     "drain": "seconds between SIGTERM and the end of listening",
 }
 
@@ -45,14 +45,14 @@ def add(verbs: Verbs) -> None:
     serve.add_argument("--key-file", type=Path, metavar="FILE", help=about)
     about = f"turns on /v1/tasks, which asks for this second key, or ${ADMIN_KEY}"
     serve.add_argument("--admin-key-file", type=Path, metavar="FILE", help=about)
-    serve.add_argument("--tasks-from", type=Path, metavar="STORE", help="where POST /v1/tasks takes tasks from")
+    serve.add_argument("--tasks-from", metavar="STORE", help="where POST /v1/tasks takes tasks from")
     add_device_options(serve, "auto")
     add_memory_option(serve)
     add_routing_options(serve)
     limits = serve.add_argument_group("how much is taken at once")
     for name, about in LIMITS.items():
         default = getattr(ServeOptions, name)
-        kind = float if isinstance(default, float) else int
+        kind = float if name == "poll" or isinstance(default, float) else int
         limits.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=about)
 
 
@@ -62,6 +62,8 @@ def run(arguments: argparse.Namespace) -> int:
         from slm_fast.server.options import ServeOptions
     except ImportError as error:
         raise InputError(f"slm-fast serve: {error.name} is missing; pip install 'slm-fast[serve]'") from None
+    from slm_fast.files import is_url
+    from slm_fast.hub import find_store
     from slm_fast.store import Store
 
     options = PredictOptions(**{name: getattr(arguments, name) for name in ("head", "abstain", "distance")})
@@ -72,7 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tasks_from is not None and admin is None:
         raise InputError("--tasks-from: goes with --admin-key-file")
     source = None if arguments.tasks_from is None else Store.open(arguments.tasks_from)
-    Store.open(arguments.store)
+    if is_url(arguments.store):
+        find_store(arguments.store)
+    else:
+        Store.open(arguments.store)
     sock = server.bound(arguments.host, arguments.port)
     with sock:
         server.log_to(sys.stderr)

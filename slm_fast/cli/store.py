@@ -19,7 +19,7 @@ def add(verbs: Verbs) -> None:
     forget.add_argument("name", metavar="NAME")
     merge = verbs.add("merge", run_merge, "copy the tasks of other stores into one", store=False)
     merge.add_argument("store", metavar="DEST", help="the store that receives them; made if it is not there")
-    merge.add_argument("sources", metavar="SRC", nargs="+", help="a store's directory, or USER/NAME on the hub")
+    merge.add_argument("sources", metavar="SRC", nargs="+", help="a store's directory or URL, or USER/NAME on the hub")
     _add_names(merge, "copy this task alone (give it again for more)")
     merge.add_argument(
         "--prefer", metavar="STORE", help="where stores hold different tasks of one name, take this store's"
@@ -69,13 +69,16 @@ def run_merge(arguments: argparse.Namespace) -> int:
     sources = [find_store(path) for path in arguments.sources]
     exists = Store.exists(arguments.store)
     store = Store.open(arguments.store) if exists else Store(arguments.store, sources[0].about, {})
-    store.merge(sources, prefer=arguments.prefer, tasks=arguments.names)
+    here = {given: source.path for given, source in zip(arguments.sources, sources, strict=True)}
+    store.merge(sources, prefer=here.get(arguments.prefer, arguments.prefer), tasks=arguments.names)
     print(f"{arguments.store} holds {len(store.files):,} tasks: {some_of(sorted(store.files))}", file=sys.stderr)
     return 0
 
 
 def run_share(arguments: argparse.Namespace) -> int:
-    found = _write_shared(arguments, Path(arguments.folder))
+    from slm_fast.files import path_of
+
+    found = _write_shared(arguments, path_of(arguments.folder))
     print(f"{arguments.folder}: {some_of(found)}, and a model card, README.md", file=sys.stderr)
     return 0
 
@@ -92,11 +95,10 @@ def run_push(arguments: argparse.Namespace) -> int:
 
 def _write_shared(arguments: argparse.Namespace, folder: Path, repo_id: str | None = None) -> list[str]:
     """Write what is shared to a folder: the names of its tasks."""
-    from slm_fast.hub import chosen, write_shared
-    from slm_fast.store import Store
+    from slm_fast.hub import chosen, find_store, write_shared
 
     accuracy = None if arguments.evaluation is None else _accuracy(Path(arguments.evaluation))
-    store = Store.open(arguments.store)
+    store = find_store(arguments.store)
     tasks = chosen(store.load(), arguments.names)
     write_shared(folder, store.about, tasks, accuracy=accuracy, base_model=arguments.base_model, repo_id=repo_id)
     return [task.name for task in tasks]

@@ -191,12 +191,12 @@ class StoreLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval keeps beside its results: the model's identity and how requests were routed."""
-        backbone = self.model.backbone
+        backbone, store = self.model.backbone, self.slm.store or self.slm.source
         return {
             "model_dtype": str(backbone.dtype).removeprefix("torch."),
             "backbone": backbone.name,
             "backbone_fingerprint": backbone.fingerprint,
-            "store": None if self.slm.store is None else str(self.slm.store.path),
+            "store": None if store is None else store.where,
             "store_tasks": [] if self.options.bare else self.slm.tasks,
             "routed": self.shares(),
         }

@@ -71,7 +71,8 @@ def report_on(
     speed = len(marked) / seconds if seconds > 0 else None
     rate, many = written(speed, "count"), len(evaluation.accuracy)
     average, routed = written(evaluation.average, "percent"), written(routing, "percent")
-    place = "" if slm.store is None else str(slm.store.path)
+    store = slm.store or slm.source
+    place = "" if store is None else store.where
     told = (
         "Each row's task was told (oracle task IDs)."
         if with_task_id
@@ -137,8 +138,9 @@ def _by_task(slm: ScalableLM, marked: Sequence[Marked]) -> Table:
 
 def _size(slm: ScalableLM, name: str) -> int | None:
     """Bytes of a task's file; None where it is not in a store."""
+    store = slm.store or slm.source
     try:
-        return None if slm.store is None else slm.store.file(name).stat().st_size
+        return None if store is None else store.file(name).stat().st_size
     except (KeyError, OSError):
         return None
 

@@ -1,0 +1,181 @@
+"""A store at a URL (s3://, gs://, https://, file:// ... whatever fsspec has a driver for), which is only read.
+
+What its manifest names is brought into a folder of the user's cache, which is a store as any: files that are there
+stay, others are checked against their SHA-256 before they are put in place, and the manifest changes last. So a reader
+of the cache finds the generation of before or the new one, whatever the source, the network and other processes do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slm_fast.errors import InputError, SlmError, WorkError, one_line
+from slm_fast.schema import check_manifest, check_same, task_path
+from slm_fast.store import Store
+from slm_fast.store_view import MANIFEST
+from slm_fast.task_file import check_digest
+
+CACHE = "SLM_FAST_CACHE"
+TOGETHER = 8  # files that are asked for at once, and are in memory then
+
+
+def cache_of(url: str) -> Path:
+    """The folder that a URL's store is brought into: in $SLM_FAST_CACHE, else where the user's caches are."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = os.environ.get(CACHE) or os.path.join(caches, "slm-fast")
+    return Path(os.path.expanduser(root), "stores", hashlib.sha256(url.encode()).hexdigest()[:32])
+
+
+class Gone(Exception):
+    """There is no such file; its path in the store."""
+
+
+class RemoteStore(Store):
+    """The store at a URL. `path` is its folder in the cache, which `bring` makes what the URL has by then.
+
+    Its `.sum` and `.keys` are kept there as beside any store; tasks are not added or removed.
+    """
+
+    poll = 5.0
+    tries, pause = 4, 0.25  # how often a manifest is read whose files are gone, and seconds in between
+
+    def __init__(self, url: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        self.url, self._model = re.sub(r"(?<=[^:/])/+$", "", str(url)), dict(about)
+        super().__init__(cache_of(self.url), about, files)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RemoteStore:
+        """Bring the store at a URL here, and open it.
+
+        Raises:
+            InputError: there is none, or no driver for the URL. WorkError: it cannot be read, or is damaged; or the
+            cache cannot be written.
+        """
+        store = cls(path, {}, {})
+        store.bring()
+        store._model = store.about = store._look_anew()
+        return store
+
+    def again(self) -> RemoteStore:
+        return RemoteStore(self.url, self.about, self.files)
+
+    @property
+    def where(self) -> str:
+        """The URL as it is shown: without a password."""
+        return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", self.url)
+
+    def glance(self) -> object:
+        try:
+            return hashlib.sha256(self._manifest_bytes()).digest()
+        except SlmError as error:
+            return str(error)
+
+    def bring(self) -> None:
+        """Make the cache what the URL has now, if it is not. Raises as `open`, and InputError for a store of another
+        model than was opened; the cache is then of the generation of before."""
+        if self._holds(*self._manifest()):
+            return
+        failed: SlmError | None = None
+        with super()._writing(600.0):  # long enough for another process to bring it
+            try:
+                about, files = self._fetch()
+            except SlmError as error:  # what is in place by then stays, so that the next time asks for the rest
+                failed, self._clean = error, False
+            else:
+                self._take_out(files, None)
+                self.about = about
+                self._finish(files)
+        if failed is not None:
+            raise failed
+
+    def _holds(self, about: Mapping[str, Any], files: Mapping[str, str]) -> bool:
+        """Whether the cache has all that the manifest names, and nothing else."""
+        if not Store.exists(self.path):
+            return False
+        there = Store.open(self.path)
+        if (there.about, there.files) != (about, files):
+            return False
+        try:
+            return all(there.file(name).exists() for name in files) and not there.leftovers()
+        except OSError:  # another process removes what was left over
+            return False
+
+    def _fetch(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """What the manifest says, once all files that it names are in place."""
+        for _ in range(self.tries):
+            about, files = self._manifest()
+            paths = {name: task_path(name, digest) for name, digest in sorted(files.items())}
+            missing = [name for name, path in paths.items() if not (self.path / path).exists()]
+            try:
+                for at in range(0, len(missing), TOGETHER):
+                    some = missing[at : at + TOGETHER]
+                    for name, data in zip(some, self._read([paths[name] for name in some]), strict=True):
+                        check_digest(data, files[name], f"{self.where}/{paths[name]}")
+                        self._place(name, files[name], data)
+                return about, files
+            except Gone as gone:  # another process has committed since
+                says = f"the manifest names it, and it is not there; looked {self.tries} times"
+                lost = WorkError(f"{self.where}/{gone}: {says}")
+            time.sleep(self.pause)
+        raise lost
+
+    def _manifest(self) -> tuple[dict[str, Any], dict[str, str]]:
+        about, files = check_manifest(self._manifest_bytes(), f"{self.where}/{MANIFEST}")
+        if self._model:
+            check_same(about, self._model, self.where, "the store that was opened")
+        return about, files
+
+    def _manifest_bytes(self) -> bytes:
+        try:
+            return self._read([MANIFEST])[0]
+        except Gone:
+            raise InputError(f"{self.where}: not a store (no {MANIFEST})") from None
+
+    def _read(self, paths: list[str]) -> list[bytes]:
+        """The bytes of files at the URL. Raises Gone, InputError or WorkError for the first that fails."""
+        try:
+            from fsspec.core import url_to_fs
+
+            system, root = url_to_fs(self.url)
+        except (ImportError, ValueError) as error:  # which say what to install
+            raise InputError(f"{self.where}: cannot be opened: {one_line(error)}") from None
+        except Exception as error:  # whatever a driver raises for what it is not told
+            raise WorkError(f"{self.where}: cannot be opened: {one_line(error)}") from None
+        try:
+            system.invalidate_cache()
+            found = system.cat_ranges([f"{root.rstrip('/')}/{path}" for path in paths], None, None, on_error="return")
+        except Exception as error:
+            found = [error] * len(paths)
+        for path, data in zip(paths, found, strict=True):
+            if isinstance(data, (FileNotFoundError, NotADirectoryError)):
+                raise Gone(path)
+            if isinstance(data, BaseException):  # whatever a driver raises for a network or a permission
+                raise WorkError(f"{self.where}/{path}: cannot be read: {one_line(data)}")
+        return found
+
+    # The cache's own writing
+
+    @contextmanager
+    def _writing(self, patience: float | None = None) -> Iterator[None]:
+        if patience is None:
+            raise InputError(f"{self.where}: a store at a URL is only read; save it to a folder")
+        with super()._writing(patience):
+            yield
+
+    def _joined(self, about: dict[str, Any]) -> dict[str, Any]:
+        return about  # of whatever model the store there was before
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            says = f"the store cannot be brought there: {error.strerror}; ${CACHE} names another folder"
+            raise WorkError(f"{self.path}: {says}") from None
