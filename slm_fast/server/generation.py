@@ -19,7 +19,6 @@ from slm_fast.known import Known
 from slm_fast.model import AdaptedModel
 from slm_fast.schema import check_same
 from slm_fast.store import Store
-from slm_fast.store_view import MANIFEST
 from slm_fast.tasks import LearnedTask
 
 log = logging.getLogger("slm_fast.server")
@@ -88,7 +87,7 @@ class Watcher:
         distances: bool = False,
         skip_damaged: bool = False,
     ) -> None:
-        self.model, self.store, self.current = model, Store(store.path, store.about, store.files), first
+        self.model, self.store, self.current = model, store.again(), first
         self.trouble: str | None = None
         self.changed = threading.Condition()  # notified after each look
         self._publish, self._poll, self._distances, self._skip = publish, poll, distances, skip_damaged
@@ -129,20 +128,13 @@ class Watcher:
             self._wanted.clear()
             if self._closed:
                 return
-            before, seen = seen, self._version()
+            before, seen = seen, self.store.glance()
             again = self.trouble is not None and time.monotonic() - last >= RETRY
             if wanted or again or seen != before:
                 last = time.monotonic()
                 self._look()
                 with self.changed:
                     self.changed.notify_all()
-
-    def _version(self) -> object:
-        try:
-            now = (self.store.path / MANIFEST).stat()
-        except OSError as error:
-            return error.errno
-        return now.st_ino, now.st_mtime_ns, now.st_size
 
     def _look(self) -> None:
         try:
@@ -156,7 +148,7 @@ class Watcher:
             self.trouble = trouble
             return
         if self.trouble is not None:
-            log.info("%s: can be read again", self.store.path)
+            log.info("%s: can be read again", self.store.where)
         self.trouble = None
         if new is not None:
             self._publish(new)
@@ -165,8 +157,9 @@ class Watcher:
 
     def _next(self) -> Generation | None:
         """The store as it is now; None where it is the current generation."""
+        self.store.bring()
         now = Store.open(self.store.path)
-        check_same(now.about, self.store.about, str(self.store.path), "the model that is served")
+        check_same(now.about, self.store.about, self.store.where, "the model that is served")
         known = self.current.files
         new = self.store.load(known=known, skip_damaged=self._skip)
         files, read = dict(self.store.files), {task.name for task in new}
@@ -181,5 +174,5 @@ class Watcher:
         try:
             prepare(self.model, after, distances=self._distances)
         except WorkError as error:
-            raise WorkError(f"store {self.store.path}: {error}") from None
+            raise WorkError(f"store {self.store.where}: {error}") from None
         return Generation.of(after, {name: files[name] for name in kept | read})

@@ -20,7 +20,7 @@ class ServeOptions:
         deadline: seconds after which a request that is not answered is given up with 504.
         requests: concurrent ones; more are refused with 429. inputs: of a request. body: bytes of a request.
         patience: seconds that a client may take to send a request, or to read a part of its answer.
-        poll: seconds between two looks at the store.
+        poll: seconds between two looks at the store; None takes 0.5, or 5 of one at a URL.
         drain: seconds between SIGTERM and the end of listening, in which balancers see that /ready says 503.
     """
 
@@ -34,7 +34,7 @@ class ServeOptions:
     inputs: int = 32
     body: int = 2_000_000
     patience: float = 20.0
-    poll: float = 0.5
+    poll: float | None = None
     drain: float = 1.0
 
     def __post_init__(self) -> None:

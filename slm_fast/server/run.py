@@ -83,18 +83,22 @@ def made(
     source: Store | None = None,
     skip_damaged: bool = False,
 ) -> Served:
-    """What is served, before any thread runs. Raises InputError for a model without a store."""
-    if slm.store is None:
+    """What is served, before any thread runs. Raises InputError for a model without a store, and for an admin of one
+    at a URL, which is only read."""
+    store = slm.store or slm.source
+    if store is None:
         raise InputError("model: expected one that was opened from a store")
+    if admin is not None and slm.store is None:
+        raise InputError(f"{store.where}: a store at a URL is only read; expected no admin key")
     model, metrics = slm.model, Metrics()
-    generation = Generation.of(model.known, slm.store.files)
+    generation = Generation.of(model.known, store.files)
     engine = Engine(model, generation, options, limits, metrics.note_batch)
     watcher = Watcher(
         model,
-        slm.store,
+        store,
         generation,
         engine.publish,
-        poll=limits.poll,
+        poll=limits.poll or store.poll,
         distances=options.measures,
         skip_damaged=skip_damaged,
     )
