@@ -54,7 +54,7 @@ def predict(
     Args:
         dataset: rows with the columns that `ScalableLM.predict` understands. text: the column of the input, where it
             has another name than usual.
-        store: a folder that all workers see under this path, or a name on the hub.
+        store: a folder that all workers see under this path, a URL, or a name on the hub.
         options: how rows are answered. changes: fields of them, such as top_k=3.
         task: take every row for this task.
         prefix: of the answers' columns.
@@ -114,7 +114,8 @@ class _Answers:
         self._slm, warned = opening.open()
         for message in warned:
             warn(message)
-        if files is not None and self._slm.store is not None and self._slm.store.files != files:
+        found = self._slm.store or self._slm.source
+        if files is not None and found is not None and found.files != files:
             raise WorkError(f"store {opening.store}: was changed since it was asked for answers")
         self._how = how
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 import slm_fast
 from slm_fast.errors import InputError, SlmError, SlmWarning, WorkError, one_line
-from slm_fast.hub import is_on_hub
+from slm_fast.hub import is_elsewhere
 from slm_fast.loading import located
 from slm_fast.slm import ScalableLM
 from slm_fast.store import Store
@@ -123,14 +123,14 @@ class Opening:
     @classmethod
     def of(cls, store: str | Path, *, backbone: str | None = None, **how: Any) -> Opening:
         """Folders as paths that mean the same from anywhere. Raises InputError for a backbone that is not there."""
-        path = str(store) if is_on_hub(store) else os.path.abspath(os.path.expanduser(store))
+        path = str(store) if is_elsewhere(store) else os.path.abspath(os.path.expanduser(store))
         return cls(path, None if backbone is None else located(backbone), **how)
 
     def open(self) -> tuple[ScalableLM, list[str]]:
         """The model, and what whoever asked for it is to be warned of."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        if not is_on_hub(self.store) and not Store.exists(self.store):
+        if not is_elsewhere(self.store) and not Store.exists(self.store):
             node = ray.util.get_node_ip_address()
             raise InputError(f"store {self.store}: is not on node {node}; each worker must see it under this path")
         with warnings.catch_warnings(record=True) as caught:

@@ -58,13 +58,14 @@ class StoreActor:
     def about(self) -> dict[str, Any]:
         """What whoever shares out the windows has to know of the model."""
         slm = self._model()
-        about = {"tasks": slm.tasks, "kind": slm.model.backbone.kind, "in_store": slm.store is not None}
+        about = {"tasks": slm.tasks, "kind": slm.model.backbone.kind, "in_store": (slm.store or slm.source) is not None}
         return about | {"warnings": self._warnings}
 
     def decides(self, options: PredictOptions) -> dict[str, Any]:
         """What, beside the input, decides every byte of its answers."""
         slm = self._model()
-        files = {} if slm.store is None else {name: slm.store.files[name] for name in slm.tasks}
+        store = slm.store or slm.source
+        files = {} if store is None else {name: store.files[name] for name in slm.tasks}
         return what_decides(slm.model, options, files)
 
     def answer(self, window: Window, options: PredictOptions) -> tuple[dict[str, Any], list[Answer]]:
@@ -94,7 +95,7 @@ class StorePool:
     are answered again, three times at most.
 
     Args:
-        store: a folder that all workers see under this path, or a name on the hub.
+        store: a folder that all workers see under this path, a URL, or a name on the hub.
         address: of the cluster: HOST:PORT, "auto" for the one that runs on this machine, or "local" for one of this
             machine's processors alone. A process that is connected to a cluster works there.
         actors: None: one for each GPU or, where there is none, for each node.

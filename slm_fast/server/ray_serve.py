@@ -16,6 +16,8 @@ import torch
 from ray import serve
 
 from slm_fast.errors import one_line
+from slm_fast.files import is_url
+from slm_fast.hub import find_store
 from slm_fast.loading import located
 from slm_fast.options import PredictOptions
 from slm_fast.server.app import create_app, guarded
@@ -23,14 +25,13 @@ from slm_fast.server.limits import App
 from slm_fast.server.options import ServeOptions
 from slm_fast.server.run import made
 from slm_fast.slm import ScalableLM
-from slm_fast.store import Store
 
 
 class Server:
     """A replica: the engine, the watcher of the store, and the routes, without a socket. It is there once it is warm.
 
     Args:
-        store: its folder. opening: keywords of `ScalableLM.from_pretrained`. threads: of the processor.
+        store: its folder or URL. opening: keywords of `ScalableLM.from_pretrained`. threads: of the processor.
     """
 
     def __init__(
@@ -73,8 +74,8 @@ def application(
     """The server of a store, for `ray.serve.run`.
 
     Args:
-        store: a folder that all nodes see under this path. options: `head`, `abstain` and `distance`. limits: how much
-            each replica takes at once.
+        store: a folder that all nodes see under this path, or a URL. options: `head`, `abstain` and `distance`.
+        limits: how much each replica takes at once.
         replicas: how many, a model each. threads, gpus: of each.
         key: what clients have to know (Authorization: Bearer KEY).
         backbone, dtype, device: as for `ScalableLM.from_pretrained`.
@@ -82,8 +83,8 @@ def application(
     Raises InputError: no store.
     """
     limits = limits or ServeOptions()
-    path = os.path.abspath(os.path.expanduser(store))
-    Store.open(path)
+    path = str(store) if is_url(store) else os.path.abspath(os.path.expanduser(store))
+    find_store(path)
     deployment = serve.deployment(
         name="slm_fast",
         num_replicas=replicas,

@@ -14,13 +14,14 @@ PACKAGE = Path(slm_fast.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a cluster, which this process is not connected to."""
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(PACKAGE))
+        patch.setenv("SLM_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))  # that of the workers, too
         how = {"num_cpus": 4, "include_dashboard": False, "object_store_memory": 100 << 20}
         context = ray.init("local", **how, log_to_driver=False, logging_level="ERROR")
         yield context.address_info["address"]

@@ -62,9 +62,10 @@ def test_what_cannot_be_is_said_before_anything_is_computed(cluster: str, store:
         predict(dataset, tmp_path / "nowhere")
 
 
-def test_a_store_that_changed_meanwhile_is_told_of(cluster: str, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("url", ["", "file://"])
+def test_a_store_that_changed_meanwhile_is_told_of(url: str, cluster: str, store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "store")
-    answered = predict(ray.data.from_items([{"text": "sea1"}]), tmp_path / "store")
+    answered = predict(ray.data.from_items([{"text": "sea1"}]), f"{url}{tmp_path}/store")
     ScalableLM.from_pretrained(tmp_path / "store").forget("farm")
     with pytest.raises((RayTaskError, ray.exceptions.RayActorError), match="was changed since it was asked"):
         answered.take_all()

@@ -86,6 +86,19 @@ def test_two_actors_write_the_bytes_of_one_process(
     assert [len(found), sum(row.get("error") is not None for row in found)] == [len(rows), bad]
 
 
+def test_actors_of_a_store_at_a_url_go_on_with_what_one_process_has_begun(
+    cluster: str, store: Path, source: Path, tmp_path: Path
+) -> None:
+    output, url = tmp_path / "out.jsonl", f"file://{store}"
+    ScalableLM.from_pretrained(url).predict_file(source, output)
+    whole = output.read_bytes()
+    output.write_bytes(b"".join(whole.splitlines(keepends=True)[: ROWS // 2]))
+    with StorePool(url, actors=1, threads=1) as pool:
+        done = pool.predict_file(source, output)
+    assert 0 < done.before < ROWS == done.before + done.answered
+    assert output.read_bytes() == whole
+
+
 def test_a_bad_row_ends_a_strict_run_where_it_ends_that_of_one_process(
     pool: StorePool, store: Path, source: Path, tmp_path: Path
 ) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from ray import serve
 
 from slm_fast import InputError, ScalableLM
+from slm_fast.remote_store import cache_of
+from slm_fast.server.generation import generation_number
 from slm_fast.server.options import ServeOptions
 from slm_fast.server.ray_serve import application
+from slm_fast.store import Store
 from tests.models import one_thread  # noqa: F401
 from tests.served import Client, until
 
@@ -59,6 +63,19 @@ def test_all_replicas_hear_of_a_change_of_the_store(client: Client, store: Path)
         return before not in generations and {body["data"][0]["task"] for _, body, _ in found} == {"sea"}
 
     until(changed)
+
+
+def test_replicas_follow_a_store_at_a_url(client: Client, store: Path) -> None:
+    Store.open(store).commit(add=[replace(Store.open(store).read("sea")[0], name="sun")])
+    url = f"file://{store}"
+    serve.run(application(url, limits=ServeOptions(poll=0.05), key=KEY, dtype="float32"))
+    until(lambda: client.get("/ready")["tasks"] == 2)
+    assert client.get("/ready")["generation"] == generation_number(Store.open(store).files)
+    Store.open(store).commit(remove=["sun"])
+    until(lambda: client.get("/ready")["tasks"] == 1)
+    assert client.get("/ready")["generation"] == generation_number(Store.open(cache_of(url)).files)
+    with pytest.raises(InputError, match=rf"^{url}/nothing: not a store"):
+        application(f"{url}/nothing")
 
 
 def test_a_store_that_is_not_there_is_told_of_at_once(tmp_path: Path) -> None:
