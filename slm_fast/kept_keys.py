@@ -2,8 +2,8 @@
 
     .keys   SHA-256 of what follows up to the biases [32 bytes]; SHA-256 of the tasks that are sampled [32]; how many
             tasks N, means M and numbers of a query D there are, and MADE [8 each]; zeros up to 128; N times SHA-256 of
-            a task's file, of two parts of it (`slm_fast.task_file.Digests`), of its biases and keys [32 each], and how
-            many means it has [8]; centre [D], bias [M] and keys [M, D] float32
+            a task's file, of two parts of it (`mapped_task.Digests`), of its biases and keys [32 each], and how many
+            means it has [8]; centre [D], bias [M] and keys [M, D] float32
 
 It is made of the tasks' files and nothing else, and may be deleted at any time. It may lack tasks. One that is damaged,
 of other sampled tasks than the manifest's (`slm_fast.sketch`), or of a task that the manifest does not name, is not
@@ -25,8 +25,8 @@ from torch import Tensor
 from slm_fast.covariance import Discriminant, KnownKeys
 from slm_fast.files import flush_directory, write
 from slm_fast.kept_sum import model_digest
+from slm_fast.mapped_task import Digests
 from slm_fast.sketch import sampled
-from slm_fast.task_file import Digests
 
 MADE = 2  # to be raised where the same tasks come to other keys. Files of before it was written have 0 there
 HEAD = struct.Struct("<32s32sQQQQ")

@@ -41,7 +41,7 @@ class KeptSum:
     """The exact sum of some tasks' scatters.
 
     opening: SHA-256 of each task's file -> that of what is read of it when a store is opened
-        (`slm_fast.task_file.Digests`), so that the rest can wait until it is needed.
+        (`slm_fast.mapped_task.Digests`), so that the rest can wait until it is needed.
     """
 
     opening: Mapping[str, str]

@@ -19,11 +19,12 @@ from slm_fast.covariance import ExactSum, KnownKeys
 from slm_fast.errors import InputError, SlmError, WorkError, some_of
 from slm_fast.files import Reserve, flush_directory, locked, write
 from slm_fast.kept_sum import KeptSum
+from slm_fast.mapped_task import Digests, digests_of
 from slm_fast.scatter import scatter_of
 from slm_fast.schema import check_same, manifest_of, task_path
 from slm_fast.sketch import sampled
 from slm_fast.store_view import LOCK, MANIFEST, RESERVE, StoreView
-from slm_fast.task_file import Digests, digests_of, task_from_file, task_to_bytes
+from slm_fast.task_file import task_from_file, task_to_bytes
 from slm_fast.tasks import LearnedTask
 
 Summed = tuple[Mapping[str, str], ExactSum]

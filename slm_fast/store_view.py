@@ -23,8 +23,9 @@ from slm_fast.errors import InputError, WorkError, memory_for, warn
 from slm_fast.files import locked, path_of
 from slm_fast.kept_keys import KeysFile
 from slm_fast.kept_sum import KeptSum, SumFile, SumProof
+from slm_fast.mapped_task import Digests, digests_of, map_task
 from slm_fast.schema import check_fits, check_manifest, check_scatter, task_path
-from slm_fast.task_file import Digests, digests_of, map_task, read_file, task_from_bytes
+from slm_fast.task_file import read_file, task_from_bytes
 from slm_fast.tasks import LearnedTask
 
 if TYPE_CHECKING:

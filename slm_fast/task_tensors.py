@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ NUMBERS = (
 )
 
 
-def modules_of(tensors: Mapping[str, Tensor]) -> list[str]:
+def modules_of(tensors: Iterable[str]) -> list[str]:
     """Names of the modules that tensors have increments for, sorted."""
     return sorted({match["module"] for match in map(INCREMENT.fullmatch, tensors) if match})
 

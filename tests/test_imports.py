@@ -34,6 +34,7 @@ LAYERS = (
     ("store",),
     ("store_view",),
     ("kept_keys",),
+    ("mapped_task",),
     ("task_file",),
     ("schema", "task_tensors", "kept_sum"),
     ("reading",),

@@ -32,8 +32,9 @@ from slm_fast.covariance import ExactSum
 from slm_fast.errors import InputError, WorkError
 from slm_fast.files import locked
 from slm_fast.kept_sum import KeptSum, SumFile
+from slm_fast.mapped_task import LATER
 from slm_fast.store import Store
-from slm_fast.task_file import LATER, digest_of, task_to_bytes
+from slm_fast.task_file import digest_of, task_to_bytes
 
 NAMES = ("city", "farm", "sea", "sky")
 
