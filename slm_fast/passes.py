@@ -17,7 +17,7 @@ from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
 from slm_fast.paging import Unreadable
-from slm_fast.pool import emptied
+from slm_fast.pool import Heads, emptied
 from slm_fast.query import TrunkQuery
 from slm_fast.reading import reread
 from slm_fast.tokenization import Encoded
@@ -180,9 +180,9 @@ def _answered(
     route, distance = measured(model, query, route, options)
     # Where the task is given, its answers are its own, whatever else is learned.
     known = None if query is None or task is not None else model.router.label_scores(query, route.slot_ids)
-    heads = model.pool.heads
+    heads = model.pool.heads_for(route)
     prior = None if known is None or heads is None else heads.prior(*known)
-    return _marked(model, batch, read, route, options, prior, distance)
+    return _marked(model, batch, read, route, options, heads, prior, distance)
 
 
 def _marked(
@@ -191,16 +191,19 @@ def _marked(
     read: tuple[Tensor, Tensor | None],
     route: Route,
     options: PredictOptions,
+    heads: Heads | None = None,
     prior: Tensor | None = None,
     distance: Tensor | None = None,
 ) -> Passed:
-    """What the heads say of rows. read: the mean [B, H] of last hidden states, and all of them [B, T, H]."""
+    """What the heads say of rows. read: the mean [B, H] of last hidden states, and all of them [B, T, H]. heads: of the
+    route, if they are known already."""
     pool, mask = model.pool, batch.encoded.attention_mask
-    assert pool.heads is not None
+    heads = pool.heads_for(route) if heads is None else heads
+    assert heads is not None
     winner = pool.task_weights(route).argmax(1)
-    features = pool.heads.features(*read, mask, winner)
+    features = heads.features(*read, mask, winner)
     weighed = _winners_alone(model, route, winner) if options.head == "winner" else route
-    answer = pool.heads.answer(features, pool.slot_task, weighed, prior)
+    answer = heads.answer(features, pool.slot_task, weighed, prior)
     if options.top_k == 1:
         score, words = answer.max(1, keepdim=True)
     else:  # of equal probabilities the first word, as max has it

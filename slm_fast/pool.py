@@ -152,6 +152,13 @@ class Pool:
         labels and 768 features that copies 25 MB."""
         return Heads.of(self.tasks, self.device) if any(task.head for task in self.tasks) else None
 
+    def heads_for(self, route: Route) -> Heads | None:
+        """Heads that answer rows of a route [B, K]: on a processor those of its tasks alone where all are many."""
+        heads = self.heads
+        if heads is None or self.device.type != "cpu" or len(heads.bias) <= MANY_LABELS:
+            return heads
+        return heads.only(self.slot_task[route.slot_ids.clamp(min=0)].unique())
+
     def rows(self, route: Route) -> Route:
         """The route with the rows of `values` in the place of slot ids, for the adapted layers. Does not wait for the
         device."""
@@ -186,6 +193,7 @@ class Pool:
 
 
 PAGE = 8  # the rank of a page, where the tasks that were learned have no larger one
+MANY_LABELS = 1024  # beyond so many only heads that are asked for are multiplied; for fewer, finding them takes longer
 
 
 def page_rank(tasks: Sequence[LearnedTask]) -> int:
@@ -352,6 +360,15 @@ class Heads:
             if task.head is not None and task.adapter is not None
         }
         return cls(weight.to(device), bias.to(device), column.to(device), word.to(device), words, imported)
+
+    def only(self, tasks: Tensor) -> Heads:
+        """What answers rows of these tasks [U], by their places, as all heads do, from their labels alone."""
+        column = self.column[tasks]
+        there = column >= 0
+        chosen = column[there]
+        column[there] = torch.arange(len(chosen), device=column.device)
+        where = torch.full_like(self.column, -1).index_copy_(0, tasks, column)
+        return replace(self, weight=self.weight[chosen], bias=self.bias[chosen], column=where)
 
     def answer(self, features: Tensor, slot_task: Tensor, route: Route, prior: Tensor | None = None) -> Tensor:
         """Distribution over `words`, sum_t p(t) softmax(head_t(features) + prior_t): features [B, H] -> [B, words]

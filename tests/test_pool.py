@@ -139,6 +139,28 @@ def test_a_row_is_answered_in_the_words_of_the_tasks_it_is_routed_to() -> None:
     assert {word for word, share in zip(WORDS, answer[0].tolist(), strict=True) if share} == {"hot", "cold"}
 
 
+def test_of_many_labels_those_of_the_routes_tasks_alone_answer_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [make_task(f"t{i}", labels=[f"w{j}" for j in range(i % 5 + 1)]) for i in range(30)]
+    pool = pool_of(*tasks, make_task("written", labels=None))
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(40, HIDDEN, generator=random)
+    route = Route(torch.randint(-1, 6, (40, 2), generator=random), torch.rand(40, 2, generator=random))
+    label = torch.arange(90) % 6 - 1  # of some of which a task has none
+    seen = torch.randn(40, 90, generator=random), torch.arange(90) % len(pool.tasks), label
+    heads = pool.heads
+    assert heads is not None
+    assert pool.heads_for(route) is heads
+    monkeypatch.setattr("slm_fast.pool.MANY_LABELS", 10)
+    few = pool.heads_for(route)
+    assert few is not None
+    asked = set(route.slot_ids.clamp(min=0).flatten().tolist())
+    assert len(few.bias) == sum(len(pool.tasks[i].labels or ()) for i in asked) < len(heads.bias)
+    for prior in (None, True):
+        answers = [own.answer(features, pool.slot_task, route, prior and own.prior(*seen)) for own in (few, heads)]
+        torch.testing.assert_close(*answers, atol=1e-6, rtol=1e-5)
+    assert answers[0].sum() > 1
+
+
 def test_labels_need_not_stand_in_the_order_of_the_words() -> None:
     task = make_task("a", labels=("z", "y", "x"))
     pool = pool_of(task)

@@ -1,6 +1,7 @@
 // Slots of several keys: a slot is as good as its best key.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "buffer.h"
@@ -18,6 +19,12 @@ struct BestKeys {
   float* second;  // of the best of its other keys
   int32_t* key;   // which is its best
   BestKeys at(int64_t place) const { return {score + place, second + place, key + place}; }
+  // As if a slot had no key yet but one that is worse than any.
+  void begin_with(int64_t first_key, int64_t count) const {
+    std::fill_n(score, count, -std::numeric_limits<float>::infinity());
+    std::fill_n(second, count, -std::numeric_limits<float>::infinity());
+    std::fill_n(key, count, static_cast<int32_t>(first_key));
+  }
 };
 
 struct BestKeysBuffer {

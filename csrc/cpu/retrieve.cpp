@@ -1,4 +1,6 @@
 // retrieve and prepare_keys. See slm_fast/ops/retrieve.py for what they compute.
+#include <cstring>
+
 #include "../calls.h"
 #include "search.h"
 
@@ -48,6 +50,7 @@ void write_route(const Retrieve& op, const Ranked* best, int64_t count, int64_t 
 struct All {
   static constexpr bool kAsks = false;
   bool operator()(int64_t, int64_t, int64_t) const { return true; }
+  bool any(int64_t, int64_t, int64_t) const { return true; }
 };
 struct Masked {
   static constexpr bool kAsks = true;
@@ -55,8 +58,16 @@ struct Masked {
   int64_t row;              // P, or 0 when one mask serves all queries
   const int64_t* key_slot;  // null where each slot has one key
   bool operator()(int64_t query, int64_t, int64_t key) const {
-    return mask[query * row + (key_slot ? key_slot[key] : key)];
+    return mask[query * row + slot(key)];
   }
+  // Whether the query may be given a slot of some keys that follow each other.
+  bool any(int64_t query, int64_t first, int64_t count) const {
+    const int64_t from = slot(first), slots = slot(first + count - 1) - from + 1;
+    return std::memchr(mask + query * row + from, true, static_cast<size_t>(slots));
+  }
+
+ private:
+  int64_t slot(int64_t key) const { return key_slot ? key_slot[key] : key; }
 };
 
 template <class T>

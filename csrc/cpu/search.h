@@ -13,6 +13,7 @@ struct AllowedAmong {
   const Allowed& allowed;
   const int64_t* query;
   bool operator()(int64_t q, int64_t list, int64_t slot) const { return allowed(query[q], list, slot); }
+  bool any(int64_t q, int64_t first, int64_t count) const { return allowed.any(query[q], first, count); }
 };
 #endif
 

@@ -64,7 +64,9 @@ class Searcher {
 
   // use(query, list, best, count) for each query, in no order, with the K best of each of its lists, the best first.
   // allowed(query, list, slot) says whether a slot may be returned; it is asked only for slots that would be, and it
-  // says no to some only if Allowed::kAsks. undecided(query) instead where this pass cannot tell.
+  // says no to some only if Allowed::kAsks. allowed.any(query, first, count): whether there may be one among so
+  // many keys.
+  // undecided(query) instead of use where this pass cannot tell.
   template <class Allowed, class Use, class Undecided>
   void run(const Allowed& allowed, const Use& use, const Undecided& undecided) {
     threads.for_each(blocks, parallel, [&] {
@@ -159,6 +161,15 @@ class Searcher {
     return key;
   }
 
+  // Whether a query of these panels may be given a slot of these keys.
+  template <class Allowed>
+  bool asked_for(const Allowed& allowed, int64_t block, int64_t last_block, int64_t first, int64_t count) const {
+    const int64_t last = std::min(last_block * kQueries, s.queries);
+    for (int64_t query = block * kQueries; query < last; ++query)
+      if (allowed.any(query, first, count)) return true;
+    return false;
+  }
+
   // Returns the keys' part in what a score may be wrong by.
   template <class Allowed>
   float search_range(int64_t first_block, int64_t r, const Allowed& allowed, Scratch& scratch) {
@@ -174,6 +185,10 @@ class Searcher {
     const BestKeys best = scratch.best.data();
     for (int64_t first = begin, count; first < end; first += count) {
       count = std::min({step, end - first, kKeys - first % kKeys});
+      if (Allowed::kAsks && !asked_for(allowed, first_block, last_block, first, count)) {
+        if (s.key_slot) scratch.open.data().begin_with(first + count - 1, s.lists() * panels_at_once * kQueries);
+        continue;
+      }
       Chunk chunk = keys.take(first, count, scratch.keys);
       const float before = slack;
       slack = std::max(slack, chunk.slack);

@@ -282,6 +282,27 @@ def test_slots_that_no_chunk_of_keys_and_no_thread_has_to_itself_are_ranked_by_a
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("B", [1, 5, 33, 200])
+@pytest.mark.parametrize("most", [1, 3, 20, 200])
+def test_of_many_slots_of_which_each_query_may_be_given_few_those_few_are_ranked(B, most):
+    """So that of most chunks of keys nothing is asked, whether a slot ends with them or not."""
+    random = torch.Generator().manual_seed(most)
+    counts = torch.randint(1, most + 1, (4000 // most,), generator=random)
+    key_slot = torch.arange(len(counts)).repeat_interleave(counts)
+    query, keys = (torch.randn(rows, 36, generator=random) for rows in (B, len(key_slot)))
+    bias = torch.randn(len(keys), generator=random)
+    some = torch.zeros(len(counts), dtype=torch.bool)
+    some[torch.randint(len(counts), (3,), generator=random)] = True
+    own = torch.zeros(B, len(counts), dtype=torch.bool)
+    own.scatter_(1, torch.randint(len(counts), (B, 2), generator=random), True)
+    for mask in (some, own, own & False):
+        for options in ({"groups": 2}, {"metric": "dot", "bias": bias}):
+            if most == 1:
+                assert_routes_equal_the_specification(query, keys, 4, mask=mask, **options)
+            else:
+                assert_slots_are_ranked_by_their_best_keys(query, keys, 4, key_slot, mask=mask, **options)
+
+
 @pytest.mark.parametrize("B", [1, 30])
 def test_a_score_that_is_far_less_exact_than_those_before_it_is_ranked_all_the_same(B):
     """48 keys, and then one a million times as long whose product with the first query is slightly the largest."""
