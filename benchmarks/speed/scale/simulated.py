@@ -3,10 +3,11 @@
     python -m benchmarks.speed.scale.simulated [--folder DIR] [--tasks 200,1000] [--seconds 60]
 
 First the parts are timed, one thread, and what simulator.py makes of them is held against what is measured at sizes
-that fit here: rows a second of `predict`, each row's task given; and the milliseconds until a row is answered by
-`slm-fast serve`, asked by clients that do not wait for each other (Poisson arrivals) at shares of the load it can take.
-What a row costs the server follows from its rows a second with 32 clients and FEW tasks, since HTTP takes processor
-time, too. Then up to a million tasks are simulated. Results: results/scale_simulated.csv and its picture.
+that fit here: rows a second of `predict`, each row's task given or (with all values there) found; and the milliseconds
+until a row of a given task is answered by `slm-fast serve`, asked by clients that do not wait for each other (Poisson
+arrivals) at shares of the load it can take. What a row costs the server follows from its rows a second with 32 clients
+and FEW tasks, since HTTP takes processor time, too. Then up to a million tasks are simulated, each row's task found.
+Results: results/scale_simulated.csv and its picture.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from slm_fast.ops import Route
 from slm_fast.store import Store
 
 FEW, KEYS = 5, 3  # tasks of the store that others are compared with, keys of a task
+TOLD = 0  # of those, that a row looks at whose task is given
 LAWS = {"zipf": 1.0, "uniform": 0.0}
 LOADS = (0.5, 0.8)
 SIZES = (100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
@@ -130,16 +132,21 @@ def rates_held(folder: Path, costs: Costs, rows: int) -> list[Line]:
     slm = ScalableLM.from_pretrained(folder)
     count, size = len(slm.tasks), slm.model.pool.row_bytes
     found = []
-    for share in (1.0, 0.1):
-        room = int(share * count)
-        if share < 1:
+
+    def measured(setting: Setting, *, told: bool) -> None:
+        texts, tasks = traffic(slm.tasks, setting.exponent, 2 * TRAFFIC)
+        slm.predict(texts[:TRAFFIC], task=tasks[:TRAFFIC] if told else None)
+        start = time.perf_counter()
+        slm.predict(texts[TRAFFIC:], task=tasks[TRAFFIC:] if told else None)
+        took = time.perf_counter() - start
+        found.append(held("rows/s", setting, "", rate(costs, setting), TRAFFIC / took))
+
+    measured(Setting(count, 0.0, rows=rows, keys=KEYS), told=False)
+    for room in (count, count // 10):
+        if room < count:
             slm = ScalableLM.from_pretrained(folder, device_memory=room * size)
         for exponent in LAWS.values():
-            texts, tasks = traffic(slm.tasks, exponent, 2 * TRAFFIC)
-            slm.predict(texts[:TRAFFIC], task=tasks[:TRAFFIC])
-            took = least(lambda s=slm, x=texts, t=tasks: s.predict(x[TRAFFIC:], task=t[TRAFFIC:]), 1)  # type: ignore[misc]
-            setting = Setting(count, exponent, room, rows=rows, keys=KEYS)
-            found.append(held("rows/s", setting, "", rate(costs, setting), TRAFFIC / took))
+            measured(Setting(count, exponent, room, rows=rows, keys=TOLD), told=True)
     return found
 
 
@@ -169,7 +176,7 @@ def waits_held(folder: Path, count: int, size: int, costs: Costs, rows: int, sec
     """The server with room for a tenth of the values, at some shares of the load that it can take."""
     found = []
     room = count // 10
-    setting = Setting(count, LAWS["zipf"], room, rows=rows, keys=KEYS)
+    setting = Setting(count, LAWS["zipf"], room, rows=rows, keys=TOLD)
     with serve(folder, "--device-memory", str(room * size)) as port:
         requests = asked(folder, LAWS["zipf"], 1 << 16)
         load(port, requests, 32, min(10.0, seconds))
@@ -185,7 +192,8 @@ def waits_held(folder: Path, count: int, size: int, costs: Costs, rows: int, sec
 
 
 def held(what: str, setting: Setting, share: str, simulated: float, measured: float | None = None) -> Line:
-    line = {"what": what, "tasks": setting.tasks, "exponent": f"{setting.exponent:g}"}
+    line = {"what": what, "tasks": setting.tasks, "task": "found" if setting.keys else "given"}
+    line |= {"exponent": f"{setting.exponent:g}"}
     line |= {"on device": min(setting.tasks, setting.device), "in memory": min(setting.tasks, setting.host)}
     line |= {"load": share, "simulated": f"{simulated:.1f}"}
     if measured is None:
