@@ -1,0 +1,86 @@
+"""Many tasks learned one after another beside several at a time, a process each: seconds, and whether the bytes agree.
+
+    python -m benchmarks.speed.jobs [--data DIR] [--tasks N] [--rows N] [--jobs N]
+
+`slm-fast learn --jobs` of MiniLM, from the call to its end, each process with one thread, so that with as many jobs as
+cores the best there can be is a speed-up of their number. DIR holds a folder a task; without it the demonstration's are
+learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.continual.streams import load
+from benchmarks.speed.timing import percentiles
+from benchmarks.tables import RESULTS, table, write_csv
+from slm_fast import Task, demo
+
+
+def tasks_of(data: Path | None, count: int, rows: int) -> list[Task]:
+    """The first tasks with labels in a folder, or the demonstration's."""
+    if data is None:
+        return list(demo.load("train").values())[:count]
+    names = sorted(file.parent.name for file in data.glob("*/train.jsonl.gz"))
+    found = (load(data, name, "train", rows) for name in names)
+    return [task for task in found if task.labels][:count]
+
+
+def learned(tasks: list[Task], folder: Path, jobs: int) -> tuple[float, dict[str, bytes]]:
+    """Seconds of learning the tasks into a new store, and what it holds."""
+    words = ["learn", str(folder / "store"), "--backbone", "minilm", "--jobs", str(jobs)]
+    for task in tasks:
+        file = folder / f"{task.name}.jsonl"
+        file.write_text("".join(json.dumps({"text": row.text, "label": row.target}) + "\n" for row in task.rows))
+        words += ["--task", f"{task.name}={file}"]
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "slm_fast.cli", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    took = time.perf_counter() - start
+    files = [*(folder / "store").glob("tasks/*/*"), folder / "store" / "manifest.json"]
+    return took, {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", type=Path, help="folder of tasks; without it the demonstration's")
+    parser.add_argument("--tasks", type=int, default=10)
+    parser.add_argument("--rows", type=int, default=600, help="of a task, at the most")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS / "jobs.csv")
+    chosen = parser.parse_args()
+    tasks = tasks_of(chosen.data, chosen.tasks, chosen.rows)
+    times: dict[int, list[float]] = {1: [], chosen.jobs: []}
+    stores = []
+    for _ in range(chosen.rounds):  # in turns
+        for jobs, took in times.items():
+            with tempfile.TemporaryDirectory() as folder:
+                seconds, store = learned(tasks, Path(folder), jobs)
+            took.append(seconds)
+            stores.append(store)
+            print(f"{len(tasks)} tasks, {jobs} at a time: {seconds:.1f} s", file=sys.stderr)
+    one, lines = percentiles(times[1]).p50, []
+    for jobs, took in times.items():
+        line: dict[str, Any] = {"tasks": len(tasks), "rows": sum(len(task.rows) for task in tasks), "jobs": jobs}
+        line |= {"seconds": f"{percentiles(took).p50:.1f}", "speed_up": f"{one / percentiles(took).p50:.2f}"}
+        lines.append(line | {"same_bytes": all(store == stores[0] for store in stores)})
+    print(table(lines))
+    command = f"slm-fast bench jobs --tasks {chosen.tasks} --rows {chosen.rows} --jobs {chosen.jobs}"
+    write_csv(chosen.output, lines, {"command": command})
+
+
+if __name__ == "__main__":
+    main()
