@@ -1,8 +1,9 @@
 """A task's file, mapped: opening a store of many tasks reads what it needs of each, the rest is read when it is used.
 
 Tasks are mostly laid out alike. What their headers have in common is parsed once, and held once, as it would take more
-memory than the rest of what is held of a task; and what opening looks at is read rather than mapped, since of a file
-that is touched the system maps sixteen pages around.
+memory than the rest of what is held of a task. And what every pass needs of a task, its head and little else, is read
+rather than mapped: of a file that is touched the system maps sixteen pages around, and where memory is short it would
+read all tasks' files again whenever heads are put together.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ LATER = ("factor", "exponent", "diagonal", "scatter", "sample")
 DTYPES = {"F32": torch.float32, "I8": torch.int8}
 METADATA = '{"__metadata__":'
 AT_ONCE = 96 << 10  # bytes read of a file's beginning
+SMALL = 4 << 10  # bytes of a router's tensor that is held
 LAYOUTS = 1024  # that are held
 Span = tuple[int, int]
 
@@ -44,6 +46,12 @@ class Digests(NamedTuple):
     start: str
 
 
+class Bytes(Protocol):
+    """Parts of a file."""
+
+    def __getitem__(self, part: slice, /) -> bytes | memoryview: ...
+
+
 class Place(NamedTuple):
     """A tensor of a file: its numbers, and where its bytes are."""
 
@@ -52,7 +60,13 @@ class Place(NamedTuple):
     span: Span
 
     def of(self, data: Tensor) -> Tensor:
+        """A view of the file's tensors."""
         return data[slice(*self.span)].view(self.dtype).view(self.shape)
+
+    def read(self, data: Bytes, begin: int) -> Tensor:
+        """A copy of what begins there in the file."""
+        own = bytearray(data[begin + self.span[0] : begin + self.span[1]])
+        return torch.frombuffer(own, dtype=self.dtype).view(self.shape) if own else torch.empty(self.shape)
 
 
 class Layout(NamedTuple):
@@ -77,12 +91,6 @@ class Header(NamedTuple):
     metadata: Any
     layout: Layout
     begin: int
-
-
-class Bytes(Protocol):
-    """Parts of a file."""
-
-    def __getitem__(self, part: slice, /) -> bytes | memoryview: ...
 
 
 class _Read:
@@ -160,7 +168,8 @@ def map_task(path: Path, digest: str, opening: str, start: str | None = None) ->
     """A task whose file was read whole and checked before, if what is read of it now has the SHA-256 `start`, or where
     that is not known `opening` (`Digests`); and both of these.
 
-    Its tensors are views of the file, which the kernel reads when they are used and may let go of. With `start` values
+    Heads and the router's small tensors are copies. The others are views of the file, which the kernel reads when they
+    are used and may let go of. With `start` values
     are compared with `opening` when one of them is used first. Those of `LATER` are not looked at: the first use of one
     of them compares the whole file with `digest`, checks it, and raises WorkError as `task_from_file` does. None where
     the file cannot be mapped, or is another: reading it whole says what is wrong.
@@ -175,13 +184,20 @@ def map_task(path: Path, digest: str, opening: str, start: str | None = None) ->
             found = _digest(read, header, values=False)
             if found != start and (start is not None or _digest(read, header) != opening):
                 return None
+            layout, begin = header.layout, header.begin
+            heads = {name: place.read(read, begin) for name, place in layout.heads.items()}
+            small = {
+                name: place.read(read, begin)
+                for name, place in layout.router.items()
+                if name not in LATER and place.span[1] - place.span[0] <= SMALL
+            }
         finally:
             os.close(file)
         about = about_task(header.metadata)
         whole = torch.from_file(str(path), shared=False, size=len(read), dtype=torch.uint8)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, Unfit):  # of a header that lies
         return None
-    data, layout, tensors = memoryview(whole.numpy().data), header.layout, whole[header.begin :]
+    data, tensors = memoryview(whole.numpy().data), whole[begin:]
 
     def check_whole() -> None:
         found = hashlib.sha256(data).hexdigest()
@@ -193,9 +209,8 @@ def map_task(path: Path, digest: str, opening: str, start: str | None = None) ->
         if _digest(data, _header(data)) != opening:
             raise damaged(path, hashlib.sha256(data).hexdigest(), digest)
 
-    heads = {name: place.of(tensors) for name, place in layout.heads.items()}
     values = _Values(tensors[layout.first :], layout.values, None if start is None else check_values)
-    task = replace(task_of(about, heads), values=values, router=_Part(tensors, layout.router, check_whole))
+    task = replace(task_of(about, heads), values=values, router=_Part(tensors, layout.router, small, check_whole))
     vars(task)["shape"] = layout.shape
     return task, Digests(opening, found)
 
@@ -221,13 +236,18 @@ class _Values(Mapping[str, tuple[Tensor, Tensor]]):
 
 
 class _Part(Mapping[str, Tensor]):
-    """A task's part of the router, whose tensors of `LATER` are checked before the first use of one of them. Views are
-    made when they are asked for."""
+    """A task's part of the router: tensors that are held, and views that are made when they are asked for, of which
+    those of `LATER` are checked before the first use of one of them."""
 
-    def __init__(self, data: Tensor, places: Mapping[str, Place], check_whole: Callable[[], None]) -> None:
-        self._data, self._places, self._check_whole, self._checked = data, places, check_whole, False
+    def __init__(
+        self, data: Tensor, places: Mapping[str, Place], held: Mapping[str, Tensor], check_whole: Callable[[], None]
+    ) -> None:
+        self._data, self._places, self._held = data, places, held
+        self._check_whole, self._checked = check_whole, False
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._held:
+            return self._held[name]
         place = self._places[name]
         if name in LATER and not self._checked:
             self._check_whole()
