@@ -1,5 +1,6 @@
 // retrieve and prepare_keys. See slm_fast/ops/retrieve.py for what they compute.
-#include <cstring>
+#include <functional>
+#include <numeric>
 
 #include "../calls.h"
 #include "search.h"
@@ -54,16 +55,16 @@ struct All {
 };
 struct Masked {
   static constexpr bool kAsks = true;
-  const bool* mask;
+  const uint8_t* mask;      // a byte that is not 0, whichever, is true
   int64_t row;              // P, or 0 when one mask serves all queries
   const int64_t* key_slot;  // null where each slot has one key
   bool operator()(int64_t query, int64_t, int64_t key) const {
-    return mask[query * row + slot(key)];
+    return mask[query * row + slot(key)] != 0;
   }
   // Whether the query may be given a slot of some keys that follow each other.
   bool any(int64_t query, int64_t first, int64_t count) const {
-    const int64_t from = slot(first), slots = slot(first + count - 1) - from + 1;
-    return std::memchr(mask + query * row + from, true, static_cast<size_t>(slots));
+    const uint8_t *from = mask + query * row + slot(first), *last = mask + query * row + slot(first + count - 1);
+    return std::accumulate(from, last + 1, 0, std::bit_or<>{}) != 0;
   }
 
  private:
@@ -88,7 +89,8 @@ void retrieve_as(const Retrieve& op, const Threads& threads) {
     write_route(op, mine, std::min(slots, op.k), query);
   };
   const int64_t slots = op.key_slot ? op.mask_slots : op.slots;
-  if (op.mask) search<T>(asked, threads, Masked{op.mask, op.mask_per_query ? slots : 0, op.key_slot}, use);
+  const auto* mask = reinterpret_cast<const uint8_t*>(op.mask);
+  if (mask) search<T>(asked, threads, Masked{mask, op.mask_per_query ? slots : 0, op.key_slot}, use);
   else search<T>(asked, threads, All{}, use);
 }
 

@@ -187,6 +187,14 @@ def test_a_backend_that_takes_key_slot_is_chosen_by_k_and_nobody_counts_the_keys
     assert sizes == ["few", "other"]
 
 
+@pytest.mark.parametrize("B", [1, 40])
+def test_whatever_byte_a_mask_is_true_with_the_slot_may_be_returned(B):
+    true = torch.zeros(B, 100, dtype=torch.uint8)
+    true[:, 70], true[:, 71], true[:, 10] = 255, 2, 1
+    route = ops.retrieve(normal(B, 8), normal(100, 8, seed=1), 4, mask=true.view(torch.bool))
+    assert route.slot_ids.sort().values.tolist() == [[-1, 10, 70, 71]] * B
+
+
 def test_of_slots_with_equal_best_keys_the_lower_comes_first(device):
     query, key = normal(1, 12).abs(), normal(1, 12, seed=1).abs()
     keys = torch.cat([-key, key, key, -key, key])
