@@ -135,7 +135,7 @@ class Keys {
   float measure(int64_t key, float* lengths, float longest) const {
     if (s.prepared) std::copy_n(prepared.lengths + key * s.groups, s.groups, lengths);
     else group_lengths(row(key), s.groups, s.width / s.groups, lengths);
-    longest = std::max(longest, lengths[0]);
+    longest = std::max(longest, lengths[0] + underflow(s.width));
     for (int64_t g = 0; g < s.groups; ++g) lengths[g] = inverse_length(lengths[g]);
     return longest;
   }

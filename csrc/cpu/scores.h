@@ -23,6 +23,11 @@ struct Search {
   bool same_slot(int64_t key, int64_t other) const { return key_slot && key_slot[key] == key_slot[other]; }
 };
 
+constexpr double kSmallest = 0x1p-126;  // of a float32 that is rounded to all of its bits
+
+// How much longer a row of d numbers may be than group_lengths says, whose smallest squares are 0 in float32.
+inline float underflow(int64_t d) { return 0x1p-74f * std::sqrt(static_cast<float>(d)); }
+
 // The length of each group of a row, in float32.
 template <class T>
 inline void group_lengths(const T* row, int64_t groups, int64_t d, float* lengths) {

@@ -125,7 +125,7 @@ class Searcher {
           for (int64_t i = g * d; i < (g + 1) * d; ++i) to[i] = widen<float>(from[i]) * factor;
           slack = lengths[g] <= slack ? slack : lengths[g];
         }
-        query_slack[first + q] = slack;
+        query_slack[first + q] = slack + underflow(d);
       }
     }
     if (few) std::copy_n(rows, count * width, panels.data());
@@ -315,19 +315,21 @@ class Searcher {
     const int64_t length = span_of(0).piece, ahead = s.cosine ? d / (4 * L) + 16 : 4;
     const int64_t most_of_piece = few ? kDotPiece<P> : kPiece * P::kPair, pieces = pieces_of(length, most_of_piece);
     const int64_t piece = std::min(length, most_of_piece), one_by_one = few ? (piece + L - 1) / L + L : piece;
-    return static_cast<double>(one_by_one + pieces + s.groups + ahead);
+    // Of a sum over groups that grows with each of them, its pieces are added to half of it on average.
+    const int64_t after = std::max(pieces + s.groups, (pieces + 1) * (s.groups + 1) / 4);
+    return static_cast<double>(one_by_one + after + ahead);
   }
 
   // A slot whose score in the fast pass is less, `kth` being the K-th best score there so far, is none of the K best.
   // Sums over groups are not divided by their number yet. In float32 a score is wrong by so many roundings of products
-  // whose magnitudes sum to at most |query| |key|. Rounded to bfloat16, q + e and k + f have the product q k + q f + e (k + f),
-  // |q| = |k| = 1 and |f| less than 1/100.
+  // whose magnitudes sum to at most |query| |key|, or of the smallest numbers. Rounded to bfloat16, q + e and k + f have
+  // the product q k + q f + e (k + f), |q| = |k| = 1 and |f| less than 1/100.
   float cutoff(float kth, int64_t query, float of_keys) const {
     double margin = s.by_group ? 1 : static_cast<double>(s.groups);
     if constexpr (kRounded)
       margin *= rounded_by + 1.001 * (of_keys + 1.01 * query_slack[query]);
     else
-      margin *= rounded_by * (s.cosine ? 1.0 : query_slack[query] * double{of_keys});
+      margin *= rounded_by * (s.cosine ? 1.0 : query_slack[query] * double{of_keys} + kSmallest);
     if (s.bias) margin += std::abs(kth) * 0x1p-23;
     return static_cast<float>(kth - 2 * margin);
   }

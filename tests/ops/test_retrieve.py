@@ -195,6 +195,17 @@ def test_whatever_byte_a_mask_is_true_with_the_slot_may_be_returned(B):
     assert route.slot_ids.sort().values.tolist() == [[-1, 10, 70, 71]] * B
 
 
+@pytest.mark.parametrize("B", [3, 40])
+@pytest.mark.parametrize("D", [64, 1000])
+@pytest.mark.parametrize("scales", [(1e-22, 1e-23), (1e15, 1e-24), (1e-24, 1e15)], ids=str)
+def test_numbers_whose_products_or_squares_are_0_in_float32_are_ranked_by_what_they_are(B, D, scales):
+    query, keys = scales[0] * normal(1, D).abs().expand(B, D), scales[1] * normal(1, D).abs()
+    keys = keys * (1 + normal(500, D, seed=1) * (1e-6 if max(scales) > 1 else 1))
+    route = ops.retrieve(query, keys, 3, metric="dot")
+    with ops.use_backend("reference"):
+        assert route.slot_ids.tolist() == ops.retrieve(query, keys, 3, metric="dot").slot_ids.tolist()
+
+
 def test_of_slots_with_equal_best_keys_the_lower_comes_first(device):
     query, key = normal(1, 12).abs(), normal(1, 12, seed=1).abs()
     keys = torch.cat([-key, key, key, -key, key])
