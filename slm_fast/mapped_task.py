@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +30,11 @@ from slm_fast.tasks import LearnedTask, ValuesShape, shape_of
 # What answering needs not: a scatter counts in the sum of all, and the sample says how far a row is.
 LATER = ("factor", "exponent", "diagonal", "scatter", "sample")
 DTYPES = {"F32": torch.float32, "I8": torch.int8}
-METADATA = '{"__metadata__":'
+METADATA = re.compile(r'\s*{\s*"__metadata__"\s*:\s*')
 AT_ONCE = 96 << 10  # bytes read of a file's beginning
 SMALL = 4 << 10  # bytes of a router's tensor that is held
 LAYOUTS = 1024  # that are held
+ALIGNED = max(dtype.itemsize for dtype in DTYPES.values())
 Span = tuple[int, int]
 
 
@@ -73,7 +75,8 @@ class Layout(NamedTuple):
     """What a header says but for its metadata. Spans are from where tensors begin, those of values from `first` on; a
     task without values is damaged, and has no shape.
 
-    later, skipped: what `Digests.opening` and `Digests.start` leave out, in order.
+    later, skipped: what `Digests.opening` and `Digests.start` leave out, in order. aligned: whether all numbers may be
+    viewed, where tensors begin at a multiple of `ALIGNED`.
     """
 
     router: dict[str, Place]
@@ -83,6 +86,7 @@ class Layout(NamedTuple):
     first: int
     later: tuple[Span, ...]
     skipped: tuple[Span, ...]
+    aligned: bool
 
 
 class Header(NamedTuple):
@@ -120,9 +124,9 @@ def digests_of(data: bytes | memoryview) -> Digests:
 def _header(data: Bytes) -> Header:
     begin = 8 + int.from_bytes(data[:8], "little")
     text = bytes(data[8:begin]).decode()
-    if text.startswith(METADATA):
-        metadata, end = json.JSONDecoder().raw_decode(text, len(METADATA))
-        layout = _layout_of("{" + text[end:].removeprefix(","))
+    if first := METADATA.match(text):
+        metadata, end = json.JSONDecoder().raw_decode(text, first.end())
+        layout = _layout_of("{" + text[end:].lstrip().removeprefix(","))
     else:
         metadata, layout = json.loads(text).get("__metadata__"), _layout_of(text)
     return Header((metadata or {}).get("slm_fast"), layout, begin)
@@ -151,7 +155,8 @@ def _layout_of(text: str) -> Layout:
     shape = shape_of({module: [place.shape for place in pair] for module, pair in values.items()}) if values else None
     later = sorted(place.span for name, place in router.items() if name in LATER)
     skipped = sorted([*later, *(place.span for place in own.values())])
-    return Layout(router, heads, values, shape, first, tuple(later), tuple(skipped))
+    aligned = all(place.span[0] % place.dtype.itemsize == 0 for place in tensors.values())
+    return Layout(router, heads, values, shape, first, tuple(later), tuple(skipped), aligned)
 
 
 def _digest(data: Bytes, header: Header, *, values: bool = True) -> str:
@@ -179,7 +184,7 @@ def map_task(path: Path, digest: str, opening: str, start: str | None = None) ->
         try:
             read = _Read(file)
             header = _header(read)
-            if header.layout.shape is None:
+            if header.layout.shape is None or not header.layout.aligned or header.begin % ALIGNED:
                 return None
             found = _digest(read, header, values=False)
             if found != start and (start is not None or _digest(read, header) != opening):

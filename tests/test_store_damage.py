@@ -15,12 +15,15 @@ from stores import (
     A,
     B,
     C,
+    contents,
     edit_manifest,
     store_of,
 )
 
 from slm_fast.errors import InputError, WorkError
+from slm_fast.schema import task_path
 from slm_fast.store import Store, task_from_file
+from slm_fast.task_file import task_to_bytes
 
 # Damage
 
@@ -135,3 +138,26 @@ def test_a_file_in_the_place_of_a_tasks_folder_is_damage_and_not_a_crash(tmp_pat
     store.leftovers()
     store.commit(remove=["b"])
     assert list(Store.open(tmp_path).files) == ["a"]
+
+
+# Not damage
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" ,\n", " :\t")], ids=repr)
+@pytest.mark.parametrize("spaces", range(4))
+@pytest.mark.parametrize("first", [True, False])
+def test_a_header_is_read_however_another_program_writes_it(tmp_path, separators, spaces, first) -> None:
+    """Wherever tensors then begin: numbers that lie athwart cannot be mapped."""
+    store, data = store_of(tmp_path / "s", A, B), task_to_bytes(A)
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    metadata = {"__metadata__": header.pop("__metadata__")}
+    header = metadata | header if first else header | metadata
+    text = json.dumps(header, separators=separators).encode() + b" " * spaces
+    data = len(text).to_bytes(8, "little") + text + data[begin:]
+    digest = hashlib.sha256(data).hexdigest()
+    file = task_path("a", digest)
+    store.file("a").rename(store.path / file).write_bytes(data)
+    edit_manifest(store.path, lambda manifest: manifest["tasks"]["a"].update(sha256=digest, file=file))
+    assert contents(Store.open(store.path).load()) == contents([A, B])
+    assert Store.open(store.path).verify() == []
