@@ -16,6 +16,7 @@ from slm_fast.errors import InputError
 
 LEAST_RESERVE = 64 << 10
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+PASSWORD = re.compile(r"(://[^/:@]*):[^/]*@")
 
 
 def path_of(given: Any) -> Path:
@@ -23,13 +24,18 @@ def path_of(given: Any) -> Path:
     if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
         raise InputError(f"store: expected the path of a folder, got {given!r}")
     if is_url(given):
-        raise InputError(f"{given}: expected the path of a folder; a store at a URL is only read")
+        raise InputError(f"{shown(given)}: expected the path of a folder; a store at a URL is only read")
     return Path(given)
 
 
 def is_url(given: Any) -> bool:
     """Whether what stands for a folder is an address such as s3://bucket/store."""
     return isinstance(given, str) and URL.match(given) is not None
+
+
+def shown(given: object) -> str:
+    """A folder, or a URL without its password."""
+    return PASSWORD.sub(r"\1:***@", given) if isinstance(given, str) else str(given)
 
 
 def write(path: Path, *data: bytes | memoryview) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from slm_fast import __version__
 from slm_fast.card import base_model_of, model_card
 from slm_fast.errors import InputError, WorkError, one_line, some_of, warn
-from slm_fast.files import is_url, path_of, write
+from slm_fast.files import is_url, path_of, shown, write
 from slm_fast.remote_store import RemoteStore
 from slm_fast.store import Store
 from slm_fast.store_view import LOCK, MANIFEST, RESERVE
@@ -124,7 +124,7 @@ def find_store(path: str | Path, revision: str | None = None) -> Store:
     """
     if not is_on_hub(path):
         if revision is not None:
-            raise InputError(f"revision: goes with a store on the hub, got {revision!r} and {path}")
+            raise InputError(f"revision: goes with a store on the hub, got {revision!r} and {shown(path)}")
         return RemoteStore.open(path) if is_url(path) else Store.open(path)
     from huggingface_hub import snapshot_download
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_fast.errors import InputError, SlmError, WorkError, one_line
+from slm_fast.files import shown
 from slm_fast.schema import check_manifest, check_same, task_path
 from slm_fast.store import Store
 from slm_fast.store_view import MANIFEST
@@ -69,7 +70,7 @@ class RemoteStore(Store):
     @property
     def where(self) -> str:
         """The URL as it is shown: without a password."""
-        return re.sub(r"(://[^/:@]*):[^/@]*@", r"\1:***@", self.url)
+        return shown(self.url)
 
     def glance(self) -> object:
         try:

@@ -15,6 +15,7 @@ from slm_fast.data import Task, checked, rows_of_file, rows_to_answer
 from slm_fast.epochs import OnStep, checked_callback, checked_patience
 from slm_fast.errors import InputError, WorkError, memory_for, some_of, warn
 from slm_fast.evaluate import Evaluation, as_task, evaluate
+from slm_fast.files import shown
 from slm_fast.hub import find_store, is_on_hub
 from slm_fast.keeper import TaskKeeper
 from slm_fast.labels import read_words
@@ -114,28 +115,31 @@ class ScalableLM(TaskKeeper):
         config: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in store.about["config"].items()
         }
-        moved = "" if backbone is not None else f"; say where the backbone of {path} is now with backbone= (--backbone)"
+        where = shown(path)
+        moved = (
+            "" if backbone is not None else f"; say where the backbone of {where} is now with backbone= (--backbone)"
+        )
         loaded = load_backbone(
             store.about["backbone"] if backbone is None else backbone, tokenizer, dtype, device, hint=moved
         )
         expected = store.about["fingerprint"]
         if loaded.fingerprint != expected:
             raise InputError(
-                f"backbone {loaded.name!r}: its fingerprint is {loaded.fingerprint}, store {path} has {expected}"
+                f"backbone {loaded.name!r}: its fingerprint is {loaded.fingerprint}, store {where} has {expected}"
             )
         with memory_for(f"backbone {loaded.name!r}"):
             slm = cls(loaded, ModelConfig(**config), device_memory=device_memory)
-        check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {path}")
+        check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {where}")
         if "tokens" not in store.about:
-            warn(f"store {path}: keeps no settings of its backbone and tokenizer, so changed ones cannot be told")
+            warn(f"store {where}: keeps no settings of its backbone and tokenizer, so changed ones cannot be told")
         store.about = {**slm.model.about, **store.about}  # what an earlier version did not say
-        with slm.model.lock, memory_for(f"store {path}"):
+        with slm.model.lock, memory_for(f"store {where}"):
             slm._set(store.load(skip_damaged=skip_damaged), store.kept)
             store.kept = NOTHING
             try:
                 slm.model.router.prepare()
             except WorkError as error:
-                raise WorkError(next(iter(store.verify()), f"store {path}: {error}")) from None
+                raise WorkError(next(iter(store.verify()), f"store {where}: {error}")) from None
         if not is_on_hub(path):
             slm._belongs_to(store)
         return slm

@@ -17,7 +17,7 @@ from typing import Any
 
 from slm_fast.covariance import ExactSum, KnownKeys
 from slm_fast.errors import InputError, SlmError, WorkError, some_of
-from slm_fast.files import Reserve, flush_directory, locked, write
+from slm_fast.files import Reserve, flush_directory, locked, shown, write
 from slm_fast.kept_sum import KeptSum
 from slm_fast.mapped_task import Digests, digests_of
 from slm_fast.scatter import scatter_of
@@ -119,7 +119,7 @@ class Store(StoreView):
         """
         preferred = None if prefer is None else Path(prefer).resolve()
         if preferred is not None and preferred not in [store.path.resolve() for store in (self, *sources)]:
-            raise InputError(f"prefer: expected one of the stores that are merged, got {prefer}")
+            raise InputError(f"prefer: expected one of the stores that are merged, got {shown(prefer)}")
         there = sorted({name for source in sources for name in source.files})
         for name in sorted(tasks or ()):
             if name not in there:

@@ -236,7 +236,16 @@ def test_a_cache_that_cannot_be_written_is_one_line_that_says_what_names_another
 
 
 def test_a_password_is_not_shown(shelf):
-    assert RemoteStore("ftp://me:secret@host/store", {}, {}).where == "ftp://me:***@host/store"
+    for password in ("secret", "s@cret", "se:cr@t"):
+        url = f"ftp://me:{password}@host/store"
+        assert RemoteStore(url, {}, {}).where == "ftp://me:***@host/store"
+        for act in (
+            Store.open,
+            lambda url: find_store(url, "main"),
+            lambda url: Store("x", {}, {}).merge([], prefer=url),
+        ):
+            with pytest.raises(InputError, match=r"ftp://me:\*\*\*@host/store\b"):
+                act(url)
     assert [RemoteStore(url, {}, {}).url for url in ("s3://a/b//", "memory://")] == ["s3://a/b", "memory://"]
     for url in ("abfs://box@account.dfs.core.windows.net/store", "http://host:80/a@b", "s3://bucket/a:b@c"):
         assert RemoteStore(url, {}, {}).where == url

@@ -10,6 +10,7 @@ from ray.data import Dataset
 from slm_fast import __version__
 from slm_fast.data import identified
 from slm_fast.errors import InputError, WorkError, warn
+from slm_fast.files import shown
 from slm_fast.hub import find_store, is_on_hub
 from slm_fast.integrations.ray_cluster import Opening
 from slm_fast.integrations.ray_pool import StorePool
@@ -116,7 +117,7 @@ class _Answers:
             warn(message)
         found = self._slm.store or self._slm.source
         if files is not None and found is not None and found.files != files:
-            raise WorkError(f"store {opening.store}: was changed since it was asked for answers")
+            raise WorkError(f"store {shown(opening.store)}: was changed since it was asked for answers")
         self._how = how
 
     def __call__(self, table: Any) -> Any:
