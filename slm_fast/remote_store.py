@@ -12,15 +12,15 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from slm_fast.errors import InputError, SlmError, WorkError, one_line
-from slm_fast.files import shown
+from slm_fast.files import locked, shown
 from slm_fast.schema import check_manifest, check_same, task_path
 from slm_fast.store import Store
-from slm_fast.store_view import MANIFEST
+from slm_fast.store_view import LOCK, MANIFEST
 from slm_fast.task_file import check_digest
 
 CACHE = "SLM_FAST_CACHE"
@@ -98,15 +98,28 @@ class RemoteStore(Store):
 
     def _holds(self, about: Mapping[str, Any], files: Mapping[str, str]) -> bool:
         """Whether the cache has all that the manifest names, and nothing else."""
-        if not Store.exists(self.path):
+        try:
+            there = Store.open(self.path)
+        except InputError:  # there is none
             return False
-        there = Store.open(self.path)
+        except WorkError:
+            self._drop_damaged()
+            return False
         if (there.about, there.files) != (about, files):
             return False
         try:
             return all(there.file(name).exists() for name in files) and not there.leftovers()
         except OSError:  # another process removes what was left over
             return False
+
+    def _drop_damaged(self) -> None:
+        """Have no manifest in the cache rather than one that cannot be read."""
+        with self._named_errors(), locked(self.path / LOCK, 600.0) as held, suppress(InputError):  # dropped already
+            try:
+                Store.open(self.path)
+            except WorkError:
+                if held:
+                    (self.path / MANIFEST).unlink()
 
     def _fetch(self) -> tuple[dict[str, Any], dict[str, str]]:
         """What the manifest says, once all files that it names are in place."""

@@ -132,6 +132,15 @@ def test_a_file_that_the_cache_has_lost_is_brought_again(shelf, cache):
     assert brought() == contents([A, B])
 
 
+@pytest.mark.parametrize("manifest", [b"", b"{", b'{"format": 2}', b"\xff\xfe"])
+def test_a_manifest_that_is_damaged_in_the_cache_is_brought_again(manifest, shelf, cache):
+    store_of(shelf, A, B)
+    brought()
+    (cache / "manifest.json").write_bytes(manifest)
+    assert brought() == contents([A, B])
+    assert tree(cache) == tree(shelf)
+
+
 # What goes wrong
 
 
