@@ -2,7 +2,8 @@
 
 A page is what a slot's values take of the pool's buffers. A pass asks for the pages of its routes (`rows`); those that
 are not there are read from the tasks' files (mapped: the kernel keeps what it has room for) over those that were not
-used for longest. What is answered does not show it, as the same numbers enter the same products.
+used for longest. What is answered does not show it, as the same numbers enter the same products; but rows of a batch
+that passes in parts (`parts`) have others beside them, which the last bits of a score may show.
 """
 
 from __future__ import annotations
