@@ -6,7 +6,7 @@ First the parts are timed, one thread, and what simulator.py makes of them is he
 that fit here: rows a second of `predict`, each row's task given or (with all values there) found; and the milliseconds
 until a row of a given task is answered by `slm-fast serve`, asked by clients that do not wait for each other (Poisson
 arrivals) at shares of the load it can take. What a row costs the server follows from its rows a second with 32 clients
-and FEW tasks, since HTTP takes processor time, too. Then up to a million tasks are simulated, each row's task found.
+and FEW tasks, since HTTP takes processor time, too. Then up to a million tasks are simulated.
 Results: results/scale_simulated.csv and its picture.
 """
 
@@ -207,34 +207,35 @@ def held(what: str, setting: Setting, share: str, simulated: float, measured: fl
 def beyond(costs: Costs, rows: int, size: int) -> list[Line]:
     """Rows a second, and the 99th percentile at LOADS[0], with DEVICE and HOST bytes for values of `size` bytes."""
     found = []
-    for exponent in EXPONENTS:
-        for tasks in SIZES:
-            setting = Setting(tasks, exponent, DEVICE // size, HOST // size, rows, KEYS)
-            found.append(held("rows/s", setting, "", rate(costs, setting)))
-            late = float(np.quantile(waits(costs, setting, LOADS[0]), 0.99))
-            found.append(held("p99 ms", setting, f"{LOADS[0]:g}", 1000 * late))
+    for keys in (KEYS, TOLD):
+        for exponent in EXPONENTS:
+            for tasks in SIZES:
+                setting = Setting(tasks, exponent, DEVICE // size, HOST // size, rows, keys)
+                found.append(held("rows/s", setting, "", rate(costs, setting)))
+                late = float(np.quantile(waits(costs, setting, LOADS[0]), 0.99))
+                found.append(held("p99 ms", setting, f"{LOADS[0]:g}", 1000 * late))
     return found
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4), dpi=130, layout="constrained")
-    few = [line for line in lines if line["what"] == "rows/s" and line["tasks"] == SIZES[0] and not line["measured"]]
-    best = max(float(line["simulated"]) for line in few)
-    for panel, what in zip(panels, ("rows/s", "p99 ms"), strict=True):
-        scale = best if what == "rows/s" else 1.0
-        chosen = [line for line in lines if line["what"] == what and not line["measured"]]
+    """What is simulated: a panel for rows whose task is found and for those whose task is given, and one for waits."""
+    figure, panels = pyplot().subplots(1, 3, figsize=(13, 4), dpi=130, layout="constrained")
+    simulated = [line for line in lines if not line["measured"]]
+    shown = (("rows/s", "found"), ("rows/s", "given"), ("p99 ms", "given"))
+    for panel, (what, task) in zip(panels, shown, strict=True):
+        chosen = [line for line in simulated if (line["what"], line["task"]) == (what, task)]
+        scale = max(float(line["simulated"]) for line in chosen) if what == "rows/s" else 1.0
         for exponent in EXPONENTS:
-            points = [
-                (line["tasks"], float(line["simulated"]) / scale)
-                for line in chosen
-                if line["exponent"] == f"{exponent:g}"
-            ]
+            own = [line for line in chosen if line["exponent"] == f"{exponent:g}"]
+            points = [(int(line["tasks"]), float(line["simulated"]) / scale) for line in own]
             name = "all tasks alike" if exponent == 0 else f"Zipf, exponent {exponent:g}"
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         panel.set(xscale="log", xlabel="tasks in the store")
         panel.grid(True, which="both", alpha=0.25)
-    panels[0].set(ylabel="rows/s, relative to 100 tasks", ylim=(0, 1.08))
-    panels[1].set(ylabel=f"99th percentile of a row's wait, ms, at {LOADS[0]:.0%} load", ylim=(0, None))
+        if what == "rows/s":
+            panel.set(ylabel="rows/s, relative to 100 tasks", ylim=(0, 1.08), title=f"each row's task is {task}")
+    panels[2].set(ylabel=f"99th percentile of waits, ms, at {LOADS[0]:.0%} load", ylim=(0, None))
+    panels[2].set_title("each row's task is given")
     panels[0].legend(fontsize=8)
     room = f"{DEVICE >> 30} GiB of values on the device and {HOST >> 30} GiB in memory"
     figure.suptitle(f"One replica of one thread, {room}, simulated", fontsize=10)
