@@ -9,7 +9,7 @@ from models import mixed_texts
 from served import serving, store_with
 
 from benchmarks.speed.serving.__main__ import LITSERVE, OURS, PIPELINES, figures, requests_of
-from benchmarks.speed.serving.load import Load, load
+from benchmarks.speed.serving.load import Load, arrive, load
 
 TEXTS = {"sea": mixed_texts(5), "farm": mixed_texts(7, seed=1)}
 
@@ -28,6 +28,9 @@ def test_clients_count_rows_and_refusals_and_stop_at_a_wrong_answer(tmp_path: Pa
         found = load(client.port, requests_of(OURS, TEXTS, 3), 2, 0.2)
         assert len(found.seconds) < found.rows <= 3 * len(found.seconds)
         assert (found.refused, 0.2 <= found.elapsed < 20) == (0, True)
+        sent = arrive(client.port, requests_of(OURS, TEXTS, 3), 100.0, 0.5)
+        assert (len(sent.seconds), sent.refused) == (42, 0)  # as many as were due, whenever they were answered
+        assert sent.elapsed > 0.4
         with pytest.raises(RuntimeError, match="/nothing: 404"):
             load(client.port, [("/nothing", {}, 1)], 1, 0.1)
         served.engine.room.most_rows = 0  # it refuses everything

@@ -46,36 +46,32 @@ class Load:
 
 def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -> Load:
     """Let so many clients go through the requests, in turns, for so long. Raises RuntimeError for a wrong answer."""
+    return _ask_all(port, requests, clients, lambda number, now: now if now < seconds else None)
+
+
+def arrive(port: int, requests: Sequence[Request], rate: float, seconds: float, clients: int = 64) -> Load:
+    """Send the requests at random times, so many a second on average whatever is not answered yet, for so long. An
+    answer's seconds are from when its request was due. Raises RuntimeError for a wrong answer."""
+    draw, due, times = random.Random(0), 0.0, []
+    while (due := due + draw.expovariate(rate)) < seconds:
+        times.append(due)
+    return _ask_all(port, requests, clients, lambda number, now: times[number] if number < len(times) else None)
+
+
+def _ask_all(port: int, requests: Sequence[Request], clients: int, due: Callable[[int, float], float | None]) -> Load:
+    """due: when a request of this number is to be sent, given the time, both in seconds from the beginning; None ends
+    the client that would."""
     found, lock, turn = Load(), threading.Lock(), iter(range(10**9))
     began = time.perf_counter()
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-        while time.perf_counter() - began < seconds:
-            _ask(connection, requests[next(turn) % len(requests)], time.perf_counter(), found, lock)
-        connection.close()
-
-    with ThreadPoolExecutor(clients) as pool:
-        for one in [pool.submit(client) for _ in range(clients)]:
-            one.result()
-    found.elapsed = time.perf_counter() - began
-    return found
-
-
-def arrive(port: int, requests: Sequence[Request], rate: float, seconds: float, clients: int = 64) -> Load:
-    """Send the requests at random times, so many a second on average whatever is not answered yet, for so long. An
-    answer's seconds are from when its request was due."""
-    draw, due, times = random.Random(0), 0.0, []
-    while (due := due + draw.expovariate(rate)) < seconds:
-        times.append(due)
-    found, lock, turn = Load(), threading.Lock(), iter(range(len(times)))
-    began = time.perf_counter()
-
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
         for number in turn:
-            time.sleep(max(0.0, began + times[number] - time.perf_counter()))
-            _ask(connection, requests[number % len(requests)], began + times[number], found, lock)
+            at = due(number, time.perf_counter() - began)
+            if at is None:
+                break
+            time.sleep(max(0.0, began + at - time.perf_counter()))
+            _ask(connection, requests[number % len(requests)], began + at, found, lock)
         connection.close()
 
     with ThreadPoolExecutor(clients) as pool:
