@@ -9,9 +9,9 @@ holds once it has answered, of its own and of files that the kernel may take bac
 demonstration with given tasks, drawn from all with frequencies as Zipf's law has them (exponent 1) or alike, and
 `routed`: of texts that find theirs among all (of these, whose tasks are like each other, a few are found). `tenth`:
 with room for a tenth of the tasks' values (`device_memory`), of stores of 100 tasks and more; stores of more than 2,000
-have no more room in any of these. `first open`: nothing is
-kept of the tasks together. `open`: all is. `open changed`: some tasks were forgotten and learned anew since. `answer
-learned`, `answer forgotten`: two rows, once a task more or less is there, and routing looks at that.
+have no more room in any of these. `first open`: what is kept of the tasks together is removed before. `open`: all is
+there. `open changed`: some tasks were forgotten and learned anew since. `answer learned`, `answer forgotten`: two rows,
+once a task more or less is there, and routing looks at that.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def measure(folder: Path, steps: str) -> dict[str, str]:
     count, one = len(Store.open(folder).files), 4 * sum(a.numel() + b.numel() for a, b in task.values.values())
     room = None if count <= MOST_RESIDENT else count * one // 10
     if "first" in steps:
+        for kept_together in (".keys", ".sum"):
+            (folder / kept_together).unlink(missing_ok=True)
         found["first open"], _ = seconds(lambda: ScalableLM.from_pretrained(folder, device_memory=room))
     if "open" in steps:
         found["open"], slm = seconds(lambda: ScalableLM.from_pretrained(folder, device_memory=room))
