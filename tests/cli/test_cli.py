@@ -18,15 +18,8 @@ from slm_fast import demo
 TASKS = ("help_desk", "recipe_steps")
 
 
-def train_file(name: str) -> Path:
-    return Path(demo.__file__).parent / f"{name}.train.csv"
-
-
-def test_file(name: str) -> Path:
-    return Path(demo.__file__).parent / f"{name}.test.csv"
-
-
-test_file.__test__ = False  # a helper, not a test
+def demo_file(name: str, split: str) -> Path:
+    return Path(demo.__file__).parent / f"{name}.{split}.csv"
 
 
 def tree(store: Path) -> dict[str, bytes]:
@@ -38,7 +31,7 @@ def tree(store: Path) -> dict[str, bytes]:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of the demo's tasks, learned by the command line."""
     path = tmp_path_factory.mktemp("cli") / "store"
-    files = [f"--task={name}={train_file(name)}" for name in TASKS]
+    files = [f"--task={name}={demo_file(name, 'train')}" for name in TASKS]
     done = slm_fast("learn", path, "--backbone", "minilm", "--epochs", 6, "--max-length", 24, *files)
     assert done.returncode == 0, done.stderr
     return path
@@ -137,7 +130,7 @@ def test_a_long_text_is_truncated_and_says_so(store: Path):
 
 
 def test_evaluate_prints_accuracy_and_routing(store: Path):
-    files = [f"--task={name}={test_file(name)}" for name in TASKS]
+    files = [f"--task={name}={demo_file(name, 'test')}" for name in TASKS]
     result = json.loads(slm_fast("evaluate", store, "--json", *files).stdout)
     assert set(result["accuracy"]) == set(result["routing"]) == set(TASKS)
     assert min(result["routing"].values()) > 0.8
@@ -204,7 +197,12 @@ def test_each_mistake_gets_one_line_and_its_status_and_loses_nothing(
         "NO_LABEL": "text,label\none,a\ntwo,\n",
         "OTHER_LABELS": "text,label\none,x\ntwo,y\n",
     }
-    names = {"STORE": store, "NEW": tmp_path / "new", "FILE": train_file("help_desk"), "NEWER": tmp_path / "newer"}
+    names = {
+        "STORE": store,
+        "NEW": tmp_path / "new",
+        "FILE": demo_file("help_desk", "train"),
+        "NEWER": tmp_path / "newer",
+    }
     for name, content in files.items():
         names[name] = tmp_path / f"{name}.csv"
         names[name].write_text(content)
