@@ -1,9 +1,11 @@
-"""What a gaussian router computes of tasks, kept in a file beside a store's manifest, so that opening reads it.
+"""What opening a store needs of its tasks, kept in a file beside the manifest: their openings, and what a gaussian
+router computes of them.
 
     .keys   SHA-256 of what follows up to the biases [32 bytes]; SHA-256 of the tasks that are sampled [32]; how many
             tasks N, means M and numbers of a query D there are, and MADE [8 each]; zeros up to 128; N times SHA-256 of
-            a task's file, of two parts of it (`mapped_task.Digests`), of its biases and keys [32 each], and how many
-            means it has [8]; centre [D], bias [M] and keys [M, D] float32
+            a task's file, of what its opening says of it, of all that is here of the task [32 each], how many means it
+            has, and bytes of its opening [8 each]; centre [D], bias [M] and keys [M, D] float32; the openings
+            (`mapped_task.Opening.start`)
 
 It is made of the tasks' files and nothing else, and may be deleted at any time. It may lack tasks. One that is damaged,
 of other sampled tasks than the manifest's (`slm_fast.sketch`), or of a task that the manifest does not name, is not
@@ -15,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,44 +27,53 @@ from torch import Tensor
 from slm_fast.covariance import Discriminant, KnownKeys
 from slm_fast.files import flush_directory, write
 from slm_fast.kept_sum import model_digest
-from slm_fast.mapped_task import Digests
+from slm_fast.mapped_task import Opening
 from slm_fast.sketch import sampled
 
-MADE = 2  # to be raised where the same tasks come to other keys. Files of before it was written have 0 there
+MADE = 3  # to be raised where the same tasks come to other keys. Files of before it was written have 0 there
 HEAD = struct.Struct("<32s32sQQQQ")
-ENTRY = struct.Struct("<32s32s32s32sQ")
+ENTRY = struct.Struct("<32s32s32sQQ")
 BEGIN = 128
 
 
 class Entry(NamedTuple):
-    """Of a task: SHA-256 of its file, parts of it, its biases and keys; where they lie."""
+    """Of a task: SHA-256 of its file, its `Opening.digest`, SHA-256 of all that is here of it; where its means lie, and
+    its opening."""
 
     file: str
-    digests: Digests
-    keys: str
-    rows: slice
+    opening: str
+    whole: str
+    means: slice
+    start: slice
 
 
 @dataclass(frozen=True)
 class KeptKeys:
-    """The keys of some tasks, as views of the file: the kernel reads it when they are used and may let go of it.
+    """The keys and openings of some tasks, as views of the file: the kernel reads it when they are used and may let go
+    of it.
 
-    sample: `sample_digest`. entries: in the order of the rows.
+    sample: `sample_digest`. entries: in the order of the rows. starts: the openings, one after another.
     """
 
     sample: bytes
     entries: list[Entry]
     discriminant: Discriminant
+    starts: memoryview
 
     @property
-    def digests(self) -> dict[str, Digests]:
-        """Of parts of each task's file, by the SHA-256 of all of it."""
-        return {entry.file: entry.digests for entry in self.entries}
+    def openings(self) -> dict[str, Opening]:
+        """By the SHA-256 of tasks' files."""
+        return {entry.file: Opening(entry.opening, self.starts[entry.start]) for entry in self.entries}
 
     @property
     def rows(self) -> dict[str, slice]:
         """Where each task's means lie, by the SHA-256 of its file."""
-        return {entry.file: entry.rows for entry in self.entries}
+        return {entry.file: entry.means for entry in self.entries}
+
+    def part(self, entry: Entry) -> list[memoryview]:
+        """All that is here of a task."""
+        _, keys, bias = self.discriminant
+        return [_bytes(bias[entry.means]), _bytes(keys[entry.means]), self.starts[entry.start]]
 
 
 @dataclass(frozen=True)
@@ -84,57 +95,63 @@ class KeysFile:
             digest.update(f"{name}\n{files[name]}\n".encode())
         return digest.digest()
 
-    def write(self, files: Mapping[str, str], digests: Mapping[str, Digests], known: KnownKeys) -> None:
-        """Put the keys of these tasks there, whole or not at all. digests: as of `KeptKeys`. Raises OSError."""
+    def write(self, files: Mapping[str, str], openings: Mapping[str, Opening], known: KnownKeys) -> None:
+        """Put the keys of these tasks there, whole or not at all. openings: as of `KeptKeys`. Raises OSError."""
         centre, keys, bias = (part.cpu().contiguous() for part in known.discriminant)
-        entries = []
-        for name, rows in sorted(known.rows.items(), key=lambda item: item[1].start):
-            own = digests[files[name]]
-            entries.append(Entry(files[name], own, _digest(keys[rows], bias[rows]), rows))
-        self._put(self.sample_digest(files), entries, (centre, keys, bias))
+        own = sorted((rows.start, rows.stop, files[name]) for name, rows in known.rows.items())
+        entries, end = [], 0
+        for first, last, file in own:
+            size = len(openings[file].start)
+            entries.append(Entry(file, openings[file].digest, "", slice(first, last), slice(end, end + size)))
+            end += size
+        starts = memoryview(b"".join(openings[file].start for _, _, file in own))
+        kept = KeptKeys(self.sample_digest(files), entries, (centre, keys, bias), starts)
+        self._put(replace(kept, entries=[entry._replace(whole=_digest(kept.part(entry))) for entry in entries]))
 
-    def _put(self, sample: bytes, entries: list[Entry], discriminant: Discriminant) -> None:
-        """Write what these entries say of the keys that lie there."""
-        centre, keys, bias = discriminant
-        count = [entry.rows.stop - entry.rows.start for entry in entries]
-        head = HEAD.pack(b"", sample, len(entries), sum(count), len(centre), MADE)[32:].ljust(BEGIN - 32, b"\0")
+    def _put(self, kept: KeptKeys) -> None:
+        """Write what the entries say of what lies there."""
+        entries, (centre, keys, bias) = kept.entries, kept.discriminant
+        means = sum(entry.means.stop - entry.means.start for entry in entries)
+        head = HEAD.pack(b"", kept.sample, len(entries), means, len(centre), MADE)[32:].ljust(BEGIN - 32, b"\0")
         table = b"".join(
-            ENTRY.pack(*map(bytes.fromhex, (entry.file, *entry.digests, entry.keys)), means)
-            for entry, means in zip(entries, count, strict=True)
+            ENTRY.pack(
+                *map(bytes.fromhex, (entry.file, entry.opening, entry.whole)),
+                *(own.stop - own.start for own in (entry.means, entry.start)),
+            )
+            for entry in entries
         )
         content = head + table + _bytes(centre)
-        runs = _joined(entry.rows for entry in entries)
+        runs = _joined(entry.means for entry in entries)
         rows = [_bytes(part[run]) for part in (bias, keys) for run in runs]
-        write(self.path, hashlib.sha256(content).digest(), content, *rows)
+        starts = [kept.starts[run] for run in _joined(entry.start for entry in entries)]
+        write(self.path, hashlib.sha256(content).digest(), content, *rows, *starts)
 
     def read(self) -> KeptKeys | None:
         """None where there is none, or it is damaged or of another version."""
         kept = self._mapped()
         if kept is None:
             return None
-        _, keys, bias = kept.discriminant
-        whole = all(_digest(keys[entry.rows], bias[entry.rows]) == entry.keys for entry in kept.entries)
-        return kept if whole else None
+        return kept if all(_digest(kept.part(entry)) == entry.whole for entry in kept.entries) else None
 
     def _mapped(self) -> KeptKeys | None:
-        """As `read`, with keys and biases that nobody looked at."""
+        """As `read`, with parts of tasks that nobody looked at."""
         try:
             whole = torch.from_file(str(self.path), size=self.path.stat().st_size, dtype=torch.uint8)
             data = memoryview(whole.numpy().data)
             digest, sample, count, means, width, made = HEAD.unpack_from(data)
             numbers = BEGIN + ENTRY.size * count
             end = numbers + 4 * width
-            if made != MADE or width == 0 or len(data) != end + 4 * (means + means * width):
+            if made != MADE or width == 0 or digest != hashlib.sha256(data[32:end]).digest():
                 return None
-            if digest != hashlib.sha256(data[32:end]).digest():
+            entries = _entries(data[BEGIN:numbers])
+            starts = end + 4 * (means + means * width)
+            last = entries[-1] if entries else Entry("", "", "", slice(0, 0), slice(0, 0))
+            if last.means.stop != means or len(data) != starts + last.start.stop:
                 return None
         except (OSError, RuntimeError, ValueError, struct.error):
             return None
-        entries = _entries(data[BEGIN:numbers])
-        if sum(entry.rows.stop - entry.rows.start for entry in entries) != means:
-            return None
-        centre, bias, keys = whole[numbers:].view(torch.float32).split([width, means, means * width])
-        return KeptKeys(sample, entries, (centre, keys.view(means, width), bias))
+        centre, bias, keys = whole[numbers:starts].view(torch.float32).split([width, means, means * width])
+        return KeptKeys(sample, entries, (centre, keys.view(means, width), bias), data[starts:])
 
     def known(self, kept: KeptKeys, files: Mapping[str, str]) -> KnownKeys | None:
         """What is known of these tasks' keys; None where they are made with others, or there are others among them."""
@@ -152,7 +169,7 @@ class KeysFile:
         left = [] if kept is None else [entry for entry in kept.entries if entry.file in there]
         if kept is not None and left and kept.sample == self.sample_digest(files):
             try:
-                self._put(kept.sample, left, kept.discriminant)
+                self._put(replace(kept, entries=left))
             except OSError:  # a full disk
                 self.path.unlink()
         else:
@@ -174,8 +191,9 @@ class KeysFile:
             return True
         return not {entry.file for entry in _entries(memoryview(table))} <= set(files.values())
 
-    def wrong(self, files: Mapping[str, str]) -> list[str]:
-        """What is wrong with it beside these tasks: a line or none. One of another version is not used."""
+    def wrong(self, files: Mapping[str, str], openings: Mapping[str, Opening]) -> list[str]:
+        """What is wrong with it beside these tasks, whose files have these openings: a line or none. One of another
+        version is not used."""
         try:
             with self.path.open("rb") as file:
                 made = HEAD.unpack(file.read(HEAD.size))[-1]
@@ -183,23 +201,25 @@ class KeysFile:
             return []
         except (OSError, struct.error):
             made = MADE
-        if made != MADE or (self.read() is not None and not self.is_stale(files)):
+        kept = self.read()
+        if made != MADE or (kept and not self.is_stale(files) and kept.openings.items() <= openings.items()):
             return []
         return [f"{self.path}: not of the store's tasks; delete it, it is made again where it is needed"]
 
 
 def _entries(table: memoryview) -> list[Entry]:
-    found, place = [], 0
-    for file, opening, start, keys, means in ENTRY.iter_unpack(table):
-        found.append(Entry(file.hex(), Digests(opening.hex(), start.hex()), keys.hex(), slice(place, place + means)))
-        place += means
+    found, mean, start = [], 0, 0
+    for file, opening, whole, means, size in ENTRY.iter_unpack(table):
+        own = slice(mean, mean + means), slice(start, start + size)
+        found.append(Entry(file.hex(), opening.hex(), whole.hex(), *own))
+        mean, start = mean + means, start + size
     return found
 
 
-def _joined(rows: Iterable[slice]) -> list[slice]:
-    """Rows that lie one after another as one."""
+def _joined(parts: Iterable[slice]) -> list[slice]:
+    """Those that lie one after another as one."""
     found: list[slice] = []
-    for own in rows:
+    for own in parts:
         if found and found[-1].stop == own.start:
             found[-1] = slice(found[-1].start, own.stop)
         else:
@@ -207,9 +227,10 @@ def _joined(rows: Iterable[slice]) -> list[slice]:
     return found
 
 
-def _digest(keys: Tensor, bias: Tensor) -> str:
-    digest = hashlib.sha256(_bytes(bias))
-    digest.update(_bytes(keys))
+def _digest(parts: Iterable[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 

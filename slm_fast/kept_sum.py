@@ -41,7 +41,7 @@ class KeptSum:
     """The exact sum of some tasks' scatters.
 
     opening: SHA-256 of each task's file -> that of what is read of it when a store is opened
-        (`slm_fast.mapped_task.Digests`), so that the rest can wait until it is needed.
+        (`slm_fast.mapped_task.Opening`), so that the rest can wait until it is needed.
     """
 
     opening: Mapping[str, str]
@@ -180,7 +180,7 @@ class SumProof:
         self._left = dict(self._kept.opening) if self._kept else {}
 
     def take(self, digest: str, opening: str, part: Mapping[str, Tensor]) -> None:
-        """A task of the store: SHA-256 of its file, its `Digests.opening`, and its part of the router."""
+        """A task of the store: SHA-256 of its file, its `Opening.digest`, and its part of the router."""
         if self._kept is not None and self._left.get(digest) == opening:
             self._kept.total.take(scatter_of(part))
             del self._left[digest]

@@ -1,9 +1,9 @@
-"""A task's file, mapped: opening a store of many tasks reads what it needs of each, the rest is read when it is used.
+"""A task's file, mapped: opening a store of many tasks needs little of each, the rest is read when it is used.
 
-Tasks are mostly laid out alike. What their headers have in common is parsed once, and held once, as it would take more
-memory than the rest of what is held of a task. And what every pass needs of a task, its head and little else, is read
-rather than mapped: of a file that is touched the system maps sixteen pages around, and where memory is short it would
-read all tasks' files again whenever heads are put together.
+That little, the task's `Opening`, is what the file begins with, its head, and the router's few numbers. It is kept
+beside the manifest (`slm_fast.kept_keys`), all tasks' together, so that opening reads none of their files: of a file
+that is touched the system maps sixteen pages around. Tasks are mostly laid out alike, and what their headers have in
+common is parsed once, and held once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,20 +32,22 @@ LATER = ("factor", "exponent", "diagonal", "scatter", "sample")
 DTYPES = {"F32": torch.float32, "I8": torch.int8}
 METADATA = re.compile(r'\s*{\s*"__metadata__"\s*:\s*')
 AT_ONCE = 96 << 10  # bytes read of a file's beginning
-SMALL = 4 << 10  # bytes of a router's tensor that is held
+SMALL = 4 << 10  # bytes of a router's tensor that an opening holds
 LAYOUTS = 1024  # that are held
 ALIGNED = max(dtype.itemsize for dtype in DTYPES.values())
+LIES = (ValueError, KeyError, TypeError, AttributeError, Unfit)  # what a header that lies may raise
 Span = tuple[int, int]
 
 
-class Digests(NamedTuple):
-    """SHA-256 of what is read of a task's file at a time.
+class Opening(NamedTuple):
+    """What opening a store needs of a task's file.
 
-    opening: its header and all tensors but those of `LATER`. start: neither those nor values.
+    digest: SHA-256 of its header and all tensors but those of `LATER`. start: its header, and the tensors that are
+    held, each from a multiple of `ALIGNED` bytes on.
     """
 
-    opening: str
-    start: str
+    digest: str
+    start: memoryview
 
 
 class Bytes(Protocol):
@@ -65,27 +67,32 @@ class Place(NamedTuple):
         """A view of the file's tensors."""
         return data[slice(*self.span)].view(self.dtype).view(self.shape)
 
-    def read(self, data: Bytes, begin: int) -> Tensor:
-        """A copy of what begins there in the file."""
-        own = bytearray(data[begin + self.span[0] : begin + self.span[1]])
-        return torch.frombuffer(own, dtype=self.dtype).view(self.shape) if own else torch.empty(self.shape)
+    def read(self, data: memoryview) -> Tensor:
+        """A view of an opening's tensors."""
+        first, last = self.span
+        count = (last - first) // self.dtype.itemsize
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(data, dtype=self.dtype, count=count, offset=first).view(self.shape)
 
 
 class Layout(NamedTuple):
     """What a header says but for its metadata. Spans are from where tensors begin, those of values from `first` on; a
     task without values is damaged, and has no shape.
 
-    later, skipped: what `Digests.opening` and `Digests.start` leave out, in order. aligned: whether all numbers may be
-    viewed, where tensors begin at a multiple of `ALIGNED`.
+    heads, held: tensors of an opening, spans as there. later: what `Opening.digest` leaves out, in order. size: bytes
+    of all tensors. aligned: whether all numbers may be viewed, where tensors begin at a multiple of `ALIGNED`.
     """
 
     router: dict[str, Place]
     heads: dict[str, Place]
+    held: dict[str, Place]
     values: dict[str, tuple[Place, Place]]
     shape: ValuesShape | None
     first: int
     later: tuple[Span, ...]
-    skipped: tuple[Span, ...]
+    opening: tuple[Span, ...]
+    size: int
     aligned: bool
 
 
@@ -114,11 +121,30 @@ class _Read:
         return os.pread(self._file, max(0, last - first), first)
 
 
-def digests_of(data: bytes | memoryview) -> Digests:
-    """Raises ValueError or KeyError for what is no task's file."""
-    data = memoryview(data)
+def opening_of(data: bytes | memoryview) -> Opening:
+    """That of a whole file. Raises ValueError or KeyError for what is no task's file."""
+    return _opening(memoryview(data))
+
+
+def read_opening(path: Path) -> Opening | None:
+    """That of a file, of which it reads no more; None for what is no task's file."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _opening(_Read(file))
+        finally:
+            os.close(file)
+    except (OSError, *LIES):
+        return None
+
+
+def _opening(data: Bytes) -> Opening:
     header = _header(data)
-    return Digests(_digest(data, header), _digest(data, header, values=False))
+    start = bytearray(data[: header.begin])
+    for first, last in header.layout.opening:
+        start += data[header.begin + first : header.begin + last]
+        start += bytes(-len(start) % ALIGNED)
+    return Opening(_digest(data, header), memoryview(start))
 
 
 def _header(data: Bytes) -> Header:
@@ -146,22 +172,34 @@ def _layout_of(text: str) -> Layout:
     first = min((place.span[0] for place in own.values()), default=0)
 
     def value(name: str) -> Place:
-        place = own[name]
-        return place._replace(span=(place.span[0] - first, place.span[1] - first))
+        begin, end = own[name].span
+        return own[name]._replace(span=(begin - first, end - first))
 
     values = {
         module: (value(f"values.{module}.lora_a"), value(f"values.{module}.lora_b")) for module in modules_of(own)
     }
-    shape = shape_of({module: [place.shape for place in pair] for module, pair in values.items()}) if values else None
-    later = sorted(place.span for name, place in router.items() if name in LATER)
-    skipped = sorted([*later, *(place.span for place in own.values())])
-    aligned = all(place.span[0] % place.dtype.itemsize == 0 for place in tensors.values())
-    return Layout(router, heads, values, shape, first, tuple(later), tuple(skipped), aligned)
+    small = [name for name, place in router.items() if name not in LATER and place.span[1] - place.span[0] <= SMALL]
+    held, end = dict[str, Place](), 0
+    for name in (*heads, *small):
+        begin, size = end, tensors[name].span[1] - tensors[name].span[0]
+        held[name], end = tensors[name]._replace(span=(begin, begin + size)), begin + size + -size % ALIGNED
+    return Layout(
+        router,
+        {name: held[name] for name in heads},
+        {name: held[name] for name in small},
+        values,
+        shape_of({module: [place.shape for place in pair] for module, pair in values.items()}) if values else None,
+        first,
+        tuple(sorted(place.span for name, place in router.items() if name in LATER)),
+        tuple(tensors[name].span for name in held),
+        max((place.span[1] for place in tensors.values()), default=0),
+        all(place.span[0] % place.dtype.itemsize == 0 for place in tensors.values()),
+    )
 
 
-def _digest(data: Bytes, header: Header, *, values: bool = True) -> str:
+def _digest(data: Bytes, header: Header) -> str:
     digest, at = hashlib.sha256(), 0
-    for first, last in header.layout.later if values else header.layout.skipped:
+    for first, last in header.layout.later:
         if at < header.begin + first:
             digest.update(data[at : header.begin + first])
         at = header.begin + last
@@ -169,68 +207,82 @@ def _digest(data: Bytes, header: Header, *, values: bool = True) -> str:
     return digest.hexdigest()
 
 
-def map_task(path: Path, digest: str, opening: str, start: str | None = None) -> tuple[LearnedTask, Digests] | None:
-    """A task whose file was read whole and checked before, if what is read of it now has the SHA-256 `start`, or where
-    that is not known `opening` (`Digests`); and both of these.
+def map_task(path: Path, digest: str, opening: Opening, *, checked: bool = False) -> LearnedTask | None:
+    """A task whose file was read whole and checked before, of which this was the opening.
 
-    Heads and the router's small tensors are copies. The others are views of the file, which the kernel reads when they
-    are used and may let go of. With `start` values
-    are compared with `opening` when one of them is used first. Those of `LATER` are not looked at: the first use of one
-    of them compares the whole file with `digest`, checks it, and raises WorkError as `task_from_file` does. None where
-    the file cannot be mapped, or is another: reading it whole says what is wrong.
+    Heads and the router's small tensors are views of the opening. The others are views of the file, which the kernel
+    reads when they are used and may let go of. When one of them is used first the file is compared with the opening's
+    digest, unless it was just now (`checked`). Those of `LATER` are not part of that: the first use of one of them
+    compares the whole file with `digest`, checks it, and raises WorkError as `task_from_file` does. None where the file
+    cannot be mapped or is of another size, or the opening lies: reading it whole says what is wrong.
     """
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            read = _Read(file)
-            header = _header(read)
-            if header.layout.shape is None or not header.layout.aligned or header.begin % ALIGNED:
-                return None
-            found = _digest(read, header, values=False)
-            if found != start and (start is not None or _digest(read, header) != opening):
-                return None
-            layout, begin = header.layout, header.begin
-            heads = {name: place.read(read, begin) for name, place in layout.heads.items()}
-            small = {
-                name: place.read(read, begin)
-                for name, place in layout.router.items()
-                if name not in LATER and place.span[1] - place.span[0] <= SMALL
-            }
-        finally:
-            os.close(file)
-        about = about_task(header.metadata)
-        whole = torch.from_file(str(path), shared=False, size=len(read), dtype=torch.uint8)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, Unfit):  # of a header that lies
+        metadata, layout, begin = _header(opening.start)
+        if layout.shape is None or not layout.aligned or begin % ALIGNED:
+            return None
+        if os.stat(path).st_size != begin + layout.size:
+            return None
+        held = opening.start[begin:]
+        heads = {name: place.read(held) for name, place in layout.heads.items()}
+        small = {name: place.read(held) for name, place in layout.held.items()}
+        about = about_task(metadata)
+        whole = torch.from_file(str(path), shared=False, size=begin + layout.size, dtype=torch.uint8)
+    except (OSError, RuntimeError, *LIES):
         return None
-    data, tensors = memoryview(whole.numpy().data), whole[begin:]
-
-    def check_whole() -> None:
-        found = hashlib.sha256(data).hexdigest()
-        if found != digest:
-            raise damaged(path, found, digest)
-        task_from_bytes(bytes(data), path)
-
-    def check_values() -> None:
-        if _digest(data, _header(data)) != opening:
-            raise damaged(path, hashlib.sha256(data).hexdigest(), digest)
-
-    values = _Values(tensors[layout.first :], layout.values, None if start is None else check_values)
-    task = replace(task_of(about, heads), values=values, router=_Part(tensors, layout.router, small, check_whole))
+    file = _File(path, whole, digest, None if checked else opening.digest)
+    tensors = whole[begin:]
+    task = replace(
+        task_of(about, heads),
+        values=_Values(file, tensors[layout.first :], layout.values),
+        router=_Part(file, tensors, layout.router, small),
+    )
     vars(task)["shape"] = layout.shape
-    return task, Digests(opening, found)
+    return task
+
+
+class _File:
+    """A mapped file, which is compared with digests when its parts are used first. opening: None once that was."""
+
+    def __init__(self, path: Path, whole: Tensor, digest: str, opening: str | None) -> None:
+        self.path, self.digest, self.opening = path, digest, opening
+        self._whole, self._same = whole, False
+
+    def check_opening(self) -> None:
+        """Raises WorkError where the file has another opening."""
+        if self.opening is not None:
+            data = self._data
+            try:
+                same = _digest(data, _header(data)) == self.opening
+            except LIES:
+                same = False
+            if not same:
+                raise damaged(self.path, hashlib.sha256(data).hexdigest(), self.digest)
+            self.opening = None
+
+    def check(self) -> None:
+        """Raises WorkError where the file is another, or holds no task."""
+        if not self._same:
+            data = self._data
+            found = hashlib.sha256(data).hexdigest()
+            if found != self.digest:
+                raise damaged(self.path, found, self.digest)
+            task_from_bytes(bytes(data), self.path)
+            self._same, self.opening = True, None
+
+    @property
+    def _data(self) -> memoryview:
+        return memoryview(self._whole.numpy().data)
 
 
 class _Values(Mapping[str, tuple[Tensor, Tensor]]):
-    """Values by module, checked before the first use of one of them. Views are made when they are asked for."""
+    """Values by module. Views are made when they are asked for."""
 
-    def __init__(self, data: Tensor, places: dict[str, tuple[Place, Place]], check: Callable[[], None] | None) -> None:
-        self._data, self._places, self._check = data, places, check
+    def __init__(self, file: _File, data: Tensor, places: dict[str, tuple[Place, Place]]) -> None:
+        self._file, self._data, self._places = file, data, places
 
     def __getitem__(self, module: str) -> tuple[Tensor, Tensor]:
-        if self._check is not None:
-            self._check()
-            self._check = None
         lora_a, lora_b = self._places[module]
+        self._file.check_opening()
         return lora_a.of(self._data), lora_b.of(self._data)
 
     def __iter__(self) -> Iterator[str]:
@@ -241,22 +293,19 @@ class _Values(Mapping[str, tuple[Tensor, Tensor]]):
 
 
 class _Part(Mapping[str, Tensor]):
-    """A task's part of the router: tensors that are held, and views that are made when they are asked for, of which
-    those of `LATER` are checked before the first use of one of them."""
+    """A task's part of the router: tensors that are held, and views that are made when they are asked for."""
 
-    def __init__(
-        self, data: Tensor, places: Mapping[str, Place], held: Mapping[str, Tensor], check_whole: Callable[[], None]
-    ) -> None:
-        self._data, self._places, self._held = data, places, held
-        self._check_whole, self._checked = check_whole, False
+    def __init__(self, file: _File, data: Tensor, places: Mapping[str, Place], held: Mapping[str, Tensor]) -> None:
+        self._file, self._data, self._places, self._held = file, data, places, held
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._held:
             return self._held[name]
         place = self._places[name]
-        if name in LATER and not self._checked:
-            self._check_whole()
-            self._checked = True
+        if name in LATER:
+            self._file.check()
+        else:
+            self._file.check_opening()
         return place.of(self._data)
 
     def __contains__(self, name: object) -> bool:

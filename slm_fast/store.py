@@ -19,7 +19,7 @@ from slm_fast.covariance import ExactSum, KnownKeys
 from slm_fast.errors import InputError, SlmError, WorkError, some_of
 from slm_fast.files import Reserve, flush_directory, locked, shown, write
 from slm_fast.kept_sum import KeptSum
-from slm_fast.mapped_task import Digests, digests_of
+from slm_fast.mapped_task import Opening, opening_of
 from slm_fast.scatter import scatter_of
 from slm_fast.schema import check_same, manifest_of, task_path
 from slm_fast.sketch import sampled
@@ -64,7 +64,7 @@ class Store(StoreView):
             for task in add:
                 data = task_to_bytes(task)
                 files[task.name] = hashlib.sha256(data).hexdigest()
-                self._digests[files[task.name]] = digests_of(data)
+                self._openings[files[task.name]] = opening_of(data)
                 self._place(task.name, files[task.name], data)
             self._take_out(files, summed)
             self._finish(files)
@@ -187,7 +187,7 @@ class Store(StoreView):
         with suppress(WorkError, InputError), self._writing(patience=0):
             if self.files == files:
                 with suppress(OSError, WorkError):
-                    self._keys.write(files, self._digests_of(files), known)
+                    self._keys.write(files, self._openings_of(files), known)
 
     def _keep(self, summed: Summed | None) -> None:
         """Keep a sum if it is of tasks that the manifest, which is committed, names, and the one kept is of many
@@ -202,14 +202,14 @@ class Store(StoreView):
         return {name: self.files[name] for name in sampled(self.files)}
 
     def _as_kept(self, summed: Summed) -> KeptSum:
-        return KeptSum({task: own.opening for task, own in self._digests_of(summed[0]).items()}, summed[1])
+        return KeptSum({task: own.digest for task, own in self._openings_of(summed[0]).items()}, summed[1])
 
-    def _digests_of(self, files: Mapping[str, str]) -> dict[str, Digests]:
-        """SHA-256 of each of these tasks' files -> those of its parts. Raises WorkError for one that is damaged."""
+    def _openings_of(self, files: Mapping[str, str]) -> dict[str, Opening]:
+        """By the SHA-256 of each of these tasks' files. Raises WorkError for one that is damaged."""
         for name, digest in files.items():
-            if digest not in self._digests:
+            if digest not in self._openings:
                 self.read(name)
-        return {digest: self._digests[digest] for digest in files.values()}
+        return {digest: self._openings[digest] for digest in files.values()}
 
     def _take_out(self, files: Mapping[str, str], summed: Summed | None) -> None:
         """Leave no trace in the sum kept of tasks that will not be among `files`. Before the manifest says so, so that

@@ -23,8 +23,9 @@ from slm_fast.errors import InputError, WorkError, memory_for, warn
 from slm_fast.files import locked, path_of
 from slm_fast.kept_keys import KeysFile
 from slm_fast.kept_sum import KeptSum, SumFile, SumProof
-from slm_fast.mapped_task import Digests, digests_of, map_task
+from slm_fast.mapped_task import Opening, map_task, opening_of, read_opening
 from slm_fast.schema import check_fits, check_manifest, check_scatter, task_path
+from slm_fast.surroundings import without_collection
 from slm_fast.task_file import read_file, task_from_bytes
 from slm_fast.tasks import LearnedTask
 
@@ -51,7 +52,7 @@ class StoreView:
         self.path, self.about, self.files = path_of(path), dict(about), dict(files)
         self.kept = NOTHING  # of the tasks together, as `load` found it
         self._seen = b""  # SHA-256 of the manifest that says what `files` does
-        self._digests: dict[str, Digests] = {}  # of parts of tasks' files, by the SHA-256 of all of each
+        self._openings: dict[str, Opening] = {}  # of tasks, by the SHA-256 of their files
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -116,14 +117,14 @@ class StoreView:
                 check_fits(task, self.about["shapes"], self.about["config"], file=file)
             if thorough:
                 check_scatter(task, file)
-            self._digests[self.files[name]] = digests_of(data)
+            self._openings[self.files[name]] = opening_of(data)
         return task, data
 
     def load(self, *, known: Mapping[str, str] | None = None, skip_damaged: bool = False) -> list[LearnedTask]:
         """All tasks, by name, of one version of the store, whatever others write meanwhile.
 
-        Of tasks that are in what is kept of them together, which stands in `kept` then, what answering needs is read
-        and checked; the rest of their files is when it is used first (`map_task`).
+        Of tasks that are in what is kept of them together, which stands in `kept` then, files are read and checked when
+        they are used first (`map_task`).
 
         Args:
             known: the SHA-256 of tasks that need not be read, by name.
@@ -131,34 +132,39 @@ class StoreView:
                 Every file is then read whole.
         """
         found: dict[str, LearnedTask] = {}
-        keys, later, opening = None, None, dict[str, str]()
-        parts: dict[str, Digests] = {}
+        keys, later, summed = None, None, dict[str, str]()
         fresh = known is None and not skip_damaged
         if fresh:
             keys, later = self._keys.read(), self._sum.later()
             if keys is None:
                 kept = later()
                 later = lambda: kept  # noqa: E731
-                opening = dict(kept.opening) if kept else {}
+                summed = dict(kept.opening) if kept else {}
             else:
-                parts = keys.digests
-                self._digests |= parts
+                self._openings |= keys.openings
+
+        def mapped(name: str) -> LearnedTask | None:
+            """From its opening, where that is known or can be trusted."""
+            file, digest = self.file(name), self.files[name]
+            if digest in self._openings:
+                return map_task(file, digest, self._openings[digest])
+            opening = read_opening(file) if digest in summed else None
+            if opening is None or opening.digest != summed[digest]:
+                return None
+            self._openings[digest] = opening
+            return map_task(file, digest, opening, checked=True)
 
         def look(name: str) -> None:
-            digest = self.files[name]
-            task = None
-            if digest in parts:
-                task = map_task(self.file(name), digest, *parts[digest])
-            elif digest in opening:
-                task = map_task(self.file(name), digest, opening[digest])
+            task = mapped(name) if fresh else None
             if task is None:
-                found[name] = self.read(name, thorough=skip_damaged)[0]
+                task = self.read(name, thorough=skip_damaged)[0]
                 if fresh:  # of many, what was read would take more memory than there is
-                    task = map_task(self.file(name), digest, *self._digests[digest])
-            if task is not None:
-                found[name], self._digests[digest] = task
+                    task = mapped(name) or task
+            found[name] = task
 
-        for error in self.look_at(look, known or {}).values():
+        with without_collection():
+            wrong = self.look_at(look, known or {})
+        for error in wrong.values():
             if not skip_damaged:
                 raise error
             warn(f"{error}; left out")
@@ -175,9 +181,12 @@ class StoreView:
 
         def look(name: str) -> None:
             task, digest = self.read(name, thorough=True)[0], self.files[name]
-            proof.take(digest, self._digests[digest].opening, task.router)
+            proof.take(digest, self._openings[digest].digest, task.router)
 
-        return [str(error) for error in self.look_at(look).values()] or [*proof.wrong(), *self._keys.wrong(self.files)]
+        return [str(error) for error in self.look_at(look).values()] or [
+            *proof.wrong(),
+            *self._keys.wrong(self.files, self._openings),
+        ]
 
     def look_at(self, look: Callable[[str], None], known: Mapping[str, str] | None = None) -> dict[str, WorkError]:
         """Call `look` for each task of the store as it is now but those `known`; the errors it raised, by name.

@@ -14,12 +14,15 @@ import pytest
 import torch
 from models import bits, make_slm, random_task, reopened
 from stores import broken_anywhere, die, fail
+from torch import Tensor
 
 import slm_fast.kept_keys
 import slm_fast.sketch
 from slm_fast import ScalableLM
+from slm_fast.errors import WorkError
 from slm_fast.files import locked
 from slm_fast.kept_keys import KeysFile
+from slm_fast.mapped_task import Opening
 from slm_fast.store import Store
 
 NAMES = ("city", "farm", "sea")
@@ -129,6 +132,45 @@ def test_keys_that_are_damaged_anywhere_or_cut_short_are_not_used(path: Path) ->
     assert store.kept.keys is None
     reopened(path)
     assert (path / ".keys").read_bytes() == data
+
+
+def test_opening_with_the_keys_reads_no_tasks_file(path: Path) -> None:
+    whole = reopened(path)
+    for file in (path / "tasks").rglob("*.safetensors"):
+        file.write_bytes(bytes(file.stat().st_size))
+    found = {task.name: task for task in Store.open(path).load()}
+    for task in whole.learned.values():
+        same = found[task.name]
+        assert (same.labels, same.options, same.origin) == (task.labels, task.options, task.origin)
+        assert (same.slots, same.shape) == (task.slots, task.shape)
+        for one, other in zip(task.head or (), same.head or (), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(same.router["count"], task.router["count"])
+        for damaged in (same.values, same.router):
+            with pytest.raises(WorkError, match="damaged: SHA-256"):
+                list(damaged.values())
+
+
+def test_a_file_of_another_size_is_found_when_the_store_is_opened(path: Path) -> None:
+    file = Store.open(path).file("farm")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(WorkError, match=f"{file}: damaged: SHA-256"):
+        reopened(path)
+
+
+def test_verify_finds_keys_with_the_opening_of_another_task(path: Path) -> None:
+    store = Store.open(path)
+    kept = file_of(store).read()
+    assert kept is not None
+    openings = kept.openings
+    one, other = (store.files[name] for name in ("city", "farm"))
+    openings[one] = Opening(openings[one].digest, openings[other].start)
+    known = file_of(store).known(kept, store.files)
+    assert known is not None
+    file_of(store).write(store.files, openings, known)
+    assert keys_of(path)
+    [line] = Store.open(path).verify()
+    assert line.startswith(f"{path / '.keys'}: not of the store's tasks")
 
 
 def test_keys_of_other_tasks_are_not_used_and_cleared_away(path: Path, tmp_path: Path) -> None:
@@ -277,17 +319,28 @@ def test_a_commit_outside_the_sample_broken_anywhere_leaves_keys_of_the_stores_t
 # Of an earlier version
 
 
-def test_keys_of_an_earlier_version_are_ignored_and_made_anew(path: Path) -> None:
-    """Those of a covariance of all tasks: SHA-256 of what follows and of the tasks, N, M, D, a table, and numbers."""
+def of_all_tasks(centre: Tensor, keys: Tensor, bias: Tensor, files: list[str]) -> bytes:
+    """In a covariance of all tasks: SHA-256 of what follows and of the tasks, N, M, D, a table, and numbers."""
+    head = struct.pack("<32sQQQ", b"\7" * 32, len(NAMES), *keys.shape).ljust(96, b"\0")
+    rest = head + b"".join(3 * bytes.fromhex(file) for file in files)
+    rest += b"".join(part.numpy().tobytes() for part in (2 * bias, centre, keys))
+    return hashlib.sha256(rest).digest() + rest
+
+
+def without_openings(centre: Tensor, keys: Tensor, bias: Tensor, files: list[str]) -> bytes:
+    """As today's but for its version, a table of four digests and a count, and nothing after the keys."""
+    head = struct.pack("<32sQQQQ", b"\7" * 32, len(NAMES), *keys.shape, 2).ljust(96, b"\0")
+    table = b"".join(4 * bytes.fromhex(file) + struct.pack("<Q", len(keys) // len(files)) for file in files)
+    content = head + table + centre.numpy().tobytes()
+    return hashlib.sha256(content).digest() + content + (2 * bias).numpy().tobytes() + keys.numpy().tobytes()
+
+
+@pytest.mark.parametrize("made", [of_all_tasks, without_openings])
+def test_keys_of_an_earlier_version_are_ignored_and_made_anew(path: Path, made: Callable[..., bytes]) -> None:
     expected = (path / ".keys").read_bytes()
     kept = file_of(Store.open(path)).read()
     assert kept is not None
-    centre, keys, bias = kept.discriminant
-    head = struct.pack("<32sQQQ", b"\7" * 32, len(NAMES), *keys.shape).ljust(96, b"\0")
-    table = sorted((entry.file, *entry.digests) for entry in kept.entries)
-    rest = head + b"".join(bytes.fromhex(part) for entry in table for part in entry)
-    rest += b"".join(part.numpy().tobytes() for part in (2 * bias, centre, keys))
-    (path / ".keys").write_bytes(hashlib.sha256(rest).digest() + rest)
+    (path / ".keys").write_bytes(made(*kept.discriminant, sorted(entry.file for entry in kept.entries)))
     store = Store.open(path)
     assert store.verify() == []
     store.load()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from models import easy, make_model, make_slm, make_tokenizer, saved
+from models import easy, make_model, make_slm, make_tokenizer, random_task, reopened, saved
 
+import slm_fast.store_view
 from slm_fast import ScalableLM
+from slm_fast.errors import WorkError
 from slm_fast.surroundings import PinnedLock
 
 
@@ -104,3 +107,24 @@ def test_what_was_set_is_back_after_the_last_holder_lets_the_lock_go():
         with pytest.raises(ZeroDivisionError), lock:
             raise ZeroDivisionError
         assert (torch.get_default_dtype(), torch.get_num_threads(), model.training) == (torch.float64, 2, True)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_search_for_cycles_is_as_it_was_after_a_store_was_opened(tmp_path, monkeypatch, on):
+    slm, seen = make_slm("bert"), []
+    slm.save_pretrained(tmp_path)
+    slm.add(random_task(slm, "city"))
+    load = slm_fast.store_view.map_task
+    monkeypatch.setattr(slm_fast.store_view, "map_task", lambda *a, **b: seen.append(gc.isenabled()) or load(*a, **b))
+    (gc.enable if on else gc.disable)()
+    try:
+        reopened(tmp_path)
+        assert gc.isenabled() == on
+        next((tmp_path / "tasks" / "city").iterdir()).write_bytes(b"")
+        with pytest.raises(WorkError, match="damaged"):
+            reopened(tmp_path)
+        assert gc.isenabled() == on
+    finally:
+        gc.enable()
+    assert seen
+    assert not any(seen)
