@@ -13,11 +13,12 @@ from slm_fast.batching import length_buckets, token_budget
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.generate import Written, generate
+from slm_fast.heads import Heads
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
 from slm_fast.paging import Unreadable
-from slm_fast.pool import Heads, emptied
+from slm_fast.pool import emptied
 from slm_fast.query import TrunkQuery
 from slm_fast.reading import reread
 from slm_fast.tokenization import Encoded

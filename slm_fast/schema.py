@@ -35,7 +35,16 @@ from slm_fast.fields import (
     word,
 )
 from slm_fast.options import LARGEST, TEMPERATURES
-from slm_fast.task_tensors import NEWER, POOLINGS, ROUTERS, check_numbers, check_shape, check_tensors, modules_of
+from slm_fast.task_tensors import (
+    ACTIVATIONS,
+    NEWER,
+    POOLINGS,
+    ROUTERS,
+    check_numbers,
+    check_shape,
+    check_tensors,
+    modules_of,
+)
 from slm_fast.tasks import Adapter, LearnedTask
 
 FORMAT = 1
@@ -68,6 +77,7 @@ ADAPTER: Mapping[str, Kind] = {
     "prompt": word("plain", "separator"),
     "chat_template": or_null(TEXT),
     "ends": ("a list of token ids", lambda value: value == [] or list_of(integer(0))[1](value)),
+    "activation": word(*ACTIVATIONS),  # may be missing
 }
 WIDTH = integer(1, 1 << 24)
 SHAPES: Mapping[str, Kind] = {"hidden": or_null(WIDTH), "query": WIDTH}  # beside `layers`, in a manifest's `shapes`
@@ -253,9 +263,9 @@ def adapter_of(task: Mapping[str, Any]) -> Adapter | None:
     if "adapter" not in task:
         return None
     about = task["adapter"]
-    fields(about, "adapter", *ADAPTER)
-    for field, kind in ADAPTER.items():
-        check(about[field], f"adapter.{field}", kind)
+    fields(about, "adapter", *(field for field in ADAPTER if field != "activation"), optional=["activation"])
+    for field, value in about.items():
+        check(value, f"adapter.{field}", ADAPTER[field])
     return Adapter(**{**about, "ends": tuple(about["ends"])})
 
 

@@ -6,13 +6,14 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 
 from slm_fast.errors import WorkError, lacks_memory, one_line
 from slm_fast.fields import read_json
 from slm_fast.schema import check_task
-from slm_fast.tasks import LearnedTask
+from slm_fast.tasks import TANH, LearnedTask
 
 
 def task_to_bytes(task: LearnedTask) -> bytes:
@@ -25,11 +26,18 @@ def task_to_bytes(task: LearnedTask) -> bytes:
         tensors["head.weight"], tensors["head.bias"] = task.head
     if task.dense is not None:
         tensors["head.dense.weight"], tensors["head.dense.bias"] = task.dense
-    about = {"labels": task.labels and list(task.labels), "name": task.name, "options": dict(task.options)}
+    about: dict[str, Any] = {
+        "labels": task.labels and list(task.labels),
+        "name": task.name,
+        "options": dict(task.options),
+    }
     if task.origin is not None:
         about["origin"] = task.origin
     if task.adapter is not None:
-        about["adapter"] = asdict(task.adapter)
+        adapter = asdict(task.adapter)
+        if task.adapter.activation == TANH:  # as ever
+            del adapter["activation"]
+        about["adapter"] = adapter
     # One entry: with several, safetensors writes them in an order that changes from run to run.
     metadata = {"slm_fast": json.dumps(about, sort_keys=True, ensure_ascii=False)}
     return safetensors.torch.save({key: t.cpu().contiguous() for key, t in sorted(tensors.items())}, metadata)

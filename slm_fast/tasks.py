@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+TANH = "tanh"
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -26,12 +28,15 @@ class Adapter:
             tasks have ("separator").
         chat_template: Jinja, as transformers' tokenizers have it, to write the text as a user's turn; None without.
         ends: ids of tokens that end a written text, beside the backbone's.
+        activation: of the dense layer below its head, if it has one: a word of `slm_fast.task_tensors.ACTIVATIONS`,
+            with `_norm` a layer norm without weights after it.
     """
 
     pooling: str | None = None
     prompt: str = "plain"
     chat_template: str | None = None
     ends: tuple[int, ...] = ()
+    activation: str = TANH
 
 
 class ValuesShape(NamedTuple):
@@ -59,7 +64,7 @@ class LearnedTask:
         and what says how far its own training queries are.
     head: (weight [C, H], bias [C]) for encoder-only backbones, in the order of `labels`; else None. An imported task of
         any backbone may have one.
-    dense: (weight [H, H], bias [H]) of a tanh layer between pooled states and the head, of imported tasks only.
+    dense: (weight [H, H], bias [H]) of a layer between pooled states and the head, of imported tasks only.
     adapter: of imported tasks only.
     origin: SHA-256 of what it was made from (`origin_of`). Processors of another kind make other last bits of the same;
         None where it is not known.

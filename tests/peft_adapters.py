@@ -26,6 +26,12 @@ TINY = {
     "t5": ("q", "v", "wo"),
     "phi3": ("qkv_proj", "gate_up_proj", "down_proj"),
     "gpt2": ("c_attn", "c_fc"),
+    "camembert": ("query", "value"),
+    "mpnet": ("q", "v"),
+    "electra": ("query", "value"),
+    "distilbert": ("q_lin", "v_lin", "lin1"),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "modernbert": ("Wqkv", "Wo", "Wi"),
 }
 
 

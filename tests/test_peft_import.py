@@ -5,9 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from models import easy, knows, make_slm, one_thread, random_task, reopened, saved  # noqa: F401
+import transformers
+from models import (  # noqa: F401
+    easy,
+    knows,
+    make_model,
+    make_slm,
+    make_tokenizer,
+    one_thread,
+    random_task,
+    reopened,
+    saved,
+)
 from peft_adapters import edit, loaded, logits_of, our_logits, probabilities, texts, write_adapter, written_by
 
 from slm_fast import InputError, ScalableLM, SlmError
@@ -59,6 +71,57 @@ def test_an_imported_adapter_gives_what_peft_gives(tmp_path: Path, name: str, co
     assert difference(slm, model, name) < 1e-4
     with model.disable_adapter():
         assert difference(slm, model, name) > 1e-3  # it does something
+
+
+# PEFT saves `classifier` and whatever ends so; what else a head has it saves where it is told to.
+HEADS = [
+    ("mpnet", None),
+    ("camembert", None),
+    ("electra", None),
+    ("distilbert", None),
+    ("deberta-v2", ["classifier", "pooler"]),
+    ("modernbert", ["classifier", "head"]),
+]
+
+
+@pytest.mark.parametrize(("name", "saved_too"), HEADS)
+def test_a_familys_own_head_gives_what_peft_gives(tmp_path: Path, name: str, saved_too: list[str] | None) -> None:
+    model = write_adapter(tmp_path / "in", name, r=5, modules_to_save=saved_too)
+    slm = make_slm(name)
+    knows(slm, random_task(slm, "farm", labels=("no", "yes")))
+    found = slm.import_adapter(tmp_path / "in", "sky", texts("sky"), check=True)
+    assert found is not None
+    assert found < 1e-4
+    assert difference(slm, model, name) < 1e-5
+    with model.disable_adapter():
+        assert difference(slm, model, name) > 1e-3
+    slm.export_adapter("sky", tmp_path / "out")
+    again = loaded(tmp_path / "out", name, labels=3)
+    assert difference(slm, again, name) < 1e-5
+    slm.import_adapter(tmp_path / "out", "back", texts("sky"))
+    assert difference(slm, model, name, "back") < 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_what_a_head_was_saved_without_is_the_checkpoints(tmp_path: Path, pooling: str) -> None:
+    config = make_model("modernbert").config
+    config.classifier_pooling, config.norm_bias, config.classifier_bias = pooling, True, True
+    torch.manual_seed(3)
+    whole = transformers.AutoModelForSequenceClassification.from_config(config)
+    for part in (whole.head.norm.weight, whole.head.norm.bias, whole.head.dense.bias):
+        torch.nn.init.normal_(part)
+    whole.save_pretrained(tmp_path / "base")
+    make_tokenizer("modernbert").save_pretrained(tmp_path / "base")
+    whole.config.num_labels = 2
+    model = peft.get_peft_model(
+        whole, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["Wqkv"], init_lora_weights=False)
+    ).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    slm = ScalableLM.from_backbone(tmp_path / "base")
+    found = slm.import_adapter(tmp_path / "adapter", "sky", texts("sky"), check=True)
+    assert found is not None
+    assert found < 1e-4
+    assert difference(slm, model, "modernbert") < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

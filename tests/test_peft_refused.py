@@ -210,7 +210,28 @@ def test_a_head_that_reads_a_pooler_which_the_checkpoint_lacks_is_refused(tmp_pa
     model.save_pretrained(tmp_path / "backbone")
     make_tokenizer("bert").save_pretrained(tmp_path / "backbone")
     slm = ScalableLM.from_backbone(tmp_path / "backbone")
-    refused(slm, tmp_path / "adapter", "its head reads BERT's pooler, which this backbone was loaded without")
+    refused(
+        slm,
+        tmp_path / "adapter",
+        "its head reads bert.pooler.dense, which it was saved without",
+        "modules_to_save: classifier, pooler",
+    )
+
+
+def test_a_head_that_lacks_a_layer_which_no_checkpoint_has_is_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "deberta-v2")  # whose pooler PEFT does not save of itself
+    said = ("its head reads pooler.dense, which it was saved without", "modules_to_save: classifier, pooler")
+    refused(make_slm("deberta-v2"), tmp_path, *said)
+
+
+def test_a_head_whose_activation_or_norm_is_another_is_refused(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "modernbert", modules_to_save=["classifier", "head"])
+    slm = make_slm("modernbert")
+    config = slm.model.backbone.model.config
+    config.norm_eps = 1e-3
+    refused(slm, tmp_path, "norm_eps: expected 1e-05 for its head, got 0.001")
+    config.classifier_activation = "swiglu"
+    refused(slm, tmp_path, "classifier_activation: expected gelu, relu or tanh for its head, got 'swiglu'")
 
 
 def test_labels_have_to_be_those_of_the_head(slm: ScalableLM, llama: Path, tmp_path: Path) -> None:

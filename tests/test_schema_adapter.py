@@ -41,6 +41,12 @@ def test_an_imported_task_comes_back_from_its_file() -> None:
     assert again.dense is not None
 
 
+def test_an_activation_is_written_only_where_it_is_another_than_ever() -> None:
+    assert b"activation" not in task_to_bytes(imported())
+    task = imported(adapter=Adapter(pooling="first", activation="gelu_norm"))
+    assert task_from_bytes(task_to_bytes(task), FILE).adapter == task.adapter
+
+
 def test_a_learned_tasks_file_says_nothing_of_adapters() -> None:
     assert b"adapter" not in task_to_bytes(A)
 
@@ -60,6 +66,7 @@ def parts() -> tuple[dict[str, Any], dict[str, Tensor]]:
         (lambda about, _: about["adapter"].update(later=1), "adapter.later: not known"),
         (lambda about, _: about["adapter"].update(pooling="sum"), "adapter.pooling: expected"),
         (lambda about, _: about["adapter"].update(pooling=None), "adapter.pooling: expected one of a head's"),
+        (lambda about, _: about["adapter"].update(activation="norm"), "adapter.activation: expected"),
         (lambda about, _: about["adapter"].update(ends=[-1]), "adapter.ends: expected"),
         (lambda about, _: about["adapter"].update(ends=None), "adapter.ends: expected"),
         (lambda about, _: about["adapter"].update(chat_template=""), "adapter.chat_template: expected"),

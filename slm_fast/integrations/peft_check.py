@@ -14,10 +14,11 @@ from torch import Tensor
 from slm_fast.backbone import Backbone
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError, one_line
+from slm_fast.heads import Heads
 from slm_fast.integrations.peft_files import PeftAdapter
+from slm_fast.integrations.peft_heads import unsaved
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
-from slm_fast.pool import Heads
 from slm_fast.query import TrunkQuery
 from slm_fast.reading import prompt_of
 from slm_fast.tasks import LearnedTask
@@ -57,6 +58,7 @@ def _in_peft(model: AdaptedModel, task: LearnedTask, adapter: PeftAdapter) -> An
         raise InputError("check: needs PEFT; pip install 'slm-fast[peft]'") from None
     own_head = "pooling" in adapter.own
     base = twin(model.backbone, None if task.head is None or own_head else len(task.head[0]))
+    base.load_state_dict(unsaved(adapter, model.backbone), strict=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PEFT, about fields that it does not know

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from slm_fast.backbone import Backbone
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.integrations.peft_files import CONFIG, OWN, OWN_HEAD, PREFIX, WEIGHTS
+from slm_fast.integrations.peft_heads import Written, written
 from slm_fast.model import AdaptedModel
 from slm_fast.tasks import LearnedTask
 
@@ -53,15 +53,6 @@ as the system's, and the beginning of the assistant's.
 """
 
 
-@dataclass(frozen=True)
-class _Head:
-    """How a task's head is written. saved: tensors among the adapter's. beside: tensors of a file of their own."""
-
-    modules: tuple[str, ...] = ()
-    saved: Mapping[str, Tensor] | None = None
-    beside: Mapping[str, Tensor] | None = None
-
-
 def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: Sequence[float] | None = None) -> None:
     """Write a task as an adapter that PEFT loads on the same backbone and gives the same outputs with.
 
@@ -79,7 +70,7 @@ def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: is there already; expected a folder that is empty or not there")
     backbone, shares = model.backbone, _shares(task, weights)
-    head = _head(task, backbone)
+    head = written(task, backbone)
     prefix = f"{backbone.model.base_model_prefix}." if head.saved and backbone.kind == "encoder" else ""
     tensors = {f"{PREFIX}{key}": tensor for key, tensor in (head.saved or {}).items()}
     ranks = {}
@@ -145,24 +136,7 @@ def _shares(task: LearnedTask, weights: Sequence[float] | None) -> Tensor:
     return shares
 
 
-def _head(task: LearnedTask, backbone: Backbone) -> _Head:
-    """The task's head as the family's class for sequence classification has it, else in a file of its own."""
-    if task.head is None:
-        return _Head()
-    weight, bias = task.head
-    pooling, model_type = task.adapter.pooling if task.adapter else "mean", backbone.model.config.model_type
-    if backbone.kind == "causal" and pooling == "last" and not bias.any():
-        return _Head(("score",), {"score.weight": weight})
-    if task.dense is not None and pooling == "first":
-        is_bert = model_type == "bert"
-        below, top = ("bert.pooler.dense", "classifier") if is_bert else ("classifier.dense", "classifier.out_proj")
-        saved = {f"{below}.weight": task.dense[0], f"{below}.bias": task.dense[1]}
-        saved |= {f"{top}.weight": weight, f"{top}.bias": bias}
-        return _Head(("classifier", "pooler") if is_bert else ("classifier",), saved)
-    return _Head(beside={"head.weight": weight, "head.bias": bias})
-
-
-def _config(ranks: Mapping[str, int], head: _Head, backbone: Backbone) -> dict[str, Any]:
+def _config(ranks: Mapping[str, int], head: Written, backbone: Backbone) -> dict[str, Any]:
     """adapter_config.json. Each module's alpha is its rank, so that nothing is scaled."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: own for module, own in sorted(ranks.items()) if own != rank}
@@ -187,7 +161,7 @@ def _config(ranks: Mapping[str, int], head: _Head, backbone: Backbone) -> dict[s
     }
 
 
-def _readme(task: LearnedTask, head: _Head, backbone: Backbone, prompt: str) -> str:
+def _readme(task: LearnedTask, head: Written, backbone: Backbone, prompt: str) -> str:
     classifies = bool(head.saved)
     notes = BESIDE.format(head=OWN_HEAD, own=OWN) if head.beside else ""
     notes += prompt if backbone.kind == "causal" and task.adapter is None else ""

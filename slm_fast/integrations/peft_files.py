@@ -58,7 +58,7 @@ OTHERS = (  # of a name -> what it is part of
     (r"lora_magnitude_vector", "DoRA's magnitudes"),
     (r"lora_B(\.default)?\.bias", "biases of increments"),
     (r"(^|\.)lm_head\.|(^|\.)(embed_out|output_layer)\.", "a trained output layer"),
-    (r"norm|(^|\.)ln_", "trained norms"),
+    (r"(?<!head\.)norm|(^|\.)ln_", "trained norms"),  # that of a head may be known
     (r"lora_", "a variant of LoRA"),
 )
 
@@ -91,6 +91,12 @@ class PeftAdapter:
                 alpha = value
                 break
         return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    @property
+    def made_for(self) -> str:
+        """Which base it was made for, in words."""
+        base = self.config.get("base_model_name_or_path")
+        return f"the adapter was made for {base!r}" if base else "the adapter was made for another base"
 
 
 def read_adapter(source: str | Path) -> PeftAdapter:

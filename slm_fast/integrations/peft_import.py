@@ -6,6 +6,7 @@ An imported task has a hard route (K = 1): where it is the best of a row, it ans
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from slm_fast.errors import InputError, WorkError, some_of, warn
 from slm_fast.fields import Unfit, repeated
 from slm_fast.identity import OVERRULED
 from slm_fast.integrations.peft_files import (
-    OWN,
     PeftAdapter,
     as_float32,
     chat_template,
@@ -25,6 +25,7 @@ from slm_fast.integrations.peft_files import (
     generation_settings,
     labels_of,
 )
+from slm_fast.integrations.peft_heads import head_of
 from slm_fast.model import AdaptedModel
 from slm_fast.router import NotFinite
 from slm_fast.schema import WHEN_KNOWN
@@ -32,7 +33,6 @@ from slm_fast.task_tensors import check_numbers
 from slm_fast.tasks import Adapter, LearnedTask, name_seed, origin_of
 
 FEW = 20  # examples: with fewer the router knows little of a task; about 50 are wanted
-Head = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None, str]  # (weight, bias), dense below it, pooling
 
 
 def import_task(
@@ -61,9 +61,11 @@ def import_task(
     prompt = adapter.own.get("prompt", "plain")
     settings = generation_settings(adapter.folder) if backbone.kind != "encoder" else {}
     template = chat_template(adapter.folder) if backbone.kind == "causal" and head is None else None
-    about = Adapter(head[2] if head else None, prompt, template, _ends(settings))
+    about = Adapter(prompt=prompt, chat_template=template, ends=_ends(settings))
+    if head is not None:
+        about = replace(about, pooling=head.pooling, activation=head.activation)
     own_words = tuple(adapter.own.get("labels") or ()) or None  # an exported task may write words
-    words = own_words if head is None else _labels(adapter, len(head[0][0]), labels)
+    words = own_words if head is None else _labels(adapter, len(head.top[0]), labels)
     if labels is not None and head is None:
         raise InputError(f"labels: adapter {adapter.source!r} has no head that they could be of")
     query = model.queries(rows)
@@ -76,11 +78,11 @@ def import_task(
         labels=words,
         values=values,
         router={key: tensor.cpu() for key, tensor in part.items()},
-        head=None if head is None else head[0],
+        head=None if head is None else head.top,
         options={"base": str(adapter.config.get("base_model_name_or_path") or "")},
         origin=_origin(model, adapter, name, rows, words),
         adapter=about,
-        dense=None if head is None else head[1],
+        dense=None if head is None else head.dense,
     )
     _check_numbers(task, adapter)
     return task
@@ -139,7 +141,7 @@ def values_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, tuple[Tenso
             if tuple(found) != wanted:
                 raise InputError(
                     f"adapter {adapter.source!r}: {module}.{key}: expected {list(wanted)} for this backbone, got "
-                    f"{list(found)}; {_made_for(adapter)}"
+                    f"{list(found)}; {adapter.made_for}"
                 )
         lora_b = (lora_b * adapter.scaling(module)).T
         for part, features in fused.get(name, {name: slice(None)}).items():
@@ -170,7 +172,7 @@ def modules_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, str]:
                     f"adapter {adapter.source!r}: {module}: increments of a layer that stays as it is here (output "
                     "layer, embeddings or another module); train the adapter on the linear layers of the blocks"
                 )
-            raise InputError(f"adapter {adapter.source!r}: {module}: the backbone has {what}; {_made_for(adapter)}")
+            raise InputError(f"adapter {adapter.source!r}: {module}: the backbone has {what}; {adapter.made_for}")
         found[module] = names[0]
     if (twice := repeated(found.values())) is not None:
         raise InputError(f"adapter {adapter.source!r}: {twice}: two modules of the adapter mean it")
@@ -179,79 +181,6 @@ def modules_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, str]:
 
 def _has_module(backbone: Backbone, module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name, _ in backbone.model.named_modules() if name)
-
-
-def _made_for(adapter: PeftAdapter) -> str:
-    base = adapter.config.get("base_model_name_or_path")
-    return f"the adapter was made for {base!r}" if base else "the adapter was made for another base"
-
-
-# Heads
-
-
-def head_of(adapter: PeftAdapter, backbone: Backbone) -> Head | None:
-    """The adapter's head for sequences, as its family's class pools and applies it (dropout is off). None without one.
-
-    Raises InputError where it has one that cannot be had here, or none where the backbone answers with nothing else.
-    """
-    saved, model_type = dict(adapter.saved), backbone.model.config.model_type
-    where = f"adapter {adapter.source!r}"
-    dense: tuple[Tensor, Tensor] | None = None
-    if "pooling" in adapter.own:  # an export of ours
-        weight, bias = saved.pop("head.weight", None), saved.pop("head.bias", None)
-        pooling = adapter.own["pooling"]
-        if pooling not in ("mean", "first", "last"):
-            raise InputError(f"{where}: {OWN}: pooling: expected mean, first or last, got {pooling!r}")
-    elif backbone.kind == "causal":
-        weight, bias, pooling = saved.pop("score.weight", None), saved.pop("score.bias", None), "last"
-    elif model_type in ("roberta", "xlm-roberta", "camembert"):
-        dense = _layer(saved, "classifier.dense")
-        weight, bias, pooling = (
-            saved.pop("classifier.out_proj.weight", None),
-            saved.pop("classifier.out_proj.bias", None),
-            "first",
-        )
-    elif model_type == "bert":
-        weight, bias, pooling = saved.pop("classifier.weight", None), saved.pop("classifier.bias", None), "first"
-        dense = _layer(saved, "bert.pooler.dense") or _layer(saved, "pooler.dense")
-        if weight is not None and dense is None:
-            if backbone.pooler is None:
-                raise InputError(f"{where}: its head reads BERT's pooler, which this backbone was loaded without")
-            dense = as_float32(backbone.pooler.dense.weight), as_float32(backbone.pooler.dense.bias)
-    else:
-        weight = bias = None
-        pooling = ""
-    if saved:
-        raise InputError(
-            f"{where}: modules_to_save: {some_of(sorted(saved), 3)}: not known as part of a head that {model_type} "
-            "models answer with; train the adapter without"
-        )
-    if weight is None:
-        if backbone.kind == "encoder":
-            raise InputError(
-                f"{where}: has no head, and an encoder-only backbone answers with labels; train it as SEQ_CLS"
-            )
-        return None
-    width = backbone.width
-    bias = torch.zeros(len(weight)) if bias is None else bias
-    for name, part, wanted in (
-        ("weight", weight, (len(weight), width)),
-        ("bias", bias, (len(weight),)),
-        *([("dense.weight", dense[0], (width, width)), ("dense.bias", dense[1], (width,))] if dense else []),
-    ):
-        if tuple(part.shape) != wanted:
-            raise InputError(
-                f"{where}: its head's {name}: expected {list(wanted)}, got {list(part.shape)}; {_made_for(adapter)}"
-            )
-    if len(weight) < 2:
-        raise InputError(f"{where}: its head has one output, a regression; expected two labels or more")
-    whole = None if dense is None else (as_float32(dense[0]).cpu(), as_float32(dense[1]).cpu())
-    return (as_float32(weight), as_float32(bias)), whole, pooling
-
-
-def _layer(saved: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor] | None:
-    weight, bias = saved.pop(f"{name}.weight", None), saved.pop(f"{name}.bias", None)
-    return None if weight is None or bias is None else (weight, bias)
 
 
 def _labels(adapter: PeftAdapter, count: int, given: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,0 +1,218 @@
+"""Heads for sequences as transformers' classes have them: how an adapter's is read, and how a task's is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slm_fast.backbone import Backbone
+from slm_fast.errors import InputError, some_of
+from slm_fast.integrations.peft_files import OWN, PeftAdapter, as_float32
+from slm_fast.loading import GGUF, loading, resolve
+from slm_fast.tasks import LearnedTask
+
+Layer = tuple[Tensor, Tensor]  # weight [O, I], bias [O]
+
+
+@dataclass(frozen=True)
+class HeadClass:
+    """How a family's class turns the last hidden states into logits: pooled, a dense layer, an activation, a norm and
+    the last layer. Dropout is off.
+
+    out, dense, norm: modules of the class. saved: PEFT's modules_to_save for them.
+    pooling, activation: words of `slm_fast.tasks.Adapter`; None where a field of the configuration says them.
+    """
+
+    out: str
+    dense: str | None = None
+    norm: str | None = None
+    saved: tuple[str, ...] = ("classifier",)
+    pooling: str | None = "first"
+    activation: str | None = "tanh"
+
+
+ROBERTA = HeadClass("classifier.out_proj", "classifier.dense")
+CLASSES = {
+    "bert": HeadClass("classifier", "bert.pooler.dense", saved=("classifier", "pooler")),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), ROBERTA),
+    "electra": HeadClass("classifier.out_proj", "classifier.dense", activation="gelu"),
+    "distilbert": HeadClass("classifier", "pre_classifier", saved=("classifier", "pre_classifier"), activation="relu"),
+    "deberta-v2": HeadClass("classifier", "pooler.dense", saved=("classifier", "pooler"), activation=None),
+    "modernbert": HeadClass(
+        "classifier", "head.dense", "head.norm", saved=("classifier", "head"), pooling=None, activation=None
+    ),
+}
+CAUSAL = HeadClass("score", saved=("score",), pooling="last")
+EPSILON = 1e-5  # of a head's norm
+
+
+@dataclass(frozen=True)
+class Head:
+    """A task's head: top (weight [C, H], bias [C]) over dense (weight [H, H], bias [H]) with an activation over pooled
+    states. A norm's weights lie in the top."""
+
+    top: Layer
+    dense: Layer | None
+    pooling: str
+    activation: str = "tanh"
+
+
+def class_of(backbone: Backbone) -> HeadClass | None:
+    """None where heads of the family's class are not known."""
+    return CAUSAL if backbone.kind == "causal" else CLASSES.get(backbone.model.config.model_type)
+
+
+def head_of(adapter: PeftAdapter, backbone: Backbone) -> Head | None:
+    """The adapter's head, and what it lacks of its class's as the backbone's checkpoint has it. None without one.
+
+    Raises InputError where it has one that cannot be had here, or none where the backbone answers with nothing else.
+    """
+    saved, model_type = {**adapter.saved, **unsaved(adapter, backbone)}, backbone.model.config.model_type
+    known, head, where = class_of(backbone), None, f"adapter {adapter.source!r}"
+    if "pooling" in adapter.own:  # an export of ours
+        pooling = adapter.own["pooling"]
+        if pooling not in ("mean", "first", "last"):
+            raise InputError(f"{where}: {OWN}: pooling: expected mean, first or last, got {pooling!r}")
+        top = _taken(saved, "head", backbone)
+        head = None if top is None else Head(top, None, pooling)
+    elif known is not None:
+        head = _as_class(saved, known, backbone, where)
+    if saved:
+        raise InputError(
+            f"{where}: modules_to_save: {some_of(sorted(saved), 3)}: not known as part of a head that {model_type} "
+            "models answer with; train the adapter without"
+        )
+    if head is not None:
+        _check(head, backbone, adapter, where)
+    elif backbone.kind == "encoder":
+        raise InputError(f"{where}: has no head, and an encoder-only backbone answers with labels; train it as SEQ_CLS")
+    return head
+
+
+def unsaved(adapter: PeftAdapter, backbone: Backbone) -> dict[str, Tensor]:
+    """What the adapter's head lacks of its class's layers, as the backbone's checkpoint has it.
+
+    Raises InputError where that has none.
+    """
+    known, found = class_of(backbone), dict[str, Tensor]()
+    if known is None or "pooling" in adapter.own or not _names(known.out, backbone) & adapter.saved.keys():
+        return found
+    for name in filter(None, (known.dense, known.norm)):
+        if _names(name, backbone) & adapter.saved.keys():
+            continue
+        parts = _pooler(backbone)
+        if f"{name}.weight" not in parts:
+            parts = _class_parts(backbone)
+        own = {key: tensor for key, tensor in parts.items() if key.rpartition(".")[0] == name}
+        if not own:
+            raise InputError(
+                f"adapter {adapter.source!r}: its head reads {name}, which it was saved without, and the backbone's "
+                f"checkpoint has none; train it with modules_to_save: {', '.join(known.saved)}"
+            )
+        found |= own
+    return found
+
+
+def _pooler(backbone: Backbone) -> dict[str, Tensor]:
+    """Parameters of its own pooler, which it does not use, by their names in the class."""
+    prefix = f"{backbone.model.base_model_prefix}.pooler."
+    state = {} if backbone.pooler is None else backbone.pooler.state_dict()
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def _class_parts(backbone: Backbone) -> dict[str, Tensor]:
+    """What its checkpoint has for the class beyond the backbone: parameters by their names."""
+    if not backbone.name or backbone.name.endswith(GGUF):
+        return {}
+    import transformers
+
+    path = resolve(backbone.name)
+    with loading():
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+    drawn = set(info["missing_keys"])  # by chance
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
+
+
+def _as_class(saved: dict[str, Tensor], known: HeadClass, backbone: Backbone, where: str) -> Head | None:
+    """The head that is saved, which is taken from there."""
+    top = _taken(saved, known.out, backbone)
+    if top is None:
+        return None
+    config, activation = backbone.model.config, known.activation
+    pooling = known.pooling or {"cls": "first"}.get(config.classifier_pooling, config.classifier_pooling)
+    dense = None if known.dense is None else _taken(saved, known.dense, backbone)
+    if activation is None:
+        field = next(name for name in ("pooler_hidden_act", "classifier_activation") if hasattr(config, name))
+        activation = getattr(config, field)
+        if activation not in ("gelu", "relu", "tanh"):
+            raise InputError(f"{where}: {field}: expected gelu, relu or tanh for its head, got {activation!r}")
+    norm = None if known.norm is None else _taken(saved, known.norm, backbone)
+    if norm is not None:
+        weight, bias = top
+        if config.norm_eps != EPSILON:
+            raise InputError(f"{where}: norm_eps: expected {EPSILON:g} for its head, got {config.norm_eps:g}")
+        if norm[0].shape != weight.shape[1:]:
+            wanted = f"expected {list(weight.shape[1:])}, got {list(norm[0].shape)}"
+            raise InputError(f"{where}: {known.norm}.weight: {wanted}")
+        top, activation = (weight * norm[0], bias + weight @ norm[1]), f"{activation}_norm"
+    return Head(top, dense, pooling, activation)
+
+
+def _names(module: str, backbone: Backbone) -> set[str]:
+    """Of a module's weight: in the class, and in the backbone where it is of that."""
+    return {f"{module}.weight", f"{module.removeprefix(f'{backbone.model.base_model_prefix}.')}.weight"}
+
+
+def _taken(saved: dict[str, Tensor], module: str, backbone: Backbone) -> Layer | None:
+    """A layer, which is taken from what is saved; its bias may be missing, as in some classes. None without it."""
+    for name in _names(module, backbone) & saved.keys():
+        weight, bias = as_float32(saved.pop(name)), saved.pop(name.removesuffix("weight") + "bias", None)
+        return weight.cpu(), torch.zeros(len(weight)) if bias is None else as_float32(bias).cpu()
+    return None
+
+
+def _check(head: Head, backbone: Backbone, adapter: PeftAdapter, where: str) -> None:
+    (weight, bias), width = head.top, backbone.width
+    for name, part, wanted in (
+        ("weight", weight, (len(weight), width)),
+        ("bias", bias, (len(weight),)),
+        *zip(("dense.weight", "dense.bias"), head.dense or (), ((width, width), (width,)), strict=False),
+    ):
+        if tuple(part.shape) != wanted:
+            found = list(part.shape)
+            raise InputError(f"{where}: its head's {name}: expected {list(wanted)}, got {found}; {adapter.made_for}")
+    if len(weight) < 2:
+        raise InputError(f"{where}: its head has one output, a regression; expected two labels or more")
+
+
+@dataclass(frozen=True)
+class Written:
+    """How a task's head is written. saved: tensors among the adapter's, of `modules`. beside: tensors of a file of
+    their own."""
+
+    modules: tuple[str, ...] = ()
+    saved: Mapping[str, Tensor] | None = None
+    beside: Mapping[str, Tensor] | None = None
+
+
+def written(task: LearnedTask, backbone: Backbone) -> Written:
+    """A task's head as the family's class has it, else in a file of its own."""
+    if task.head is None:
+        return Written()
+    (weight, bias), known = task.head, class_of(backbone)
+    if task.adapter is not None and known is not None:
+        saved: dict[str, Any] = {f"{known.out}.weight": weight}
+        if known is CAUSAL and task.adapter.pooling == "last" and not bias.any():
+            return Written(known.saved, saved)
+        if known.dense is not None and task.dense is not None and task.adapter.pooling != "last":
+            saved |= {f"{known.out}.bias": bias, f"{known.dense}.weight": task.dense[0]}
+            if task.dense[1].any() or getattr(backbone.model.config, "classifier_bias", True):
+                saved[f"{known.dense}.bias"] = task.dense[1]
+            if known.norm is not None:
+                saved[f"{known.norm}.weight"] = torch.ones(len(task.dense[1]))
+            return Written(known.saved, saved)
+    return Written(beside={"head.weight": weight, "head.bias": bias})
