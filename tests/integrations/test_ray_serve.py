@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import openai
 import pytest
 from ray import serve
 
@@ -17,7 +20,7 @@ from slm_fast.server.options import ServeOptions
 from slm_fast.server.ray_serve import application
 from slm_fast.store import Store
 from tests.models import one_thread  # noqa: F401
-from tests.served import Client, until
+from tests.served import Client, store_with, until
 
 KEY, BODY = "open-sesame", 5000
 
@@ -31,6 +34,13 @@ def client(cluster: str, store: Path) -> Iterator[Client]:
     serve.run(application(store, limits=limits, replicas=2, key=KEY, dtype="float32"))
     yield Client(port, KEY)
     serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ScalableLM]:
+    """A store of a model that writes."""
+    path = tmp_path_factory.mktemp("writer") / "store"
+    return path, store_with(path, "llama")
 
 
 def test_it_answers_as_the_model_does(client: Client, store: Path) -> None:
@@ -76,6 +86,44 @@ def test_replicas_follow_a_store_at_a_url(client: Client, store: Path) -> None:
     assert client.get("/ready")["generation"] == generation_number(Store.open(cache_of(url)).files)
     with pytest.raises(InputError, match=rf"^{url}/nothing: not a store"):
         application(f"{url}/nothing")
+
+
+def test_a_text_is_streamed_and_the_limits_are_each_replicas(client: Client, writer: tuple[Path, ScalableLM]) -> None:
+    path, slm = writer
+    limits = ServeOptions(max_new_tokens=100, requests=1, batch_rows=2)
+    serve.run(application(path, limits=limits, key=KEY, backbone=str(path.parent / "backbone"), dtype="float32"))
+    (expected,) = slm.predict(["sea1 sea2"], max_new_tokens=11)
+    with openai.OpenAI(base_url=f"{client.url}/v1", api_key=KEY, max_retries=0) as asking:
+        parts = list(asking.completions.create(model="auto", prompt="sea1 sea2", max_tokens=11, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == expected.text
+    assert len(parts) > 3
+    assert parts[0].choices[0].task == parts[-1].choices[0].task == expected.task
+    body = {"prompt": ["sea1 sea2"] * 8, "max_tokens": 100, "temperature": 1.5, "seed": 1}
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(lambda _: client.call("POST", "/v1/completions", body), range(12)))
+    assert {status for status, _, _ in found} == {200, 429}
+    assert all(headers["retry-after"] == "1" for status, _, headers in found if status == 429)
+    [text] = {json.dumps([one["text"] for one in body["choices"]]) for status, body, _ in found if status == 200}
+    assert json.loads(text) != [expected.text] * 8
+
+
+def test_a_client_that_goes_frees_its_place_behind_the_proxy(client: Client, writer: tuple[Path, ScalableLM]) -> None:
+    path, _ = writer
+    limits = ServeOptions(max_new_tokens=100, requests=1, batch_rows=2)
+    serve.run(application(path, limits=limits, backbone=str(path.parent / "backbone"), dtype="float32"))
+
+    def figures() -> dict[str, str]:
+        lines = client.call("GET", "/metrics")[1].splitlines()
+        return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+
+    before = figures()
+    body = {"prompt": ["sea1 sea2"] * 32, "max_tokens": 100, "temperature": 1.5, "seed": 1, "stream": True}
+    with client.sent("/v1/completions", body) as raw:
+        assert raw.recv(1)
+    until(lambda: float(figures()["slm_fast_queue_rows"]) == 0)
+    written = "slm_fast_generation_tokens_total"
+    assert figures()[written] == before[written]  # it was not written to its end
+    assert client.post("/v1/completions", {"prompt": "sea1", "max_tokens": 3})["choices"]
 
 
 def test_a_store_that_is_not_there_is_told_of_at_once(tmp_path: Path) -> None:
