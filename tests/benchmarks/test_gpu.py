@@ -7,8 +7,9 @@ import torch
 
 from benchmarks.speed.operators.gpu import __main__ as command
 from benchmarks.speed.operators.gpu.compare import checked
+from benchmarks.speed.operators.gpu.expected import page
 from benchmarks.speed.operators.gpu.verdicts import preference, verdicts
-from benchmarks.tables import read_csv, write_csv
+from benchmarks.tables import RESULTS, read_csv, write_csv
 from slm_fast.ops import dispatch
 
 
@@ -83,3 +84,7 @@ def test_each_target_is_judged_by_the_fastest_of_our_ways_and_of_speed_ups_by_th
         "multi_lora: error in bfloat16, worst": ("0.03", "MISSED"),
         "multi_lora: calls that gave other bits": ("1", "MISSED"),
     }
+
+
+def test_the_page_of_what_was_expected_has_the_measured_figures():
+    assert (RESULTS / "gpu_expected.md").read_text() == page()

@@ -1,13 +1,15 @@
-"""Compiles the Triton kernels for real GPUs on a machine without one, as the operators would launch them.
+"""What the GPU kernels take of a GPU, on a machine without one: registers, stack and shared memory of each.
 
-    python tests/ops/compile_triton.py [float32 bfloat16 ...]
+    python tests/ops/compile_kernels.py BUILD TABLE.csv [float32 bfloat16 ...]
 
-The interpreter, which the tests use, knows nothing of registers and shared memory. Prints each kernel's use of them;
-fails where a kernel does not compile or needs more shared memory than a block may have. Takes some minutes.
+BUILD: where CMake compiled the CUDA kernels. Triton's are compiled here, as the operators would launch them; the
+interpreter, which the tests use, knows nothing of all this. Fails where a kernel does not compile or needs more shared
+memory than a block may have. Takes some minutes.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,9 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.tables import write_csv
 from slm_fast.ops.triton import adapted_linear, increments, key_loss, multi_lora, retrieve, search
 
-SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes a block may have
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may have
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -30,7 +33,7 @@ class Compiler:
     """Stands where the driver would: `architecture` is the GPU there is, a launch compiles and no more."""
 
     def __init__(self) -> None:
-        self.architecture, self.seen, self.too_large = 0, set(), 0
+        self.architecture, self.seen, self.rows = 0, set(), []
         self.run = JITFunction.run
         JITFunction.run = lambda kernel, *args, grid, warmup, **options: self.compile(kernel, args, grid, options)
         driver.set_active(
@@ -46,16 +49,33 @@ class Compiler:
         if compiled.hash in self.seen:
             return
         self.seen.add(compiled.hash)
-        shared, limit = compiled.metadata.shared, SHARED[self.architecture]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
             file.flush()
-            text = subprocess.run([TOOL, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-        used = next((line.strip() for line in text.splitlines() if "REG:" in line), "").partition(" SHARED")[0]
+            [row] = usage(file.name)
         types = next((str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, torch.Tensor)), "")
-        verdict = "" if shared <= limit else "TOO MUCH"
-        self.too_large += shared > limit
-        print(f"sm_{self.architecture} {kernel.__name__:18s} {types:9s} {used} shared {shared} {verdict}", flush=True)
+        row |= {"architecture": f"sm_{self.architecture}", "language": "triton", "kernel": kernel.__name__}
+        self.rows.append(row | {"dtype": types, "shared": compiled.metadata.shared})
+        print(*self.rows[-1].values(), flush=True)
+
+
+def usage(file):
+    """A row for each kernel in a file of machine code, or an object file that has some."""
+    text = subprocess.run([TOOL, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    arch, kernel, rows = "", "", []
+    for line in text.splitlines():
+        arch = found[1] if (found := re.search(r"(?:arch = |EF_CUDA_)(sm_?\d+a?)", line)) else arch
+        kernel = found[1] if (found := re.search(r"Function ([^:]+):", line)) else kernel
+        if found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            registers, stack, shared = map(int, found.groups())
+            rows.append({"architecture": arch, "language": "cuda", "kernel": kernel, "dtype": ""})
+            rows[-1] |= {"registers": registers, "stack": stack, "shared": shared}
+    return rows
+
+
+def demangled(names):
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"\(.*|slm_fast::|\(anonymous namespace\)::|^void ", "", line) for line in text.splitlines()]
 
 
 def launch_all(dtype: torch.dtype) -> None:
@@ -72,6 +92,7 @@ def launch_all(dtype: torch.dtype) -> None:
 
     lora(32, 128, 768, 20, 4, 12)  # prefill
     lora(8, 512, 4096, 20, 4, 8)
+    lora(8, 512, 4096, 20, 4, 32)  # as many columns as fit at once
     lora(1, 1, 1, 1, 1, 1)  # Triton makes constants of ones
     lora(2, 128, 4096, 20, 4, 64)  # more columns than fit at once
     lora(4, 1, 4096, 100, 2, 8)  # decode
@@ -89,11 +110,24 @@ def launch_all(dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
+    build, out, *names = sys.argv[1:]
+    objects = sorted(Path(build).rglob("*.cu.o"))
+    rows = [row for file in objects for row in usage(file)]
+    rows = [row | {"kernel": name} for row, name in zip(rows, demangled(row["kernel"] for row in rows), strict=True)]
     compiler = Compiler()
     for module in (increments, multi_lora, search):
         module.processors = lambda device: 132
-    print("triton", triton.__version__)
-    for name in sys.argv[1:] or ("bfloat16", "float32", "float16", "float64"):
+    for name in names or ("bfloat16", "float16", "float32"):
         for compiler.architecture in SHARED:
             launch_all(getattr(torch, name))
-    sys.exit(f"{compiler.too_large} kernels need too much shared memory" if compiler.too_large else 0)
+    rows = sorted(
+        rows + compiler.rows, key=lambda row: [row[c] for c in ("language", "kernel", "dtype", "architecture")]
+    )
+    write_csv(
+        Path(out),
+        rows,
+        {"shared": "bytes; of CUDA kernels what is static, the rest is asked for by the device's limit"},
+    )
+    print(f"{len(rows)} kernels, {len(objects)} object files; {out}")
+    too_large = [row for row in rows if row["shared"] > SHARED[int(re.sub(r"\D", "", row["architecture"]))]]
+    sys.exit(f"too much shared memory: {too_large}" if too_large or not objects else 0)
