@@ -75,7 +75,8 @@ def usage(file):
 
 def demangled(names):
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return [re.sub(r"\(.*|slm_fast::|\(anonymous namespace\)::|^void ", "", line) for line in text.splitlines()]
+    names = text.replace("(anonymous namespace)::", "").replace("slm_fast::cuda::", "").splitlines()
+    return [re.sub(r"^void |\(.*", "", name) for name in names]
 
 
 def launch_all(dtype: torch.dtype) -> None:
@@ -120,13 +121,13 @@ if __name__ == "__main__":
     for name in names or ("bfloat16", "float16", "float32"):
         for compiler.architecture in SHARED:
             launch_all(getattr(torch, name))
-    rows = sorted(
-        rows + compiler.rows, key=lambda row: [row[c] for c in ("language", "kernel", "dtype", "architecture")]
-    )
+    order = "language", "kernel", "dtype", "architecture"
+    rows = sorted(rows + compiler.rows, key=lambda row: [row[column] for column in order])
+    rows = [
+        dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)
+    ]  # of several forms that take the same
     write_csv(
-        Path(out),
-        rows,
-        {"shared": "bytes; of CUDA kernels what is static, the rest is asked for by the device's limit"},
+        Path(out), rows, {"shared": "bytes; of CUDA kernels what is static, beside what the device's limit allows"}
     )
     print(f"{len(rows)} kernels, {len(objects)} object files; {out}")
     too_large = [row for row in rows if row["shared"] > SHARED[int(re.sub(r"\D", "", row["architecture"]))]]

@@ -201,7 +201,8 @@ def sample_wise(
         num_stages=4 if R <= 32 else 3,
     )  # fmt: skip
 
-    BT, BF = tiles.inputs, power_of_two(min(max(I, O), tiles.outputs), 16)
+    halved = 2 if chosen["KEEP_RANGE"] and R > 64 else 1  # what is kept in float32 takes twice the shared memory
+    BT, BF = tiles.inputs // halved, power_of_two(min(max(I, O), tiles.outputs // halved), 16)
     tiles_x, tiles_grad = (blocks(I, BF) if need_x or need_a else 0), (blocks(O, BF) if need_b else 0)
     parts, span = spans_of(B, T, tiles_x + tiles_grad, BT, x.device)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else none
