@@ -1,16 +1,20 @@
-"""Sizes of memory: as people write them, and what a device has left."""
+"""Memory: sizes as people write them, what a device has left, and room that costs nothing until it is used."""
 
 from __future__ import annotations
 
+import math
+import mmap
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from slm_fast.errors import InputError
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+LARGE = 1 << 20  # bytes
 AMPLE = 0.5  # of what a device has left, that tasks' values may take without being asked
 
 
@@ -33,3 +37,12 @@ def ample(device: torch.device) -> int | None:
         return int(AMPLE * int(lines["MemAvailable"].split()[0]) * 1024)
     except (OSError, ValueError, KeyError, IndexError):
         return None
+
+
+def zeros(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """As torch.zeros; on a processor the system gives each page when it is touched first."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(shape, device=device, dtype=dtype)
+    room = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(room, dtype=dtype).view(shape)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slm_fast.errors import InputError, some_of
 from slm_fast.heads import Heads
 from slm_fast.layers import Values
+from slm_fast.memory import zeros
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask, in_name_order
 
@@ -229,8 +230,8 @@ class Buffers:
         self.capacity, self.device, self.dtype = capacity, device, dtype
         self.values = {
             module: (
-                torch.zeros(capacity, page, features_in, device=device, dtype=dtype),
-                torch.zeros(capacity, page, features_out, device=device, dtype=dtype),
+                zeros(capacity, page, features_in, device=device, dtype=dtype),
+                zeros(capacity, page, features_out, device=device, dtype=dtype),
             )
             for module, (features_in, features_out) in widths.items()
         }

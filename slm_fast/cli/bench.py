@@ -25,6 +25,7 @@ BENCHMARKS = MappingProxyType(
         ),
         "training": ("benchmarks.speed.training", "learning a task beside the paper's procedure and PEFT"),
         "serving": ("benchmarks.speed.serving", "our server beside a pipeline a task and LitServe"),
+        "streams": ("benchmarks.speed.serving.writing", "texts that our server streams, beside transformers' server"),
         "jobs": ("benchmarks.speed.jobs", "tasks learned one after another beside several at a time"),
         "ray": ("benchmarks.speed.ray", "a file answered by one process beside actors of Ray"),
         "generation": ("benchmarks.speed.generation", "writing texts beside the bare model and the paper's way"),

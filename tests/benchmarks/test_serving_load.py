@@ -10,6 +10,8 @@ from served import serving, store_with
 
 from benchmarks.speed.serving.__main__ import LITSERVE, OURS, PIPELINES, figures, requests_of
 from benchmarks.speed.serving.load import Load, arrive, load
+from benchmarks.speed.serving.writing import NEW_TOKENS, stream_all
+from slm_fast.data import Row
 
 TEXTS = {"sea": mixed_texts(5), "farm": mixed_texts(7, seed=1)}
 
@@ -46,3 +48,18 @@ def test_percentiles_are_of_the_answers() -> None:
     assert (row["to_predict"], row["p50_ms"], row["p99_ms"], row["refused_p99_ms"]) == (0.5, 50.0, 99.0, 4.0)
     assert str(Load().percentile(0.5)) == str(Load().gap) == "nan"
     assert Load(answered=[3.0, 1.0, 1.5]).gap == 1500.0
+
+
+def test_streamed_texts_are_those_of_predict_with_the_times_of_their_parts(tmp_path: Path) -> None:
+    slm = store_with(tmp_path / "store", "llama")
+    rows = [Row(text, instruction="word1 word2") for text in mixed_texts(5)]
+    expected = [answer.text for answer in slm.predict(rows, max_new_tokens=NEW_TOKENS)]
+    with serving(slm, max_new_tokens=NEW_TOKENS) as (client, _):
+        found = stream_all(client.port, "auto", rows, 3, 0.5)
+        assert {place for place, _ in found.texts} == set(range(5))
+        assert all(text == expected[place] for place, text in found.texts)
+        assert 0 < len(found.first) <= len(found.texts)
+        assert len(found.between) > len(found.texts)
+        assert all(seconds >= 0 for seconds in [*found.first, *found.between])
+        with pytest.raises(RuntimeError, match="no-such-task: 404"):
+            stream_all(client.port, "no-such-task", rows, 1, 0.1)

@@ -17,24 +17,19 @@ reload:   the longest time without an answer to any of 32 clients (gap_ms), whil
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.speed.serving.load import Load, Request, load, until_ready
+from benchmarks.speed.serving.load import Load, Request, load, served
 from benchmarks.speed.tasks import random_tasks
 from benchmarks.speed.texts import texts_of
 from benchmarks.tables import RESULTS, table, write_csv
@@ -45,26 +40,14 @@ OURS, PIPELINES, LITSERVE, PREDICT = "slm_fast", "pipelines", "litserve", "predi
 READY = {OURS: "/ready", PIPELINES: "/health", LITSERVE: "/health"}
 
 
-@contextmanager
-def server(name: str, store: Path, dtype: str, threads: int, *more: str) -> Iterator[int]:
+def server(name: str, store: Path, dtype: str, threads: int, *more: str) -> AbstractContextManager[int]:
     """A server that is ready; its port."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     if name == OURS:
-        words = ["slm_fast.cli", "serve", str(store), "--port", str(port), "--dtype", dtype, "--threads", str(threads)]
+        words = ["slm_fast.cli", "serve", str(store), "--port", "PORT", "--dtype", dtype, "--threads", str(threads)]
         words += ["--queue-rows", "8192", *more]
     else:
-        words = ["benchmarks.speed.serving.servers", name, str(store), str(port), dtype, str(threads)]
-    process = subprocess.Popen([sys.executable, "-m", *words], start_new_session=True)
-    try:
-        until_ready(port, READY[name], lambda: process.poll() is None)
-        yield port
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with suppress(ProcessLookupError):  # LitServe's workers outlive it
-            os.killpg(process.pid, signal.SIGKILL)
+        words = ["benchmarks.speed.serving.servers", name, str(store), "PORT", dtype, str(threads)]
+    return served(words, READY[name])
 
 
 def requests_of(name: str, texts: Mapping[str, Sequence[str]], rows: int) -> list[Request]:

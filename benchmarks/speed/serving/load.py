@@ -5,16 +5,28 @@ from __future__ import annotations
 import http.client
 import json
 import math
+import os
 import random
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 Request = tuple[str, Any, int]  # path, body, rows
+
+
+def percentile(seconds: Sequence[float], share: float) -> float:
+    """Milliseconds that this share of some times does not exceed; nan for none."""
+    ordered = sorted(seconds)
+    return 1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
 @dataclass
@@ -40,8 +52,7 @@ class Load:
 
     def percentile(self, share: float) -> float:
         """Milliseconds within which this share of the answers came."""
-        ordered = sorted(self.seconds)
-        return 1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+        return percentile(self.seconds, share)
 
 
 def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -> Load:
@@ -102,7 +113,25 @@ def _ask(
             found.answered.append(start + took)
 
 
-def until_ready(port: int, path: str, alive: Callable[[], bool], seconds: float = 1800.0) -> None:
+@contextmanager
+def served(words: Sequence[str], ready: str) -> Iterator[int]:
+    """A server that is ready, which `python -m` starts from these words, PORT among them; its port."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", *(str(port) if word == "PORT" else word for word in words)]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        _until_ready(port, ready, lambda: process.poll() is None)
+        yield port
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        with suppress(ProcessLookupError):  # some servers' workers outlive them
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _until_ready(port: int, path: str, alive: Callable[[], bool], seconds: float = 1800.0) -> None:
     end = time.monotonic() + seconds
     while True:
         try:

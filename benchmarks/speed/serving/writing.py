@@ -1,0 +1,188 @@
+"""Texts that our server streams, beside `predict` on the same rows and transformers' own server with the bare model.
+
+    python -m benchmarks.speed.serving.writing [--clients 1 16] [--seconds 60] [--store DIR]
+
+SmolLM2-135M-Instruct, which knows the three tasks of `slm-fast demo --backbone smollm2` (a store that is given has them
+already). Clients stream one chat after another, rows of all three tasks mixed, none of which says its task; the servers
+and the clients share the processor, one server at a time. auto: our server finds each row's task. base: our server with
+the bare model. transformers: `transformers serve` with the same weights, the same prompts, and with continuous batching
+where its line says so. Every text of auto is compared with what `predict` writes to that row.
+
+texts_per_second, tokens_per_second: over all clients. to_predict: tokens a second beside `predict`'s (auto: of the
+tasks' answers; base and transformers: of the bare model's). first_ms: until the first word; between_ms: between two
+parts of a text; both at the 50th and 99th percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count, pairwise
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from benchmarks.speed.serving.load import percentile, served
+from benchmarks.tables import RESULTS, table, write_csv
+from slm_fast import ScalableLM
+from slm_fast.data import Row
+from slm_fast.demo.chat import FIRST_LAYER, LEARN, load
+
+NEW_TOKENS = 32
+
+
+@dataclass
+class Streams:
+    """What clients saw. texts: with the places of their rows. first, between: seconds."""
+
+    elapsed: float = 0.0
+    texts: list[tuple[int, str]] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+
+
+def stream_all(port: int, model: str, rows: Sequence[Row], clients: int, seconds: float) -> Streams:
+    """Let so many clients stream answers to the rows, in turns, for so long. Raises RuntimeError for a refusal."""
+    found, lock, turn = Streams(), Lock(), count()
+    began = time.perf_counter()
+
+    def client() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        while time.perf_counter() - began < seconds:
+            place = next(turn) % len(rows)
+            text, times = streamed(connection, model, rows[place])
+            with lock:
+                found.texts.append((place, text))
+                found.first += [first - times[0] for first in times[1:2]]
+                found.between += [after - before for before, after in pairwise(times[1:])]
+        connection.close()
+
+    with ThreadPoolExecutor(clients) as pool:
+        for one in [pool.submit(client) for _ in range(clients)]:
+            one.result()
+    found.elapsed = time.perf_counter() - began
+    return found
+
+
+def streamed(connection: http.client.HTTPConnection, model: str, row: Row) -> tuple[str, list[float]]:
+    """A chat's answer, and when it was asked for and each part of it came."""
+    said = [{"role": "system", "content": row.instruction}, {"role": "user", "content": row.text}]
+    body = {"model": model, "messages": said, "max_tokens": NEW_TOKENS, "stream": True, "temperature": 0}
+    text, times = "", [time.perf_counter()]
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        raise RuntimeError(f"{model}: {response.status}: {response.read()[:200]!r}")
+    for line in response:
+        if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+            part = json.loads(line[6:])
+            if more := "".join(choice["delta"].get("content") or "" for choice in part.get("choices", ())):
+                text += more
+                times.append(time.perf_counter())
+    return text.strip(), times
+
+
+def predicted(slm: ScalableLM, rows: Sequence[str | Row], *, bare: bool) -> tuple[list[str], float]:
+    """The answers of one call, and how many seconds it took."""
+    slm.predict(rows[:4], bare=bare, max_new_tokens=2)
+    began = time.perf_counter()
+    found = slm.predict(rows, bare=bare, max_new_tokens=NEW_TOKENS)
+    return [answer.text or "" for answer in found], time.perf_counter() - began
+
+
+def learned(store: Path, dtype: str) -> ScalableLM:
+    """A model that knows the demonstration's tasks, from the store or put there."""
+    if not store.exists():
+        slm = ScalableLM.from_backbone("smollm2", first_layer=FIRST_LAYER)
+        slm.save_pretrained(store)
+        for task in load("train").values():
+            slm.learn(task, LEARN)
+    return ScalableLM.from_pretrained(store, dtype=dtype)
+
+
+def measured(chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    slm = learned(chosen.store or folder / "store", chosen.dtype)
+    tokenizer = slm.model.backbone.tokenizer
+    rows = [row for task in load("test").values() for row in task.rows]
+    random.Random(0).shuffle(rows)
+    slm.model.backbone.model.save_pretrained(folder / "bare")
+    tokenizer.save_pretrained(folder / "bare")
+    found: list[dict[str, Any]] = []
+
+    def tokens(texts: Sequence[str]) -> int:
+        return sum(len(ids) for ids in tokenizer(list(texts))["input_ids"])
+
+    def add(server: str, clients: int, seen: Streams, base: float) -> None:
+        texts = [text for _, text in seen.texts]
+        rate = tokens(texts) / seen.elapsed
+        line = {"server": server, "clients": clients, "texts_per_second": f"{len(texts) / seen.elapsed:.2f}"}
+        line |= {"tokens_per_second": f"{rate:.1f}", "to_predict": f"{rate / base:.3f}"}
+        for name, times in (("first", seen.first), ("between", seen.between)):
+            line |= {f"{name}_ms_p{round(100 * p)}": f"{percentile(times, p):.0f}" for p in (0.5, 0.99)}
+        found.append(line)
+        print(table(found[-1:]), flush=True)
+
+    expected, took = predicted(slm, rows, bare=False)
+    of_tasks = tokens(expected) / took
+    add("predict", 1, Streams(took, list(enumerate(expected))), of_tasks)
+    prompts = [in_chat(tokenizer, row) for row in rows]
+    bare, took = predicted(slm, prompts, bare=True)
+    of_bare = tokens(bare) / took
+    add("predict, bare", 1, Streams(took, list(enumerate(bare))), of_bare)
+    del slm
+    store = str(chosen.store or folder / "store")
+    ours = ["slm_fast.cli", "serve", store, "--port", "PORT", "--dtype", chosen.dtype, "--threads", str(chosen.threads)]
+    theirs = ["transformers.cli.transformers", "serve", str(folder / "bare"), "--port", "PORT", "--dtype", chosen.dtype]
+    servers = [("auto", ours, "auto", "/ready"), ("base", ours, "base", "/ready")]
+    servers += [
+        (f"transformers{word}", [*theirs, *more], str(folder / "bare"), "/health")
+        for word, more in (("", []), (", continuous batching", ["--continuous-batching"]))
+    ]
+    for name, words, model, ready in servers:
+        with served(words, ready) as port:
+            stream_all(port, model, rows, 2, 2.0)
+            for clients in chosen.clients:
+                seen = stream_all(port, model, rows, clients, chosen.seconds)
+                add(name, clients, seen, of_tasks if name == "auto" else of_bare)
+                if name == "auto":
+                    wrong = [place for place, text in seen.texts if text != expected[place].strip()]
+                    assert not wrong, f"{len(wrong)} of {len(seen.texts)} texts are not those of predict"
+    write_csv(chosen.output, found, {"dtype": chosen.dtype, "tokens of a text": f"at most {NEW_TOKENS}"})
+    print(table(found))
+    return found
+
+
+def in_chat(tokenizer: Any, row: Row) -> str:
+    """The prompt that the model's template makes of a row, but for the newline at its end, which `predict` adds."""
+    said = [{"role": "system", "content": row.instruction}, {"role": "user", "content": row.text}]
+    text: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    return text.removesuffix("\n")
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, help="where the tasks are, or are put; default: learned anew")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each server and number of clients")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS / "serving_writing.csv")
+    chosen = parser.parse_args(argv)
+    torch.set_num_threads(chosen.threads)
+    os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # of the servers
+    with tempfile.TemporaryDirectory() as folder:
+        return measured(chosen, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
