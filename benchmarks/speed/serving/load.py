@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 Request = tuple[str, Any, int]  # path, body, rows
@@ -48,7 +48,7 @@ class Load:
     def gap(self) -> float:
         """The most milliseconds without an answer to any client."""
         ordered = sorted(self.answered)
-        return 1000 * max((b - a for a, b in pairwise(ordered)), default=math.nan)
+        return 1000 * max((b - a for a, b in itertools.pairwise(ordered)), default=math.nan)
 
     def percentile(self, share: float) -> float:
         """Milliseconds within which this share of the answers came."""
@@ -72,24 +72,36 @@ def arrive(port: int, requests: Sequence[Request], rate: float, seconds: float, 
 def _ask_all(port: int, requests: Sequence[Request], clients: int, due: Callable[[int, float], float | None]) -> Load:
     """due: when a request of this number is to be sent, given the time, both in seconds from the beginning; None ends
     the client that would."""
-    found, lock, turn = Load(), threading.Lock(), iter(range(10**9))
+    found, lock = Load(), threading.Lock()
     began = time.perf_counter()
+
+    def ask(connection: http.client.HTTPConnection, number: int) -> bool:
+        at = due(number, time.perf_counter() - began)
+        if at is None:
+            return False
+        time.sleep(max(0.0, began + at - time.perf_counter()))
+        _ask(connection, requests[number % len(requests)], began + at, found, lock)
+        return True
+
+    found.elapsed = in_turns(port, clients, ask)
+    return found
+
+
+def in_turns(port: int, clients: int, ask: Callable[[http.client.HTTPConnection, int], bool]) -> float:
+    """Let each of so many clients ask on a connection of its own, told the number of the request, until there is none
+    left (False): how many seconds it took."""
+    turn, began = itertools.count(), time.perf_counter()
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-        for number in turn:
-            at = due(number, time.perf_counter() - began)
-            if at is None:
-                break
-            time.sleep(max(0.0, began + at - time.perf_counter()))
-            _ask(connection, requests[number % len(requests)], began + at, found, lock)
+        while ask(connection, next(turn)):
+            pass
         connection.close()
 
     with ThreadPoolExecutor(clients) as pool:
         for one in [pool.submit(client) for _ in range(clients)]:
             one.result()
-    found.elapsed = time.perf_counter() - began
-    return found
+    return time.perf_counter() - began
 
 
 def _ask(

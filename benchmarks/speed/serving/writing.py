@@ -23,16 +23,15 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
 
-from benchmarks.speed.serving.load import percentile, served
+from benchmarks.speed.serving.load import in_turns, percentile, served
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM
 from slm_fast.data import Row
@@ -53,24 +52,20 @@ class Streams:
 
 def stream_all(port: int, model: str, rows: Sequence[Row], clients: int, seconds: float) -> Streams:
     """Let so many clients stream answers to the rows, in turns, for so long. Raises RuntimeError for a refusal."""
-    found, lock, turn = Streams(), Lock(), count()
-    began = time.perf_counter()
+    found, lock, began = Streams(), Lock(), time.perf_counter()
 
-    def client() -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-        while time.perf_counter() - began < seconds:
-            place = next(turn) % len(rows)
-            text, times = streamed(connection, model, rows[place])
-            with lock:
-                found.texts.append((place, text))
-                found.first += [first - times[0] for first in times[1:2]]
-                found.between += [after - before for before, after in pairwise(times[1:])]
-        connection.close()
+    def ask(connection: http.client.HTTPConnection, number: int) -> bool:
+        if time.perf_counter() - began >= seconds:
+            return False
+        place = number % len(rows)
+        text, times = streamed(connection, model, rows[place])
+        with lock:
+            found.texts.append((place, text))
+            found.first += [first - times[0] for first in times[1:2]]
+            found.between += [after - before for before, after in pairwise(times[1:])]
+        return True
 
-    with ThreadPoolExecutor(clients) as pool:
-        for one in [pool.submit(client) for _ in range(clients)]:
-            one.result()
-    found.elapsed = time.perf_counter() - began
+    found.elapsed = in_turns(port, clients, ask)
     return found
 
 
