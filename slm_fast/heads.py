@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask
 
+EPSILON = 1e-5  # of the norm behind an activation
 ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": nn.functional.relu,
@@ -22,7 +23,7 @@ def _activated(x: Tensor, word: str) -> Tensor:
     """word: of `slm_fast.task_tensors.ACTIVATIONS`."""
     name, _, norm = word.partition("_")
     y = ACTIVATE[name](x)
-    return nn.functional.layer_norm(y, y.shape[-1:]) if norm else y
+    return nn.functional.layer_norm(y, y.shape[-1:], eps=EPSILON) if norm else y
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ class TaskKeeper:
         self.source, self.store = (store, None) if isinstance(store, RemoteStore) else (None, store)
         self._committed, self._left = dict(store.files), {}
         self._keep_for_later()
+        store.let_go()
 
     @property
     def _files(self) -> dict[str, str] | None:

@@ -191,9 +191,9 @@ class KeysFile:
             return True
         return not {entry.file for entry in _entries(memoryview(table))} <= set(files.values())
 
-    def wrong(self, files: Mapping[str, str], openings: Mapping[str, Opening]) -> list[str]:
-        """What is wrong with it beside these tasks, whose files have these openings: a line or none. One of another
-        version is not used."""
+    def wrong(self, files: Mapping[str, str], are_theirs: bool) -> list[str]:
+        """What is wrong with it beside these tasks: a line or none. are_theirs: whether the openings in it are those of
+        the files. One of another version is not used."""
         try:
             with self.path.open("rb") as file:
                 made = HEAD.unpack(file.read(HEAD.size))[-1]
@@ -201,8 +201,7 @@ class KeysFile:
             return []
         except (OSError, struct.error):
             made = MADE
-        kept = self.read()
-        if made != MADE or (kept and not self.is_stale(files) and kept.openings.items() <= openings.items()):
+        if made != MADE or (are_theirs and self.read() is not None and not self.is_stale(files)):
             return []
         return [f"{self.path}: not of the store's tasks; delete it, it is made again where it is needed"]
 

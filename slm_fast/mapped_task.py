@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from slm_fast.errors import WorkError
 from slm_fast.fields import Unfit
 from slm_fast.schema import about_task, task_of
 from slm_fast.task_file import damaged, task_from_bytes
@@ -35,7 +36,8 @@ AT_ONCE = 96 << 10  # bytes read of a file's beginning
 SMALL = 4 << 10  # bytes of a router's tensor that an opening holds
 LAYOUTS = 1024  # that are held
 ALIGNED = max(dtype.itemsize for dtype in DTYPES.values())
-LIES = (ValueError, KeyError, TypeError, AttributeError, Unfit)  # what a header that lies may raise
+# What a header that lies may raise.
+LIES = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError, Unfit)
 Span = tuple[int, int]
 
 
@@ -80,8 +82,9 @@ class Layout(NamedTuple):
     """What a header says but for its metadata. Spans are from where tensors begin, those of values from `first` on; a
     task without values is damaged, and has no shape.
 
-    heads, held: tensors of an opening, spans as there. later: what `Opening.digest` leaves out, in order. size: bytes
-    of all tensors. aligned: whether all numbers may be viewed, where tensors begin at a multiple of `ALIGNED`.
+    heads, held: tensors of an opening, spans as there; held_spans: where in the file. later: what `Opening.digest`
+    leaves out, in order. size: bytes of all tensors. aligned: whether all numbers may be viewed, where tensors begin at
+    a multiple of `ALIGNED`.
     """
 
     router: dict[str, Place]
@@ -91,7 +94,7 @@ class Layout(NamedTuple):
     shape: ValuesShape | None
     first: int
     later: tuple[Span, ...]
-    opening: tuple[Span, ...]
+    held_spans: tuple[Span, ...]
     size: int
     aligned: bool
 
@@ -110,9 +113,6 @@ class _Read:
     def __init__(self, file: int) -> None:
         self._file, self._size = file, os.fstat(file).st_size
         self._start = os.pread(file, AT_ONCE, 0)
-
-    def __len__(self) -> int:
-        return self._size
 
     def __getitem__(self, part: slice) -> bytes | memoryview:
         first, last, _ = part.indices(self._size)
@@ -141,7 +141,7 @@ def read_opening(path: Path) -> Opening | None:
 def _opening(data: Bytes) -> Opening:
     header = _header(data)
     start = bytearray(data[: header.begin])
-    for first, last in header.layout.opening:
+    for first, last in header.layout.held_spans:
         start += data[header.begin + first : header.begin + last]
         start += bytes(-len(start) % ALIGNED)
     return Opening(_digest(data, header), memoryview(start))
@@ -217,7 +217,8 @@ def map_task(path: Path, digest: str, opening: Opening, *, checked: bool = False
     cannot be mapped or is of another size, or the opening lies: reading it whole says what is wrong.
     """
     try:
-        metadata, layout, begin = _header(opening.start)
+        header = _header(opening.start)
+        metadata, layout, begin = header
         if layout.shape is None or not layout.aligned or begin % ALIGNED:
             return None
         if os.stat(path).st_size != begin + layout.size:
@@ -229,7 +230,8 @@ def map_task(path: Path, digest: str, opening: Opening, *, checked: bool = False
         whole = torch.from_file(str(path), shared=False, size=begin + layout.size, dtype=torch.uint8)
     except (OSError, RuntimeError, *LIES):
         return None
-    file = _File(path, whole, digest, None if checked else opening.digest)
+    file = _File(path, whole, digest, opening.digest, header)
+    file.is_opened = checked
     tensors = whole[begin:]
     task = replace(
         task_of(about, heads),
@@ -241,37 +243,40 @@ def map_task(path: Path, digest: str, opening: Opening, *, checked: bool = False
 
 
 class _File:
-    """A mapped file, which is compared with digests when its parts are used first. opening: None once that was."""
+    """A mapped file, which is compared with digests when its parts are used first.
 
-    def __init__(self, path: Path, whole: Tensor, digest: str, opening: str | None) -> None:
-        self.path, self.digest, self.opening = path, digest, opening
-        self._whole, self._same = whole, False
+    digest: of the whole file. opening, header: the `Opening.digest` that it should have, and the header.
+    """
+
+    def __init__(self, path: Path, whole: Tensor, digest: str, opening: str, header: Header) -> None:
+        self.path, self.digest, self.opening, self.header = path, digest, opening, header
+        self.is_opened = self.is_whole = False  # whether they were found to be so
+        self._whole = whole
 
     def check_opening(self) -> None:
         """Raises WorkError where the file has another opening."""
-        if self.opening is not None:
-            data = self._data
-            try:
-                same = _digest(data, _header(data)) == self.opening
-            except LIES:
-                same = False
-            if not same:
-                raise damaged(self.path, hashlib.sha256(data).hexdigest(), self.digest)
-            self.opening = None
+        if not self.is_opened:
+            if _digest(self._data, self.header) != self.opening:
+                raise self._damaged()
+            self.is_opened = True
 
     def check(self) -> None:
         """Raises WorkError where the file is another, or holds no task."""
-        if not self._same:
-            data = self._data
-            found = hashlib.sha256(data).hexdigest()
-            if found != self.digest:
-                raise damaged(self.path, found, self.digest)
-            task_from_bytes(bytes(data), self.path)
-            self._same, self.opening = True, None
+        if not self.is_whole:
+            if self._found() != self.digest:
+                raise self._damaged()
+            task_from_bytes(bytes(self._data), self.path)
+            self.is_opened = self.is_whole = True
 
     @property
     def _data(self) -> memoryview:
         return memoryview(self._whole.numpy().data)
+
+    def _found(self) -> str:
+        return hashlib.sha256(self._data).hexdigest()
+
+    def _damaged(self) -> WorkError:
+        return damaged(self.path, self._found(), self.digest)
 
 
 class _Values(Mapping[str, tuple[Tensor, Tensor]]):

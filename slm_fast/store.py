@@ -64,7 +64,7 @@ class Store(StoreView):
             for task in add:
                 data = task_to_bytes(task)
                 files[task.name] = hashlib.sha256(data).hexdigest()
-                self._openings[files[task.name]] = opening_of(data)
+                self._digests[files[task.name]] = opening_of(data).digest
                 self._place(task.name, files[task.name], data)
             self._take_out(files, summed)
             self._finish(files)
@@ -179,15 +179,16 @@ class Store(StoreView):
                     self._keep((files, total()))
 
     def keep_keys(self, files: Mapping[str, str], known: KnownKeys) -> None:
-        """Keep what routing computes of these tasks, if they are the store's and it is not kept; failing is nothing, as
-        for `keep_sum`."""
+        """Keep openings of these tasks and what routing computes of them, if they are the store's and it is not kept;
+        failing is nothing, as for `keep_sum`."""
         kept = self._keys.read()
         if kept is not None and kept.rows.keys() == set(files.values()) and not self._keys.is_stale(files):
             return
         with suppress(WorkError, InputError), self._writing(patience=0):
             if self.files == files:
                 with suppress(OSError, WorkError):
-                    self._keys.write(files, self._openings_of(files), known)
+                    openings = {digest: self._opening(name) for name, digest in files.items()}
+                    self._keys.write(files, openings, known)
 
     def _keep(self, summed: Summed | None) -> None:
         """Keep a sum if it is of tasks that the manifest, which is committed, names, and the one kept is of many
@@ -202,14 +203,14 @@ class Store(StoreView):
         return {name: self.files[name] for name in sampled(self.files)}
 
     def _as_kept(self, summed: Summed) -> KeptSum:
-        return KeptSum({task: own.digest for task, own in self._openings_of(summed[0]).items()}, summed[1])
-
-    def _openings_of(self, files: Mapping[str, str]) -> dict[str, Opening]:
-        """By the SHA-256 of each of these tasks' files. Raises WorkError for one that is damaged."""
-        for name, digest in files.items():
-            if digest not in self._openings:
+        for name, digest in summed[0].items():
+            if digest not in self._digests:
                 self.read(name)
-        return {digest: self._openings[digest] for digest in files.values()}
+        return KeptSum({digest: self._digests[digest] for digest in summed[0].values()}, summed[1])
+
+    def _opening(self, name: str) -> Opening:
+        """Raises WorkError for a task whose file is damaged."""
+        return self._openings.get(self.files[name]) or opening_of(self.read(name)[1])
 
     def _take_out(self, files: Mapping[str, str], summed: Summed | None) -> None:
         """Leave no trace in the sum kept of tasks that will not be among `files`. Before the manifest says so, so that

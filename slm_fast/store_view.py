@@ -52,7 +52,8 @@ class StoreView:
         self.path, self.about, self.files = path_of(path), dict(about), dict(files)
         self.kept = NOTHING  # of the tasks together, as `load` found it
         self._seen = b""  # SHA-256 of the manifest that says what `files` does
-        self._openings: dict[str, Opening] = {}  # of tasks, by the SHA-256 of their files
+        self._digests: dict[str, str] = {}  # `Opening.digest` of tasks, by the SHA-256 of their files
+        self._openings: dict[str, Opening] = {}  # so too, of those that `load` found, until they are kept
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -117,8 +118,12 @@ class StoreView:
                 check_fits(task, self.about["shapes"], self.about["config"], file=file)
             if thorough:
                 check_scatter(task, file)
-            self._openings[self.files[name]] = opening_of(data)
+            self._digests[self.files[name]] = opening_of(data).digest
         return task, data
+
+    def let_go(self) -> None:
+        """Forget what `load` found and only keeping needs, which is memory."""
+        self._openings = {}
 
     def load(self, *, known: Mapping[str, str] | None = None, skip_damaged: bool = False) -> list[LearnedTask]:
         """All tasks, by name, of one version of the store, whatever others write meanwhile.
@@ -134,6 +139,7 @@ class StoreView:
         found: dict[str, LearnedTask] = {}
         keys, later, summed = None, None, dict[str, str]()
         fresh = known is None and not skip_damaged
+        self._openings = {}
         if fresh:
             keys, later = self._keys.read(), self._sum.later()
             if keys is None:
@@ -141,25 +147,27 @@ class StoreView:
                 later = lambda: kept  # noqa: E731
                 summed = dict(kept.opening) if kept else {}
             else:
-                self._openings |= keys.openings
+                self._openings = keys.openings
 
-        def mapped(name: str) -> LearnedTask | None:
-            """From its opening, where that is known or can be trusted."""
+        def mapped(name: str, opening: Opening | None, *, checked: bool = False) -> LearnedTask | None:
             file, digest = self.file(name), self.files[name]
-            if digest in self._openings:
-                return map_task(file, digest, self._openings[digest])
-            opening = read_opening(file) if digest in summed else None
-            if opening is None or opening.digest != summed[digest]:
+            task = None if opening is None else map_task(file, digest, opening, checked=checked)
+            if opening is None or task is None or task.name != name:
                 return None
-            self._openings[digest] = opening
-            return map_task(file, digest, opening, checked=True)
+            self._openings[digest], self._digests[digest] = opening, opening.digest
+            return task
 
         def look(name: str) -> None:
-            task = mapped(name) if fresh else None
+            digest = self.files[name]
+            task = mapped(name, self._openings.get(digest)) if fresh else None
+            if task is None and digest in summed:
+                opening = read_opening(self.file(name))
+                if opening is not None and opening.digest == summed[digest]:
+                    task = mapped(name, opening, checked=True)
             if task is None:
-                task = self.read(name, thorough=skip_damaged)[0]
+                task, data = self.read(name, thorough=skip_damaged)
                 if fresh:  # of many, what was read would take more memory than there is
-                    task = mapped(name) or task
+                    task = mapped(name, opening_of(data)) or task
             found[name] = task
 
         with without_collection():
@@ -177,16 +185,17 @@ class StoreView:
     def verify(self) -> list[str]:
         """Everything that is wrong with the store, a line each; an empty list when nothing is."""
 
-        proof = SumProof(self._sum)
+        proof, kept, own = SumProof(self._sum), self._keys.read(), dict[str, bool]()
+        openings = {} if kept is None else kept.openings
 
         def look(name: str) -> None:
-            task, digest = self.read(name, thorough=True)[0], self.files[name]
-            proof.take(digest, self._openings[digest].digest, task.router)
+            (task, data), digest = self.read(name, thorough=True), self.files[name]
+            proof.take(digest, self._digests[digest], task.router)
+            if digest in openings:
+                own[digest] = openings[digest] == opening_of(data)
 
-        return [str(error) for error in self.look_at(look).values()] or [
-            *proof.wrong(),
-            *self._keys.wrong(self.files, self._openings),
-        ]
+        wrong = [str(error) for error in self.look_at(look).values()]
+        return wrong or [*proof.wrong(), *self._keys.wrong(self.files, all(own.values()))]
 
     def look_at(self, look: Callable[[str], None], known: Mapping[str, str] | None = None) -> dict[str, WorkError]:
         """Call `look` for each task of the store as it is now but those `known`; the errors it raised, by name.

@@ -44,8 +44,8 @@ def pinned(modules: Sequence[nn.Module] = (), *, one_thread: bool = False) -> It
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Inside the block Python does not look for cycles to free, which takes as long as the rest where many objects are
-    made that stay."""
+    """Inside the block Python does not look for cycles to free, in no thread of the process, which takes as long as the
+    rest where many objects are made that stay."""
     was = gc.isenabled()
     gc.disable()
     try:

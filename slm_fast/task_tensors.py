@@ -14,7 +14,7 @@ from slm_fast.scatter import EXPONENTS, RANK
 from slm_fast.tasks import Adapter
 
 POOLINGS = ("first", "last", "mean")  # which hidden state a head reads
-ACTIVATIONS = ("tanh", "relu", "gelu", *(f"{word}_norm" for word in ("tanh", "relu", "gelu")))  # of a layer below it
+ACTIVATIONS = ("tanh", "relu", "gelu", "tanh_norm", "relu_norm", "gelu_norm")  # of a layer below it
 INCREMENT = re.compile(r"values\.(?P<module>.+)\.lora_[ab]")
 # What the router keeps of a task: the tensors of a gaussian one without and with random features, or of a dtkr one.
 ROUTERS = {

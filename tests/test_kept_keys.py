@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import pickle
 import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +152,31 @@ def test_opening_with_the_keys_reads_no_tasks_file(path: Path) -> None:
         for damaged in (same.values, same.router):
             with pytest.raises(WorkError, match="damaged: SHA-256"):
                 list(damaged.values())
+
+
+@pytest.mark.parametrize("kept", [".keys", ".sum"])
+def test_a_header_that_is_damaged_anywhere_is_a_damaged_file(path: Path, kept: str, monkeypatch) -> None:
+    """A comma of it that becomes a point leaves JSON that says something else."""
+    monkeypatch.setattr(Store, "unsummed", 1)
+    reopened(path)
+    (path / ({".keys", ".sum"} - {kept}).pop()).unlink()
+    assert (path / kept).exists()
+    file = Store.open(path).file("farm")
+    data = file.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    for at in [at for at in range(begin) if data[at] == ord(",")]:
+        file.write_bytes(data[:at] + b"." + data[at + 1 :])
+        with pytest.raises(WorkError, match="damaged: SHA-256"):
+            [list(task.values.values()) for task in Store.open(path).load()]
+
+
+def test_a_model_that_was_opened_can_be_copied_and_a_store_that_was_written_sent(path: Path) -> None:
+    slm = reopened(path)
+    assert_same_bits(copy.deepcopy(slm), slm)
+    store = Store.open(path)
+    assert store.verify() == []
+    store.commit(add=[replace(slm.learned["sea"], name="word")])
+    assert pickle.loads(pickle.dumps(store)).files == store.files
 
 
 def test_a_file_of_another_size_is_found_when_the_store_is_opened(path: Path) -> None:

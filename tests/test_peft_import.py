@@ -86,7 +86,7 @@ HEADS = [
 
 @pytest.mark.parametrize(("name", "saved_too"), HEADS)
 def test_a_familys_own_head_gives_what_peft_gives(tmp_path: Path, name: str, saved_too: list[str] | None) -> None:
-    model = write_adapter(tmp_path / "in", name, r=5, modules_to_save=saved_too)
+    model = write_adapter(tmp_path / "in", name, r=5, modules_to_save=saved_too, scale=0.1)
     slm = make_slm(name)
     knows(slm, random_task(slm, "farm", labels=("no", "yes")))
     found = slm.import_adapter(tmp_path / "in", "sky", texts("sky"), check=True)
@@ -122,6 +122,9 @@ def test_what_a_head_was_saved_without_is_the_checkpoints(tmp_path: Path, poolin
     assert found is not None
     assert found < 1e-4
     assert difference(slm, model, "modernbert") < 1e-5
+    slm.export_adapter("sky", tmp_path / "out")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
+    assert difference(slm, peft.PeftModel.from_pretrained(base, tmp_path / "out").eval(), "modernbert") < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

@@ -231,7 +231,43 @@ def test_a_head_whose_activation_or_norm_is_another_is_refused(tmp_path: Path) -
     config.norm_eps = 1e-3
     refused(slm, tmp_path, "norm_eps: expected 1e-05 for its head, got 0.001")
     config.classifier_activation = "swiglu"
-    refused(slm, tmp_path, "classifier_activation: expected gelu, relu or tanh for its head, got 'swiglu'")
+    refused(slm, tmp_path, "classifier_activation: expected one of tanh, relu, gelu for its head, got 'swiglu'")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        ("classifier.weight", (), "its head's weight: expected [32], got []"),
+        ("classifier.bias", (2,), "its head's bias: expected [3], got [2]"),
+        ("classifier.bias", (1,), "its head's bias: expected [3], got [1]"),
+        ("classifier.bias", None, "classifier.weight"),
+        ("head.norm.weight", (5,), "its head's norm.weight: expected [32], got [5]"),
+        ("head.dense.weight", (32, 5), "its head's dense.weight: expected [32, 32], got [32, 5]"),
+    ],
+)
+def test_a_head_whose_parts_do_not_fit_is_refused(
+    tmp_path: Path, name: str, shape: tuple[int, ...] | None, said: str
+) -> None:
+    write_adapter(tmp_path, "modernbert", modules_to_save=["classifier", "head"])
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = {key: tensor for key, tensor in load_file(file).items() if shape is not None or not key.endswith(name)}
+    if shape is not None:
+        [key] = [key for key in tensors if key.endswith(name)]
+        tensors[key] = torch.ones(shape)
+    save_file(tensors, file)
+    refused(make_slm("modernbert"), tmp_path, said)
+
+
+def test_increments_of_a_heads_own_layer_are_refused_as_such(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "bert", target_modules=["query", "pooler.dense"])
+    refused(make_slm("bert"), tmp_path, "pooler.dense: increments of a layer that stays as it is here")
+
+
+def test_a_checkpoint_that_is_gone_has_nothing_for_a_head(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "deberta-v2")
+    slm = make_slm("deberta-v2")
+    slm.model.backbone.name = str(tmp_path / "gone")
+    refused(slm, tmp_path, "its head reads pooler.dense, which it was saved without")
 
 
 def test_labels_have_to_be_those_of_the_head(slm: ScalableLM, llama: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from slm_fast.backbone import Backbone
-from slm_fast.errors import InputError, some_of
+from slm_fast.errors import InputError, memory_for, some_of
+from slm_fast.heads import ACTIVATE, EPSILON
 from slm_fast.integrations.peft_files import OWN, PeftAdapter, as_float32
 from slm_fast.loading import GGUF, loading, resolve
 from slm_fast.tasks import LearnedTask
@@ -23,16 +24,17 @@ class HeadClass:
     """How a family's class turns the last hidden states into logits: pooled, a dense layer, an activation, a norm and
     the last layer. Dropout is off.
 
-    out, dense, norm: modules of the class. saved: PEFT's modules_to_save for them.
-    pooling, activation: words of `slm_fast.tasks.Adapter`; None where a field of the configuration says them.
+    out, dense, norm: modules of the class. saved: PEFT's modules_to_save for them. pooling, activation: words of
+    `slm_fast.tasks.Adapter`, or fields of the configuration that say them. unbiased: modules that may have no bias.
     """
 
     out: str
     dense: str | None = None
     norm: str | None = None
     saved: tuple[str, ...] = ("classifier",)
-    pooling: str | None = "first"
-    activation: str | None = "tanh"
+    pooling: str = "first"
+    activation: str = "tanh"
+    unbiased: tuple[str, ...] = ()
 
 
 ROBERTA = HeadClass("classifier.out_proj", "classifier.dense")
@@ -41,24 +43,34 @@ CLASSES = {
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert", "mpnet"), ROBERTA),
     "electra": HeadClass("classifier.out_proj", "classifier.dense", activation="gelu"),
     "distilbert": HeadClass("classifier", "pre_classifier", saved=("classifier", "pre_classifier"), activation="relu"),
-    "deberta-v2": HeadClass("classifier", "pooler.dense", saved=("classifier", "pooler"), activation=None),
+    "deberta-v2": HeadClass(
+        "classifier", "pooler.dense", saved=("classifier", "pooler"), activation="pooler_hidden_act"
+    ),
     "modernbert": HeadClass(
-        "classifier", "head.dense", "head.norm", saved=("classifier", "head"), pooling=None, activation=None
+        *("classifier", "head.dense", "head.norm", ("classifier", "head")),
+        *("classifier_pooling", "classifier_activation", ("head.dense", "head.norm")),
     ),
 }
-CAUSAL = HeadClass("score", saved=("score",), pooling="last")
-EPSILON = 1e-5  # of a head's norm
+CAUSAL = HeadClass("score", saved=("score",), pooling="last", unbiased=("score",))
 
 
 @dataclass(frozen=True)
 class Head:
-    """A task's head: top (weight [C, H], bias [C]) over dense (weight [H, H], bias [H]) with an activation over pooled
-    states. A norm's weights lie in the top."""
+    """A task's head: top (weight [C, H], bias [C]) over norm (weight [H], bias [H]) over an activation of dense (weight
+    [H, H], bias [H]) over pooled states."""
 
     top: Layer
     dense: Layer | None
     pooling: str
     activation: str = "tanh"
+    norm: Layer | None = None
+
+    def folded(self) -> Head:
+        """With the norm's weights in the top."""
+        if self.norm is None:
+            return self
+        (weight, bias), (scale, shift) = self.top, self.norm
+        return Head((weight * scale, bias + weight @ shift), self.dense, self.pooling, f"{self.activation}_norm")
 
 
 def class_of(backbone: Backbone) -> HeadClass | None:
@@ -88,6 +100,7 @@ def head_of(adapter: PeftAdapter, backbone: Backbone) -> Head | None:
         )
     if head is not None:
         _check(head, backbone, adapter, where)
+        head = head.folded()
     elif backbone.kind == "encoder":
         raise InputError(f"{where}: has no head, and an encoder-only backbone answers with labels; train it as SEQ_CLS")
     return head
@@ -102,18 +115,18 @@ def unsaved(adapter: PeftAdapter, backbone: Backbone) -> dict[str, Tensor]:
     if known is None or "pooling" in adapter.own or not _names(known.out, backbone) & adapter.saved.keys():
         return found
     for name in filter(None, (known.dense, known.norm)):
-        if _names(name, backbone) & adapter.saved.keys():
+        own = {own.removesuffix("weight") for own in _names(name, backbone)}
+        if any(key.startswith(tuple(own)) for key in adapter.saved):
             continue
         parts = _pooler(backbone)
         if f"{name}.weight" not in parts:
             parts = _class_parts(backbone)
-        own = {key: tensor for key, tensor in parts.items() if key.rpartition(".")[0] == name}
-        if not own:
+        found |= {key: tensor for key, tensor in parts.items() if key.rpartition(".")[0] == name}
+        if f"{name}.weight" not in found:
             raise InputError(
                 f"adapter {adapter.source!r}: its head reads {name}, which it was saved without, and the backbone's "
                 f"checkpoint has none; train it with modules_to_save: {', '.join(known.saved)}"
             )
-        found |= own
     return found
 
 
@@ -131,35 +144,32 @@ def _class_parts(backbone: Backbone) -> dict[str, Tensor]:
     import transformers
 
     path = resolve(backbone.name)
-    with loading():
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
+    try:
+        with loading(), memory_for(path):
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                path, output_loading_info=True
+            )
+    except (OSError, ValueError):  # it is gone, or was never there: the backbone was given as an object
+        return {}
     drawn = set(info["missing_keys"])  # by chance
     return {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
 
 
 def _as_class(saved: dict[str, Tensor], known: HeadClass, backbone: Backbone, where: str) -> Head | None:
     """The head that is saved, which is taken from there."""
-    top = _taken(saved, known.out, backbone)
+    top = _taken(saved, known.out, backbone, known)
     if top is None:
         return None
-    config, activation = backbone.model.config, known.activation
-    pooling = known.pooling or {"cls": "first"}.get(config.classifier_pooling, config.classifier_pooling)
-    dense = None if known.dense is None else _taken(saved, known.dense, backbone)
-    if activation is None:
-        field = next(name for name in ("pooler_hidden_act", "classifier_activation") if hasattr(config, name))
-        activation = getattr(config, field)
-        if activation not in ("gelu", "relu", "tanh"):
-            raise InputError(f"{where}: {field}: expected gelu, relu or tanh for its head, got {activation!r}")
-    norm = None if known.norm is None else _taken(saved, known.norm, backbone)
-    if norm is not None:
-        weight, bias = top
-        if config.norm_eps != EPSILON:
-            raise InputError(f"{where}: norm_eps: expected {EPSILON:g} for its head, got {config.norm_eps:g}")
-        if norm[0].shape != weight.shape[1:]:
-            wanted = f"expected {list(weight.shape[1:])}, got {list(norm[0].shape)}"
-            raise InputError(f"{where}: {known.norm}.weight: {wanted}")
-        top, activation = (weight * norm[0], bias + weight @ norm[1]), f"{activation}_norm"
-    return Head(top, dense, pooling, activation)
+    config = backbone.model.config
+    pooling = str(getattr(config, known.pooling, known.pooling))
+    activation = str(getattr(config, known.activation, known.activation))
+    dense, norm = (module and _taken(saved, module, backbone, known) for module in (known.dense, known.norm))
+    if activation not in ACTIVATE:
+        words = ", ".join(ACTIVATE)
+        raise InputError(f"{where}: {known.activation}: expected one of {words} for its head, got {activation!r}")
+    if known.norm is not None and config.norm_eps != EPSILON:
+        raise InputError(f"{where}: norm_eps: expected {EPSILON:g} for its head, got {config.norm_eps:g}")
+    return Head(top, dense or None, {"cls": "first"}.get(pooling, pooling), activation, norm or None)
 
 
 def _names(module: str, backbone: Backbone) -> set[str]:
@@ -167,25 +177,29 @@ def _names(module: str, backbone: Backbone) -> set[str]:
     return {f"{module}.weight", f"{module.removeprefix(f'{backbone.model.base_model_prefix}.')}.weight"}
 
 
-def _taken(saved: dict[str, Tensor], module: str, backbone: Backbone) -> Layer | None:
-    """A layer, which is taken from what is saved; its bias may be missing, as in some classes. None without it."""
+def _taken(saved: dict[str, Tensor], module: str, backbone: Backbone, known: HeadClass | None = None) -> Layer | None:
+    """A layer, which is taken from what is saved; zeros for a bias that its class may lack. None without it."""
     for name in _names(module, backbone) & saved.keys():
-        weight, bias = as_float32(saved.pop(name)), saved.pop(name.removesuffix("weight") + "bias", None)
-        return weight.cpu(), torch.zeros(len(weight)) if bias is None else as_float32(bias).cpu()
+        bias = saved.get(name.removesuffix("weight") + "bias")
+        if bias is None and (known is None or module not in known.unbiased):
+            continue
+        weight = as_float32(saved.pop(name)).cpu()
+        saved.pop(name.removesuffix("weight") + "bias", None)
+        return weight, weight.new_zeros(weight.shape[:1]) if bias is None else as_float32(bias).cpu()
     return None
 
 
 def _check(head: Head, backbone: Backbone, adapter: PeftAdapter, where: str) -> None:
-    (weight, bias), width = head.top, backbone.width
-    for name, part, wanted in (
-        ("weight", weight, (len(weight), width)),
-        ("bias", bias, (len(weight),)),
-        *zip(("dense.weight", "dense.bias"), head.dense or (), ((width, width), (width,)), strict=False),
-    ):
-        if tuple(part.shape) != wanted:
-            found = list(part.shape)
-            raise InputError(f"{where}: its head's {name}: expected {list(wanted)}, got {found}; {adapter.made_for}")
-    if len(weight) < 2:
+    width, count = backbone.width, head.top[0].shape[:1]
+    layers = ("", head.top, (*count, width)), ("dense.", head.dense, (width, width)), ("norm.", head.norm, (width,))
+    for prefix, layer, wanted in layers:
+        for name, part, shape in zip(("weight", "bias"), layer or (), (wanted, wanted[:1]), strict=False):
+            if tuple(part.shape) != shape:
+                raise InputError(
+                    f"{where}: its head's {prefix}{name}: expected {list(shape)}, got {list(part.shape)}; "
+                    f"{adapter.made_for}"
+                )
+    if count[0] < 2:
         raise InputError(f"{where}: its head has one output, a regression; expected two labels or more")
 
 
@@ -214,5 +228,7 @@ def written(task: LearnedTask, backbone: Backbone) -> Written:
                 saved[f"{known.dense}.bias"] = task.dense[1]
             if known.norm is not None:
                 saved[f"{known.norm}.weight"] = torch.ones(len(task.dense[1]))
+                if backbone.model.config.norm_bias:
+                    saved[f"{known.norm}.bias"] = torch.zeros(len(task.dense[1]))
             return Written(known.saved, saved)
     return Written(beside={"head.weight": weight, "head.bias": bias})

@@ -25,7 +25,7 @@ from slm_fast.integrations.peft_files import (
     generation_settings,
     labels_of,
 )
-from slm_fast.integrations.peft_heads import head_of
+from slm_fast.integrations.peft_heads import class_of, head_of
 from slm_fast.model import AdaptedModel
 from slm_fast.router import NotFinite
 from slm_fast.schema import WHEN_KNOWN
@@ -170,7 +170,7 @@ def modules_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, str]:
             if not names and _has_module(backbone, module):
                 raise InputError(
                     f"adapter {adapter.source!r}: {module}: increments of a layer that stays as it is here (output "
-                    "layer, embeddings or another module); train the adapter on the linear layers of the blocks"
+                    "layer, embeddings, a head or another module); train the adapter on the linear layers of the blocks"
                 )
             raise InputError(f"adapter {adapter.source!r}: {module}: the backbone has {what}; {adapter.made_for}")
         found[module] = names[0]
@@ -180,7 +180,11 @@ def modules_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, str]:
 
 
 def _has_module(backbone: Backbone, module: str) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name, _ in backbone.model.named_modules() if name)
+    """Whether the backbone has it, or the class for sequences beside."""
+    known = class_of(backbone)
+    names = [name for name, _ in backbone.model.named_modules() if name]
+    names += [] if known is None else [name for name in (known.out, known.dense) if name]
+    return any(module == name or f".{module}".endswith(f".{name}") for name in names)
 
 
 def _labels(adapter: PeftAdapter, count: int, given: Sequence[str] | None) -> tuple[str, ...]:
