@@ -1,16 +1,24 @@
 """A file answered by one process beside actors of Ray on the same machine: rows a second, and whether the bytes agree.
 
     python -m benchmarks.speed.ray --data DIR [--rows N] [--actors N]
+    python -m benchmarks.speed.ray --data DIR --kill --rows 100000 --words 8
 
 MiniLM with random tasks. One process has one thread, and so has each actor, so that with as many actors as cores the
 best there can be is a speed-up of their number. Actors take windows of 1,024 rows, so that a few thousand rows say
 little. Opening models, and starting Ray, is timed by itself: it is done once.
+
+--kill: `slm-fast predict --ray local` of which an actor is killed when a third of the rows are written, and the command
+itself when two thirds are; it is called again and goes on. Its seconds are those of both calls, with Ray's two starts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -37,10 +45,66 @@ def store_of(folder: Path, backbone: str, data: Path | None) -> Path:
     return folder / "store"
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    texts = [text for _, text in mixed(texts_of(arguments.data, "test", arguments.rows // 5 + 1))][: arguments.rows]
-    source, store = folder / "in.jsonl", store_of(folder, arguments.backbone, arguments.data)
+def rows_of(arguments: argparse.Namespace, source: Path) -> int:
+    """How many rows of the tasks' texts, mixed, now stand in the file."""
+    texts = [text for _, text in mixed(texts_of(arguments.data, "test", arguments.rows // 5 + 1))]
+    if arguments.words:
+        texts = [" ".join(text.split()[: arguments.words]) for text in texts]
+    if arguments.kill:  # however few there are
+        texts = [texts[i % len(texts)] for i in range(arguments.rows)]
+    texts = texts[: arguments.rows]
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return len(texts)
+
+
+def measure_killed(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of a command of one process, and of one with actors that is killed and called again, starts included."""
+    source, store = folder / "in.jsonl", store_of(folder, arguments.backbone, arguments.data)
+    rows, outputs = rows_of(arguments, source), [folder / "one.jsonl", folder / "actors.jsonl"]
+    both = [
+        [sys.executable, "-m", "slm_fast.cli", "predict", str(store), "--input", str(source), "--output", str(output)]
+        for output in outputs
+    ]
+    both[0] += ["--threads", "1"]
+    both[1] += ["--ray", "local", "--actors", str(arguments.actors), "--threads", str(arguments.actors)]
+    start = time.perf_counter()
+    subprocess.run(both[0], check=True)
+    times = [time.perf_counter() - start]
+    start = time.perf_counter()
+    with subprocess.Popen(both[1]) as process:
+        for third in (1, 2):
+            while written(outputs[1]) < rows * third // 3:
+                assert process.poll() is None, "the command ended before it was killed"
+                time.sleep(0.2)
+            os.kill(actors_of(process.pid)[0] if third == 1 else process.pid, signal.SIGKILL)
+    subprocess.run(both[1], check=True)
+    times.append(time.perf_counter() - start)
+    same = len({output.read_bytes() for output in outputs}) == 1
+    return [
+        {"backbone": arguments.backbone, "rows": rows, "by": by, "s_p50": f"{took:.2f}", "rows_s": f"{rows / took:.1f}"}
+        | {"speed_up": f"{times[0] / took:.2f}", "same_bytes": same}
+        for by, took in zip(("one process", f"{arguments.actors} actors, killed"), times, strict=True)
+    ]
+
+
+def written(output: Path) -> int:
+    """Rows that stand in it so far."""
+    return output.read_bytes().count(b"\n") if output.exists() else 0
+
+
+def actors_of(pid: int) -> list[int]:
+    """Processes of Ray's actors that this process has started, by whatever others in between."""
+    found, below = [], [pid]
+    while below:
+        for child in Path(f"/proc/{below.pop()}/task").glob("*/children"):
+            below += map(int, child.read_text().split())
+        found += [one for one in below if b"ray::StoreActor" in Path(f"/proc/{one}/cmdline").read_bytes()]
+    return sorted(set(found))
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    source, store = folder / "in.jsonl", store_of(folder, arguments.backbone, arguments.data)
+    rows = rows_of(arguments, source)
     outputs = {"one process": folder / "one.jsonl", f"{arguments.actors} actors": folder / "actors.jsonl"}
     start = time.perf_counter()
     slm = ScalableLM.from_pretrained(store)
@@ -61,9 +125,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     lines = []
     for name, took in zip(outputs, opened, strict=True):
         own = percentiles(times[name])
-        line: dict[str, Any] = {"backbone": arguments.backbone, "rows": len(texts), "by": name}
+        line: dict[str, Any] = {"backbone": arguments.backbone, "rows": rows, "by": name}
         line |= {f"s_{q}": f"{getattr(own, q):.2f}" for q in ("p20", "p50", "p80")}
-        line |= {"rows_s": f"{len(texts) / own.p50:.1f}", "speed_up": f"{one.p50 / own.p50:.2f}"}
+        line |= {"rows_s": f"{rows / own.p50:.1f}", "speed_up": f"{one.p50 / own.p50:.2f}"}
         lines.append(line | {"open_s": f"{took:.1f}", "same_bytes": same})
     return lines
 
@@ -75,14 +139,18 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--backbone", default="minilm")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS / "ray.csv")
+    parser.add_argument("--kill", action="store_true", help="an actor, and then the command, which is called again")
+    parser.add_argument("--words", type=int, default=0, help="of a text at the most; default: all")
+    parser.add_argument("--output", type=Path, help="default: results/ray.csv, with --kill ray_killed.csv")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        lines = measure(Path(folder), arguments)
+        lines = (measure_killed if arguments.kill else measure)(Path(folder), arguments)
     command = f"slm-fast bench ray --rows {arguments.rows} --actors {arguments.actors} --rounds {arguments.rounds}"
+    command += f" --kill --words {arguments.words}" if arguments.kill else ""
     print(table(lines))
-    write_csv(arguments.output, lines, {"ray": ray.__version__, "command": command})
+    output = arguments.output or RESULTS / ("ray_killed.csv" if arguments.kill else "ray.csv")
+    write_csv(output, lines, {"ray": ray.__version__, "command": command})
 
 
 if __name__ == "__main__":
