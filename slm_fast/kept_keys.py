@@ -191,9 +191,11 @@ class KeysFile:
             return True
         return not {entry.file for entry in _entries(memoryview(table))} <= set(files.values())
 
-    def wrong(self, files: Mapping[str, str], are_theirs: bool) -> list[str]:
-        """What is wrong with it beside these tasks: a line or none. are_theirs: whether the openings in it are those of
-        the files. One of another version is not used."""
+    def wrong(self, files: Mapping[str, str], *, is_right: bool) -> list[str]:
+        """What is wrong with it beside these tasks: a line or none. One of another version is not used.
+
+        is_right: whether it could be read, and the openings in it are those of the files.
+        """
         try:
             with self.path.open("rb") as file:
                 made = HEAD.unpack(file.read(HEAD.size))[-1]
@@ -201,7 +203,7 @@ class KeysFile:
             return []
         except (OSError, struct.error):
             made = MADE
-        if made != MADE or (are_theirs and self.read() is not None and not self.is_stale(files)):
+        if made != MADE or (is_right and not self.is_stale(files)):
             return []
         return [f"{self.path}: not of the store's tasks; delete it, it is made again where it is needed"]
 

@@ -205,7 +205,7 @@ class Store(StoreView):
     def _as_kept(self, summed: Summed) -> KeptSum:
         for name, digest in summed[0].items():
             if digest not in self._digests:
-                self.read(name)
+                self._digests[digest] = self._opening(name).digest
         return KeptSum({digest: self._digests[digest] for digest in summed[0].values()}, summed[1])
 
     def _opening(self, name: str) -> Opening:

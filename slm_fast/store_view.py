@@ -118,7 +118,6 @@ class StoreView:
                 check_fits(task, self.about["shapes"], self.about["config"], file=file)
             if thorough:
                 check_scatter(task, file)
-            self._digests[self.files[name]] = opening_of(data).digest
         return task, data
 
     def let_go(self) -> None:
@@ -166,8 +165,10 @@ class StoreView:
                     task = mapped(name, opening, checked=True)
             if task is None:
                 task, data = self.read(name, thorough=skip_damaged)
+                opening = opening_of(data)
+                self._digests[digest] = opening.digest
                 if fresh:  # of many, what was read would take more memory than there is
-                    task = mapped(name, opening_of(data)) or task
+                    task = mapped(name, opening) or task
             found[name] = task
 
         with without_collection():
@@ -190,12 +191,14 @@ class StoreView:
 
         def look(name: str) -> None:
             (task, data), digest = self.read(name, thorough=True), self.files[name]
-            proof.take(digest, self._digests[digest], task.router)
+            opening = opening_of(data)
+            proof.take(digest, opening.digest, task.router)
             if digest in openings:
-                own[digest] = openings[digest] == opening_of(data)
+                own[digest] = openings[digest] == opening
 
         wrong = [str(error) for error in self.look_at(look).values()]
-        return wrong or [*proof.wrong(), *self._keys.wrong(self.files, all(own.values()))]
+        is_right = kept is not None and all(own.values())
+        return wrong or [*proof.wrong(), *self._keys.wrong(self.files, is_right=is_right)]
 
     def look_at(self, look: Callable[[str], None], known: Mapping[str, str] | None = None) -> dict[str, WorkError]:
         """Call `look` for each task of the store as it is now but those `known`; the errors it raised, by name.
