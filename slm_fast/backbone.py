@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from slm_fast.collection import without_collection
 from slm_fast.errors import InputError, SlmError, WorkError, memory_for, one_line
 from slm_fast.families import FAMILIES, Family, family_of
 from slm_fast.given import checked_tokenizer, unwrapped, without_head
@@ -328,6 +329,7 @@ class _Output:
         return None
 
 
+@without_collection()
 def load_backbone(backbone: Any, tokenizer: Any, dtype: str | torch.dtype, device: str, *, hint: str = "") -> Backbone:
     """A backbone from what users give: a path or name, or a model with its tokenizer. A Backbone is one already.
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slm_fast.collection import without_collection
 from slm_fast.covariance import NOTHING, ExactSum, Kept
 from slm_fast.errors import InputError, WorkError, memory_for, warn
 from slm_fast.files import locked, path_of
@@ -25,7 +26,6 @@ from slm_fast.kept_keys import KeysFile
 from slm_fast.kept_sum import KeptSum, SumFile, SumProof
 from slm_fast.mapped_task import Opening, map_task, opening_of, read_opening
 from slm_fast.schema import check_fits, check_manifest, check_scatter, task_path
-from slm_fast.surroundings import without_collection
 from slm_fast.task_file import read_file, task_from_bytes
 from slm_fast.tasks import LearnedTask
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,19 +39,6 @@ def pinned(modules: Sequence[nn.Module] = (), *, one_thread: bool = False) -> It
                 torch.set_default_dtype(dtype)
             if one_thread and threads > 1:
                 torch.set_num_threads(threads)
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Inside the block Python does not look for cycles to free, in no thread of the process, which takes as long as the
-    rest where many objects are made that stay."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 class PinnedLock:

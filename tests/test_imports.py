@@ -68,7 +68,7 @@ LAYERS = (
     ("ops", "memory"),
 )
 DOOR = ("slm_fast.slm", "integrations")  # whose methods offer some of them, imported inside
-LEAVES = ("errors", "progress", "options")  # these import only each other, and any module may import them
+LEAVES = ("errors", "progress", "options", "collection")  # these import only each other, and any module may import them
 RANK = {part: -i for i, parts in enumerate(LAYERS) for part in parts}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from ray import serve
 
+from slm_fast.collection import settle
 from slm_fast.errors import one_line
 from slm_fast.files import is_url
 from slm_fast.hub import find_store
@@ -45,6 +46,7 @@ class Server:
     ) -> None:
         torch.set_num_threads(threads)
         self.served = made(ScalableLM.from_pretrained(store, **opening), options, limits, key=key)
+        settle()
         self.served.engine.start()
         self.served.watcher.start()
         self.served.engine.warm.wait()

@@ -15,6 +15,7 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from slm_fast.collection import settled
 from slm_fast.errors import InputError, WorkError, one_line
 from slm_fast.options import PredictOptions
 from slm_fast.server.app import Served, create_app, guarded
@@ -66,7 +67,8 @@ def serve(served: Served, sock: socket.socket) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     before = signal.signal(signal.SIGHUP, lambda *_: served.watcher.reload())
     try:
-        server.run(sockets=[sock])
+        with settled():
+            server.run(sockets=[sock])
     finally:
         signal.signal(signal.SIGHUP, before)
     if served.engine.failed is not None:
