@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -207,14 +207,22 @@ def _digest(data: Bytes, header: Header) -> str:
     return digest.hexdigest()
 
 
-def map_task(path: Path, digest: str, opening: Opening, *, checked: bool = False) -> LearnedTask | None:
+def map_task(
+    path: Path,
+    digest: str,
+    opening: Opening,
+    *,
+    checked: bool = False,
+    told: Callable[[Path], str] = lambda file: "",
+) -> LearnedTask | None:
     """A task whose file was read whole and checked before, of which this was the opening.
 
     Heads and the router's small tensors are views of the opening. The others are views of the file, which the kernel
     reads when they are used and may let go of. When one of them is used first the file is compared with the opening's
     digest, unless it was just now (`checked`). Those of `LATER` are not part of that: the first use of one of them
-    compares the whole file with `digest`, checks it, and raises WorkError as `task_from_file` does. None where the file
-    cannot be mapped or is of another size, or the opening lies: reading it whole says what is wrong.
+    compares the whole file with `digest`, checks it, and raises WorkError as `task_from_file` does. `told` hears of a
+    file that is another one, and what it says ends the error. None where the file cannot be mapped or is of another
+    size, or the opening lies: reading it whole says what is wrong.
     """
     try:
         header = _header(opening.start)
@@ -230,7 +238,7 @@ def map_task(path: Path, digest: str, opening: Opening, *, checked: bool = False
         whole = torch.from_file(str(path), shared=False, size=begin + layout.size, dtype=torch.uint8)
     except (OSError, RuntimeError, *LIES):
         return None
-    file = _File(path, whole, digest, opening.digest, header)
+    file = _File(path, whole, digest, opening.digest, header, told)
     file.is_opened = checked
     tensors = whole[begin:]
     task = replace(
@@ -245,11 +253,14 @@ def map_task(path: Path, digest: str, opening: Opening, *, checked: bool = False
 class _File:
     """A mapped file, which is compared with digests when its parts are used first.
 
-    digest: of the whole file. opening, header: the `Opening.digest` that it should have, and the header.
+    digest: of the whole file. opening, header: the `Opening.digest` that it should have, and the header. told: hears
+    that it has not.
     """
 
-    def __init__(self, path: Path, whole: Tensor, digest: str, opening: str, header: Header) -> None:
-        self.path, self.digest, self.opening, self.header = path, digest, opening, header
+    def __init__(
+        self, path: Path, whole: Tensor, digest: str, opening: str, header: Header, told: Callable[[Path], str]
+    ) -> None:
+        self.path, self.digest, self.opening, self.header, self.told = path, digest, opening, header, told
         self.is_opened = self.is_whole = False  # whether they were found to be so
         self._whole = whole
 
@@ -276,7 +287,7 @@ class _File:
         return hashlib.sha256(self._data).hexdigest()
 
     def _damaged(self) -> WorkError:
-        return damaged(self.path, self._found(), self.digest)
+        return WorkError(f"{damaged(self.path, self._found(), self.digest)}{self.told(self.path)}")
 
 
 class _Values(Mapping[str, tuple[Tensor, Tensor]]):

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from slm_fast.errors import InputError, SlmError, WorkError, one_line
+from slm_fast.errors import InputError, SlmError, WorkError, one_line, warn
 from slm_fast.files import locked, shown
 from slm_fast.schema import check_manifest, check_same, task_path
 from slm_fast.store import Store
@@ -24,6 +24,11 @@ from slm_fast.store_view import LOCK, MANIFEST
 from slm_fast.task_file import check_digest
 
 CACHE = "SLM_FAST_CACHE"
+ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "gs": ("STORAGE_EMULATOR_HOST",),
+    "gcs": ("STORAGE_EMULATOR_HOST",),
+}
 TOGETHER = 8  # files that are asked for at once, and are in memory then
 
 
@@ -31,7 +36,19 @@ def cache_of(url: str) -> Path:
     """The folder that a URL's store is brought into: in $SLM_FAST_CACHE, else where the user's caches are."""
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = os.environ.get(CACHE) or os.path.join(caches, "slm-fast")
-    return Path(os.path.expanduser(root), "stores", hashlib.sha256(url.encode()).hexdigest()[:32])
+    source = f"{url} {endpoint}" if (endpoint := endpoint_of(url)) else url
+    return Path(os.path.expanduser(root), "stores", hashlib.sha256(source.encode()).hexdigest()[:32])
+
+
+def endpoint_of(url: str) -> str:
+    """Where the buckets of a URL are looked for, if fsspec's configuration or the environment says: the same name may
+    mean another store there."""
+    from fsspec.config import conf
+
+    protocol = url.split("://", 1)[0]
+    said = conf.get(protocol) or {}
+    found = [said.get("endpoint_url"), (said.get("client_kwargs") or {}).get("endpoint_url")]
+    return next(filter(None, [*found, *map(os.environ.get, ENDPOINTS.get(protocol, ()))]), "")
 
 
 class Gone(Exception):
@@ -77,6 +94,29 @@ class RemoteStore(Store):
             return hashlib.sha256(self._manifest_bytes()).digest()
         except SlmError as error:
             return str(error)
+
+    def _bytes(self, name: str) -> bytes:
+        """As of any store; what the cache has lost, or has other bytes of, is brought again."""
+        try:
+            return super()._bytes(name)
+        except WorkError as error:
+            path = task_path(name, self.files[name])
+            try:
+                data = self._read([path])[0]
+                check_digest(data, self.files[name], f"{self.where}/{path}")
+            except (Gone, SlmError):
+                raise error from None
+            warn(f"{error}; it is brought again")
+            with self._named_errors():
+                self._place(name, self.files[name], data)
+            return data
+
+    @staticmethod
+    def damaged(file: Path) -> str:
+        """What the cache has other bytes of it shall rather not have: the next opening brings it again."""
+        with suppress(OSError):
+            file.unlink()
+        return "; opening the store again brings it anew"
 
     def bring(self) -> None:
         """Make the cache what the URL has now, if it is not. Raises as `open`, and InputError for a store of another

@@ -110,7 +110,7 @@ class StoreView:
         """
         file = self.file(name)
         with memory_for(str(file)):
-            data = read_file(file, self.files[name])
+            data = self._bytes(name)
             task = task_from_bytes(data, file)
             if task.name != name:
                 raise WorkError(f"{file}: holds task {task.name!r}, the manifest says {name!r}")
@@ -119,6 +119,15 @@ class StoreView:
             if thorough:
                 check_scatter(task, file)
         return task, data
+
+    def _bytes(self, name: str) -> bytes:
+        """Of a task's file. Raises WorkError where they are not what the manifest says."""
+        return read_file(self.file(name), self.files[name])
+
+    @staticmethod
+    def damaged(file: Path) -> str:
+        """Told of a file in which damage is found when a part of it is used; what to say of that besides."""
+        return ""
 
     def let_go(self) -> None:
         """Forget what `load` found and only keeping needs, which is memory."""
@@ -150,7 +159,7 @@ class StoreView:
 
         def mapped(name: str, opening: Opening | None, *, checked: bool = False) -> LearnedTask | None:
             file, digest = self.file(name), self.files[name]
-            task = None if opening is None else map_task(file, digest, opening, checked=checked)
+            task = None if opening is None else map_task(file, digest, opening, checked=checked, told=self.damaged)
             if opening is None or task is None or task.name != name:
                 return None
             self._openings[digest], self._digests[digest] = opening, opening.digest

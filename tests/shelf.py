@@ -9,8 +9,11 @@ from typing import ClassVar
 import fsspec
 import pytest
 from fsspec.spec import AbstractFileSystem
+from stores import contents
 
 from slm_fast.remote_store import RemoteStore
+from slm_fast.schema import task_path
+from slm_fast.store import Store
 
 
 class Shelf(AbstractFileSystem):
@@ -38,6 +41,16 @@ def put_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(RemoteStore, "pause", 0.0)
     Shelf.folder, Shelf.asked, Shelf.before = tmp_path / "shelf", [], staticmethod(lambda _: None)
     return tmp_path / "shelf" / "store"
+
+
+def path_of(name: str, store: Path) -> str:
+    """Of a task's file, in its store."""
+    return task_path(name, Store.open(store).files[name])
+
+
+def brought(url: str = URL) -> dict[str, bytes]:
+    """What the store at a URL holds, as a process that opens it finds."""
+    return contents(RemoteStore.open(url).load())
 
 
 def asked() -> list[str]:

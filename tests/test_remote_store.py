@@ -14,7 +14,7 @@ import fsspec
 import pytest
 from fsspec.registry import known_implementations
 from served import until
-from shelf import URL, asked, whenever
+from shelf import URL, asked, brought, path_of, whenever
 from stores import (
     ABOUT,
     A,
@@ -39,17 +39,7 @@ from slm_fast import InputError, WorkError
 from slm_fast.files import locked
 from slm_fast.hub import find_store, is_elsewhere
 from slm_fast.remote_store import RemoteStore, cache_of
-from slm_fast.schema import task_path
 from slm_fast.store import Store
-
-
-def path_of(name: str, store: Path) -> str:
-    return task_path(name, Store.open(store).files[name])
-
-
-def brought(url: str = URL) -> dict[str, bytes]:
-    """What the store at a URL holds, as a process that opens it finds."""
-    return contents(RemoteStore.open(url).load())
 
 
 def test_the_cache_becomes_the_store_at_the_url(shelf, cache):
@@ -120,24 +110,6 @@ def test_a_store_of_another_model_takes_the_place_of_the_one_before(shelf, cache
     other = Store(shelf, {**ABOUT, "fingerprint": "beef"}, {})
     other.commit(add=[B])
     assert find_store(URL).about["fingerprint"] == "beef"
-    assert tree(cache) == tree(shelf)
-
-
-def test_a_file_that_the_cache_has_lost_is_brought_again(shelf, cache):
-    store_of(shelf, A, B)
-    brought()
-    (cache / path_of("a", shelf)).unlink()
-    assert brought() == contents([A, B])
-    shutil.rmtree(cache)
-    assert brought() == contents([A, B])
-
-
-@pytest.mark.parametrize("manifest", [b"", b"{", b'{"format": 2}', b"\xff\xfe"])
-def test_a_manifest_that_is_damaged_in_the_cache_is_brought_again(manifest, shelf, cache):
-    store_of(shelf, A, B)
-    brought()
-    (cache / "manifest.json").write_bytes(manifest)
-    assert brought() == contents([A, B])
     assert tree(cache) == tree(shelf)
 
 

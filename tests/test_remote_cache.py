@@ -1,0 +1,98 @@
+"""The cache of a store at a URL: what it has lost, or has other bytes of, is brought again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import fsspec
+import pytest
+from models import make_slm, random_task, reopened
+from shelf import URL, asked, brought, path_of
+from stores import A, B, contents, store_of, tree
+
+from slm_fast import WorkError
+from slm_fast.errors import SlmWarning
+from slm_fast.remote_store import RemoteStore, cache_of
+
+
+def test_a_file_that_the_cache_has_lost_is_brought_again(shelf, cache):
+    store_of(shelf, A, B)
+    brought()
+    (cache / path_of("a", shelf)).unlink()
+    assert brought() == contents([A, B])
+    shutil.rmtree(cache)
+    assert brought() == contents([A, B])
+
+
+@pytest.mark.parametrize("manifest", [b"", b"{", b'{"format": 2}', b"\xff\xfe"])
+def test_a_manifest_that_is_damaged_in_the_cache_is_brought_again(manifest, shelf, cache):
+    store_of(shelf, A, B)
+    brought()
+    (cache / "manifest.json").write_bytes(manifest)
+    assert brought() == contents([A, B])
+    assert tree(cache) == tree(shelf)
+
+
+def spoiled(file: Path) -> bytes:
+    """A file's last byte is another one; what it was."""
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    return data
+
+
+def test_a_file_that_is_damaged_in_the_cache_is_brought_again(shelf, cache):
+    store_of(shelf, A, B)
+    brought()
+    spoiled(cache / path_of("a", shelf))
+    asked()
+    with pytest.warns(SlmWarning, match=r"damaged: SHA-256 is .*; it is brought again$"):
+        assert brought() == contents([A, B])
+    assert asked() == ["manifest.json", path_of("a", shelf)]
+    assert tree(cache) == tree(shelf)
+    spoiled(cache / path_of("b", shelf))
+    with pytest.warns(SlmWarning, match="brought again"):
+        assert RemoteStore.open(URL).verify() == []
+
+
+def test_a_damaged_file_is_said_to_be_so_where_the_url_has_none_either(shelf, cache):
+    store_of(shelf, A)
+    brought()
+    store, lost = RemoteStore.open(URL), path_of("a", shelf)
+    spoiled(cache / lost)
+    for spoil in (spoiled, Path.unlink):
+        spoil(shelf / lost)
+        with pytest.raises(WorkError, match=rf"^{cache / lost}: damaged: SHA-256 is"):
+            store.load()
+
+
+def test_damage_that_is_found_when_a_part_is_used_is_mended_by_the_next_opening(shelf, cache):
+    slm = make_slm("bert", features=32)
+    slm.save_pretrained(shelf)
+    slm.add([random_task(slm, name) for name in ("city", "sea")])
+    reopened(URL)  # which keeps the openings of all tasks
+    lost = path_of("sea", shelf)
+    data = spoiled(cache / lost)
+    other = reopened(URL)
+    with pytest.raises(WorkError, match=r"damaged: SHA-256 is .*; opening the store again brings it anew$"):
+        other.model.router.parts[1]["factor"]
+    assert not (cache / lost).exists()
+    reopened(URL)
+    assert (cache / lost).read_bytes() == data
+
+
+def test_what_two_endpoints_have_under_one_name_is_kept_apart(cache, monkeypatch):
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    found = [cache_of("s3://bucket/store")]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://one:9000")
+    found.append(cache_of("s3://bucket/store"))
+    assert cache_of(URL) == cache
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://two:9000")
+    found.append(cache_of("s3://bucket/store"))
+    fsspec.config.conf["s3"] = {"client_kwargs": {"endpoint_url": "http://three:9000"}}
+    found.append(cache_of("s3://bucket/store"))
+    fsspec.config.conf["s3"] = {"endpoint_url": "http://one:9000"}
+    assert cache_of("s3://bucket/store") == found[1]
+    assert len(set(found)) == 4
