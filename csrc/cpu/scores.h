@@ -120,7 +120,7 @@ inline double exact_length(const T* row, int64_t d) {
 }
 
 inline double exact_cosine(double product, double length, double other) {
-  return length <= kEpsilon || other <= kEpsilon ? 0 : product / length / other;
+  return length > kEpsilon && other > kEpsilon ? product / length / other : 0;  // a length that is NaN is neither
 }
 
 template <class Q, class T>

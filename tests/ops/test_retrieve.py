@@ -304,6 +304,19 @@ def test_autocast_does_not_change_a_route(device, options):
         assert_same_route(ops.retrieve(query, keys, 5, **options), expected, device)
 
 
+@pytest.mark.parametrize("aggregate", ["mean", "vote"])
+@pytest.mark.parametrize("P", [9, 300])
+def test_a_group_of_a_key_that_is_not_a_number_has_cosine_0(device, P, aggregate):
+    query, keys = normal(33, 24).to(device), normal(P, 24, seed=1).to(device)
+    keys[2, 5], keys[P - 1] = torch.nan, torch.nan
+    usable = keys.clone()
+    usable[2, :8], usable[P - 1] = 0, 0
+    for k in (1, 4):
+        expected = ops.retrieve(query, usable, k, groups=3, aggregate=aggregate)
+        for asked in (keys, ops.prepare_keys(keys, groups=3)):
+            assert_same_route(ops.retrieve(query, asked, k, groups=3, aggregate=aggregate), expected, device)
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_a_query_that_is_not_finite_is_an_error_that_names_the_row(device, number):
     if device != "cpu":
