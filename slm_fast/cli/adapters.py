@@ -10,22 +10,22 @@ from slm_fast.cli.learn import add_model_options, open_or_new
 
 
 def add(verbs: Verbs) -> None:
-    about = "make a LoRA adapter that PEFT trained on this backbone a task, known by about 50 example texts"
+    about = "import a PEFT LoRA adapter for this backbone as a task, routed by about 50 example texts"
     given = verbs.add("import", run_import, about)
-    given.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's folder, or its name on the hub")
-    given.add_argument("--name", required=True, help="of the task")
-    about = "about 50 texts of the task: csv, tsv, jsonl, json or parquet; answers are not looked at"
+    given.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder, or its name on the hub")
+    given.add_argument("--name", required=True, help="name of the new task")
+    about = "about 50 texts of the task (csv, tsv, jsonl, json, parquet); labels are ignored"
     given.add_argument("--examples", required=True, metavar="FILE", help=about)
-    given.add_argument("--labels", metavar="FILE", help="a JSON list of the labels of the adapter's head, in its order")
-    about = "load the adapter in PEFT, too: print the largest difference on the examples; above 1e-4 is an error"
+    given.add_argument("--labels", metavar="FILE", help="JSON list of the label names of the adapter's head, in order")
+    about = "also load the adapter in PEFT and compare outputs on the examples; a difference above 1e-4 is an error"
     given.add_argument("--check", action="store_true", help=about)
     add_reading_options(given, label=False)
     add_device_options(given, "float32")
     add_model_options(given)
-    export = verbs.add("export", run_export, "write a task as a LoRA adapter that PEFT loads")
+    export = verbs.add("export", run_export, "export a task as a PEFT LoRA adapter")
     export.add_argument("name", metavar="TASK")
-    export.add_argument("folder", metavar="DIR", help="is made; must be empty or not there")
-    about = "fixed weights of a task's slots, which the input weighs here: for a task of several"
+    export.add_argument("folder", metavar="DIR", help="output folder; must be empty or not exist")
+    about = "fixed weights of the task's slots, for a task with several"
     export.add_argument("--weights", type=_weights, metavar="W,W", help=about)
     add_device_options(export, "float32")
 

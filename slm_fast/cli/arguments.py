@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from slm_fast.collection import without_collection
 from slm_fast.errors import InputError, warn
 from slm_fast.options import PredictOptions
 
@@ -32,6 +33,14 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Says what is taken by default, where that is a value and the help does not say so already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_value = action.default is not None and action.default is not False and action.default != []
+        return super()._get_help_string(action) if is_value and "default" not in (action.help or "") else action.help
+
+
 class Verbs:
     """Where each verb adds its parser."""
 
@@ -41,12 +50,12 @@ class Verbs:
     def add(self, name: str, run: Run, about: str, *, store: bool = True) -> argparse.ArgumentParser:
         """A verb's parser; with `store` its first argument is the store's directory."""
         parser = self._verbs.add_parser(
-            name, help=about, description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name, help=about, description=f"{about[0].upper()}{about[1:]}.", formatter_class=Help
         )
         parser.set_defaults(run=run)
         if store:
             parser.add_argument(
-                "store", metavar="STORE", help="the directory that holds the tasks; verbs that only read take a URL"
+                "store", metavar="STORE", help="directory of the store; read-only verbs also take a URL"
             )
         return parser
 
@@ -62,16 +71,16 @@ def add_task_files(parser: argparse.ArgumentParser, about: str) -> None:
 
 def add_reading_options(parser: argparse.ArgumentParser, *, label: bool = True) -> None:
     """How files are read, where that is not plain from them: the keywords of `Task.from_file`."""
-    group = parser.add_argument_group("how files are read; by default as they look")
-    group.add_argument("--text-column", metavar="NAME", help="the column that holds the input")
+    group = parser.add_argument_group("reading files (detected from the file by default)")
+    group.add_argument("--text-column", metavar="NAME", help="column with the input text")
     if label:
-        group.add_argument("--label-column", metavar="NAME", help="the column that holds the answer")
-    group.add_argument("--delimiter", metavar="CHAR", help="what separates columns, such as ';' or tab")
-    group.add_argument("--encoding", help="such as utf-8, utf-16 or cp1252")
+        group.add_argument("--label-column", metavar="NAME", help="column with the label or answer")
+    group.add_argument("--delimiter", metavar="CHAR", help="column separator, such as ';' or tab")
+    group.add_argument("--encoding", help="file encoding, such as utf-8, utf-16 or cp1252")
 
 
 def add_label_files(parser: argparse.ArgumentParser) -> None:
-    about = "a JSON list of the words that a task's integer labels are the numbers of, from 0"
+    about = "JSON list of label names, for a task whose labels are integers from 0"
     parser.add_argument("--labels", action="append", default=[], metavar="NAME=FILE", help=about)
 
 
@@ -113,16 +122,16 @@ def check_stdin(*files: Mapping[str, str]) -> None:
 
 
 def add_device_options(parser: argparse.ArgumentParser, dtype: str) -> None:
-    parser.add_argument("--backbone", help="hub name, local path, minilm or smollm2; a store remembers its own")
-    parser.add_argument("--gguf", metavar="FILE", help="of the backbone's folder or repository, the GGUF file to read")
+    parser.add_argument("--backbone", help="hub name, local path, minilm or smollm2; a store knows its own")
+    parser.add_argument("--gguf", metavar="FILE", help="load this GGUF file from the backbone's folder or repository")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--dtype",
         default=dtype,
-        help="float32, bfloat16, float16, or auto: bfloat16 where the processor or GPU has it",
+        help="float32, bfloat16, float16, or auto (bfloat16 if the hardware supports it)",
     )
-    parser.add_argument("--threads", type=int, help="processor threads; default: as torch chooses")
-    parser.add_argument("--skip-damaged", action="store_true", help="open a store without the tasks that are damaged")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: chosen by torch)")
+    parser.add_argument("--skip-damaged", action="store_true", help="ignore damaged tasks in the store")
 
 
 def backbone_of(arguments: argparse.Namespace) -> str | None:
@@ -140,7 +149,10 @@ def backbone_of(arguments: argparse.Namespace) -> str | None:
 def add_routing_options(parser: argparse.ArgumentParser) -> None:
     """The fields of PredictOptions that say how a row's task answers, if any does."""
     parser.add_argument(
-        "--head", choices=("mixed", "winner"), default="mixed", help="weigh all tasks' heads or take one"
+        "--head",
+        choices=("mixed", "winner"),
+        default="mixed",
+        help="mix the heads of all retrieved tasks, or use the best task's",
     )
     parser.add_argument(
         ABSTAIN,
@@ -149,18 +161,19 @@ def add_routing_options(parser: argparse.ArgumentParser) -> None:
         const=SHARE,
         default=False,
         metavar="SHARE",
-        help="give no task to out-of-distribution rows: farther off than this share of training rows (0.99)",
+        help="answer out-of-distribution rows with no task: those farther away than this share of training rows "
+        "(0.99 if no SHARE is given)",
     )
     parser.add_argument(
-        "--distance", action="store_true", help="say how unlike its task each row is, as --abstain does, too"
+        "--distance", action="store_true", help="report each row's distance from its task (--abstain does, too)"
     )
 
 
 def add_memory_option(parser: argparse.ArgumentParser) -> None:
     about = (
-        "what tasks' values may take on the device, such as 2GB; those that do not fit are read when a row needs them"
+        "device memory for the tasks' increments, such as 2GB; the rest are loaded on demand (default: half of what is"
     )
-    parser.add_argument("--device-memory", metavar="SIZE", help=f"{about}; default: half of what is free")
+    parser.add_argument("--device-memory", metavar="SIZE", help=f"{about} free)")
 
 
 def add_predict_options(parser: argparse.ArgumentParser) -> None:
@@ -168,17 +181,17 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
     add_device_options(parser, "auto")
     add_memory_option(parser)
     parser.add_argument(
-        "--batch-tokens", type=int, help="tokens of a batch, padding included; default: what suits the device"
+        "--batch-tokens", type=int, help="tokens per batch, including padding (default: depends on the device)"
     )
-    parser.add_argument("--batch-size", type=int, help="rows of a batch at most")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of a generated answer")
+    parser.add_argument("--batch-size", type=int, help="maximum rows per batch")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum tokens of a generated answer")
     add_routing_options(parser)
-    parser.add_argument("--bare", action="store_true", help="answer with the bare backbone")
-    parser.add_argument("--beams", type=int, default=1, help="beam search over so many hypotheses")
-    parser.add_argument("--sample", action="store_true", help="sample generated text")
-    parser.add_argument("--sample-temperature", dest="temperature", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--bare", action="store_true", help="answer with the bare backbone, without any task")
+    parser.add_argument("--beams", type=int, default=1, help="number of beams for beam search")
+    parser.add_argument("--sample", action="store_true", help="sample instead of decoding greedily")
+    parser.add_argument("--sample-temperature", dest="temperature", type=float, default=1.0, help="with --sample")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling, with --sample")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for sampling")
 
 
 def with_share(argv: Sequence[str]) -> list[str]:
@@ -219,6 +232,7 @@ def named_files(given: Sequence[str]) -> dict[str, str]:
     return files
 
 
+@without_collection()
 def open_store(arguments: argparse.Namespace, backbone: Backbone | None = None) -> ScalableLM:
     """The model of a store. backbone: one that is loaded already."""
     from slm_fast.slm import ScalableLM

@@ -17,31 +17,35 @@ BENCHMARKS = MappingProxyType(
     {
         "ops": (
             "benchmarks.speed.operators",
-            "multi_lora and retrieve beside gather + bmm, PEFT, Arrow, a product and topk, FAISS",
+            "multi_lora and retrieve against gather + bmm, PEFT, Arrow, matmul + topk, FAISS",
         ),
         "inference": (
             "benchmarks.speed.inference",
-            "mixed-task batches beside the bare backbone, PEFT and the paper's way",
+            "mixed-task batches against the bare backbone, PEFT and the paper's method",
         ),
-        "training": ("benchmarks.speed.training", "learning a task beside the paper's procedure and PEFT"),
-        "serving": ("benchmarks.speed.serving", "our server beside a pipeline a task and LitServe"),
-        "streams": ("benchmarks.speed.serving.writing", "texts that our server streams, beside transformers' server"),
-        "jobs": ("benchmarks.speed.jobs", "tasks learned one after another beside several at a time"),
-        "ray": ("benchmarks.speed.ray", "a file answered by one process beside actors of Ray"),
-        "generation": ("benchmarks.speed.generation", "writing texts beside the bare model and the paper's way"),
+        "training": ("benchmarks.speed.training", "training a task against the paper's procedure and PEFT"),
+        "serving": ("benchmarks.speed.serving", "our server against one pipeline per task and LitServe"),
+        "streams": ("benchmarks.speed.serving.writing", "streaming text generation against transformers' server"),
+        "jobs": ("benchmarks.speed.jobs", "learning tasks in parallel against one after another"),
+        "ray": ("benchmarks.speed.ray", "predicting a file on Ray actors against one process"),
+        "generation": ("benchmarks.speed.generation", "generating text against the bare model and the paper's method"),
     }
 )
 REPRO = "benchmarks.continual.run"
 
 
 def add(verbs: Verbs) -> None:
-    bench = verbs.add("bench", _run, "run a benchmark of the repository; what follows its name goes to it", store=False)
+    bench = verbs.add(
+        "bench", _run, "run a benchmark from the repository; further arguments are passed to it", store=False
+    )
     bench.add_argument("name", choices=list(BENCHMARKS), help="; ".join(f"{n}: {b[1]}" for n, b in BENCHMARKS.items()))
-    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="such as --help")
-    about = "learn a stream of tasks with slm_fast and with its rivals, as the paper does, into a folder RUN"
+    bench.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark, such as --help"
+    )
+    about = "learn a stream of tasks with slm_fast and its rivals, as in the paper"
     repro = verbs.add("repro", _repro, about, store=False)
-    repro.add_argument("folder", metavar="RUN", help="where the results go; the same call again goes on with it")
-    about = "--data DIR --stream order4 --methods slm finetune ...; `slm-fast repro RUN --help` says everything"
+    repro.add_argument("folder", metavar="RUN", help="results folder; run the same command again to resume")
+    about = "--data DIR --stream order4 --methods slm finetune ...; see `slm-fast repro RUN --help`"
     repro.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=about)
 
 

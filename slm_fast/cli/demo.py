@@ -8,10 +8,10 @@ from slm_fast.cli.arguments import Verbs
 
 
 def add(verbs: Verbs) -> None:
-    demo = verbs.add("demo", run, "learn a few small tasks and answer a batch that mixes them", store=False)
-    about = "minilm learns five classification tasks, smollm2 (a chat model) three instruction tasks"
+    demo = verbs.add("demo", run, "learn a few small tasks and answer a mixed batch", store=False)
+    about = "minilm: five classification tasks; smollm2, a chat model: three instruction tasks"
     demo.add_argument("--backbone", choices=("minilm", "smollm2"), default="minilm", help=about)
-    demo.add_argument("--store", help="keep the learned tasks in this directory")
+    demo.add_argument("--store", help="save the learned tasks to this directory")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from slm_fast.errors import SlmError
 
 
 def add(verbs: Verbs) -> None:
-    verbs.add("doctor", run, "show what this installation can use, and why something is not there", store=False)
+    verbs.add("doctor", run, "show what this installation supports, and why something is missing", store=False)
 
 
 def run(_: argparse.Namespace) -> int:

@@ -24,14 +24,16 @@ from slm_fast.options import PredictOptions
 
 
 def add(verbs: Verbs) -> None:
-    about = "accuracy and routing accuracy on labelled files, answered as one mixed stream"
+    about = "measure accuracy and routing accuracy on labelled files, answered as one mixed stream"
     evaluate = verbs.add("evaluate", run, about)
-    add_task_files(evaluate, "a labelled file; - is standard input")
-    evaluate.add_argument("--with-task-id", action="store_true", help="oracle task IDs: tell the model each row's task")
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.add_argument("--report", metavar="FILE", type=Path, help="write what was found as one HTML page, too")
+    add_task_files(evaluate, "labelled file; - reads standard input")
     evaluate.add_argument(
-        "--files", action="store_true", help="beside the page, its figures as PNG and its numbers as CSV and JSON"
+        "--with-task-id", action="store_true", help="tell the model each row's task (oracle task IDs)"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument("--report", metavar="FILE", type=Path, help="also write an HTML report")
+    evaluate.add_argument(
+        "--files", action="store_true", help="with --report: also write figures (PNG) and numbers (CSV, JSON)"
     )
     add_reading_options(evaluate)
     add_label_files(evaluate)

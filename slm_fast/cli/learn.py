@@ -28,6 +28,7 @@ from slm_fast.cli.arguments import (
     read_tasks,
     set_threads,
 )
+from slm_fast.collection import without_collection
 from slm_fast.errors import InputError, SlmError, SlmWarning, WorkError
 from slm_fast.options import LearnOptions, ModelConfig
 
@@ -41,17 +42,17 @@ PATIENCE, PAUSE = 600.0, 5.0  # seconds in which a learned task must be committe
 
 
 def add(verbs: Verbs) -> None:
-    learn = verbs.add("learn", run, "learn one or more tasks, one after another, into a store")
-    about = "training file: csv, tsv, jsonl, json or parquet with text,label; instruction,input,output; or messages"
-    add_task_files(learn, f"{about}; - is standard input")
-    learn.add_argument("--valid", action="append", default=[], metavar="NAME=FILE", help="a task's validation file")
-    about = "stop a task that has a validation file after so many epochs in a row that were no better than its best"
+    learn = verbs.add("learn", run, "learn one or more tasks and add them to a store")
+    about = "training file (csv, tsv, jsonl, json, parquet) with text,label; instruction,input,output; or messages"
+    add_task_files(learn, f"{about}; - reads standard input")
+    learn.add_argument("--valid", action="append", default=[], metavar="NAME=FILE", help="validation file of a task")
+    about = "early stopping: stop after N epochs without improvement on the validation file"
     learn.add_argument("--patience", type=int, metavar="N", help=about)
-    about = "learn so many tasks at a time, each in a process of its own with a share of the threads"
+    about = "learn N tasks in parallel, one process per task"
     learn.add_argument("--jobs", type=int, default=1, metavar="N", help=about)
-    about = "let these be actors of a Ray cluster: HOST:PORT, auto (the one that runs here), or local"
+    about = "run the jobs on a Ray cluster: HOST:PORT, auto (the running cluster) or local"
     learn.add_argument("--ray", metavar="ADDRESS", help=about)
-    about = "with several processes (`torchrun`, `accelerate launch`): spread the frozen backbone's layers over them"
+    about = "shard the frozen backbone across processes (with `torchrun` or `accelerate launch`)"
     learn.add_argument("--fsdp", action="store_true", help=about)
     add_reading_options(learn)
     add_label_files(learn)
@@ -62,44 +63,54 @@ def add(verbs: Verbs) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The fields of ModelConfig; one that is not given is not in the call."""
-    group = parser.add_argument_group("how a new store's model is put together")
-    group.add_argument("--query", choices=("trunk", "sentence"), help="trunk (default) or sentence (a second model)")
-    group.add_argument("--router", choices=("gaussian", "dtkr"), help="gaussian (default) or dtkr (the paper's)")
-    group.add_argument("--encoder", help="the sentence query's model")
-    group.add_argument("--taps", type=_numbers, metavar="L,L", help="layers the trunk query reads")
+    group = parser.add_argument_group("model of a new store")
+    group.add_argument(
+        "--query",
+        choices=("trunk", "sentence"),
+        help="query from the backbone's own layers (trunk, default) or from a second model (sentence)",
+    )
+    group.add_argument("--router", choices=("gaussian", "dtkr"), help="gaussian (default) or dtkr (from the paper)")
+    group.add_argument("--encoder", help="model of the sentence query")
+    group.add_argument("--taps", type=_numbers, metavar="L,L", help="layers that the trunk query reads")
     group.add_argument(
         "--targets",
         type=_words,
         metavar="W,W",
-        help="linear layers that carry LoRA increments, in the words of docs/families.md",
+        help="linear layers that get LoRA increments, by the names in docs/families.md",
     )
-    group.add_argument("--first-layer", type=int, help="lowest layer that carries increments")
-    group.add_argument("--k", type=int, help="slots retrieved for an input")
-    group.add_argument("--groups", type=int, help="groups of the dtkr router")
-    group.add_argument("--aggregate", choices=("mean", "vote"), help="how the dtkr router joins its groups")
-    group.add_argument("--temperature", type=float, help="of the gaussian router's weights")
-    group.add_argument("--features", type=int, help="random features of the gaussian router; default up to 2,048")
-    about = "write rows as turns in the tokenizer's chat template (causal chat models)"
+    group.add_argument("--first-layer", type=int, help="lowest layer that gets increments")
+    group.add_argument("--k", type=int, help="slots retrieved per input (top-K)")
+    group.add_argument("--groups", type=int, help="number of groups of the dtkr router")
+    group.add_argument("--aggregate", choices=("mean", "vote"), help="how the dtkr router combines its groups")
+    group.add_argument("--temperature", type=float, help="softmax temperature of the gaussian router's weights")
+    group.add_argument("--features", type=int, help="random features of the gaussian router (default: up to 2,048)")
+    about = "format rows with the tokenizer's chat template (causal chat models)"
     group.add_argument("--chat-template", action="store_true", default=None, help=about)
-    group.add_argument("--route-on", choices=("input", "prompt"), help="whether an instruction helps routing")
-    about = "tokens read of an input: by a new store's model or, where the store is there, in learning these tasks"
+    group.add_argument(
+        "--route-on", choices=("input", "prompt"), help="route on the input alone, or on instruction and input"
+    )
+    about = (
+        "truncate inputs to this many tokens: for a new store always, for an existing one while learning these tasks"
+    )
     group.add_argument("--max-length", type=int, help=about)
 
 
 def _add_learn_options(parser: argparse.ArgumentParser) -> None:
     """The fields of LearnOptions that a command line needs."""
-    group = parser.add_argument_group("how a task is learned")
-    group.add_argument("--epochs", type=int, help="default: 3, more for a small task")
-    group.add_argument("--batch-size", type=int, default=16, help="rows of one optimiser step")
-    group.add_argument("--learning-rate", type=float, default=1e-3, help="peak of warm-up and decay")
-    group.add_argument("--rank", type=int, default=8, help="of the LoRA increments")
-    group.add_argument("--slots", type=int, help="slots a task; default 1 (gaussian) or 4 (dtkr)")
-    group.add_argument("--seed", type=int, default=0, help="of all that is random")
-    group.add_argument("--accumulate", type=int, default=1, help="gradient accumulation: parts of a step")
-    group.add_argument("--autocast", action="store_true", help="compute in bfloat16 though the weights are float32")
-    about = "begin at the values of a learned task: TASK, or the one that most rows would be routed to"
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=int, help="training epochs (default: 3, more for a small task)")
+    group.add_argument("--batch-size", type=int, default=16, help="rows per optimiser step")
+    group.add_argument("--learning-rate", type=float, default=1e-3, help="peak learning rate")
+    group.add_argument("--rank", type=int, default=8, help="LoRA rank")
+    group.add_argument("--slots", type=int, help="slots per task (default: 1 for gaussian, 4 for dtkr)")
+    group.add_argument("--seed", type=int, default=0, help="random seed")
+    group.add_argument("--accumulate", type=int, default=1, help="gradient accumulation steps")
+    group.add_argument("--autocast", action="store_true", help="bfloat16 autocast with float32 weights")
+    about = "initialise from a learned task: TASK, or the one that most rows are routed to"
     group.add_argument("--warm-start", nargs="?", const=True, default=False, metavar="TASK", help=about)
-    group.add_argument("--joint", action="store_true", help="train on routes over all tasks' slots, as the paper does")
+    group.add_argument(
+        "--joint", action="store_true", help="route over the slots of all tasks during training, as in the paper"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -256,6 +267,7 @@ def _check_store(arguments: argparse.Namespace, given: Mapping[str, Any]) -> Non
         raise InputError(f"{arguments.store}: a new store needs --backbone (a hub name, a local path, or minilm)")
 
 
+@without_collection()
 def _open(arguments: argparse.Namespace, given: Mapping[str, Any], backbone: Backbone | None = None) -> ScalableLM:
     """The store's model; for one that is not there yet, a new one, which is not saved. backbone: one that is loaded
     already."""

@@ -12,33 +12,41 @@ from slm_fast.errors import InputError
 
 
 def add(verbs: Verbs) -> None:
-    about = (
-        "benchmarks of lm-evaluation-harness, answered by a store of a decoder backbone; each request finds its route"
-    )
+    about = "run lm-evaluation-harness on a store with a decoder backbone; every request is routed"
     verb = verbs.add("lm-eval", run, about)
-    group = verb.add_argument_group("what is asked")
+    group = verb.add_argument_group("benchmark")
     group.add_argument(
-        "--tasks", required=True, metavar="T,T", help="names, patterns such as 'arc_*', or YAML files of your own"
+        "--tasks", required=True, metavar="T,T", help="task names, patterns such as 'arc_*', or your own YAML files"
     )
-    group.add_argument("--task-folder", metavar="DIR", help="where more task files are")
+    group.add_argument("--task-folder", metavar="DIR", help="folder with more task files")
     group.add_argument(
-        "--metadata", action="append", default=[], metavar="KEY=VALUE", help="told to task files, such as data=DIR"
+        "--metadata",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="metadata for the task files, such as data=DIR",
     )
-    group.add_argument("--shots", type=int, help="solved examples before a question; default: as the task says")
-    group.add_argument("--limit", type=float, help="rows of a task at most, or a share of them below 1")
-    group.add_argument("--chat", action="store_true", help="in the backbone's chat template")
-    group.add_argument("--system", metavar="TEXT", help="what the system says before a chat")
-    group = verb.add_argument_group("how it is answered")
-    group.add_argument("--batch-size", default="auto", metavar="ROWS", help="rows of a batch at most; changes no score")
-    group.add_argument("--max-length", type=int, help="tokens read of a text; default: what the backbone holds")
-    group.add_argument("--max-new-tokens", type=int, default=256, help="written where a task does not say")
-    group.add_argument("--bare", action="store_true", help="answer with the bare backbone")
-    group.add_argument("--given-task", metavar="NAME", help="take every request for this learned task's")
-    about = "the bare backbone for requests farther off than this share of training rows (0.99)"
+    group.add_argument("--shots", type=int, help="few-shot examples (default: set by the task)")
+    group.add_argument("--limit", type=float, help="maximum rows per task, or a fraction below 1")
+    group.add_argument("--chat", action="store_true", help="apply the backbone's chat template")
+    group.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    group = verb.add_argument_group("model")
+    group.add_argument(
+        "--batch-size", default="auto", metavar="ROWS", help="maximum rows per batch; does not change scores"
+    )
+    group.add_argument("--max-length", type=int, help="maximum tokens of a text (default: the backbone's limit)")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=256, help="maximum generated tokens, unless the task sets them"
+    )
+    group.add_argument("--bare", action="store_true", help="answer with the bare backbone, without any task")
+    group.add_argument(
+        "--given-task", metavar="NAME", help="use this learned task for every request instead of routing"
+    )
+    about = "answer out-of-distribution requests with the bare backbone (SHARE as in `predict`)"
     group.add_argument(ABSTAIN, type=float, nargs="?", const=SHARE, default=False, metavar="SHARE", help=about)
     add_device_options(verb, "float32")
     verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.add_argument("--samples", action="store_true", help="with --json: each request and its answer, too")
+    verb.add_argument("--samples", action="store_true", help="with --json: include each request and its answer")
 
 
 def run(arguments: argparse.Namespace) -> int:

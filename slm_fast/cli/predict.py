@@ -27,30 +27,34 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Verbs) -> None:
-    predict = verbs.add("predict", run, "answer rows of any tasks in any order")
+    predict = verbs.add("predict", run, "answer rows of any tasks, mixed in any order")
     predict.add_argument(
         "--input",
         default="-",
-        help='JSON Lines of {"text": ...} or {"instruction": ..., "input": ...}, or any file that `learn` reads; - is '
-        "standard input",
+        help='JSON Lines with {"text": ...} or {"instruction": ..., "input": ...}, or any file that `learn` reads; - '
+        "reads standard input",
     )
     predict.add_argument(
         "--output",
         default="-",
-        help="where the answers go, as JSON Lines (.gz too) in the order of the input; the same call again resumes. A "
-        ".parquet file is written whole, and not resumed",
+        help="JSON Lines (.gz is supported) in the order of the input; run the same command again to resume. A "
+        ".parquet file is written at the end and cannot be resumed; - writes standard output",
     )
-    predict.add_argument("--overwrite", action="store_true", help="replace an output that is there, do not resume")
+    predict.add_argument("--overwrite", action="store_true", help="replace an existing output instead of resuming")
     predict.add_argument("--strict", action="store_true", help="stop at the first bad row")
-    predict.add_argument("--task", help="take every row for this task (an oracle task ID)")
+    predict.add_argument("--task", help="use this task for every row instead of routing (oracle task ID)")
     predict.add_argument(
-        "--top-k", type=_count, default=1, metavar="N", help="give the probabilities of so many labels, or of 'all'"
+        "--top-k",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="report the probabilities of the N best labels, or of 'all'",
     )
-    about = "answer the I-th of N parts of the input file, for a process each; `cat` joins their outputs"
+    about = "answer part I of N of the input file, one process per part; join the outputs with `cat`"
     predict.add_argument("--shard", type=_shard, metavar="I/N", help=about)
-    about = "share the rows out among actors of a Ray cluster: HOST:PORT, auto (the one that runs here), or local"
+    about = "distribute rows over a Ray cluster: HOST:PORT, auto (the running cluster) or local"
     predict.add_argument("--ray", metavar="ADDRESS", help=about)
-    about = "so many, a model each; default: one for each GPU or, without GPUs, for each node"
+    about = "Ray actors, one model each (default: one per GPU or, without GPUs, one per node)"
     predict.add_argument("--actors", type=int, metavar="N", help=about)
     add_reading_options(predict, label=False)
     add_predict_options(predict)

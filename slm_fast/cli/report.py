@@ -9,15 +9,17 @@ from slm_fast.cli.arguments import Verbs
 
 
 def add(verbs: Verbs) -> None:
-    about = "one HTML page of what runs of the continual-learning benchmark came to"
+    about = "make an HTML report of continual-learning benchmark runs"
     report = verbs.add("report", run, about, store=False)
-    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="the folder of a run, finished or not")
-    report.add_argument("--output", metavar="FILE", type=Path, help="default: report.html in the first RUN")
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, finished or not")
+    report.add_argument(
+        "--output", metavar="FILE", type=Path, help="output file (default: report.html in the first RUN)"
+    )
     report.add_argument(
         "--files",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="beside the page, its figures as PNG and its numbers as CSV and JSON",
+        help="also write figures (PNG) and numbers (CSV, JSON)",
     )
 
 

@@ -20,36 +20,36 @@ from slm_fast.options import PredictOptions
 
 KEY, ADMIN_KEY = "SLM_FAST_API_KEY", "SLM_FAST_ADMIN_KEY"
 LIMITS = {
-    "queue_rows": "rows that are admitted and not answered yet; beyond them requests get 429",
-    "queue_tokens": "their tokens; default: 64 batches",
-    "batch_tokens": "tokens of a batch, padding included; default: what suits the device",
-    "batch_rows": "texts that are written at once",
-    "max_new_tokens": "the most that a request may ask for, and what it gets unless it says less",
-    "deadline": "seconds after which a request that is not answered gets 504",
-    "requests": "concurrent requests; more get 429",
-    "inputs": "texts of a request",
-    "body": "bytes of a request",
-    "patience": "seconds that a client may take to send a request, or to read a part of its answer",
-    "poll": "seconds between two looks at the store; default: 0.5, or 5 of one at a URL",
-    "drain": "seconds between SIGTERM and the end of listening",
+    "queue_rows": "rows in the queue; further requests get 429",
+    "queue_tokens": "tokens in the queue (default: 64 batches)",
+    "batch_tokens": "tokens per batch, including padding (default: depends on the device)",
+    "batch_rows": "texts generated concurrently",
+    "max_new_tokens": "upper limit and default of a request's max_tokens",
+    "deadline": "seconds until an unanswered request gets 504",
+    "requests": "concurrent requests; further ones get 429",
+    "inputs": "texts per request",
+    "body": "bytes per request body",
+    "patience": "seconds that a client may take to send a request or to read a chunk of the answer",
+    "poll": "seconds between checks for store changes (default: 0.5, or 5 for a URL)",
+    "drain": "seconds to keep listening after SIGTERM",
 }
 
 
 def add(verbs: Verbs) -> None:
     from slm_fast.server.options import ServeOptions
 
-    serve = verbs.add("serve", run, "answer over HTTP: OpenAI's API, classification, and a page to try it")
-    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 listens on all addresses")
-    serve.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
-    about = f"a file whose first line clients have to know (Authorization: Bearer KEY), or ${KEY}"
+    serve = verbs.add("serve", run, "serve a store over HTTP: OpenAI's API, classification, and a test page")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    serve.add_argument("--port", type=int, default=8000, help="0 picks a free port")
+    about = f"API key, the first line of this file (Authorization: Bearer KEY); or set ${KEY}"
     serve.add_argument("--key-file", type=Path, metavar="FILE", help=about)
-    about = f"turns on /v1/tasks, which asks for this second key, or ${ADMIN_KEY}"
+    about = f"admin key; enables /v1/tasks; or set ${ADMIN_KEY}"
     serve.add_argument("--admin-key-file", type=Path, metavar="FILE", help=about)
-    serve.add_argument("--tasks-from", metavar="STORE", help="where POST /v1/tasks takes tasks from")
+    serve.add_argument("--tasks-from", metavar="STORE", help="store from which POST /v1/tasks adds tasks")
     add_device_options(serve, "auto")
     add_memory_option(serve)
     add_routing_options(serve)
-    limits = serve.add_argument_group("how much is taken at once")
+    limits = serve.add_argument_group("limits")
     for name, about in LIMITS.items():
         default = getattr(ServeOptions, name)
         kind = float if name == "poll" or isinstance(default, float) else int

@@ -15,25 +15,27 @@ from slm_fast.errors import InputError, WorkError, one_line, some_of
 def add(verbs: Verbs) -> None:
     tasks = verbs.add("tasks", run_tasks, "list the tasks of a store")
     tasks.add_argument("--json", action="store_true", help="print JSON")
-    forget = verbs.add("forget", run_forget, "remove a task exactly")
+    forget = verbs.add("forget", run_forget, "remove a task, as if it had never been learned")
     forget.add_argument("name", metavar="NAME")
-    merge = verbs.add("merge", run_merge, "copy the tasks of other stores into one", store=False)
-    merge.add_argument("store", metavar="DEST", help="the store that receives them; made if it is not there")
-    merge.add_argument("sources", metavar="SRC", nargs="+", help="a store's directory or URL, or USER/NAME on the hub")
-    _add_names(merge, "copy this task alone (give it again for more)")
+    merge = verbs.add("merge", run_merge, "copy tasks from other stores into one", store=False)
+    merge.add_argument("store", metavar="DEST", help="destination store; created if it does not exist")
     merge.add_argument(
-        "--prefer", metavar="STORE", help="where stores hold different tasks of one name, take this store's"
+        "sources", metavar="SRC", nargs="+", help="source store: a directory, a URL, or USER/NAME on the hub"
     )
-    share = verbs.add("share", run_share, "write some tasks and a model card to a folder that is a store, too")
-    share.add_argument("folder", metavar="DIR", help="is made; must be empty or not there")
-    pushed = verbs.add("push", run_push, "upload to the Hugging Face hub what `share` writes")
-    pushed.add_argument("repo_id", metavar="USER/NAME", help="the repository; made if it is not there")
-    pushed.add_argument("--private", action="store_true", default=None, help="a repository that is made is private")
+    _add_names(merge, "copy only this task (may be repeated)")
+    merge.add_argument(
+        "--prefer", metavar="STORE", help="if stores have different tasks of the same name, use this store's"
+    )
+    share = verbs.add("share", run_share, "copy tasks to a new store with a model card, ready to share")
+    share.add_argument("folder", metavar="DIR", help="output folder; must be empty or not exist")
+    pushed = verbs.add("push", run_push, "upload tasks and a model card to the Hugging Face hub")
+    pushed.add_argument("repo_id", metavar="USER/NAME", help="hub repository; created if it does not exist")
+    pushed.add_argument("--private", action="store_true", default=None, help="create the repository as private")
     for parser in (share, pushed):
-        _add_names(parser, "share this task alone (give it again for more)")
-        about = "the backbone's name on the hub, where it is a folder here"
+        _add_names(parser, "share only this task (may be repeated)")
+        about = "hub name of the backbone, if it is a local folder"
         parser.add_argument("--base-model", metavar="USER/NAME", help=about)
-        about = "what `slm-fast evaluate --json` printed, for the card's accuracies"
+        about = "output of `slm-fast evaluate --json`, for the accuracies on the card"
         parser.add_argument("--evaluation", metavar="FILE", help=about)
     verbs.add("verify", run_verify, "check every file of a store against its manifest")
 
