@@ -48,6 +48,9 @@ def test_percentiles_are_of_the_answers() -> None:
     assert (row["to_predict"], row["p50_ms"], row["p99_ms"], row["refused_p99_ms"]) == (0.5, 50.0, 99.0, 4.0)
     assert str(Load().percentile(0.5)) == str(Load().gap) == "nan"
     assert Load(answered=[3.0, 1.0, 1.5]).gap == 1500.0
+    both = Load.of([Load(4.0, 6, 1, [0.5], [0.1], [11.0, 13.5]), Load(), Load(1.0, 4, 0, [0.25], [], [30.0, 30.5])])
+    assert (both.rows_per_second, both.refused, both.seconds, both.late) == (2.0, 1, [0.5, 0.25], [0.1])
+    assert both.gap == 2500.0  # not what lies between two rounds
 
 
 def test_streamed_texts_are_those_of_predict_with_the_times_of_their_parts(tmp_path: Path) -> None:

@@ -5,13 +5,16 @@
     python -m benchmarks.speed.serving --section overload reload
 
 Clients ask one after another, with `--rows` texts a request, all of one task, since whoever has a pipeline a task has
-to name it; ours and LitServe's model are not told. Servers are started one at a time, each a process, on the same
-processor as the clients. "predict" answers the same rows in one call.
+to name it; ours and LitServe's model are not told. Servers are processes on the same processor as the clients, and are
+asked in turns, `--rounds` of them. "predict" answers the same rows in one call.
 
 serving:  rows a second and the 50th and 99th percentile of an answer's milliseconds.
-overload: four times the clients that fill the queue: what is admitted, and how fast the rest is refused.
-reload:   the longest time without an answer to any of 32 clients (gap_ms), while nothing changes and while another
-          process learns and forgets, with `--tasks` tasks in the store.
+overload: clients that fill the queue; then requests that come at four times the rate at which those were answered,
+          whether or not others wait ("arriving"); then four times the clients, which ask again at once when they are
+          refused ("at once"): what is admitted, and how fast the rest is refused.
+reload:   the longest time without an answer to any of 32 clients of one text a request (gap_ms), while nothing changes
+          and while another process learns and forgets, with `--tasks` tasks in the store and batches of
+          `--reload-tokens`, since no answer comes while a batch is passed.
 """
 
 from __future__ import annotations
@@ -21,15 +24,15 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.speed.serving.load import Load, Request, load, served
+from benchmarks.speed.serving.load import Load, Request, Running, arrive, load, served
 from benchmarks.speed.tasks import random_tasks
 from benchmarks.speed.texts import texts_of
 from benchmarks.tables import RESULTS, table, write_csv
@@ -38,10 +41,12 @@ from slm_fast.store import Store
 
 OURS, PIPELINES, LITSERVE, PREDICT = "slm_fast", "pipelines", "litserve", "predict"
 READY = {OURS: "/ready", PIPELINES: "/health", LITSERVE: "/health"}
+QUEUE = 256  # rows that wait at the most under overload: eight batches
+CHANGING = 32  # clients while the store changes
 
 
-def server(name: str, store: Path, dtype: str, threads: int, *more: str) -> AbstractContextManager[int]:
-    """A server that is ready; its port."""
+def server(name: str, store: Path, dtype: str, threads: int, *more: str) -> AbstractContextManager[Running]:
+    """A server that is ready."""
     if name == OURS:
         words = ["slm_fast.cli", "serve", str(store), "--port", "PORT", "--dtype", dtype, "--threads", str(threads)]
         words += ["--queue-rows", "8192", *more]
@@ -87,13 +92,103 @@ def predicted(slm: ScalableLM, texts: Sequence[str], seconds: float) -> float:
     return rows / (time.perf_counter() - began)
 
 
-def changing(store: Path, stop: threading.Event) -> None:
-    """Learn and forget one task again and again, as another process would."""
+@contextmanager
+def changed(store: Path) -> Iterator[None]:
+    """Let one task be learned and forgotten again and again, as another process would."""
     task = replace(Store.open(store).read(next(iter(Store.open(store).files)))[0], name="passing-by")
-    while not stop.wait(0.5):
-        Store.open(store).commit(add=[task])
-        if not stop.wait(0.5):
+    stop = threading.Event()
+
+    def change() -> None:
+        while not stop.wait(0.5):
+            Store.open(store).commit(add=[task])
+            stop.wait(0.5)
             Store.open(store).commit(remove=[task.name])
+
+    writer = threading.Thread(target=change)
+    writer.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        writer.join()
+
+
+class Bench:
+    """The sections, each of which adds its lines to `found`."""
+
+    def __init__(self, chosen: argparse.Namespace, folder: Path) -> None:
+        self.chosen, self.folder = chosen, folder
+        self.found: list[dict[str, Any]] = []
+        self.train = texts_of(chosen.data, "train", 64)
+        self.texts = texts_of(chosen.data, "test", chosen.texts)
+        self.slm = ScalableLM.from_backbone(chosen.backbone, dtype=chosen.dtype)
+        self.store = self.stored(self.slm, "store", 1)
+        self.mixed = [text for own in self.texts.values() for text in own]
+        random.Random(0).shuffle(self.mixed)
+        self.base = predicted(self.slm, self.mixed, chosen.seconds)
+
+    def stored(self, slm: ScalableLM, name: str, times: int) -> Path:
+        slm.add(random_tasks(slm, self.train, times))
+        slm.save_pretrained(self.folder / name)
+        return self.folder / name
+
+    def server(self, name: str, store: Path, *more: str) -> AbstractContextManager[Running]:
+        return server(name, store, self.chosen.dtype, self.chosen.threads, *more)
+
+    def note(self, section: str, name: str, clients: int, load: Load) -> None:
+        self.found.append(figures(section, name, clients, load, self.base))
+        print(table(self.found[-1:]), flush=True)
+
+    def loaded(self, section: str, name: str, port: int, clients: int, rows: int) -> Load:
+        """Clients that ask one after another, after as many that warm the server."""
+        requests = requests_of(name, self.texts, rows)
+        load(port, requests, clients, min(2.0, self.chosen.seconds))
+        found = load(port, requests, clients, self.chosen.seconds)
+        self.note(section, name, clients, found)
+        return found
+
+    def serving(self) -> None:
+        """Servers in turns, so that a slow minute of the machine is nobody's alone; the rounds of each as one line."""
+        chosen = self.chosen
+        with ExitStack() as stack:
+            running: dict[str, Running] = {}
+            for name in chosen.servers:
+                running[name] = stack.enter_context(self.server(name, self.store))
+                running[name].pause()
+            for clients in chosen.clients:
+                rounds: dict[str, list[Load]] = {name: [] for name in running}
+                for _ in range(chosen.rounds):
+                    for name, one in running.items():
+                        requests = requests_of(name, self.texts, chosen.rows)
+                        one.go_on()
+                        load(one.port, requests, clients, min(2.0, chosen.seconds))
+                        rounds[name].append(load(one.port, requests, clients, chosen.seconds))
+                        one.pause()
+                    rate = predicted(self.slm, self.mixed, chosen.seconds)
+                    rounds.setdefault(PREDICT, []).append(Load(chosen.seconds, round(rate * chosen.seconds)))
+                self.base = Load.of(rounds[PREDICT]).rows_per_second
+                for name, loads in rounds.items():
+                    self.note("serving", name, clients, Load.of(loads))
+
+    def overload(self) -> None:
+        rows = self.chosen.rows
+        few = max(1, QUEUE // rows)
+        with self.server(OURS, self.store, "--queue-rows", str(QUEUE)) as one:
+            full = self.loaded("overload, queue full", OURS, one.port, few, rows)
+            rate = 4 * full.rows_per_second / rows
+            requests = requests_of(OURS, self.texts, rows)
+            self.note(
+                "overload, arriving", OURS, 4 * few, arrive(one.port, requests, rate, self.chosen.seconds, 4 * few)
+            )
+            self.loaded("overload, at once", OURS, one.port, 4 * few, rows)
+
+    def reload(self) -> None:
+        other = ScalableLM.from_backbone(self.chosen.backbone, dtype=self.chosen.dtype)
+        many = self.stored(other, "many", max(1, self.chosen.tasks // len(self.train)))
+        with self.server(OURS, many, "--batch-tokens", str(self.chosen.reload_tokens)) as one:
+            self.loaded("reload, nothing changes", OURS, one.port, CHANGING, 1)
+            with changed(many):
+                self.loaded("reload, every half second", OURS, one.port, CHANGING, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -106,57 +201,22 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--rows", type=int, default=16, help="texts of a request")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each number of clients")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a round, for each number of clients")
+    parser.add_argument("--rounds", type=int, default=3, help="of servers in turns")
     parser.add_argument("--texts", type=int, default=200, help="of each task")
     parser.add_argument("--tasks", type=int, default=1000, help="in the store, for reload")
+    parser.add_argument("--reload-tokens", type=int, default=256, help="of a batch, for reload")
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.csv")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(chosen.threads)
-    train, texts = texts_of(chosen.data, "train", 64), texts_of(chosen.data, "test", chosen.texts)
-    slm = ScalableLM.from_backbone(chosen.backbone, dtype=chosen.dtype)
-    mixed = [text for own in texts.values() for text in own]
-    random.Random(0).shuffle(mixed)
-    found: list[dict[str, Any]] = []
-
-    def measured(section: str, name: str, port: int, clients: int) -> None:
-        requests = requests_of(name, texts, chosen.rows)
-        load(port, requests, clients, min(2.0, chosen.seconds))  # warm
-        found.append(figures(section, name, clients, load(port, requests, clients, chosen.seconds), base))
-        print(table(found[-1:]), flush=True)
-
     with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        slm.add(random_tasks(slm, train))
-        slm.save_pretrained(store)
-        base = predicted(slm, mixed, chosen.seconds)
-        found.append(figures("serving", PREDICT, 1, Load(1.0, round(base)), base))
-        for name in chosen.servers if "serving" in chosen.section else ():
-            with server(name, store, chosen.dtype, chosen.threads) as port:
-                for clients in chosen.clients:
-                    measured("serving", name, port, clients)
-        if "overload" in chosen.section:  # a queue of eight batches, and four times the clients that fill it
-            rows = 8 * max(1, 2048 // 64)
-            few = max(1, rows // chosen.rows)
-            with server(OURS, store, chosen.dtype, chosen.threads, "--queue-rows", str(rows)) as port:
-                measured("overload", OURS, port, few)
-                measured("overload", OURS, port, 4 * few)
-        if "reload" in chosen.section:
-            many = Path(folder) / "many"
-            other = ScalableLM.from_backbone(chosen.backbone, dtype=chosen.dtype)
-            other.add(random_tasks(other, train, max(1, chosen.tasks // len(train))))
-            other.save_pretrained(many)
-            with server(OURS, many, chosen.dtype, chosen.threads) as port:
-                measured("reload, nothing changes", OURS, port, 32)
-                stop = threading.Event()
-                writer = threading.Thread(target=changing, args=(many, stop))
-                writer.start()
-                measured("reload, every half second", OURS, port, 32)
-                stop.set()
-                writer.join()
-    notes = {"rows a request": str(chosen.rows), "dtype": chosen.dtype, "backbone": chosen.backbone}
-    write_csv(chosen.output, found, notes)
-    print(table(found))
-    return found
+        bench = Bench(chosen, Path(folder))
+        for section in chosen.section:
+            getattr(bench, section)()
+    notes = {"rows a request": f"{chosen.rows}, 1 for reload", "dtype": chosen.dtype, "backbone": chosen.backbone}
+    write_csv(chosen.output, bench.found, notes)
+    print(table(bench.found))
+    return bench.found
 
 
 if __name__ == "__main__":

@@ -40,6 +40,19 @@ class Load:
     late: list[float] = field(default_factory=list)  # of refusals
     answered: list[float] = field(default_factory=list)  # when each answer came
 
+    @staticmethod
+    def of(rounds: Sequence[Load]) -> Load:
+        """Several as one, whose answers came one round after another."""
+        whole = Load()
+        for one in rounds:
+            whole.answered += [whole.elapsed + at - min(one.answered) for at in one.answered]
+            whole.elapsed += one.elapsed
+            whole.rows += one.rows
+            whole.refused += one.refused
+            whole.seconds += one.seconds
+            whole.late += one.late
+        return whole
+
     @property
     def rows_per_second(self) -> float:
         return self.rows / self.elapsed
@@ -125,17 +138,34 @@ def _ask(
             found.answered.append(start + took)
 
 
+@dataclass
+class Running:
+    """A server's port, and its processes, which are one group."""
+
+    port: int
+    group: int
+
+    def pause(self) -> None:
+        """Until `go_on` none of its processes runs: some servers use the processor while they wait for requests."""
+        os.killpg(self.group, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.killpg(self.group, signal.SIGCONT)
+
+
 @contextmanager
-def served(words: Sequence[str], ready: str) -> Iterator[int]:
-    """A server that is ready, which `python -m` starts from these words, PORT among them; its port."""
+def served(words: Sequence[str], ready: str) -> Iterator[Running]:
+    """A server that is ready, which `python -m` starts from these words, PORT among them."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", *(str(port) if word == "PORT" else word for word in words)]
     process = subprocess.Popen(command, start_new_session=True)
     try:
         _until_ready(port, ready, lambda: process.poll() is None)
-        yield port
+        yield Running(port, process.pid)
     finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGCONT)  # if it is paused
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(30)

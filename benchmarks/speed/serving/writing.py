@@ -144,10 +144,10 @@ def measured(chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         for word, more in (("", []), (", continuous batching", ["--continuous-batching"]))
     ]
     for name, words, model, ready in servers:
-        with served(words, ready) as port:
-            stream_all(port, model, rows, 2, 2.0)
+        with served(words, ready) as server:
+            stream_all(server.port, model, rows, 2, 2.0)
             for clients in chosen.clients:
-                seen = stream_all(port, model, rows, clients, chosen.seconds)
+                seen = stream_all(server.port, model, rows, clients, chosen.seconds)
                 add(name, clients, seen, of_tasks if name == "auto" else of_bare)
                 if name == "auto":
                     wrong = [place for place, text in seen.texts if text != expected[place].strip()]
