@@ -31,7 +31,7 @@ NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 @dataclass(frozen=True)
 class Row:
-    """One input and, where known, its answer. `instruction` is what a task's rows have in common, if anything."""
+    """An input with its answer, if known. `instruction` is the part of the prompt that a task's rows share, if any."""
 
     text: str
     target: str | None = None
@@ -39,44 +39,48 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """What the backbone reads."""
+        """The text that the backbone reads: instruction and input, joined by a newline if there are both."""
         return f"{self.instruction}\n{self.text}" if self.instruction and self.text else self.instruction or self.text
 
     def query_text(self, route_on: str) -> str:
-        """What the route is found from: the input alone, unless `route_on` is "prompt" or there is no input."""
+        """The text used for routing: the input alone, or the prompt if `route_on` is "prompt" or there is no input."""
         return self.prompt if route_on == "prompt" or not self.text else self.text
 
     @staticmethod
     def parse(value: Any, *, text: str | None = None) -> Row:
-        """A row to answer: from a Row, a text, or all that `Task` takes, whose answer is kept where it is one word.
+        """Make a row from a Row, a text, or anything `Task` accepts. An answer that is no text or label is dropped.
 
-        text: the column that holds the input, where it has another name than usual.
+        Args:
+            text: name of the input column, if not one of the usual names.
 
-        Raises WorkError that says what is missing.
+        Raises:
+            WorkError: the row has no input. The message says what is missing.
         """
         if isinstance(value, Row):
             return value
         fields = read_fields(value, text)
         try:
             target = fields.target()
-        except WorkError:  # an answer is not asked for
+        except WorkError:  # answers are optional here
             target = None
         return Row(fields.text, target, fields.instruction)
 
 
 class Task:
-    """A named set of inputs with answers: label words (`labels` is their sorted list) or free text (`labels` is None).
+    """A named set of inputs with answers: labels (`labels` is their sorted list) or free text (`labels` is None).
 
     Args:
-        name: letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit.
-        rows: Rows, (text, label) pairs, or mappings, all of one kind: text,label; instruction,input,output (or
-            prompt,completion); messages. A list, a generator, a datasets.Dataset, a pandas.DataFrame.
-        free_text: answers are text to generate. By default that is so for all kinds but text,label.
-        training: the task is to be learned, for which it needs two labels.
+        name: 1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or digit.
+        rows: Row objects, (text, label) pairs, or mappings with the columns text,label; instruction,input,output (or
+            prompt,completion); or messages. All of one kind. May be a list, generator, datasets.Dataset or
+            pandas.DataFrame.
+        free_text: whether answers are text to generate. Default: True for all kinds but text,label.
+        training: whether the task is to be learned, which requires two labels.
 
     Raises:
-        InputError: a bad name, no rows but a text or a mapping. WorkError: no rows, a row without text or answer or of
-        another kind than the first, a task with only one label.
+        InputError: the name is invalid, or `rows` is a single text or mapping.
+        WorkError: there are no rows, a row lacks its text or answer or differs in kind from the first, or there is only
+            one label.
     """
 
     def __init__(self, name: str, rows: Iterable[Any], *, free_text: bool | None = None, training: bool = True) -> None:
@@ -97,7 +101,7 @@ class Task:
         return f"Task({self.name!r}, {len(self.rows)} rows, {labels})"
 
     def spelled_as(self, words: Collection[str]) -> Task:
-        """This task with its labels written as a learned one writes them: 1 as 1.0, true as True."""
+        """This task with its labels spelled like those of a learned task: 1 as 1.0, true as True."""
         renamed = {} if self.labels is None else spellings(self.labels, words)
         if not renamed:
             return self
@@ -117,14 +121,15 @@ class Task:
         free_text: bool | None = None,
         training: bool = True,
     ) -> Task:
-        """A task from anything that gives rows, as `Task`, whose columns may have other names.
+        """Create a task from rows as `Task` does, with column names of your own.
 
         Args:
-            text, label: the columns that hold the input and its answer, where they have other names than usual. With
-                `label` alone rows of instruction,input stay what they are, and it names their output.
+            text, label: names of the input and answer columns, if not the usual ones. If only `label` is given, rows of
+                instruction,input keep their kind, and it names their output column.
 
         Raises:
-            InputError: as for `Task`, or a first row without such a column. WorkError: as for `Task`.
+            InputError: as for `Task`, or the first row lacks a named column.
+            WorkError: as for `Task`.
         """
         check_name(name)
         placed = ((f"row {i}", value) for i, value in enumerate(table_of(rows), 1))
@@ -145,20 +150,19 @@ class Task:
         known: Collection[str] = (),
         training: bool = True,
     ) -> Task:
-        """Read a task from csv, tsv, jsonl, json (all also .gz) or parquet, or from a pipe or stream of these.
+        """Read a task from csv, tsv, jsonl or json (each also .gz), from parquet, or from a pipe or stream.
 
         Args:
-            text, label: the columns that hold the input and its answer, where they have other names than usual.
-            delimiter, encoding: None means what the file shows; see `read_records`.
-            labels: the words that integer labels are the indices of, or a JSON file with a list of them. None means
-                `labels.json` beside the file, if its words are as many as the labels 0 to n - 1 of the file: a warning
-                says whether it is used.
-            known: the label words of a task that is learned already, whose rows these are: `labels.json` beside the
-                file is then used if it holds them.
+            text, label: names of the input and answer columns, if not the usual ones.
+            delimiter, encoding: as for `read_records`. Default: detected.
+            labels: names of integer labels, indexed from 0: a list, or a JSON file with one. Default: `labels.json`
+                beside the file, if the labels are exactly 0 to n - 1 for its n names. A warning says whether it is
+                used.
+            known: labels of the learned task that the rows belong to. `labels.json` is then used if it contains them.
 
         Raises:
-            InputError: no such file, an unknown format or encoding, no such column. WorkError: what is in it, naming
-            file and line.
+            InputError: there is no such file or column, or its format or encoding is unknown.
+            WorkError: the content is invalid. The message names file and line.
         """
         check_name(name)
         given = [column for column in (text, label) if column is not None]
@@ -181,7 +185,7 @@ class Task:
 
 
 def checked(task: Any, what: str) -> Task:
-    """The task. Raises InputError for anything else."""
+    """Return `task`; raise InputError if it is not a Task."""
     if not isinstance(task, Task):
         raise InputError(f"{what}: expected a Task, got a {type(task).__name__}; Task(name, rows) makes one")
     return task
@@ -195,13 +199,13 @@ def check_name(name: str) -> None:
 
 
 def rows_to_answer(rows: Iterable[Any], *, text: str | None = None) -> Iterator[Row]:
-    """The rows of whatever `Task` takes rows from, and of texts: a list, a pandas Series, an array of numpy.
+    """Parse rows to answer: anything `Task` takes rows from, or texts in a list, pandas Series or numpy array.
 
-    The label of a (text, label) pair, or of any other row, is not looked at.
+    Answers, such as the label of a (text, label) pair, are ignored.
 
     Raises:
-        InputError: a single text or row in place of several. WorkError: when that row is asked for, it cannot be read;
-        it is named by its number, from 1.
+        InputError: `rows` is a single text or row.
+        WorkError: when iteration reaches a row that cannot be read. The message gives its number, counted from 1.
     """
     return (_numbered(number, value, text) for number, value in enumerate(table_of(rows), 1))
 
@@ -216,9 +220,11 @@ def _numbered(number: int, value: Any, text: str | None) -> Row:
 def rows_of_file(
     path: str | Path, *, text: str | None = None, delimiter: str | None = None, encoding: str | None = None
 ) -> list[Row]:
-    """The rows of a file as `Task.from_file` has them, whether they have answers or not.
+    """Read the rows of a file as `Task.from_file` does, with or without answers.
 
-    Raises InputError or WorkError, which names file and line, for what cannot be read.
+    Raises:
+        InputError: as for `Task.from_file`.
+        WorkError: a row cannot be read. The message names file and line.
     """
     columns = [] if text is None else [text]
     rows = []
@@ -231,9 +237,10 @@ def rows_of_file(
 
 
 def identified(record: Record, *, text: str | None = None) -> tuple[Any, Row | WorkError]:
-    """A record's id, which is the number of its line unless it has one, and its row or what is wrong with it.
+    """Return a record's id (default: its line or row number) and its row, or the error that says what is wrong with it.
 
-    text: the column that holds the input, where it has another name than usual.
+    Args:
+        text: name of the input column, if not one of the usual names.
     """
     name: Any = record.place
     column = id_column(tuple(record.fields))
@@ -258,7 +265,7 @@ def _answered(
     label: str | None = None,
     free_text: bool | None = None,
 ) -> tuple[list[Row], bool]:
-    """Rows that all have answers, and whether these are free text; labels are written in one way."""
+    """Parse rows that must all have answers, and say whether these are free text. Labels get a uniform spelling."""
     rows: list[Row] = []
     kind = None
     for where, value in placed:
@@ -299,7 +306,7 @@ def _named(
     labels: str | Path | Sequence[str] | None,
     known: Collection[str],
 ) -> list[Row]:
-    """The rows with words for integer labels, where there is a list of them."""
+    """Replace integer labels by their names, if there is a list of names."""
     found = [row.target or "" for row in rows]
     if labels is not None:
         words = read_words(labels)

@@ -1,4 +1,4 @@
-"""Epochs of learning: their schedule, what a callback is told of each step, which epoch is kept, when they end."""
+"""Training epochs: learning rate schedule, step callbacks, choice of the best epoch, early stopping."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from slm_fast.options import LearnOptions, at_least_one
 
 @dataclass(frozen=True)
 class LearnStep:
-    """One optimiser step of learning, as `on_step` is told of it.
+    """One optimiser step, as passed to `on_step`.
 
     Attributes:
-        task: its name. step, steps: this step's number, from 1, and how many all epochs asked for have. epoch: from 1.
-        loss: the mean over the step's rows, or over the tokens of their answers where texts are written.
-        learning_rate: of the step, of the LoRA increments; a head's is higher (`LearnOptions.head_rate`).
-        valid_accuracy: at the end of an epoch, of a task whose head is learned with `valid`, else None.
-        valid_loss: at the end of an epoch, of a backbone that writes, the mean loss over the tokens, else None.
+        task: name of the task.
+        step, steps: number of this step, from 1, and total steps of all requested epochs.
+        epoch: number of the epoch, from 1.
+        loss: mean over the step's rows, or over the tokens of their answers for generated text.
+        learning_rate: of the LoRA increments in this step. A head's is higher (`LearnOptions.head_rate`).
+        valid_accuracy: accuracy on `valid` at the end of an epoch, for a task with a head. Otherwise None.
+        valid_loss: mean loss per token on `valid` at the end of an epoch, for a generating backbone. Otherwise None.
     """
 
     task: str
@@ -37,7 +39,7 @@ class LearnStep:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The numbers to log, by name: those that there are."""
+        """The values to log, by name, without those that are None."""
         named = {"loss": self.loss, "learning_rate": self.learning_rate, "epoch": self.epoch}
         more = {"valid_accuracy": self.valid_accuracy, "valid_loss": self.valid_loss}
         return named | {name: value for name, value in more.items() if value is not None}
@@ -49,8 +51,8 @@ OnStep = Callable[[LearnStep], object]
 def optimizer_and_schedule(
     parameters: Sequence[Tensor], options: LearnOptions, rows: int, head: Sequence[Tensor] = ()
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW over parameters and, at a rate of its own, a head's (weight [C, H], bias [C]), with a linear warm-up and
-    decay over all steps."""
+    """AdamW over the parameters and, at its own learning rate, a head (weight [C, H], bias [C]), with linear warm-up
+    and decay over all steps."""
     groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": options.learning_rate}]
     if head:
         groups.append({"params": list(head), "lr": options.head_rate(len(head[0]))})
@@ -63,7 +65,7 @@ def optimizer_and_schedule(
 
 
 class Best:
-    """The parameters after the epoch that did best on validation rows; before the first, as they began."""
+    """Keeps the parameters of the best epoch on validation rows; until then, the initial ones."""
 
     def __init__(self, parameters: Sequence[Tensor], patience: int | None) -> None:
         self.parameters, self.patience = parameters, patience
@@ -74,8 +76,7 @@ class Best:
         self.kept = [parameter.detach().clone() for parameter in self.parameters]
 
     def is_enough(self, score: float) -> bool:
-        """Take an epoch's score, the higher the better: whether `patience` epochs in a row were no better than the
-        best."""
+        """Take an epoch's score (higher is better). Returns whether `patience` epochs in a row were no better."""
         if score > self.score:
             self.score, self.worse = score, 0
             self._keep()
@@ -90,7 +91,7 @@ class Best:
 
 
 def checked_patience(patience: int | None, *, has_valid: bool) -> int | None:
-    """Raises InputError for what is no number of epochs, or goes without validation rows."""
+    """Return `patience`; raise InputError if it is invalid, or given without validation rows."""
     if patience is None:
         return None
     if not has_valid:
@@ -99,7 +100,7 @@ def checked_patience(patience: int | None, *, has_valid: bool) -> int | None:
 
 
 def checked_callback(on_step: OnStep | None) -> OnStep | None:
-    """Raises InputError for what cannot be called."""
+    """Return `on_step`; raise InputError if it is not callable."""
     if on_step is not None and not callable(on_step):
         raise InputError(f"on_step: expected a function of one LearnStep, got a {type(on_step).__name__}")
     return on_step

@@ -1,4 +1,4 @@
-"""How well tasks are answered and told apart, and what learning more of them does to the earlier ones."""
+"""Accuracy, routing accuracy, and how much learning further tasks makes a model forget."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from slm_fast.tasks import LearnedTask
 
 @dataclass(frozen=True)
 class Evaluation:
-    """accuracy and routing by task, shares of 0 to 1.
+    """Accuracy and routing accuracy by task, as fractions from 0 to 1.
 
-    accuracy: rows answered with the right label, or with exactly the right text, as the tokenizer writes it. routing:
-    rows taken for the right task. average: the mean accuracy over tasks.
+    Attributes:
+        accuracy: rows answered with the correct label, or with exactly the correct text as the tokenizer writes it.
+        routing: rows assigned to the correct task.
+        average: mean accuracy over tasks.
     """
 
     accuracy: dict[str, float]
@@ -34,7 +36,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Marked:
-    """A row of a task and its answer. right: whether the answer is the row's, as `Evaluation` says."""
+    """A row of a task with its prediction. `right`: whether that is correct, as `Evaluation` defines it."""
 
     task: str
     row: Row
@@ -50,9 +52,13 @@ def evaluate(
     with_task_id: bool = False,
     progress: bool | None = None,
 ) -> Evaluation:
-    """Answer the rows of all tasks as one mixed stream and count. `with_task_id` gives each row its task (SLM-TI).
+    """Answer the rows of all tasks as one mixed stream and compute accuracies.
 
-    Raises as `mark`.
+    Args:
+        with_task_id: give each row its oracle task ID (the paper's SLM-TI).
+
+    Raises:
+        InputError, WorkError: as for `mark`.
     """
     return tally(mark(model, tasks, options, with_task_id=with_task_id, progress=progress))
 
@@ -65,10 +71,11 @@ def mark(
     with_task_id: bool = False,
     progress: bool | None = None,
 ) -> list[Marked]:
-    """The rows of all tasks, in order, with their answers.
+    """Answer the rows of all tasks, in order, and mark each answer as right or wrong.
 
     Raises:
-        InputError: no tasks, or one that is not learned. WorkError: a row's label is not one of the task's.
+        InputError: there are no tasks, or one is not learned.
+        WorkError: a row's label is not one of the task's.
     """
     if not tasks:
         raise InputError("evaluate: no tasks given")
@@ -87,10 +94,10 @@ def mark(
         rows += task.rows
         names += [name] * len(task.rows)
     predictions = predict(model, rows, options, task=names if with_task_id else None, progress=progress)
-    targets: dict[str, str] = {}  # as they are written
+    targets: dict[str, str] = {}  # as the tokenizer writes them
     if model.backbone.kind != "encoder":
         texts = sorted({row.target or "" for row in rows})
-        longest = options.max_new_tokens + 2  # more than is ever written
+        longest = options.max_new_tokens + 2  # more than is ever generated
         targets = dict(zip(texts, model.backbone.tokenization.written(texts, longest), strict=True))
     marked = []
     for name, row, prediction in zip(names, rows, predictions, strict=True):
@@ -104,7 +111,7 @@ def mark(
 
 
 def tally(marked: Sequence[Marked]) -> Evaluation:
-    """Accuracy and routing of rows answered, tasks in the order in which they come."""
+    """Accuracy and routing accuracy of marked rows, with tasks in order of appearance."""
     rows = Counter(one.task for one in marked)
     right = Counter(one.task for one in marked if one.right)
     routed = Counter(one.task for one in marked if one.prediction.task == one.task)
@@ -114,7 +121,7 @@ def tally(marked: Sequence[Marked]) -> Evaluation:
 
 
 def as_task(learned: LearnedTask | None, name: str, source: Any) -> Task:
-    """Rows to be marked, from a Task, a file or rows; `learned`, the task of that name, says how labels are written."""
+    """Make a Task for evaluation from a Task, a file or rows. `learned` is the learned task, for its labels."""
     if isinstance(source, Task):
         return source
     if isinstance(source, (str, Path)):
@@ -126,7 +133,11 @@ def as_task(learned: LearnedTask | None, name: str, source: Any) -> Task:
 def forgetting(history: Sequence[Mapping[str, float]]) -> list[float]:
     """F_k = mean over j < k of (max over l < k of a[l, j]) - a[k, j], after each task k (Chaudhry et al. 2018).
 
-    history: the accuracy by task after each task was learned, in learning order; 0.0 for the first.
+    Args:
+        history: accuracy by task, after each task was learned, in learning order.
+
+    Returns:
+        One value per task; 0.0 for the first.
     """
     result = [0.0]
     for k in range(1, len(history)):

@@ -1,4 +1,4 @@
-"""Writing an answer to each of many prompts: a loop over the scheduler, or transformers' own `generate`."""
+"""Text generation for many prompts: a loop over the scheduler, or transformers' own `generate`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from slm_fast.tokenization import Encoded
 
 @dataclass(frozen=True)
 class Written:
-    """Answers to N prompts.
+    """Generated answers to N prompts.
 
     Attributes:
-        texts, tokens, scores: of each; the score is the mean probability of its tokens.
-        finish_reasons: of each, "stop" or "length" (see `Generated`), or "error".
-        route: [N, K] that they were written on.
-        failed: rows whose query is not finite; their texts and routes are empty.
+        texts, tokens: generated text of each row, and its token ids.
+        scores: mean probability of each row's tokens.
+        finish_reasons: "stop" or "length" (see `Generated`), or "error", of each row.
+        route: [N, K] that the rows were generated with.
+        failed: rows whose query is not finite. Their texts and routes are empty.
     """
 
     texts: list[str]
@@ -53,19 +54,20 @@ def generate(
     report: Report | None = None,
     enough: Callable[[Sequence[int]], bool] | None = None,
 ) -> Written:
-    """Write an answer to each of N prompts.
+    """Generate an answer to each of N prompts.
 
     Args:
-        batch: [N, T], padded on the left for causal backbones.
-        seeds: one for each row, so that what is sampled for it does not depend on the rows it runs with.
+        batch: [N, T], left-padded for causal backbones.
+        seeds: one per row, so that its samples do not depend on the rows it runs with.
         max_rows: how many rows run together.
-        route: [N, K] found ahead; None: found in the prefill, among `slot_mask` [N, P], with `options.abstain`.
-        ends: tokens that end the text of each row, beside the backbone's; () for none.
-        report: told how many rows have just ended.
-        enough: whether the tokens written so far are all that is wanted of a row, which then stops there. Rows that go
-            to transformers' `generate` do not ask it.
+        route: [N, K], if known. None: found in the prefill, among `slot_mask` [N, P], with `options.abstain`.
+        ends: further end tokens of each row, besides the backbone's; () for none.
+        report: called with the number of rows that have just ended.
+        enough: called with a row's tokens so far; stops the row if it returns True. Not called for rows that go to
+            transformers' `generate`.
 
-    Raises InputError where the backbone embeds fewer positions than the answers may come to.
+    Raises:
+        InputError: the answers may need more positions than the backbone embeds.
     """
     report = report or (lambda _: None)
     limit, before = model.backbone.learned_positions, 1
@@ -94,9 +96,9 @@ def generate(
 
 
 def is_plain(model: AdaptedModel, longest: int) -> bool:
-    """Whether the scheduler does for this checkpoint what transformers' generate would.
+    """Whether the scheduler generates what transformers' `generate` would for this checkpoint.
 
-    It knows no settings of a generation_config but those that are overruled (no repetition penalty, no forced tokens).
+    It supports only generation_config settings that are overridden anyway (no repetition penalty, no forced tokens).
     """
     lm = model.backbone.model
     window = getattr(lm.config, "sliding_window", None)
@@ -109,7 +111,7 @@ def is_plain(model: AdaptedModel, longest: int) -> bool:
 
 
 def _longest_first(batch: Encoded) -> tuple[list[int], list[int]]:
-    """The lengths of its rows, and their order of turns."""
+    """The lengths of the rows, and the rows in order of decreasing length."""
     lengths: list[int] = batch.attention_mask.sum(1).tolist()
     return lengths, sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
@@ -174,11 +176,11 @@ def _with_transformers(
     ends: Sequence[Collection[int]],
     report: Report,
 ) -> list[Generated]:
-    """Rows from beginning to end with transformers' generate: for beams, unusual settings and families that the
-    scheduler cannot serve."""
+    """Generate whole rows with transformers' `generate`: for beam search, unusual settings, and families that the
+    scheduler does not support."""
     lengths, order = _longest_first(batch)
     found, waiting = [Generated() for _ in lengths], deque(order)
-    most = 1 if options.sample else max_rows  # transformers draws for a whole batch from one source of chance
+    most = 1 if options.sample else max_rows  # transformers samples a whole batch with one generator
     while waiting:
         rows = [waiting.popleft() for _ in range(min(most, len(waiting)))]
         width, causal = max(lengths[i] for i in rows), model.backbone.kind == "causal"
@@ -189,8 +191,8 @@ def _with_transformers(
         try:
             own = [ends[i] for i in rows] if ends else [()] * len(rows)
             written = _generated(model, encoded, options, seeds[min(rows)], known, allowed, own)
-        except NotFinite as error:  # the others wait again
-            beams = options.beams if causal else 1  # T5's encoder knows none
+        except NotFinite as error:  # the others go back to the queue
+            beams = options.beams if causal else 1  # T5's encoder has no beams
             failed = rows[error.row // beams]
             found[failed].finish_reason = "error"
             waiting.extendleft(row for row in reversed(rows) if row != failed)
@@ -214,7 +216,7 @@ def _generated(
     lm, tokenizer, kind = model.backbone.model, model.backbone.tokenizer, model.backbone.kind
     settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "num_beams": options.beams}
     settings["do_sample"] = options.sample
-    if options.sample:  # logits that are no numbers are seen by the score; they must not stop the draw
+    if options.sample:  # NaN logits show in the score and must not break sampling
         settings |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
         settings |= {"remove_invalid_values": True}
     with torch.random.fork_rng(enabled=options.sample):
@@ -253,7 +255,7 @@ def _generated(
 
 
 def _together(model: AdaptedModel, routes: Sequence[Route | None]) -> Route:
-    """The rows' routes [N, K]; an empty one where there is none."""
+    """Stack the rows' routes to [N, K], with an empty route for rows that have none."""
     if not routes:
         return model.empty_route(0)
     empty = model.empty_route(1)

@@ -1,7 +1,8 @@
-"""What users set: how a model is put together, how a task is learned, how rows are answered.
+"""Options for building a model, learning a task and predicting.
 
-Each kind is a frozen dataclass; the functions that take one also accept its fields as keywords. `LearnKeywords` and the
-like spell these out for type checkers, and a test holds them to the fields. This module imports no torch.
+Each kind is a frozen dataclass. Functions that take one also accept its fields as keyword arguments, which
+`LearnKeywords` and the other TypedDicts declare for type checkers (a test keeps them in sync). This module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from slm_fast.errors import InputError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# The largest of what is counted: far more than anybody uses, and little enough to be tried.
+# Upper limits: far above any practical use, yet small enough to be tried.
 LARGEST = {
     "layer": 10_000,
     "k": 1024,
@@ -40,7 +41,7 @@ LARGEST = {
     "beams": 1024,
     "seed": (1 << 63) - 1,
 }
-TEMPERATURES = (1e-4, 1e4)  # outside of these float32 has no probabilities left
+TEMPERATURES = (1e-4, 1e4)  # beyond these, float32 probabilities degenerate
 
 Options = TypeVar("Options", bound="DataclassInstance")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -48,25 +49,25 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """How a model is put together. It is part of a store and the same for all its tasks.
+    """Configuration of a model. It is saved in the store and shared by all of its tasks.
 
     Attributes:
-        query: "trunk" (the backbone's own early hidden states) or "sentence" (a second, frozen sentence encoder).
-        router: "gaussian" (linear discriminant analysis) or "dtkr" (grouped cosine to learned keys, the paper's).
-        taps: layers that the trunk query reads; None means chosen from the backbone's depth.
-        encoder: model of the sentence query; None means the paper's.
-        targets: linear layers that carry LoRA increments, in the words of the backbone's family; None means query,
-            value, out, up, down, as far as it has them.
-        first_layer: the lowest layer that carries them; None means the last tap.
-        k: slots retrieved for an input; None means 2 (gaussian) or 4 (dtkr).
-        groups, aggregate: of the dtkr router; "mean" or "vote".
-        temperature: of the gaussian router's weights.
-        features: random ReLU features that the gaussian router adds to a query, which then reads maxima over tokens,
-            too; None means twice the query's width, at most 2,048; 0 with dtkr.
-        route_on: "input" (a row's instruction does not help routing) or "prompt".
-        max_length: tokens read of an input; None means 256, or fewer where the backbone holds fewer.
-        chat_template: of a causal chat model: write each row as a user's turn (its instruction as the system's) in the
-            tokenizer's chat template, or in the one given (Jinja). A store keeps it.
+        query: "trunk" (hidden states of early backbone layers) or "sentence" (a separate, frozen sentence encoder).
+        router: "gaussian" (linear discriminant analysis) or "dtkr" (the paper's: grouped cosine to learned keys).
+        taps: layers whose hidden states form the trunk query. Default: chosen from the backbone's depth.
+        encoder: model of the sentence query. Default: the paper's.
+        targets: linear layers to adapt, by the names of the backbone's family. Default: those of query, value, out, up
+            and down that it has.
+        first_layer: lowest layer to adapt. Default: the last tap, or the middle layer with query="sentence".
+        k: number of slots retrieved per input. Default: 2 (gaussian) or 4 (dtkr).
+        groups, aggregate: number of key groups of the dtkr router, and how it combines them: "mean" or "vote".
+        temperature: softmax temperature of the gaussian router's weights.
+        features: number of random ReLU features that the gaussian router adds to the query. Unless 0, the trunk query
+            also includes maxima over tokens. Default: twice the query width, at most 2,048; 0 with dtkr.
+        route_on: text used for routing: "input" (without the row's instruction) or "prompt" (with it).
+        max_length: maximum tokens read per input. Default: 256, or the backbone's limit if that is lower.
+        chat_template: for causal chat models: format each row as a user turn (its instruction as the system turn) with
+            the tokenizer's chat template, or with the given Jinja template. Saved in the store.
     """
 
     query: str = "trunk"
@@ -118,23 +119,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LearnOptions:
-    """How a task is learned.
+    """Options for learning a task.
 
     Attributes:
-        epochs: None means 3, and for a small task as many as make 120 steps, at most 20.
-        batch_size: rows of one optimiser step.
-        learning_rate: the peak of a linear warm-up and decay. The head of an encoder-only backbone learns three times
-            as fast, one of more than 24 labels faster still (`head_rate`).
-        rank: r of the task's LoRA increments.
-        slots: S, the slots the task brings; None means 1 (gaussian) or 4 (dtkr, as the paper).
-        seed: everything random is drawn from it and the task's name.
-        max_length: tokens read of an input; None means the model's.
-        joint: train on routes over all tasks' slots, as the paper does, rather than over the task's own.
-        warm_start: begin at the values of a task that is learned already, rather than anew: True (the one that most of
-            the training rows would be routed to, if there is any) or its name. They then depend on that task's.
-        weight_decay: of AdamW. warmup: the share of all steps that warm up.
-        accumulate: gradient accumulation: a step's gradients are computed in so many parts, to save memory.
-        autocast: compute in bfloat16 though the weights are float32; queries, values and optimiser stay as they are.
+        epochs: number of epochs. Default: 3, or for a small task as many as give 120 steps, at most 20.
+        batch_size: rows per optimiser step.
+        learning_rate: peak of a schedule with linear warm-up and decay. The head of an encoder-only backbone uses three
+            times this rate, and more if it has over 24 labels (`head_rate`).
+        rank: LoRA rank r of the task.
+        slots: number of slots S of the task. Default: 1 (gaussian) or 4 (dtkr, as in the paper).
+        seed: random seed, combined with the task's name.
+        max_length: maximum tokens read per input. Default: the model's.
+        joint: train on routes over the slots of all tasks, as in the paper, instead of the task's own.
+        warm_start: initialise the LoRA values from a learned task: the one named or, if True, the one that most
+            training rows would be routed to (if any). The result then depends on that task.
+        weight_decay: weight decay of AdamW.
+        warmup: fraction of all steps used for warm-up.
+        accumulate: gradient accumulation: number of parts in which a step's gradients are computed, to save memory.
+        autocast: compute in bfloat16 with float32 weights; queries, LoRA values and optimiser state are unaffected.
     """
 
     epochs: int | None = None
@@ -163,31 +165,31 @@ class LearnOptions:
             _switches(self, "warm_start", otherwise=" or a task's name")
 
     def head_rate(self, labels: int) -> float:
-        """The peak of the learning rate of a head of so many labels. The more there are, the fewer of a step's rows are
-        any one label's."""
+        """Peak learning rate of a head with `labels` labels. It grows with their number, since each label then has
+        fewer of a step's rows."""
         return self.learning_rate * max(3, min(10, labels / 8))
 
     def epochs_for(self, rows: int) -> int:
-        """Epochs over so many rows."""
+        """Number of epochs for a task of `rows` rows."""
         return self.epochs or max(3, min(20, math.ceil(120 / math.ceil(rows / self.batch_size))))
 
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """How rows are answered.
+    """Options for prediction.
 
     Attributes:
-        batch_size: rows of a batch at most.
-        batch_tokens: tokens of a batch at most, padding and new tokens included; None means what suits the device.
-        max_new_tokens: of a generated answer.
-        top_k: how many labels `Prediction.probabilities` gives, the most probable first; None means all.
-        head: "mixed" weighs the heads of all tasks on the route, "winner" uses the best task's.
-        abstain: answer with the bare backbone (or no task) when a row is farther from its task than this share of the
-            task's training rows; True means 0.99.
-        distance: give each prediction's `distance` without `abstain`, too, for a threshold of one's own.
+        batch_size: maximum rows per batch.
+        batch_tokens: token budget per batch, including padding and generated tokens. Default: depends on the device.
+        max_new_tokens: maximum tokens of a generated answer.
+        top_k: number of labels in `Prediction.probabilities`, most probable first. None: all labels.
+        head: "mixed" mixes the heads of all tasks on the route by weight; "winner" uses the best task's head alone.
+        abstain: treat a row as out-of-distribution if it is farther from its task than this fraction of the task's
+            training rows, and answer it with the bare backbone (or no task). True means 0.99.
+        distance: also set `Prediction.distance` without `abstain`, for a threshold of your own.
         bare: always answer with the bare backbone.
-        sample, temperature, top_p, seed: draw generated text (nucleus sampling) rather than take the likeliest token.
-        beams: beam search over so many hypotheses.
+        sample, temperature, top_p, seed: generate text by nucleus sampling instead of greedy decoding.
+        beams: number of beams for beam search.
     """
 
     batch_size: int | None = None
@@ -217,16 +219,16 @@ class PredictOptions:
 
     @property
     def abstain_share(self) -> float | None:
-        """The share of training rows that `abstain` means; None when rows are never abstained from."""
+        """The `abstain` threshold as a fraction; None if abstention is off."""
         return None if self.abstain is False else 0.99 if self.abstain is True else float(self.abstain)
 
     @property
     def measures(self) -> bool:
-        """Whether distances are asked for."""
+        """Whether distances are needed."""
         return self.distance or self.abstain_share is not None
 
 
-# Checks. What numpy or a configuration file gives as a number of another type becomes Python's own.
+# Validation. Numbers of numpy or from a configuration file become plain Python numbers.
 
 
 def _word(options: Any, name: str, *choices: str) -> None:
@@ -245,8 +247,11 @@ def _integers(options: Any, *names: str, least: int = 1, optional: bool = False)
 
 
 def at_least_one(name: str, value: Any, what: str = "an integer or None", least: int = 1) -> int:
-    """An integer of any type, from `least` to the largest that `LARGEST` has of this name, as Python's own. Raises
-    InputError, with the words `what` for it."""
+    """Return `value`, an integer of any type, as a Python int.
+
+    Raises:
+        InputError: it is not an integer (expected: `what`), below `least`, or above `LARGEST[name]`.
+    """
     number = _whole(value)
     if number is None:
         raise InputError(f"{name}: expected {what}, got {reprlib.repr(value)}")
@@ -258,7 +263,7 @@ def at_least_one(name: str, value: Any, what: str = "an integer or None", least:
 
 
 def _whole(value: Any) -> int | None:
-    """An integer of any type (but a truth value) as Python's own; None for anything else."""
+    """Return an integer of any type except bool as a Python int, and None for anything else."""
     if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
         return None
     try:
@@ -277,11 +282,11 @@ def _layer(name: str, value: Any) -> int:
 def _listed(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise InputError(f"{name}: expected a list, got {reprlib.repr(value)}")
-    return tuple(dict.fromkeys(value))  # each once
+    return tuple(dict.fromkeys(value))  # without duplicates
 
 
 def _numbers(options: Any, name: str, least: float, most: float, *, above: bool = False, otherwise: str = "") -> None:
-    """A number from `least` (which it must exceed, if `above`) to `most`."""
+    """Check that a field is a number from `least` (excluded if `above`) to `most`, and make it a float."""
     value = getattr(options, name)
     number = math.nan
     if isinstance(value, Real) and not isinstance(value, bool):
@@ -296,13 +301,13 @@ def _numbers(options: Any, name: str, least: float, most: float, *, above: bool 
 def _switches(options: Any, *names: str, otherwise: str = "") -> None:
     for name in names:
         value = getattr(options, name)
-        if type(value).__name__ not in ("bool", "bool_"):  # the other is numpy's
+        if type(value).__name__ not in ("bool", "bool_"):  # bool_ is numpy's
             said = f"True, False{otherwise}" if otherwise else "True or False"
             raise InputError(f"{name}: expected {said}, got {reprlib.repr(value)}")
         object.__setattr__(options, name, bool(value))
 
 
-# The same fields as keywords.
+# The same fields as keyword arguments.
 
 
 class ModelKeywords(TypedDict, total=False):
@@ -355,9 +360,10 @@ class PredictKeywords(TypedDict, total=False):
 
 
 def combine(kind: type[Options], options: Options | None, keywords: Mapping[str, Any]) -> Options:
-    """These options (None: the defaults) with what the keywords change.
+    """Return `options` (the defaults if None) with the fields given as keywords replaced.
 
-    Raises InputError for a keyword that is no field, or a value that does not fit.
+    Raises:
+        InputError: a keyword is not a field, or a value is invalid.
     """
     names = [field.name for field in fields(kind)]
     unknown = sorted(keywords.keys() - set(names))
@@ -369,8 +375,8 @@ def combine(kind: type[Options], options: Options | None, keywords: Mapping[str,
 
 
 def shows(kind: type[DataclassInstance]) -> Callable[[Function], Function]:
-    """Show the fields of an options class in the signature of a function that takes them as `**keywords`: in `help()`,
-    in a notebook's completion, in the documentation."""
+    """Decorator for a function that takes the fields of an options class as `**keywords`: lists them in its signature,
+    for `help()`, notebook completion and the documentation."""
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)

@@ -1,4 +1,4 @@
-"""Answering: mixed batches of any tasks in any order, with no task-ID."""
+"""Prediction: mixed batches of any tasks, in any order, without task IDs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from slm_fast.windows import TaskID, Window, windows_of
 
 @dataclass(frozen=True)
 class RouteTaken:
-    """Which slots adapted the backbone for a row: ids in the pool, the tasks they belong to, and their weights."""
+    """The slots that adapted the backbone for a row: ids in the pool, the tasks they belong to, and weights."""
 
     slots: tuple[int, ...]
     tasks: tuple[str, ...]
@@ -41,19 +41,19 @@ class Prediction:
     """The answer to one row.
 
     Attributes:
-        task: the task it was taken for; None when the row was abstained from.
-        label: the answer as a label word; None when it is free text, or an encoder-only model abstained.
-        text: what a generating backbone wrote, else None.
-        score: the answer's probability, for text the mean over its tokens.
-        route: which slots adapted the backbone.
-        probabilities: of an encoder-only backbone's `top_k` labels, the most probable first; those of probability 0 are
-            left out. None for text.
-        truncated: the input was cut to max_length.
-        distance: how unlike its task the row is: the share of the task's training rows that are nearer to it, more than
-            1 beyond all of them. A row whose distance exceeds `abstain` is abstained from. None unless `abstain` or
-            `distance` asks for it.
-        finish_reason: of a written text (which may be a label word): "stop" where it ended, "length" where it was cut
-            at max_new_tokens. None where nothing was written.
+        task: the task the row was assigned to; None if it was abstained from.
+        label: predicted label; None for free text, or if an encoder-only model abstained.
+        text: generated text; None if nothing was generated.
+        score: probability of the answer; for generated text, the mean over its tokens.
+        route: the slots that adapted the backbone.
+        truncated: whether the input was cut to max_length.
+        probabilities: probabilities of the `top_k` labels of an encoder-only backbone, most probable first, without
+            zeros. None for text.
+        finish_reason: of generated text (which may be a label): "stop" if it ended, "length" if it was cut at
+            max_new_tokens. None if nothing was generated.
+        distance: how far the row is from its task: the fraction of the task's training rows that are nearer, or more
+            than 1 beyond all of them. Rows with a distance above `abstain` are abstained from. None unless `abstain` or
+            `distance` is set.
     """
 
     task: str | None
@@ -82,10 +82,14 @@ def predict(
     task: str | Sequence[str] | None = None,
     progress: bool | None = False,
 ) -> list[Prediction]:
-    """Answer rows of any tasks. `task` (one name, or one for each row) masks the pool to that task: a given task-ID.
+    """Answer rows of any tasks.
+
+    Args:
+        task: oracle task ID, one for all rows or one per row. It masks the pool to that task.
 
     Raises:
-        InputError: an unknown task, or no task learned yet. WorkError: a row's query is not finite.
+        InputError: a task is unknown, or none is learned yet.
+        WorkError: a row cannot be answered, such as one whose query is not finite.
     """
     if task is not None and not isinstance(task, str):
         try:
@@ -103,7 +107,7 @@ def predict(
 def predict_stream(
     model: AdaptedModel, rows: Iterable[Row], options: PredictOptions, *, task: str | None = None
 ) -> Iterator[Prediction]:
-    """Answers in the order of the rows, holding no more than two windows of them."""
+    """Yield answers in the order of the rows, holding at most two windows of rows in memory."""
     yield from _good(answer(model, windows_of(rows, task), options))
 
 
@@ -118,7 +122,7 @@ def _good(windows: Iterable[list[Answer]]) -> Iterator[Prediction]:
 
 
 def probabilities(answers: Sequence[Prediction], words: Sequence[str]) -> NDArray[np.float32]:
-    """The probabilities of answers that give those of all labels, [N, C] float32, C in the order of these words."""
+    """Label probabilities of answers with `top_k=None`, [N, C] float32, columns in the order of `words`."""
     column = {word: i for i, word in enumerate(words)}
     found = np.zeros((len(answers), len(words)), np.float32)
     for row, answer in zip(found, answers, strict=True):
@@ -130,10 +134,13 @@ def probabilities(answers: Sequence[Prediction], words: Sequence[str]) -> NDArra
 def answer(
     model: AdaptedModel, windows: Iterable[Window | None], options: PredictOptions, report: Report | None = None
 ) -> Iterator[list[Answer]]:
-    """The answers of each window, in order; a row that fails has its error there. `report` is told of rows done.
+    """Yield the answers of each window, in order. A row that fails has its error as its answer.
 
-    A thread tokenises the next window and makes its batches while this one is answered. Which rows share a batch
-    follows from the windows and the options alone, so answering the same input again gives the same bits.
+    A thread tokenises and batches the next window while this one is answered. Batches depend on the windows and options
+    alone, so answering the same input again gives the same bits.
+
+    Args:
+        report: called with the number of rows just done.
     """
     with ThreadPoolExecutor(1, "tokenise") as worker:
 
@@ -146,10 +153,10 @@ def answer(
 def in_order(
     windows: Iterable[Window | None], begin: Callable[[Window], Begun], end: Callable[[Begun], Ended], most: int
 ) -> Iterator[Ended]:
-    """What windows come to, in order, where `most` are begun before the first of them is ended.
+    """Yield the result of each window, in order, beginning up to `most` windows before the first one is ended.
 
-    None among the windows says that the next one may be long in coming: those before it are ended first. So are they
-    where reading fails.
+    A None among the windows announces a possible wait for the next one: those begun before it are ended first. The same
+    happens if reading fails.
     """
     waiting: deque[Begun] = deque()
     windows, failed, more = iter(windows), None, True
@@ -162,10 +169,10 @@ def in_order(
                     pause = True
                 else:
                     waiting.append(begin(window))
-                del window  # its texts may be long, and are not needed once they are tokens
+                del window  # texts may be long, and are not needed once tokenised
         except StopIteration:
             more = False
-        except Exception as error:  # what was read before it is answered first
+        except Exception as error:  # rows read before the error are answered first
             failed, more = error, False
         while len(waiting) == most or (waiting and (pause or not more)):
             yield end(waiting.popleft())
@@ -180,7 +187,7 @@ def answer_batch(
     options: PredictOptions,
     task: TaskID = None,
 ) -> list[Answer]:
-    """The answers to rows that are tokens already, passed together. task: one name, or one for each row."""
+    """Answer tokenised rows in one batch. `task` is one name, or one for each row."""
     batch = Batch(list(range(len(rows))), list(rows), model.collate(readings))
     return _answers(model, Ready(0, len(rows), task, {}, [batch]), options, None)
 
@@ -188,7 +195,7 @@ def answer_batch(
 def answer_written(
     model: AdaptedModel, row: Row, reading: Reading, written: Written, distance: Tensor | None
 ) -> Answer:
-    """The answer that a text is, written for one row. distance: [1]"""
+    """The answer for one row whose text has been generated. `distance` is [1]."""
     passed = passed_texts(model, Batch([0], [row], model.collate([reading])), written, distance)
     return WorkError(NOT_FINITE) if written.failed else next(_predictions(model, passed))
 
@@ -199,7 +206,7 @@ def _answers(model: AdaptedModel, window: Ready, options: PredictOptions, report
     report = report or (lambda _: None)
     report(len(answers))
     passed: list[Passed] = []
-    with model.lock:  # the tasks stay the same for a window
+    with model.lock:  # tasks must not change within a window
         waiting = list(reversed(window.batches))
         while waiting:
             batch = waiting.pop()
@@ -207,7 +214,7 @@ def _answers(model: AdaptedModel, window: Ready, options: PredictOptions, report
                 continue
             try:
                 passed += pass_batch(model, window, batch, options, report)
-            except NotFinite as error:  # a row that fails does not take its batch with it
+            except NotFinite as error:  # a failing row does not fail its batch
                 answers[batch.places[error.row]] = WorkError(NOT_FINITE)
                 waiting.append(batch.without(error.row))
                 report(1)
@@ -240,7 +247,7 @@ def _predictions(model: AdaptedModel, passed: Passed) -> Iterator[Answer]:
             yield Prediction(None, None, None, 0.0, route, truncated, {}, distance=distance)
         elif not all(map(isfinite, (score[0], *route.weights))):
             yield WorkError(NO_SCORE)
-        elif text is not None:  # a text that is one of the task's label words is a label
+        elif text is not None:  # a generated text may be one of the task's labels
             label = None if task is None else model.label_of(task, text)
             yield Prediction(
                 name, label, text, score[0], route, truncated, finish_reason=finish_reason, distance=distance

@@ -1,4 +1,4 @@
-"""Answers to a file or stream of rows: JSON Lines (or Parquet), in order; an interrupted run is taken up again."""
+"""Answers to a file or stream of rows, in order, as JSON Lines or Parquet. Interrupted runs can be resumed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Sink = Path | IO[str]
 
 @dataclass(frozen=True)
 class FileAnswered:
-    """What became of a file: how many rows were answered before (an interrupted run) and now, and how many failed."""
+    """Row counts: answered before (by an interrupted run), answered now, and failed in either."""
 
     before: int
     answered: int
@@ -45,7 +45,7 @@ class FileAnswered:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a source is read, where that is not plain from it: see `read_records`. text: the column of the input."""
+    """How to read a source, if not detected: see `read_records`. `text` is the name of the input column."""
 
     format: str | None = None
     delimiter: str | None = None
@@ -65,7 +65,7 @@ def check_paths(
     reading: Reading | None = None,
     shard: tuple[int, int] | None = None,
 ) -> None:
-    """Raise InputError where reading `source` and writing `sink` cannot be right; nothing is opened for writing."""
+    """Raise InputError if `source` cannot be read or `sink` cannot be written. Opens nothing for writing."""
     if isinstance(source, io.TextIOBase):
         raise InputError("source: expected a binary stream, got one of text")
     for name, given, method in (("source", source, "readline"), ("sink", sink, "write")):
@@ -98,12 +98,12 @@ def check_paths(
 
 @dataclass(frozen=True)
 class Answering:
-    """Who answers windows, with tasks that stay the same meanwhile: a model here, or several elsewhere.
+    """Answers windows of rows with a fixed set of tasks: a local model, or several remote ones.
 
     Attributes:
-        tasks: the names of those that are known.
-        about: what, beside the input, decides every byte of the answers; None: a run is never taken up again.
-        answer: the answers of each window, in order, as `slm_fast.predict.answer`.
+        tasks: names of the known tasks.
+        about: everything besides the input that determines the bytes of the answers. None: runs cannot be resumed.
+        answer: yields the answers of each window, in order, like `slm_fast.predict.answer`.
     """
 
     tasks: Sequence[str]
@@ -112,8 +112,11 @@ class Answering:
 
     @classmethod
     def of(cls, model: AdaptedModel, options: PredictOptions, files: Mapping[str, str] | None) -> Answering:
-        """A model with the tasks that it knows now, in this thread. files: the SHA-256 of each one's file; an
-        interrupted run is only taken up over the same ones. None: never."""
+        """A local model with the tasks it knows now, in this thread.
+
+        Args:
+            files: SHA-256 of each task's file; an interrupted run is resumed only if they are the same. None: never.
+        """
         about = None if files is None else what_decides(model, options, files)
         return cls(model.pool.names, about, lambda windows, report: answer(model, windows, options, report))
 
@@ -133,22 +136,23 @@ def predict_file(
 ) -> FileAnswered:
     """Answer each row of `source` and write an answer or an error to `sink`, in order.
 
-    Memory is bounded by two windows, of 1,024 rows or 8 MB of text, whatever the input's size (with several models, two
-    for each). What a program writes to a pipe is answered as soon as it pauses.
+    Memory is bounded by two windows (1,024 rows or 8 MB of text each), or two per model if there are several, whatever
+    the input's size. Rows that a program writes to a pipe are answered as soon as it pauses.
 
     Args:
-        source: a file of any format that tasks are learned from, a pipe, or a binary stream. sink: a file or pipe that
-            gets JSON Lines (.gz too), or a text stream. The same call again goes on where an interrupted one stopped,
-            if both are files. A .parquet file is there once all is answered, and is not gone on with.
-        reading: how `source` is read, where that is not plain from it.
-        task: take every row for this task.
-        shard: (i, n): answer the i-th of n parts of a file, i from 1. A part is a run of whole windows, so that the
-            parts' outputs, one behind the other, are that of the whole file to the byte.
+        source: a file in any format that tasks are read from, a pipe, or a binary stream.
+        sink: a file or pipe for JSON Lines (.gz, too), a .parquet file, or a text stream. If source and sink are files,
+            repeat an interrupted call to resume it. A .parquet file appears once complete and cannot be resumed.
+        reading: how to read `source`, if not detected.
+        task: oracle task ID for all rows.
+        shard: (i, n): answer the i-th of n parts of a file, i from 1. Parts consist of whole windows, so their
+            concatenated outputs equal that of the whole file byte for byte.
         strict: stop at the first bad row.
-        overwrite: replace an output that is there.
+        overwrite: replace an existing output.
 
     Raises:
-        InputError: a path, the task, or an output of another run. WorkError: a bad row, if strict; a disk that is full.
+        InputError: a path or the task is invalid, or the output belongs to another run.
+        WorkError: a bad row with `strict`, or the disk is full.
     """
     reading = reading or Reading()
     check_paths(source, sink, overwrite=overwrite, reading=reading, shard=shard)
@@ -179,12 +183,12 @@ def predict_file(
         before, failed = (output.rows, output.failed) if output else (0, 0)
         if output and output.bad and strict:
             raise _bad_row(source, output.bad)
-        ids: deque[Any] = deque()  # of the rows that were read and not answered yet
+        ids: deque[Any] = deque()  # of rows read but not answered yet
         windows = _windows(source, reading, task, ids, stack)
         if shard is not None and mine is not None:
             windows = _part(windows, mine, ids, is_last=shard[0] == shard[1])
         windows, start = _behind(windows, first + before, ids)
-        part, answered = first + before - start, 0  # rows of a window begun are answered, and counted, once more
+        part, answered = first + before - start, 0  # a window partly answered before is answered, and counted, again
         advance = stack.enter_context(bar("predicting", rows, progress, done=start - first))
         for answers in by.answer(windows, advance):
             records = [{"id": ids.popleft()} | as_record(found, options) for found in answers][part:]
@@ -203,25 +207,25 @@ def predict_file(
 
 
 def _is_file(source: Source) -> bool:
-    """Whether a source is a file that can be read again, from its beginning."""
+    """Whether a source is a file that can be read again from the beginning."""
     return isinstance(source, Path) and kind_of(source) is Kind.FILE
 
 
 def _count(records: Iterator[Record]) -> int:
-    """How many there are, up to where the source breaks off."""
+    """The number of records, up to where the source breaks off."""
     count = 0
     with warnings.catch_warnings(), suppress(WorkError):
-        warnings.simplefilter("ignore", SlmWarning)  # whoever answers the rows is told
+        warnings.simplefilter("ignore", SlmWarning)  # answering the rows warns
         for _ in records:
             count += 1
     return count
 
 
 def _sizes(source: Source, reading: Reading) -> list[int]:
-    """How many rows each window of a file has, up to where the file breaks off."""
+    """The number of rows in each window of a file, up to where it breaks off."""
     sizes: list[int] = []
     with warnings.catch_warnings(), suppress(WorkError), ExitStack() as stack:
-        warnings.simplefilter("ignore", SlmWarning)  # whoever answers the rows is told
+        warnings.simplefilter("ignore", SlmWarning)  # answering the rows warns
         for window in _windows(source, reading, None, deque(), stack):
             assert window is not None
             sizes.append(len(window.rows))
@@ -229,7 +233,7 @@ def _sizes(source: Source, reading: Reading) -> list[int]:
 
 
 def _part(windows: Iterator[Window | None], mine: range, ids: deque[Any], *, is_last: bool) -> Iterator[Window | None]:
-    """The windows of these numbers. Only who has the last of all is told where the source breaks off behind it."""
+    """The windows numbered in `mine`. Only the last part raises the error of a source that breaks off after it."""
     for number, window in enumerate(windows if mine else ()):
         assert window is not None
         if number in mine:
@@ -243,7 +247,7 @@ def _part(windows: Iterator[Window | None], mine: range, ids: deque[Any], *, is_
 def _windows(
     source: Source, reading: Reading, task: str | None, ids: deque[Any], stack: ExitStack
 ) -> Iterator[Window | None]:
-    """The rows of a source in windows; `ids` gets the id of each, which is the number of its line unless it has one."""
+    """The rows of a source in windows. Appends each row's id (default: its line or row number) to `ids`."""
 
     def rows(source: Source) -> Iterator[Row | WorkError]:
         for record in reading.records(source):
@@ -259,9 +263,9 @@ def _windows(
 
 
 def _behind(windows: Iterator[Window | None], done: int, ids: deque[Any]) -> tuple[Iterator[Window | None], int]:
-    """The windows that hold a row behind the first `done`, and the place where the first of them begins."""
+    """Skip the first `done` rows: the windows from the first that holds a later row, and the row where it begins."""
     for window in windows if done else ():
-        assert window is not None  # a pause: only of a stream, which is never taken up again
+        assert window is not None  # None only comes from a stream, which cannot be resumed
         if window.first + len(window.rows) > done:
             return chain([window], windows), window.first
         for _ in window.rows:
@@ -270,7 +274,7 @@ def _behind(windows: Iterator[Window | None], done: int, ids: deque[Any]) -> tup
 
 
 def _write(stream: IO[str] | io.FileIO, sink: Sink, lines: str) -> None:
-    """Now, since somebody may wait for them."""
+    """Write and flush at once, since a reader may be waiting."""
     if isinstance(stream, io.FileIO):
         write_all(stream, lines.encode(), Path(str(sink)))
         return
@@ -284,8 +288,8 @@ def _bad_row(source: Source, record: Mapping[str, Any]) -> WorkError:
 
 
 def what_decides(model: AdaptedModel, options: PredictOptions, files: Mapping[str, str]) -> dict[str, Any]:
-    """What, beside the input, decides every byte of the answers: the tasks, the options and the precision."""
-    # Where the backbone lies does not count.
+    """Everything besides the input that determines the bytes of the answers: tasks, options and precision."""
+    # The backbone's location does not matter.
     about = {key: value for key, value in model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
     return {
         "store": hashlib.sha256(json.dumps([about, dict(files)], sort_keys=True).encode()).hexdigest(),

@@ -1,8 +1,8 @@
-"""Continuous batching: writing answers with T5 and LLaMA, rows of all tasks together, each on its own route.
+"""Continuous batching: text generation with T5 and LLaMA, rows of all tasks together, each on its own route.
 
-Requests wait in a queue, and up to `max_rows` of them run together, a token a step (kv_cache.py). A row's first pass
-(its prefill) finds its route, which is kept for the whole text. A row that has ended gives its place to the last one,
-and when enough places are free, waiting rows are prefilled together and join.
+Requests wait in a queue. Up to `max_rows` of them run together, one token per step (kv_cache.py). A row's first pass
+(its prefill) finds its route, which is kept for the whole text. When a row ends, the last row takes its place; once
+enough places are free, waiting rows are prefilled together and join.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slm_fast.router import NotFinite
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a row's next token is drawn (nucleus sampling, Holtzman et al. 2020), from a source of chance of its own."""
+    """How to sample a row's next token (nucleus sampling, Holtzman et al. 2020), with a seed of its own."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -33,16 +33,16 @@ class Sampling:
 
 @dataclass
 class Request:
-    """A prompt that waits for its answer.
+    """A prompt to be answered.
 
     Attributes:
-        ids: its tokens.
-        max_new_tokens: of the answer.
-        sampling: None takes the likeliest token.
-        route: ([K], [K]) slot ids and weights found ahead; None: found in the prefill, among the slots that `slot_mask`
+        ids: tokens of the prompt.
+        max_new_tokens: maximum tokens of the answer.
+        sampling: None for greedy decoding.
+        route: ([K], [K]) slot ids and weights, if known. None: found in the prefill, among the slots that `slot_mask`
             [P] allows (None: all), with `abstain` as in `AdaptedModel.forward`.
-        ends: tokens that end the text, beside the backbone's.
-        on_token: called with each token and its probability as soon as it is known. What it raises, `step` raises.
+        ends: further end tokens, besides the backbone's.
+        on_token: called with each token and its probability as soon as it is known. `step` raises what it raises.
     """
 
     ids: list[int]
@@ -57,13 +57,14 @@ class Request:
 
 @dataclass
 class Generated:
-    """What has been written for a request.
+    """What has been generated for a request.
 
     Attributes:
-        tokens: their ids, the one that ends the text included. probability: summed over them.
+        tokens: token ids, including the one that ends the text.
+        probability: sum of the tokens' probabilities.
         route: ([K], [K]) slot ids and weights; None before the prefill.
-        finish_reason: "stop" (the text ended), "length" (`max_new_tokens` are written), "error" (the query is not
-            finite), "cancelled", or None while it is being written.
+        finish_reason: "stop" (the text ended), "length" (`max_new_tokens` reached), "error" (the query is not finite),
+            "cancelled", or None while the row waits or runs.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -73,20 +74,22 @@ class Generated:
 
     @property
     def score(self) -> float:
-        """The mean probability of its tokens."""
+        """Mean probability of the tokens."""
         return self.probability / max(len(self.tokens), 1)
 
 
 class Scheduler:
-    """Rows that run together, and those that take the places of rows that have ended.
+    """Runs rows together, and gives the places of rows that end to waiting ones.
 
-    Its methods take the model's lock. The model's tasks must stay as they are while rows are written: whoever steps to
-    the end of a text holds that lock, or keeps others from changing them.
+    Methods take the model's lock. The model's tasks must not change while rows run: the caller holds that lock until
+    the texts have ended, or otherwise prevents changes.
 
     Args:
-        max_rows: how many rows run together. max_prompt, max_new_tokens: the most that a request may have of each.
+        max_rows: how many rows run together.
+        max_prompt, max_new_tokens: maximum prompt tokens and new tokens of a request.
 
-    Raises InputError for a size below 1, or a backbone that does not write.
+    Raises:
+        InputError: a size is below 1, or the backbone does not generate text here.
     """
 
     def __init__(self, model: AdaptedModel, *, max_rows: int, max_prompt: int, max_new_tokens: int) -> None:
@@ -102,20 +105,20 @@ class Scheduler:
         self.max_rows, self.max_prompt, self.max_new_tokens = max_rows, max_prompt, max_new_tokens
         self.causal = model.backbone.kind == "causal"
         self.ends = set(model.backbone.end_tokens().tolist())
-        self.generated: dict[int, Generated] = {}  # of requests that wait or run
+        self.generated: dict[int, Generated] = {}  # of waiting and running requests
         self._waiting: deque[_Row] = deque()
         self._running: list[_Row] = []
-        self._ended: dict[int, Generated] = {}  # not returned yet, because a callback failed
+        self._ended: dict[int, Generated] = {}  # not returned yet because a callback failed
         self._next = 0
         self._decoder: Decoder | None = None
 
     @property
     def unfinished(self) -> int:
-        """How many requests wait or run."""
+        """The number of requests that wait or run."""
         return len(self._waiting) + len(self._running)
 
     def add_request(self, request: Request) -> int:
-        """Let a request wait for its turn; its number. Raises InputError for one that does not fit."""
+        """Queue a request and return its number. Raises InputError if it does not fit."""
         if not 1 <= len(request.ids) <= self.max_prompt:
             raise InputError(f"ids: expected 1..{self.max_prompt} tokens, got {len(request.ids)}")
         if not 1 <= request.max_new_tokens <= self.max_new_tokens:
@@ -133,7 +136,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def cancel(self, number: int) -> bool:
-        """Take a request away, whether it waits or runs. False when there is none of this number (any more)."""
+        """Remove a waiting or running request. Returns False if there is none of this number (any more)."""
         with self.model.lock:
             found = self.generated.pop(number, None)
             if found is None:
@@ -145,10 +148,10 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> dict[int, Generated]:
-        """Prefill rows that wait, where that pays, or write one token for each row that runs: what has just ended.
+        """Prefill waiting rows if that pays, else generate one token for each running row. Returns what has just ended.
 
-        Whatever fails is raised, and nothing is lost by it: rows that were being prefilled wait again, and what had
-        ended is returned by the next step.
+        If an error is raised, nothing is lost: rows being prefilled go back to the queue, and what had ended is
+        returned by the next step.
         """
         with self.model.lock:
             self._ended |= self._advance()
@@ -157,7 +160,7 @@ class Scheduler:
 
     def _advance(self) -> dict[int, Generated]:
         free = self.max_rows - len(self._running)
-        # Prefilling a few rows reads all weights, as a step of all rows does, so it waits until it pays.
+        # Prefilling a few rows reads all weights, as a step of all rows does, so wait until it pays.
         if self._waiting and (not self._running or 4 * free >= self.max_rows):
             return self._prefill(self._take(free))
         if not self._running:
@@ -166,7 +169,7 @@ class Scheduler:
         return self._note(self._decoder.step(), 0)
 
     def close(self) -> None:
-        """Give the buffers back. What waits or runs is dropped."""
+        """Free the buffers and drop all waiting and running requests."""
         self._waiting.clear()
         self._running.clear()
         self.generated.clear()
@@ -175,7 +178,7 @@ class Scheduler:
             self._decoder = None
 
     def _take(self, most: int) -> list[_Row]:
-        """The first rows that wait, as many as can be prefilled together."""
+        """Take the first waiting rows, as many as can be prefilled together."""
         rows: list[_Row] = []
         while self._waiting and len(rows) < most:
             first, row = (rows or self._waiting)[0].request, self._waiting[0].request
@@ -185,10 +188,10 @@ class Scheduler:
         return rows
 
     def _prefill(self, rows: list[_Row]) -> dict[int, Generated]:
-        """Pass the prompts of rows that were waiting, and let them run with the others."""
+        """Pass the prompts of waiting rows through the backbone, and let the rows join those that run."""
         try:
             out, route, mask = self._first_pass(rows)
-        except NotFinite as error:  # the others wait again
+        except NotFinite as error:  # the others go back to the queue
             failed = rows.pop(error.row)
             self._waiting.extendleft(reversed(rows))
             return self._finish([(failed, "error")])
@@ -205,7 +208,7 @@ class Scheduler:
         return self._note(out.logits[:, -1], place)
 
     def _first_pass(self, rows: list[_Row]) -> tuple[Any, Route, Tensor]:
-        """The backbone's output for rows that begin, their routes [B, K], and their mask [B, T]."""
+        """The backbone's output for new rows, their routes [B, K], and their attention mask [B, T]."""
         tokenization = self.model.backbone.tokenization
         encoded = tokenization.collate([row.request.ids for row in rows], padding_side=tokenization.padding_side)
         encoded = encoded.to(self.device)
@@ -233,13 +236,14 @@ class Scheduler:
         return out, route, mask
 
     def _whole(self, route: Route) -> Route:
-        """A row's route [k] with as many slots as the model retrieves, so that rows of any routes run together."""
+        """Pad a row's route [k] to the number of slots the model retrieves, so that rows with any routes can run
+        together."""
         missing = max(0, (self.model.config.k or 0) - len(route.slot_ids))
         pad = torch.nn.functional.pad
         return Route(pad(route.slot_ids, (0, missing), value=-1), pad(route.weights, (0, missing)))
 
     def _note(self, logits: Tensor, place: int) -> dict[int, Generated]:
-        """Take the next token of the rows from `place` on, by their logits [B, V], and let those that end go."""
+        """Choose the next token of the rows from `place` on from their logits [B, V], and remove those that end."""
         assert self._decoder is not None
         rows, logits = self._running[place:], logits.float()
         tokens = choose(logits, [row.request.sampling for row in rows], [row.chance for row in rows])
@@ -269,11 +273,11 @@ class Scheduler:
         return {row.number: self.generated.pop(row.number) for row, _ in ended}
 
     def _drop(self, places: list[int]) -> None:
-        """Give the places of rows that have ended to the last ones."""
+        """Fill the places of rows that have ended with the last rows."""
         if not places:
             return
         assert self._decoder is not None
-        order = list(range(len(self._running)))  # which row each place holds afterwards
+        order = list(range(len(self._running)))  # the row that each place holds afterwards
         for place in reversed(places):
             order[place] = order[-1]
             order.pop()
@@ -283,7 +287,7 @@ class Scheduler:
 
 @dataclass
 class _Row:
-    """A request with its number, what is written of it, and its source of chance."""
+    """A request with its number, its output so far and its random generator."""
 
     number: int
     request: Request
@@ -292,7 +296,7 @@ class _Row:
 
 
 def _stack(masks: Sequence[Tensor | None]) -> Tensor | None:
-    """Slots allowed [B, P], all where a row has no mask; None where no row has one."""
+    """Stack slot masks to [B, P], all True for rows without one. None if no row has one."""
     some = next((mask for mask in masks if mask is not None), None)
     if some is None:
         return None
@@ -300,7 +304,7 @@ def _stack(masks: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def choose(logits: Tensor, sampling: Sequence[Sampling | None], chance: Sequence[torch.Generator | None]) -> Tensor:
-    """The next token of each row [B], by its logits [B, V]: the likeliest, or the row's own draw."""
+    """The next token of each row [B] from logits [B, V]: greedy, or sampled with the row's own generator."""
     tokens = logits.argmax(1)
     drawn = [i for i, options in enumerate(sampling) if options is not None]
     if not drawn:
@@ -313,7 +317,7 @@ def choose(logits: Tensor, sampling: Sequence[Sampling | None], chance: Sequence
         rare = ordered.softmax(1).cumsum(1) <= logits.new_tensor([[1 - one.top_p] for one in options])
         rare[:, -1] = False
         scaled = scaled.masked_fill(rare.scatter(1, token, rare), -torch.inf)
-    # Logits that are no numbers are seen by the score; they must not stop the draw, and with it other rows.
+    # NaN logits show in the score; they must not break sampling, and with it other rows.
     for row, chances in zip(drawn, scaled.softmax(1).nan_to_num(nan=1.0), strict=True):
         tokens[row] = torch.multinomial(chances, 1, generator=chance[row])[0]
     return tokens

@@ -1,4 +1,4 @@
-"""ScalableLM: what users hold in their hands."""
+"""ScalableLM: the main class for users."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 
 class ScalableLM(TaskKeeper):
-    """One frozen language model that learns task after task, and answers batches that mix them.
+    """A frozen language model that learns task after task and answers batches that mix them.
 
-    Make one with `from_backbone`, or with `from_pretrained` from a store; each `learn` and `forget` of one opened from
-    a store commits to it.
+    Create one with `from_backbone`, or open a store with `from_pretrained`. A model opened from a local store commits
+    each `learn` and `forget` to it.
     """
 
     def __repr__(self) -> str:
@@ -68,19 +68,19 @@ class ScalableLM(TaskKeeper):
         device: str = "auto",
         **changes: Unpack[ModelKeywords],
     ) -> ScalableLM:
-        """A model that knows no tasks yet.
+        """Create a model without tasks.
 
         Args:
-            backbone: a hub name, a local path (of a GGUF file, too), "minilm" or "smollm2" (packaged all-MiniLM-L6-v2
-                and SmolLM2-135M-Instruct), or a transformers model (quantised ones too), which then needs its
-                `tokenizer`. It is frozen and given adapted layers in place.
-            dtype: "float32", "bfloat16", "float16" (or torch's own, such as torch.bfloat16) or "auto" (bfloat16 where
-                fast). device: "auto", "cpu" or "cuda". Both only for a backbone that is loaded here.
-            config: how the model is put together. changes: fields of it, such as query="trunk" | "sentence".
+            backbone: a hub name, a local path (also of a GGUF file), "minilm" or "smollm2" (packaged all-MiniLM-L6-v2
+                and SmolLM2-135M-Instruct), or a transformers model (also a quantised one) together with its
+                `tokenizer`. It is frozen, and its linear layers are adapted in place.
+            config, **changes: model configuration; changes override its fields, such as query="sentence".
+            dtype: "float32", "bfloat16", "float16", a torch dtype, or "auto" (bfloat16 where fast).
+            device: "auto", "cpu" or "cuda". A backbone given as a model keeps its own dtype and device.
 
         Raises:
-            InputError: the backbone cannot be found or is of no known family, or an option does not fit. WorkError: its
-            files are damaged.
+            InputError: the backbone is not found or not of a known family, or an option is invalid.
+            WorkError: its files are damaged.
         """
         complete = combine(ModelConfig, config, changes)
         return cls(load_backbone(backbone, tokenizer, dtype, device), complete)
@@ -98,18 +98,22 @@ class ScalableLM(TaskKeeper):
         revision: str | None = None,
         device_memory: int | str | None = None,
     ) -> ScalableLM:
-        """Open a store. `backbone` says where its backbone is now, if not where the manifest says.
+        """Open a store.
 
         Args:
-            path: a folder, a URL such as s3://bucket/store, or USER/NAME of one on the Hugging Face hub (`revision`: a
-                branch, tag or commit of it). The model of one at a URL or on the hub belongs to no store: what it
-                learns is in memory until `save_pretrained`. `refresh` takes over what is new at the URL.
+            path: a folder, a URL such as s3://bucket/store, or the USER/NAME of a store on the Hugging Face hub. Stores
+                at a URL or on the hub are read-only: what the model learns stays in memory until `save_pretrained`. For
+                a URL, `refresh` loads what is new there.
+            backbone: where the backbone is now, if not where the manifest says.
+            tokenizer, dtype, device: as for `from_backbone`.
             skip_damaged: leave out tasks whose files are damaged or do not fit, with a warning for each.
-            device_memory: bytes, or a size such as "2GB", that tasks' values may take on the device; those that do not
-                fit stay in their files until a row needs them. None: half of what is free.
+            revision: branch, tag or commit of a store on the hub.
+            device_memory: memory for the tasks' LoRA values on the device, in bytes or as a size such as "2GB". Values
+                that do not fit stay in their files until a row needs them. Default: half of the free memory.
 
         Raises:
-            InputError: no store, or the backbone is not the one it was made with. WorkError: damage, too little memory.
+            InputError: there is no store, or the backbone is not the one it was created with.
+            WorkError: a file is damaged, or there is too little memory.
         """
         store = find_store(path, revision)
         config: dict[str, Any] = {
@@ -132,7 +136,7 @@ class ScalableLM(TaskKeeper):
         check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {where}")
         if "tokens" not in store.about:
             warn(f"store {where}: keeps no settings of its backbone and tokenizer, so changed ones cannot be told")
-        store.about = {**slm.model.about, **store.about}  # what an earlier version did not say
+        store.about = {**slm.model.about, **store.about}  # fields that stores of earlier versions lack
         with slm.model.lock, memory_for(f"store {where}"):
             slm._set(store.load(skip_damaged=skip_damaged), store.kept)
             store.kept = NOTHING
@@ -156,20 +160,20 @@ class ScalableLM(TaskKeeper):
         progress: bool | None = None,
         **changes: Unpack[LearnKeywords],
     ) -> None:
-        """Learn a task; the others, and their files, stay as they are.
+        """Learn a task. Other tasks and their files do not change.
 
         Args:
-            valid: a validation task or file; the epoch that does best on it is kept.
-            patience: early stopping: learning ends where so many epochs in a row were no better on `valid` than the
-                best. Epochs are what they are without: the learning rate falls as over all of them.
-            on_step: called after each step with a `LearnStep`: loss, learning rate and, at the end of an epoch, how
-                `valid` was answered. What it raises ends learning, and comes out of here.
-            progress: show bars on standard error; None shows them on a terminal.
-            options: how it is learned. changes: fields of them, such as epochs=5.
+            options, **changes: learning options; changes override their fields, such as epochs=5.
+            valid: validation task or file. The best epoch on it is kept.
+            patience: early stopping: end after this many consecutive epochs without improvement on `valid`. The
+                learning rate schedule still spans all epochs.
+            on_step: called with a `LearnStep` after each step: loss, learning rate and, at the end of an epoch, the
+                validation result. If it raises, learning stops and the exception propagates.
+            progress: show progress bars on standard error. Default: only on a terminal.
 
         Raises:
-            InputError: the name is taken, or an option does not fit. WorkError: training or the commit failed; all that
-            was learned before is still there.
+            InputError: the name is taken, or an option is invalid.
+            WorkError: training or the commit failed. Tasks learned before are unaffected.
         """
         chosen = combine(LearnOptions, options, changes)
         known = checked(task, "task").labels or ()
@@ -195,21 +199,21 @@ class ScalableLM(TaskKeeper):
         labels: Sequence[str] | str | Path | None = None,
         check: bool = False,
     ) -> float | None:
-        """Make a LoRA adapter that PEFT trained on this backbone a task. It answers alone the rows that are routed to
-        it, and gives what PEFT gives.
+        """Import a LoRA adapter that PEFT trained on this backbone, as a task. It answers its rows alone, as in PEFT.
 
         Args:
-            adapter: its folder, or its name on the hub. name: of the task.
-            examples: about 50 texts of the task, or a file of them, for routing; their answers are not looked at.
-            labels: of its head, in its order, or a JSON file with a list of them.
-            check: load the adapter in PEFT, too, and compare the outputs on the examples.
+            adapter: folder or hub name of the adapter.
+            name: name of the task.
+            examples: about 50 texts of the task, or a file of them, for routing. Answers are ignored.
+            labels: labels of the adapter's head, in its order, or a JSON file with a list of them.
+            check: also load the adapter in PEFT and compare the outputs on the examples.
 
         Returns:
-            The largest difference of any logit from PEFT's, if it was to be checked.
+            With `check`, the largest difference of any logit from PEFT's.
 
         Raises:
-            InputError: the name is taken, or the adapter is not one that can be imported. WorkError: its files are
-            damaged, it differs from PEFT by more than 1e-4, or the commit failed.
+            InputError: the name is taken, or the adapter cannot be imported.
+            WorkError: its files are damaged, it differs from PEFT by more than 1e-4, or the commit failed.
         """
         from slm_fast.integrations import peft_check, peft_files, peft_import
 
@@ -232,7 +236,7 @@ class ScalableLM(TaskKeeper):
         return None
 
     def export_adapter(self, name: str, folder: str | Path, *, weights: Sequence[float] | None = None) -> None:
-        """Write a task as a LoRA adapter that PEFT loads: `slm_fast.integrations.peft_export.export_task`."""
+        """Export a task as a LoRA adapter for PEFT: see `slm_fast.integrations.peft_export.export_task`."""
         from slm_fast.integrations import peft_export
 
         peft_export.export_task(self.model, name, folder, weights=weights)
@@ -245,9 +249,10 @@ class ScalableLM(TaskKeeper):
         valid: Task | None = None,
         patience: int | None = None,
     ) -> bool:
-        """Whether this very task is learned already, from the same rows and options; `learn` then does nothing.
+        """Whether this task has been learned from the same rows and options, so that `learn` would do nothing.
 
-        Raises InputError when the name is another task's, or the task to start from is not learned.
+        Raises:
+            InputError: the name belongs to another task, or the `warm_start` task is not learned.
         """
         known, options = self.learned.get(task.name), options or LearnOptions()
         if known is not None and is_same(known, self.model, task, options, valid, patience):
@@ -267,15 +272,16 @@ class ScalableLM(TaskKeeper):
         progress: bool | None = False,
         **changes: Unpack[PredictKeywords],
     ) -> list[Prediction]:
-        """Answer rows of any tasks, in any order, with no task-ID (`task` gives one all the same).
+        """Answer rows of any tasks, in any order, without task IDs.
 
         Args:
-            rows: strings, or {"instruction": ..., "input": ...}; a list, a DataFrame, a Dataset.
-            options: how they are answered. changes: fields of them, such as max_new_tokens=20.
+            rows: strings or {"instruction": ..., "input": ...}, as a list, DataFrame or Dataset.
+            options, **changes: prediction options; changes override their fields, such as max_new_tokens=20.
+            task: oracle task ID, one for all rows or one per row.
 
         Raises:
-            InputError: an option does not fit, a task is not known, or none is learned yet. WorkError: a row cannot be
-            read or answered; it is named by its number, from 1.
+            InputError: an option is invalid, a task is not known, or none is learned yet.
+            WorkError: a row cannot be read or answered. The message gives its number, counted from 1.
         """
         parsed = list(rows_to_answer(rows))
         return predict(self.model, parsed, combine(PredictOptions, options, changes), task=task, progress=progress)
@@ -290,15 +296,15 @@ class ScalableLM(TaskKeeper):
         progress: bool | None = False,
         **changes: Unpack[PredictKeywords],
     ) -> NDArray[np.float32]:
-        """The probability of each label for each row: [N, C] float32, C in the order of `classes_`. A row sums to 1,
-        and holds zeros where it is abstained from.
+        """Label probabilities, [N, C] float32 with columns ordered as `classes_`. Each row sums to 1, or is all zeros
+        if it is abstained from.
 
         Args:
-            task: take every row for this task. C is then in the order of its own labels, which are sorted
-                (`slm.learned[task].labels`).
-            rows, options, changes, errors: those of `predict`; `top_k` does not matter.
+            task: oracle task ID for all rows. The columns are then its labels, sorted (`slm.learned[task].labels`).
+            rows, options, progress, **changes: as for `predict`; `top_k` has no effect.
 
-        Raises InputError for a backbone that writes its answers, too: it weighs no labels.
+        Raises:
+            InputError: as for `predict`, or the backbone generates its answers and has no label probabilities.
         """
         known = None if task is None else self.learned.get(task)
         if self.model.backbone.kind != "encoder" and (known is None or known.head is None):
@@ -316,7 +322,7 @@ class ScalableLM(TaskKeeper):
         task: str | None = None,
         **changes: Unpack[PredictKeywords],
     ) -> Iterator[Prediction]:
-        """As `predict`, for inputs of any size: answers come in order and memory stays bounded."""
+        """Like `predict`, for any iterable of rows: yields answers in order, with bounded memory."""
         parsed = rows_to_answer(rows)
         return predict_stream(self.model, parsed, combine(PredictOptions, options, changes), task=task)
 
@@ -338,22 +344,24 @@ class ScalableLM(TaskKeeper):
         progress: bool | None = None,
         **changes: Unpack[PredictKeywords],
     ) -> FileAnswered:
-        """Answer a file of rows into one of JSON Lines or Parquet, in order; memory stays bounded, bad rows become
-        error rows.
+        """Answer a file of rows, in order, as JSON Lines or Parquet. Memory is bounded; bad rows become error rows.
 
-        The same call again goes on where an interrupted one stopped, if this model belongs to a store and the output is
-        not a .parquet file.
+        Repeat an interrupted call to resume it, if the model belongs to a store and the output is not a .parquet file.
 
         Args:
-            source, format, delimiter, encoding: a file as for `Task.from_file`, a pipe, or a binary stream; rows may
-                have an "id". text: the column of the input. sink: a file (.gz too), a pipe, or a text stream.
-            task: take every row for this task. strict: stop at the first bad row. overwrite: replace an output.
-            shard: (i, n): answer the i-th of n parts of a file; the parts' outputs make up that of the whole.
-            options: how rows are answered. changes: fields of them.
+            source: a file as for `Task.from_file`, a pipe, or a binary stream. Rows may have an "id".
+            sink: a file (.gz, too), a pipe, or a text stream.
+            options, **changes: as for `predict`.
+            format, delimiter, encoding: as for `slm_fast.readers.read_records`. Default: detected.
+            text: name of the input column.
+            task: oracle task ID for all rows.
+            shard: (i, n): answer the i-th of n parts of a file. The concatenated outputs are that of the whole file.
+            strict: stop at the first bad row.
+            overwrite: replace an existing output.
 
         Raises:
-            InputError: a path, an option, or an output of another run. WorkError: the work failed; what was written is
-            kept, and the same call goes on.
+            InputError: a path or an option is invalid, or the output belongs to another run.
+            WorkError: the run failed. What was written is kept, and the same call resumes.
         """
         chosen = combine(PredictOptions, options, changes)
         with self.model.pinned():
@@ -380,7 +388,8 @@ class ScalableLM(TaskKeeper):
         progress: bool | None = None,
         **changes: Unpack[PredictKeywords],
     ) -> Evaluation:
-        """Accuracy and routing accuracy on {task name: file or rows with answers}, all answered as one mixed stream."""
+        """Accuracy and routing accuracy on {task name: file or rows with answers}, answered as one mixed stream.
+        `with_task_id` gives each row its oracle task ID."""
         if not isinstance(tasks, Mapping):
             raise InputError(f"tasks: expected {{name: a file or rows}}, got a {type(tasks).__name__}")
         given = {name: as_task(self.learned.get(name), name, source) for name, source in tasks.items()}

@@ -1,1 +1,1 @@
-"""What other libraries' files and programs need of this package; each module imports its library inside itself only."""
+"""Integrations with other libraries and their files. Each module imports its own library; the package imports none."""

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness at work: finding its tasks, by name or in files, running them on a model, summing up."""
+"""Running lm-evaluation-harness: finding its tasks, by name or in files, running them on a model, summing up."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lm_eval.utils import handle_non_serializable
 from slm_fast.errors import InputError, SlmError, WorkError, one_line, some_of
 
 KEPT = ("results", "groups", "n-samples", "n-shot", "versions", "higher_is_better", "samples")
-SEED = 1234  # lm-eval's own
+SEED = 1234  # lm-eval's default
 
 
 class Score(NamedTuple):
-    """One number of one task. filter: how lm-eval read answers out of texts, "none" where it did not."""
+    """One metric of one task. `filter`: how lm-eval extracted answers from texts, "none" if it did not."""
 
     task: str
     metric: str
@@ -46,27 +46,30 @@ def evaluate(
     system: str | None = None,
     samples: bool = False,
 ) -> dict[str, Any]:
-    """Run lm-eval's tasks on a model, and return what it found, of JSON's types.
+    """Run lm-eval's tasks on a model and return the results as JSON types.
 
     Args:
-        tasks: names, patterns of names, or paths of YAML files. folder: one with task files of one's own, which may
-            have the names of lm-eval's. metadata: what those files are told, such as where their data is.
-        shots: solved examples before each question; None: as the task says.
-        limit: so many of a task's rows, the first ones; below 1, a share of them.
-        chat: put each question in the backbone's chat template, with `system` before it.
-        samples: keep each request and its answer, too.
+        tasks: names, name patterns, or paths of YAML files.
+        folder: folder with task files of your own, which may reuse names of lm-eval's.
+        metadata: passed to those files, such as where their data is.
+        shots: few-shot examples per question. Default: as the task says.
+        limit: use only this many of a task's rows, from the first; below 1, this fraction of them.
+        chat: put each question in the backbone's chat template.
+        system: system message before each question.
+        samples: also keep each request and its answer.
 
     Raises:
-        InputError: a task is not known. WorkError: a task's file or data cannot be read.
+        InputError: a task is not known.
+        WorkError: a task's file or data cannot be read.
     """
     with _quiet():
-        for seed in (random.seed, np.random.seed, torch.manual_seed):  # some tasks draw
+        for seed in (random.seed, np.random.seed, torch.manual_seed):  # some tasks sample
             seed(SEED)
         manager, names = _found(tasks, folder, dict(metadata or {}))
         loaded = manager.load(names)
         for task in loaded["tasks"].values():
             own = task.get_config("num_fewshot")
-            if own is None or (shots is not None and own != 0):  # a task of none stays one, as in lm-eval
+            if own is None or (shots is not None and own != 0):  # a zero-shot task stays one, as in lm-eval
                 task.set_config(key="num_fewshot", value=shots or 0)
             task.set_fewshot_seed(seed=SEED)
         found: dict[str, Any] = lm_eval.evaluate(
@@ -85,7 +88,7 @@ def evaluate(
 
 
 def scores(found: Mapping[str, Any]) -> list[Score]:
-    """The numbers that `evaluate` found, task by task."""
+    """The metrics in the results of `evaluate`, task by task."""
     rows = []
     for task, values in found["results"].items():
         for key, value in values.items():
@@ -97,7 +100,7 @@ def scores(found: Mapping[str, Any]) -> list[Score]:
 
 
 class _Tasks(TaskManager):
-    """Says in one line what is wrong with a task."""
+    """Reports what is wrong with a task in one line."""
 
     def load(self, task_list: Any) -> Any:
         try:
@@ -113,7 +116,7 @@ class _Tasks(TaskManager):
 
 
 def _found(tasks: Sequence[str], folder: str | Path | None, metadata: dict[str, Any]) -> tuple[TaskManager, list[str]]:
-    """Where tasks are looked up, and the names or files that are meant. lm-eval's own thousands are only read where
+    """The task manager, and the names or files that `tasks` match. lm-eval's own thousands of tasks are read only if
     something is not among the user's."""
     if folder is not None and not Path(folder).is_dir():
         raise InputError(f"task folder {str(folder)!r}: no such folder")
@@ -133,7 +136,7 @@ def _found(tasks: Sequence[str], folder: str | Path | None, metadata: dict[str, 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's log, and without progress bars of its data."""
+    """Silence lm-eval's log and the progress bars of its data."""
     log = logging.getLogger("lm_eval")
     level, bars = log.level, datasets.are_progress_bars_disabled()
     log.setLevel(logging.ERROR)

@@ -1,9 +1,9 @@
-"""A store as a model of lm-evaluation-harness (EleutherAI): a LLaMA answers benchmarks with the tasks it has learned.
+"""A store as a model of lm-evaluation-harness (EleutherAI): a LLaMA answers benchmarks with its learned tasks.
 
-Each request finds its own route, from its context as `predict` would from that text, and is scored or continued on it.
-What a request says follows lm-eval's class for Hugging Face models (`hf`): the same tokens in the same places, so that
-a model that has learned nothing has the same numbers. Scores are taken in float32, from the last hidden states of the
-positions that are scored; the vocabulary's logits are never there for whole batches.
+Each request is routed by its context, as `predict` would route that text, and scored or continued on that route.
+Requests are tokenised as in lm-eval's class for Hugging Face models (`hf`), so a model without tasks gets the same
+numbers. Scores are computed in float32 from the last hidden states of the scored positions; logits over the vocabulary
+are never held for whole batches.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from slm_fast.options import LARGEST, PredictOptions
 from slm_fast.progress import bar
 from slm_fast.slm import ScalableLM
 
-BARE = "(bare)"  # stands for the task of a request that no task's slots answer
-POSITIONS = 512  # whose logits over the vocabulary are held at a time
-LONGEST = 2048  # tokens of a text for a backbone that names no limit, as lm-eval has it
+BARE = "(bare)"  # in place of a task's name, for requests answered without slots
+POSITIONS = 512  # positions whose logits over the vocabulary are held at a time
+LONGEST = 2048  # tokens of a text for a backbone without a limit, as in lm-eval
 Tokens = list[int]
 
 
 class Piece(NamedTuple):
-    """Tokens to score, and those before them. text: which of the texts that have routes is its own."""
+    """Tokens to score, and the context before them. `text`: index of its text among those that have routes."""
 
     text: int
     context: Tokens
@@ -45,21 +45,27 @@ class Piece(NamedTuple):
 
 @register_model("slm-fast")
 class StoreLM(TemplateLM):
-    """What lm-eval asks of a model, answered by a store.
+    """An lm-eval model that answers with a store.
 
     Args:
-        store: its path. slm: a model that is open already, instead.
-        backbone, device, dtype: those of `ScalableLM.from_pretrained`.
-        batch_size: rows of a batch at most; None or "auto": as many tokens as suit the device.
-        max_length: tokens of a text at most, of which the last are read; None: as many as the backbone holds.
-        max_gen_toks: tokens written where a request does not say.
-        bare: the backbone alone. task: every request is this task's. abstain: the backbone alone for requests farther
-            from their task than this share of its training rows (True: 0.99).
+        store: path of the store.
+        slm: an open model, instead of `store`.
+        backbone, device, dtype: as for `ScalableLM.from_pretrained`.
+        batch_size: maximum rows per batch. None or "auto": a token budget that suits the device.
+        max_batch_size: ignored.
+        max_length: maximum tokens of a text, of which the last are read. Default: the backbone's limit.
+        max_gen_toks: maximum new tokens if a request does not say.
+        bare: use the bare backbone.
+        task: oracle task ID for all requests.
+        abstain: use the bare backbone for requests farther from their task than this fraction of its training rows
+            (True: 0.99).
 
-    `routed` holds, for each of lm-eval's tasks, how many requests were each learned task's.
+    Attributes:
+        routed: for each of lm-eval's tasks, the number of requests that went to each learned task.
 
     Raises:
-        InputError: an argument does not fit, or the backbone is no decoder. WorkError: the store is damaged.
+        InputError: an argument is invalid, or the backbone is not a decoder.
+        WorkError: the store is damaged.
     """
 
     def __init__(
@@ -107,7 +113,7 @@ class StoreLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
+        """The token before a text that has no context."""
         start = self.tokenizer.bos_token_id
         return self.eot_token_id if start is None else int(start)
 
@@ -123,7 +129,7 @@ class StoreLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as the backbone's template writes it. Raises InputError where its tokenizer has none."""
+        """A chat in the backbone's template. Raises InputError if its tokenizer has none."""
         if self.tokenizer.chat_template is None:
             raise InputError("chat template: the backbone's tokenizer has none; evaluate without it")
         text: str = self.tokenizer.apply_chat_template(
@@ -134,7 +140,7 @@ class StoreLM(TemplateLM):
         )
         return text
 
-    # What lm-eval asks
+    # Called by lm-eval
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs: list[tuple[str, str]] = [request.args for request in requests]
@@ -169,7 +175,7 @@ class StoreLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         contexts: list[str] = [request.args[0] for request in requests]
         numbers, routes = self._routes(requests, contexts)
-        groups: dict[str, list[int]] = {}  # requests that are written in the same way
+        groups: dict[str, list[int]] = {}  # requests with the same generation options
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
         found = [""] * len(contexts)
@@ -184,13 +190,13 @@ class StoreLM(TemplateLM):
         return found
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Of ((context, continuation), their tokens); lm-eval's base class wants it."""
+        """Score ((context, continuation), their tokens). Required by lm-eval's base class."""
         numbers, routes = self._routes([], [pair[0] or pair[1] for pair, _, _ in requests])
         pieces = [Piece(text, *tokens) for (_, *tokens), text in zip(requests, numbers, strict=True)]
         return self._score(pieces, routes, "scoring", quiet=True)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval keeps beside its results: the model's identity and how requests were routed."""
+        """Kept by lm-eval with its results: the model's identity, and how requests were routed."""
         backbone, store = self.model.backbone, self.slm.store or self.slm.source
         return {
             "model_dtype": str(backbone.dtype).removeprefix("torch."),
@@ -202,17 +208,18 @@ class StoreLM(TemplateLM):
         }
 
     def shares(self) -> dict[str, dict[str, float]]:
-        """For each of lm-eval's tasks, the share of its requests that each learned task answered; `BARE`: none did."""
+        """For each of lm-eval's tasks, the fraction of its requests answered by each learned task, or by none
+        (`BARE`)."""
         found = {}
         for name, count in self.routed.items():
             total = sum(count.values())
             found[name] = {task: count[task] / total for task in sorted(count, key=lambda task: (-count[task], task))}
         return found
 
-    # How it is done
+    # Implementation
 
     def _split(self, context: str, continuation: str) -> tuple[Tokens, Tokens]:
-        """The tokens of a context and its continuation, as lm-eval parts them."""
+        """The tokens of a context and its continuation, split as in lm-eval."""
         if context:
             return self._encode_pair(context, continuation)
         tokens = self.tok_encode(continuation, add_special_tokens=False)
@@ -229,7 +236,8 @@ class StoreLM(TemplateLM):
 
     @torch.inference_mode()
     def _routes(self, requests: Sequence[Any], texts: Sequence[str]) -> tuple[list[int], Route]:
-        """Which of the different texts each text is, and the routes [N, K] of these; both counted in `routed`."""
+        """The index of each text among the distinct ones, and the routes [N, K] of these. Counts requests in
+        `routed`."""
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         numbers = [place[text] for text in texts]
         pool, share = self.model.pool, self.options.abstain_share
@@ -255,9 +263,9 @@ class StoreLM(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, pieces: Sequence[Piece], routes: Route, doing: str, *, quiet: bool) -> list[tuple[float, bool]]:
-        """Of each continuation, the sum of its tokens' log-probabilities, and whether each is the likeliest."""
+        """For each continuation, the sum of its tokens' log-probabilities, and whether all of them are greedy."""
         found = [(0.0, True)] * len(pieces)
-        passes: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # pieces that differ in their last token at most
+        passes: dict[tuple[int, tuple[int, ...]], list[int]] = {}  # pieces that differ at most in their last token
         for i, piece in enumerate(pieces):
             if len(piece.continuation) > self.max_length:
                 raise WorkError(
@@ -286,7 +294,8 @@ class StoreLM(TemplateLM):
         return found
 
     def _scores(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [N, H] and the tokens [N] after them -> log-probabilities [N] float32, and which are greedy."""
+        """Hidden states [N, H] and the tokens [N] after them -> log-probabilities [N] float32, and which tokens are
+        greedy."""
         scores, greedy = [], []
         for states, said in zip(hidden.split(POSITIONS), tokens.split(POSITIONS), strict=True):
             logits = self.model.backbone.logits(states).float()
@@ -297,7 +306,7 @@ class StoreLM(TemplateLM):
     def _write(
         self, contexts: Sequence[str], route: Route, asked: Mapping[str, Any], seeds: Sequence[int], advance: Any
     ) -> list[str]:
-        """The texts that go on after these contexts, to the first of the words that end them."""
+        """Continue the contexts, up to the first stop string."""
         options, until = _generation(asked, self.options)
         room = self.max_length - options.max_new_tokens
         if room < 1:
@@ -329,9 +338,10 @@ def _rows(route: Route, chosen: Sequence[int]) -> Route:
 
 
 def _generation(asked: Mapping[str, Any], options: PredictOptions) -> tuple[PredictOptions, list[str]]:
-    """How a request wants its text written, and the words that end it.
+    """How to generate a request's text, and its stop strings.
 
-    Raises InputError for what is not understood and would change the text.
+    Raises:
+        InputError: an option is not supported and would change the text.
     """
     given = dict(normalize_gen_kwargs(dict(asked), options.max_new_tokens))
     until = given.pop("until", None) or []

@@ -1,4 +1,4 @@
-"""An imported task beside PEFT itself: the same adapter on the same backbone, the same tokens, the difference."""
+"""An imported task compared with PEFT itself: same adapter, same backbone, same tokens."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from slm_fast.reading import prompt_of
 from slm_fast.tasks import LearnedTask
 from slm_fast.tokenization import Encoded
 
-TOLERANCE = 1e-4  # of float32
+TOLERANCE = 1e-4  # in float32
 
 
 @torch.no_grad()
 def difference(model: AdaptedModel, task: LearnedTask, adapter: PeftAdapter, rows: Sequence[Row]) -> float:
-    """The largest difference of any logit, of rows one by one, between this task and the adapter in PEFT.
+    """The largest difference of any logit between this task and the adapter in PEFT, with rows run one by one.
 
-    A backbone that writes is compared on all tokens of its prompt (T5: on the first of its answer), a head on its
+    A generating backbone is compared on all tokens of its prompt (T5: on the first of its answer), a head on its
     labels.
 
     Raises:
-        InputError: PEFT is not there, or cannot load the adapter. WorkError: the largest exceeds 1e-4.
+        InputError: PEFT is not installed, or cannot load the adapter.
+        WorkError: the difference exceeds 1e-4.
     """
     theirs = _in_peft(model, task, adapter)
     largest = 0.0
@@ -61,17 +62,18 @@ def _in_peft(model: AdaptedModel, task: LearnedTask, adapter: PeftAdapter) -> An
     base.load_state_dict(unsaved(adapter, model.backbone), strict=False)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PEFT, about fields that it does not know
+            warnings.simplefilter("ignore")  # PEFT warns about fields that it does not know
             return peft.PeftModel.from_pretrained(base, str(adapter.folder)).eval()
     except Exception as error:  # whatever PEFT raises for an adapter that it cannot load
         raise InputError(f"adapter {adapter.source!r}: PEFT cannot load it: {one_line(error)}") from None
 
 
 def twin(backbone: Backbone, labels: int | None = None) -> Any:
-    """A new model of transformers' own with a backbone's weights; with `labels` its class for the classification of
-    sequences, whose head is new.
+    """A new transformers model with a backbone's weights; with `labels`, of its sequence classification class, with a
+    new head.
 
-    Raises InputError where the weights cannot be copied (they are quantised).
+    Raises:
+        InputError: the weights cannot be copied (they are quantised).
     """
     import transformers
 

@@ -1,4 +1,4 @@
-"""A task as a PEFT adapter: one slot exactly, several slots of fixed weights by concatenation."""
+"""A task as a PEFT adapter: exact for one slot; several slots are concatenated with fixed weights."""
 
 from __future__ import annotations
 
@@ -54,15 +54,16 @@ as the system's, and the beginning of the assistant's.
 
 
 def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: Sequence[float] | None = None) -> None:
-    """Write a task as an adapter that PEFT loads on the same backbone and gives the same outputs with.
+    """Export a task as an adapter with which PEFT gives the same outputs on the same backbone.
 
     Args:
-        folder: is made; it must be empty or not there.
-        weights: of the task's slots, for a task of several: they depend on the input here, and are fixed there.
+        folder: folder to create; it must be empty or not exist.
+        weights: weights of the task's slots, if it has several. Here they depend on the input; in the adapter they are
+            fixed.
 
     Raises:
-        InputError: no such task, a folder that holds something, several slots without weights. WorkError: it cannot be
-        written.
+        InputError: there is no such task, the folder is not empty, or several slots have no weights.
+        WorkError: the adapter cannot be written.
     """
     if name not in model.pool.place:
         raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
@@ -104,8 +105,8 @@ def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: 
 
 
 def _by_module(task: LearnedTask, shares: Tensor, backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
-    """lora_a [r, I] and lora_b [r, O] of each module, its slots one below the other; of layers that lie side by side in
-    one module, too, each with zeros where the others' output features are."""
+    """lora_a [r, I] and lora_b [r, O] of each module, with its slots stacked. Layers that share a module are stacked,
+    too, with zeros at the output features of the others."""
     found = {}
     for module, parts in backbone.parts(sorted(task.values)).items():
         a, b = [], []
@@ -122,7 +123,7 @@ def _by_module(task: LearnedTask, shares: Tensor, backbone: Backbone) -> dict[st
 
 
 def _shares(task: LearnedTask, weights: Sequence[float] | None) -> Tensor:
-    """What each of the task's slots weighs, [S]."""
+    """The weight of each of the task's slots, [S]."""
     if weights is None and task.slots > 1:
         raise InputError(
             f"task {task.name!r}: its {task.slots} slots are weighed by the input, which an adapter cannot; weights "
@@ -137,7 +138,7 @@ def _shares(task: LearnedTask, weights: Sequence[float] | None) -> Tensor:
 
 
 def _config(ranks: Mapping[str, int], head: Written, backbone: Backbone) -> dict[str, Any]:
-    """adapter_config.json. Each module's alpha is its rank, so that nothing is scaled."""
+    """The content of adapter_config.json. Each module's alpha is its rank, so that nothing is scaled."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: own for module, own in sorted(ranks.items()) if own != rank}
     kinds = {"encoder": "FEATURE_EXTRACTION", "seq2seq": "SEQ_2_SEQ_LM", "causal": "CAUSAL_LM"}

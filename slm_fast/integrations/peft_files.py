@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them, read without PEFT: which there are, and which are refused with what to do."""
+"""LoRA adapters in PEFT's format, read without PEFT. Those that cannot be imported are refused with advice."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from slm_fast.errors import InputError, WorkError, lacks_memory, one_line
 from slm_fast.fields import read_json
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-OWN, OWN_HEAD = "slm_fast.json", "slm_fast_head.safetensors"  # what an export of ours has beside PEFT's files
+OWN, OWN_HEAD = "slm_fast.json", "slm_fast_head.safetensors"  # files that our exports add to PEFT's
 PREFIX = "base_model.model."
 MODELS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 FILES = (CONFIG, WEIGHTS, PICKLED, *MODELS, OWN, OWN_HEAD)
 FILES_BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
-# Fields that are used, or say only how the adapter was trained. Which modules there are, and of which rank, is seen in
-# the weights.
+# Fields that are used, or only say how the adapter was trained. Modules and their ranks are taken from the weights.
 USED = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
     *("fan_in_fan_out", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "modules_to_save"),
     *("init_lora_weights", "eva_config", "runtime_config"),
 }
-# What PEFT writes of fields that were not used, where that is not null, false or empty.
+# What PEFT writes for unused fields, unless it is null, false or empty.
 DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 MERGE = "merge it into its base with PEFT's merge_and_unload, or train it without"
 REASONS = {
@@ -50,28 +49,30 @@ REASONS = {
     "corda_config": f"CorDA changed the base's weights; {MERGE}",
     "lora_ga_config": f"LoRA-GA changed the base's weights; {MERGE}",
 }
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it was
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that do not change the base
 VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
 HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
-OTHERS = (  # of a name -> what it is part of
+OTHERS = (  # pattern of a tensor's name -> what it is part of
     (r"lora_embedding_[AB]|embed|(^|\.)(shared|wte|wpe)\.", "trained embeddings"),
     (r"lora_magnitude_vector", "DoRA's magnitudes"),
     (r"lora_B(\.default)?\.bias", "biases of increments"),
     (r"(^|\.)lm_head\.|(^|\.)(embed_out|output_layer)\.", "a trained output layer"),
-    (r"(?<!head\.)norm|(^|\.)ln_", "trained norms"),  # that of a head may be known
+    (r"(?<!head\.)norm|(^|\.)ln_", "trained norms"),  # the norm of a head may be supported
     (r"lora_", "a variant of LoRA"),
 )
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A LoRA adapter as its folder has it.
+    """A LoRA adapter as read from its folder.
 
     Attributes:
-        source: what it was asked for by. folder: where its files are. config: adapter_config.json.
-        lora: module, as the file names it without PEFT's prefix -> (lora_A [r, I], lora_B [O, r]).
-        saved: whatever else was trained with it, such as a head: name -> tensor.
-        own: what an export of this package says beside it.
+        source: the path or name it was requested by.
+        folder: where its files are.
+        config: content of adapter_config.json.
+        lora: module name without PEFT's prefix -> (lora_A [r, I], lora_B [O, r]).
+        saved: everything else that was trained with it, such as a head: name -> tensor.
+        own: what an export of this package adds (slm_fast.json).
         digest: SHA-256 of its configuration and weights.
     """
 
@@ -84,26 +85,26 @@ class PeftAdapter:
     digest: str
 
     def scaling(self, module: str) -> float:
-        """What a module's increments are multiplied by: alpha / r, of rsLoRA (Kalajdzievski 2023) alpha / sqrt(r)."""
+        """Scaling factor of a module's increments: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
         alpha, rank = self.config.get("lora_alpha", 8), self.lora[module][0].shape[0]
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT matches them; the first that does counts
+            if re.match(rf"(.*\.)?({pattern})$", module):  # as in PEFT, the first match counts
                 alpha = value
                 break
         return float(alpha) / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     @property
     def made_for(self) -> str:
-        """Which base it was made for, in words."""
+        """The base it was made for, as a clause for error messages."""
         base = self.config.get("base_model_name_or_path")
         return f"the adapter was made for {base!r}" if base else "the adapter was made for another base"
 
 
 def read_adapter(source: str | Path) -> PeftAdapter:
-    """A LoRA adapter, from a folder or by its name on the hub.
+    """Read a LoRA adapter from a folder, or from the hub by its name.
 
     Raises:
-        InputError: there is none, or it is not one that can be imported: one line with the field and what to do.
+        InputError: there is none, or it cannot be imported. The message names the field and what to do, in one line.
         WorkError: its files are damaged, or hold numbers that are not finite.
     """
     source = str(source)
@@ -134,7 +135,7 @@ def read_adapter(source: str | Path) -> PeftAdapter:
 
 
 def check_config(config: Mapping[str, Any], file: Path) -> None:
-    """Raise InputError for the first field of an adapter's configuration that asks for more than LoRA."""
+    """Raise InputError for the first field of an adapter's configuration that requires more than LoRA."""
     kind = config.get("peft_type")
     if kind in VIRTUAL:
         raise InputError(f"{file}: peft_type {kind}: it trains virtual tokens, no layers; train LoRA in its place")
@@ -192,7 +193,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         return dict(safetensors.torch.load(file.read_bytes()))
-    except Exception as error:  # what the library raises for a header that lies depends on the lie
+    except Exception as error:  # the library raises various errors for a corrupt header
         if lacks_memory(error):
             raise
         raise WorkError(f"{file}: damaged: {one_line(error)}") from None
@@ -201,7 +202,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 def _sorted_out(
     tensors: Mapping[str, Tensor], file: Path
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """The increments by module, and whatever else was saved."""
+    """Split tensors into increments by module, and everything else that was saved."""
     halves: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in sorted(tensors.items()):
@@ -232,11 +233,11 @@ def _sorted_out(
     return lora, saved
 
 
-# What lies beside an adapter
+# Files beside an adapter
 
 
 def check_vocabulary(folder: Path, known: Mapping[str, int]) -> None:
-    """Raise InputError where an adapter has a tokenizer of another vocabulary than the backbone's `known`."""
+    """Raise InputError if an adapter has a tokenizer whose vocabulary differs from the backbone's, `known`."""
     file = folder / "tokenizer.json"
     if not file.exists():
         return
@@ -253,7 +254,7 @@ def check_vocabulary(folder: Path, known: Mapping[str, int]) -> None:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The template of chats that an adapter's folder has, if any."""
+    """The chat template in an adapter's folder, if any."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return file.read_text("utf-8") or None
@@ -265,13 +266,13 @@ def chat_template(folder: Path) -> str | None:
 
 
 def generation_settings(folder: Path) -> dict[str, Any]:
-    """An adapter's own generation_config.json, if it has one."""
+    """The content of an adapter's own generation_config.json, if it has one."""
     file = folder / "generation_config.json"
     return _json(file) if file.exists() else {}
 
 
 def labels_of(folder: Path, count: int) -> list[str] | None:
-    """The labels that a config.json beside an adapter names, if they are so many."""
+    """The labels that a config.json beside an adapter names, if there are `count` of them."""
     file = folder / "config.json"
     names = _json(file).get("id2label") if file.exists() else None
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(count)}:

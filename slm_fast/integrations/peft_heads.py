@@ -1,4 +1,4 @@
-"""Heads for sequences as transformers' classes have them: how an adapter's is read, and how a task's is written."""
+"""Sequence classification heads as in transformers' classes: reading that of an adapter, writing that of a task."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ Layer = tuple[Tensor, Tensor]  # weight [O, I], bias [O]
 
 @dataclass(frozen=True)
 class HeadClass:
-    """How a family's class turns the last hidden states into logits: pooled, a dense layer, an activation, a norm and
+    """How a family's class turns the last hidden states into logits: pooling, a dense layer, an activation, a norm and
     the last layer. Dropout is off.
 
-    out, dense, norm: modules of the class. saved: PEFT's modules_to_save for them. pooling, activation: words of
-    `slm_fast.tasks.Adapter`, or fields of the configuration that say them. unbiased: modules that may have no bias.
+    Attributes:
+        out, dense, norm: modules of the class.
+        saved: PEFT's modules_to_save for them.
+        pooling, activation: as in `slm_fast.tasks.Adapter`, or names of the configuration's fields for them.
+        unbiased: modules that may have no bias.
     """
 
     out: str
@@ -56,8 +59,8 @@ CAUSAL = HeadClass("score", saved=("score",), pooling="last", unbiased=("score",
 
 @dataclass(frozen=True)
 class Head:
-    """A task's head: top (weight [C, H], bias [C]) over norm (weight [H], bias [H]) over an activation of dense (weight
-    [H, H], bias [H]) over pooled states."""
+    """A task's head: pooled states, dense (weight [H, H], bias [H]), activation, norm (weight [H], bias [H]), top
+    (weight [C, H], bias [C])."""
 
     top: Layer
     dense: Layer | None
@@ -66,7 +69,7 @@ class Head:
     norm: Layer | None = None
 
     def folded(self) -> Head:
-        """With the norm's weights in the top."""
+        """The head with the norm's weights folded into the top."""
         if self.norm is None:
             return self
         (weight, bias), (scale, shift) = self.top, self.norm
@@ -74,14 +77,15 @@ class Head:
 
 
 def class_of(backbone: Backbone) -> HeadClass | None:
-    """None where heads of the family's class are not known."""
+    """The head class of a backbone's family; None if it is not known."""
     return CAUSAL if backbone.kind == "causal" else CLASSES.get(backbone.model.config.model_type)
 
 
 def head_of(adapter: PeftAdapter, backbone: Backbone) -> Head | None:
-    """The adapter's head, and what it lacks of its class's as the backbone's checkpoint has it. None without one.
+    """An adapter's head; None if it has none. Layers of its class that it lacks come from the backbone's checkpoint.
 
-    Raises InputError where it has one that cannot be had here, or none where the backbone answers with nothing else.
+    Raises:
+        InputError: its head is not supported, or it has none and the backbone can answer with nothing else.
     """
     saved, model_type = {**adapter.saved, **unsaved(adapter, backbone)}, backbone.model.config.model_type
     known, head, where = class_of(backbone), None, f"adapter {adapter.source!r}"
@@ -107,9 +111,10 @@ def head_of(adapter: PeftAdapter, backbone: Backbone) -> Head | None:
 
 
 def unsaved(adapter: PeftAdapter, backbone: Backbone) -> dict[str, Tensor]:
-    """What the adapter's head lacks of its class's layers, as the backbone's checkpoint has it.
+    """Layers of the head's class that the adapter lacks, from the backbone's checkpoint.
 
-    Raises InputError where that has none.
+    Raises:
+        InputError: the checkpoint does not have them.
     """
     known, found = class_of(backbone), dict[str, Tensor]()
     if known is None or "pooling" in adapter.own or not _names(known.out, backbone) & adapter.saved.keys():
@@ -131,14 +136,14 @@ def unsaved(adapter: PeftAdapter, backbone: Backbone) -> dict[str, Tensor]:
 
 
 def _pooler(backbone: Backbone) -> dict[str, Tensor]:
-    """Parameters of its own pooler, which it does not use, by their names in the class."""
+    """Parameters of the backbone's pooler, which the backbone itself does not use, by their names in the class."""
     prefix = f"{backbone.model.base_model_prefix}.pooler."
     state = {} if backbone.pooler is None else backbone.pooler.state_dict()
     return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
 
 def _class_parts(backbone: Backbone) -> dict[str, Tensor]:
-    """What its checkpoint has for the class beyond the backbone: parameters by their names."""
+    """Parameters of the class that the backbone's checkpoint has, by name."""
     if not backbone.name or backbone.name.endswith(GGUF):
         return {}
     import transformers
@@ -149,14 +154,14 @@ def _class_parts(backbone: Backbone) -> dict[str, Tensor]:
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 path, output_loading_info=True
             )
-    except (OSError, ValueError):  # it is gone, or was never there: the backbone was given as an object
+    except (OSError, ValueError):  # the checkpoint is gone, or the backbone was given as a model
         return {}
-    drawn = set(info["missing_keys"])  # by chance
+    drawn = set(info["missing_keys"])  # randomly initialised
     return {name: tensor for name, tensor in model.state_dict().items() if name not in drawn}
 
 
 def _as_class(saved: dict[str, Tensor], known: HeadClass, backbone: Backbone, where: str) -> Head | None:
-    """The head that is saved, which is taken from there."""
+    """The head among the saved tensors, which are removed from `saved`."""
     top = _taken(saved, known.out, backbone, known)
     if top is None:
         return None
@@ -173,12 +178,12 @@ def _as_class(saved: dict[str, Tensor], known: HeadClass, backbone: Backbone, wh
 
 
 def _names(module: str, backbone: Backbone) -> set[str]:
-    """Of a module's weight: in the class, and in the backbone where it is of that."""
+    """Names of a module's weight: in the class, and in the backbone if it belongs to that."""
     return {f"{module}.weight", f"{module.removeprefix(f'{backbone.model.base_model_prefix}.')}.weight"}
 
 
 def _taken(saved: dict[str, Tensor], module: str, backbone: Backbone, known: HeadClass | None = None) -> Layer | None:
-    """A layer, which is taken from what is saved; zeros for a bias that its class may lack. None without it."""
+    """A layer, removed from `saved`, with zeros for a bias that its class may lack. None if it is not there."""
     for name in _names(module, backbone) & saved.keys():
         bias = saved.get(name.removesuffix("weight") + "bias")
         if bias is None and (known is None or module not in known.unbiased):
@@ -205,8 +210,13 @@ def _check(head: Head, backbone: Backbone, adapter: PeftAdapter, where: str) -> 
 
 @dataclass(frozen=True)
 class Written:
-    """How a task's head is written. saved: tensors among the adapter's, of `modules`. beside: tensors of a file of
-    their own."""
+    """How a task's head is written.
+
+    Attributes:
+        modules: modules of the class that have tensors in `saved`.
+        saved: tensors stored with the adapter's.
+        beside: tensors stored in a file of their own.
+    """
 
     modules: tuple[str, ...] = ()
     saved: Mapping[str, Tensor] | None = None
@@ -214,7 +224,7 @@ class Written:
 
 
 def written(task: LearnedTask, backbone: Backbone) -> Written:
-    """A task's head as the family's class has it, else in a file of its own."""
+    """A task's head in the form of the family's class if possible, else for a file of its own."""
     if task.head is None:
         return Written()
     (weight, bias), known = task.head, class_of(backbone)

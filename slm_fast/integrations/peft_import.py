@@ -1,6 +1,6 @@
 """A PEFT adapter as a task: its values, its head, and routing statistics from example texts.
 
-An imported task has a hard route (K = 1): where it is the best of a row, it answers alone, as PEFT would.
+An imported task has a hard route (K = 1): if it is the best for a row, it answers alone, as in PEFT.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from slm_fast.schema import WHEN_KNOWN
 from slm_fast.task_tensors import check_numbers
 from slm_fast.tasks import Adapter, LearnedTask, name_seed, origin_of
 
-FEW = 20  # examples: with fewer the router knows little of a task; about 50 are wanted
+FEW = 20  # examples: fewer tell the router little about a task; about 50 are recommended
 
 
 def import_task(
     model: AdaptedModel, adapter: PeftAdapter, name: str, rows: Sequence[Row], *, labels: Sequence[str] | None = None
 ) -> LearnedTask:
-    """The task that an adapter is, which the model does not know yet.
+    """Make a task, which the model does not know yet, from an adapter.
 
     Args:
-        rows: example texts of the task, about 50; their answers are not looked at.
-        labels: of the adapter's head, in its order; None means those that a config.json beside the adapter names, else
-            LABEL_0, LABEL_1, ... as transformers has them.
+        rows: example texts of the task, about 50. Answers are ignored.
+        labels: labels of the adapter's head, in its order. Default: those that an export of this package or a
+            config.json beside the adapter names, else LABEL_0, LABEL_1, ... as in transformers.
 
     Raises:
-        InputError: the adapter is for another backbone, or its head is none that this family answers with. WorkError: a
-        query is not finite, or a number too large for a store.
+        InputError: the adapter is for another backbone, or this family does not support its head.
+        WorkError: a query is not finite, or a number is too large for a store.
     """
     check_name(name)
     if not rows:
@@ -64,7 +64,7 @@ def import_task(
     about = Adapter(prompt=prompt, chat_template=template, ends=_ends(settings))
     if head is not None:
         about = replace(about, pooling=head.pooling, activation=head.activation)
-    own_words = tuple(adapter.own.get("labels") or ()) or None  # an exported task may write words
+    own_words = tuple(adapter.own.get("labels") or ()) or None  # an exported task may generate its labels
     words = own_words if head is None else _labels(adapter, len(head.top[0]), labels)
     if labels is not None and head is None:
         raise InputError(f"labels: adapter {adapter.source!r} has no head that they could be of")
@@ -107,7 +107,7 @@ def _origin(
 
 
 def _ends(settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """Tokens that end a text by an adapter's generation settings. What else they ask for is said not to be done."""
+    """End tokens in an adapter's generation settings. Warns about settings that are not applied."""
     idle = sorted(name for name, value in settings.items() if name not in OVERRULED and value not in (None, False))
     if idle:
         warn(f"generation_config.json: {some_of(idle)}: not applied; a mixed batch is written with one way of drawing")
@@ -120,10 +120,11 @@ def _ends(settings: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def values_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, tuple[Tensor, Tensor]]:
-    """The adapter's increments by the backbone's modules: (lora_a [1, r, I], lora_b [1, r, O]) float32, the latter
-    scaled already.
+    """The adapter's increments by the backbone's modules: (lora_a [1, r, I], lora_b [1, r, O]) float32, with lora_b
+    already scaled.
 
-    Raises InputError where the backbone has no such module, or one of other widths.
+    Raises:
+        InputError: the backbone has no such module, or one of other widths.
     """
     names = modules_of(adapter, backbone)
     fused = _fused(backbone)
@@ -145,7 +146,7 @@ def values_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, tuple[Tenso
                 )
         lora_b = (lora_b * adapter.scaling(module)).T
         for part, features in fused.get(name, {name: slice(None)}).items():
-            # Of the directions that all parts share, those that say something of this one.
+            # All parts share lora_a; keep only the rows that affect this one.
             chosen = lora_b[:, features].any(1) if name in fused and lora_b.any() else torch.ones(len(lora_a)).bool()
             if chosen.any():
                 values[part] = lora_a[chosen][None].contiguous(), lora_b[chosen][:, features][None].contiguous()
@@ -153,14 +154,14 @@ def values_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, tuple[Tenso
 
 
 def _fused(backbone: Backbone) -> dict[str, dict[str, slice]]:
-    """Modules that hold several layers side by side, with these layers' names and output features."""
+    """Modules that hold several layers side by side, with the names and output features of these layers."""
     return {module: parts for module, parts in backbone.parts(sorted(backbone.adaptable)).items() if parts}
 
 
 def modules_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, str]:
-    """The backbone's name of each module of an adapter. PEFT's names have in front what the class that was trained has
-    around the backbone (`bert.`), or lack what the backbone has (`model.`)."""
-    known = {name.partition("[")[0] for name in backbone.adaptable}  # of layers side by side, their module
+    """The backbone's name for each module of an adapter. PEFT's names may have the prefix of the class that was trained
+    (`bert.`), or lack one of the backbone's (`model.`)."""
+    known = {name.partition("[")[0] for name in backbone.adaptable}  # for layers side by side, their module
     found: dict[str, str] = {}
     for module in adapter.lora:
         names = [module] if module in known else []
@@ -180,7 +181,7 @@ def modules_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, str]:
 
 
 def _has_module(backbone: Backbone, module: str) -> bool:
-    """Whether the backbone has it, or the class for sequences beside."""
+    """Whether the backbone, or its class for sequence classification, has a module."""
     known = class_of(backbone)
     names = [name for name, _ in backbone.model.named_modules() if name]
     names += [] if known is None else [name for name in (known.out, known.dense) if name]

@@ -1,4 +1,4 @@
-"""Ray Data: the rows of a dataset answered by actors, a model in each."""
+"""Ray Data: rows of a dataset answered by actors, with a model in each."""
 
 from __future__ import annotations
 
@@ -45,26 +45,27 @@ def predict(
     device: str = "auto",
     **changes: Unpack[PredictKeywords],
 ) -> Dataset:
-    """The dataset with its rows answered: all of its columns, those of an answer (`predicted_task`, `predicted_label`
-    ...), and `error`, which says why a row has none.
+    """Answer the rows of a dataset. Keeps all columns and adds those of an answer (`predicted_task`, `predicted_label`,
+    ...) and `error`, which says why a row has no answer.
 
-    Nothing is computed until the dataset is read. Blocks of 1,024 rows are answered by themselves: with Ray Data's
-    `execution_options.preserve_order` these are the windows of `ScalableLM.predict_file`, with its answers. Without,
-    rows share blocks as they arrive, which may change the last bits of a score.
+    Nothing is computed until the dataset is read. Rows are answered in blocks of 1,024. With Ray Data's
+    `execution_options.preserve_order` these are the windows of `ScalableLM.predict_file`, with the same answers.
+    Otherwise rows share blocks as they arrive, which may change the last bits of a score.
 
     Args:
-        dataset: rows with the columns that `ScalableLM.predict` understands. text: the column of the input, where it
-            has another name than usual.
-        store: a folder that all workers see under this path, a URL, or a name on the hub.
-        options: how rows are answered. changes: fields of them, such as top_k=3.
-        task: take every row for this task.
-        prefix: of the answers' columns.
-        concurrency: so many actors, or (least, most) between which Ray Data chooses. num_cpus, num_gpus: of each.
+        dataset: rows with the columns that `ScalableLM.predict` understands.
+        store: a folder that all workers see under this path, a URL, or a hub name.
+        options, **changes: prediction options; changes override their fields, such as top_k=3.
+        text: name of the input column, if not one of the usual names.
+        task: oracle task ID for all rows.
+        prefix: prefix of the answers' columns.
+        concurrency: number of actors, or (min, max) for Ray Data to choose from.
+        num_cpus, num_gpus: of each actor.
         backbone, dtype, device: as for `ScalableLM.from_pretrained`.
 
     Raises:
-        InputError: no store, a task that is not learned, a column that is there already, or `sample`, which needs a
-        row's place in its input. While the dataset is read: Ray's error, caused by an InputError or a WorkError.
+        InputError: there is no store, the task is not learned, a column exists already, or `sample` is set, which needs
+            a row's place in its input. While the dataset is read: Ray's error, caused by an InputError or a WorkError.
     """
     chosen = combine(PredictOptions, options, changes)
     if chosen.sample:
@@ -91,22 +92,22 @@ def predict(
 
 
 def _check_free(names: list[str], prefix: str) -> None:
-    """Raise InputError where an answer's column is there already."""
+    """Raise InputError if an answer's column exists already."""
     for name in _columns(prefix).values():
         if name in names:
             raise InputError(f"column {name!r}: is there already; rename it, or give another prefix=")
 
 
 def _columns(prefix: str) -> dict[str, str]:
-    """The fields of an answer, and their columns."""
+    """Fields of an answer -> their columns."""
     return {name: name if name == ERROR else prefix + name for name in answer_columns() if name != "id"}
 
 
 class _Answers:
-    """A model, and the answers of blocks.
+    """A model that answers blocks of rows.
 
     Args:
-        files, version: the SHA-256 of each task's file, and this package, as whoever asks has them.
+        files, version: SHA-256 of each task's file, and the version of this package, where `predict` was called.
     """
 
     def __init__(self, opening: Opening, files: dict[str, str] | None, version: str, how: dict[str, Any]) -> None:
@@ -121,7 +122,7 @@ class _Answers:
         self._how = how
 
     def __call__(self, table: Any) -> Any:
-        """An Arrow table, answered."""
+        """Answer the rows of an Arrow table."""
         options, prefix = self._how["options"], self._how["prefix"]
         _check_free(table.column_names, prefix)
         given = [Record(place, fields) for place, fields in enumerate(table.to_pylist(), 1)]

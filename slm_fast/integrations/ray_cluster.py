@@ -1,4 +1,4 @@
-"""Ray: a cluster to work on, how its processors are shared out, and what goes wrong there in one line."""
+"""Ray: connecting to a cluster, dividing its CPUs and GPUs among actors, and errors in one line."""
 
 from __future__ import annotations
 
@@ -24,34 +24,35 @@ from slm_fast.slm import ScalableLM
 from slm_fast.store import Store
 
 LOCAL = "local"
-TRIES = 3  # of whatever an actor is asked for, if it dies before it has answered
-PATIENCE = 10.0  # seconds for a connection to a cluster
+TRIES = 3  # attempts at each request, if the actor dies before it answers
+PATIENCE = 10.0  # seconds to connect to a cluster
 
 
 class ActorEnded(Exception):
-    """An actor died, or its node, before it answered, as often as it was tried; the message says how."""
+    """An actor or its node died before it answered, in every attempt. The message says how."""
 
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """A cluster: the one at `address` (HOST:PORT, or "auto" for the one that runs on this machine), or with "local" one
-    of this machine's processors alone, which ends with the block. Who is connected already stays so, and works there.
+    """Connect to a cluster at `address`: HOST:PORT, "auto" for the one running on this machine, or "local" for a new
+    one of this machine alone, which ends with the block. An existing connection is used and kept instead.
 
-    Raises WorkError where the cluster cannot be reached or started.
+    Raises:
+        WorkError: the cluster cannot be reached or started.
     """
     if ray.is_initialized():
         yield
         return
     how: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == LOCAL:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what is started here says nothing to anybody
-        # Workers find this very package, wherever it is imported from.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics from clusters started here
+        # Let workers import this package from the same place.
         paths = [str(Path(slm_fast.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         how |= {"include_dashboard": False, "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}}
     try:
         _check_reachable(address)
         ray.init(address, **how)
-    except Exception as error:  # Ray has one of its own for each library below it
+    except Exception as error:  # Ray raises many types of errors
         raise WorkError(f"Ray {address!r}: cannot be reached: {one_line(error)}") from None
     try:
         yield
@@ -60,7 +61,7 @@ def connected(address: str) -> Iterator[None]:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes."""
+    """Fail early if nothing listens at the address; Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host, int(port)), PATIENCE).close()
@@ -68,7 +69,7 @@ def _check_reachable(address: str) -> None:
 
 @dataclass(frozen=True)
 class Shares:
-    """How a cluster's processors and GPUs are shared out: so many actors, and what each of them takes."""
+    """How a cluster's CPUs and GPUs are divided: the number of actors, and the CPUs (`threads`) and GPUs of each."""
 
     actors: int
     threads: int
@@ -78,14 +79,16 @@ class Shares:
     def of(
         cls, actors: int | None = None, threads: int | None = None, device: str = "auto", *, flag: str = "--actors"
     ) -> Shares:
-        """Shares of the cluster that this process is connected to.
+        """Divide the cluster that this process is connected to.
 
         Args:
-            actors: None: one for each GPU or, where there is none, for each node. threads: of the processors, for all
-                actors together; None: all.
-            device: "cpu": GPUs are left alone. flag: what the caller calls `actors`.
+            actors: number of actors. Default: one per GPU or, without GPUs, one per node.
+            threads: CPUs of all actors together. Default: all.
+            device: "cpu" leaves GPUs unused.
+            flag: the caller's name for `actors`, for error messages.
 
-        Raises InputError for less than one, or for more than there are processors or GPUs.
+        Raises:
+            InputError: a number is less than 1, or exceeds the CPUs or GPUs.
         """
         for name, value in ((flag, actors), ("--threads", threads)):
             if value is not None and value < 1:
@@ -104,13 +107,13 @@ class Shares:
 
     @property
     def resources(self) -> dict[str, int]:
-        """What Ray is to reserve for an actor."""
+        """What Ray reserves for each actor."""
         return {"num_cpus": self.threads, "num_gpus": self.gpus}
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How an actor opens a store, as `ScalableLM.from_pretrained` does. threads: of the processor."""
+    """How an actor opens a store, as for `ScalableLM.from_pretrained`. `threads`: its CPU threads."""
 
     store: str
     backbone: str | None = None
@@ -122,12 +125,12 @@ class Opening:
 
     @classmethod
     def of(cls, store: str | Path, *, backbone: str | None = None, **how: Any) -> Opening:
-        """Folders as paths that mean the same from anywhere. Raises InputError for a backbone that is not there."""
+        """Make local paths absolute. Raises InputError if the backbone is not there."""
         path = str(store) if is_elsewhere(store) else os.path.abspath(os.path.expanduser(store))
         return cls(path, None if backbone is None else located(backbone), **how)
 
     def open(self) -> tuple[ScalableLM, list[str]]:
-        """The model, and what whoever asked for it is to be warned of."""
+        """Open the model. Returns it with the warnings to pass on to the caller."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         if not is_elsewhere(self.store) and not Store.exists(self.store):
@@ -147,7 +150,13 @@ class Opening:
 
 
 def answer_of(reference: Any) -> Any:
-    """What an actor answers. Raises its SlmError, or ActorEnded; WorkError where workers have not this package."""
+    """Wait for an actor's answer.
+
+    Raises:
+        SlmError: raised by the actor.
+        ActorEnded: the actor died.
+        WorkError: workers cannot import this package.
+    """
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -169,7 +178,7 @@ def _check_imported(error: RayError) -> None:
 
 
 def check_alike(got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise WorkError unless an actor's model decides all that the first one's does."""
+    """Raise WorkError unless an actor's model agrees with the first one's in all that determines answers."""
     for name in sorted(got.keys() | expected.keys()):
         if got.get(name) != expected.get(name):
             if name == "store":

@@ -1,4 +1,4 @@
-"""Workers of `slm_fast.jobs` as actors of Ray: a task an actor, and whoever started them commits."""
+"""Workers of `slm_fast.jobs` as Ray actors: each learns a task at a time, and the process that started them commits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from slm_fast.worker import Learner, Message
 
 
 class LearnActor:
-    """A worker's model in a process of Ray's."""
+    """A worker's model in a Ray process."""
 
     def __init__(self) -> None:
         self._learner = Learner()
 
     def ask(self, message: Message, data: bytes) -> tuple[Message, bytes, list[str]]:
-        """The answer to a request, and what to warn of."""
+        """Answer a request. Also returns warnings."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", SlmWarning)
             answer, found = self._learner.answer(message, data)
@@ -30,7 +30,7 @@ class LearnActor:
 
 
 class RayWorker(Worker):
-    """An actor. Where it dies, `slm_fast.jobs` starts another one."""
+    """A worker in an actor. If it dies, `slm_fast.jobs` starts another."""
 
     def __init__(self, opening: Message, start: bytes, shares: Shares) -> None:
         super().__init__({**opening, "threads": shares.threads, "jobs": 1}, start)
@@ -49,15 +49,18 @@ class RayWorker(Worker):
         ray.kill(self.actor)
 
     def close(self) -> None:
-        """Ray sees to it."""
+        """Nothing to do: Ray cleans up."""
 
 
 def maker(jobs: int, threads: int | None, device: str) -> Callable[[Message, bytes], RayWorker]:
-    """What starts the workers of `slm_fast.jobs.Workers` on the cluster that this process is connected to.
+    """Return a function that starts workers of `slm_fast.jobs.Workers` on the cluster this process is connected to.
 
-    threads: of the processors, shared out among so many jobs; None: all.
+    Args:
+        jobs: number of workers.
+        threads: CPUs of all workers together. Default: all.
 
-    Raises InputError for more jobs than there are processors or GPUs.
+    Raises:
+        InputError: there are more jobs than CPUs or GPUs.
     """
     shares = Shares.of(jobs, threads, device, flag="--jobs")
 

@@ -1,4 +1,4 @@
-"""Windows of rows answered by actors of Ray: a model in each, all of the same tasks."""
+"""Windows of rows answered by Ray actors, each with a model of the same tasks."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from slm_fast.predict_file import (
 from slm_fast.slm import ScalableLM
 from slm_fast.windows import Window
 
-START = 60.0  # seconds for actors to run
-AT_ONCE = 2  # windows of an actor: it makes tokens of the second while it answers the first
+START = 60.0  # seconds for actors to start
+AT_ONCE = 2  # windows per actor: it tokenises the second while it answers the first
 
 
 class StoreActor:
-    """The model of a store, opened when it is first asked for something, so that what is wrong is an answer."""
+    """The model of a store, opened at the first request so that errors are returned as answers."""
 
     def __init__(self, opening: Opening) -> None:
         self._opening = opening
@@ -56,20 +56,20 @@ class StoreActor:
         return __version__
 
     def about(self) -> dict[str, Any]:
-        """What whoever shares out the windows has to know of the model."""
+        """What the process that distributes windows needs to know about the model."""
         slm = self._model()
         about = {"tasks": slm.tasks, "kind": slm.model.backbone.kind, "in_store": (slm.store or slm.source) is not None}
         return about | {"warnings": self._warnings}
 
     def decides(self, options: PredictOptions) -> dict[str, Any]:
-        """What, beside the input, decides every byte of its answers."""
+        """Everything besides the input that determines the bytes of its answers."""
         slm = self._model()
         store = slm.store or slm.source
         files = {} if store is None else {name: store.files[name] for name in slm.tasks}
         return what_decides(slm.model, options, files)
 
     def answer(self, window: Window, options: PredictOptions) -> tuple[dict[str, Any], list[Answer]]:
-        """Its answers, and what decided them: an actor that was started anew may have found another store."""
+        """Answer a window. Also returns what determined the answers: a restarted actor may have found another store."""
         [answers] = answer(self._model().model, [window], options)
         return self.decides(options), answers
 
@@ -81,7 +81,7 @@ class StoreActor:
 
 
 class _Sent(NamedTuple):
-    """A window that an actor has."""
+    """A window that was sent to an actor."""
 
     window: Window
     actor: int
@@ -89,22 +89,23 @@ class _Sent(NamedTuple):
 
 
 class StorePool:
-    """So many actors of a Ray cluster, each with the model of one store.
+    """Actors of a Ray cluster, each with the model of one store.
 
-    Use it in a `with` block, which starts the actors and ends them. An actor that dies is started anew, and its windows
-    are answered again, three times at most.
+    Use it in a `with` block, which starts and ends the actors. If an actor dies it is restarted and its windows are
+    answered again, in up to three attempts.
 
     Args:
-        store: a folder that all workers see under this path, a URL, or a name on the hub.
-        address: of the cluster: HOST:PORT, "auto" for the one that runs on this machine, or "local" for one of this
-            machine's processors alone. A process that is connected to a cluster works there.
-        actors: None: one for each GPU or, where there is none, for each node.
+        store: a folder that all workers see under this path, a URL, or a hub name.
+        address: of the cluster: HOST:PORT, "auto" for the one running on this machine, or "local" for a new one of this
+            machine alone. Ignored in a process that is connected to a cluster.
+        actors: number of actors. Default: one per GPU or, without GPUs, one per node.
+        threads: CPUs of all actors together. Default: all.
         backbone, dtype, device, skip_damaged, device_memory: as for `ScalableLM.from_pretrained`.
-        threads: of the processors, shared out among the actors; None: all.
 
     Raises:
-        InputError: no store, or more actors than there are processors or GPUs. WorkError: the cluster cannot be
-        reached, its workers have another version of this package, or their models are not alike.
+        InputError: there is no store, or there are more actors than CPUs or GPUs.
+        WorkError: the cluster cannot be reached, its workers have another version of this package, or their models
+            differ.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class StorePool:
         self._address, self._asked = address, (actors, threads, device)
         self._about: dict[str, Any] = {}
         self._actors: list[Any] = []
-        self._busy: list[list[Any]] = []  # what each has to answer yet
+        self._busy: list[list[Any]] = []  # pending answers of each actor
         self._stack = ExitStack()
 
     def __enter__(self) -> StorePool:
@@ -165,8 +166,7 @@ class StorePool:
         overwrite: bool = False,
         progress: bool | None = None,
     ) -> FileAnswered:
-        """Answer a file as `ScalableLM.predict_file` does, to the same bytes; either goes on with what the other has
-        begun."""
+        """Answer a file as `ScalableLM.predict_file` does, to the same bytes. Each can resume a run of the other."""
         source = Path(source) if isinstance(source, str) else source
         sink = Path(sink) if isinstance(sink, str) else sink
         options = options or PredictOptions()
@@ -176,7 +176,7 @@ class StorePool:
         return predict_file(by, source, sink, options, **how, overwrite=overwrite, progress=progress)
 
     def answering(self, options: PredictOptions) -> Answering:
-        """The actors, as those who answer. Raises WorkError where their models are not alike."""
+        """The actors as an `Answering`. Raises WorkError if their models differ."""
         decides, *others = self._ask("decides", options)
         for other in others:
             check_alike(other, decides)
@@ -201,11 +201,11 @@ class StorePool:
 
     @property
     def kind(self) -> str:
-        """The backbone's: encoder, seq2seq or causal."""
+        """The backbone's kind: encoder, seq2seq or causal."""
         return self._about["kind"]
 
     def _send(self, window: Window, options: PredictOptions) -> _Sent:
-        """Give a window to the actor that has the fewest to answer."""
+        """Send a window to the actor with the fewest pending ones."""
         loads = [len(ray.wait(some, num_returns=len(some), timeout=0)[1]) if some else 0 for some in self._busy]
         actor = loads.index(min(loads))
         reference = self._actors[actor].answer.remote(window, options)
@@ -213,14 +213,14 @@ class StorePool:
         return _Sent(window, actor, reference)
 
     def _wait(self) -> None:
-        """Until all actors run, or for a while; then say what they may wait for."""
+        """Wait for a while until all actors run; then warn about those that do not."""
         started = [actor.version.remote() for actor in self._actors]
         late = ray.wait(started, num_returns=len(started), timeout=START)[1]
         if late:
             warn(f"Ray: {len(late)} of {len(started)} actors do not run yet; the cluster may have no room for them")
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
-        """What all actors answer."""
+        """Call a method of all actors and return their answers."""
         references = [getattr(actor, method).remote(*arguments) for actor in self._actors]
         try:
             return [answer_of(reference) for reference in references]

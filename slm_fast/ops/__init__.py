@@ -1,5 +1,5 @@
-"""The operators. Each is one public function, one plain PyTorch reference (its specification) and any number of faster
-backends that equal it. `ops.backends()` says which are present, `with ops.use_backend(name)` insists on one."""
+"""The operators. Each has one public function, one plain PyTorch reference (its specification), and faster backends
+that equal it. `ops.backends()` lists those present; `with ops.use_backend(name)` forces one."""
 
 from slm_fast.ops.dispatch import Backend, backends, use_backend
 from slm_fast.ops.key_loss import key_loss

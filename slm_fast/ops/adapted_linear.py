@@ -1,10 +1,10 @@
-"""adapted_linear: a frozen linear layer and each sample's increments, in one kernel where a backend has one.
+"""adapted_linear: a frozen linear layer plus each sample's increments, in one kernel if a backend has one.
 
     y[b, t] = x[b, t] @ weight.T + bias + sum_k weights[b, k] * (x[b, t] @ lora_a[s].T) @ lora_b[s]
 
 with s = slot_ids[b, k], as in multi_lora.
 
-Shape suffixes: B samples, T tokens, K slots a sample, P slots in all, r rank, I in-features, O out-features.
+Shape suffixes: B samples, T tokens, K slots per sample, P slots in total, r rank, I in-features, O out-features.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from slm_fast.ops.multi_lora import check, reference_multi_lora
 def adapted_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor
 ) -> Tensor:
-    """`multi_lora` onto `linear(x, weight, bias)`, which is not rounded in between.
+    """`multi_lora` on top of `linear(x, weight, bias)`, without rounding in between.
 
     Args:
-        x: [B, T, I]. weight: [O, I], x's dtype. bias: [O], x's dtype, or None.
-        lora_a, lora_b, slot_ids, weights: as `multi_lora` takes them, a route for each row of x.
+        x: [B, T, I].
+        weight: [O, I], x's dtype.
+        bias: [O], x's dtype, or None.
+        lora_a, lora_b, slot_ids, weights: as for `multi_lora`, with one route per row of x.
 
     Returns:
         [B, T, O] in x's dtype, accumulated in float32 (float64 for float64). Forward only: it has no gradient.
@@ -47,13 +49,13 @@ def adapted_linear(
     op = dispatch.operator("adapted_linear", x.device.type, size_of(x, weight, lora_a, slot_ids))
     try:
         y: Tensor = op(x, weight, bias, lora_a, lora_b, slot_ids, weights)
-    except ValueError as error:  # what only the backend sees, such as an id out of range
+    except ValueError as error:  # checked only by the backend, such as an id out of range
         raise InputError(str(error)) from None
     return y
 
 
 def size_of(x: Tensor, weight: Tensor, lora_a: Tensor, slot_ids: Tensor) -> str:
-    """What dispatch chooses by: "narrow" and "wide" layers, "other" where a kernel cannot keep all K r columns."""
+    """Size class for dispatch: "narrow" or "wide" layers, or "other" if a kernel cannot keep all K r columns."""
     columns = slot_ids.shape[1] * lora_a.shape[1]
     if x.dtype == torch.float64 or not 0 < columns <= 256 // x.dtype.itemsize:
         return "other"

@@ -1,10 +1,10 @@
-"""Which backend runs an operator on a device. This table chooses; nothing else does.
+"""Chooses the backend that runs an operator on a device. Nothing else does.
 
-A backend named `b` implements operator `o` as the torch operator `slm_fast::o_b`. Adding one is a row of `BACKENDS`
-and a place in `PREFERENCE`; the public functions, the autograd formulas and every caller stay as they are.
+A backend named `b` implements operator `o` as the torch operator `slm_fast::o_b`. To add one, add a row to `BACKENDS`
+and a place in `PREFERENCE`; public functions, autograd formulas and callers stay as they are.
 
-A backend may serve only some sizes of an operator, listed as `operator:size`. preference.csv beside this file, where
-there is one, holds what was measured (benchmarks/gpu.sh writes it) and goes before `PREFERENCE`.
+A backend may support only some sizes of an operator, listed as `operator:size`. preference.csv beside this file, if
+present, holds measured preferences (written by benchmarks/gpu.sh), which come before `PREFERENCE`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _always() -> str | None:
 
 
 def _load_native() -> str | None:
-    """Load the C++ operators. None, or the reason they are missing."""
+    """Load the C++ operators. Return None, or the reason they are missing."""
     try:
         import_module("slm_fast._C")
     except ImportError as error:
@@ -41,7 +41,7 @@ def _load_native() -> str | None:
 
 
 def _find_triton() -> str | None:
-    """None, or the reason the Triton operators are missing."""
+    """Return None, or the reason the Triton operators are missing."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton`"
     if torch.version.cuda is None and not INTERPRETED:
@@ -50,7 +50,7 @@ def _find_triton() -> str | None:
 
 
 def _find_cuda() -> str | None:
-    """None, or the reason the CUDA operators are missing."""
+    """Return None, or the reason the CUDA operators are missing."""
     if NATIVE_MISSING is not None:
         return NATIVE_MISSING
     if not import_module("slm_fast._C").build_info()["cuda"]:
@@ -60,7 +60,7 @@ def _find_cuda() -> str | None:
     return None
 
 
-# Triton's interpreter: its kernels as NumPy, on CPU tensors. Triton reads the same variable when a kernel is defined.
+# Triton's interpreter runs kernels as NumPy, on CPU tensors. Triton reads this variable when a kernel is defined.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 NATIVE_MISSING = _load_native()
 CUDA_MISSING = _find_cuda()
@@ -69,14 +69,16 @@ TRITON_MISSING = _find_triton()
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the operators. `why_not()` is None when it can be used here, else the reason it cannot.
+    """One way to run the operators.
 
-    operators: names ("retrieve"), or names with the one size that is served ("multi_lora:decode").
-    leaves_out: sizes that are not served of operators that otherwise are.
-    checks_arguments: `multi_lora` raises ValueError for whatever does not fit, before it touches memory.
-    in_place: it also has `slm_fast::multi_lora_<name>_`, which overwrites `base`.
-    prepares_keys: it also has `slm_fast::prepare_keys_<name>`, and its `retrieve` takes what that returns.
-    takes_key_slot: its `retrieve` takes several keys a slot; of the others more keys are asked for.
+    Attributes:
+        operators: names ("retrieve"), or names with the one size supported ("multi_lora:decode").
+        why_not: returns None if the backend can be used here, else the reason it cannot.
+        leaves_out: unsupported sizes of operators that are otherwise supported.
+        checks_arguments: `multi_lora` raises ValueError for invalid arguments before it touches memory.
+        in_place: it also has `slm_fast::multi_lora_<name>_`, which overwrites `base`.
+        prepares_keys: it also has `slm_fast::prepare_keys_<name>`, whose result its `retrieve` takes.
+        takes_key_slot: its `retrieve` supports several keys per slot; other backends are asked for more keys instead.
     """
 
     name: str
@@ -93,7 +95,7 @@ class Backend:
         return (stem in self.operators and sized not in self.leaves_out) or sized in self.operators
 
     def has(self, stem: str) -> bool:
-        """Whether it serves any size of an operator."""
+        """Whether it supports any size of an operator."""
         return any(entry.partition(":")[0] == stem for entry in self.operators)
 
     @property
@@ -142,7 +144,7 @@ PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def read_measured(path: Path) -> Mapping[tuple[str, str, str], tuple[str, ...]]:
-    """(device, operator, size) -> backends, the fastest first. Lines that begin with # say what it was measured on."""
+    """(device, operator, size) -> backends, fastest first. Lines that begin with # describe the measurement."""
     if not path.exists():
         return MappingProxyType({})
     with path.open(newline="") as file:
@@ -155,8 +157,8 @@ MEASURED = read_measured(Path(__file__).with_name("preference.csv"))
 
 
 class _Forced:
-    """The backend `use_backend` insists on, for the whole process. A plain attribute, because torch.compile guards on
-    one and recompiles when it changes; it neither traces context variables nor guards on thread-local ones."""
+    """The backend that `use_backend` forces, for the whole process. A plain attribute, because torch.compile guards on
+    these and recompiles when they change; it neither traces context variables nor guards on thread-local ones."""
 
     name: str | None = None
 
@@ -165,7 +167,7 @@ _forced = _Forced()
 
 
 def backends(device: str | None = None) -> tuple[Backend, ...]:
-    """The backends known here; with `device` ("cpu", "cuda"), those usable on it, the preferred one first."""
+    """The known backends; with `device` ("cpu", "cuda"), those usable on it, in order of preference."""
     if device is None:
         return BACKENDS
     by_name = {backend.name: backend for backend in BACKENDS}
@@ -176,7 +178,8 @@ def backends(device: str | None = None) -> tuple[Backend, ...]:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator on the named backend inside the block, in all threads.
 
-    Raises InputError when there is no such backend here, or when an operator or device it does not serve is called.
+    Raises:
+        InputError: the backend is not available here, or an operator or device that it does not support is used.
     """
     present = [backend.name for backend in BACKENDS if backend.available]
     if name not in present:
@@ -189,12 +192,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def is_forced() -> bool:
-    """Whether a block of `use_backend` is open."""
+    """Whether a `use_backend` block is active."""
     return _forced.name is not None
 
 
 def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """For an implementation written in torch calls: autocast would lower the precision of what it accumulates."""
+    """Decorator for an implementation in torch calls. Autocast would lower the precision of what it accumulates."""
 
     @wraps(implementation)
     def run(first: torch.Tensor, *rest: Any) -> Any:
@@ -205,7 +208,7 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def chosen(stem: str, device: str, size: str = "") -> Backend:
-    """The backend that runs `stem` on `device` now, for the size that its public function calls `size`."""
+    """The backend that runs `stem` on `device` now, for the size class given by its public function."""
     forced = _forced.name
     if NATIVE_MISSING is not None and device == "cpu" and forced is None:
         _warn_that_native_is_missing()
@@ -227,7 +230,7 @@ def _warn_once(message: str) -> None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that tracing a graph warns too
 def _warn_that_native_is_missing() -> None:
-    """Once a process, at the first call that would have run on them."""
+    """Warn once per process, at the first call that would have run on them."""
     _warn_once(
         f"slm_fast: the C++ operators are not there ({NATIVE_MISSING}); the PyTorch reference runs instead, most of it "
         "several times slower; `slm-fast doctor` says more"
@@ -235,7 +238,7 @@ def _warn_that_native_is_missing() -> None:
 
 
 def operator(stem: str, device: str, size: str = "") -> Any:
-    """The torch operator of the backend that is `chosen`."""
+    """The torch operator of the `chosen` backend."""
     return getattr(torch.ops.slm_fast, f"{stem}_{chosen(stem, device, size).name}")
 
 
@@ -245,11 +248,11 @@ def _order(stem: str, device: str, size: str) -> tuple[str, ...]:
 
 
 def fuses(device: str) -> bool:
-    """Whether `fused_wins` says so of any size on this device: asked in every adapted layer's pass."""
+    """Whether `fused_wins` may hold for any size on this device. Called in every pass of an adapted layer."""
     return any(order[0] == "triton" for key, order in MEASURED.items() if key[:2] == (device, "adapted_linear"))
 
 
 def fused_wins(device: str, size: str) -> bool:
-    """Whether measurement says that the base's product and the increments belong in one kernel (adapted_linear)."""
+    """Whether measurements favour one kernel for the base product and the increments (adapted_linear)."""
     measured = MEASURED.get((device, "adapted_linear", size), ("",))[0]
     return measured == "triton" and TRITON_MISSING is None and _forced.name in (None, "triton")

@@ -1,4 +1,4 @@
-"""key_loss: the loss that draws keys towards the queries of their task (SLM, ICLR 2024, Eq. 5-7).
+"""key_loss: the loss that pulls keys towards the queries of their task (SLM, ICLR 2024, Eq. 5-7).
 
 Shape suffixes: B queries, P slots, G groups, K selected, D query width, d = D / G.
 """
@@ -18,20 +18,24 @@ from slm_fast.ops.search import EPSILON, MOST_PICKED, best, check_pair, normalis
 def key_loss(query: Tensor, keys: Tensor, k: int, *, groups: int, mask_prob: float, seed: int) -> Tensor:
     """The key-preparation loss (Eq. 5-7): minus the mean cosine between each query and its top-K unmasked keys.
 
-    Each group of each query hides every slot with probability `mask_prob`, then takes its top K by cosine; the mean is
-    over all that was selected (fewer than K where the mask leaves fewer), 0 if nothing was. Slot (b, g, p) is hidden
+    Each group of each query hides every slot with probability `mask_prob`, then selects its top K by cosine. The mean
+    is over everything selected (fewer than K if the mask leaves fewer), or 0 if nothing is. Slot (b, g, p) is hidden
     when `(h >> 40) * 2**-24 < mask_prob` with `h = splitmix64(seed + 0x9E3779B97F4A7C15 * (1 + (b*G + g)*P + p))` (the
     finaliser alone: h is output (b*G + g)*P + p of the generator seeded with `seed`), the same on every backend.
 
     Args:
-        query: [B, D]. keys: [P, D], same dtype. k: at least 1. groups: G, a divisor of D.
-        mask_prob: in [0, 1]. seed: any 64-bit integer.
+        query: [B, D].
+        keys: [P, D], same dtype.
+        k: at least 1.
+        groups: G, a divisor of D.
+        mask_prob: in [0, 1].
+        seed: any 64-bit integer.
 
     Returns:
-        [] loss, float32 (float64 for float64), differentiable in keys; unselected keys get no gradient.
+        [] loss, float32 (float64 for float64), differentiable in keys. Keys that are not selected get no gradient.
 
     Raises:
-        InputError: an argument does not fit.
+        InputError: an argument is invalid.
     """
     check_pair(query, keys, k, groups)
     if not 0.0 <= mask_prob <= 1.0:
@@ -68,7 +72,7 @@ def hidden_slots(B: int, G: int, P: int, mask_prob: float, seed: int, device: to
 def reference_key_loss(
     query_BD: Tensor, keys_PD: Tensor, k: int, groups: int, mask_prob: float, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss [] and the selected slots [B, G, min(k, P)], -1 where the mask left fewer."""
+    """The loss [] and the selected slots [B, G, min(k, P)], with -1 where the mask left fewer."""
     accumulate = torch.float64 if keys_PD.dtype == torch.float64 else torch.float32
     B, P = query_BD.shape[0], keys_PD.shape[0]
     query_BGd, key_PGd = normalised_groups(query_BD.double(), groups), normalised_groups(keys_PD.double(), groups)
@@ -120,6 +124,6 @@ def remember_key_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def key_loss_gradients(ctx: Any, backward: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    """`backward` is the operator that a backend has for it."""
+    """The gradient of each input. `backward` is the backend's operator for it."""
     grad_keys = backward(grad, *ctx.saved_tensors) if ctx.needs_input_grad[1] else None
     return None, grad_keys, None, None, None, None

@@ -1,10 +1,10 @@
 """multi_lora: each sample adds its own weighted sum of low-rank increments to a linear layer's output.
 
-Joint Adaptive Re-parameterization (SLM, ICLR 2024, Eq. 3-4), without ever forming an [in, out] increment:
+Joint Adaptive Re-parameterization (SLM, ICLR 2024, Eq. 3-4), without materialising an [in, out] increment:
 
     y[b, t] = base[b, t] + sum_k weights[b, k] * (x[b, t] @ lora_a[s].T) @ lora_b[s],   s = slot_ids[b, k]
 
-Shape suffixes: B samples, T tokens, K slots a sample, P slots in all, r rank, I in-features, O out-features.
+Shape suffixes: B samples, T tokens, K slots per sample, P slots in total, r rank, I in-features, O out-features.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from slm_fast.ops import dispatch
 def multi_lora(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None = None
 ) -> Tensor:
-    """Add each sample's weighted low-rank increments to `base` (Eq. 4). `base` is not overwritten.
+    """Add each sample's weighted low-rank increments to `base` (Eq. 4), which is not modified.
 
     Args:
-        x: [B, T, I] or [B, I]; or m*B rows for B routes (beams), row i then uses route i // m.
+        x: [B, T, I] or [B, I]. With m*B rows for B routes (beams), row i uses route i // m.
         lora_a: [P, r, I], x's dtype.
         lora_b: [P, r, O], x's dtype.
         slot_ids: [B, K] int64 in -1..P-1; -1 adds nothing.
-        weights: [B, K] float32 (float64 goes with a float64 x).
-        base: the frozen layer's output, shaped like the result, x's dtype; None means zeros.
+        weights: [B, K] float32 (or float64 with a float64 x).
+        base: output of the frozen layer, shaped like the result, x's dtype. None means zeros.
 
-    Under autocast x, lora_a, lora_b and base are cast to the autocast dtype first (float64 is not), as a
-    linear layer's inputs are.
+    Under autocast x, lora_a, lora_b and base are first cast to the autocast dtype (float64 is not), like the inputs of
+    a linear layer.
 
     Returns:
         [B, T, O] or [B, O] in x's dtype, accumulated in float32 (float64 for float64). Differentiable in x, lora_a,
-        lora_b, weights and base; the gradient of a slot that no sample uses is zero.
+        lora_b, weights and base. Slots that no sample uses have zero gradient.
 
     Raises:
-        InputError: a shape, dtype, device or slot id does not fit; nothing is written.
+        InputError: a shape, dtype, device or slot id does not fit. Nothing is written.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -53,7 +53,7 @@ def multi_lora(
         try:
             return op(x, lora_a, lora_b, slot_ids, weights, base)  # it checks the rest itself
         except ValueError:
-            pass  # said below, in the words that every backend shares
+            pass  # reported below, with the message that all backends share
     check(x, lora_a, lora_b, slot_ids, weights, base)
     routes, features_out = slot_ids.shape[0], lora_b.shape[2]
     # Rows that share a route are neighbours, so beams and tokens fold into one axis: [m*B, T, I] -> [B, m*T, I].
@@ -62,16 +62,16 @@ def multi_lora(
     rows_base = None if base is None else base.reshape(routes, tokens, features_out)
     try:
         y: Tensor = op(rows, lora_a, lora_b, slot_ids, weights, rows_base)
-    except ValueError as error:  # what only the backend sees, such as an id out of range
+    except ValueError as error:  # checked only by the backend, such as an id out of range
         raise InputError(str(error)) from None
     return y.view(*x.shape[:-1], features_out)
 
 
 def multi_lora_(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor) -> Tensor:
-    """`multi_lora` onto a `base` that the caller gives up: the result may overwrite it, and is returned either way.
+    """`multi_lora` for a `base` that is no longer needed: it may be overwritten with the result, which is returned.
 
-    It does where the backend can, nothing records gradients and torch.compile, which finds that out itself, is not
-    tracing. A `base` that shares memory with another argument is left as it is.
+    It is overwritten if the backend can do so and gradients, autocast and torch.compile (which finds such cases itself)
+    are off. A `base` that shares memory with another argument is left as it is.
     """
     if torch.compiler.is_compiling():
         return multi_lora(x, lora_a, lora_b, slot_ids, weights, base)
@@ -86,15 +86,15 @@ def multi_lora_(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, wei
         try:
             getattr(torch.ops.slm_fast, f"multi_lora_{backend.name}_")(x, lora_a, lora_b, slot_ids, weights, base)
         except ValueError:
-            pass  # nothing was written: shared memory, or an error that the other form puts into words
+            pass  # nothing was written: shared memory, or an error that multi_lora reports
         else:
             return base
     return multi_lora(x, lora_a, lora_b, slot_ids, weights, base)
 
 
 def size_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor) -> str:
-    """What dispatch chooses by: "decode" is one row a route, "tokens" many of 16-bit numbers, both as many as CUDA
-    kernels have room for and in whole 16-byte pieces."""
+    """Size class for dispatch: "decode" is one row per route, "tokens" many rows of a 16-bit dtype, both within the
+    limits of the CUDA kernels and in multiples of 16 bytes."""
     features_in, features_out = x.shape[-1:].numel(), lora_b.shape[-1:].numel()
     rank, rows = lora_a.shape[1:2].numel() * slot_ids.shape[-1:].numel(), x.numel()
     if features_in % 8 or features_out % 8 or rank == 0 or rows == 0 or x.dtype == torch.float64:
@@ -105,7 +105,8 @@ def size_of(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor) -> str:
 
 
 def _plain(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> bool:
-    """A route for each row of [B, T, I], all on one device: what an operator that checks its arguments can be given."""
+    """Whether x is [B, T, I] with a route per row, all on one device, as operators that check their arguments
+    require."""
     device = x.device
     return (
         len(x.shape) == 3
@@ -116,7 +117,7 @@ def _plain(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights:
 
 
 def check(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None) -> None:
-    """Raises InputError unless the arguments fit `multi_lora`; ids are the backend's to check."""
+    """Raise InputError unless the arguments fit `multi_lora`. Slot ids are left to the backend."""
     if not x.is_floating_point() or x.dim() not in (2, 3):
         raise InputError(f"x: expected floating [B, T, I] or [B, I], got {x.dtype} {list(x.shape)}")
     features_in = x.shape[-1]
@@ -156,7 +157,7 @@ def check(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: 
 
 
 def _gather(lora: Tensor, slot_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The K slots of each sample, zeros where the id is -1: [P, r, F], [B, K] -> [B, K, r, F]."""
+    """The K slots of each sample, with zeros for id -1: [P, r, F], [B, K] -> [B, K, r, F]."""
     slots = lora.shape[0]
     if slot_ids.numel() and (int(slot_ids.min()) < -1 or int(slot_ids.max()) >= slots):
         raise InputError(f"slot_ids: expected -1..{slots - 1}, got {int(slot_ids.min())}..{int(slot_ids.max())}")
@@ -195,7 +196,7 @@ def reference_multi_lora_backward(
     weights_BK: Tensor,
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, lora_a, lora_b and weights; an empty tensor where `needed` says none is wanted."""
+    """Gradients of x, lora_a, lora_b and weights, with an empty tensor for those not `needed`."""
     accumulate = torch.float64 if x_BTI.dtype == torch.float64 else torch.float32
     a_BKrI = _gather(lora_a_PrI, slot_ids_BK, accumulate)
     b_BKrO = _gather(lora_b_PrO, slot_ids_BK, accumulate)
@@ -218,7 +219,7 @@ def reference_multi_lora_backward(
 
 
 def _sum_by_slot(grad_BKrF: Tensor, slot_ids_BK: Tensor, like_PrF: Tensor) -> Tensor:
-    """Sum the samples' gradients by slot. One product with a 0/1 matrix, because index_add_ uses atomics on a GPU."""
+    """Sum the samples' gradients by slot. As a product with a 0/1 matrix, because index_add_ uses atomics on a GPU."""
     used_U = torch.unique(slot_ids_BK)
     member = (slot_ids_BK.reshape(-1, 1) == used_U).to(grad_BKrF.dtype)  # [B*K, U]
     summed_UrF = (member.T @ grad_BKrF.flatten(0, 1).flatten(1)).view(len(used_U), *like_PrF.shape[1:])
@@ -252,7 +253,7 @@ def remember_multi_lora(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def multi_lora_gradients(ctx: Any, backward: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """`backward` is the operator that a backend has for it."""
+    """The gradient of each input. `backward` is the backend's operator for it."""
     needed = ctx.needs_input_grad
     wanted = [needed[0], needed[1], needed[2], needed[4]]
     grads: tuple[Tensor | None, ...] = (None,) * 4

@@ -1,7 +1,7 @@
-"""Gives the torch operators of every backend that is present their schemas, fake kernels and gradients.
+"""Gives the torch operators of every available backend their schemas, fake kernels and gradients.
 
-Backend `b` of operator `o` is `slm_fast::o_b`, and `slm_fast::o_b_backward` its gradient. What is written in Python is
-defined here; what is written in C++ is there, schema and all (csrc/library.cpp), once slm_fast._C is loaded.
+Backend `b` of operator `o` is `slm_fast::o_b`, and its gradient is `slm_fast::o_b_backward`. Python implementations are
+registered here. C++ ones register themselves, including their schemas (csrc/library.cpp), when slm_fast._C is loaded.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ from slm_fast.ops.retrieve import fake_prepare_keys, fake_retrieve, reference_re
 
 @dataclass(frozen=True)
 class Gradient:
-    """How autograd goes back through an operator.
+    """The backward pass of an operator for autograd.
 
-    schema, reference, fake: of the backward operator.
-    remember: (ctx, inputs, output), keeps what is needed.
-    of_inputs: (ctx, backward operator, *gradients of the outputs), the gradient of each input.
+    Attributes:
+        schema, reference, fake: of the backward operator.
+        remember: (ctx, inputs, output): saves what the backward pass needs.
+        of_inputs: (ctx, backward operator, *gradients of the outputs) -> the gradient of each input.
     """
 
     schema: str
@@ -53,7 +54,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Definition:
-    """What all backends of an operator have in common, and `more`, arguments that the reference takes beyond."""
+    """What all backends of an operator share. `more` lists additional arguments of the reference."""
 
     schema: str
     reference: Callable[..., Any]
@@ -105,7 +106,7 @@ DEFINITIONS = {
 
 
 def register_backends() -> None:
-    """Once, when slm_fast.ops is imported."""
+    """Called once, when slm_fast.ops is imported."""
     for backend in BACKENDS:
         if not backend.available:
             continue
@@ -119,7 +120,8 @@ def register_backends() -> None:
 
 
 def gradient_source(stem: str, backend: Backend) -> str:
-    """The backend that goes back: itself, or, for one that serves some sizes only, the next that serves them all."""
+    """The backend whose backward operator is used: itself or, if it supports only some sizes, the next that supports
+    all."""
     for names in PREFERENCE.values():
         if backend.name in names:
             following = names[names.index(backend.name) :]

@@ -5,9 +5,9 @@ Dynamic Task-related Knowledge Retrieval (SLM, ICLR 2024, Section 3.2). Group g 
     s[b, p] = mean_g cos(query[b, g], key[p, g])                        metric="cosine"
     s[b, p] = query[b] . key[p] + bias[p]                               metric="dot"
 
-A slot may have several keys; its score is then its best key's.
+If a slot has several keys, its score is that of its best key.
 
-Shape suffixes: B queries, P slots, N keys (P where each slot has one), G groups, K retrieved, D query width, d = D / G.
+Shape suffixes: B queries, P slots, N keys (P if each slot has one), G groups, K retrieved, D query width, d = D / G.
 """
 
 from __future__ import annotations
@@ -24,28 +24,35 @@ from slm_fast.ops.search import MOST_PICKED, best, check_pair, normalised_groups
 
 
 class Route(NamedTuple):
-    """What retrieval gives each sample, best slot first."""
+    """The retrieved slots of each sample, best first."""
 
     slot_ids: Tensor  # [B, K] int64, -1 = none
     weights: Tensor  # [B, K] float32, 0 where there is none
 
 
 class PreparedKeys(NamedTuple):
-    """Keys that many queries will be compared with; made by `prepare_keys`. The keys must not change afterwards."""
+    """Keys prepared for many queries, by `prepare_keys`. The keys must not change afterwards."""
 
     keys: Tensor  # [N, D]
     groups: int
-    prepared: Tensor | None  # [bytes] uint8, the backend's own: lengths, and rows of unit length; None if it needs none
+    prepared: Tensor | None  # [bytes] uint8, in the backend's own format: lengths and unit rows; None if unused
     key_slot: Tensor | None = None  # [N] int64
-    most: int = 1  # keys of a slot
+    most: int = 1  # maximum number of keys per slot
 
 
 def prepare_keys(keys: Tensor, *, groups: int = 1, key_slot: Tensor | None = None) -> PreparedKeys:
-    """Does once what `retrieve` by cosine does with keys [N, D] at each call: their lengths and, where the processor
-    multiplies bfloat16, rounded rows (on a CPU that takes half the memory of float32 keys); and, where slots have
-    several keys, the look at `key_slot` for which a GPU would have to be waited for. The routes stay the same.
+    """Precompute what `retrieve` by cosine would compute of its keys at each call. Routes stay the same.
 
-    Raises InputError when groups does not divide D, or `key_slot` [N] is not one of `retrieve`'s.
+    These are the keys' lengths and, if the processor multiplies bfloat16, rounded rows (on a CPU, half the memory of
+    float32 keys). With several keys per slot it also inspects `key_slot`, which on a GPU takes a synchronisation.
+
+    Args:
+        keys: [N, D].
+        groups: G, a divisor of D.
+        key_slot: [N], as for `retrieve`.
+
+    Raises:
+        InputError: `groups` does not divide D, or `key_slot` is invalid.
     """
     if keys.dim() != 2 or not keys.is_floating_point():
         raise InputError(f"keys: expected floating [P, D], got {keys.dtype} {list(keys.shape)}")
@@ -78,28 +85,29 @@ def retrieve(
     weighting: str = "ratio",
     temperature: float = 1.0,
 ) -> Route:
-    """The K best slots of each query and their weights.
+    """The K best slots of each query, and their weights.
 
     Args:
-        query: [B, D] floating. keys: [N, D], same dtype, or `prepare_keys` of them. Ranked in float32 in any dtype.
-        k: slots to return, at least 1. It may exceed P: the places left over are id -1, weight 0.
+        query: [B, D] floating point.
+        keys: [N, D], same dtype, or the result of `prepare_keys`. Ranking is in float32 for any dtype.
+        k: number of slots to return, at least 1. If it exceeds P, the remaining places have id -1 and weight 0.
         groups: G, a divisor of D; more than one only with metric="cosine".
-        bias: [N], added to a key's score; only with metric="dot".
-        mask: [P] or [B, P] bool; a slot that is False is never returned.
-        key_slot: [N] int64, the slot of each key, in rising order from 0; a slot without a key is never returned. None:
-            one key a slot. Not with aggregate="vote".
+        bias: [N], added to the keys' scores; only with metric="dot".
+        mask: [P] or [B, P] bool; slots that are False are never returned.
+        key_slot: [N] int64, the slot of each key, in ascending order from 0; slots without a key are never returned.
+            None: one key per slot. Not with aggregate="vote".
         aggregate: "mean" ranks by the mean cosine over groups (the authors' code). "vote" lets each group keep its own
-            top K cosines and ranks by their sum over groups divided by G (the paper's text); a slot that no group kept
-            is never returned.
-        weighting: "ratio" is max(s, 0) / sum max(s, 0) over the K (uniform if none is positive); "softmax" is
-            softmax(s / temperature) over the K.
+            top K cosines and ranks by their sum over groups divided by G (the paper's text); slots that no group kept
+            are never returned.
+        weighting: "softmax" is softmax(s / temperature) over the K; "ratio" is max(s, 0) / sum max(s, 0) over the K
+            (uniform if none is positive).
 
     Returns:
-        Route of slot_ids [B, K] and weights [B, K], by falling score; of equal scores the lower id comes first.
-        A constant: no gradient flows through a route (keys learn through `key_loss`).
+        Route of slot_ids [B, K] and weights [B, K], in descending order of score; ties go to the lower id. No gradient
+        flows through a route (keys learn through `key_loss`).
 
     Raises:
-        InputError: an argument does not fit, or (on a CPU) the query holds a number that is not finite.
+        InputError: an argument is invalid, or (on a CPU) the query is not finite.
     """
     prepared, most = None, None
     if isinstance(keys, PreparedKeys):
@@ -144,7 +152,7 @@ def retrieve(
     size = size_of(query, keys, k, groups, aggregate) if sized else ""
     backend = dispatch.chosen("retrieve", query.device.type, size)
     if key_slot is not None and not backend.takes_key_slot and len(key_slot):
-        # So many keys that the best of each of the best k slots are certainly among them.
+        # Enough keys to include the best key of each of the k best slots.
         most = most_keys(key_slot) if most is None else most
         wanted = min((min(k, len(key_slot)) - 1) * most + 1, len(key_slot))
         size = size_of(query, keys, wanted, groups, aggregate) if sized else ""
@@ -159,12 +167,12 @@ def retrieve(
             return Route(*op(query, keys, k, groups, bias, mask, *options, **more))
         of_keys = None if mask is None else mask[..., key_slot]
         return _best_slots(Route(*op(query, keys, wanted, groups, bias, of_keys, *options)), key_slot, k)
-    except ValueError as error:  # what only the backend sees, such as a number that is not finite
+    except ValueError as error:  # checked only by the backend, such as a number that is not finite
         raise InputError(str(error)) from None
 
 
 def _best_slots(keys: Route, key_slot: Tensor, k: int) -> Route:
-    """The slots of the best keys [B, n], k of them, each with its best key's share."""
+    """The k best slots of the best keys [B, n], each weighted by its best key."""
     found, places = keys.slot_ids >= 0, keys.slot_ids.shape[1]
     slot_Bn = torch.where(found, key_slot[keys.slot_ids.clamp(min=0)] if len(key_slot) else keys.slot_ids, -1)
     earlier = torch.ones(places, places, dtype=torch.bool, device=found.device).tril(-1)
@@ -186,18 +194,19 @@ def _check_like_keys(key_slot: Tensor, keys: Tensor) -> None:
 
 
 def check_key_slot(key_slot: Tensor) -> None:
-    """Raises InputError unless slots rise from 0."""
+    """Raise InputError unless slots are in ascending order from 0."""
     if len(key_slot) and (int(key_slot[0]) < 0 or bool((key_slot.diff() < 0).any())):
         raise InputError("key_slot: expected slots in rising order from 0")
 
 
 def most_keys(key_slot: Tensor) -> int:
-    """How many keys the slot that has most has."""
+    """The largest number of keys of any slot."""
     return int(key_slot.unique_consecutive(return_counts=True)[1].max()) if len(key_slot) else 1
 
 
 def size_of(query: Tensor, keys: Tensor, k: int, groups: int, aggregate: str) -> str:
-    """What dispatch chooses by: "few" and "many" slots where a warp keeps the K best, "wide" for very large K."""
+    """Size class for dispatch: "few" or "many" slots if a warp can keep the K best, "wide" for very large K, else
+    "other"."""
     slots = keys.shape[0]
     if min(k, slots) > MOST_PICKED:
         return "wide"
@@ -227,8 +236,8 @@ def reference_retrieve(
     if query_BD.device.type == "cpu" and not bool(query_BD.isfinite().all()):
         row = int((~query_BD.isfinite().all(1)).nonzero()[0])
         raise InputError(f"query: row {row} holds a number that is not finite")
-    # Scores are rounded to float32 from float64. A float32 product gives equal keys scores that differ in the last bit,
-    # depending on where they stand, and the lower id would not come first.
+    # Scores are rounded from float64 to float32. A float32 product gives equal keys scores that differ in the last bit,
+    # depending on their position, so the lower id might not come first.
     query_BD, keys_PD = query_BD.double(), keys_PD.double()
     if key_slot_N is not None:
         check_key_slot(key_slot_N)

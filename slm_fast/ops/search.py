@@ -1,4 +1,4 @@
-"""What retrieve and key_loss share: cosines in groups, the order of slots, and the checks of a query and its keys.
+"""What retrieve and key_loss share: cosines in groups, the ranking of slots, and checks of a query and its keys.
 
 Shape suffixes: B queries, P slots, G groups, K best, D query width, d = D / G.
 """
@@ -15,7 +15,8 @@ MOST_PICKED = 128  # K up to which a GPU keeps the best in registers
 
 
 def check_pair(query: Tensor, keys: Tensor, k: int, groups: int) -> None:
-    """Raises InputError unless query is [B, D] and keys [P, D] like it, k at least 1 and groups a divisor of D."""
+    """Raise InputError unless query is [B, D], keys [P, D] of its dtype and device, k at least 1 and groups a divisor
+    of D."""
     if query.dim() != 2 or not query.is_floating_point():
         raise InputError(f"query: expected floating [B, D], got {query.dtype} {list(query.shape)}")
     if keys.dim() != 2 or keys.shape[1] != query.shape[1]:
@@ -33,12 +34,12 @@ def check_pair(query: Tensor, keys: Tensor, k: int, groups: int) -> None:
 
 
 def normalised_groups(rows: Tensor, groups: int) -> Tensor:
-    """[N, D] -> [N, G, d], each group of unit length."""
+    """[N, D] -> [N, G, d], with each group scaled to unit length."""
     grouped = rows.unflatten(1, (groups, rows.shape[1] // groups))
     length: Tensor = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
     return torch.where(length > EPSILON, grouped / length, 0.0)
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """Ids of the k best along the last axis, by falling score, of equal scores the lower id first."""
+    """Ids of the k highest scores along the last axis, in descending order. Ties go to the lower id."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]

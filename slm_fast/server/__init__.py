@@ -1,1 +1,1 @@
-"""A store served over HTTP (`slm-fast serve`): the extra `serve`. FastAPI is known in app.py and below only."""
+"""The HTTP server for a store (`slm-fast serve`, extra `serve`). Only app.py and its route modules use FastAPI."""

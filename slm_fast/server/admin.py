@@ -1,4 +1,4 @@
-"""Tasks taken in and forgotten over HTTP: off unless a server is started with an admin key."""
+"""Adding and forgetting tasks over HTTP. Disabled unless the server is started with an admin key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slm_fast.server.jobs import Refused
 from slm_fast.server.schemas import AddTask
 from slm_fast.store import Store
 
-SECONDS = 120.0  # a change may take until it is answered with
+SECONDS = 120.0  # to wait until the server has taken over a change
 
 
 def add(app: FastAPI, watcher: Watcher, source: Store | None) -> None:
@@ -55,7 +55,7 @@ def add(app: FastAPI, watcher: Watcher, source: Store | None) -> None:
 
     @app.post("/v1/tasks", status_code=201)
     async def add_task(body: AddTask) -> Any:
-        """Take a task from the store that was named with --tasks-from."""
+        """Add a task from the store given by --tasks-from."""
         return await run(take, body.name)
 
     @app.delete("/v1/tasks/{name}")

@@ -1,4 +1,4 @@
-"""The routes: FastAPI over the engine."""
+"""The HTTP routes: FastAPI on top of the engine."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "not answered before the deadline",
     }.items()
 }
-# The page asks for nothing of anywhere else, and a browser is told so.
+# The page loads nothing from elsewhere; this makes browsers enforce it.
 CSP = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 @dataclass
 class Served:
-    """All that the routes are made over. source: the store that POST /v1/tasks takes tasks from."""
+    """What the routes need. `source` is the store that POST /v1/tasks takes tasks from."""
 
     engine: Engine
     watcher: Watcher
@@ -62,7 +62,7 @@ class Served:
         return self.engine.warm.is_set() and not self.draining and self.engine.failed is None
 
     def state(self) -> dict[str, Any]:
-        """What /ready says."""
+        """The content of /ready."""
         words = "draining" if self.draining else "ready" if self.ready else "not warm"
         words = words if self.engine.failed is None else "failed"
         generation, trouble = self.engine.generation, self.watcher.trouble
@@ -78,7 +78,7 @@ class JSON(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        # Letters beyond ASCII stand as they are but for halves of pairs, which have no bytes.
+        # Non-ASCII characters are written as such, except lone surrogates, which have no UTF-8 encoding.
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
 
 
@@ -87,7 +87,7 @@ def answered(content: Any, generation: str, status: int = 200) -> JSON:
 
 
 def create_app(served: Served) -> FastAPI:
-    """The routes and their errors, without the limits: `guarded` puts those around."""
+    """Create the application: routes and error handlers, without the limits, which `guarded` adds."""
     app = FastAPI(title="slm_fast", version=slm_fast.__version__, docs_url=None, redoc_url=None)
     engine, serve = served.engine, served.engine.serve
     _add_errors(app)
@@ -116,7 +116,7 @@ def create_app(served: Served) -> FastAPI:
 
     @app.post("/predict", responses=ERRORS)
     async def predict(body: schemas.Predict, request: Request) -> Any:
-        """Text Embeddings Inference's: [{label, score}] for a text, [[{label, score}], ...] for a batch."""
+        """Text Embeddings Inference's format: [{label, score}] for a text, [[{label, score}], ...] for a batch."""
         given: Any = body.inputs
         several = isinstance(given, list) and isinstance(given[0], list)
         texts = [given] if isinstance(given, str) else given if several else [given]
@@ -130,7 +130,7 @@ def create_app(served: Served) -> FastAPI:
 
     @app.post("/v1/route", responses=ERRORS)
     async def route(body: schemas.Route, request: Request) -> Any:
-        """Which tasks a text is of, and with what weights, without an answer."""
+        """The tasks that a text is routed to, with their weights, without an answer."""
         parsed = rows.rows_of(body.input, serve.inputs, "input")
         job = await finished(engine, Ask(parsed, "route", truncate=body.truncate), request)
         found = [piece.result for piece in job.pieces if isinstance(piece.result, Routed)]
@@ -160,7 +160,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def understood(errors: Any) -> Refused:
-    """What is wrong with a body first, in one line that names the field. A field that is unknown goes before all."""
+    """The first problem with a body, as one line that names the field. Unknown fields come before all others."""
     first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     if first["type"] == "json_invalid":
         return Refused(400, f"the body: expected JSON: {first.get('ctx', {}).get('error', first['msg'])}")
@@ -169,7 +169,7 @@ def understood(errors: Any) -> Refused:
         return Refused(400, "the body: expected a JSON object")
     if first["type"] == "extra_forbidden":
         return Refused(400, f"{place[-1]}: unknown field", param=place[-1])
-    # Of a field that may be of several types, each has a complaint.
+    # A field that may have several types has one message for each.
     said = dict.fromkeys(error["msg"] for error in errors if error["loc"][1:2] == first["loc"][1:2])
     return Refused(400, f"{place[0]}: {', or '.join(said)}", param=place[0])
 
@@ -184,7 +184,7 @@ def _add_state(app: FastAPI, served: Served) -> None:
 
     @app.get("/health")
     async def health() -> Any:
-        """Whether the process is of use, or has to be started anew."""
+        """Whether the process works, or has to be restarted."""
         return JSON({"status": "ok"}) if engine.failed is None else JSON({"status": "failed"}, 503)
 
     @app.get("/ready", responses={503: {"description": "not warm, or draining"}})
@@ -197,7 +197,7 @@ def _add_state(app: FastAPI, served: Served) -> None:
 
     @app.get("/info", responses={401: ERRORS[401]})
     async def info() -> Any:
-        """What is served and how much is taken; Text Embeddings Inference's names where it has them."""
+        """The model and its limits, under Text Embeddings Inference's names where it has them."""
         model, serve = engine.model, engine.serve
         about: Mapping[str, Any] = {
             "model_id": served.backbone,
@@ -219,7 +219,7 @@ def _add_state(app: FastAPI, served: Served) -> None:
 
 
 def guarded(app: FastAPI, served: Served) -> App:
-    """The application with what every request meets first."""
+    """Wrap the application in the middleware that every request passes first."""
     serve, engine = served.engine.serve, served.engine
     paths = {path for route in app.routes if "{" not in (path := getattr(route, "path", "{"))}
 

@@ -1,7 +1,7 @@
-"""The engine: what was admitted, in one queue, and the one thread that runs the model.
+"""The engine: one queue of admitted requests, and the one thread that runs the model.
 
-A thread of its own makes tokens. Rows for an encoder pass in length-sorted batches, texts are written with continuous
-batching, and both go on beside each other. Nothing here knows HTTP.
+Another thread tokenises. Rows for an encoder are answered in length-sorted batches, text is generated with continuous
+batching, and both run side by side. Nothing here depends on HTTP.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ from slm_fast.server.queue import Room, Waiting
 from slm_fast.server.writing import Writers
 
 log = logging.getLogger("slm_fast.server")
-LETTERS = 3  # of a token, until it is known how many tokens a text has
-TOKENISED = 512  # rows that are made tokens together
-GENERATIONS = 4  # of tasks, that may be in use at once
-BATCHES = 64  # of tokens that the queue holds, unless told otherwise
-USED = 0.8  # of the deadline: who would wait longer is refused
+LETTERS = 3  # characters per token, assumed until a text is tokenised
+TOKENISED = 512  # rows that are tokenised together
+GENERATIONS = 4  # generations of tasks that may be in use at once
+BATCHES = 64  # default size of the queue in batches
+USED = 0.8  # fraction of the deadline; requests that would wait longer are refused
 
 
 class Group(NamedTuple):
-    """What rows of a batch have in common."""
+    """What the rows of a batch have in common."""
 
     generation: Generation
     work: str
     forced: bool
     options: PredictOptions
-    alone: int = 0  # of a row that passes by itself, its number
+    alone: int = 0  # number of a row that is not batched with others
 
 
 class Engine:
     """Takes jobs from any thread, and answers them in its own.
 
     Args:
-        options: how rows are answered: head, abstain, distance. serve: how much is taken at once.
-        on_batch: told the rows and the tokens of each batch.
+        options: prediction options: head, abstain, distance.
+        serve: limits.
+        on_batch: called with the number of rows and tokens of each batch.
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class Engine:
         self.batch_tokens = serve.batch_tokens or max(tokens_of_a_batch(model, options), longest)
         most = serve.queue_tokens or BATCHES * self.batch_tokens
         self.room = Room(serve.queue_rows, most, USED * serve.deadline)
-        self.failed: BaseException | None = None  # of the threads; nothing is answered after it
+        self.failed: BaseException | None = None  # error of a thread; nothing is answered after it
         self.warm = threading.Event()
         self._plain = self.writes and is_plain(model, longest + serve.max_new_tokens)
         self._changed = threading.Condition()
         self._current = generation
         self._in_use: dict[Generation, int] = {}
-        self._fresh: deque[Job] = deque()  # not tokens yet
+        self._fresh: deque[Job] = deque()  # not tokenised yet
         self._waiting = Waiting(self.batch_tokens)
         self._groups: dict[Piece, Group] = {}  # of rows that wait for a batch
         self._to_write: deque[Piece] = deque()
@@ -94,7 +95,7 @@ class Engine:
             thread.start()
 
     def close(self) -> None:
-        """End the threads; what is not answered is refused."""
+        """Stop the threads, and refuse what is not answered."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -116,13 +117,13 @@ class Engine:
         return self._writers.rows
 
     def publish(self, generation: Generation) -> None:
-        """Answer what comes from now on with these tasks. Waits while too many generations are in use."""
+        """Answer new requests with these tasks. Waits while too many generations are in use."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._in_use) < GENERATIONS or self._closed)
             self._current = generation
 
     def check(self, ask: Ask) -> None:
-        """Raise Refused for what this model cannot do."""
+        """Raise Refused for a request that this model cannot serve."""
         names = self._current.files
         if ask.task is not None and ask.task not in names:
             message = f"model {ask.task!r}: expected auto, base or a task; tasks: {some_of(names)}"
@@ -133,7 +134,7 @@ class Engine:
             raise Refused(503, "no task is learned yet", retry_after=1)
 
     def submit(self, ask: Ask, on_change: Callable[[], None]) -> Job:
-        """Admit a request: its rows have their room in the queue, all of them or none. Raises Refused."""
+        """Admit a request: reserve room in the queue for all of its rows, or none. Raises Refused."""
         if ask.writing is None and self.writes and ask.work == "answer":
             raise ValueError("writing: expected how the text is written")
         writing = 0 if ask.writing is None else ask.writing.max_new_tokens
@@ -155,7 +156,7 @@ class Engine:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Give a job up: rows that wait are dropped, texts end, a batch that runs is not heard of."""
+        """Cancel a job: waiting rows are dropped, texts are ended, and results of a running batch are ignored."""
         with self._changed:
             job.cancelled = True
             for piece in job.pieces:
@@ -177,7 +178,7 @@ class Engine:
         except BaseException as error:
             log.critical("the engine has failed", exc_info=error)
             self.failed = error
-        with self._changed:  # what is not answered now never is
+        with self._changed:  # what has no answer now never gets one
             self._closed = True
             self._settle_all([piece for job in list(self._jobs) for piece in job.pieces], stopping())
             self._changed.notify_all()
@@ -197,7 +198,7 @@ class Engine:
         try:
             readings = iter(read(self.model, [job.ask for job in jobs]))
         except Exception as error:
-            if len(jobs) > 1:  # the others are read all the same
+            if len(jobs) > 1:  # read the other jobs all the same
                 for job in jobs:
                     self._read([job])
                 return
@@ -214,7 +215,7 @@ class Engine:
             self._changed.notify_all()
 
     def _place(self, job: Job) -> None:
-        """Let a job's rows wait for their turn, now that it is known how long they are."""
+        """Queue a job's rows, now that their lengths are known."""
         if job.cancelled:
             return
         ask = job.ask
@@ -228,7 +229,7 @@ class Engine:
             else:
                 continue
             return self._settle_all(job.pieces, Refused(413, refusal, code="context_length_exceeded", param="input"))
-        # Imported adapters read prompts of their own, and some answer with heads: their rows pass as `predict`'s do.
+        # Imported adapters have prompts of their own, and some have heads: their rows are answered as in `predict`.
         imported = job.generation.known.pool.imported is not None and not ask.bare
         group: Group | None = None
         for piece in job.pieces:
@@ -248,7 +249,7 @@ class Engine:
         alone = 0
         if ask.work == "answer" and writing is not None:
             options = replace(options, max_new_tokens=writing.max_new_tokens)
-            if writing.sampling is not None:  # all rows of a batch would draw from one source of chance
+            if writing.sampling is not None:  # rows of a batch would share one random generator
                 temperature, top_p, seed = writing.sampling.temperature, writing.sampling.top_p, writing.sampling.seed
                 options = replace(options, sample=True, temperature=temperature, top_p=top_p, seed=seed + piece.place)
                 alone = piece.number + 1
@@ -260,7 +261,7 @@ class Engine:
             pass
 
     def _turn(self) -> bool:
-        """Begin texts that are new, pass a batch, and write a token of each text. False once the engine is closed."""
+        """Begin new texts, run a batch, and generate a token of each text. Returns False once the engine is closed."""
         with self._changed:
             self._changed.wait_for(self._has_work)
             if self._closed:
@@ -270,7 +271,7 @@ class Engine:
             group, batch = self._waiting.take()
             for piece in batch:
                 self._groups.pop(piece, None)
-            # Only work that does not end for want of more tells how much could be done.
+            # Only measure throughput while there is more work than can be done at once.
             is_full = self._waiting.rows > 0 or self._writers.rows + len(begin) > self.serve.batch_rows
         clock = time.perf_counter()
         for piece in gone:
@@ -294,12 +295,12 @@ class Engine:
                 self._settle_all(own, Refused(500, f"writing failed: {one_line(error)}"))
 
     def _step(self) -> int:
-        """A step of all texts; how many tokens it did of what was reserved."""
+        """Run a step of all texts. Returns how many of the reserved tokens it processed."""
         ended, tokens = self._writers.step(), 0
         with self._changed:
             for piece in self._writers.pieces:
                 if piece.result is not None:
-                    continue  # it was given up, and its room with it
+                    continue  # cancelled, and its room freed
                 done = piece.length + len(piece.tokens) if piece.tokens else 0
                 tokens += done - piece.credited
                 self.room.tokens -= done - piece.credited
@@ -310,7 +311,7 @@ class Engine:
         return tokens
 
     def _pass(self, group: Group, batch: Sequence[Piece]) -> int:
-        """Answer a batch; how many tokens it did of what was reserved."""
+        """Answer a batch. Returns how many of the reserved tokens it processed."""
         readings = [piece.reading for piece in batch if piece.reading is not None]
         names = [piece.job.ask.task or "" for piece in batch] if group.forced else None
         tokens = sum(piece.reserved for piece in batch)
@@ -321,7 +322,7 @@ class Engine:
                 if group.work == "route":
                     results = find_routes(self.model, readings, self.options)
                 else:
-                    # Of an encoder's rows, as many labels as the one that wants most.
+                    # For an encoder, one label if all rows want one, else all labels.
                     most = 1 if self.writes or all(piece.job.ask.labels == 1 for piece in batch) else None
                     rows = [piece.row for piece in batch]
                     results = answer_batch(self.model, rows, readings, replace(group.options, top_k=most), names)
@@ -332,7 +333,7 @@ class Engine:
         return tokens
 
     def _warm_up(self) -> None:
-        """Compute what concerns all tasks, and let each kind of pass have run, before the first request."""
+        """Compute what all tasks share, and run each kind of pass once, before the first request."""
         generation, longest = self._current, self.model.config.max_length or 1
         prepare(self.model, generation.known, distances=self.options.measures)
         row = Row("warm " * 2 * longest)
@@ -363,7 +364,7 @@ class Engine:
         self._give([(piece, result) for piece in pieces])
 
     def _settle(self, piece: Piece, result: Result) -> None:
-        """A row has its result, if it had none yet: its room is free again."""
+        """Set a row's result, if it has none yet, and free its room."""
         if piece.result is not None:
             return
         piece.result, job = result, piece.job

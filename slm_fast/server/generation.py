@@ -1,4 +1,4 @@
-"""A generation: the tasks of a store at one moment. The watcher makes the next one beside the passes that run."""
+"""A generation: the tasks of a store at one moment. The watcher makes the next one while requests are answered."""
 
 from __future__ import annotations
 
@@ -22,13 +22,18 @@ from slm_fast.store import Store
 from slm_fast.tasks import LearnedTask
 
 log = logging.getLogger("slm_fast.server")
-NICE = 10  # of the thread that makes the next generation
-RETRY = 5.0  # seconds after which a store that could not be taken over is looked at again, though it looks the same
+NICE = 10  # niceness of the thread that makes the next generation
+RETRY = 5.0  # seconds after which a store that could not be loaded is retried, even if it looks the same
 
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """Tasks that answer together. files: the SHA-256 of each task's file, by name. `number` is its name."""
+    """Tasks that answer together.
+
+    Attributes:
+        files: SHA-256 of each task's file, by name.
+        number: the generation's name, from `generation_number`.
+    """
 
     known: Known
     files: Mapping[str, str]
@@ -45,16 +50,13 @@ class Generation:
 
 
 def generation_number(files: Mapping[str, str]) -> str:
-    """Follows from the tasks' names and files alone, so that servers of equal stores say the same."""
+    """A hash of the tasks' names and files alone, so that servers of equal stores report the same."""
     lines = "".join(f"{name} {files[name]}\n" for name in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def prepare(model: AdaptedModel, known: Known, *, distances: bool) -> None:
-    """Compute what concerns all tasks now, in this thread, rather than when the first row asks for it.
-
-    Raises WorkError where that cannot be done.
-    """
+    """Compute what all tasks share now, in this thread, instead of at the first row. Raises WorkError if that fails."""
     known.router.prepare()
     _ = known.pool.heads
     if not known.pool.slots:
@@ -67,13 +69,13 @@ def prepare(model: AdaptedModel, known: Known, *, distances: bool) -> None:
 
 
 class Watcher:
-    """Takes over what others do to the store: a thread that looks at the manifest now and then.
+    """Follows changes that others make to the store: a thread that polls the manifest.
 
-    A store that is gone or damaged changes nothing: the last good generation stays, and `trouble` says why.
+    If the store is gone or damaged, the last good generation stays, and `trouble` says why.
 
     Args:
-        publish: given each new generation; may wait until it can be taken.
-        skip_damaged: leave out tasks that are damaged, rather than stay with the last generation.
+        publish: called with each new generation. May block until it can be used.
+        skip_damaged: leave out damaged tasks instead of staying with the last generation.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Watcher:
     ) -> None:
         self.model, self.store, self.current = model, store.again(), first
         self.trouble: str | None = None
-        self.changed = threading.Condition()  # notified after each look
+        self.changed = threading.Condition()  # notified after each check
         self._publish, self._poll, self._distances, self._skip = publish, poll, distances, skip_damaged
         self._wanted, self._closed = threading.Event(), False
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
@@ -98,27 +100,27 @@ class Watcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Take nothing over any more."""
+        """Stop following changes."""
         self._closed = True
         self._wanted.set()
 
     def join(self) -> None:
-        """Wait until a look that is under way has ended: a process that ends while it computes is aborted."""
+        """Wait for a check of the store that is under way: a process that exits while it computes is aborted."""
         if self._thread.is_alive():
             self._thread.join(30.0)
 
     def reload(self) -> None:
-        """Look at the store now."""
+        """Check the store now."""
         self._wanted.set()
 
     def wait_for(self, name: str, digest: str | None, seconds: float) -> bool:
-        """Wait until the current generation has this file of a task (None: does not have the task)."""
+        """Wait until the current generation has this file of a task, or with None, until it lacks the task."""
         self.reload()
         with self.changed:
             return self.changed.wait_for(lambda: self.current.files.get(name) == digest, seconds)
 
     def _watch(self) -> None:
-        if sys.platform == "linux":  # of this thread alone: where cores are short, answers go first
+        if sys.platform == "linux":  # for this thread alone: if cores are scarce, answers go first
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         seen: object = None
@@ -156,7 +158,7 @@ class Watcher:
             log.info("generation %s: %d tasks", new.number, len(new.files))
 
     def _next(self) -> Generation | None:
-        """The store as it is now; None where it is the current generation."""
+        """The store as it is now; None if that is the current generation."""
         self.store.bring()
         now = Store.open(self.store.path)
         check_same(now.about, self.store.about, self.store.where, "the model that is served")

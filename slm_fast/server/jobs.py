@@ -1,4 +1,4 @@
-"""What is asked of the engine: a job is a request, a piece of it one row."""
+"""Work for the engine: a job is a request, and each of its pieces is one row."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from slm_fast.server.generation import Generation
 
 
 class Refused(Exception):
-    """A request that gets no answer, and why: one line for whoever sent it.
+    """A request that gets no answer. The message tells the client why, in one line.
 
-    status: HTTP's. code, param: OpenAI's. retry_after: seconds.
+    Args:
+        status: HTTP status.
+        code, param: fields of OpenAI's error format.
+        retry_after: seconds.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ def stopping() -> Refused:
 
 @dataclass(frozen=True)
 class Writing:
-    """How a text is written. sampling: its seed is that of the request's first row. stop: texts that end it."""
+    """How to generate text. The seed in `sampling` is that of the request's first row; `stop` lists stop strings."""
 
     max_new_tokens: int
     sampling: Sampling | None = None
@@ -46,15 +49,17 @@ class Writing:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a request wants.
+    """What a request asks for.
 
     Attributes:
-        work: "answer" or "route", weights without an answer.
-        task: a name forces it (an oracle task ID). bare: the backbone as it is.
-        labels: how many labels' probabilities are wanted; None for all that are not 0.
-        writing: of a backbone that writes its answers. truncate: False refuses rows that would be cut to fit.
-        streams: whether `on_change` wants to hear of each token.
-        chat: the turns of the row, where the backbone's own template is to be used, if it has one.
+        work: "answer", or "route" for weights without an answer.
+        task: oracle task ID.
+        bare: use the backbone without tasks.
+        labels: how many labels to return probabilities of; None: all above 0.
+        writing: how a generating backbone generates its answers.
+        truncate: if False, refuse rows that would be cut to fit.
+        streams: whether to call `on_change` for each token.
+        chat: the turns of the row, for the backbone's own chat template, if it has one.
     """
 
     rows: Sequence[Row]
@@ -70,7 +75,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Routed:
-    """A row's weights, without an answer. distance: see `Prediction`."""
+    """A row's route, without an answer. For `distance` see `Prediction`."""
 
     route: RouteTaken
     distance: float | None
@@ -82,9 +87,12 @@ Result = Answer | Routed | Refused
 
 @dataclass(eq=False)
 class Piece:
-    """A row on its way. What the engine's thread adds to is read by others as it is then: tokens are only appended.
+    """A row in progress. Other threads read it while the engine's thread adds to it: tokens are only appended.
 
-    reserved: its tokens in the queue. number: the order of arrival. written: tokens so far.
+    Attributes:
+        number: order of arrival.
+        reserved: its tokens in the queue.
+        tokens: generated so far.
     """
 
     job: Job
@@ -93,8 +101,8 @@ class Piece:
     reserved: int
     reading: Reading | None = None
     tokens: list[int] = field(default_factory=list)
-    head: Answer | None = None  # of a text that has begun: its task and route
-    stopped: str | None = None  # the text up to where a stop text stood
+    head: Answer | None = None  # task and route of a text that has begun
+    stopped: str | None = None  # the text before a stop string
     result: Result | None = None
     credited: int = 0
 
@@ -109,9 +117,10 @@ class Piece:
 
 @dataclass(eq=False)
 class Job:
-    """A request that was admitted. All its rows are answered by one generation of tasks.
+    """An admitted request. All of its rows are answered by one generation of tasks.
 
-    on_change: called, in the engine's thread, when all rows have their results, and for each token of one that streams.
+    Attributes:
+        on_change: called in the engine's thread when all rows have results and, if the request streams, for each token.
     """
 
     ask: Ask

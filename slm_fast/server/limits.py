@@ -1,4 +1,4 @@
-"""What every request meets before it is understood: plain ASGI middleware, the outermost first in `guarded`."""
+"""Plain ASGI middleware that every request passes before it is parsed; `guarded` in app.py stacks it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-OPEN = ("/", "/health", "/ready")  # asked for without a key: they say nothing of what is learned
-HELD = 256 << 20  # bytes of all bodies that are held at once
+OPEN = ("/", "/health", "/ready")  # no key needed: they reveal nothing about the tasks
+HELD = 256 << 20  # maximum bytes of all request bodies held at once
 
 
 def kind_of(status: int) -> str:
-    """OpenAI's words for what is wrong."""
+    """OpenAI's error type for a status."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
 def error_body(refused: Refused) -> dict[str, Any]:
-    """OpenAI's shape of an error."""
+    """An error in OpenAI's format."""
     kind = kind_of(refused.status)
     return {"error": {"message": refused.message, "type": kind, "param": refused.param, "code": refused.code}}
 
@@ -51,7 +51,7 @@ def header(scope: MutableMapping[str, Any], name: bytes) -> bytes | None:
 
 
 class Patience:
-    """Ends answers that nobody reads. Who reads less than what stands in the buffers in so many seconds is gone."""
+    """Ends responses that nobody reads: a client has `seconds` to read enough for the next part to fit the buffers."""
 
     def __init__(self, app: App, seconds: float) -> None:
         self.app, self.seconds = app, seconds
@@ -84,7 +84,7 @@ class Patience:
 
 
 class Key:
-    """Lets in who knows the key: Authorization: Bearer KEY. `admin` is what /v1/tasks asks for instead."""
+    """Requires an API key, as Authorization: Bearer KEY. /v1/tasks requires the `admin` key instead."""
 
     def __init__(self, app: App, key: str | None, admin: str | None) -> None:
         self.app = app
@@ -107,14 +107,15 @@ class Key:
 
 
 def _digest(text: bytes) -> bytes:
-    """Of one length, so that comparing takes the same time for every key."""
+    """A hash of fixed length, so that comparing takes the same time for every key."""
     return hashlib.sha256(text).digest()
 
 
 class Body:
-    """Reads a request's body before anything else is done with it, and no more than may be.
+    """Reads a request's body first, within the limits of size and time.
 
-    full: says why nothing more is taken now, before a body is read.
+    Args:
+        full: returns why no request can be taken now, if so. Called before a body is read.
     """
 
     def __init__(self, app: App, serve: ServeOptions, full: Callable[[], Refused | None]) -> None:
@@ -136,7 +137,7 @@ class Body:
             except asyncio.TimeoutError:
                 late = Refused(408, f"the body did not come in {self.serve.patience:g} s")
                 return await refuse(send, late, close=True)
-            if body is not None:  # else the client has gone
+            if body is not None:  # None: the client has disconnected
                 await self.app(scope, _replay(body, receive), send)
         finally:
             self.held -= sum(held)
@@ -170,7 +171,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     async def again() -> Message:
         nonlocal told
         if told:
-            return await receive()  # comes when the client goes
+            return await receive()  # returns when the client disconnects
         told = True
         return {"type": "http.request", "body": body, "more_body": False}
 
@@ -178,7 +179,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 class Concurrency:
-    """Takes so many requests that ask for work at once."""
+    """Limits how many POST requests are served at once."""
 
     def __init__(self, app: App, most: int) -> None:
         self.app, self.most = app, most
@@ -198,9 +199,10 @@ class Concurrency:
 
 
 class Marks:
-    """Marks each answer with the store's generation, and with the end of the connection while the server drains.
+    """Adds the store's generation to each response, and closes connections while the server drains.
 
-    note: told path, status and seconds of each request.
+    Args:
+        note: called with path, status and seconds of each request.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What /metrics says (Prometheus), and the names that balancers of the Gateway API read of vLLM."""
+"""Prometheus metrics for /metrics, including the vLLM names that load balancers of the Gateway API read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The figures of one server. Names end in what they count, as Prometheus has it."""
+    """The metrics of one server, named by Prometheus conventions."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -37,7 +37,7 @@ class Metrics:
         self.written = Counter("slm_fast_generation_tokens", "Tokens written.", registry=registry)
 
     def watch(self, engine: Engine, watcher: Watcher) -> None:
-        """Figures that are asked for when they are looked at."""
+        """Register gauges that are computed when scraped."""
 
         def gauge(name: str, about: str, value: Any) -> None:
             Gauge(name, about, registry=self.registry).set_function(value)

@@ -1,4 +1,4 @@
-"""OpenAI's completions, chats and models. What we know beside them stands in each choice: task, route, task_sha256."""
+"""OpenAI's completions, chat and models endpoints. Each choice adds our own fields: task, route, task_sha256."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Part = Callable[[int, str | None, str | None, Mapping[str, Any]], dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """How an endpoint says things. name: of the whole; chunk: of a part of a stream."""
+    """An endpoint's response format. `name`, `chunk`: object types of a whole response and of a stream's parts."""
 
     name: str
     chunk: str
@@ -46,7 +46,7 @@ def _message(place: int, text: str | None, reason: str | None, found: Mapping[st
 
 
 def _delta(place: int, text: str | None, reason: str | None, found: Mapping[str, Any]) -> dict[str, Any]:
-    begins = bool(found) and reason is None  # what was found is said first of all
+    begins = bool(found) and reason is None  # task and route come first
     delta = ({"role": "assistant"} if begins else {}) | ({"content": text or ""} if text or begins else {})
     return {"index": place, "delta": delta, "logprobs": None, "finish_reason": reason, **found}
 
@@ -85,7 +85,7 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
             while not (ticket.job.done or any(piece.head for piece in ticket.job.pieces)):
                 await ticket.change()
             refusal = next((p.result for p in ticket.job.pieces if isinstance(p.result, Refused)), None)
-            if refusal is not None:  # while there is still a status to say so with
+            if refusal is not None:  # while the response can still have an error status
                 raise refusal
         except BaseException:
             ticket.leave()
@@ -98,13 +98,14 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
 
     @app.post("/v1/completions")
     async def completions(body: schemas.Completion, request: Request) -> Any:
-        """OpenAI's completions. `model`: auto finds the task, a task's name forces it, base is the bare backbone."""
+        """OpenAI's completions. `model`: auto routes by the text, a task's name forces that task, base is the bare
+        backbone."""
         parsed = rows.rows_of(body.prompt, engine.serve.inputs, "prompt")
         return await write(COMPLETION, body, parsed, body.max_tokens, request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: schemas.Chat, request: Request) -> Any:
-        """OpenAI's chat. The system's words are the instruction; tasks read chats as they are learned from them."""
+        """OpenAI's chat completions. The system message is the instruction; tasks read chats as they do in training."""
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         return await write(CHAT, body, [rows.chat_row(body.messages)], asked, request, rows.turns(body.messages))
 
@@ -118,7 +119,7 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
 
     @app.get("/v1/models")
     async def list_models() -> Any:
-        """What `model` may be: auto, base, and each task with the SHA-256 of its file."""
+        """The values of `model`: auto, base, and each task with the SHA-256 of its file."""
         number = engine.generation.number
         whole = {"object": "list", "data": models(), "generation": number}
         return JSONResponse(whole, headers={"x-store-generation": number})
@@ -150,7 +151,7 @@ class _Events(StreamingResponse):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await self.stream_response(send)  # the ticket hears of a client that goes
+            await self.stream_response(send)  # the ticket notices when the client disconnects
         finally:
             self._ticket.leave()
 
@@ -167,7 +168,7 @@ async def _lines(
     with_usage: bool,
     metrics: Metrics,
 ) -> AsyncIterator[str]:
-    """The events of a job: of each row first its route, then its text as it comes, then its end."""
+    """The events of a job: for each row first its route, then its text as it is generated, then its end."""
     job: Job = ticket.job
     assert job.ask.writing is not None
     streams = [TextStream(decode, job.ask.writing.stop) for _ in job.pieces]

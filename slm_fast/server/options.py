@@ -1,4 +1,4 @@
-"""What whoever starts a server may set."""
+"""Options of a server."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from slm_fast.errors import InputError
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How much a server takes at once.
+    """Limits of a server.
 
     Attributes:
-        queue_rows, queue_tokens: rows that are admitted and not answered yet, and their tokens (prompts, and what may
-            be written); beyond them requests are refused with 429. queue_tokens: None takes 64 batches.
-        batch_tokens: of a batch, padding included; None takes what suits the device. A row that is longer is refused.
-        batch_rows: texts that are written at once.
-        max_new_tokens: the most that a request may ask for, and what it gets unless it says less.
-        deadline: seconds after which a request that is not answered is given up with 504.
-        requests: concurrent ones; more are refused with 429. inputs: of a request. body: bytes of a request.
+        queue_rows, queue_tokens: maximum rows admitted but not answered yet, and their tokens (prompts plus what may be
+            generated). Requests beyond these are refused with 429. Default for queue_tokens: 64 batches.
+        batch_tokens: token budget per batch, including padding. Longer rows are refused. Default: depends on the
+            device.
+        batch_rows: maximum texts generated at once.
+        max_new_tokens: maximum that a request may ask for, and its default.
+        deadline: seconds after which an unanswered request is given up with 504.
+        requests: maximum concurrent requests; more are refused with 429.
+        inputs: maximum inputs per request.
+        body: maximum bytes per request.
         patience: seconds that a client may take to send a request, or to read a part of its answer.
-        poll: seconds between two looks at the store; None takes 0.5, or 5 of one at a URL.
-        drain: seconds between SIGTERM and the end of listening, in which balancers see that /ready says 503.
+        poll: seconds between checks of the store. Default: 0.5, or 5 for a store at a URL.
+        drain: seconds between SIGTERM and the end of listening, in which load balancers see 503 from /ready.
     """
 
     queue_rows: int = 2048

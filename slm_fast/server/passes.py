@@ -1,4 +1,4 @@
-"""What the engine does with a model beside answering: requests to tokens, and weights without an answer."""
+"""What the engine does with a model besides answering: tokenise requests, and find routes without an answer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from slm_fast.server.jobs import Ask, Result, Routed
 
 
 def read(model: AdaptedModel, asks: Sequence[Ask]) -> list[Reading]:
-    """The tokens of all rows, those of a chat for the bare backbone as its own template has them.
+    """Tokenise all rows. A chat for the bare backbone uses the backbone's own template.
 
-    Raises WorkError for a chat that the template refuses.
+    Raises:
+        WorkError: the template rejects a chat.
     """
     readings = model.tokenize([row for ask in asks for row in ask.rows])
     first, longest = 0, model.config.max_length or 0
@@ -33,7 +34,7 @@ def read(model: AdaptedModel, asks: Sequence[Ask]) -> list[Reading]:
 
 @torch.inference_mode()
 def find_routes(model: AdaptedModel, readings: Sequence[Reading], options: PredictOptions) -> list[Result]:
-    """The routes of rows that pass together; of one whose query is not finite, the error."""
+    """The routes of rows in one batch. A row whose query is not finite gets an error instead."""
     found: list[Result] = [WorkError(NOT_FINITE)] * len(readings)
     places = list(range(len(readings)))
     with model.lock:

@@ -1,4 +1,4 @@
-"""Rows that wait: how many may, and which of them share a batch."""
+"""Waiting rows: how many are admitted, and which of them share a batch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Hashable
 from slm_fast.server.jobs import Piece, Refused
 
 PADDING = 256  # tokens of padding that cost about as much as a pass of their own
-MEMORY = 10.0  # seconds of work that the rate is taken over
+MEMORY = 10.0  # seconds of work over which the rate is averaged
 
 
 class Room:
-    """How many rows and tokens are admitted and not answered yet, and how fast they go. Its user holds a lock."""
+    """Counts rows and tokens that are admitted but not answered yet, and their throughput. The caller holds a lock."""
 
     def __init__(self, rows: int, tokens: int, seconds: float) -> None:
         self.most_rows, self.most_tokens, self.seconds = rows, tokens, seconds
@@ -23,12 +23,12 @@ class Room:
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second of late; None as long as too few have gone to tell."""
+        """Recent tokens per second; None until enough have been processed to tell."""
         return self._done / self._busy if self._busy > 0.05 and self._done > 0 else None
 
     @property
     def wait(self) -> float:
-        """Seconds until what is admitted now is answered; 0 while that is not known."""
+        """Seconds until all rows admitted so far are answered; 0 while unknown."""
         return self.tokens / self.rate if self.rate else 0.0
 
     @property
@@ -36,7 +36,7 @@ class Room:
         return self.rows >= self.most_rows or self.tokens >= self.most_tokens or self.wait >= self.seconds
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Take room for all of a request's rows, or raise Refused and take none."""
+        """Reserve room for all of a request's rows, or raise Refused and reserve none."""
         if rows > self.most_rows or tokens > self.most_tokens:
             raise Refused(413, f"input: {rows} rows of about {tokens} tokens are more than ever fit into the queue")
         if self.full or self.rows + rows > self.most_rows or self.tokens + tokens > self.most_tokens:
@@ -50,14 +50,14 @@ class Room:
         return Refused(429, message, code="rate_limit_exceeded", retry_after=after)
 
     def note(self, tokens: int, seconds: float) -> None:
-        """So many tokens took so long."""
+        """Record that `tokens` took `seconds`."""
         kept = math.exp(-seconds / MEMORY)
         self._done = self._done * kept + tokens
         self._busy = self._busy * kept + seconds
 
 
 class Waiting:
-    """Rows to be passed in batches, in groups of those that may share one. Its user holds a lock."""
+    """Rows that wait for a batch, in groups of those that may share one. The caller holds a lock."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # tokens of a batch, padding included
@@ -71,7 +71,7 @@ class Waiting:
         self.rows += 1
 
     def remove(self, group: Hashable, piece: Piece) -> bool:
-        """Take a row away again; False where it does not wait."""
+        """Remove a row. Returns False if it is not waiting."""
         rows = self._groups.get(group, [])
         i = bisect_left(rows, (piece.length, piece.number))
         if i == len(rows) or rows[i][2] is not piece:
@@ -80,15 +80,15 @@ class Waiting:
         return True
 
     def take(self, most_rows: int | None = None) -> tuple[Hashable, list[Piece]]:
-        """The next batch: the row that has waited longest, and those of its group that are nearest to it in length, as
-        many as the budget allows, unless they would be padded more than that is worth. Empty where none waits."""
+        """Take the next batch: the row that has waited longest, and the rows of its group closest to it in length,
+        within the token budget and as long as the padding is worth it. Empty if none waits."""
         while self._arrived:
             group, first = self._arrived[0]
             rows = self._groups.get(group, [])
             i = bisect_left(rows, (first.length, first.number))
             if i < len(rows) and rows[i][2] is first:
                 break
-            self._arrived.popleft()  # it went with an earlier one, or was cancelled
+            self._arrived.popleft()  # it went with an earlier batch, or was cancelled
         else:
             return None, []
         low, high, tokens = i, i + 1, max(1, first.length)
@@ -96,7 +96,7 @@ class Waiting:
             longest = rows[high - 1][0]
             below = longest - rows[low - 1][0] if low else math.inf
             above = rows[high][0] - longest if high < len(rows) else math.inf
-            down = low > 0 and below <= above * (high - low)  # what a row adds of padding, either way
+            down = low > 0 and below <= above * (high - low)  # the padding that a row adds, either way
             if not down and high == len(rows):
                 break
             length = longest if down else rows[high][0]
@@ -116,4 +116,4 @@ class Waiting:
         if not rows:
             del self._groups[group]
         if not self.rows:
-            self._arrived.clear()  # nothing keeps what has gone
+            self._arrived.clear()  # drop references to rows that have gone

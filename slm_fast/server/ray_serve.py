@@ -1,4 +1,4 @@
-"""The server as a deployment of Ray Serve: replicas of its application behind Serve's proxy.
+"""The server as a Ray Serve deployment: replicas of its application behind Serve's proxy.
 
 from ray import serve
 from slm_fast.server.ray_serve import application
@@ -29,10 +29,12 @@ from slm_fast.slm import ScalableLM
 
 
 class Server:
-    """A replica: the engine, the watcher of the store, and the routes, without a socket. It is there once it is warm.
+    """A replica: engine, store watcher and routes, without a socket. Construction ends once it is warm.
 
     Args:
-        store: its folder or URL. opening: keywords of `ScalableLM.from_pretrained`. threads: of the processor.
+        store: its folder or URL.
+        opening: keyword arguments of `ScalableLM.from_pretrained`.
+        threads: CPU threads.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Server:
         return guarded(create_app(self.served), self.served)
 
     def check_health(self) -> None:
-        """Raise where the engine has failed, so that Serve starts the replica anew."""
+        """Raise if the engine has failed, so that Serve restarts the replica."""
         if self.served.engine.failed is not None:
             raise RuntimeError(f"the engine failed: {one_line(self.served.engine.failed)}")
 
@@ -76,13 +78,16 @@ def application(
     """The server of a store, for `ray.serve.run`.
 
     Args:
-        store: a folder that all nodes see under this path, or a URL. options: `head`, `abstain` and `distance`.
-        limits: how much each replica takes at once.
-        replicas: how many, a model each. threads, gpus: of each.
-        key: what clients have to know (Authorization: Bearer KEY).
+        store: a folder that all nodes see under this path, or a URL.
+        options: `head`, `abstain` and `distance`.
+        limits: limits of each replica.
+        replicas: number of replicas, with a model each.
+        threads, gpus: CPU threads and GPUs per replica.
+        key: API key that clients must send (Authorization: Bearer KEY).
         backbone, dtype, device: as for `ScalableLM.from_pretrained`.
 
-    Raises InputError: no store.
+    Raises:
+        InputError: there is no store.
     """
     limits = limits or ServeOptions()
     path = str(store) if is_url(store) else os.path.abspath(os.path.expanduser(store))

@@ -1,4 +1,4 @@
-"""From what a request says to what the engine is asked, and from results to what is answered."""
+"""Requests as work for the engine, and results as response bodies."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from slm_fast.server.jobs import Job, Refused, Routed, Writing
 from slm_fast.server.options import ServeOptions
 
 AUTO, BASE = "auto", "base"
-COLDEST = 1e-4  # temperatures below are the likeliest token
-NEW_TOKENS = 64  # of a text that is written to classify, as `predict` has it
+COLDEST = 1e-4  # temperatures below this mean greedy decoding
+NEW_TOKENS = 64  # of a text generated for /v1/classify, as in `predict`
 
 
 def model_of(name: str, backbone: str) -> tuple[str | None, bool]:
-    """The task that a request's model forces, and whether it is the bare backbone."""
+    """The task that a request's `model` forces, if any, and whether it is the bare backbone."""
     if name == AUTO:
         return None, False
     return (None, True) if name in (BASE, backbone) else (name, False)
 
 
 def rows_of(given: Any, most: int, field: str) -> list[Row]:
-    """The rows of a request. Raises Refused for too many, and for one that is empty."""
+    """The rows of a request. Raises Refused if there are too many, or one is empty."""
     texts = given if isinstance(given, list) else [given]
     if len(texts) > most:
         raise Refused(413, f"{field}: expected at most {most} texts, got {len(texts)}", param=field)
@@ -47,7 +47,7 @@ def rows_of(given: Any, most: int, field: str) -> list[Row]:
 
 
 def chat_row(turns: Sequence[schemas.Turn]) -> Row:
-    """A chat as tasks learn it: the system's words are the instruction."""
+    """A chat as a row, read as in training: the system message is the instruction."""
     given = [turn.model_dump(exclude={"name"}) for turn in turns]
     try:
         system, text, answer = read_chat(given, "messages")
@@ -59,7 +59,7 @@ def chat_row(turns: Sequence[schemas.Turn]) -> Row:
 
 
 def turns(given: Sequence[schemas.Turn]) -> list[dict[str, str]]:
-    """A chat as templates read it: each turn's parts are one text."""
+    """A chat as templates read it, with the parts of each turn joined to one text."""
     return [
         {
             "role": turn.role,
@@ -70,7 +70,7 @@ def turns(given: Sequence[schemas.Turn]) -> list[dict[str, str]]:
 
 
 def writing_of(body: schemas.Writing, asked: int | None, serve: ServeOptions) -> Writing:
-    """How a text is to be written. Without a temperature it is the likeliest, as `predict` has it."""
+    """How to generate a request's text. Without a temperature decoding is greedy, as in `predict`."""
     most = serve.max_new_tokens
     if asked is not None and asked > most:
         raise Refused(400, f"max_tokens: expected at most {most}, got {asked}", param="max_tokens")
@@ -93,12 +93,12 @@ def weights(route: RouteTaken) -> list[dict[str, Any]]:
 
 
 def _said(distance: float | None) -> float | None:
-    """JSON has no word for what is infinitely far."""
+    """None for an infinite distance, which JSON cannot express."""
     return None if distance is None or not isfinite(distance) else distance
 
 
 def found(answer: Prediction, generation: Generation) -> dict[str, Any]:
-    """What an answer says of its task and of how it was found."""
+    """The fields that say which task answered and how it was found."""
     digest = None if answer.task is None else generation.files[answer.task]
     about = {"task": answer.task, "task_sha256": digest, "label": answer.label, "score": answer.score}
     return {**about, "route": weights(answer.route), "distance": _said(answer.distance), "truncated": answer.truncated}
@@ -109,7 +109,7 @@ def predictions(job: Job) -> list[Prediction]:
 
 
 def classified(place: int, answer: Prediction, generation: Generation, most: int | None) -> dict[str, Any]:
-    """A row of vLLM's classification, and what we say beside it."""
+    """A row in vLLM's classification format, plus our own fields."""
     known: Mapping[str, float] = answer.probabilities or {}
     probabilities = list(known.items())[:most]
     shape = {
@@ -124,8 +124,8 @@ def classified(place: int, answer: Prediction, generation: Generation, most: int
 
 
 def scored(answer: Prediction) -> list[dict[str, Any]]:
-    """A row of Text Embeddings Inference's prediction: all labels, the most probable first."""
-    if answer.probabilities is None:  # it is written
+    """A row in Text Embeddings Inference's format: all labels, most probable first."""
+    if answer.probabilities is None:  # the answer is generated
         return [{"label": answer.label or answer.text or "", "score": answer.score}]
     return [{"label": label, "score": p} for label, p in answer.probabilities.items()]
 

@@ -1,4 +1,4 @@
-"""A server from beginning to end: its socket, its signals, its log."""
+"""Running a server: its socket, its signals, its log."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ from slm_fast.store import Store
 
 log = logging.getLogger("slm_fast.server")
 HEADERS = 1 << 16
-KEEP_ALIVE = 75  # seconds that a connection may be idle: longer than clients keep theirs
-LAST_CALL = 2.0  # seconds: to begin a request when listening ends, and to stop sending one that was refused
+KEEP_ALIVE = 75  # seconds that a connection may be idle: longer than clients keep theirs open
+LAST_CALL = 2.0  # seconds to begin a request when listening ends, and to stop sending a refused one
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket of this address, before anything takes long.
+    """A socket bound to this address, before anything slow is done.
 
-    Raises InputError for an address that cannot be, WorkError for one that is taken.
+    Raises:
+        InputError: the address is invalid.
+        WorkError: the address cannot be listened on.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"--port {port}: expected 0 to 65535")
@@ -58,7 +60,8 @@ def bound(host: str, port: int) -> socket.socket:
 def serve(served: Served, sock: socket.socket) -> None:
     """Serve until a signal ends it.
 
-    SIGTERM and SIGINT let what was admitted end, a second one does not. SIGHUP looks at the store now.
+    SIGTERM and SIGINT let admitted requests finish; a second signal does not wait for them. SIGHUP checks the store
+    now.
     """
     server = Server(served)
     host, port = sock.getsockname()[:2]
@@ -85,8 +88,11 @@ def made(
     source: Store | None = None,
     skip_damaged: bool = False,
 ) -> Served:
-    """What is served, before any thread runs. Raises InputError for a model without a store, and for an admin of one
-    at a URL, which is only read."""
+    """Put a server together, without starting any thread.
+
+    Raises:
+        InputError: the model has no store, or there is an admin key for a store at a URL, which is read-only.
+    """
     store = slm.store or slm.source
     if store is None:
         raise InputError("model: expected one that was opened from a store")
@@ -109,7 +115,7 @@ def made(
 
 
 class Lingering:
-    """A transport that ends its side only, when it is closed, and lets the other end its own (RFC 9112, section 9.6).
+    """A transport that on close only ends its own side, and lets the peer end the other (RFC 9112, section 9.6).
 
     With bytes unread the system would reset the connection, and the client might not get to read its answer.
     """
@@ -133,7 +139,7 @@ class Lingering:
 
 
 def patient(seconds: float) -> type[HttpToolsProtocol]:
-    """HTTP whose requests have to begin, and their headers to end, in so many seconds and `HEADERS` bytes."""
+    """HTTP protocol whose requests must begin, and their headers end, within `seconds` and `HEADERS` bytes."""
 
     class Patient(HttpToolsProtocol):
         _timer: asyncio.TimerHandle | None = None
@@ -181,7 +187,7 @@ def patient(seconds: float) -> type[HttpToolsProtocol]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, and the engine's threads. It drains before it stops to listen, so that balancers see it."""
+    """uvicorn plus the engine's threads. It drains before it stops listening, so that load balancers notice."""
 
     def __init__(self, served: Served) -> None:
         limits = served.engine.serve
@@ -226,7 +232,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop to listen. Who is connected by then is not cut off, but refused when asking."""
+        """Stop listening. Clients connected by then are not cut off; their requests are refused."""
         self.served.draining = True
         loop = asyncio.get_running_loop()
         waiting = [one for sock in sockets or [] for one in connected(sock)]
@@ -235,7 +241,7 @@ class Server(uvicorn.Server):
         for one in waiting:
             await loop.connect_accepted_socket(self._protocol, one)
         until = loop.time() + LAST_CALL
-        await asyncio.sleep(0.01)  # in which those that were accepted before become connections
+        await asyncio.sleep(0.01)  # for sockets already accepted to become connections
         while not self.force_exit and loop.time() < until and any(map(silent, self.server_state.connections)):
             await asyncio.sleep(0.01)
         await super().shutdown(sockets)
@@ -246,19 +252,19 @@ class Server(uvicorn.Server):
 
 
 def connected(listening: socket.socket) -> Iterator[socket.socket]:
-    """Whom the system has connected and nobody accepted yet: closing the socket would reset them."""
+    """Connections that the system has made but nobody has accepted: closing the socket would reset them."""
     with suppress(OSError):  # BlockingIOError when there are no more
         while True:
             yield listening.accept()[0]
 
 
 def silent(connection: Any) -> bool:
-    """Whether nothing was asked on it yet."""
+    """Whether no request has been sent on a connection yet."""
     return connection.cycle is None and not connection.read
 
 
 def log_to(stream: Any, level: int = logging.INFO) -> None:
-    """A line an event."""
+    """Log to `stream`, one line per event."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("slm_fast.server", "uvicorn.error"):

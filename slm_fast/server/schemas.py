@@ -1,4 +1,4 @@
-"""The bodies that are understood. An unknown field is refused by its name."""
+"""Request and response bodies. Unknown fields are refused by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Text = str | Instruction
 
 
 class Classify(Body):
-    """vLLM's classification request."""
+    """A classification request in vLLM's format."""
 
     model: Model = "auto"
     input: str | Annotated[list[Text], Field(min_length=1)]
@@ -48,7 +48,7 @@ class Route(Body):
 
 
 class Predict(Body):
-    """Text Embeddings Inference's request: a text, or a batch [[text], [text], ...]."""
+    """A request in Text Embeddings Inference's format: a text, or a batch [[text], [text], ...]."""
 
     inputs: str | Annotated[list[str], Field(min_length=1)] | Annotated[list[list[str]], Field(min_length=1)]
     raw_scores: Literal[False] = False
@@ -61,7 +61,7 @@ class StreamOptions(Body):
 
 
 class Writing(Body):
-    """What completions and chats have in common. Fields with one value are there for clients that always send them."""
+    """Fields that completions and chats share. Those with one allowed value are for clients that always send them."""
 
     model: Model = "auto"
     max_tokens: int | None = Field(None, ge=1)
@@ -105,7 +105,7 @@ class AddTask(Body):
 
 
 class Weight(BaseModel):
-    """A slot of a route: the task it belongs to and its weight."""
+    """A slot of a route: its task and its weight."""
 
     task: str
     slot: int
@@ -113,7 +113,7 @@ class Weight(BaseModel):
 
 
 class Classified(BaseModel):
-    """labels, probs: the most probable first. distance: how unlike its task the text is, if the server tells."""
+    """A classified text. labels, probs: most probable first. distance: how far it is from its task, if reported."""
 
     index: int
     label: str | None
@@ -150,6 +150,6 @@ class Score(BaseModel):
 
 
 class Error(BaseModel):
-    """OpenAI's error."""
+    """An error in OpenAI's format."""
 
     error: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Written texts: where they are cut, and what of one that is being written is sure."""
+"""Generated text: where to cut it, and which part of an unfinished text is final."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str | None:
-    """The text before the first of some stop texts; None where none stands in it."""
+    """The text before the first stop string; None if it contains none."""
     places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
     return text[: min(places)].rstrip() if places else None
 
 
 class TextStream:
-    """A text as it comes, in parts that together are the whole text.
+    """A text in parts, as it is generated, which together make up the whole text.
 
-    What may still change is held back: bytes that are not a letter yet, blanks at the end, and as many letters as a
-    stop text that has begun may have.
+    What may still change is held back: incomplete characters, trailing blanks, and as many characters as the beginning
+    of a stop string may have.
 
     Args:
-        decode: tokens to text, without blanks around it.
+        decode: converts tokens to text without surrounding blanks.
     """
 
     def __init__(self, decode: Decode, stops: Sequence[str] = ()) -> None:
@@ -28,12 +28,12 @@ class TextStream:
         self._sent = ""
 
     def so_far(self, tokens: Sequence[int]) -> str:
-        """What can be said more after these tokens, all there are."""
+        """The next part, given all tokens so far."""
         text = self._decode(tokens).rstrip("\ufffd").rstrip()
-        return self._more(text[: max(0, len(text) - self._held)].rstrip())  # a stop text may follow the blanks
+        return self._more(text[: max(0, len(text) - self._held)].rstrip())  # a stop string may follow the blanks
 
     def end(self, text: str) -> str:
-        """What is left of the whole text."""
+        """The rest of the whole text."""
         return self._more(text)
 
     def _more(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""A request that waits for the engine, in its event loop."""
+"""Requests waiting for the engine, in the server's event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slm_fast.server.jobs import Ask, Job, Refused
 
 
 class Ticket:
-    """A job and its changes. Whoever leaves before its end cancels it."""
+    """A submitted job and its changes. Leaving before its end cancels it."""
 
     def __init__(self, engine: Engine, ask: Ask, request: Request) -> None:
         self._engine, self._request = engine, request
@@ -24,11 +24,11 @@ class Ticket:
         self.job: Job = engine.submit(ask, self._tell)
 
     def _tell(self) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed and nobody waits
             self._loop.call_soon_threadsafe(self._changed.set)
 
     async def change(self) -> None:
-        """Wait for the next change. Raises Refused at the deadline, or when the client goes."""
+        """Wait for the next change. Raises Refused at the deadline, or when the client disconnects."""
         if self._gone is None:
             self._gone = asyncio.create_task(_disconnected(self._request))
         changed: asyncio.Task[Any] = asyncio.create_task(self._changed.wait())
@@ -66,7 +66,7 @@ async def waiting(engine: Engine, ask: Ask, request: Request) -> AsyncIterator[T
 
 
 async def finished(engine: Engine, ask: Ask, request: Request) -> Job:
-    """The job once all its rows have results. Raises Refused, also where a row has nothing else for a result."""
+    """Wait until all rows of a job have results. Raises Refused, also for a row whose result is an error."""
     async with waiting(engine, ask, request) as ticket:
         while not ticket.job.done:
             await ticket.change()

@@ -1,4 +1,4 @@
-"""Texts being written, with continuous batching: each belongs to a generation of tasks, and stays with it."""
+"""Text generation with continuous batching. Each text belongs to a generation of tasks, and stays with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Ended = list[tuple[Piece, Result]]
 
 
 class Running(NamedTuple):
-    """A text being written. distance: [1] of its row."""
+    """A text being generated. `distance` is that of its row, [1]."""
 
     generation: Generation
     number: int
@@ -39,11 +39,12 @@ class Running(NamedTuple):
 
 
 class Writers:
-    """A scheduler for each generation that some text still belongs to. For one thread.
+    """A scheduler for each generation that has unfinished texts. Not thread-safe.
 
     Args:
-        max_rows: of a generation, at once. max_new_tokens: the most of a text.
-        options: of distances and abstention.
+        options: for distances and abstention.
+        max_rows: maximum rows of a generation that run together.
+        max_new_tokens: maximum tokens of a text.
     """
 
     def __init__(self, model: AdaptedModel, options: PredictOptions, *, max_rows: int, max_new_tokens: int) -> None:
@@ -51,11 +52,11 @@ class Writers:
         self.max_rows, self.max_new_tokens = max_rows, max_new_tokens
         self._schedulers: dict[Generation, Scheduler] = {}
         self._running: dict[Piece, Running] = {}
-        self._stopped: list[Piece] = []  # by a stop text, in the step that is being made
+        self._stopped: list[Piece] = []  # by a stop string, in the current step
 
     @property
     def pieces(self) -> Sequence[Piece]:
-        """The rows whose texts wait or are written."""
+        """The rows whose texts are waiting or being generated."""
         return list(self._running)
 
     @property
@@ -64,7 +65,7 @@ class Writers:
 
     @torch.inference_mode()
     def add(self, generation: Generation, pieces: Sequence[Piece]) -> Ended:
-        """Begin texts for rows of one generation; what those that fail have for a result."""
+        """Begin texts for rows of one generation. Returns the results of those that fail."""
         failed: dict[Piece, Result] = {}
         with self.model.pinned(generation.known), self.model.lock:
             scheduler = self._schedulers.get(generation)
@@ -126,7 +127,7 @@ class Writers:
             empty = self.model.empty_route(1)
             route = Route(empty.slot_ids[0], empty.weights[0])
         sampling = ask.writing.sampling
-        if sampling is not None:  # each row draws from a seed of its own, as `predict` has it
+        if sampling is not None:  # each row has a seed of its own, as in `predict`
             sampling = replace(sampling, seed=sampling.seed + piece.place)
         masked = None if ask.task is None or route is not None else self.model.pool.slots_of(ask.task)
 
@@ -149,7 +150,7 @@ class Writers:
             self._schedulers[running.generation].cancel(running.number)
 
     def step(self) -> Ended:
-        """A step of each generation's texts; those that have ended, with their results."""
+        """Run a step of each generation's texts. Returns those that have ended, with their results."""
         ended: Ended = []
         for generation, scheduler in list(self._schedulers.items()):
             with self.model.pinned(generation.known):
@@ -188,7 +189,7 @@ class Writers:
         return text.strip()
 
     def _answer(self, piece: Piece, text: str) -> Answer:
-        """The answer as far as the text has come."""
+        """The answer with the text so far."""
         generated, distance = self._running[piece].generated, self._running[piece].distance
         reason = "stop" if piece.stopped is not None else generated.finish_reason
         route = generated.route or self.model.empty_route(1)
