@@ -1,4 +1,4 @@
-"""Pictures of results, without a window."""
+"""Plots of results, drawn without a display."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def pyplot() -> Any:
-    """matplotlib's, drawing to files; imported where a picture is drawn, because only the `bench` extra brings it."""
+    """matplotlib's pyplot, drawing to files; imported only when needed, because it comes with the `bench` extra."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,8 +18,7 @@ def pyplot() -> Any:
 
 
 def panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A matplotlib figure, and `count` panels of so many inches in rows of two, whose bars share their names at the
-    left."""
+    """A figure with `count` panels of width x height inches, in rows of two that share bar names at the left."""
     columns = min(2, count)
     lines = -(-count // columns)
     size = (width * columns + 2.5, height * lines + 0.3)
@@ -32,7 +31,7 @@ def panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
 
 
 def plot_rates(charts: Mapping[str, Sequence[tuple[str, float, bool]]], unit: str, path: Path) -> None:
-    """A panel of bars for each of {its title: (name, rate, whether it is ours)}."""
+    """One panel of bars per entry of `charts`: {title: [(name, rate, whether it is ours)]}."""
     figure, found = panels(len(charts), 3.2, 2.2)
     for panel, (title, bars) in zip(found, charts.items(), strict=True):
         drawn = panel.barh([name for name, _, _ in bars][::-1], [rate for _, rate, _ in bars][::-1])
@@ -56,8 +55,8 @@ def plot_times(
     title: str,
     axis: str,
 ) -> None:
-    """Medians against `across`, log-log, in a panel for each of `panels` ({its title: rows}): a line for each way named
-    in `labels`, the first, ours, drawn strongest."""
+    """Log-log medians against `across`, one panel per entry of `panels` ({title: rows}) and one line per way in
+    `labels`. The first, ours, is drawn strongest."""
     width = max(7.0, 3.6 * len(panels))
     figure, (drawn,) = pyplot().subplots(
         1, len(panels), figsize=(width, 4.8), dpi=130, layout="constrained", squeeze=False

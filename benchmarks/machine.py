@@ -1,4 +1,4 @@
-"""What a result was measured on, for the head of its CSV."""
+"""Description of the machine, for the head of a result's CSV."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ import torch
 
 
 def peak_mib(call: Callable[[], object]) -> tuple[float, float]:
-    """(before, most) MiB of memory that this process holds before a call and at its peak in it: of the GPU where there
-    is one. NaN where neither is known.
+    """(before, peak) MiB that this process holds before a call and at most during it, of the GPU if there is one.
 
-    getrusage would count what came before the call, and a peak of the process that started this one.
+    NaN if unknown. getrusage is not used, because it would include earlier peaks and the peak of the parent process.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -41,11 +40,11 @@ def peak_mib(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def describe() -> dict[str, str]:
-    """The processor, its cores and the versions that matter."""
+    """The processor, its cores and the relevant versions."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        # Family and model, too: the name a virtual machine gives may stand for several generations of processor.
+        # With family and model: the name that a virtual machine reports may stand for several processor generations.
         about = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", info.read_text(), re.MULTILINE))
         if "cpu family" in about:
             cpu = f"{about['model name']} (family {about['cpu family']}, model {about['model']})"

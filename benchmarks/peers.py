@@ -1,4 +1,4 @@
-"""What rivals share with slm_fast, so that they differ in what they train and not in where or how."""
+"""What rivals share with slm_fast, so that they differ only in what they train."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def adapted_layers(backbone: Backbone) -> list[str]:
 
 
 def shuffled(rows: int, batch_size: int, generator: Generator) -> Sequence[Tensor]:
-    """An epoch of row numbers in batches, in a new order each time."""
+    """One epoch of row indices in batches, in a new order each time."""
     return torch.randperm(rows, generator=generator).split(batch_size)
 
 
@@ -33,14 +33,14 @@ def train(
     report: Callable[[int, Tensor], None] | None = None,
     head: Sequence[Tensor] = (),
 ) -> None:
-    """The training loop of slm_fast: AdamW, linear warm-up and decay, clipping at 1.
+    """slm_fast's training loop: AdamW, linear warm-up and decay, gradients clipped at 1.
 
     Args:
-        loss_of: the mean loss of the rows of these numbers.
+        loss_of: the mean loss of the rows with these indices.
         rows: of the task.
-        epoch: batches of row numbers, asked for once an epoch.
-        report: told how many rows a step had, and its loss.
-        head: parameters that learn at the rate of heads.
+        epoch: batches of row indices, called once per epoch.
+        report: called after each step with its number of rows and its loss.
+        head: parameters that train at the learning rate of heads.
     """
     optimizer, schedule = optimizer_and_schedule(parameters, options, rows, head)
     every = [*parameters, *head]

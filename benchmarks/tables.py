@@ -1,4 +1,4 @@
-"""Tables of results: CSV files that say what they were measured on, and text for a terminal."""
+"""Tables of results: CSV files that record what they were measured on, and text for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], notes: Mapping[str, str] | None = None) -> None:
-    """Rows under a head that says what they were measured on, and `notes` ({name: value}) that belong to them."""
+    """Write rows under a head that records the machine, the date and `notes` ({name: value})."""
     rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -34,7 +34,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_head(path: Path) -> dict[str, str]:
-    """What the CSV's head says: {name: value}."""
+    """The entries of the CSV's head: {name: value}."""
     with path.open() as file:
         lines = [line[2:].rstrip("\n").split(": ", 1) for line in file if line.startswith("# ")]
     return dict(lines)

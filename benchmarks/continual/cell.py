@@ -1,15 +1,15 @@
-"""One method with one seed on one stream: learned task after task, answered after each, kept as it goes.
+"""One method with one seed on one stream: learned task by task, answered after each task, and saved as it goes.
 
 Its folder, `RUN/<method>/seed<k>/`, holds:
 
     untrained.json      with --unseen, each task's accuracy before anything is learned
-    stages.jsonl        a line a task learned: accuracies, seconds, memory (what `slm-fast report` reads)
-    answers-<n>.csv.gz  after the n-th task: each row's task and number, whether it was right, the task it was taken for
-    state.pt            what the method is after the last task learned; a run that was stopped goes on from it
-    store/              of slm_fast, at the end
+    stages.jsonl        one line per task learned: accuracies, seconds, memory (read by `slm-fast report`)
+    answers-<n>.csv.gz  after the n-th task: each row's task and number, whether it was right, the task it was routed to
+    state.pt            the method after the last task learned, from which an interrupted run resumes
+    store/              the final store, for slm_fast
 
-A stage is there once its line is whole in stages.jsonl. The state is written before it, so that a process killed
-between the two answers again and does not learn again.
+A stage is done once its line is complete in stages.jsonl. The state is written first, so that a process killed between
+the two answers again but does not learn again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from slm_fast.progress import bar
 
 
 def stages_of(folder: Path) -> list[dict[str, Any]]:
-    """The stages that are done. Raises WorkError for a line that is none."""
+    """The stages that are done. Raises WorkError for a damaged line."""
     path = folder / "stages.jsonl"
     found = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
@@ -69,8 +69,9 @@ def run_cell(
 
     Args:
         spec: a method's name, with options for an ablation (`method_of`).
-        unseen: answer the tasks that are not learned yet, too, and all before the first is, for forward transfer.
-        bertscore: folder of the encoder that compares answers in free text with those of the rows (`Also`).
+        unseen: also answer tasks that are not learned yet, and all tasks before the first is, to measure forward
+            transfer.
+        bertscore: folder of the encoder that compares free-text answers with those of the rows (`Also`).
 
     Raises:
         WorkError: the folder is damaged.
@@ -117,7 +118,7 @@ def run_cell(
 
 
 class Clock:
-    """Seconds since it was made: by the wall and, so that what else runs hardly shows, of this process's processors."""
+    """Wall and CPU seconds of this process since creation. CPU seconds hardly depend on what else runs."""
 
     def __init__(self) -> None:
         self.wall, self.processor = time.perf_counter(), time.process_time()
@@ -134,7 +135,7 @@ def _save(folder: Path, method: Method, learned: int, spent: Mapping[str, float]
 
 
 def restore(folder: Path, method: Method) -> tuple[int, dict[str, float]]:
-    """How many tasks the method has learned, and what the last one took."""
+    """Restore the method; return how many tasks it has learned and the time of the last one."""
     path = folder / "state.pt"
     if not path.exists():
         return 0, {}
@@ -149,7 +150,7 @@ def restore(folder: Path, method: Method) -> tuple[int, dict[str, float]]:
 def _answered(
     path: Path, method: Method, told: bool, tasks: Mapping[str, Task], also: Also, progress: bool | None
 ) -> dict[str, Any]:
-    """Answer all rows of these tasks, mixed; write them down, and sum them up."""
+    """Answer all rows of these tasks, mixed, write the answers to `path` and summarise them."""
     rows = [row for task in tasks.values() for row in task.rows]
     names = [name for name, task in tasks.items() for _ in task.rows]
     clock = Clock()
@@ -176,8 +177,10 @@ def _answered(
 
 
 def _named(answers: Sequence[Answer], task: str, told: bool) -> dict[str, float | None]:
-    """How many of a task's rows were taken for it, and of how many more than half of the slots are its own (the paper's
-    Eq. 13); None where the method does not say, or is told."""
+    """The share of a task's rows routed to it, and of those whose slots are mostly its own (the paper's Eq. 13).
+
+    None where the method does not report them, or is given the task.
+    """
     routed = retrieved = None
     if not told and all(answer.task is not None for answer in answers):
         routed = sum(answer.task == task for answer in answers) / len(answers)

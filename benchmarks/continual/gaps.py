@@ -1,15 +1,15 @@
-"""What it costs not to be told the task: every row answered twice, with its task given and without.
+"""The cost of routing: every row answered twice, with its oracle task ID and without.
 
     python -m benchmarks.continual.gaps --data DIR --stream clinc --seeds 0 1 2 3 4 --work WORK
 
-slm_fast learns the stream once a seed; Separate (a PEFT LoRA model a task, its task given) learns it with the same
-batches, epochs and learning rate. Both answer the same rows, so that differences are paired: their standard error is
-over rows, whose differences are averaged over seeds first, and over seeds. With --held-out the last tenth of the
-training rows is answered instead of the test rows, and not learned: what is decided is decided on that.
+slm_fast learns the stream once per seed. Separate (one PEFT LoRA model per task, task given) learns it with the same
+batches, epochs and learning rate. Both answer the same rows, so differences are paired. Their standard errors are over
+rows (after averaging a row's differences over seeds) and over seeds. --held-out leaves the last tenth of the
+training rows out of training and answers it instead of the test rows, for making decisions.
 
-Each method's answers with each seed are kept in WORK and not computed again; what slm_fast has learned is a store there
-that an interrupted run goes on with. Results: benchmarks/results/gaps_<stream>.csv, and which tasks were taken for
-which in gaps_<stream>_confusions.csv.
+WORK keeps each method's answers with each seed, which are not computed again, and slm_fast's stores, from which an
+interrupted run resumes. Results: benchmarks/results/gaps_<stream>.csv, and the confusions between tasks in
+gaps_<stream>_confusions.csv.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from slm_fast.options import LearnOptions
 from slm_fast.predict import Prediction
 
 METHODS = ("slm", "separate")
-NOWHERE = "(none)"  # the task of a row that was abstained from, and of one that belongs to none
-Answers = list[dict[str, str]]  # a row each: task, row, told, routed, named, kept, distance
+NOWHERE = "(none)"  # the task of rows that belong to none, and of those abstained from
+Answers = list[dict[str, str]]  # one per row: task, row, told, routed, named, kept, distance
 
 
 def split(stream: Stream, options: argparse.Namespace, seed: int) -> tuple[dict[str, Task], dict[str, Task]]:
-    """What is learned and what is answered, by task."""
+    """The tasks to learn and the tasks to answer, by name."""
     train = stream.load(options.data, "train", seed, options.train or stream.rows)
     if not options.held_out:
         return train, stream.load(options.data, "test", seed)
@@ -55,7 +55,7 @@ def split(stream: Stream, options: argparse.Namespace, seed: int) -> tuple[dict[
 
 
 def slm_answers(stream: Stream, options: argparse.Namespace, seed: int, store: Path) -> Answers:
-    """Learn what the store does not have yet, then answer."""
+    """Learn the tasks that the store does not have yet, then answer."""
     train, test = split(stream, options, seed)
     if store.exists():
         slm = ScalableLM.from_pretrained(store)
@@ -87,7 +87,7 @@ def slm_answers(stream: Stream, options: argparse.Namespace, seed: int, store: P
 
 
 def _named(found: Prediction, share: float) -> dict[str, str]:
-    """The task that a row was taken for, how far it is from it, and whether it would be abstained from."""
+    """The task that a row was routed to, its distance, and whether it would be kept rather than abstained from."""
     assert found.distance is not None
     kept = str(int(found.distance <= share))
     return {"named": found.task or NOWHERE, "kept": kept, "distance": f"{found.distance:.6f}"}
@@ -112,7 +112,7 @@ def separate_answers(stream: Stream, options: argparse.Namespace, seed: int) -> 
 
 
 def answers_of(method: str, stream: Stream, options: argparse.Namespace, seed: int, folder: Path) -> Answers:
-    """Those kept in the folder, or new ones, which are kept there."""
+    """The answers kept in the folder, or new ones, which are then kept there."""
     path = folder / f"{method}-seed{seed}.csv"
     if not path.exists():
         if method == "slm":
@@ -129,14 +129,17 @@ def answers_of(method: str, stream: Stream, options: argparse.Namespace, seed: i
         return list(csv.DictReader(file))
 
 
-# ---- what the answers say ----
+# ---- evaluation ----
 
 
 def paired(
     first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], drawing: Sequence[int] | None = None
 ) -> tuple[float, float, float]:
-    """Mean of second - first over seeds, its standard error over rows and over seeds (nan for one). Of each seed its
-    rows, which are the same for seeds of one `drawing` (None: for all): a row's differences are averaged over those."""
+    """Mean of second - first over seeds, and its standard error over rows and over seeds (NaN for one).
+
+    Each sequence has one sequence of rows per seed. Seeds of the same `drawing` (None: all) have the same rows, and a
+    row's differences are averaged over them.
+    """
     apart = [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
     squared = 0.0
     for one in set(drawing or [0]):
@@ -152,7 +155,7 @@ def paired(
 def summary(
     answers: Mapping[str, Sequence[Answers]], tasks: Sequence[str], drawing: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
-    """A line for each task and one for all rows, in percent. answers: by method, then seed; drawing: as in `paired`."""
+    """One line per task and one for all rows, in percent. answers: by method, then seed. drawing: as in `paired`."""
 
     def column(method: str, field: str, chosen: set[str]) -> list[list[float]]:
         return [
@@ -199,7 +202,7 @@ def summary(
 
 
 def _auroc(answers: Answers) -> float:
-    """How often a row that belongs to no task is farther than one that belongs to one; half of what is as far."""
+    """How often an out-of-scope row is farther away than a row of a task; ties count half."""
     inside = sorted(float(a["distance"]) for a in answers if a["task"] != NOWHERE)
     outside = [float(a["distance"]) for a in answers if a["task"] == NOWHERE]
     nearer = sum(bisect_left(inside, distance) + bisect_right(inside, distance) for distance in outside)
@@ -207,7 +210,7 @@ def _auroc(answers: Answers) -> float:
 
 
 def confusions(answers: Sequence[Answers]) -> list[dict[str, Any]]:
-    """Which tasks were taken for which, the most frequent first, counted over all seeds."""
+    """Which tasks were mistaken for which, most frequent first, counted over all seeds."""
     pairs = Counter((a["task"], a["named"]) for seed in answers for a in seed if a["named"] != a["task"] != NOWHERE)
     return [{"task": task, "taken_for": other, "rows": many} for (task, other), many in pairs.most_common()]
 
@@ -217,11 +220,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with the streams' folders")
     parser.add_argument("--stream", choices=list(STREAMS), required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is learned and answered")
-    parser.add_argument("--train", type=int, help="training rows a task at the most; default: the stream's")
+    parser.add_argument("--work", type=Path, required=True, help="folder for stores and answers")
+    parser.add_argument("--train", type=int, help="training rows per task, at most; default: the stream's")
     parser.add_argument("--epochs", type=int, help="default: slm_fast's")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
-    parser.add_argument("--abstain", type=float, default=0.95, help="the share that `kept` and `out of scope` are of")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens read per text")
+    parser.add_argument("--abstain", type=float, default=0.95, help="threshold of `kept`, as in `predict`")
     parser.add_argument(
         "--held-out", action="store_true", help="answer a tenth of the training rows, not the test rows"
     )

@@ -1,14 +1,13 @@
-"""Which task a row belongs to: slm_fast's router, what each part of it brings, and the routers of EPI and Any-SSR.
+"""Routing accuracy of slm_fast's router, of each part of it, and of the routers of EPI and Any-SSR.
 
     python -m benchmarks.continual.routers --data DIR --stream clinc
     python -m benchmarks.continual.routers --data DIR --stream clinc --test
 
-No values are learned: routes depend on frozen states alone, which all routers read from the same pass. Training rows
-are answered once each, fold by fold, by a router that did not have them; with --test all training rows are learned and
-the test rows answered. Differences from the first line are paired by row. Results:
-benchmarks/results/routers_<stream>.csv, or routers_<stream>_test.csv, with what is kept in bytes (what all tasks share
-is divided by their number), seconds to fit a task and, once for all tasks, to prepare, and what a row costs beyond its
-frozen states.
+No values are learned: routes depend only on frozen states, which all routers read from the same pass. Training rows are
+answered by cross-validation; with --test, all training rows are learned and the test rows answered. Differences from
+the first line are paired by row. Results: benchmarks/results/routers_<stream>.csv, or routers_<stream>_test.csv, with
+bytes per task (what all tasks share is divided by their number), seconds to fit a task and, once for all tasks, to
+prepare, and the time per row beyond its frozen states.
 """
 
 from __future__ import annotations
@@ -66,19 +65,19 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a task: their frozen states, and the numbers of their labels [N], None for free text."""
+    """Rows of a task: their frozen states and label indices [N], None for free text."""
 
     states: States
     labels: Tensor | None
 
     def chosen(self, which: Tensor) -> Rows:
-        """Those rows, `which` being [N] bool."""
+        """The rows selected by `which`, [N] bool."""
         query, means, last = self.states
         labels = None if self.labels is None else self.labels[which]
         return Rows(States(query[which], means, last[which]), labels)
 
 
-Stage = tuple[Mapping[str, Rows], Mapping[str, Rows]]  # what is learned and what is then answered, by task
+Stage = tuple[Mapping[str, Rows], Mapping[str, Rows]]  # the tasks to learn and the tasks to answer, by name
 
 
 def rows_of(task: Task, backbone: Backbone, work: Path | None) -> Rows:
@@ -86,7 +85,7 @@ def rows_of(task: Task, backbone: Backbone, work: Path | None) -> Rows:
 
 
 def folds_of(labels: Tensor | None, rows: int, folds: int) -> Tensor:
-    """The fold of each row [N]: each label's rows are dealt out, or all rows where there are no labels."""
+    """The fold of each row, [N], stratified by label if there are labels."""
     fold = torch.empty(rows, dtype=torch.int64)
     order = torch.arange(rows) if labels is None else labels.argsort(stable=True)
     fold[order] = torch.arange(rows) % folds
@@ -94,7 +93,7 @@ def folds_of(labels: Tensor | None, rows: int, folds: int) -> Tensor:
 
 
 def held_out(tasks: Mapping[str, Rows], folds: int) -> Iterator[Stage]:
-    """Each fold once answered by what the others teach."""
+    """Each fold answered once by what was learned from the others."""
     fold_of = {name: folds_of(rows.labels, len(rows.states.last), folds) for name, rows in tasks.items()}
     for fold in range(folds):
         learned = {name: rows.chosen(fold_of[name] != fold) for name, rows in tasks.items()}
@@ -102,7 +101,7 @@ def held_out(tasks: Mapping[str, Rows], folds: int) -> Iterator[Stage]:
 
 
 def measure(variant: Variant, stages: Sequence[Stage]) -> tuple[Tensor, dict[str, Any]]:
-    """Whether each row's task is named right [rows], and the variant's line without what it gains."""
+    """Whether each row's task is named correctly, [rows], and the variant's line without its gain."""
     right: dict[str, list[Tensor]] = {name: [] for name in stages[0][1]}
     kept, fit_s, prepare_s, route_s = 0, 0.0, 0.0, 0.0
     for learned, answered in stages:
@@ -134,7 +133,7 @@ def measure(variant: Variant, stages: Sequence[Stage]) -> tuple[Tensor, dict[str
 
 
 def comparison(variants: Sequence[Variant], stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """A line a variant: the task named right in percent, what it gains over the first, and its standard error."""
+    """One line per variant: routing accuracy in percent, its gain over the first variant and its standard error."""
     first, lines = None, []
     for variant in variants:
         found, line = measure(variant, stages)
@@ -160,10 +159,10 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the streams' folders")
     parser.add_argument("--stream", choices=list(STREAMS), required=True)
-    parser.add_argument("--train", type=int, help="training rows a task at the most; default: the stream's")
+    parser.add_argument("--train", type=int, help="training rows per task, at most; default: the stream's")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--test", action="store_true", help="learn all training rows and answer the test rows")
-    parser.add_argument("--answer", type=int, help="test rows a task at the most; default: all")
+    parser.add_argument("--answer", type=int, help="test rows per task, at most; default: all")
     parser.add_argument("--routers", nargs="+", choices=[v.name for v in VARIANTS], help="default: all")
     parser.add_argument("--work", type=Path, help="folder that keeps frozen states for the next run")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/routers_<stream>[_test].csv")

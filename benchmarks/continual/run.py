@@ -1,11 +1,11 @@
-"""The paper's experiments: a stream of tasks learned in sequence by slm_fast and by its rivals, as a folder of results.
+"""The paper's experiments: slm_fast and its rivals learn a stream of tasks in sequence, into a folder of results.
 
     slm-fast repro RUN --data DIR --stream order4 --methods slm separate finetune --seeds 0 1 2
     slm-fast report RUN
 
-DIR holds the streams' data (see --list). Each method runs with each seed in a process of its own, for its peak memory,
-`--jobs` at a time. What is done is kept: the same command again goes on where it was stopped, and further methods and
-seeds may be added to a RUN later. `method:option=value` is an ablation, such as slm-paper:groups=3,k=2,rank=4.
+DIR holds the streams' folders, with one folder per task. Each method runs with each seed in a process of its own, so
+that its peak memory can be measured, `--jobs` at a time. Run the same command again to resume; methods and seeds can be
+added to a RUN later. `method:option=value` is an ablation, such as slm-paper:groups=3,k=2,rank=4.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def stream_of(name: str) -> Stream:
 
 
 def cell_folder(run: Path, spec: str, seed: int) -> Path:
-    """Where one method with one seed keeps what it did."""
+    """The folder of one method with one seed."""
     return run / spec.replace(":", ",") / f"seed{seed}"
 
 
 def described(options: argparse.Namespace, stream: Stream) -> dict[str, Any]:
-    """What a RUN is of; the same for all its methods and seeds."""
+    """The settings of a RUN, shared by all its methods and seeds."""
     settings = ("train", "test", "epochs", "max_length", "max_new_tokens", "unseen", "bertscore")
     return {
         "format": FORMAT,
@@ -61,9 +61,9 @@ def described(options: argparse.Namespace, stream: Stream) -> dict[str, Any]:
 
 
 def opened(run: Path, about: Mapping[str, Any]) -> None:
-    """Make the RUN, or check that it is of the same stream and settings.
+    """Create the RUN, or check that it has the same stream and settings.
 
-    Raises InputError where it is of others, WorkError where it cannot be read.
+    Raises InputError if they differ, WorkError if it cannot be read.
     """
     path = run / "run.json"
     if not path.exists():
@@ -86,7 +86,7 @@ def opened(run: Path, about: Mapping[str, Any]) -> None:
 
 
 def check_methods(specs: Sequence[str], backbone: str) -> None:
-    """Raise InputError for a method that is not known, or that this backbone cannot run."""
+    """Raise InputError for an unknown method, or one that this backbone cannot run."""
     entries = {spec: method_of(spec)[0] for spec in specs}
     if all(len(entry.kinds) == 3 for entry in entries.values()):
         return
@@ -97,7 +97,7 @@ def check_methods(specs: Sequence[str], backbone: str) -> None:
 
 
 def tasks_of(options: argparse.Namespace, stream: Stream, seed: int) -> tuple[dict[str, Task], dict[str, Task]]:
-    """Training and test rows by task. Raises InputError where there is no data."""
+    """Training and test rows by task. Raises InputError if there is no data."""
     if options.stream in STREAMS and not (options.data / stream.folder).is_dir():
         raise InputError(f"--data: {options.data / stream.folder}: no such folder; expected a folder a task in it")
     train = stream.load(options.data, "train", seed, options.train or stream.rows)
@@ -105,7 +105,7 @@ def tasks_of(options: argparse.Namespace, stream: Stream, seed: int) -> tuple[di
 
 
 def work(options: argparse.Namespace, stream: Stream) -> int:
-    """In a process of its own: one method, one seed."""
+    """Run one method with one seed, in a process of its own."""
     (spec,), (seed,) = options.methods, options.seeds
     train, test = tasks_of(options, stream, seed)
     labels = tuple(sorted({label for task in train.values() for label in task.labels or ()}))
@@ -126,13 +126,13 @@ def work(options: argparse.Namespace, stream: Stream) -> int:
 
 
 def all_cells(options: argparse.Namespace, stream: Stream, arguments: Sequence[str]) -> int:
-    """Start a process for each cell that is not done, `jobs` at a time; the first failure's status, after all."""
+    """Run each unfinished cell in its own process, `jobs` at a time; return the first failure's status at the end."""
     cells = [(spec, seed) for seed in options.seeds for spec in options.methods]
     waiting = [c for c in cells if len(stages_of(cell_folder(options.run, *c))) < len(stream.tasks)]
     done, status = len(cells) - len(waiting), 0
     running: dict[subprocess.Popen[bytes], tuple[str, int, float]] = {}
     if done:
-        print(f"{done} of {len(cells)} done before", file=sys.stderr)
+        print(f"{done} of {len(cells)} already done", file=sys.stderr)
     while waiting or running:
         while waiting and len(running) < options.jobs:
             spec, seed = waiting.pop(0)
@@ -153,21 +153,21 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         "slm-fast repro", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("run", type=Path, metavar="RUN", help="folder of the results; made if it is not there")
+    found.add_argument("run", type=Path, metavar="RUN", help="folder of results, created if missing")
     found.add_argument("--data", type=Path, default=Path("data"), help="folder with the streams' folders")
     found.add_argument("--stream", default="order4", help=f"{', '.join(STREAMS)}, or a YAML file of your own")
-    about = f"{', '.join(METHODS)}; with options after a colon, an ablation"
+    about = f"{', '.join(METHODS)}; options after a colon make an ablation"
     found.add_argument("--methods", nargs="+", default=["slm", "separate", "finetune"], help=about)
     found.add_argument("--seeds", type=int, nargs="+", default=[0])
     found.add_argument("--backbone", default="minilm", help="a name or a folder")
-    found.add_argument("--train", type=int, help="training rows a task at the most; default: the stream's")
-    found.add_argument("--test", type=int, help="test rows a task at the most; default: all")
+    found.add_argument("--train", type=int, help="training rows per task, at most; default: the stream's")
+    found.add_argument("--test", type=int, help="test rows per task, at most; default: all")
     found.add_argument("--epochs", type=int, help="default: slm_fast's")
-    found.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
-    found.add_argument("--max-new-tokens", type=int, default=32, help="written of an answer")
-    found.add_argument("--unseen", action="store_true", help="answer tasks before they are learned: forward transfer")
-    found.add_argument("--bertscore", metavar="MODEL", help="an encoder that compares free text, such as minilm")
-    found.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    found.add_argument("--max-length", type=int, default=128, help="tokens read per text")
+    found.add_argument("--max-new-tokens", type=int, default=32, help="tokens generated per answer")
+    found.add_argument("--unseen", action="store_true", help="also answer tasks not learned yet (forward transfer)")
+    found.add_argument("--bertscore", metavar="MODEL", help="also score free text by BERTScore with this encoder")
+    found.add_argument("--jobs", type=int, default=1, help="processes to run at a time")
     found.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)
     return found
 
@@ -179,7 +179,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.cell:
             return work(options, stream)
         check_methods(options.methods, options.backbone)
-        tasks_of(options, stream, options.seeds[0])  # what can be wrong with the data is said before anything runs
+        tasks_of(options, stream, options.seeds[0])  # report errors in the data before anything runs
         opened(options.run, described(options, stream))
         status = all_cells(options, stream, arguments)
         show(options.run, console())
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"repro: error: {error}", file=sys.stderr)
         return error.status
     if not status:
-        print(f"done; `slm-fast report {options.run}` makes a page of it")
+        print(f"done; `slm-fast report {options.run}` writes an HTML report")
     return status
 
 

@@ -1,4 +1,4 @@
-"""Whether an answer is right: a share of 0 to 1 for each row; and what else may be said of a task's answers."""
+"""Scores of answers, 0 to 1 per row, and further measures of a task's answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from slm_fast import InputError, Task
 from slm_fast.data import Row
 from slm_fast.loading import located, resolve
 
-MOST_WORDS = 3  # of an answer that is compared as a word; longer ones are texts
+MOST_WORDS = 3  # compared per answer; longer answers are texts
 
 
 def scores(texts: Sequence[str], rows: Sequence[Row], free_text: Sequence[bool]) -> list[float]:
-    """1 for a label that is the row's, or an answer in free text that begins as the row's does, word for word.
+    """1 for the row's label, or for a free-text answer that starts with the same words as the row's.
 
-    Of free text as many words are compared as the row's answer has, at most three, without case and what is neither
-    letter nor digit (first-word accuracy, as Raffel et al. 2020 for one word). free_text: of each row.
+    For free text, as many words are compared as the row's answer has, at most three, ignoring case and all but letters
+    and digits (first-word accuracy, as Raffel et al. 2020 for one word). free_text: of each row.
     """
     return [
         float(_words(text)[: len(_words(right))] == _words(right) if free else text == right)
@@ -27,16 +27,18 @@ def scores(texts: Sequence[str], rows: Sequence[Row], free_text: Sequence[bool])
 
 
 class Also:
-    """Measures of a task's answers beside their accuracy, shares of 0 to 1.
+    """Measures of a task's answers besides accuracy, from 0 to 1.
 
-    Of a method that says the probabilities of all labels, which labels an answer may be (what leaks a task-ID):
-    "retrieved", those of the task that the row was taken for; "unified", all tasks'; "oracle", those of the row's own.
+    If the method reports the probabilities of all labels, accuracy by the set of labels allowed as an answer (which may
+    leak the task ID): "retrieved", those of the task that the row was routed to; "unified", those of all tasks;
+    "oracle", those of the row's own task.
 
-    "BERTScore", F1 of answers in free text (Zhang et al. 2020) by the last layer of an encoder, without a baseline; an
-    answer that says nothing has 0.
+    "BERTScore": F1 of free-text answers (Zhang et al. 2020) by the last layer of an encoder, without baseline
+    rescaling. An empty answer scores 0.
 
     Args:
-        tasks: all that are answered. encoder: name or folder of a model for BERTScore, which is left out with None.
+        tasks: all that are answered.
+        encoder: name or folder of the BERTScore model; None leaves BERTScore out.
     """
 
     def __init__(self, tasks: Mapping[str, Task], encoder: str | None = None) -> None:
@@ -44,7 +46,7 @@ class Also:
         self.scorer = None if encoder is None or all(task.labels for task in tasks.values()) else _scorer(encoder)
 
     def measures(self, name: str, answers: Sequence[Answer]) -> dict[str, float]:
-        """Of a task, from the answers to all its rows."""
+        """The measures of a task, from the answers to all its rows."""
         task = self.tasks[name]
         right = [row.target or "" for row in task.rows]
         if task.labels is not None:

@@ -1,4 +1,4 @@
-"""What identifiers of tasks read: frozen states of each row, one pass through the whole backbone for all of them."""
+"""Frozen states of rows, the input of task identifiers: one pass through the whole backbone serves all of them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ from slm_fast.batching import length_buckets
 from slm_fast.data import Row
 from slm_fast.query import TrunkQuery, default_taps
 
-TOKENS = 2048  # of a batch, padding included
+TOKENS = 2048  # per batch, padding included
 
 
 class States(NamedTuple):
-    """Of N rows. query: [N, D], what slm_fast routes on, means first. means: how many of these numbers are means.
-    last: [N, H], the mean over real tokens of the last hidden state. All float32."""
+    """Frozen states of N rows, all float32.
+
+    Attributes:
+        query: [N, D], what slm_fast routes on, means first.
+        means: how many of these numbers are means.
+        last: [N, H], the mean over real tokens of the last hidden state.
+    """
 
     query: Tensor
     means: int
     last: Tensor
 
     def read(self, what: str) -> Tensor:
-        """ "means" and "query" (with the maxima, too) of a query's numbers, or the "last" state: [N, numbers]."""
+        """The query's "means", the whole "query" (means and maxima) or the "last" state: [N, numbers]."""
         return {"means": self.query[:, : self.means], "query": self.query, "last": self.last}[what]
 
 
 @torch.inference_mode()
 def states(backbone: Backbone, rows: Sequence[Row], max_length: int, work: Path | None = None) -> States:
-    """The frozen states of the inputs of rows, from the folder `work` where they are known there."""
+    """The frozen states of rows' inputs, cached in the folder `work`."""
     texts = [row.query_text("input") for row in rows]
     model = backbone.model
     trunk = TrunkQuery(default_taps(model.config.num_hidden_layers), backbone.width, backbone.device, maximum=True)

@@ -1,6 +1,6 @@
 """Convert the 260K-parameter TinyStories model from llama2.c's format to a Hugging Face model directory.
 
-A real trained LLaMA that runs anywhere, so that the benchmarks can be exercised end to end and offline.
+It is a real trained LLaMA that runs anywhere, so that the benchmarks can be run end to end and offline.
 
     python -m benchmarks.continual.stories260k SOURCE DESTINATION
 """
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HEADER = struct.Struct("<7i")
-SIZES = (  # what the header holds, by Hugging Face's names
+SIZES = (  # the header's fields, by Hugging Face's names
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "max_position_embeddings",
 )  # fmt: skip
@@ -26,7 +26,7 @@ UNKNOWN, START, _ = SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2; th
 
 
 def _layout(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name in Hugging Face's state dict and shape of each weight, in file order; `{}` stands for the layer."""
+    """Hugging Face state-dict name and shape of each weight, in file order; `{}` stands for the layer."""
     layers, hidden, feed_forward = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     key_value = config.num_key_value_heads * config.head_dim
     return {
@@ -47,8 +47,8 @@ def _layout(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def _halves_from_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Reorder the rows of query or key projections [layers, heads * head_dim, hidden] for Hugging Face's RoPE.
 
-    llama2.c rotates rows (2i, 2i + 1) of a head together, Hugging Face rows (i, i + head_dim / 2). Queries and keys
-    are reordered alike, so their dot products stay the same.
+    llama2.c rotates rows (2i, 2i + 1) of a head together, Hugging Face rows (i, i + head_dim / 2). Queries and keys are
+    reordered alike, so their dot products do not change.
     """
     layers, rows, hidden = weight.shape
     pairs = weight.reshape(layers, rows // head_dim, head_dim // 2, 2, hidden)
@@ -56,12 +56,12 @@ def _halves_from_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def _read_model(path: Path) -> LlamaForCausalLM:
-    """Read a version-0 checkpoint: header, float32 weights, then RoPE's tables, which Hugging Face computes itself."""
+    """Read a version-0 checkpoint: header, float32 weights, then RoPE tables, which Hugging Face computes itself."""
     data = bytearray(path.read_bytes())
     if len(data) < HEADER.size:
         raise ValueError(f"{path}: expected a header of {HEADER.size} bytes, got {len(data)}")
     sizes = dict(zip(SIZES, HEADER.unpack_from(data), strict=True))
-    # A negative vocabulary would mean an output head apart from the embedding.
+    # A negative vocabulary size would mean an untied output head.
     if min(sizes.values()) <= 0 or sizes["hidden_size"] % sizes["num_attention_heads"]:
         raise ValueError(f"{path}: expected positive sizes and heads that divide the hidden size, got {sizes}")
     config = LlamaConfig(
@@ -71,7 +71,7 @@ def _read_model(path: Path) -> LlamaForCausalLM:
         tie_word_embeddings=True,
         pad_token_id=SPECIAL_TOKENS.index(UNKNOWN),
         bos_token_id=SPECIAL_TOKENS.index(START),
-        # Its stories are parted by the start token, and the end token was never trained.
+        # Its stories are separated by the start token; the end token was never trained.
         eos_token_id=SPECIAL_TOKENS.index(START),
     )
     layout = _layout(config)
@@ -94,10 +94,10 @@ def _read_model(path: Path) -> LlamaForCausalLM:
 
 
 def _read_pieces(path: Path, count: int) -> list[tuple[str, float]]:
-    """Read (piece, score) by token id: after one int32, each is float32 score, int32 length, UTF-8 bytes."""
+    """Read (piece, score) by token id: one int32, then float32 score, int32 length and UTF-8 bytes of each."""
     data = path.read_bytes()
     pieces: list[tuple[str, float]] = []
-    position = 4  # past the length of the longest piece
+    position = 4  # skip the length of the longest piece
     while position + 8 <= len(data):
         score, length = struct.unpack_from("<fi", data, position)
         start, position = position + 8, position + 8 + max(length, 0)
@@ -110,8 +110,8 @@ def _read_pieces(path: Path, count: int) -> list[tuple[str, float]]:
 def _build_tokenizer(pieces: list[tuple[str, float]], positions: int) -> PreTrainedTokenizerFast:
     """Express llama2.c's merging by score as BPE with ranked merges.
 
-    llama2.c joins the neighbours that make the piece of highest score, wherever that piece is divided; so each piece,
-    in order of falling score, gives a merge for every way to split it into two pieces.
+    llama2.c joins the neighbours that make the piece of highest score, wherever that piece is divided. Each piece, in
+    order of falling score, therefore gives a merge for every way to split it into two pieces.
     """
     names = [*SPECIAL_TOKENS, *(piece for piece, _ in pieces[len(SPECIAL_TOKENS) :])]
     vocabulary = {piece: token for token, piece in enumerate(names)}
@@ -132,7 +132,7 @@ def _build_tokenizer(pieces: list[tuple[str, float]], positions: int) -> PreTrai
         unk_token=UNKNOWN,
         bos_token=START,
         eos_token=START,
-        pad_token=UNKNOWN,  # free, thanks to the byte tokens; padding with START would hide the real ends
+        pad_token=UNKNOWN,  # unused, as there are byte tokens; padding with START would hide real ends
         model_max_length=positions,
         clean_up_tokenization_spaces=False,
     )
@@ -141,21 +141,21 @@ def _build_tokenizer(pieces: list[tuple[str, float]], positions: int) -> PreTrai
 def convert(source: Path, destination: Path) -> None:
     """Write `source`'s stories260K.bin and tok512.bin to `destination` as a model that `from_pretrained` loads.
 
-    Raises OSError for a path that cannot be read or written, ValueError for a file that is not whole; both files are
-    read before anything is written.
+    Both files are read before anything is written. Raises OSError for a path that cannot be read or written, ValueError
+    for an incomplete file.
     """
     model = _read_model(source / "stories260K.bin")
     pieces = _read_pieces(source / "tok512.bin", model.config.vocab_size)
-    destination.mkdir(parents=True, exist_ok=True)  # save_pretrained only logs when given a file
+    destination.mkdir(parents=True, exist_ok=True)  # given a file, save_pretrained only logs an error
     model.save_pretrained(destination)
     _build_tokenizer(pieces, model.config.max_position_embeddings).save_pretrained(destination)
 
 
 def main() -> int:
-    """Run the command line; 0 when converted, 1 for a file that is not whole, 2 for a path that cannot be used."""
+    """Run the command; returns 0 on success, 1 for an incomplete file, 2 for an unusable path."""
     parser = argparse.ArgumentParser(description="Convert llama2.c's stories260K to a Hugging Face model directory.")
     parser.add_argument("source", type=Path, help="folder with stories260K.bin and tok512.bin")
-    parser.add_argument("destination", type=Path, help="folder to write; made where missing")
+    parser.add_argument("destination", type=Path, help="folder to write, created if missing")
     arguments = parser.parse_args()
     try:
         convert(arguments.source, arguments.destination)

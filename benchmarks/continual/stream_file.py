@@ -1,13 +1,13 @@
 """A user's own stream, from a YAML file:
 
-    rows: 1500                     # training rows a task at the most; optional
+    rows: 1500                     # training rows per task, at most; optional
     tasks:                         # in the order of learning
       tickets: {train: tickets.train.csv, test: tickets.test.csv}
       returns: {train: returns/train.jsonl.gz, test: returns/test.jsonl.gz, labels: returns/labels.json}
       news:    {dataset: fancyzhx/ag_news, train: train, test: test}
 
-Paths begin at the file's folder. `dataset` is the name of a Hugging Face data set (with `config`, if it has several),
-and `train` and `test` are its splits then.
+Paths are relative to the file's folder. `dataset` is the name of a Hugging Face data set (with `config` if it has
+several); `train` and `test` are then its splits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEYS = {"train", "test", "labels", "dataset", "config"}
 
 @dataclass(frozen=True)
 class FileStream(Stream):
-    """A stream whose tasks are described one by one. described: task name -> what its line says; path: the file."""
+    """A stream whose tasks are described one by one. described: task name -> its entry. path: the file."""
 
     described: Mapping[str, Mapping[str, str]] = None  # type: ignore[assignment]
     path: Path = Path()
@@ -54,7 +54,7 @@ def _from_hub(name: str, about: Mapping[str, str], split: str) -> Task:
         raise InputError(f"{name}: a data set by name needs `pip install datasets`") from None
     try:
         found: Any = datasets.load_dataset(about["dataset"], about.get("config"), split=about[split])
-    except Exception as error:  # whatever the library or the network raises
+    except Exception as error:  # anything the library or the network raises
         raise WorkError(f"{name}: data set {about['dataset']!r} cannot be loaded: {one_line(error)}") from None
     return Task(name, found, training=split == "train")
 
@@ -62,7 +62,7 @@ def _from_hub(name: str, about: Mapping[str, str], split: str) -> Task:
 def read_stream(path: Path) -> FileStream:
     """The stream that a YAML file describes.
 
-    Raises InputError for a file that is not there, WorkError for one that says something else; both name it.
+    Raises InputError for a missing file, WorkError for invalid content; both name the file.
     """
     try:
         about = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -97,7 +97,7 @@ def read_stream(path: Path) -> FileStream:
 
 
 def _repeated(path: Path) -> str | None:
-    """The first task that the file names twice, which YAML reads as the last one of them."""
+    """The first task that the file names twice; YAML would keep only the last."""
     node = yaml.compose(path.read_text(encoding="utf-8"))
     for key, value in node.value:
         if key.value == "tasks":

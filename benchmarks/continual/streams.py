@@ -1,4 +1,4 @@
-"""Streams of tasks: which, in what order, and how their rows are read."""
+"""Streams of tasks: which tasks, in what order, and how their rows are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from slm_fast import Task
 from slm_fast.data import Row
 
-# The paper's task sequences (Table 7): 1 to 3 are T5's, of 16 rows a class, 4 to 7 BERT's, 8 and 9 LLaMA's.
+# The paper's task sequences (Table 7): 1 to 3 for T5, with 16 rows per class, 4 to 7 for BERT, 8 and 9 for LLaMA.
 ORDERS = {
     1: ("dbpedia", "amazon", "yahoo", "ag_news"),
     2: ("dbpedia", "amazon", "ag_news", "yahoo"),
@@ -27,11 +27,14 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class Stream:
-    """Tasks that are learned together.
+    """A stream of tasks.
 
-    folder: of the data, with a folder a task. rows: training rows a task, at the most. seeds: how many drawings of the
-    training rows there are, each in a folder seed<k> of the task's; 0 where there is one. out_of_scope: a folder beside
-    the tasks' whose test rows belong to none of them. elsewhere: the folder of each task that is not in `folder`.
+    Attributes:
+        folder: of the data, with one folder per task.
+        rows: training rows per task, at most.
+        seeds: number of drawings of the training rows, each in a folder seed<k> of the task; 0 if there is only one.
+        out_of_scope: a folder next to the tasks' whose test rows belong to none of them.
+        elsewhere: the folder of each task that is not in `folder`.
     """
 
     folder: str
@@ -42,11 +45,11 @@ class Stream:
     elsewhere: Mapping[str, str] = field(default_factory=dict)
 
     def drawings(self, seeds: Sequence[int]) -> list[int]:
-        """Which drawing of the rows each seed has."""
+        """The drawing of rows that each seed uses."""
         return [seed % self.seeds if self.seeds else 0 for seed in seeds]
 
     def load(self, data: Path, split: str, seed: int, rows: int | None = None) -> dict[str, Task]:
-        """Each task's rows of a split, the first `rows` of them where that is given."""
+        """Each task's rows of a split, only the first `rows` if given."""
         part = f"seed{seed % self.seeds}" if self.seeds else ""
         folders = {name: data / self.elsewhere.get(name, self.folder) for name in self.tasks}
         return {name: load(folder, name, split, rows, part) for name, folder in folders.items()}
@@ -72,8 +75,8 @@ STREAMS = {
     "far": Stream("classification", ORDERS[4], 1500),  # news, two kinds of reviews, questions, encyclopedia articles
     "clinc": Stream("intents", CLINC, 1500, out_of_scope="out_of_scope"),  # ten domains of one assistant's requests
     "intents": Stream("intents", ("atis", "banking77", *CLINC, *HWU, "snips"), 600, out_of_scope="out_of_scope"),
-    "few": Stream("fewshot", ORDERS[4], 1500, seeds=2),  # 16 rows a class
-    "thirteen": Stream(  # six kinds of texts with labels, two of which are Yahoo's, and seven answered in free text
+    "few": Stream("fewshot", ORDERS[4], 1500, seeds=2),  # 16 rows per class
+    "thirteen": Stream(  # six tasks with labels, two of them Yahoo's, and seven answered in free text
         "classification",
         (*ORDERS[4], "yahoo_titles", *GENERATION, *MULTIPLE_CHOICE),
         400,
@@ -83,11 +86,11 @@ STREAMS = {
     **{f"order{n}": Stream("classification", ORDERS[n], 1500) for n in (4, 5, 6, 7)},
     **{f"order{n}": Stream("generation", ORDERS[n], 1500) for n in (8, 9)},
 }
-TRAINING_OF_TEST = 400  # rows of a task that has test rows only are for training, the first ones
+TRAINING_OF_TEST = 400  # rows of a task with only test rows that are used for training: the first ones
 
 
 def load(data: Path, name: str, split: str, rows: int | None, part: str = "") -> Task:
-    """The first rows of `<data>/<name>/<part>/<split>.jsonl.gz`, all where `rows` is None."""
+    """The first rows of `<data>/<name>/<part>/<split>.jsonl.gz`, all if `rows` is None."""
     training = split == "train"
     folder = data / name / part
     if not (folder / "train.jsonl.gz").is_file() and (folder / "test.jsonl.gz").is_file():
@@ -101,7 +104,7 @@ def load(data: Path, name: str, split: str, rows: int | None, part: str = "") ->
 
 
 def multiple_choice(path: Path) -> list[Row]:
-    """Rows of question, choices and the answer's number: the question and lettered choices, answered with a letter."""
+    """Rows with a question, choices and an answer index, as questions with lettered choices answered by a letter."""
     found = []
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for line in file:

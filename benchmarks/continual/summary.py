@@ -1,4 +1,4 @@
-"""A RUN on a terminal: a line a method, with means and standard deviations over seeds."""
+"""Prints a RUN as a table: one row per method, with mean ± standard deviation over seeds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ UNDEFINED = "n/a"
 
 
 def show(run: Path, console: Console) -> None:
-    """Print what a RUN has so far. Raises WorkError for a damaged one."""
+    """Print the results of a RUN so far. Raises WorkError if it is damaged."""
     about = json.loads((run / "run.json").read_text())
     tasks = about["stream"]["tasks"]
-    table = Table(title=f"{about['stream']['name']}: after the last task", title_justify="left")
-    columns = ("method", "seeds", "average %", "forgetting", "backward", "routing %", "seconds a task", "peak MiB")
+    title = f"{about['stream']['name']}: results after the last task (mean ± standard deviation over seeds)"
+    table = Table(title=title, title_justify="left")
+    columns = (
+        *("method", "seeds", "average accuracy (%)", "forgetting (points)", "backward transfer (points)"),
+        *("routing accuracy (%)", "training time per task (s)", "peak memory (MiB)"),
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
     for folder in sorted(path.parent for path in run.glob("*/about.json")):
@@ -38,7 +42,7 @@ def show(run: Path, console: Console) -> None:
 
 
 def line(seeds: Sequence[Sequence[dict[str, Any]]], tasks: Sequence[str]) -> list[str]:
-    """What the stages of several seeds come to, as words."""
+    """The table cells of a method, from the stages of its seeds."""
     matrices = [[{name: own["accuracy"] for name, own in s["tasks"].items()} for s in stages] for stages in seeds]
     last = [stages[-1]["tasks"] for stages in seeds]
     routed = [[own["routed"] for own in tasks_.values()] for tasks_ in last]
@@ -57,7 +61,7 @@ def _percent(share: float | None) -> float | None:
 
 
 def spread(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation of values that are there; n/a where one is not."""
+    """Mean ± standard deviation; n/a if any value is missing."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return UNDEFINED

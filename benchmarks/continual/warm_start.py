@@ -1,15 +1,14 @@
-"""Whether it pays to begin a task at another's values: a stream learned anew and with warm_start=True, seed by seed.
+"""Whether a task should start from another's values: a stream learned from scratch and with warm_start=True, per seed.
 
     python -m benchmarks.continual.warm_start --data DIR --stream few --seeds 0 1 2 3 4 --work WORK
 
-Both learn the same rows with the same seeds, which draw the same order of rows, and both answer the same rows, with the
-task given and without; so differences are paired. Their standard error is over rows (a row's differences are averaged
-over the seeds that answered it first) and over seeds. With --held-out validation rows are answered, or where a stream
-has none the training rows behind those that are learned: what is decided is decided on these, and not on test rows.
+Both learn the same rows in the same order, drawn from the same seeds, and both answer the same rows, with the task
+given and without, so differences are paired. Their standard errors are over rows (after averaging a row's differences
+over the seeds that answered it) and over seeds. --held-out answers validation rows or, if a stream has none, the
+training rows after those that are learned, so that decisions are not made on test rows.
 
-What is learned with each seed is a store in WORK, which an interrupted run goes on with, and what it answered is kept
-there too. The first task has nothing to start from, and is learned once. Results:
-benchmarks/results/warm_start_<stream>.csv.
+WORK keeps a store and the answers for each seed, from which an interrupted run resumes. The first task has nothing to
+start from and is learned once. Results: benchmarks/results/warm_start_<stream>.csv.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from benchmarks.continual.streams import STREAMS, Stream
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM, SlmError, Task
 
-WAYS = {"anew": False, "warm": True}  # what warm_start is
+WAYS = {"anew": False, "warm": True}  # the value of warm_start
 Right = dict[str, dict[str, list[float]]]  # "told" or "routed" -> task -> whether each of its rows was answered right
 
 
 def answered(stream: Stream, options: argparse.Namespace, seed: int) -> dict[str, Task]:
-    """The rows that are answered, by task."""
+    """The rows to answer, by task."""
     if not options.held_out:
         return stream.load(options.data, "test", seed, options.rows)
     if stream.seeds:
@@ -44,14 +43,14 @@ def answered(stream: Stream, options: argparse.Namespace, seed: int) -> dict[str
 
 
 def folder_of(options: argparse.Namespace, seed: int) -> Path:
-    """Where what belongs to a seed is kept."""
+    """The folder of a seed's results."""
     rows: int = options.train or STREAMS[options.stream].rows
     folder: Path = options.work / f"{options.stream}-{rows}-{options.max_length}-{seed}"
     return folder
 
 
 def learn(stream: Stream, options: argparse.Namespace, seed: int, way: str) -> ScalableLM:
-    """A model that knows the stream's tasks, learned as far as its store does not have them."""
+    """A model that has learned the stream's tasks; those in its store are not learned again."""
     store = folder_of(options, seed) / way
     if store.exists():
         slm = ScalableLM.from_pretrained(store)
@@ -68,7 +67,7 @@ def learn(stream: Stream, options: argparse.Namespace, seed: int, way: str) -> S
 
 
 def answers_of(stream: Stream, options: argparse.Namespace, seed: int) -> tuple[dict[str, Right], dict[str, str]]:
-    """What was answered right each way, and the task that each one started from: as kept, or found now and kept."""
+    """What was answered right each way, and the task that each task started from, cached in the seed's folder."""
     kept = folder_of(options, seed) / f"{'held-out' if options.held_out else 'test'}-{options.rows or 'all'}.json"
     if not kept.exists():
         rows, found, starts = answered(stream, options, seed), dict[str, Right](), dict[str, str]()
@@ -85,7 +84,7 @@ def answers_of(stream: Stream, options: argparse.Namespace, seed: int) -> tuple[
 
 
 def answer(slm: ScalableLM, tasks: dict[str, Task]) -> Right:
-    """Every row answered twice, with its task given and without."""
+    """Answer every row twice, with its task given and without."""
     rows = [(name, row) for name, task in tasks.items() for row in task.rows]
     texts, names = [row.text for _, row in rows], [name for name, _ in rows]
     found: Right = {}
@@ -100,7 +99,7 @@ def answer(slm: ScalableLM, tasks: dict[str, Task]) -> Right:
 def summary(
     found: dict[str, list[Right]], starts: Sequence[dict[str, str]], drawing: Sequence[int], tasks: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A line for each task and one for all rows, in percent. found: by way, then seed; starts: by seed, then task."""
+    """One line per task and one for all rows, in percent. found: by way, then seed. starts: by seed, then task."""
     lines = []
     for name, chosen in [*((task, [task]) for task in tasks), ("all rows", list(tasks))]:
         begun = Counter(seed[name] for seed in starts if name in seed)
@@ -128,10 +127,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with the streams' folders")
     parser.add_argument("--stream", choices=list(STREAMS), required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for what is learned")
-    parser.add_argument("--train", type=int, help="training rows a task at the most; default: the stream's")
-    parser.add_argument("--rows", type=int, help="rows answered a task at the most; default: all")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens read of a text")
+    parser.add_argument("--work", type=Path, required=True, help="folder for stores and answers")
+    parser.add_argument("--train", type=int, help="training rows per task, at most; default: the stream's")
+    parser.add_argument("--rows", type=int, help="rows answered per task, at most; default: all")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens read per text")
     parser.add_argument("--held-out", action="store_true", help="answer validation or training rows, not test rows")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/warm_start_<stream>.csv")
     options = parser.parse_args(arguments)

@@ -1,13 +1,13 @@
-"""What learning a stream does to everything else: zero-shot benchmarks answered by the bare backbone and by what each
-method of a RUN of `slm-fast repro` has become, side by side (as the paper does with LLaMA after its orders 8 and 9).
+"""What learning a stream does to other abilities: zero-shot benchmarks, answered by the bare backbone and by the final
+model of each method of a `slm-fast repro` RUN (as the paper does with LLaMA after its orders 8 and 9).
 
     slm-fast repro RUN --data DIR --stream order8 --backbone smollm2 --methods slm finetune replay
     python -m benchmarks.continual.zeroshot RUN --data DIR
 
-DIR/zeroshot holds arc_easy, arc_challenge, piqa and winogrande, a test.jsonl.gz each; `zeroshot_tasks/` has them as
-tasks of lm-eval, with the prompts and scores of its own. slm_fast answers through its integration, and with `--abstain`
-once more; whole models through lm-eval's class for Hugging Face models. What is done is kept in RUN/zeroshot/: the same
-command goes on, and `--output` has a line for each method, seed and task.
+DIR/zeroshot holds a test.jsonl.gz each for arc_easy, arc_challenge, piqa and winogrande. `zeroshot_tasks/` defines them
+as lm-eval tasks, with lm-eval's own prompts and scores. slm_fast answers through its integration, and with `--abstain`
+once more; whole models answer through lm-eval's class for Hugging Face models. Results are kept in RUN/zeroshot/: run
+the same command again to resume. `--output` gets a line for each method, seed and task.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from slm_fast.options import LearnOptions
 
 TASKS = Path(__file__).parent / "zeroshot_tasks"
 SETS = ("arc_easy", "arc_challenge", "piqa", "winogrande")
-WHOLE = ("finetune", "replay", "ewc", "joint")  # methods that are one model in the end, and nothing else
-PREFIX = "local_"  # of these tasks' names, so that they are not lm-eval's
+WHOLE = ("finetune", "replay", "ewc", "joint")  # methods that end as one model and nothing else
+PREFIX = "local_"  # keeps these tasks' names apart from lm-eval's own
 
 
 def cells_of(run: Path, about: Mapping[str, Any]) -> list[tuple[str, int, Path]]:
-    """The method, the seed and the folder of each cell of a RUN that is done. Raises WorkError where there is none."""
+    """The method, the seed and the folder of each finished cell of a RUN. Raises WorkError if there is none."""
     found = []
     for stages in sorted(run.glob("*/seed*/stages.jsonl")):
         folder = stages.parent
@@ -55,9 +55,9 @@ def cells_of(run: Path, about: Mapping[str, Any]) -> list[tuple[str, int, Path]]
 
 
 def whole_model(about: Mapping[str, Any], spec: str, seed: int, folder: Path) -> Backbone:
-    """The backbone with the weights that a method has in the end.
+    """The backbone with the final weights of a method.
 
-    Raises InputError for a method that has no one model, or adapts it to each row.
+    Raises InputError for a method that does not end as one model, or adapts it to each row.
     """
     if spec.partition(":")[0] not in WHOLE:
         raise InputError(f"method {spec!r}: is no model on its own; slm, {', '.join(WHOLE)} are")
@@ -75,7 +75,7 @@ def hugging_face(backbone: Backbone, batch_size: int) -> HFLM:
 
 
 def answered(model: Any, data: Path, limit: int | None) -> list[dict[str, Any]]:
-    """A line for each number that lm-eval finds."""
+    """One line per score of lm-eval."""
     found = evaluate(
         model,
         [PREFIX + name for name in SETS],
@@ -101,7 +101,7 @@ def answered(model: Any, data: Path, limit: int | None) -> list[dict[str, Any]]:
 
 
 def ways_of(run: Path, about: Mapping[str, Any], abstain: float | None) -> list[tuple[str, int, Path | None]]:
-    """What is answered: a name, a seed and a cell's folder; none for the bare backbone."""
+    """What to evaluate: a name, a seed and a cell's folder, None for the bare backbone."""
     ways: list[tuple[str, int, Path | None]] = [("bare", 0, None)]
     for spec, seed, folder in cells_of(run, about):
         ways.append((spec, seed, folder))
@@ -111,7 +111,7 @@ def ways_of(run: Path, about: Mapping[str, Any], abstain: float | None) -> list[
 
 
 def model_of(about: Mapping[str, Any], way: str, seed: int, folder: Path | None, batch_size: int) -> Any:
-    """What answers lm-eval. Raises InputError for a method that is no model on its own."""
+    """The lm-eval model of a way. Raises InputError for a method that is no model on its own."""
     if folder is None:
         return hugging_face(Backbone.load(about["backbone"]), batch_size)
     spec, _, share = way.partition(", abstain ")
@@ -125,18 +125,18 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         "benchmarks.continual.zeroshot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    found.add_argument("run", type=Path, metavar="RUN", help="folder that `slm-fast repro` has made")
-    found.add_argument("--data", type=Path, default=Path("data"), help="folder with zeroshot/ in it")
-    found.add_argument("--limit", type=int, help="rows of a set at most; default: all")
+    found.add_argument("run", type=Path, metavar="RUN", help="folder written by `slm-fast repro`")
+    found.add_argument("--data", type=Path, default=Path("data"), help="folder that contains zeroshot/")
+    found.add_argument("--limit", type=int, help="rows per set, at most; default: all")
     found.add_argument("--batch-size", type=int, default=8)
-    about = "of slm_fast's stores also the bare backbone for rows farther off than this share of training rows"
+    about = "for slm_fast's stores, also let the bare backbone answer rows farther off than this share of training rows"
     found.add_argument("--abstain", type=float, nargs="?", const=0.99, metavar="SHARE", help=about)
-    found.add_argument("--output", type=Path, help="a CSV; default: RUN/zeroshot.csv")
+    found.add_argument("--output", type=Path, help="CSV to write; default: RUN/zeroshot.csv")
     return found
 
 
 def work(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All lines: those kept, and those found now."""
+    """All lines, kept and new."""
     path = options.run / "run.json"
     if not path.is_file():
         raise InputError(f"{options.run}: no run.json in it; expected the folder of a `slm-fast repro`")

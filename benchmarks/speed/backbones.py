@@ -12,13 +12,13 @@ from torch import nn
 
 from slm_fast.loading import loading, resolve
 
-# Shape -> model class, its configuration for a number of layers.
+# Shape -> model class, its configuration but for the number of layers.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-base": ("BertModel", {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}),
     "t5-large": ("T5ForConditionalGeneration", {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_heads": 16}),
     "llama-2-7b": ("LlamaForCausalLM", {"hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008}),
 }
-Load = Callable[[], tuple[Any, Any]]  # a transformers model and its tokenizer, which may be changed
+Load = Callable[[], tuple[Any, Any]]  # a transformers model and its tokenizer, which the caller may change
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FULL = {"minilm": 6, "bert-base": 12, "t5-large": 24, "llama-2-7b": 32}
@@ -27,9 +27,11 @@ FULL = {"minilm": 6, "bert-base": 12, "t5-large": 24, "llama-2-7b": 32}
 def pretrained(
     shape: str, layers: int, dtype: torch.dtype = torch.float32, *, decoder_layers: int | None = None
 ) -> tuple[Any, Any]:
-    """MiniLM as it is, or a random transformers model of `layers` layers of this shape (T5: in its encoder, and as many
-    in its decoder unless told otherwise), on a GPU where there is one; and MiniLM's tokenizer, which serves all
-    shapes."""
+    """A model on the GPU if there is one, and MiniLM's tokenizer, which serves all shapes.
+
+    MiniLM is the real one. Other shapes are transformers models with random weights and `layers` layers (T5: in the
+    encoder and, unless `decoder_layers` is given, as many in the decoder).
+    """
     path = resolve("minilm")
     with loading():
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -51,7 +53,7 @@ def pretrained(
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
         try:
-            with torch.device(DEVICE):  # a large model is soon made there
+            with torch.device(DEVICE):  # creates large models faster
                 model = model_class(model_class.config_class(**sizes, **special))
         finally:
             torch.set_default_dtype(torch.float32)
@@ -59,17 +61,17 @@ def pretrained(
 
 
 def sharing(model: nn.Module) -> Any:
-    """A copy of a model that has the same parameters, so that many ways to use it fit in memory."""
+    """A copy of a model that shares its parameters, so that many ways to use it fit in memory."""
     return copy.deepcopy(model, {id(p): p for p in (*model.parameters(), *model.buffers())})
 
 
 def copies(model: Any, tokenizer: Any) -> Load:
-    """Makes copies of a model that share its parameters, each with a tokenizer of its own."""
+    """A function that copies a model, sharing its parameters, and its tokenizer."""
     return lambda: (sharing(model), copy.deepcopy(tokenizer))
 
 
 def finished(call: Callable[[], object]) -> Callable[[], object]:
-    """A call that ends when a GPU has done its part."""
+    """A call that returns only when the GPU is done."""
     if DEVICE == "cpu":
         return call
 

@@ -1,14 +1,14 @@
-"""Writing answers: tokens a second of slm_fast, of the bare model in the same loop, of transformers' generate with the
-bare model, and of the paper's way.
+"""Text generation: tokens per second of slm_fast, of the bare model in the same loop, of transformers' generate with
+the bare model, and of the paper's method.
 
     python -m benchmarks.speed.generation --shape llama-2-7b --layers 2
     python -m benchmarks.speed.generation --shape t5-large --layers 4
     python -m benchmarks.speed.generation --stories DIR
 
-Rows of five tasks are mixed; all methods take turns within one run. Every row writes as many tokens as are asked for:
-the end token is one that the model cannot write. The paper's way is a batch of one with the increments as matrices,
-made anew in every pass as its released code does, on the attention outputs alone as there. A run adds its model's rows
-to benchmarks/results/generation.csv and draws the .png anew.
+Rows of five tasks are mixed, and all methods take turns within one run. Every row generates the full number of tokens,
+because the model cannot generate its end token. The paper's method runs a batch of one, with increments as matrices
+rebuilt in every pass as in its released code, and only on the attention outputs, as there. A run adds its model's rows
+to benchmarks/results/generation.csv and redraws the .png.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ TITLES = {
 
 
 def endless(model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """The model and its tokenizer, their end token one that the model cannot write: it has no logit."""
+    """The model and its tokenizer with an end token that has no logit, so that the model cannot generate it."""
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # one that the model can read
+        tokenizer.pad_token = tokenizer.eos_token  # a token that the model can read
     tokenizer.add_special_tokens({"eos_token": "<never written>"})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     assert tokenizer.eos_token_id >= model.config.vocab_size
@@ -55,9 +55,9 @@ def endless(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 
 class Writers:
-    """The ways to write answers to the same prompts. Each takes how many tokens a row writes, and returns the texts.
+    """The ways to answer the same prompts. Each takes the number of tokens per row and returns the texts.
 
-    load: makes copies of one model. alone: how many of the prompts the paper's way answers.
+    load: copies one model. alone: how many of the prompts the paper's method answers.
     """
 
     def __init__(self, load: Load, prompts: Sequence[str], batch_size: int, alone: int) -> None:
@@ -109,15 +109,15 @@ class Writers:
 
 
 def make_prompts(rows: int, longest: int) -> list[str]:
-    """Prompts of unlike lengths, at most `longest` tokens."""
+    """Prompts of different lengths, at most `longest` tokens."""
     texts = [row.text.split() for row in task(None, "prompts", rows).rows]
     return [" ".join((words * longest)[: 3 + (5 * i) % (longest - 6)]) for i, words in enumerate(texts)]
 
 
 def measure(writers: Writers, new_tokens: int, rounds: int) -> dict[str, Times]:
-    """Milliseconds that each way takes for a token, the ways in turns."""
+    """Milliseconds per token of each way, measured in turns."""
     calls: Mapping[str, Callable[[int], list[str]]] = {name: getattr(writers, name) for name in TITLES}
-    for name in ("slm_fast", "transformers"):  # a first time to warm up
+    for name in ("slm_fast", "transformers"):  # warm up
         calls[name](2)
     took_ms: dict[str, list[float]] = {name: [] for name in TITLES}
     order = list(calls)
@@ -169,14 +169,14 @@ def stories(source: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tokens a second of writing answers to a batch that mixes tasks.")
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "bert-base"], default="llama-2-7b")
-    parser.add_argument("--layers", type=int, help="default: all of the shape's")
-    parser.add_argument("--stories", type=Path, help="folder of the stories260K checkpoint, instead of a shape")
+    parser.add_argument("--layers", type=int, help="default: all layers of the shape")
+    parser.add_argument("--stories", type=Path, help="folder of the stories260K checkpoint, used instead of a shape")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--prompt-tokens", type=int, default=16, help="the most")
+    parser.add_argument("--prompt-tokens", type=int, default=16, help="tokens per prompt, at most")
     parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--alone", type=int, default=1, help="rows that the paper's way answers")
+    parser.add_argument("--alone", type=int, default=1, help="rows that the paper's method answers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS / "generation.csv")
     arguments = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Many tasks learned one after another beside several at a time, a process each: seconds, and whether the bytes agree.
+"""Many tasks learned one after another and several at a time, one process each: seconds, and whether bytes agree.
 
     python -m benchmarks.speed.jobs [--data DIR] [--tasks N] [--rows N] [--jobs N]
 
-`slm-fast learn --jobs` of MiniLM, from the call to its end, each process with one thread, so that with as many jobs as
-cores the best there can be is a speed-up of their number. DIR holds a folder a task; without it the demonstration's are
+Times `slm-fast learn --jobs` of MiniLM from start to end. Each process has one thread, so with as many jobs as cores,
+the best possible speed-up is their number. DIR holds one folder per task; without it, the demonstration's tasks are
 learned.
 """
 
@@ -35,7 +35,7 @@ def tasks_of(data: Path | None, count: int, rows: int) -> list[Task]:
 
 
 def learned(tasks: list[Task], folder: Path, jobs: int) -> tuple[float, dict[str, bytes]]:
-    """Seconds of learning the tasks into a new store, and what it holds."""
+    """Seconds to learn the tasks into a new store, and the contents of its files."""
     words = ["learn", str(folder / "store"), "--backbone", "minilm", "--jobs", str(jobs)]
     for task in tasks:
         file = folder / f"{task.name}.jsonl"
@@ -55,9 +55,9 @@ def learned(tasks: list[Task], folder: Path, jobs: int) -> tuple[float, dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder of tasks; without it the demonstration's")
+    parser.add_argument("--data", type=Path, help="folder with one folder per task; default: the demonstration's tasks")
     parser.add_argument("--tasks", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=600, help="of a task, at the most")
+    parser.add_argument("--rows", type=int, default=600, help="rows per task, at most")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "jobs.csv")

@@ -1,4 +1,4 @@
-"""Other ways to pass a layer's increments, in modules that stand in the place of slm_fast's adapted layers."""
+"""Other ways to apply a layer's increments, as modules that replace slm_fast's adapted layers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Pass = Callable[[Any, Tensor, Tensor, Tensor, Route], Tensor]
 
 
 def base_only(base: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, route: Route) -> Tensor:
-    """No increments at all."""
+    """No increments."""
     y: Tensor = base(x)
     return y
 
 
 def per_sample(base: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, route: Route) -> Tensor:
-    """The whole increment of each sample, [B, I, O], made by one product over its K slots, and one more product."""
+    """Each sample's whole increment, [B, I, O], made by one product over its K slots, then one product with x."""
     return materialised(base(x), x, lora_a, lora_b, route.slot_ids, route.weights)
 
 
@@ -36,13 +36,13 @@ def released(base: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, route: Route)
 
 
 def one_task(base: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, route: Route) -> Tensor:
-    """A batch of one task: its increment is added to the weight once a batch."""
+    """A batch of one task: its increment is added to the weight once per batch."""
     slot = int(route.slot_ids[0, 0])
     return nn.functional.linear(x, base.weight + (lora_a[slot].T @ lora_b[slot]).T, base.bias)
 
 
 class Replacement(nn.Module):
-    """In the place of an adapted layer: the same base, values and route, passed in another way."""
+    """Replaces an adapted layer: same base, values and route, applied in another way."""
 
     def __init__(self, layer: AdaptedLinear, way: Pass) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Replacement(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The base's weight: some models look at its dtype before they call the layer."""
+        """The base's weight: some models check its dtype before they call the layer."""
         return self.layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Replacement(nn.Module):
 
 
 def replace_layers(slm: ScalableLM, ways: Mapping[str, Pass]) -> None:
-    """Let the adapted layers named pass their increments in other ways from now on."""
+    """Make the adapted layers named apply their increments in other ways from now on."""
     lm = slm.model.backbone.model
     for name, way in ways.items():
         lm.set_submodule(name, Replacement(lm.get_submodule(name), way))

@@ -1,9 +1,9 @@
-"""What a row costs of which only the first tokens are read: one of 10 MB beside one of 10 kB; a window of documents.
+"""Cost of rows of which only the first tokens are read: 10 MB against 10 kB, and a window of documents.
 
     python -m benchmarks.speed.long_rows [--rounds N]
 
-The packaged MiniLM with one task, all threads. `peak` is what the whole process holds at most while it answers, the row
-itself included; `window` is what the first answer of 1,024 rows of 100 kB adds to what it held.
+The packaged MiniLM with one task, all threads. `peak` is the most that the whole process holds while it answers, the
+row included. `window` is what the first answer of 1,024 rows of 100 kB adds to what it held.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.machine import peak_mib
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM, Task
 
-SHORT, LONG = 10_000, 10_000_000  # characters of ASCII, and as many bytes
+SHORT, LONG = 10_000, 10_000_000  # ASCII characters, or bytes
 WORDS = ("refund", "order", "please", "parcel", "invoice", "customer", "quickly,", "delivered", "again!", "(account)")
 KINDS: dict[str, Callable[[int], str]] = {
     "words": lambda size: words(size),
@@ -40,7 +40,7 @@ def words(size: int) -> str:
 
 
 def measure(slm: ScalableLM, text: str, rounds: int) -> tuple[float, float]:
-    """Milliseconds of an answer (the median), and MiB held at most."""
+    """Median milliseconds per answer, and peak MiB held."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()

@@ -1,14 +1,15 @@
-"""A file answered by one process beside actors of Ray on the same machine: rows a second, and whether the bytes agree.
+"""A file answered by one process against Ray actors on the same machine: rows per second, and whether the bytes agree.
 
     python -m benchmarks.speed.ray --data DIR [--rows N] [--actors N]
     python -m benchmarks.speed.ray --data DIR --kill --rows 100000 --words 8
 
-MiniLM with random tasks. One process has one thread, and so has each actor, so that with as many actors as cores the
-best there can be is a speed-up of their number. Actors take windows of 1,024 rows, so that a few thousand rows say
-little. Opening models, and starting Ray, is timed by itself: it is done once.
+MiniLM with random tasks. The single process and each actor have one thread, so with as many actors as cores, the best
+possible speed-up is their number. Actors take windows of 1,024 rows, so a few thousand rows say little. Opening models
+and starting Ray happen once and are timed separately.
 
---kill: `slm-fast predict --ray local` of which an actor is killed when a third of the rows are written, and the command
-itself when two thirds are; it is called again and goes on. Its seconds are those of both calls, with Ray's two starts.
+--kill: `slm-fast predict --ray local`, of which an actor is killed when a third of the rows are written, and the
+command itself when two thirds are; the command is then run again and resumes. Its seconds are those of both calls,
+including two starts of Ray.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM
 from slm_fast.integrations.ray_pool import StorePool
 
-KNOWN = 200  # rows of each task that the router knows it by
+KNOWN = 200  # rows per task that the router is fitted on
 
 
 def store_of(folder: Path, backbone: str, data: Path | None) -> Path:
@@ -46,11 +47,11 @@ def store_of(folder: Path, backbone: str, data: Path | None) -> Path:
 
 
 def rows_of(arguments: argparse.Namespace, source: Path) -> int:
-    """How many rows of the tasks' texts, mixed, now stand in the file."""
+    """Write the tasks' texts, mixed, to the file; return how many rows it has."""
     texts = [text for _, text in mixed(texts_of(arguments.data, "test", arguments.rows // 5 + 1))]
     if arguments.words:
         texts = [" ".join(text.split()[: arguments.words]) for text in texts]
-    if arguments.kill:  # however few there are
+    if arguments.kill:  # repeat texts if there are too few
         texts = [texts[i % len(texts)] for i in range(arguments.rows)]
     texts = texts[: arguments.rows]
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -58,7 +59,7 @@ def rows_of(arguments: argparse.Namespace, source: Path) -> int:
 
 
 def measure_killed(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of a command of one process, and of one with actors that is killed and called again, starts included."""
+    """Seconds of a command with one process, and of one with actors that is killed and resumed, starts included."""
     source, store = folder / "in.jsonl", store_of(folder, arguments.backbone, arguments.data)
     rows, outputs = rows_of(arguments, source), [folder / "one.jsonl", folder / "actors.jsonl"]
     both = [
@@ -88,12 +89,12 @@ def measure_killed(folder: Path, arguments: argparse.Namespace) -> list[dict[str
 
 
 def written(output: Path) -> int:
-    """Rows that stand in it so far."""
+    """Rows written so far."""
     return output.read_bytes().count(b"\n") if output.exists() else 0
 
 
 def actors_of(pid: int) -> list[int]:
-    """Processes of Ray's actors that this process has started, by whatever others in between."""
+    """Ray actor processes started by this process, directly or indirectly."""
     found, below = [], [pid]
     while below:
         for child in Path(f"/proc/{below.pop()}/task").glob("*/children"):
@@ -134,14 +135,14 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder of the classification tasks; without it texts are made up")
+    parser.add_argument("--data", type=Path, help="folder of the classification tasks; default: generated texts")
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--backbone", default="minilm")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kill", action="store_true", help="an actor, and then the command, which is called again")
-    parser.add_argument("--words", type=int, default=0, help="of a text at the most; default: all")
-    parser.add_argument("--output", type=Path, help="default: results/ray.csv, with --kill ray_killed.csv")
+    parser.add_argument("--kill", action="store_true", help="kill an actor, then the command, and run it again")
+    parser.add_argument("--words", type=int, default=0, help="words per text, at most; default: all")
+    parser.add_argument("--output", type=Path, help="default: results/ray.csv, or ray_killed.csv with --kill")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Learned tasks with random values: what answering costs does not depend on what was learned."""
+"""Tasks with random values: the cost of answering does not depend on what was learned."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LABELS = tuple("abcdefgh")
 
 
 def random_tasks(slm: ScalableLM, texts: Mapping[str, Sequence[str]], copies: int = 1) -> list[LearnedTask]:
-    """Tasks that the router knows by {name: texts}, with random increments, and heads where the backbone has them.
+    """Tasks whose router parts are fitted on {name: texts}, with random increments, and heads if the backbone has them.
 
-    copies: so many tasks of each, with means nearby.
+    copies: tasks per name, with nearby means.
     """
     model = slm.model
     tasks = []

@@ -1,4 +1,4 @@
-"""Texts to time with: real ones from a folder, or made-up ones of about the same lengths."""
+"""Texts for timing: real ones from a folder, or generated ones of similar lengths."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from pathlib import Path
 from slm_fast import Task
 
 WORDS = "the of a to and in is was for on as with by he at from his an were are which this also be had or has"
-# Tokens (25th, 50th, 95th percentile) of the real tasks' texts, for made-up ones.
+# Tokens (25th, 50th, 95th percentile) of the real tasks' texts, for generated ones.
 LENGTHS = {"ag_news": (40, 50, 75), "amazon": (55, 85, 195), "dbpedia": (50, 70, 120), "yahoo": (35, 80, 340),
            "yelp": (60, 130, 450)}  # fmt: skip
 TASKS = tuple(LENGTHS)
 
 
 def task(data: Path | None, name: str, rows: int) -> Task:
-    """The first rows of one task in `<data>/<name>/train.jsonl.gz`, or made-up ones of ten labels where there is no
-    such file."""
+    """The first rows of `<data>/<name>/train.jsonl.gz`, or generated ones of ten labels if there is no such file."""
     if data is not None and (data / name / "train.jsonl.gz").is_file():
         found = load(data, name, "train")
         return Task(name, found.rows[:rows], free_text=False)
@@ -33,7 +32,7 @@ def load(data: Path, name: str, split: str) -> Task:
 
 
 def texts_of(data: Path | None, split: str, rows: int) -> dict[str, list[str]]:
-    """The first rows of each task's texts in `<data>/<task>/<split>.jsonl.gz`, or made-up ones."""
+    """The first texts of each task in `<data>/<task>/<split>.jsonl.gz`, or generated ones."""
     if data is not None:
         files = {name: load(data, name, split) for name in TASKS}
         return {name: [row.text for row in task.rows[:rows]] for name, task in files.items()}

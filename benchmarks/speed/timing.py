@@ -1,8 +1,8 @@
-"""Timing of alternatives side by side.
+"""Side-by-side timing of alternatives.
 
-Candidates are called in turns, round after round, so that a slow moment of the machine meets them all. What is reported
-is the 20th, 50th and 80th percentile over calls; ratios are of medians within one run. A call during which the kernel
-gave one of our cores to somebody else is left out, for every candidate alike, as long as five undisturbed ones remain.
+Candidates are called in turns, round after round, so that a slow moment of the machine affects all of them. Results are
+the 20th, 50th and 80th percentile over calls; ratios are of medians within one run. Calls during which the kernel gave
+one of our cores to another process are left out, for every candidate, as long as five undisturbed ones remain.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one call."""
+    """Milliseconds per call."""
 
     p20: float
     p50: float
@@ -36,11 +36,11 @@ def time_together(
     most: int = 400,
     apart: Collection[str] = (),
 ) -> dict[str, Times]:
-    """Calls the candidates in turns until each has had about `seconds`, and `least` calls at the least.
+    """Call the candidates in turns until each has had about `seconds` and at least `least` calls.
 
-    A turn is a call that is not counted, which finds the caches and threads as another candidate left them, and calls
-    for 10 ms. The order of turns is random. Those `apart` have threads of their own: before and after them all threads,
-    which wait for more work by spinning, come to rest.
+    A turn is one uncounted call (the previous candidate has left its own state in caches and threads), then calls for
+    10 ms. The order of turns is random. Candidates in `apart` have threads of their own: a pause before and after them
+    lets all threads, which spin while they wait for work, come to rest.
     """
     order, last = random.Random(0), ""
     calls: dict[str, list[tuple[bool, float]]] = {name: [] for name in candidates}
@@ -66,7 +66,7 @@ def time_together(
 
 
 def _timed(call: Callable[[], object]) -> tuple[bool, float]:
-    """Whether the kernel gave our core to somebody else meanwhile, and the seconds that the call took."""
+    """Whether the kernel gave our core to another process meanwhile, and the seconds of the call."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
     start = time.perf_counter()
     call()
@@ -86,7 +86,7 @@ def percentiles(milliseconds: list[float]) -> Times:
 
 
 def _processor_seconds() -> tuple[float, float]:
-    """(of the whole machine, of this process) so far."""
+    """CPU seconds so far (of the whole machine, of this process)."""
     own = os.times()
     stat = Path("/proc/stat")
     if not stat.exists():
@@ -96,7 +96,7 @@ def _processor_seconds() -> tuple[float, float]:
 
 
 class Others:
-    """The share of the machine's processor time that other processes take inside the block."""
+    """The share of the machine's CPU time that other processes use inside the block."""
 
     share = 0.0
 
@@ -111,9 +111,9 @@ class Others:
 
 
 def undisturbed(measure: Callable[[], Result], *, patience: float) -> tuple[Result, float]:
-    """measure()'s result on a machine that others leave alone, and their share of it.
+    """The result of `measure` on a machine that other processes leave alone, and their share of it.
 
-    Waits for quiet and tries again for up to `patience` seconds; then the quietest try counts.
+    Waits for an idle machine and retries for up to `patience` seconds; then the least disturbed try counts.
     """
     best: tuple[Result, float] | None = None
     began = time.perf_counter()

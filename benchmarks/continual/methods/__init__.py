@@ -1,8 +1,7 @@
-"""Rivals, one file each: ways to learn a stream of tasks, with the table of them, and `Identifier`s.
+"""Rivals, one file each: methods that learn a stream (`METHODS`), and `Identifier`s, which only name a row's task.
 
-These only name the task of a row; `benchmarks/continual/routers.py` has their table. A new rival is a class with the
-face of `method.Method` in a file of its own, whose docstring names its source and every departure from it, and a line
-of `METHODS`.
+`benchmarks/continual/routers.py` has the table of identifiers. To add a method, implement `method.Method` in a file of
+its own, whose docstring names its source and every departure from it, and add a line to `METHODS`.
 """
 
 from __future__ import annotations
@@ -54,12 +53,12 @@ METHODS = {
 
 
 def method_of(spec: str) -> tuple[Entry, Callable[[Setup], Method]]:
-    """The method that a word such as "finetune" or "slm-paper:k=2,rank=4" names, and what makes it.
+    """The entry and the constructor of a method such as "finetune" or "slm-paper:k=2,rank=4".
 
-    Options after the colon are fields of LearnOptions, the keywords of the method's class or, for slm_fast, fields of
-    ModelConfig; targets and taps are joined with "+".
+    Options after the colon are fields of LearnOptions, keywords of the method's class or, for slm_fast, fields of
+    ModelConfig. Targets and taps are joined with "+".
 
-    Raises InputError for a name or an option that is not known.
+    Raises InputError for an unknown name or option.
     """
     name, _, given = spec.partition(":")
     if name not in METHODS:
@@ -87,7 +86,7 @@ def method_of(spec: str) -> tuple[Entry, Callable[[Setup], Method]]:
 
 
 def _value(text: str) -> object:
-    """A number, a truth value, a list of them joined with "+", or a word."""
+    """A number, a boolean, None, a string, or a list of these joined with "+"."""
     if "+" in text:
         return tuple(_value(part) for part in text.split("+"))
     for kind in (int, float):

@@ -1,4 +1,4 @@
-"""What the rivals train: a backbone that answers with a head or in writing, and the loop that trains it."""
+"""What the rivals train: a backbone that answers with a head or by generating, and its training loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slm_fast.query import TrunkQuery
 from slm_fast.tasks import name_seed
 from slm_fast.tokenization import Encoded, pad
 
-IGNORE = -100  # the label that losses skip
+IGNORE = -100  # label ignored by the losses
 BATCH = 32  # rows answered together
 
 
@@ -36,18 +36,18 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def losses(self, rows: Sequence[Row]) -> Tensor:
-        """The loss of each row, [B]: of its label, or the mean over its answer's tokens."""
+        """The loss of each row, [B]: of its label, or the mean over the tokens of its answer."""
 
     @abstractmethod
     def answers(self, rows: Sequence[Row]) -> list[str]:
-        """What is answered to a batch of rows."""
+        """The answers to a batch of rows."""
 
     @abstractmethod
     def predictions(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Logits [B, T, V] and what they should say [B, T]: labels (T = 1) or tokens, `IGNORE` where neither."""
+        """Logits [B, T, V] and their targets [B, T]: labels (T = 1) or tokens, `IGNORE` elsewhere."""
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Weight and bias of the head, which learns faster; empty without one."""
+        """Parameters that train at the higher learning rate of heads; empty without a head."""
         return []
 
     def trained(self) -> list[nn.Parameter]:
@@ -67,15 +67,15 @@ class Model(nn.Module, ABC):
         kept: Sequence[Row] = (),
         arrange: Callable[[list[Tensor], torch.Generator], list[Tensor]] | None = None,
     ) -> None:
-        """Train on rows, in batches of like lengths.
+        """Train on rows, in batches of similar lengths.
 
         Args:
-            name: of the task; the order of the rows is drawn from it.
+            name: of the task; seeds the order of the rows.
             loss_of: the loss of a batch; default: the mean of `losses`.
-            parameters: what is trained; default: all that requires a gradient.
+            parameters: those to train; default: all that require a gradient.
             after_step: called after each step.
-            kept: rows of earlier tasks, whose numbers follow those of `rows`, for `arrange` to put among them.
-            arrange: takes the batches of all epochs and makes of them those to train on, by row numbers.
+            kept: rows of earlier tasks, numbered after `rows`, for `arrange` to mix in.
+            arrange: turns the batches (row numbers) of all epochs into those to train on.
         """
         generator = torch.Generator().manual_seed(name_seed(name, options.seed))
         tokens, _ = self.backbone.tokenization.tokenize([row.prompt for row in rows], self.max_length)
@@ -106,7 +106,7 @@ class Model(nn.Module, ABC):
 
     @torch.inference_mode()
     def answer(self, rows: Sequence[Row]) -> list[str]:
-        """What is answered to any number of rows."""
+        """The answers to any number of rows."""
         found = [""] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
         for start in range(0, len(order), BATCH):
@@ -130,12 +130,12 @@ class Classifier(Model):
         return list(self.head.parameters())
 
     def hidden(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """The last hidden states [B, T, H] of a batch, and the mask [B, T] of those that count."""
+        """The last hidden states [B, T, H] of a batch, and the mask [B, T] of those to average."""
         out = self.network(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask)
         return out.last_hidden_state, encoded.attention_mask
 
     def features(self, rows: Sequence[Row]) -> Tensor:
-        """What the head reads, [B, H]."""
+        """The input of the head, [B, H]."""
         encoded = self.backbone.tokenization.encode([row.prompt for row in rows], self.max_length)
         return TrunkQuery.pool(*self.hidden(encoded))
 
@@ -145,7 +145,7 @@ class Classifier(Model):
         return logits
 
     def targets(self, rows: Sequence[Row]) -> Tensor:
-        """The number of each row's label, [B]."""
+        """The index of each row's label, [B]."""
         return torch.tensor([self.labels.index(row.target or "") for row in rows], device=self.backbone.device)
 
     def predictions(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ class Classifier(Model):
 
 
 class Writer(Model):
-    """A language model that writes its answer, greedily."""
+    """A language model that generates its answer greedily."""
 
     def __init__(self, backbone: Backbone, max_length: int, max_new_tokens: int) -> None:
         super().__init__(backbone, max_length)
@@ -186,7 +186,7 @@ class Writer(Model):
         return logits.float(), labels
 
     def logits(self, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
-        """[B, T, vocabulary] of a batch of tokens [B, T], or with `labels` of the answers to it."""
+        """[B, T, vocabulary] for a batch of tokens [B, T] or, with `labels`, for the answers to it."""
         inputs = {} if labels is None else {"labels": labels}
         found: Tensor = self.network(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
         return found
@@ -200,11 +200,11 @@ class Writer(Model):
         return text.decode(written.tolist())
 
     def write(self, encoded: Encoded) -> Tensor:
-        """What `generate` returns for a batch of prompts."""
+        """The output of `generate` for a batch of prompts."""
         return self.generate({"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask})
 
     def generate(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What `generate` returns, greedily, for what the network reads."""
+        """The output of `generate`, decoding greedily, for these inputs of the network."""
         tokenizer = self.backbone.tokenizer
         written: Tensor = self.network.generate(
             **inputs,
@@ -218,14 +218,14 @@ class Writer(Model):
 
 
 def make_model(backbone: Backbone, setup: Setup, labels: Sequence[str], seed: int) -> Model:
-    """A backbone that answers in the way of its kind; an encoder with a head over `labels`."""
+    """A model that answers as the backbone's kind does; an encoder gets a head over `labels`."""
     if backbone.kind == "encoder":
         return Classifier(backbone, labels, setup.max_length, seed)
     return Writer(backbone, setup.max_length, setup.max_new_tokens)
 
 
 def answers_by_task(models: Mapping[str, Model], rows: Sequence[Row], tasks: Sequence[str] | None) -> list[Answer]:
-    """Each row answered by the model of its task, which is told."""
+    """Answer each row with the model of its task, which is given."""
     assert tasks is not None
     found = [Answer("")] * len(rows)
     for name in dict.fromkeys(tasks):

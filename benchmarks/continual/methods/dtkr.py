@@ -1,10 +1,16 @@
-"""Retrieval by DTKR with values of any kind: the frame of the paper's ablation (SLM, ICLR 2024, Section 4.4 and A.5).
+"""DTKR retrieval of values of any kind, shared by the paper's ablations (SLM, ICLR 2024, Section 4.4 and A.5).
 
-A task brings four slots. Their keys are learned first, from the sentence embeddings of its inputs (`DtkrRouter`), and
-then frozen while the slots' values are trained. A row reads the values of the four slots nearest to it, whichever tasks
-they are of. As in the rest of this project, a task trains on routes over its own slots, or over all with
-`LearnOptions.joint` (as the paper does), and an encoder's heads are mixed by the weights of their tasks on the route,
-where the paper's code picks a head by the true number of classes. No task-ID is given.
+Each task adds four slots. Their keys are learned first, from the sentence embeddings of its inputs (`DtkrRouter`), and
+are frozen while the slots' values are trained. A row reads the values of its four nearest slots, whichever tasks they
+belong to. No task ID is given.
+
+Departures:
+
+- As elsewhere in this project, a task trains on routes over its own slots; `LearnOptions.joint` trains on routes over
+  all slots, as the paper does.
+- An encoder's heads are mixed by the weights of their tasks on the route. The paper's code selects a head by the true
+  number of classes.
+- The sentence embeddings are MiniLM's, not nli-mpnet-base-v2's.
 """
 
 from __future__ import annotations
@@ -25,18 +31,21 @@ from slm_fast.options import LearnOptions
 from slm_fast.query import SentenceQuery
 from slm_fast.tasks import name_seed
 
-SLOTS = 4  # of a task; as many are retrieved
+SLOTS = 4  # per task, and retrieved per row
 CPU = torch.device("cpu")
 
 Query = Callable[[Sequence[str]], Tensor]  # texts -> [B, D]
 
 
 class Dtkr(ABC):
-    """A `Method`, whose subclasses say what a slot's value is and what reads it.
+    """A `Method` whose subclasses define a slot's value and the model that reads it.
 
-    query: of texts; default: the sentence embeddings of MiniLM, where the paper's are of nli-mpnet-base-v2.
+    Args:
+        query: embeds texts; default: MiniLM's sentence embeddings.
 
-    values: task -> name -> [S, ...], trained numbers of its slots. route: of the batch that is read.
+    Attributes:
+        values: task -> name -> [S, ...], trained values of its slots.
+        route: of the current batch.
     """
 
     route: Route
@@ -47,18 +56,18 @@ class Dtkr(ABC):
         self.router = DtkrRouter(k=SLOTS)
         self.parts: dict[str, dict[str, Tensor]] = {}
         self.values: dict[str, dict[str, Tensor]] = {}
-        self.models: dict[str, Classifier | Writer] = {}  # each with its task's head, all over one backbone
+        self.models: dict[str, Classifier | Writer] = {}  # one per task, each with its own head, over one backbone
 
     @abstractmethod
     def new_values(self, seed: int) -> dict[str, Tensor]:
-        """Of a task's slots, untrained: [S, ...] float32."""
+        """The untrained values of a task's slots: [S, ...] float32."""
 
     @abstractmethod
     def new_model(self, labels: Sequence[str], seed: int) -> Classifier | Writer:
-        """What reads a batch with the values that `gather` gives for its route."""
+        """The model that reads a batch with the values that `gather` returns for its route."""
 
     def gather(self, name: str) -> Tensor:
-        """These values of the slots on the batch's route, best first: [B, K, ...]."""
+        """The values of this name of the slots on the batch's route, best first: [B, K, ...]."""
         pool = torch.cat([self.values[task][name] for task in self.router.names])
         return pool[self.route.slot_ids.to(pool.device)]
 
@@ -105,7 +114,7 @@ class Dtkr(ABC):
         return found
 
     def _labels(self, model: Classifier, rows: Sequence[Row], weight_BT: Tensor) -> list[str]:
-        """The words that tasks' heads, weighed [B, tasks], find most probable together."""
+        """The most probable labels under the tasks' heads together, weighted by weight_BT [B, tasks]."""
         features = model.features(rows)
         heads = {name: each for name, each in self.models.items() if isinstance(each, Classifier)}
         words = sorted({word for head in heads.values() for word in head.labels})

@@ -1,18 +1,21 @@
-"""DTKR + Adapter: what DTKR retrieves is prefix keys and values for each attention layer, behind a gate that begins at
-zero.
+"""DTKR + Adapter: DTKR retrieves prefix keys and values for each attention layer, behind a gate that starts at zero.
 
-The paper's ablation (SLM, ICLR 2024, Section 4.4 and A.5): adapters (Li & Liang, Prefix-Tuning, 2021) in place of
-weight increments, with the gate of Zhang et al., LLaMA-Adapter, 2023 (the paper's Eq. 11). A layer's output becomes
+Sources: the paper's ablation (SLM, ICLR 2024, Section 4.4 and A.5), with adapters (Li & Liang, Prefix-Tuning, 2021) in
+place of weight increments, gated as in Zhang et al., LLaMA-Adapter, 2023 (the paper's Eq. 11). A layer's output becomes
 
     softmax(q K' / sqrt(d)) V + tanh(g) softmax(q K_p' / sqrt(d)) V_p
 
-with one gate a head. The prefixes of the retrieved slots are softmaxed together, and each vector's share is scaled by
-the gate of its own slot; weights of the route have no part in it. What it shares with all values of DTKR, and where
-that departs from the paper, is in `dtkr.py`.
+with one gate per head. One softmax runs over the prefixes of all retrieved slots, and the share of each vector is
+scaled by the gate of its slot. Route weights are not used. `dtkr.py` describes what all DTKR values share, and its
+departures. Ten vectors per slot and the learning rate of 9e-3 are LLaMA-Adapter's.
 
-Ten vectors a slot and the rate 9e-3, as LLaMA-Adapter. Departures from it: keys and values are learned themselves, as
-in prefix-tuning but without its MLP, not vectors that pass through the layer's frozen projections; all layers have a
-prefix, not the upper 30 of 32; schedule, batches and weight decay are those of all rivals here. T5 is left out.
+Departures from LLaMA-Adapter:
+
+- Keys and values are learned directly, as in prefix-tuning but without its MLP. They are not vectors passed through the
+  layer's frozen projections.
+- All layers have a prefix, not the upper 30 of 32.
+- Schedule, batch size and weight decay are those of all rivals here.
+- T5 is not supported.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ LEARNING_RATE = 9e-3
 
 
 class Prefix(NamedTuple):
-    """Of a batch, in one layer: keys and values [B, L, G, D] for G key-value heads, gate [B, L, N] for N heads."""
+    """A batch's prefixes in one layer: keys, values [B, L, G, D] (G key-value heads) and gate [B, L, N] (N heads)."""
 
     keys: Tensor
     values: Tensor
@@ -46,7 +49,7 @@ class Prefix(NamedTuple):
 
 
 def prefix_attention(query: Tensor, prefix: Prefix, scaling: float) -> Tensor:
-    """What prefixes add to the attention's output: query [B, N, T, D] -> [B, T, N, D]."""
+    """What the prefixes add to the attention output: query [B, N, T, D] -> [B, T, N, D]."""
     repeats = query.shape[1] // prefix.keys.shape[2]
     keys, values = (each.repeat_interleave(repeats, 2) for each in (prefix.keys, prefix.values))
     share_BNTL = (scaling * torch.einsum("bntd,blnd->bntl", query.float(), keys)).softmax(-1)
@@ -57,7 +60,7 @@ def prefix_attention(query: Tensor, prefix: Prefix, scaling: float) -> Tensor:
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """transformers' own attention, and what the module's `prefix` adds to it, if it has one."""
+    """transformers' own attention, plus the contribution of the module's `prefix` if it has one."""
     output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
     prefix = getattr(module, "prefix", None)
     return (output if prefix is None else output + prefix_attention(query, prefix, options["scaling"])), None
@@ -99,7 +102,7 @@ class DtkrAdapter(Dtkr):
 
     @contextmanager
     def prefixed(self) -> Iterator[None]:
-        """Inside the block the backbone's attention reads the prefixes of the batch's route."""
+        """Within the block, the backbone's attention reads the prefixes on the batch's route."""
         keys, values = self.gather("keys"), self.gather("values")  # [B, K, layers, L, G, D]
         gate = self.gather("gate").unsqueeze(3).expand(-1, -1, -1, self.length, -1)  # [B, K, layers, L, N]
         try:
@@ -112,7 +115,7 @@ class DtkrAdapter(Dtkr):
 
 
 class PrefixedClassifier(Classifier):
-    """A classifier whose backbone reads the prefixes of the batch's route."""
+    """A classifier whose backbone reads the prefixes on the batch's route."""
 
     def __init__(self, method: DtkrAdapter, labels: Sequence[str], seed: int) -> None:
         super().__init__(method.backbone, labels, method.setup.max_length, seed)
@@ -124,7 +127,7 @@ class PrefixedClassifier(Classifier):
 
 
 class PrefixedWriter(Writer):
-    """A writer whose backbone reads the prefixes of the batch's route."""
+    """A writer whose backbone reads the prefixes on the batch's route."""
 
     def __init__(self, method: DtkrAdapter) -> None:
         super().__init__(method.backbone, method.setup.max_length, method.setup.max_new_tokens)

@@ -1,11 +1,11 @@
-"""DTKR + Prompt: what DTKR retrieves is soft prompts, which are read before the text, the best slot's first.
+"""DTKR + Prompt: DTKR retrieves soft prompts, which are read before the text, the best slot's first.
 
-The paper's ablation (SLM, ICLR 2024, Section 4.4 and A.5, with its Eq. 9 and 12): prompts in place of weight
-increments, which begin at the embeddings of random tokens. Weights of the route have no part in what is read. What it
-shares with all values of DTKR, and where that departs from the paper, is in `dtkr.py`; how a prompt is read, in
-`prompts.py`.
+Source: the paper's ablation (SLM, ICLR 2024, Section 4.4 and A.5, with its Eq. 9 and 12): prompts in place of weight
+increments, initialised to the embeddings of random tokens. Route weights are not used. `dtkr.py` describes what all
+DTKR values share, and its departures; `prompts.py` describes how a prompt is read.
 
-The paper gives neither length nor rate: ten vectors a slot, so that 40 are read, and the rates of prompt tuning.
+The paper gives neither length nor learning rate. Here a slot has ten vectors, so that 40 are read, and the rates are
+those of prompt tuning.
 """
 
 from __future__ import annotations

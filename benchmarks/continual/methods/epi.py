@@ -1,14 +1,19 @@
-"""EPI's identification of tasks: the nearest mean of a class, by Mahalanobis distance in one shared covariance.
+"""EPI's task identification: the nearest class mean, by Mahalanobis distance with one shared covariance.
 
-Wang et al., Rehearsal-free Continual Language Learning via Efficient Parameter Isolation, ACL 2023. As its released
-code (Dicer-Zz/EPI) does by default: features are the mean over real tokens of the frozen encoder's last hidden state,
-read without any task's prefix. A task brings a mean for each class and the unweighted average of its classes' sample
-covariances; the shared covariance S is the average of those over tasks. Distance is (q - m)' S^+ (q - m), S^+ the
-pseudo-inverse of the float32 matrix, with no shrinkage; a task is as near as the nearest of its classes.
+Source: Wang et al., Rehearsal-free Continual Language Learning via Efficient Parameter Isolation, ACL 2023, with the
+defaults of its released code (Dicer-Zz/EPI). Features are the mean over real tokens of the frozen encoder's last hidden
+state, read without any task's prefix. Each task contributes one mean per class and the unweighted average of its
+classes' sample covariances. The shared covariance S is the average of those over tasks. The distance is
+(q - m)' S^+ (q - m), where S^+ is the pseudo-inverse of the float32 matrix, without shrinkage. A task is as near as its
+nearest class.
 
-Departures: the encoder is MiniLM, whose last layer was trained to tell sentences apart, not BERT-base, which was not;
-128 tokens of a text are read, not 256; a class of one row, whose sample covariance is not defined, has no part in
-its task's average; free text is one class. Prefixes are not learned here, since only the task is asked for.
+Departures:
+
+- The encoder is MiniLM, whose last layer was trained to tell sentences apart, not BERT-base, whose was not.
+- 128 tokens per text are read, not 256.
+- A class of one row, whose sample covariance is undefined, is left out of its task's average.
+- Free text is one class.
+- Prefixes are not learned, because only the task is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ class Epi:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.means: list[Tensor] = []  # of each task, [C, D]
+        self.means: list[Tensor] = []  # per task, [C, D]
         self.covariances: Tensor | None = None  # the sum over tasks, [D, D]
 
     def observe(self, name: str, query: Tensor, labels: Tensor | None) -> None:
@@ -39,12 +44,12 @@ class Epi:
         assert self.covariances is not None
         precision_DD = torch.linalg.pinv(self.covariances / len(self.names), hermitian=True)
         mean_MD = torch.cat(self.means)
-        centre_D = mean_MD.mean(0)  # nothing depends on it but how much of differences float32 keeps
+        centre_D = mean_MD.mean(0)  # affects only float32 precision
         keys_MD = (mean_MD - centre_D) @ precision_DD
         self.prepared = precision_DD, centre_D, keys_MD, (keys_MD * (mean_MD - centre_D)).sum(1)
 
     def distances(self, query: Tensor) -> Tensor:
-        """Squared Mahalanobis distances of queries [B, D] from the nearest class of each of T tasks: [B, T]."""
+        """Squared Mahalanobis distances [B, T] of queries [B, D] to the nearest class of each of T tasks."""
         precision_DD, centre_D, keys_MD, own_M = self.prepared
         query_BD = query - centre_D
         squared_BM = ((query_BD @ precision_DD) * query_BD).sum(1, keepdim=True) - 2 * query_BD @ keys_MD.T + own_M

@@ -1,18 +1,22 @@
-"""EWC: fine-tuning, with a pull to the weights of earlier tasks as strong as these mattered to them.
+"""EWC: fine-tuning with changes to weights penalised by how much they mattered to earlier tasks.
 
-Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017, Eq. 3: the loss of a task plus
-strength / 2 * sum_i F_i (w_i - w*_i)^2 for each earlier task, w* being the weights after it and F the diagonal of its
-Fisher information there. This is the original, with a penalty a task and none decaying; not the online variant. The
-sum of quadratics is kept as the one quadratic that it is but for a constant (as the paper says): F = sum_t F_t around
-w* = sum_t F_t w*_t / F.
+Source: Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017, Eq. 3: the loss of a task
+plus strength / 2 * sum_i F_i (w_i - w*_i)^2 for each earlier task, where w* are the weights after it and F is the
+diagonal of its Fisher information there. This is the original, with one penalty per task and no decay, not the online
+variant. The sum of these quadratics is stored as a single one, equal up to a constant (as the paper notes):
+F = sum_t F_t around w* = sum_t F_t w*_t / F.
 
-F is the Fisher information, not the "empirical" one: squared gradients, a row at a time, of the log-likelihood of an
-answer drawn from the model's own prediction. With the rows' own answers it would vanish where the task is learned well
-(Kunstner et al. 2019). A writer draws each token given the row's own answer before it.
+F is the Fisher information, not the "empirical" one: squared per-row gradients of the log-likelihood of an answer
+sampled from the model's own prediction. With the rows' own answers it would vanish where the task is learned well
+(Kunstner et al. 2019). A writer samples each token given the row's own answer before it.
 
-Departures: F is the mean over at most 1,000 rows of a task, drawn at random. The strength is 5,000, which Serra et al.
-2018 found best for EWC and later work on text takes; the paper chose it by task. All weights are held, the head's, too.
-AdamW, learning rates, batch size and epochs are those of all rivals here.
+Departures:
+
+- F is the mean over at most 1,000 rows of a task, drawn at random.
+- The strength is 5,000, the best for EWC in Serra et al. 2018 and the choice of later work on text. The paper chose it
+  per task.
+- All weights are penalised, including the head's.
+- AdamW, learning rates, batch size and epochs are those of all rivals here.
 """
 
 from __future__ import annotations
@@ -34,9 +38,14 @@ FISHER_ROWS = 1000
 
 
 class Ewc(Finetune):
-    """A `Method`. strength: lambda of the penalty. fisher_rows: rows of a task that F is found from, at most.
+    """A `Method`.
 
-    fisher, anchor: F and w*, in the order and shapes of the trained parameters; empty before the first task.
+    Args:
+        strength: lambda of the penalty.
+        fisher_rows: rows of a task used to estimate F, at most.
+
+    Attributes:
+        fisher, anchor: F and w*, in the order and shapes of the trained parameters; empty before the first task.
     """
 
     def __init__(self, setup: Setup, *, strength: float = STRENGTH, fisher_rows: int = FISHER_ROWS) -> None:
@@ -61,7 +70,7 @@ class Ewc(Finetune):
         return 0.5 * self.strength * total
 
     def fisher_of(self, rows: Sequence[Row], generator: Generator) -> list[Tensor]:
-        """The diagonal of the Fisher information of the present weights, the mean over rows."""
+        """The diagonal of the Fisher information at the current weights, averaged over rows."""
         weights = self.model.trained()
         fisher = [torch.zeros_like(weight) for weight in weights]
         for row in rows:
@@ -76,7 +85,7 @@ class Ewc(Finetune):
         return fisher
 
     def hold(self, fisher: Sequence[Tensor]) -> None:
-        """Add a penalty around the present weights."""
+        """Add a penalty around the current weights."""
         weights = [weight.detach() for weight in self.model.trained()]
         if not self.fisher:
             self.fisher, self.anchor = list(fisher), [weight.clone() for weight in weights]

@@ -1,7 +1,7 @@
-"""Finetune: one model, all its weights trained on task after task, one head over all label words.
+"""Finetune: one model, all weights trained on task after task, one head over all label words.
 
 The lower bound of continual learning (the paper's first row): what is learned first is forgotten. Other methods that
-train one whole model begin here.
+train one whole model derive from it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from benchmarks.continual.methods.method import Answer, Setup, State
 from slm_fast.backbone import Backbone
 from slm_fast.data import Row, Task
 
-LEARNING_RATE = 5e-5  # of Devlin et al. 2018 for fine-tuning all of BERT
+LEARNING_RATE = 5e-5  # Devlin et al. 2018, for fine-tuning all of BERT
 
 
 class Finetune:

@@ -1,21 +1,30 @@
-"""IDBR: what a text says of any task and what it says of its own are told apart, and each kept near what it was.
+"""IDBR: a text's generic and task-specific information are separated, and each is kept near its earlier state.
 
-Huang et al., Continual Learning for Text Classification with Information Disentanglement Based Regularization, NAACL
-2021 (SALT-NLP/IDBR). Two layers (H -> 128, tanh) make a generic space, trained also to tell whether the two halves of a
-text are in order (next-sentence prediction), and a specific space, trained also to name the row's task while rows are
-replayed; the head reads both. While a later task is learned, the mean squared distances of both spaces to what the
-model made of the same rows before that task are added, each times 0.5, times 0.5 or, in replayed batches, 5. A text is
-cut in two at a random place; its halves the other way around are a second row with the same label. 1 % of a task's rows
-are kept: those nearest to the centres of k-means over their embeddings. A batch of each earlier task is mixed into
-every tenth. All these constants are those of the released code.
+Source: Huang et al., Continual Learning for Text Classification with Information Disentanglement Based Regularization,
+NAACL 2021 (SALT-NLP/IDBR); all constants are those of the released code.
 
-Departures: the encoder need not be BERT-base, and its embedding is the mean over real tokens, which MiniLM was trained
-for, not the first token's. MiniLM comes without a layer for next sentences, so one is made anew; as there, it reads the
-generic space, not BERT's pooler. What is made anew learns at the rates of heads here and the backbone at Finetune's
-(there: 3e-5, but 5e-4 for the layer that names tasks); AdamW's decay, batch size, epochs and no dropout are those of
-all rivals (there: batches of 8, 1,000 steps of warm-up, epochs chosen a task). The layer that names tasks grows with
-them. At least one row a task is kept; tenth batches are counted through all epochs of a task; the model of the last
-step is kept, not the best on validation rows.
+- Two layers (H -> 128, tanh) make two spaces, and the head reads both. The generic space is also trained to tell
+  whether the two halves of a text are in order (next-sentence prediction). The specific space is also trained to name
+  the row's task while rows are replayed.
+- While a later task is learned, the loss includes the mean squared distances of both spaces to those that the model
+  made of the same rows before that task, each times 0.5, and their sum times 0.5 or, in replayed batches, 5.
+- A text is cut in two at a random place. Its halves in reverse order are a second row with the same label.
+- 1 % of a task's rows are kept: those nearest to the k-means centres of their embeddings. A batch of each earlier task
+  is mixed into every tenth batch.
+
+Departures:
+
+- The encoder need not be BERT-base, and its embedding is the mean over real tokens, which MiniLM was trained for, not
+  the first token's.
+- MiniLM has no next-sentence layer, so a new one is made. As in the code, it reads the generic space, not BERT's
+  pooler.
+- New layers learn at the rates of heads here, and the backbone at Finetune's (originally: 3e-5, but 5e-4 for the layer
+  that names tasks). AdamW's decay, batch size, epochs and the absence of dropout are those of all rivals (originally:
+  batches of 8, 1,000 warm-up steps, epochs chosen per task).
+- The layer that names tasks grows with them.
+- At least one row per task is kept.
+- Tenth batches are counted through all epochs of a task.
+- The model of the last step is kept, not the best on validation rows.
 """
 
 from __future__ import annotations
@@ -38,8 +47,8 @@ from slm_fast.tasks import name_seed
 from slm_fast.tokenization import pad
 
 WIDTH = 128  # of each space
-GENERIC, SPECIFIC = 0.5, 0.5  # weights of the distances in them
-HELD, HELD_IN_REPLAY = 0.5, 5.0  # weights of their sum
+GENERIC, SPECIFIC = 0.5, 0.5  # weights of the distances in each space
+HELD, HELD_IN_REPLAY = 0.5, 5.0  # weights of the sum of the distances
 
 
 class Spaces(Classifier):
@@ -52,17 +61,17 @@ class Spaces(Classifier):
         self.specific = self.layer(backbone.width, WIDTH, generator)
         self.head = self.layer(2 * WIDTH, len(self.labels), generator)
         self.order = self.layer(WIDTH, 2, generator)  # whether halves are in order (0) or not (1)
-        self.task = self.layer(WIDTH, 1, generator)  # of the tasks so far, which
+        self.task = self.layer(WIDTH, 1, generator)  # which of the tasks so far
 
     def layer(self, width: int, outputs: int, generator: Generator) -> nn.Linear:
-        """A new layer, its weights drawn as torch does but from this generator, its biases zero."""
+        """A new layer with weights initialised as torch does but from this generator, and zero biases."""
         linear = nn.utils.skip_init(nn.Linear, width, outputs)
         nn.init.uniform_(linear.weight, -(width**-0.5), width**-0.5, generator=generator)
         nn.init.zeros_(linear.bias)
         return linear.to(self.backbone.device)
 
     def add_task(self, seed: int) -> None:
-        """Make room for a second task and any after it in the layer that names them."""
+        """Add an output to the layer that names tasks, for the second and each later task."""
         wider = self.layer(WIDTH, self.task.out_features + 1, Generator().manual_seed(seed))
         with torch.no_grad():
             wider.weight[:-1], wider.bias[:-1] = self.task.weight, self.task.bias
@@ -73,8 +82,10 @@ class Spaces(Classifier):
         return [parameter for layer in layers for parameter in layer.parameters()]
 
     def embed(self, rows: Sequence[Row], generator: Generator | None = None, *, swapped: bool = False) -> Tensor:
-        """The mean last hidden state over real tokens, [B, H], of rows cut in the middle or, with a generator, at
-        random; swapped: the second half first."""
+        """The mean last hidden state over real tokens, [B, H].
+
+        Rows are cut in the middle or, with a generator, at random. swapped: the second half comes first.
+        """
         tokens, _ = self.backbone.tokenization.tokenize([row.prompt for row in rows], self.max_length - 1)
         ids, types = [], []
         for start, *words, end in tokens:
@@ -89,7 +100,7 @@ class Spaces(Classifier):
         device = self.backbone.device
         padded, mask = (each.to(device) for each in pad(ids, self.backbone.tokenizer.pad_token_id))
         inputs = {"input_ids": padded, "attention_mask": mask}
-        if self.backbone.model.config.type_vocab_size > 1:  # RoBERTa knows no second half
+        if self.backbone.model.config.type_vocab_size > 1:  # RoBERTa has one
             inputs["token_type_ids"] = pad(types, 0)[0].to(device)
         hidden = self.network(**inputs).last_hidden_state
         return TrunkQuery.pool(hidden, mask)
@@ -103,12 +114,14 @@ class Spaces(Classifier):
 
     @torch.no_grad()
     def embed_all(self, rows: Sequence[Row]) -> Tensor:
-        """[rows, H] of any number of rows."""
+        """[rows, H] for any number of rows."""
         return torch.cat([self.embed(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)])
 
     def task_losses(self, rows: Sequence[Row], generator: Generator, tasks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What is learned of a batch: the sum of the losses of labels, of halves' order and, given the number of each
-        row's task [B], of these; and the spaces [B, 2 WIDTH] of the rows in order, to be held."""
+        """The training loss of a batch, and the spaces [B, 2 WIDTH] of its rows in order, for regularisation.
+
+        The loss sums those of the labels, of the halves' order and, given each row's task index [B], of the tasks.
+        """
         embedded = torch.cat([self.embed(rows, generator), self.embed(rows, generator, swapped=True)])
         spaces = self.spaces(embedded)  # [2B, 2 WIDTH]
         in_order = torch.arange(2, device=spaces.device).repeat_interleave(len(rows))
@@ -120,22 +133,22 @@ class Spaces(Classifier):
 
 
 def distance(spaces: Tensor, before: Tensor) -> Tensor:
-    """How far a batch's spaces [B, 2 WIDTH] are from what they were, a scalar."""
+    """The weighted distance of a batch's spaces [B, 2 WIDTH] from their earlier values, a scalar."""
     generic, specific = (mse_loss(spaces[:, part], before[:, part]) for part in (slice(WIDTH), slice(WIDTH, None)))
     return GENERIC * generic + SPECIFIC * specific
 
 
 def central(points: Tensor, count: int, seed: int) -> list[int]:
-    """The numbers of the points [N, H] that lie nearest to the centres of so many clusters, one of each cluster."""
+    """The indices of the points [N, H] nearest to the centres of `count` clusters, one for each cluster."""
     found = points.double().cpu().numpy()
     clusters = KMeans(count, n_init=10, random_state=seed % 2**32).fit(found)
-    distances = np.linalg.norm(found - clusters.cluster_centers_[clusters.labels_], axis=1)  # to the own centre, [N]
+    distances = np.linalg.norm(found - clusters.cluster_centers_[clusters.labels_], axis=1)  # to own centre, [N]
     members = [np.flatnonzero(clusters.labels_ == cluster) for cluster in range(count)]
     return [int(own[distances[own].argmin()]) for own in members if len(own)]
 
 
 class Idbr(Remembering):
-    """A `Method`, of encoders only."""
+    """A `Method`, for encoders only."""
 
     model: Spaces
 
@@ -156,7 +169,7 @@ class Idbr(Remembering):
         with torch.no_grad():
             before = model.spaces(model.embed_all(rows)) if number else None
         generator = Generator().manual_seed(name_seed(f"{task.name}/halves", self.options.seed))
-        replays: Iterator[bool] = iter(())  # whether the next batch has kept rows
+        replays: Iterator[bool] = iter(())  # whether the next batch contains kept rows
 
         def arrange(batches: list[Tensor], shuffling: Generator) -> list[Tensor]:
             nonlocal replays

@@ -1,4 +1,4 @@
-"""What names the task of a row: one face for slm_fast's router and for those of the rivals."""
+"""Task identification: one interface for slm_fast's router and those of the rivals."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 class Identifier(Protocol):
-    """Observes tasks one after another, each once, and then says which of them queries belong to."""
+    """Observes tasks one after another, each once, then says which of them queries belong to."""
 
     @property
     def names(self) -> list[str]:
-        """Of the tasks, in the order that `identify` counts in."""
+        """The tasks, in the order of the indices that `identify` returns."""
 
     def observe(self, name: str, query: Tensor, labels: Tensor | None) -> None:
-        """A task's training queries [N, D] float32 and the numbers of their labels [N], None for free text."""
+        """A task's training queries [N, D] float32 and label indices [N], None for free text."""
 
     def prepare(self) -> None:
-        """Compute what follows from all tasks, before the first query is identified."""
+        """Compute what depends on all tasks, before the first query is identified."""
 
     def identify(self, query: Tensor) -> Tensor:
-        """Queries [B, D] -> the place of each one's task in `names`, [B] int64."""
+        """Queries [B, D] -> the index of each one's task in `names`, [B] int64."""
 
     @property
     def nbytes(self) -> int:
-        """What is kept of all tasks, in bytes."""
+        """Bytes kept for all tasks."""

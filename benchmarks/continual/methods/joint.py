@@ -1,9 +1,9 @@
-"""Joint: at each task one model is trained anew, from the pretrained weights, on all rows of all tasks so far.
+"""Joint: for each new task, one model is retrained from the pretrained weights on all rows of all tasks so far.
 
 The upper bound of continual learning with one model: no task comes after another. All rows are kept.
 
-Epochs are passes over all rows so far, as many as the options give for that number of rows: with epochs set to 3, the
-last of five models sees each row of each task three times, and the five trainings pass 3 (1 + 2 + 3 + 4 + 5) tasks.
+Epochs are passes over all rows so far, as many as the options give for that number of rows. With three epochs, the last
+of five models sees each row of each task three times, and the five trainings pass 3 (1 + 2 + 3 + 4 + 5) tasks.
 """
 
 from __future__ import annotations

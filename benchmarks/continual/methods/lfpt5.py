@@ -1,23 +1,30 @@
-"""LFPT5: one soft prompt of a frozen T5 that solves tasks and writes pseudo samples of those learned before.
+"""LFPT5: one soft prompt of a frozen T5 that solves tasks and generates pseudo samples of earlier ones.
 
-Qin & Joty, LFPT5: A Unified Framework for Lifelong Few-shot Language Learning Based on Prompt Tuning of T5, ICLR 2022.
-Tasks of one type, as here, share one prompt of 300 vectors: a new task goes on with that of the tasks before it. Each
-task has a generation token G. Beside x -> y the prompt learns G -> x __ans__ y, weighed 0.25. Before a new task is
-learned, the prompt as it is writes samples of each earlier task after its G (drawn from the 64 likeliest tokens, with a
-repetition penalty of 2.5). Those with one separator and a label of that task count; two a label are kept and learned
-beside the new rows, and what the new prompt says of them is held to what the old one said:
+Source: Qin & Joty, LFPT5: A Unified Framework for Lifelong Few-shot Language Learning Based on Prompt Tuning of T5,
+ICLR 2022. Tasks of one type, as here, share one prompt of 300 vectors, and a new task continues training it. (Tasks of
+another type would have prompts of their own.) Each task has a generation token G. Besides x -> y, the prompt learns
+G -> x __ans__ y, weighted by 0.25. Before a new task is learned, the current prompt generates samples of each earlier
+task after its G (sampling from the 64 most likely tokens, with a repetition penalty of 2.5). Samples with exactly one
+separator and a label of their task are valid. Two per label are kept and learned together with the new rows, and the
+new prompt's predictions on them are held near the old one's:
 
     loss = 0.99 (L_solve + 0.25 L_generate) + 0.01 KL(old || new), summed over the answer's tokens, of pseudo samples
 
-Numbers are those of the released code (qcwthu/Lifelong-Fewshot-Language-Learning, Classification). Departures: T5 as
-the backbone is, LM-adapted there; AdamW with linear warm-up and decay and the epochs of all rivals here, not Adafactor
-at a constant 0.5 for up to 1,280 epochs, of which the best on a validation set (pseudo samples included) is taken; KL
-is averaged over a batch's pseudo samples, where batches of the code have two rows; the prompt stands before the text,
-as in the paper, not after it, and begins at label words and random tokens of the whole vocabulary, not of its 5,000
-most common; G is a frozen random vector drawn from the task's name, which stands after the prompt, not the untrained
-embedding of a spare token; the separator is text, not a token added; x is cut so that its answer fits in max_length; 16
-samples a label are drawn, where the code draws some for each test row; free text has no labels to check: up to 32
-samples of a task that have an answer are kept. Dropout is off. Tasks of another type would have prompts of their own.
+Constants are those of the released code (qcwthu/Lifelong-Fewshot-Language-Learning, Classification).
+
+Departures:
+
+- T5 is the backbone as given, not LM-adapted.
+- AdamW with linear warm-up and decay and the epochs of all rivals here, not Adafactor at a constant 0.5 for up to 1,280
+  epochs, of which the best on a validation set (pseudo samples included) is used. Dropout is off.
+- KL is averaged over a batch's pseudo samples; the code's batches have two rows.
+- The prompt comes before the text, as in the paper, not after it as in the code. It is initialised to label words and
+  random tokens of the whole vocabulary, not of its 5,000 most common.
+- G is a frozen random vector seeded by the task's name, after the prompt, not the untrained embedding of a spare token.
+- The separator is text, not an added token.
+- x is cut so that its answer fits in max_length.
+- 16 samples per label are drawn; the code draws some for each test row.
+- Free text has no labels to check: up to 32 samples per task that have an answer are kept.
 """
 
 from __future__ import annotations
@@ -39,21 +46,28 @@ from slm_fast.tokenization import pad
 
 LENGTH = 300
 LEARNING_RATE = 0.5
-GENERATE, CONSISTENT = 0.25, 0.01  # weights of the two further losses
+GENERATE, CONSISTENT = 0.25, 0.01  # weights of the two other losses
 SEPARATOR = "__ans__"
-DRAWN, KEPT = 16, 2  # samples of a label
-FREE = 32  # samples kept of free text; eight times as many are drawn
+DRAWN, KEPT = 16, 2  # samples per label
+FREE = 32  # samples kept per free-text task; eight times as many are drawn
 
 
 @dataclass(frozen=True)
 class Pseudo(Row):
-    """A row that was written, of an earlier task."""
+    """A generated row of an earlier task."""
 
     task: str = ""
 
 
 class Lfpt5:
-    """A `Method`. labels: of each task learned, None for free text. separator: stands between a text and its answer."""
+    """A `Method`.
+
+    Args:
+        separator: stands between a text and its answer.
+
+    Attributes:
+        labels: of each task learned, None for free text.
+    """
 
     def __init__(self, setup: Setup, *, length: int = LENGTH, separator: str = SEPARATOR) -> None:
         self.setup, self.separator = setup, separator
@@ -65,18 +79,18 @@ class Lfpt5:
         self.labels: dict[str, list[str] | None] = {}
 
     def token(self, name: str) -> Tensor:
-        """A task's G: [1, H], as large as embeddings are."""
+        """A task's G: [1, H], scaled like the embeddings."""
         generator = torch.Generator().manual_seed(name_seed(name, self.options.seed))
         vector = self.scale * torch.randn(1, self.prompt.shape[1], generator=generator)
         return vector.to(self.prompt.device)
 
     def generator(self, names: Sequence[str]) -> PromptedWriter:
-        """Reads the prompt and the G of each row's task."""
+        """A writer that reads the prompt and the G of each row's task."""
         whole = torch.stack([torch.cat([self.prompt, self.token(name)]) for name in names])  # [B, P + 1, H]
         return PromptedWriter(self.backbone, self.setup, lambda rows: whole)
 
     def generative(self, rows: Sequence[Row]) -> list[Row]:
-        """What the generator learns of rows: nothing to read, text and answer to write."""
+        """What the generator learns from rows: empty input, text and answer as output."""
         text, found = self.backbone.tokenization, []
         for row in rows:
             ending = f" {self.separator} {row.target or ''}"
@@ -86,7 +100,7 @@ class Lfpt5:
 
     @torch.inference_mode()
     def written(self, name: str, samples: int, seed: int) -> list[str]:
-        """What the prompt as it is writes after a task's G."""
+        """Texts that the current prompt generates after a task's G."""
         backbone, tokenizer = self.backbone, self.backbone.tokenizer
         encoded = backbone.tokenization.encode([""] * DRAWN, self.setup.max_length)
         prompt = self.generator([name] * DRAWN).prompt_of([])
@@ -108,7 +122,7 @@ class Lfpt5:
         return found[:samples]
 
     def parsed(self, name: str, written: str) -> Pseudo | None:
-        """A text as a row of the task; None where it does not have one separator and an answer of the task."""
+        """A generated text as a row of the task; None unless it has one separator and an answer of the task."""
         parts, labels = [part.strip() for part in written.split(self.separator)], self.labels[name]
         if len(parts) != 2 or not all(parts):
             return None
@@ -118,7 +132,7 @@ class Lfpt5:
         return None if label is None else Pseudo(parts[0], label, task=name)
 
     def pseudo(self, name: str, seed: int) -> list[Pseudo]:
-        """Samples of a task that was learned, as many as are kept."""
+        """The pseudo samples of an earlier task to keep."""
         labels = self.labels[name]
         samples, most = (8 * FREE, FREE) if labels is None else (DRAWN * len(labels), KEPT)
         found: dict[str, list[Pseudo]] = {}
@@ -128,8 +142,8 @@ class Lfpt5:
         return [row for key in sorted(found) for row in found[key][:most]]
 
     def consistency(self, rows: Sequence[Row], old: Tensor) -> Tensor:
-        """KL(old || new) of what a prompt [P, H] and the present one say of rows: summed over an answer's tokens, the
-        mean over rows."""
+        """KL(old || new) of the predictions on rows with the prompt `old` [P, H] and the current one: summed over an
+        answer's tokens, averaged over rows."""
         text, device = self.backbone.tokenization, self.backbone.device
         prompts, _ = text.tokenize([row.prompt for row in rows], self.setup.max_length)
         answers = text.encode_answers([row.target or "" for row in rows], self.setup.max_length)

@@ -1,17 +1,21 @@
-"""MbPA++: an episodic memory of all rows, replayed sparsely in training, and adapted to anew for each row answered.
+"""MbPA++: an episodic memory of all rows, replayed sparsely in training; the model adapts to each row it answers.
 
-De Masson d'Autume et al., Episodic Memory in Lifelong Language Learning, NeurIPS 2019. The memory holds every training
-row with its key, from a key network that is the pretrained encoder and never changes. In training, rows drawn uniformly
-from it are replayed at a rate of 1 %. To answer a row, the K = 32 memories with the nearest keys (Euclidean) are
-fetched, and from the learned weights W, L = 30 steps of gradient descent are taken on the mean of their losses plus
-lambda ||W~ - W||^2, lambda = 0.001; the row is answered with W~, which is then thrown away. The rate of these steps is
-one of the two that the paper tries, 1e-3 and 5e-3.
+Source: de Masson d'Autume et al., Episodic Memory in Lifelong Language Learning, NeurIPS 2019. The memory holds every
+training row with its key, computed by a key network: the pretrained encoder, which never changes. In training, rows
+drawn uniformly from it are replayed at a rate of 1 %. To answer a row, the K = 32 memories with the nearest keys
+(Euclidean) are fetched. From the learned weights W, L = 30 gradient steps are taken on the mean of their losses plus
+lambda ||W~ - W||^2, lambda = 0.001. The row is answered with W~, which is then discarded. The learning rate of these
+steps is one of the two that the paper tries, 1e-3 and 5e-3.
 
-Departures: the paper replays 100 rows after every 10,000; here it is a batch after every 100 batches, counted through
-all tasks (as Daikon-Sun/EM-in-LLL has it), since these streams are shorter. The paper passes a task once; here epochs,
-batch size, AdamW's warm-up and decay and its rates are those of all rivals (there: Adam, 3e-5). Nothing is dropped out.
-A key is the mean of the last hidden states over real tokens, not the first token's, which MiniLM was not trained to
-read; of T5 it is the encoder's, of LLaMA the model's below its output layer. The backbone need not be BERT-base.
+Departures:
+
+- One batch is replayed after every 100 batches, counted over all tasks (as in Daikon-Sun/EM-in-LLL), because these
+  streams are shorter; the paper replays 100 rows after every 10,000.
+- Epochs, batch size, and AdamW with its warm-up, decay and rates are those of all rivals here. The paper makes one pass
+  over a task, with Adam at 3e-5. There is no dropout.
+- A key is the mean of the last hidden states over real tokens, not the first token's, which MiniLM was not trained to
+  use. T5's is taken from the encoder, LLaMA's below the output layer.
+- The backbone need not be BERT-base.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ class Mbpa(Remembering):
     Args:
         neighbours, steps, rate, pull: K, L, the learning rate and lambda of the local adaptation.
         every: batches between replays.
-        most_rows: how many rows may be answered at a call, as each takes L steps on K rows; None means any number.
+        most_rows: rows that one call may answer, as each takes L steps on K rows; None means any number.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class Mbpa(Remembering):
         self.every, self.most_rows = every, most_rows
         self.key_network = Backbone.load(setup.backbone)
         self.keys = torch.empty(0, self.key_network.width, device=self.key_network.device)  # [rows of the memory, H]
-        self.batches = 0  # learned so far, of all tasks
+        self.batches = 0  # trained so far, over all tasks
 
     @torch.no_grad()
     def keys_of(self, rows: Sequence[Row]) -> Tensor:
@@ -76,7 +80,7 @@ class Mbpa(Remembering):
         return torch.cat(parts)
 
     def nearest(self, rows: Sequence[Row]) -> list[list[int]]:
-        """For each row the numbers of the memories with the nearest keys, the nearest first."""
+        """For each row, the indices of the memories with the nearest keys, nearest first."""
         found: list[list[int]] = []
         for queries in self.keys_of(rows).split(BATCH):
             distances = torch.cdist(
@@ -89,7 +93,7 @@ class Mbpa(Remembering):
         earlier, size = self.memory.rows, self.options.batch_size
 
         def arrange(batches: list[Tensor], generator: Generator) -> list[Tensor]:
-            """Replay rows of earlier tasks and those of this one that have been learned from."""
+            """Replay rows of earlier tasks and the rows of this one seen so far."""
             seen = torch.zeros(len(task.rows) + len(earlier), dtype=torch.bool)
             seen[len(task.rows) :] = True
             found = []
@@ -107,7 +111,7 @@ class Mbpa(Remembering):
         self.keys = torch.cat([self.keys, self.keys_of(task.rows)])
 
     def adapt(self, rows: Sequence[Row], base: Sequence[Tensor]) -> None:
-        """L steps from the weights `base` down the mean loss of rows + pull * ||weights - base||^2."""
+        """Take L gradient steps from the weights `base` on the mean loss of rows + pull * ||weights - base||^2."""
         weights = self.model.trained()
         for _ in range(self.steps):
             gradients = torch.autograd.grad(self.model.losses(rows).mean(), weights, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Rows kept of tasks learned before, batches of them among a task's own, and what methods share that keep them."""
+"""A memory of earlier tasks' rows, their mixing into a task's batches, and a base class with such a memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from benchmarks.continual.methods.method import Setup, State
 from slm_fast.data import Row
 from slm_fast.tasks import name_seed
 
-SHARE = 0.01  # of a task's rows, kept
-EVERY = 10  # batches, of which the last has kept rows mixed in
+SHARE = 0.01  # share of a task's rows that is kept
+EVERY = 10  # batches per replay: kept rows are mixed into the last
 
 
 class Memory:
-    """Rows by the task that they are of, tasks in the order they were learned."""
+    """Rows by task, in the order the tasks were learned."""
 
     def __init__(self) -> None:
         self.tasks: dict[str, list[Row]] = {}
@@ -31,7 +31,7 @@ class Memory:
         return [row for rows in self.tasks.values() for row in rows]
 
     def numbers(self, first: int) -> list[Tensor]:
-        """The place of each task's rows, [rows], when all `rows` stand in a line behind `first` others."""
+        """The indices of each task's rows, [rows], when all `rows` follow `first` other rows."""
         numbers = torch.arange(first, first + len(self.rows))
         return list(numbers.split([len(rows) for rows in self.tasks.values()]))
 
@@ -48,12 +48,12 @@ class Memory:
 
 
 def shared(rows: int, share: float) -> int:
-    """How many rows are kept of so many: this share, rounded down, and at least one."""
+    """How many of `rows` rows are kept: this share, rounded down, and at least one."""
     return max(1, int(share * rows))
 
 
 def sample(name: str, rows: Sequence[Row], share: float, seed: int) -> list[Row]:
-    """A share of a task's rows, all alike likely, drawn from its name."""
+    """A uniform random share of a task's rows, seeded by its name."""
     generator = Generator().manual_seed(name_seed(f"{name}/memory", seed))
     chosen = torch.randperm(len(rows), generator=generator)[: shared(len(rows), share)]
     return [rows[i] for i in chosen.tolist()]
@@ -62,15 +62,16 @@ def sample(name: str, rows: Sequence[Row], share: float, seed: int) -> list[Row]
 def mix(
     batches: Sequence[Tensor], kept: Sequence[Tensor], size: int, every: int, generator: Generator
 ) -> tuple[list[Tensor], list[bool]]:
-    """Put kept rows among the batches as IDBR and its Replay baseline do (Huang et al. 2021).
+    """Mix kept rows into the batches as IDBR and its Replay baseline do (Huang et al. 2021).
 
-    To the last of `every` batches come at most `size` rows of each earlier task, drawn without replacement; all of
-    these are shuffled together and cut into batches of `size`, so that they are as many more steps.
+    The last of every `every` batches gets up to `size` rows of each earlier task, drawn without replacement. These rows
+    are shuffled together and split into batches of `size`, which are additional steps.
 
     Args:
-        batches: of row numbers. kept: the row numbers of each earlier task.
+        batches: row numbers.
+        kept: row numbers of each earlier task.
 
-    Returns the batches, and which of them were mixed.
+    Returns the batches, and which of them are mixed.
     """
     found: list[Tensor] = []
     mixed: list[bool] = []
@@ -87,7 +88,7 @@ def mix(
 
 
 class Remembering(Finetune):
-    """One model trained in sequence, and a memory of rows."""
+    """One model trained in sequence, with a memory of rows."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)

@@ -1,4 +1,4 @@
-"""What a stream asks of a method, whatever it is inside."""
+"""The interface between a stream and the methods that learn it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any, NamedTuple, Protocol
 from slm_fast.data import Row, Task
 from slm_fast.options import LearnOptions
 
-State = Mapping[str, Any]  # tensors, numbers, words, and lists and mappings of these
+State = Mapping[str, Any]  # tensors, numbers, strings, and lists and mappings of these
 
 
 class Answer(NamedTuple):
-    """What is answered to a row.
+    """The answer to a row.
 
-    text: a label word, or what was written. task: which task the row was taken for, if the method says so. slots: the
-    task of each slot that was retrieved for it. probabilities: of all tasks' labels, of a method that says them.
+    Attributes:
+        text: a label word, or the generated text.
+        task: the task that the row was routed to, if the method reports it.
+        slots: the task of each slot retrieved for the row.
+        probabilities: of all tasks' labels, if the method reports them.
     """
 
     text: str
@@ -27,11 +30,14 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method is told before its first task.
+    """What a method is given before its first task.
 
-    backbone: a name or a folder. labels: all label words of the stream, sorted, for methods that have one head over
-    them. max_length: tokens read of a text. max_new_tokens: written of an answer. options: how each task is learned;
-    a method that has a learning rate of its own says so in its file.
+    Attributes:
+        backbone: a name or a folder.
+        labels: all label words of the stream, sorted, for methods with one head over them.
+        max_length: tokens read per text.
+        max_new_tokens: tokens generated per answer.
+        options: how each task is learned; a method with a learning rate of its own says so in its file.
     """
 
     backbone: str
@@ -44,37 +50,39 @@ class Setup:
 class Method(Protocol):
     """Learns the tasks of a stream one after another, and answers rows of those learned so far.
 
-    Everything random in learning a task is drawn from its name and the options' seed, so that a run that goes on from a
-    state ends as one that was never interrupted.
+    All randomness in learning a task is seeded by its name and the options' seed, so that a run resumed from a state
+    ends like one that was never interrupted.
     """
 
     def learn(self, task: Task, progress: bool | None = None) -> None: ...
 
     def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
-        """Rows of all tasks mixed. tasks: each row's, given only to a method whose `Entry` needs it."""
+        """Answer rows of all tasks, mixed. tasks: each row's, given only if the method's `Entry` needs it."""
 
     def state(self) -> State:
         """All that `restore` needs."""
 
     def restore(self, state: State) -> None:
-        """Be what the method was when it gave its `state`; called before anything is learned."""
+        """Return to the point at which `state` was called; called before anything is learned."""
 
     @property
     def parameters(self) -> int:
-        """Numbers that learning has added to the backbone or changed in it, of all tasks so far."""
+        """Parameters that learning added to the backbone or changed in it, over all tasks so far."""
 
     @property
     def kept(self) -> int:
-        """Bytes kept beside the backbone for all tasks so far: added parameters, statistics, rows to replay."""
+        """Bytes kept besides the backbone for all tasks so far: added parameters, statistics, rows to replay."""
 
 
 class Entry(NamedTuple):
     """A line of the table of methods.
 
-    kinds: of backbones that it runs on. told: it needs each row's task to answer.
+    Attributes:
+        kinds: of backbones that it runs on.
+        told: whether it needs each row's task to answer.
     """
 
     title: str
-    make: Callable[..., Method]  # (setup), and for slm_fast fields of its configuration
+    make: Callable[..., Method]  # takes a setup and, for slm_fast, fields of its configuration
     kinds: tuple[str, ...] = ("encoder", "seq2seq", "causal")
     told: bool = False

@@ -1,14 +1,19 @@
-"""O-LoRA: a LoRA a task, each learned in a subspace orthogonal to the earlier ones', all of them summed to answer.
+"""O-LoRA: one LoRA per task, each learned in a subspace orthogonal to the earlier ones; all are summed to answer.
 
-Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning, Findings of EMNLP 2023
-(cmnfriend/O-LoRA). The LoRAs of earlier tasks are active and frozen; that of task t learns from its rows' loss plus
-lambda_1 sum_(i<t) sum |A_i A_t^T|, A [r, I] being the matrix that reads the layer's input. lambda_1 is 0.5 and r 8, as
-there; absolute values are summed, as the released code does (the paper writes squares). No row's task is asked for.
+Source: Wang et al., Orthogonal Subspace Learning for Language Model Continual Learning, Findings of EMNLP 2023
+(cmnfriend/O-LoRA). The LoRAs of earlier tasks are active and frozen. That of task t learns from its rows' loss plus
+lambda_1 sum_(i<t) sum |A_i A_t^T|, where A [r, I] is the matrix that reads the layer's input. lambda_1 is 0.5 and r is
+8, as in the paper. Absolute values are summed, as the released code does (the paper writes squares). No task ID is
+needed.
 
-Departures: the layers are those that slm_fast adapts by default, and alpha is r (there: T5's and LLaMA's queries and
-values, alpha 32, dropout 0.1). AdamW, its warm-up and decay, batch size and epochs are those of all rivals here (there:
-a constant rate of 1e-3, batches of 64, one epoch). An encoder, which the paper has none of, answers with one head over
-all label words; each task trains it further, as no LoRA can hold it.
+Departures:
+
+- The layers are those that slm_fast adapts by default, and alpha is r (originally: the queries and values of T5 and
+  LLaMA, alpha 32, dropout 0.1).
+- AdamW, its warm-up and decay, batch size and epochs are those of all rivals here (originally: a constant rate of 1e-3,
+  batches of 64, one epoch).
+- An encoder, which the paper does not use, answers with one head over all label words. Each task continues to train it,
+  as a LoRA cannot contain it.
 """
 
 from __future__ import annotations
@@ -37,10 +42,10 @@ class OLora:
         loaded = Backbone.load(setup.backbone)
         self.modules = adapted_layers(loaded)
         self.model = make_model(loaded, setup, setup.labels, setup.options.seed)
-        self.loras: list[str] = []  # names of the adapters, which are not the tasks', as these may have dots
+        self.loras: list[str] = []  # adapter names; task names may contain dots
 
     def add(self, seed: int) -> None:
-        """Put one more LoRA beside the others, the only one that trains."""
+        """Add a LoRA to the others; only the new one trains."""
         name, rank = f"lora{len(self.loras)}", self.setup.options.rank
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=self.modules)
         with torch.random.fork_rng():
@@ -55,7 +60,7 @@ class OLora:
             parameter.requires_grad_(f".{name}." in key)
 
     def reading(self, name: str) -> list[Tensor]:
-        """A of one LoRA in each layer, [r, I]."""
+        """The A of one LoRA in each layer, [r, I]."""
         layers = [self.model.network.base_model.model.get_submodule(module) for module in self.modules]
         return [layer.lora_A[name].weight for layer in layers]
 
@@ -85,7 +90,7 @@ class OLora:
         self.model.load_state_dict(state["values"], strict=False)
 
     def _values(self) -> list[tuple[str, Tensor]]:
-        """All LoRAs and the head."""
+        """The parameters of all LoRAs and of the head."""
         named = self.model.named_parameters()
         return [(key, value) for key, value in named if ".lora_" in key or key.startswith("head.")]
 

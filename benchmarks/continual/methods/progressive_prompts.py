@@ -1,17 +1,22 @@
-"""Progressive Prompts: each task learns a soft prompt of its own, which is read before those of the tasks before it.
+"""Progressive Prompts: each task learns a soft prompt of its own, which is read before those of earlier tasks.
 
-Razdaibiedina et al., Progressive Prompts: Continual Learning for Language Models, ICLR 2023. Task k reads
-[P_k, ..., P_1, x] and trains P_k alone, written as P + MLP(P) with an MLP of one hidden layer of 800 ReLUs; afterwards
-the MLP is dropped and its P_k kept, which no later task changes. Each task of an encoder has a classifier of its own,
-trained with its prompt; the backbone stays frozen. A prompt begins at the embeddings of random tokens. Which task a row
-belongs to is told.
+Source: Razdaibiedina et al., Progressive Prompts: Continual Learning for Language Models, ICLR 2023. Task k reads
+[P_k, ..., P_1, x] and trains only P_k, written as P + MLP(P), where the MLP has one hidden layer of 800 ReLUs.
+Afterwards the MLP is dropped, and the resulting P_k is kept and never changes. With an encoder, each task has its own
+classifier, trained with its prompt; the backbone stays frozen. A prompt is initialised to the embeddings of random
+tokens. The task of each row is given. Ten vectors per task, as in the released code (arazd/ProgressivePrompts), whose
+README leaves out the MLP that the paper has.
 
-Ten vectors a task, as in the released code (arazd/ProgressivePrompts), whose README leaves the MLP out that the paper
-has. Departures: AdamW with linear warm-up and decay, and the epochs of all rivals here, without a validation set to
-stop at; one rate for prompt, MLP and (three to ten times that) head, not 0.3 (T5) or 3e-5 for 50 epochs (BERT); weight
-decay is Lester et al.'s; dropout is off. The classifier reads the mean over the text's tokens, not the state at the
-first vector of the task's prompt; the code's BERT has its prompts after the padded text, the newest last, each at
-positions of its own, and keeps its MLPs. Texts are not cut to make room for prompts.
+Departures:
+
+- AdamW with linear warm-up and decay and the epochs of all rivals here, without early stopping on a validation set.
+- One learning rate for prompt and MLP, and three to ten times that for the head, not 0.3 (T5) or 3e-5 for 50 epochs
+  (BERT).
+- Weight decay is Lester et al.'s. Dropout is off.
+- The classifier reads the mean over the text's tokens, not the state at the first vector of the task's prompt.
+- The code's BERT reads its prompts after the padded text, the newest last, each at its own positions, and keeps its
+  MLPs.
+- Texts are not cut to make room for prompts.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from slm_fast.data import Row, Task
 from slm_fast.tasks import name_seed
 
 LENGTH, BOTTLENECK = 10, 800
-LEARNING_RATE = 1e-3  # of prompt and MLP: the rates of a prompt alone are too large for an MLP
+LEARNING_RATE = 1e-3  # of prompt and MLP: the rates for a prompt alone are too large for an MLP
 
 
 class Reparameterised(nn.Module):
@@ -49,7 +54,7 @@ class Reparameterised(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, bottleneck), nn.ReLU(), nn.Linear(bottleneck, width)).to(device)
         generator = torch.Generator().manual_seed(seed)
         for parameter, fan_in in zip(self.mlp.parameters(), (width, width, bottleneck, bottleneck), strict=True):
-            bound = fan_in**-0.5  # as torch begins linear layers
+            bound = fan_in**-0.5  # torch's initialisation of linear layers
             parameter.data.copy_(torch.rand(parameter.shape, generator=generator) * 2 * bound - bound)
 
     def forward(self) -> Tensor:
@@ -67,7 +72,7 @@ class ProgressivePrompts:
         self.models: dict[str, PromptedClassifier | PromptedWriter] = {}
 
     def read(self, name: str) -> Tensor:
-        """What a task's rows read before their text, [k P, H]: its prompt, then earlier ones, the first task's last."""
+        """What a task's rows read before their text, [k P, H]: its prompt, then earlier ones, newest first."""
         names = list(self.prompts)
         return torch.cat([self.prompts[each] for each in names[names.index(name) :: -1]])
 

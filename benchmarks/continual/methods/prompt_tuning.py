@@ -1,14 +1,17 @@
 """Prompt tuning in sequence: one soft prompt before the input of a frozen backbone, trained on task after task.
 
-Lester, Al-Rfou & Constant, The Power of Scale for Parameter-Efficient Prompt Tuning, EMNLP 2021. The prompt has 100
-vectors, which begin at the embeddings of the label words (averaged over a word's tokens) and, after these, of random
-tokens. Nothing keeps what an earlier task taught it: the lower bound of methods that tune prompts.
+Source: Lester, Al-Rfou & Constant, The Power of Scale for Parameter-Efficient Prompt Tuning, EMNLP 2021. The prompt has
+100 vectors, initialised to the embeddings of the label words (averaged over a word's tokens) and then of random tokens.
+Nothing preserves what earlier tasks taught it: this is the lower bound of methods that tune prompts.
 
-Departures: AdamW with linear warm-up and decay, clipped at 1, for as many epochs as all rivals here, not Adafactor at a
-constant rate for 30,000 steps with the best checkpoint taken; dropout is off, as in all frozen backbones here; random
-tokens are drawn from the whole vocabulary, not from its 5,000 most common ones; of several tasks the paper trains one
-prompt each. An encoder, which the paper does not have, learns one head over all label words with the prompt, and at a
-rate that was chosen here. The rates are in `prompts.py`.
+Departures:
+
+- AdamW with linear warm-up and decay, clipped at 1, for the epochs of all rivals here, not Adafactor at a constant rate
+  for 30,000 steps with the best checkpoint. Dropout is off, as in all frozen backbones here.
+- Random tokens are drawn from the whole vocabulary, not from its 5,000 most common.
+- The paper trains one prompt for each task.
+- An encoder, which the paper does not use, learns one head over all label words with the prompt, at a rate chosen here.
+  `prompts.py` has the rates.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Soft prompts: vectors that stand before the embeddings of a text, for encoders, causal and seq2seq backbones.
+"""Soft prompts: vectors placed before the embeddings of a text, for encoders, causal and seq2seq backbones.
 
-An encoder reads the text at the positions it has without a prompt, and the prompt's vectors all at the first of these
-(a position adds a constant to a vector that is learned), so that a prompt of any length fits. Its head reads the mean
-over the text's real tokens; prompt positions are left out. Causal backbones count positions from the prompt's first
-vector; T5's are relative. Prompts are float32 and rounded to the backbone's dtype where they are read.
+In an encoder the text keeps the positions it has without a prompt, and all prompt vectors take the first of these (a
+position adds a constant to a vector that is learned), so that a prompt of any length fits. The head reads the mean over
+the text's real tokens, without prompt positions. Causal backbones count positions from the first prompt vector; T5's
+are relative. Prompts are float32 and are rounded to the backbone's dtype where they are read.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from slm_fast.data import Row
 from slm_fast.options import LearnOptions
 from slm_fast.tokenization import Encoded
 
-# Embeddings differ in size, and so do the steps that change them: 0.3 is Lester et al.'s for T5, 0.03 that of PEFT's
-# example of prompt tuning a causal model. An encoder's was chosen on MiniLM, two tasks of the demonstration learned in
-# sequence (20 vectors, 80 rows a task, 40 others answered): 80 % right at 1e-3, 79 at 3e-3, 63 at 1e-2; of Progressive
-# Prompts 91 and 94 % at the first two.
+# Embeddings differ in scale, and so do suitable rates. 0.3 is Lester et al.'s for T5, 0.03 is that of PEFT's example
+# of prompt tuning a causal model. The encoders' was chosen on MiniLM with two tasks of the demonstration learned in
+# sequence (20 vectors, 80 rows per task, 40 others answered): 80 % right at 1e-3, 79 at 3e-3, 63 at 1e-2. Progressive
+# Prompts had 91 and 94 % at the first two.
 LEARNING_RATES = {"encoder": 3e-3, "seq2seq": 0.3, "causal": 0.03}
 WEIGHT_DECAY = 1e-5  # Lester et al. 2021
 
-PromptOf = Callable[[Sequence[Row]], Tensor]  # rows -> [P, H], or [B, P, H] where they differ
+PromptOf = Callable[[Sequence[Row]], Tensor]  # rows -> [P, H], or [B, P, H] if they differ
 
 
 def prompt_options(options: LearnOptions, kind: str) -> LearnOptions:
-    """How a prompt of such a backbone is learned."""
+    """How a prompt of a backbone of this kind is learned."""
     return replace(options, learning_rate=LEARNING_RATES[kind], weight_decay=WEIGHT_DECAY)
 
 
 def starting_prompt(backbone: Backbone, length: int, seed: int, words: Sequence[str] = ()) -> Tensor:
     """[length, H] float32: the mean embedding of each word's tokens, as far as there is room, then the embeddings of
-    random tokens of the vocabulary, special ones excepted."""
+    random non-special tokens."""
     table, tokenizer = backbone.model.get_input_embeddings().weight.detach(), backbone.tokenizer
     special = set(tokenizer.all_special_ids)
     tokens = torch.tensor([i for i in range(min(len(tokenizer), len(table))) if i not in special])
@@ -52,7 +52,7 @@ def starting_prompt(backbone: Backbone, length: int, seed: int, words: Sequence[
 
 
 def prompt_inputs(backbone: Backbone, prompt: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """What a network reads for prompts [B, P, H] before tokens [B, T] with their mask [B, T]."""
+    """A network's inputs for prompts [B, P, H] before tokens [B, T] with their mask [B, T]."""
     rows, length = prompt.shape[:2]
     text_BTH = backbone.model.get_input_embeddings()(ids)
     whole = torch.cat([mask.new_ones(rows, length), mask], 1)  # [B, P + T]
@@ -70,7 +70,7 @@ def prompt_inputs(backbone: Backbone, prompt: Tensor, ids: Tensor, mask: Tensor)
 class PromptedClassifier(Classifier):
     """A classifier that reads `prompt_of(rows)` before the rows' texts."""
 
-    prompt: Tensor  # [B, P, H] of the batch that is read
+    prompt: Tensor  # [B, P, H] of the current batch
 
     def __init__(self, backbone: Backbone, labels: Sequence[str], setup: Setup, seed: int, prompt_of: PromptOf) -> None:
         super().__init__(backbone, labels, setup.max_length, seed)
@@ -88,7 +88,7 @@ class PromptedClassifier(Classifier):
 class PromptedWriter(Writer):
     """A writer that reads `prompt_of(rows)` before the rows' prompts."""
 
-    prompt: Tensor  # [B, P, H] of the batch that is read
+    prompt: Tensor  # [B, P, H] of the current batch
 
     def __init__(self, backbone: Backbone, setup: Setup, prompt_of: PromptOf) -> None:
         super().__init__(backbone, setup.max_length, setup.max_new_tokens)
@@ -112,9 +112,9 @@ class PromptedWriter(Writer):
 
     def write(self, encoded: Encoded) -> Tensor:
         inputs = prompt_inputs(self.backbone, self.prompt, encoded.input_ids, encoded.attention_mask)
-        inputs.pop("position_ids", None)  # `generate` counts them itself
+        inputs.pop("position_ids", None)  # `generate` computes them itself
         written = self.generate(inputs)
-        if self.backbone.kind == "causal":  # of embeddings only what is new comes back
+        if self.backbone.kind == "causal":  # given embeddings, it returns only new tokens
             written = torch.cat([encoded.input_ids, written], 1)
         return written
 
@@ -122,7 +122,7 @@ class PromptedWriter(Writer):
 def make_prompted(
     backbone: Backbone, setup: Setup, labels: Sequence[str], seed: int, prompt_of: PromptOf
 ) -> PromptedClassifier | PromptedWriter:
-    """A backbone that answers in the way of its kind, and reads `prompt_of(rows)` first."""
+    """A model that answers as the backbone's kind does, and reads `prompt_of(rows)` first."""
     if backbone.kind == "encoder":
         return PromptedClassifier(backbone, labels, setup, seed, prompt_of)
     return PromptedWriter(backbone, setup, prompt_of)

@@ -1,14 +1,18 @@
-"""Replay: fine-tuning with 1 % of the rows of earlier tasks kept, and replayed among those of the next.
+"""Replay: fine-tuning with 1 % of the rows of earlier tasks kept and replayed among those of the next.
 
-The Replay baseline of Huang et al., Continual Learning for Text Classification with Information Disentanglement Based
-Regularization, NAACL 2021 (SALT-NLP/IDBR), whose share the SLM paper (ICLR 2024) takes, too: 1 % of a task's training
-rows, drawn at random once it is learned; while a later task is learned, a batch of each earlier task is mixed into
-every tenth batch, and all these are as many more steps.
+Source: the Replay baseline of Huang et al., Continual Learning for Text Classification with Information Disentanglement
+Based Regularization, NAACL 2021 (SALT-NLP/IDBR), whose share the SLM paper (ICLR 2024) also uses. 1 % of a task's
+training rows are drawn at random once it is learned. While a later task is learned, a batch of each earlier task is
+mixed into every tenth batch; these rows are additional steps.
 
-Departures: the backbone and its reading of a row (the mean over tokens, or writing the label), AdamW's warm-up and
-decay, learning rates, batch size and epochs are those of all rivals here (there: BERT-base, 3e-5 throughout, batches of
-8, epochs chosen a task). At least one row a task is kept. Tenth batches are counted through all epochs of a task, not
-anew in each, so that short tasks replay, too. The model of the last step is kept, not the best on validation rows.
+Departures:
+
+- The backbone, its reading of a row (the mean over tokens, or generating the label), AdamW's warm-up and decay,
+  learning rates, batch size and epochs are those of all rivals here (originally: BERT-base, 3e-5 throughout, batches of
+  8, epochs chosen per task).
+- At least one row per task is kept.
+- Tenth batches are counted through all epochs of a task, not anew in each, so that short tasks replay, too.
+- The model of the last step is kept, not the best on validation rows.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from slm_fast.data import Task
 
 
 class Replay(Remembering):
-    """A `Method`. share: of a task's rows that is kept. every: how many batches lie between replays."""
+    """A `Method`. share: of a task's rows to keep. every: replay in every `every`-th batch."""
 
     def __init__(self, setup: Setup, *, share: float = SHARE, every: int = EVERY) -> None:
         super().__init__(setup)

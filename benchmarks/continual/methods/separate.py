@@ -1,4 +1,4 @@
-"""Separate: for each task a LoRA model of its own (PEFT), told at inference which task a row belongs to.
+"""Separate: one LoRA model (PEFT) per task; the task of each row is given at inference.
 
 The upper bound of what values of this size can learn: nothing is shared, nothing is routed, nothing can be forgotten.
 """
@@ -19,7 +19,7 @@ from slm_fast.tasks import name_seed
 
 
 class Separate:
-    """A `Method`: one PEFT LoRA model a task, on the layers and with the rank that slm_fast uses by default."""
+    """A `Method`: one PEFT LoRA model per task, on the layers and with the rank that slm_fast uses by default."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup

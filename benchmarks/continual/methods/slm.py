@@ -1,4 +1,4 @@
-"""slm_fast itself, behind the face its rivals have."""
+"""slm_fast itself, behind the interface of its rivals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slm_fast.task_file import task_from_bytes, task_to_bytes
 
 
 class Slm:
-    """A `Method`, with these fields of the model's configuration. told: each row's task is given (SLM-TI)."""
+    """A `Method`. config: fields of ModelConfig. told: each row's task is given (SLM-TI)."""
 
     def __init__(self, setup: Setup, *, told: bool = False, **config: Any) -> None:
         self.slm = ScalableLM.from_backbone(setup.backbone, max_length=setup.max_length, **config)
@@ -27,7 +27,7 @@ class Slm:
         self.slm.learn(task, options=self.setup.options, progress=progress)
 
     def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
-        if not self.slm.tasks:  # `repro --unseen` asks the untrained, too
+        if not self.slm.tasks:  # `repro --unseen` also asks the untrained model
             return [Answer("")] * len(rows)
         found = self.slm.predict(
             rows,
@@ -36,7 +36,7 @@ class Slm:
             top_k=None,
             progress=False,
         )
-        # More than half of the slots can be one task's only where tasks bring so many.
+        # One task can own more than half of the retrieved slots only if tasks have that many.
         most = max((task.slots for task in self.slm.learned.values()), default=0)
         countable = 2 * most > (self.slm.model.config.k or 0)
         return [
@@ -50,7 +50,7 @@ class Slm:
         ]
 
     def find_routes(self, rows: Sequence[Row]) -> None:
-        """Route rows and do no more, to see what that costs; not of a model that is told the tasks."""
+        """Only route rows, to measure its cost; not for a model that is given the tasks."""
         readings = sorted(self.slm.model.tokenize(rows), key=lambda reading: len(reading.ids))
         for start in range(0, len(readings), BATCH):
             self.slm.model.find_routes(self.slm.model.collate(readings[start : start + BATCH]))
@@ -63,7 +63,7 @@ class Slm:
         self.slm.add([task_from_bytes(data.numpy().tobytes(), Path(name)) for name, data in state.items()])
 
     def digest(self, name: str) -> str:
-        """SHA-256 of the task's file, by which runs in other orders are seen to have learned the same."""
+        """SHA-256 of the task's file, which shows whether runs in other orders learned the same."""
         return hashlib.sha256(task_to_bytes(self.slm.learned[name])).hexdigest()
 
     @property

@@ -1,4 +1,4 @@
-"""slm_fast's router, behind the face of an identifier of tasks."""
+"""slm_fast's router, behind the interface of task identifiers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from slm_fast.options import ModelConfig
 
 @lru_cache(maxsize=1)
 def configured(features: int) -> AdaptedModel:
-    """MiniLM with a router of so many random features, kept for the folds of one variant."""
+    """MiniLM with a router of this many random features, cached for the folds of one variant."""
     return AdaptedModel(Backbone.load("minilm"), ModelConfig(max_length=128, features=features))
 
 
 class SlmRouter:
-    """One slot a task. features: random features of the query's means, 0 for none. labels: a mean a label, else one a
-    task. drawn: with features, labels' means are drawn to their task's (`random_features.drawn_means`)."""
+    """An `Identifier`: slm_fast's router with one slot per task.
+
+    Args:
+        features: random features of the query's means, 0 for none.
+        labels: one mean per label, else one per task.
+        drawn: with features, shrink label means towards their task's mean (`random_features.drawn_means`).
+    """
 
     def __init__(self, features: int, *, labels: bool = True, drawn: bool = True) -> None:
         self.router, self.labels, self.drawn = configured(features).new_router(), labels, drawn

@@ -1,4 +1,4 @@
-"""What lm-eval is told of the four sets: where their rows are, and how WinoGrande's are read.
+"""The rows of the four sets for lm-eval: where they are, and how WinoGrande's are read.
 
 The prompts and scores are those of lm-eval's own arc_easy, arc_challenge, piqa and winogrande.
 """
@@ -21,7 +21,7 @@ def load(*, data: str | None = None, name: str, **_: Any) -> dict[str, Dataset]:
         return {"test": Dataset.from_list([json.loads(line) for line in file])}
 
 
-# WinoGrande is scored on what follows the blank, after the beginning with either word in it (Trinh & Le 2018).
+# WinoGrande scores the text after the blank, given the beginning with either word filled in (Trinh & Le 2018).
 
 
 def ending(row: dict[str, Any]) -> str:

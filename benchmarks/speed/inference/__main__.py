@@ -1,21 +1,21 @@
-"""Mixed-task inference beside what a user would run otherwise: rows/s and peak memory, on the same rows and batches.
+"""Mixed-task inference against its alternatives: rows/s and peak memory on the same rows and batches.
 
     python -m benchmarks.speed.inference --data DIR                                # one section, backbone and dtype
     python -m benchmarks.speed.inference --data DIR --section ways tasks --backbone minilm bert-base --dtype bfloat16
     python -m benchmarks.speed.inference --data DIR --section user                 # from texts to answers
     python -m benchmarks.speed.inference --plot
 
-Each section, backbone and dtype runs in a process of its own and is saved to the CSV when it ends; the lines of all
-others, and with --ways those of all other ways, are kept. Ways are called in turns; a ratio is one of medians in one
-run. Backbones other than MiniLM have random weights and the layer shapes of their names, with fewer layers where the
-machine asks for it. `DIR` holds `<task>/test.jsonl.gz` and `train.jsonl.gz` of the five tasks; without it texts of the
-same lengths are made up.
+Each section, backbone and dtype runs in a process of its own, whose lines are saved to the CSV when it ends. All other
+lines are kept; with --ways, so are those of other ways. Ways are called in turns, and a ratio is one of medians within
+one run. Backbones other than MiniLM have random weights and the layer shapes of their names, with fewer layers if the
+machine requires it. `DIR` holds `<task>/test.jsonl.gz` and `train.jsonl.gz` of the five tasks; without it, texts of the
+same lengths are generated.
 
-ways:     one pass over tokenised batches of about 2,048 tokens. All of them run on the same base with the same linear
-          layers, but "plain transformers", which is nobody's but its own.
+ways:     one pass over tokenised batches of about 2,048 tokens. All ways run on the same base with the same linear
+          layers, except "plain transformers", which is the unmodified model.
 tasks:    5 and 200 tasks in the pool.
 user:     from texts to labels: plain transformers in fixed batches in arrival order, and slm_fast; MiniLM.
-profile:  where a pass's time goes, as text beside the CSV.
+profile:  where the time of a pass goes, as text next to the CSV.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Part = tuple[str, ...]  # section, backbone, dtype
 
 
 def part_of(row: Mapping[str, Any]) -> Part:
-    """What one process measures. The section of users chooses dtypes of its own."""
+    """The part (one process) that measures this row. The section `user` chooses its own dtypes."""
     return row["section"], row["backbone"], "" if row["section"] == "user" else row["dtype"]
 
 
 def merge(path: Path, found: list[dict[str, Any]], *, ways: bool = False) -> list[dict[str, Any]]:
-    """The lines of a CSV with those of the same part replaced; with `ways` only those of the same ways in it."""
+    """The lines of a CSV with those of the same part replaced; with `ways`, only those of the same ways in it."""
 
     def key(row: Mapping[str, Any]) -> Part:
         return (*part_of(row), row["way"]) if ways else part_of(row)
@@ -56,7 +56,7 @@ def merge(path: Path, found: list[dict[str, Any]], *, ways: bool = False) -> lis
 
 
 def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
-    """Rows a second of every way, as a share of the bare backbone's."""
+    """Rows/s of every way, relative to the bare backbone."""
     own = [row for row in rows if row["section"] == "ways" and row["way"] != BARE]
     if not own:
         return
@@ -83,13 +83,13 @@ def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:
 
 
 def parts(options: argparse.Namespace) -> list[Part]:
-    """The sections, backbones and dtypes to run. The section of users has one backbone, and dtypes of its own."""
+    """The sections, backbones and dtypes to run. The section `user` has one backbone and its own dtypes."""
     chosen = itertools.product(options.section, options.backbone, options.dtype)
     return list(dict.fromkeys(("user", "minilm", "float32") if one[0] == "user" else one for one in chosen))
 
 
 def run_part(options: argparse.Namespace) -> int:
-    """Measure one part in this process and write what was found to standard output: a profile, or lines as JSON."""
+    """Measure one part in this process and print a profile, or its lines as JSON."""
     (options.section,), (options.backbone,), (options.dtype,) = options.section, options.backbone, options.dtype
     torch.set_num_threads(options.threads)
     result = profile(options) if options.section == "profile" else json.dumps(SECTIONS[options.section](options))
@@ -99,21 +99,21 @@ def run_part(options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with a folder a task; default: made-up texts")
+    parser.add_argument("--data", type=Path, help="folder with one folder per task; default: generated texts")
     parser.add_argument("--section", choices=[*SECTIONS, "profile"], nargs="+", default=["ways"])
     parser.add_argument("--backbone", choices=list(BACKBONES), nargs="+", default=["minilm"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
-    parser.add_argument("--layers", type=int, help="of a backbone with random weights")
-    parser.add_argument("--encoder-layers", type=int, help="of the second model, where it has random weights")
-    parser.add_argument("--batches", type=int, help="how many; default: what suits the backbone")
-    parser.add_argument("--batch-tokens", type=int, help="padding included; default: what suits the backbone")
-    parser.add_argument("--ways", help="only ways with this in their names, and the bare backbone")
-    parser.add_argument("--rows", type=int, default=200, help="of the section user")
+    parser.add_argument("--layers", type=int, help="layers of a backbone with random weights")
+    parser.add_argument("--encoder-layers", type=int, help="layers of the second model, if it has random weights")
+    parser.add_argument("--batches", type=int, help="number of batches; default: by backbone")
+    parser.add_argument("--batch-tokens", type=int, help="tokens per batch, padding included; default: by backbone")
+    parser.add_argument("--ways", help="run only ways whose names contain this, and the bare backbone")
+    parser.add_argument("--rows", type=int, default=200, help="rows of the section user")
     parser.add_argument("--rounds", type=int, default=5, help="calls of each way")
-    parser.add_argument("--label", help="put into the name of a profile")
+    parser.add_argument("--label", help="added to the file name of a profile")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS / "inference.csv")
-    parser.add_argument("--plot", action="store_true", help="only draw what the CSV holds")
+    parser.add_argument("--plot", action="store_true", help="only plot the CSV")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -125,7 +125,7 @@ def main() -> int:
         command = [sys.executable, "-m", "benchmarks.speed.inference", *sys.argv[1:], *own]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            return done.returncode  # it has said why
+            return done.returncode  # it has printed the error
         if section == "profile":
             print(done.stdout)
             label = f".{options.label}" if options.label else ""

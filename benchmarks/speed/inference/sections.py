@@ -1,4 +1,4 @@
-"""What is compared: each section takes the command's options and gives a line of the CSV for each way."""
+"""The sections: each takes the command's options and returns one line of the CSV per way."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from benchmarks.speed.timing import Others, Times, time_together
 from slm_fast import ScalableLM
 from slm_fast.loading import loading
 
-Calls = Mapping[str, Sequence[Callable[[], object]]]  # what each way does, in parts
+Calls = Mapping[str, Sequence[Callable[[], object]]]  # the calls of each way, in parts
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How many layers, batches and tokens a batch of a backbone are run on a processor of a few cores. A GPU runs all
-    layers."""
+    """Layers, batches and tokens per batch of a backbone on a CPU with few cores. A GPU runs all layers."""
 
     layers: int
     batches: int
@@ -43,7 +42,7 @@ BACKBONES = {
 
 
 def layers_of(options: argparse.Namespace) -> int:
-    """MiniLM is real, so it has all of its own."""
+    """The number of layers to run. MiniLM is real, so all of its layers run."""
     if options.backbone == "minilm" or (DEVICE != "cpu" and not options.layers):
         return FULL[options.backbone]
     return options.layers or BACKBONES[options.backbone].layers
@@ -53,7 +52,7 @@ def make_ways(options: argparse.Namespace, folder: str) -> Ways:
     dtype, size = getattr(torch, options.dtype), BACKBONES[options.backbone]
     model, tokenizer = pretrained(options.backbone, layers_of(options), dtype, decoder_layers=1)
     encoder = "minilm"
-    if options.backbone != "minilm":  # a second model of the same size as BERT-base's, whole beside larger ones
+    if options.backbone != "minilm":  # the second model is a BERT-base, as deep as a BERT-base backbone, else complete
         layers = layers_of(options) if options.backbone == "bert-base" else FULL["bert-base"]
         with loading():
             for part in pretrained("bert-base", options.encoder_layers or layers, dtype):
@@ -79,8 +78,11 @@ def all_of(parts: Sequence[Callable[[], object]]) -> None:
 def lines(
     options: argparse.Namespace, calls: Calls, rows: int, dtypes: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """A line a way, each compared with the first. A part is timed in turns with the same part of the other ways, so
-    that slow seconds of the machine meet all alike; a way's percentiles are the sums of its parts'."""
+    """One line per way, each compared with the first.
+
+    A part is timed in turns with the same part of the other ways, so that slow moments of the machine affect all ways
+    alike. A way's percentiles are the sums of its parts' percentiles.
+    """
     memory = {name: peak_mib(partial(all_of, parts)) for name, parts in calls.items()}
     times = dict.fromkeys(calls, Times(0.0, 0.0, 0.0))
     with Others() as others:
@@ -105,7 +107,7 @@ def lines(
             "rows_per_s": f"{1e3 * rows / t.p50:.1f}",
             "to_first": f"{first / t.p50:.3f}",
             "added_ms": f"{t.p50 - first:.1f}",
-            "peak_mib": f"{memory[name][1] - memory[name][0]:.0f}",  # above what the process holds
+            "peak_mib": f"{memory[name][1] - memory[name][0]:.0f}",  # above what the process held before
             "other_load": f"{others.share:.2f}",
         }
         for name, t in times.items()
@@ -116,7 +118,7 @@ def ways(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One pass over tokenised batches in every way."""
     with tempfile.TemporaryDirectory() as folder:
         made = make_ways(options, folder)
-        # The bare backbone is what the others are compared with, so it always runs.
+        # The bare backbone is the baseline, so it always runs.
         names = [name for name in made.steps if name == BARE or options.ways is None or options.ways in name]
         return lines(options, {name: made.passes(name) for name in names}, made.rows)
 
@@ -135,7 +137,7 @@ def tasks(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def user(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """From texts to labels, tokenising included: plain transformers in fixed batches in arrival order, and slm_fast."""
+    """From texts to labels, tokenisation included: slm_fast, and plain transformers in batches in arrival order."""
     rows = [text for _, text in mixed(texts_of(options.data, "test", -(-options.rows // len(TASKS))))]
     train = texts_of(options.data, "train", 64)
 
@@ -170,7 +172,7 @@ def user(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def profile(options: argparse.Namespace) -> str:
-    """Where the time of one pass of the bare backbone and of slm_fast goes."""
+    """Where the time of one pass goes, for the bare backbone and for slm_fast."""
     with tempfile.TemporaryDirectory() as folder:
         made = make_ways(options, folder)
     found = []
@@ -197,7 +199,7 @@ SECTIONS = {"ways": ways, "tasks": tasks, "user": user}
 
 
 def claims(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The ratios that matter, of the lines of one run of a section."""
+    """The ratios that matter, from the lines of one run of a section."""
     ms = {row["way"]: float(row["p50_ms"]) for row in rows}
     if "5 tasks" in ms:
         return [f"rows/s with 200 tasks, of those with 5: {ms['5 tasks'] / ms['200 tasks']:.3f}"]

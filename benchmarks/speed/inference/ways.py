@@ -1,4 +1,4 @@
-"""The ways to pass mixed-task batches through one backbone, all on the same base with the same linear layers."""
+"""The ways to run mixed-task batches through one backbone, all on the same base with the same linear layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PER_SAMPLE = "increments materialised, per sample"
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that pass together, and the task of each."""
+    """Rows of one pass, and the task of each."""
 
     encoded: Encoded
     tasks: list[str]
@@ -42,9 +42,9 @@ Step = Callable[[Batch], Tensor]  # a batch's last hidden states [B, T, H]
 
 
 def answer(slm: ScalableLM, batch: Encoded, route: Route | None = None) -> Tensor:
-    """A pass with increments, (where there are any) heads and, unless it is given, the search for its route [B, K].
+    """One pass with increments, with heads if there are any and, unless `route` [B, K] is given, with routing.
 
-    Returns the last hidden states [B, T, H], or their mean [B, H] where that is all there is (of a CUDA graph).
+    Returns the last hidden states [B, T, H], or their mean [B, H] if there is nothing else (from a CUDA graph).
     """
     model = slm.model
     if isinstance(model.query, SentenceQuery) and route is None:
@@ -56,7 +56,7 @@ def answer(slm: ScalableLM, batch: Encoded, route: Route | None = None) -> Tenso
 
 
 def run_trunk(model: Any, kind: str, batch: Encoded) -> Tensor:
-    """Last hidden states [B, T, H] of a bare model. Of T5 its encoder's; a causal one keeps no cache."""
+    """Last hidden states [B, T, H] of a bare model: for T5 the encoder's, for a causal model without a cache."""
     options = {}
     if kind == "seq2seq":
         model = model.get_encoder()
@@ -67,14 +67,15 @@ def run_trunk(model: Any, kind: str, batch: Encoded) -> Tensor:
 
 
 class Ways:
-    """Every way over the same batches. A way's model is made when its step is first asked for.
+    """Every way over the same batches. A way's model is created when its step is first requested.
 
     Args:
-        plain: a transformers model that nobody has touched; all ways share its parameters.
+        plain: an unmodified transformers model; all ways share its parameters.
         encoder: path or name of the second model, for the sentence query and the two-model design.
-        train: {task: texts} that the router learns the tasks by.
-        rows: (task, text) that are answered.
-        tokens: of a batch, padding included. batches: how many, from all over the lengths.
+        train: {task: texts} for the router to learn the tasks by.
+        rows: (task, text) to answer.
+        tokens: per batch, padding included.
+        batches: how many, spread over all lengths.
     """
 
     def __init__(
@@ -135,13 +136,13 @@ class Ways:
         return self.learned(query="sentence", router="dtkr", encoder=self.encoder)
 
     def learned(self, copies: int = 1, **config: Any) -> ScalableLM:
-        """A model that knows `copies` tasks of each name, their values random."""
+        """A model that knows `copies` tasks of each name, with random values."""
         slm = self._untaught(**config)
         slm.add(random_tasks(slm, self.train, copies))
         return slm
 
     def passing(self, way: Pass) -> ScalableLM:
-        """A model of the same tasks whose layers pass the increments in another way."""
+        """A model of the same tasks whose layers apply the increments in another way."""
         slm = self._untaught(query="trunk", router="gaussian")
         slm.add(list(self.slm.learned.values()))
         replace_layers(slm, dict.fromkeys(slm.model.modules, way))
@@ -155,7 +156,7 @@ class Ways:
         return slm
 
     def passes(self, name: str) -> list[Callable[[], object]]:
-        """Calls that pass a batch each in the way of this name."""
+        """One call per batch, in the way of this name."""
         step = self.steps[name]()
         return [partial(step, batch) for batch in (self.by_task if name == ONE_TASK else self.batches)]
 
@@ -181,7 +182,7 @@ class Ways:
         return step
 
     def _peft(self) -> Step:
-        """PEFT LoRA with the increments of our tasks, one adapter a task; each row names its own."""
+        """PEFT LoRA with the increments of our tasks, one adapter per task; each row names its adapter."""
         modules, kind = list(self.slm.model.modules), self.kind
         config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=modules, lora_dropout=0.0)
         names = list(self.train)

@@ -1,4 +1,4 @@
-"""The operators' benchmarks one after the other, or those named, with the same options.
+"""Run the operators' benchmarks one after the other, or those named, with the same options.
 
 python -m benchmarks.speed.operators [multi_lora] [retrieve] [--sweep] [--help]
 """

@@ -1,11 +1,11 @@
-"""multi_lora beside every alternative a user has, on a CPU.
+"""multi_lora against its alternatives, on a CPU.
 
     python -m benchmarks.speed.operators.bench_multi_lora            # the shapes of the targets
     python -m benchmarks.speed.operators.bench_multi_lora --sweep    # every axis around them, with the plot
 
-Each line: p20/p50/p80 of one way, its ratio to the best alternative, to the frozen linear and to the floor (all in the
-same run). `native` and `gather bmm` write in place, as an adapted layer without gradients does; `native new` and
-`gather bmm new` leave the base output as it is.
+Each line: p20/p50/p80 of one way, and its ratio to the best alternative, to the frozen linear and to the floor (all in
+the same run). `native` and `gather bmm` write in place, as an adapted layer without gradients does; `native new` and
+`gather bmm new` keep the base output.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TARGETS += [Shape(backward=True), Shape(H=384, backward=True), Shape(dtype=torch
 
 SWEEP = [
     *(Shape(B=B, T=T) for B, T in ((1, 1), (32, 1), (256, 1), (1, 128), (32, 128), (256, 128), (32, 512))),
-    Shape(B=31, T=97, H=1000, P=19, K=3, r=7),  # ragged: nothing divides by a tile
+    Shape(B=31, T=97, H=1000, P=19, K=3, r=7),  # ragged: no size is a multiple of a tile
     *(Shape(H=H) for H in (384, 1024, 4096)),
     *(Shape(K=K, r=r) for K, r in ((2, 8), (4, 8), (4, 16))),
     *(Shape(P=P) for P in (1000, 100_000)),
@@ -79,8 +79,8 @@ def route(shape: Shape) -> tuple[Tensor, Tensor]:
     return ids.contiguous(), weights / weights.sum(1, keepdim=True)
 
 
-# The alternatives: each returns or overwrites y [B, T, H].
-IN_PLACE = ("gather bmm", "gather bmm compiled", "peft mixed")  # not for who needs the base output again
+# The alternatives. Each returns or overwrites y [B, T, H].
+IN_PLACE = ("gather bmm", "gather bmm compiled", "peft mixed")  # unusable if the base output is needed again
 
 
 def gather_bmm_(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def materialised(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tens
 
 
 class Given(torch.nn.Module):
-    """In the place of a base layer: its output, computed already."""
+    """Replaces a base layer whose output is already computed."""
 
     y: Tensor
 
@@ -112,7 +112,7 @@ class Given(torch.nn.Module):
 
 
 def peft_layer(lora_a: Tensor, lora_b: Tensor) -> Any:
-    """PEFT's LoRA layer with the slots as its adapters, named "0", "1", ..., and nothing to do for its base."""
+    """PEFT's LoRA layer with the slots as its adapters, named "0", "1", ..., and a base that costs nothing."""
     import peft
 
     config = peft.LoraConfig(r=lora_a.shape[1], lora_alpha=lora_a.shape[1])
@@ -129,8 +129,10 @@ def peft_layer(lora_a: Tensor, lora_b: Tensor) -> Any:
 
 
 def peft_mixed(x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """PEFT's mixed-batch forward, its own code, onto y. It takes one adapter a row and no weights, so it is called K
-    times, and the rows' weights are left out, which spares it work."""
+    """PEFT's own mixed-batch forward, added onto y.
+
+    It takes one adapter per row and no weights, so it is called K times without the rows' weights, which saves it work.
+    """
     layer = peft_layer(lora_a, lora_b)
     names = [[str(slot) for slot in column] for column in ids.T.tolist()]
 
@@ -142,8 +144,10 @@ def peft_mixed(x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor) -> Callab
 
 
 def arrow(x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """PEFT Arrow, its own code, added to y: every adapter's output for every token, [B T, P, H], and their weighted
-    sum. It routes for itself, token by token (one [B T, H] x [H, P] product)."""
+    """PEFT Arrow's own code, added to y: every adapter's output for every token, [B T, P, H], and their weighted sum.
+
+    It does its own routing, token by token (one [B T, H] x [H, P] product).
+    """
     import peft
     from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 
@@ -158,7 +162,7 @@ def arrow(x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor) -> Callable[[T
 
 
 def dense(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """All slots for every token, the unused ones times zero: two plain products."""
+    """All slots for every token, unused ones times zero: two plain products."""
     P, r, _ = lora_a.shape
     share = torch.zeros(len(ids), P, dtype=x.dtype).scatter_add_(1, ids, weights.to(x.dtype))
     shrunk = (x.flatten(0, 1) @ lora_a.flatten(0, 1).T).view(*x.shape[:2], P, r) * share[:, None, :, None]
@@ -166,11 +170,11 @@ def dense(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, wei
 
 
 def candidates(shape: Shape, compiled: bool) -> Ways:
-    """Every way that this case's memory allows, ready to be called."""
+    """Every way that fits in memory for this case, ready to call."""
     torch.manual_seed(0)
     B, T, H, P, r, size = shape.B, shape.T, shape.H, shape.P, shape.r, shape.dtype.itemsize
     x, y = (torch.randn(B, T, H, dtype=shape.dtype) for _ in range(2))
-    # Values as small as trained ones, so that thousands of in-place additions stay finite.
+    # As small as trained values, so that thousands of in-place additions stay finite.
     lora_a, lora_b = (torch.randn(P, r, H, dtype=shape.dtype) * 1e-3 for _ in range(2))
     ids, weights = route(shape)
     arguments = (x, lora_a, lora_b, ids, weights)
@@ -220,7 +224,7 @@ def _backward_candidates(y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, i
 
 
 def floor(shape: Shape) -> float:
-    """Milliseconds: 4 N R H flops (8 N R H backward), or x read, y read and written and each slot used read once."""
+    """Milliseconds: 4 N R H flops (8 N R H backward), or x and each used slot read once and y read and written."""
     rows, rank = shape.B * shape.T, shape.K * shape.r
     used = len(route(shape)[0].unique())
     moved = (3 * rows * shape.H + 2 * used * shape.r * shape.H) * shape.dtype.itemsize
@@ -250,7 +254,7 @@ def lines(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Time against tokens a batch at the first target's width and slots."""
+    """Time against tokens per batch, at the first target's width and slots."""
     shown = [
         row
         for row in rows

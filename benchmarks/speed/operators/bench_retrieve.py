@@ -1,10 +1,10 @@
-"""retrieve beside every alternative a user has, on a CPU.
+"""retrieve against its alternatives, on a CPU.
 
     python -m benchmarks.speed.operators.bench_retrieve            # the cases of the targets
     python -m benchmarks.speed.operators.bench_retrieve --sweep    # slots from 20 to a million, with the plot
 
-A million slots take some 5 GB. Each line: p20/p50/p80 of one way, its ratio to the best alternative and to the floor
-(all in the same run). The GEMM alternatives and FAISS have keys that are normalised already, as has `native prepared`;
+A million slots take about 5 GB. Each line: p20/p50/p80 of one way, and its ratio to the best alternative and to the
+floor (all in the same run). The GEMM alternatives, FAISS and `native prepared` have keys that are already normalised;
 `native` has plain keys.
 """
 
@@ -29,7 +29,7 @@ from slm_fast import ops
 
 @dataclass(frozen=True)
 class Shape:
-    """B queries of width D in G groups against P slots, the K best."""
+    """B queries of width D in G groups against P slots, of which the best K are returned."""
 
     B: int = 256
     P: int = 1000
@@ -54,7 +54,7 @@ SWEEP = [
     *(Shape(B=B, P=P) for P in (20, 100, 1000, 10_000, 100_000) for B in (1, 32, 256)),
     *(replace(MILLION, B=B) for B in (1, 256)),
     *(Shape(K=K) for K in (1, 16)),
-    Shape(B=31, P=997, D=774, K=3),  # ragged: nothing divides by a tile
+    Shape(B=31, P=997, D=774, K=3),  # ragged: no size is a multiple of a tile
 ]
 
 
@@ -92,7 +92,7 @@ def vote_by_topk(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> tuple
 
 
 def faiss_flat(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> Ways:
-    """FAISS's exact index by inner product. Its threads are not torch's."""
+    """FAISS's exact inner-product index. Its threads are not torch's."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
@@ -130,7 +130,7 @@ def candidates(shape: Shape, compiled: bool) -> Ways:
 
 
 def lines(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
-    # The larger of reading the keys once and the same product at the measured rate.
+    # The larger of reading the keys once and the product at the measured rate.
     size = shape.dtype.itemsize
     low = floor_ms(2.0 * shape.B * shape.P * shape.D, (shape.P + shape.B) * shape.D * size, torch.float32)
     with torch.inference_mode():

@@ -1,9 +1,9 @@
-"""retrieve where slots have several keys, beside as many slots of one key, on a CPU.
+"""retrieve with several keys per slot, against the same number of slots with one key each, on a CPU.
 
     OMP_NUM_THREADS=1 python -m benchmarks.speed.operators.bench_retrieve_keys
 
-All ways of a case search the same keys, called in turns; `to_best_alternative` is the ratio to the same call with one
-key a slot. By dot, keys and bias are as the gaussian router has them. The largest case takes 0.5 GB.
+All ways of a case search the same keys and are called in turns. `to_best_alternative` is the ratio to the same call
+with one key per slot. With the dot metric, keys and bias are like the gaussian router's. The largest case takes 0.5 GB.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from benchmarks.speed.operators.command import Ways, measure, run, times_of
 from benchmarks.speed.roofline import floor_ms
 from slm_fast import ops
 
-KEYS = (4, 16, 64)  # of a slot
+KEYS = (4, 16, 64)  # per slot
 
 
 @dataclass(frozen=True)
 class Shape:
-    """B queries of width D in G groups against N keys, the K best slots."""
+    """B queries of width D in G groups against N keys; the best K slots are returned."""
 
     B: int
     N: int
@@ -62,7 +62,7 @@ def candidates(shape: Shape) -> Ways:
 
 
 def lines(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
-    # The larger of reading the keys once and the same product at the measured rate, however many keys a slot has.
+    # The larger of reading the keys once and the product at the measured rate, for any number of keys per slot.
     low = floor_ms(2.0 * shape.B * shape.N * shape.D, (shape.N + shape.B) * shape.D * 4, torch.float32)
     with torch.inference_mode():
         times, others_share = measure(candidates(shape), options)

@@ -1,4 +1,4 @@
-"""What the operators' benchmarks share: the options of their command line, and running case after case into a CSV."""
+"""What the operators' benchmarks share: command-line options, and running case after case into a CSV."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def measure(ways: Ways, options: argparse.Namespace, apart: Collection[str] = ()) -> tuple[dict[str, Times], float]:
-    """The times of all ways, called in turns, and the share of the machine that other processes took meanwhile."""
+    """The times of all ways, called in turns, and the share of the machine that other processes used meanwhile."""
     return undisturbed(lambda: time_together(ways, seconds=options.seconds, apart=apart), patience=options.patience)
 
 
 def times_of(times: Times, best: float, floor: float) -> dict[str, str]:
-    """The columns that every operator's lines have."""
+    """The columns common to all operators."""
     return {
         "p20_ms": f"{times.p20:.3f}",
         "p50_ms": f"{times.p50:.3f}",
@@ -45,16 +45,18 @@ def run(
     plot: Callable[[list[dict[str, str]], Path], None] | None,
     arguments: Sequence[str],
 ) -> int:
-    """The whole command: measure the cases asked for, print and save what `lines` says of each. A benchmark without
-    `plot` has no sweep."""
+    """Run the whole command: measure the chosen cases, print and save what `lines` returns for each.
+
+    A benchmark without `plot` has no sweep.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(sweep=False)
     if plot:
-        parser.add_argument("--sweep", action="store_true", help="every axis around the targets, and the plot")
+        parser.add_argument("--sweep", action="store_true", help="measure every axis around the targets, and plot")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile the strongest alternative (slow)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each way and case")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds per way and case")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases to run, from 0")
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for a quiet machine, each case")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for an idle machine, per case")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help=f"default: benchmarks/results/{stem}.csv or {stem}_sweep.csv")
     options = parser.parse_args(arguments)

@@ -1,17 +1,23 @@
-"""What a store of many tasks costs: opening it, answering, one task more or less, verify, merge.
+"""The cost of a store with many tasks: opening it, answering, adding and removing a task, verify, merge.
 
     python -m benchmarks.speed.scale [--tasks N,N,...] [--folder DIR] [--no-merge] [--no-verify]
 
-The packaged MiniLM. No task is trained: each has random values and a head, and the router knows it by the means and the
-scatter of real queries (the demonstration's), moved and turned at random. Figures are seconds of processor time of one
-thread, as the machine may be shared, in a process of its own for each row; `anon` and `mapped` are MiB that the process
-holds once it has answered, of its own and of files that the kernel may take back. Rows/s are of texts of the
-demonstration with given tasks, drawn from all with frequencies as Zipf's law has them (exponent 1) or alike, and
-`routed`: of texts that find theirs among all (of these, whose tasks are like each other, a few are found). `tenth`:
-with room for a tenth of the tasks' values (`device_memory`), of stores of 100 tasks and more; stores of more than 2,000
-have no more room in any of these. `first open`: what is kept of the tasks together is removed before. `open`: all is
-there. `open changed`: some tasks were forgotten and learned anew since. `answer learned`, `answer forgotten`: two rows,
-once a task more or less is there, and routing looks at that.
+The packaged MiniLM. No task is trained: each has random values and a head, and its part of the router is made from the
+means and the scatter of real queries (the demonstration's), randomly moved and turned. Times are CPU seconds of one
+thread, because the machine may be shared, in a process of its own per group of steps. Columns:
+
+first open: opening after removing what is kept of the tasks together. open: with all of it there. open changed: with
+some tasks forgotten and learned again since.
+
+answer: two rows. answer learned, answer forgotten: two rows after a task was added or removed, with routing updated.
+
+anon, mapped: MiB that the process holds after answering, its own and of files that the kernel may evict.
+
+zipf, uniform: rows/s of the demonstration's texts with given tasks, drawn from all by Zipf's law (exponent 1) or
+uniformly. routed: rows/s of texts routed among all tasks (these tasks are alike, so only a few of them are found).
+
+tenth: with room for a tenth of the tasks' values (`device_memory`), for stores of 100 tasks and more. Stores of more
+than 2,000 tasks have no more room than that in any column.
 """
 
 from __future__ import annotations
@@ -40,7 +46,7 @@ LEAST_PAGED, MOST_RESIDENT = 100, 2000  # tasks
 
 
 def memory() -> dict[str, str]:
-    """MiB of this process's own, and of files mapped."""
+    """MiB of this process's own memory, and of mapped files."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return {
         name: f"{int(lines[key].split()[0]) / 1024:.0f}" for name, key in (("anon", "RssAnon"), ("mapped", "RssFile"))
@@ -48,11 +54,11 @@ def memory() -> dict[str, str]:
 
 
 def measure(folder: Path, steps: str) -> dict[str, str]:
-    """What each of these steps costs, in this process."""
+    """The cost of each of these steps, in this process."""
     torch.set_num_threads(1)
     bare = ScalableLM.from_backbone("minilm")
     task, rows = Maker(bare)("one-more"), ["The soup was cold.", "My laptop won't start."]
-    bare.model.queries([Row(text) for text in rows])  # what is computed once is computed
+    bare.model.queries([Row(text) for text in rows])  # so that one-time work is done
     found: dict[str, float] = {}
     kept: dict[str, str] = {}
     count, one = len(Store.open(folder).files), 4 * sum(a.numel() + b.numel() for a, b in task.values.values())
@@ -70,7 +76,7 @@ def measure(folder: Path, steps: str) -> dict[str, str]:
         found["answer learned"] = seconds(lambda: slm.predict(rows))[0]
         found["forget"] = seconds(lambda: slm.forget(task.name))[0]
         found["answer forgotten"] = seconds(lambda: slm.predict(rows))[0]
-        some = slm.tasks[os.getpid() % len(slm.tasks)]  # not always one that was learned anew after the sum was kept
+        some = slm.tasks[os.getpid() % len(slm.tasks)]  # not always one that was learned again after the sum was saved
         found["forget old"] = seconds(lambda: slm.forget(some))[0]
     if "traffic" in steps:
         found["open changed"], slm = seconds(lambda: ScalableLM.from_pretrained(folder, device_memory=room))
@@ -90,7 +96,7 @@ def measure(folder: Path, steps: str) -> dict[str, str]:
 
 
 def rates(slm: ScalableLM, room: str) -> dict[str, float]:
-    """Rows a processor second of texts of tasks that are drawn by Zipf's law, and of all alike."""
+    """Rows per CPU second with given tasks, drawn by Zipf's law and uniformly."""
     found = {}
     for law, exponent in (("zipf", 1.0), ("uniform", 0.0)):
         texts, tasks = traffic(slm.tasks, exponent)
@@ -111,8 +117,8 @@ def merged(folder: Path, into: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tasks", default="5,100", help="sizes of the store, comma-separated, rising")
-    parser.add_argument("--folder", type=Path, help="where to keep the store; a temporary one is removed")
+    parser.add_argument("--tasks", default="5,100", help="sizes of the store, comma-separated, ascending")
+    parser.add_argument("--folder", type=Path, help="where to keep the store; default: a temporary folder")
     parser.add_argument("--no-merge", action="store_true", help="skip merge, which copies the store")
     parser.add_argument("--no-verify", action="store_true", help="skip verify")
     parser.add_argument("--output", type=Path, default=RESULTS / "scale.csv")
@@ -133,7 +139,7 @@ def main() -> None:
             )
             got = json.loads(run.stdout.splitlines()[-1])
             line |= got
-            make(folder, count)  # what was forgotten
+            make(folder, count)  # restore what was forgotten
         if not options.no_merge:
             into = Path(tempfile.mkdtemp())
             line["merge"] = merged(folder, into)

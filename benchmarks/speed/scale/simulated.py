@@ -1,13 +1,12 @@
-"""Throughput and latency with any number of tasks, from what a page, a batch and a route cost on this machine.
+"""Throughput and latency with any number of tasks, from the cost of a page, a batch and a route on this machine.
 
     python -m benchmarks.speed.scale.simulated [--folder DIR] [--tasks 200,1000] [--seconds 60]
 
-First the parts are timed, one thread, and what simulator.py makes of them is held against what is measured at sizes
-that fit here: rows a second of `predict`, each row's task given or (with all values there) found; and the milliseconds
-until a row of a given task is answered by `slm-fast serve`, asked by clients that do not wait for each other (Poisson
-arrivals) at shares of the load it can take. What a row costs the server follows from its rows a second with 32 clients
-and FEW tasks, since HTTP takes processor time, too. Then up to a million tasks are simulated.
-Results: results/scale_simulated.csv and its picture.
+First the parts are timed on one thread, and the predictions of simulator.py are compared with measurements at sizes
+that fit here: rows per second of `predict`, with each row's task given or (with room for all values) routed; and
+milliseconds until `slm-fast serve` answers a row whose task is given, with Poisson arrivals at shares of its full load.
+The server's cost per row is derived from its rows per second with 32 clients and FEW tasks, because HTTP takes CPU
+time, too. Then up to a million tasks are simulated. Results: results/scale_simulated.csv and its plot.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ from slm_fast.data import Row
 from slm_fast.ops import Route
 from slm_fast.store import Store
 
-FEW, KEYS = 5, 3  # tasks of the store that others are compared with, keys of a task
-TOLD = 0  # of those, that a row looks at whose task is given
+FEW, KEYS = 5, 3  # tasks of the reference store, keys per task
+TOLD = 0  # keys that a row with a given task is compared with
 LAWS = {"zipf": 1.0, "uniform": 0.0}
 LOADS = (0.5, 0.8)
 SIZES = (100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 EXPONENTS = (0.0, 0.8, 1.0, 1.2)
-DEVICE, HOST = 1 << 30, 16 << 30  # bytes for values, of the simulated replicas
+DEVICE, HOST = 1 << 30, 16 << 30  # bytes for values in the simulated replicas
 Line = dict[str, Any]
 
 
 def least(work: Callable[[], Any], times: int = 7) -> float:
-    """Seconds of the fastest of some calls."""
+    """Seconds of the fastest of several calls."""
     found = math.inf
     for _ in range(times):
         start = time.perf_counter()
@@ -57,7 +56,7 @@ def least(work: Callable[[], Any], times: int = 7) -> float:
     return found
 
 
-# ---- what the parts cost ----
+# ---- costs of the parts ----
 
 
 def costs_of(few: Path, many: Path) -> tuple[Costs, int]:
@@ -69,13 +68,13 @@ def costs_of(few: Path, many: Path) -> tuple[Costs, int]:
     single = least(lambda: [slm.predict(texts[i : i + 1], task=tasks[i]) for i in range(16)], 5) / 16
     row = (whole * rows - single) / (rows - 1)
     batch = single - row
-    above = 1 - (slm.model.config.first_layer or 0) / len(slm.model.backbone.layers)  # the layers that parts pass
+    above = 1 - (slm.model.config.first_layer or 0) / len(slm.model.backbone.layers)  # layers run by each further part
     page, disk = paging(many)
     return Costs(batch, row, batch * above, page, disk, *routing(few, many)), rows
 
 
 def batches(slm: ScalableLM, texts: Sequence[str], tasks: Sequence[str]) -> list[int]:
-    """The rows of each batch that the texts are answered in."""
+    """The number of rows of each batch in which the texts are answered."""
     met: list[int] = []
     layer = slm.model.backbone.layers[0]
     hook = layer.register_forward_pre_hook(
@@ -88,7 +87,7 @@ def batches(slm: ScalableLM, texts: Sequence[str], tasks: Sequence[str]) -> list
 
 @torch.inference_mode()
 def routing(few: Path, many: Path) -> tuple[float, float]:
-    """Seconds of a batch's route for each key, and for each key and row."""
+    """Seconds to route a batch, per key, and per key and row."""
     models = [ScalableLM.from_pretrained(folder) for folder in (few, many)]
     keys = KEYS * (len(models[1].tasks) - len(models[0].tasks))
     found = []
@@ -101,7 +100,7 @@ def routing(few: Path, many: Path) -> tuple[float, float]:
 
 
 def paging(folder: Path, count: int = 64) -> tuple[float, float]:
-    """Seconds of a task's values from memory to the device, and from the disk to memory."""
+    """Seconds to copy a task's values from memory to the device, and to read them from disk into memory."""
     size = ScalableLM.from_pretrained(folder).model.pool.row_bytes
     slm = ScalableLM.from_pretrained(folder, device_memory=size * count)
     turns = [Route(torch.arange(i, i + count)[:, None], torch.ones(count, 1)) for i in (0, count)]
@@ -110,7 +109,7 @@ def paging(folder: Path, count: int = 64) -> tuple[float, float]:
         for turn in turns:
             slm.model.pool.rows(turn)
 
-    ask()  # which also checks the files
+    ask()  # also checks the files
     page = least(ask) / (2 * count)
     assert slm.store is not None
     files = [slm.store.file(name) for name in slm.tasks[-32:]]
@@ -124,11 +123,11 @@ def paging(folder: Path, count: int = 64) -> tuple[float, float]:
     return page, (time.perf_counter() - start) / len(files)
 
 
-# ---- held against measurement ----
+# ---- comparison with measurements ----
 
 
 def rates_held(folder: Path, costs: Costs, rows: int) -> list[Line]:
-    """`predict` with all values there, and with room for a tenth."""
+    """`predict` with room for all values, and with room for a tenth."""
     slm = ScalableLM.from_pretrained(folder)
     count, size = len(slm.tasks), slm.model.pool.row_bytes
     found = []
@@ -151,7 +150,7 @@ def rates_held(folder: Path, costs: Costs, rows: int) -> list[Line]:
 
 
 def served_costs(few: Path, costs: Costs) -> Costs:
-    """The costs of the server, which single rows reach by HTTP: of one client, and of 32 that ask again and again."""
+    """The costs of the server for single rows over HTTP, from one client and from 32 clients that keep asking."""
     with serve(few) as port:
         requests = asked(few, 0.0)
         load(port, requests, 32, 2.0)
@@ -173,7 +172,7 @@ def asked(folder: Path, exponent: float, rows: int = TRAFFIC) -> list[Request]:
 
 
 def waits_held(folder: Path, count: int, size: int, costs: Costs, rows: int, seconds: float) -> list[Line]:
-    """The server with room for a tenth of the values, at some shares of the load that it can take."""
+    """The server with room for a tenth of the values, at shares of its full load."""
     found = []
     room = count // 10
     setting = Setting(count, LAWS["zipf"], room, rows=rows, keys=TOLD)
@@ -201,11 +200,11 @@ def held(what: str, setting: Setting, share: str, simulated: float, measured: fl
     return line | {"measured": f"{measured:.1f}", "simulated/measured": f"{simulated / measured:.2f}"}
 
 
-# ---- beyond ----
+# ---- simulation beyond them ----
 
 
 def beyond(costs: Costs, rows: int, size: int) -> list[Line]:
-    """Rows a second, and the 99th percentile at LOADS[0], with DEVICE and HOST bytes for values of `size` bytes."""
+    """Rows per second, and the 99th percentile at LOADS[0], with DEVICE and HOST bytes for values of `size` bytes."""
     found = []
     for keys in (KEYS, TOLD):
         for exponent in EXPONENTS:
@@ -218,7 +217,7 @@ def beyond(costs: Costs, rows: int, size: int) -> list[Line]:
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """What is simulated: a panel for rows whose task is found and for those whose task is given, and one for waits."""
+    """Plot the simulation: rows/s with tasks routed, rows/s with tasks given, and waits."""
     figure, panels = pyplot().subplots(1, 3, figsize=(13, 4), dpi=130, layout="constrained")
     simulated = [line for line in lines if not line["measured"]]
     shown = (("rows/s", "found"), ("rows/s", "given"), ("p99 ms", "given"))
@@ -245,9 +244,9 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default="200,1000", help="sizes that are measured, comma-separated, rising")
-    parser.add_argument("--folder", type=Path, help="where to keep the stores; a temporary one is removed")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals, for each load")
+    parser.add_argument("--tasks", default="200,1000", help="sizes to measure, comma-separated, ascending")
+    parser.add_argument("--folder", type=Path, help="where to keep the stores; default: a temporary folder")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of arrivals, per load")
     parser.add_argument("--output", type=Path, default=RESULTS / "scale_simulated.csv")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -257,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folders = {count: where / str(count) for count in (FEW, *counts)}
         for count, folder in folders.items():
             make(folder, count)
-            ScalableLM.from_pretrained(folder)  # keeps its keys
+            ScalableLM.from_pretrained(folder)  # saves its keys
         costs, rows = costs_of(folders[FEW], folders[counts[-1]])
         size = ScalableLM.from_pretrained(folders[FEW]).model.pool.row_bytes
         lines = [line for count in counts for line in rates_held(folders[count], costs, rows)]

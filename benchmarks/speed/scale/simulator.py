@@ -1,9 +1,9 @@
-"""What a replica of many tasks answers in a second, and how long a row waits, from what its parts cost.
+"""The throughput of a replica with many tasks, and how long a row waits, from the costs of the parts.
 
-Tasks are asked for independently, with frequencies as Zipf's law has them. Values of `device` tasks lie on the device
-and those of `host` in the memory beside it, both those used last; the rest are on disk. How often the values of a row's
-task are not there follows from Che's approximation (Che, Tung & Wang 2002; Fricker, Robert & Roberts 2012): a task is
-there if it was asked for within the last T rows, and T is what makes as many tasks be there as there is room for.
+Tasks are requested independently, with Zipf-distributed frequencies. The values of the `device` most recently used
+tasks are on the device, those of the `host` most recently used ones in memory, the rest on disk. How often a row's
+values are missing follows from Che's approximation (Che, Tung & Wang 2002; Fricker, Robert & Roberts 2012): a task is
+cached if it was requested within the last T rows, where T is such that as many tasks are cached as there is room for.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one replica.
+    """Seconds, for one replica.
 
     Attributes:
-        batch: of a pass, whatever its rows. row: of each of its rows. part: of each part beyond the first, where a
-            batch needs more tasks than there is room for.
-        page: a task's values copied from the memory to the device. disk: read from there before, beside that.
-        keys: of routing a batch, for each key. scores: for each key and row.
-        request: of a request, beside its row's answer, that the row's client waits for.
+        batch: per pass, whatever its rows. row: per row of it. part: per part beyond the first, if a batch needs more
+            tasks than there is room for.
+        page: to copy a task's values from memory to the device. disk: to read them into memory first, in addition.
+        keys: to route a batch, per key. scores: per key and row.
+        request: per request, in addition to its row's answer, as seen by the client.
     """
 
     batch: float
@@ -41,8 +41,16 @@ class Costs:
 
 @dataclass(frozen=True)
 class Setting:
-    """Tasks, their keys each, the exponent of Zipf's law (0: all alike), how many tasks' values fit the device and the
-    memory beside it, rows of a batch at the most, and replicas, each of which is asked for all tasks."""
+    """What is simulated.
+
+    Attributes:
+        tasks: number of tasks.
+        exponent: of Zipf's law (0: uniform).
+        device, host: tasks whose values fit on the device and in memory.
+        rows: per batch, at most.
+        keys: per task.
+        replicas: each is asked for all tasks.
+    """
 
     tasks: int
     exponent: float = 1.0
@@ -54,13 +62,13 @@ class Setting:
 
 
 def shares(tasks: int, exponent: float) -> Numbers:
-    """How often each task is asked for, [tasks] float64, the most frequent first; they sum to 1."""
+    """How often each task is requested, [tasks] float64, most frequent first; they sum to 1."""
     found: Numbers = np.arange(1, tasks + 1, dtype=np.float64) ** -exponent
     return found / found.sum()
 
 
 def missed(share: Numbers, room: int) -> float:
-    """The share of rows whose task is not among the `room` ones used last: Che's approximation."""
+    """The share of rows whose task is not among the `room` most recently used ones, by Che's approximation."""
     if room >= len(share):
         return 0.0
     low, high = 0.0, 1.0
@@ -73,13 +81,13 @@ def missed(share: Numbers, room: int) -> float:
 
 
 def distinct(share: Numbers, rows: int) -> float:
-    """How many tasks so many rows are of."""
+    """Expected number of distinct tasks among `rows` rows."""
     return float(-np.expm1(rows * np.log1p(-share)).sum()) if len(share) > 1 else 1.0
 
 
 def seconds_of(costs: Costs, setting: Setting, rows: int, pages: float, disk: float, tasks: float) -> float:
-    """Seconds of a pass of so many rows, of so many tasks, of which `pages` are not on the device and `disk` of these
-    nowhere in memory."""
+    """Seconds of a pass over `rows` rows of `tasks` tasks: `pages` are not on the device, `disk` of these not in
+    memory."""
     keys = setting.tasks * setting.keys
     parts = max(1, -(-round(tasks) // max(1, setting.device)))
     passing = costs.batch + costs.row * rows + costs.part * (parts - 1)
@@ -87,14 +95,14 @@ def seconds_of(costs: Costs, setting: Setting, rows: int, pages: float, disk: fl
 
 
 def rate(costs: Costs, setting: Setting) -> float:
-    """Rows a second of all replicas, whose batches are full."""
+    """Rows per second of all replicas with full batches."""
     share, rows = shares(setting.tasks, setting.exponent), setting.rows
     pages, disk = (rows * missed(share, room) for room in (setting.device, max(setting.host, setting.device)))
     return setting.replicas * rows / seconds_of(costs, setting, rows, pages, disk, distinct(share, rows))
 
 
 class Recent:
-    """The tasks used last, as many as there is room for."""
+    """The most recently used tasks, as many as there is room for."""
 
     def __init__(self, room: int) -> None:
         self.room, self._there = room, OrderedDict[int, None]()
@@ -110,10 +118,10 @@ class Recent:
 
 
 def waits(costs: Costs, setting: Setting, load: float, count: int = 20_000, seed: int = 0) -> Numbers:
-    """Seconds from a row's arrival to its answer, [count] float64, in one of the replicas, each row a request.
+    """Seconds from a row's arrival to its answer, [count] float64, in one of the replicas, with one row per request.
 
-    Rows arrive at random, independently of each other, `load` times as often as full batches could be answered. When
-    the replica is idle it takes those that wait, at most a batch of them (an event a batch; caches as they are).
+    Rows arrive independently at random, at `load` times the rate at which full batches could be answered. An idle
+    replica takes the rows that wait, at most one batch (one event per batch, with exact caches).
     """
     draw = np.random.default_rng(seed)
     share = shares(setting.tasks, setting.exponent)

@@ -1,4 +1,4 @@
-"""Stores of any number of tasks that were not trained, and rows that ask for them."""
+"""Stores of any number of untrained tasks, and rows that request them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from slm_fast.demo import load
 from slm_fast.store import Store
 from slm_fast.tasks import LearnedTask, name_seed
 
-ROWS = 240  # of the demonstration, that the router's part is made of
-AT_ONCE = 16  # tasks committed together
+ROWS = 240  # of the demonstration, from which the router's part is made
+AT_ONCE = 16  # tasks per commit
 TRAFFIC = 2048  # rows
 
 
 class Maker:
-    """Tasks of a model, as many as are wanted, the same for the same name."""
+    """Makes any number of tasks of a model, always the same for the same name."""
 
     def __init__(self, slm: ScalableLM) -> None:
         rows = [row.text for task in load("train").values() for row in task.rows][:ROWS]
@@ -42,7 +42,7 @@ class Maker:
 
 
 def moved(part: Mapping[str, Tensor], draw: torch.Generator) -> dict[str, Tensor]:
-    """A router's part of another task: three means, moved, and a scatter whose directions are turned."""
+    """Another task's part of the router: three moved means, and a scatter whose directions are turned."""
     mean = part["mean"] * (1 + 0.2 * torch.randn(3, part["mean"].shape[1], generator=draw))
     signs = torch.randint(0, 2, (part["factor"].shape[1],), generator=draw) * 2 - 1
     turns = torch.randint(-1, 2, part["exponent"].shape, generator=draw)
@@ -66,7 +66,7 @@ def name_of(number: int) -> str:
 
 
 def make(folder: Path, count: int) -> Store:
-    """A store of so many tasks; those that it has are kept."""
+    """A store of `count` tasks; existing ones are kept."""
     slm = ScalableLM.from_backbone("minilm")
     maker = Maker(slm)
     if not Store.exists(folder):
@@ -79,7 +79,7 @@ def make(folder: Path, count: int) -> Store:
 
 
 def traffic(names: Sequence[str], exponent: float, rows: int = TRAFFIC, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Texts of the demonstration, and for each a task drawn with frequencies as Zipf's law has them (0: all alike)."""
+    """Texts of the demonstration, and for each a task drawn with Zipf-distributed frequencies (0: uniform)."""
     draw, names = random.Random(seed), list(names)
     draw.shuffle(names)
     known = [row.text for task in load("train").values() for row in task.rows]
@@ -88,7 +88,7 @@ def traffic(names: Sequence[str], exponent: float, rows: int = TRAFFIC, seed: in
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor time, and what `work` returned."""
+    """CPU seconds, and the result of `work`."""
     start = time.process_time()
     found = work()
     return time.process_time() - start, found

@@ -1,20 +1,20 @@
-"""Our server beside others, on the same rows and in one run: rows a second, and how long an answer takes.
+"""Our server against others, on the same rows and in one run: rows per second and response times.
 
     python -m benchmarks.speed.serving --data DIR                       # three servers, 1, 8 and 64 clients
     python -m benchmarks.speed.serving --rows 8 --seconds 30 --dtype bfloat16
     python -m benchmarks.speed.serving --section overload reload
 
-Clients ask one after another, with `--rows` texts a request, all of one task, since whoever has a pipeline a task has
-to name it; ours and LitServe's model are not told. Servers are processes on the same processor as the clients, and are
-asked in turns, `--rounds` of them. "predict" answers the same rows in one call.
+Each client sends one request after another, with `--rows` texts of one task each, because with one pipeline per task
+the client must name the task; our server and LitServe's model are not given it. Servers are processes on the same CPU
+as the clients and take turns, `--rounds` times. "predict" answers the same rows in one call.
 
-serving:  rows a second and the 50th and 99th percentile of an answer's milliseconds.
-overload: clients that fill the queue; then requests that come at four times the rate at which those were answered,
-          whether or not others wait ("arriving"); then four times the clients, which ask again at once when they are
+serving:  rows per second, and the 50th and 99th percentile of response times in milliseconds.
+overload: clients that fill the queue; then requests that arrive at four times the rate at which those were answered,
+          regardless of how many are waiting ("arriving"); then four times the clients, which ask again immediately when
           refused ("at once"): what is admitted, and how fast the rest is refused.
-reload:   the longest time without an answer to any of 32 clients of one text a request (gap_ms), while nothing changes
-          and while another process learns and forgets, with `--tasks` tasks in the store and batches of
-          `--reload-tokens`, since no answer comes while a batch is passed.
+reload:   the longest time without an answer to any of 32 clients with one text per request (gap_ms), while nothing
+          changes and while another process learns and forgets, with `--tasks` tasks in the store and batches of
+          `--reload-tokens`, because no answer comes while a batch runs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from slm_fast.store import Store
 
 OURS, PIPELINES, LITSERVE, PREDICT = "slm_fast", "pipelines", "litserve", "predict"
 READY = {OURS: "/ready", PIPELINES: "/health", LITSERVE: "/health"}
-QUEUE = 256  # rows that wait at the most under overload: eight batches
+QUEUE = 256  # rows that may wait under overload: eight batches
 CHANGING = 32  # clients while the store changes
 
 
@@ -56,7 +56,7 @@ def server(name: str, store: Path, dtype: str, threads: int, *more: str) -> Abst
 
 
 def requests_of(name: str, texts: Mapping[str, Sequence[str]], rows: int) -> list[Request]:
-    """The same texts for every server, so many a request, in a mixed order of tasks."""
+    """The same texts for every server, `rows` per request, with tasks in mixed order."""
     found: list[Request] = []
     for task, own in texts.items():
         path = {OURS: "/v1/classify", PIPELINES: f"/{task}", LITSERVE: "/predict"}[name]
@@ -83,7 +83,7 @@ def figures(section: str, name: str, clients: int, found: Load, base: float) -> 
 
 
 def predicted(slm: ScalableLM, texts: Sequence[str], seconds: float) -> float:
-    """Rows a second of `predict` on all rows at once."""
+    """Rows per second of `predict` on all rows at once."""
     slm.predict(texts[:64])
     rows, began = 0, time.perf_counter()
     while rows == 0 or time.perf_counter() - began < seconds:
@@ -94,7 +94,7 @@ def predicted(slm: ScalableLM, texts: Sequence[str], seconds: float) -> float:
 
 @contextmanager
 def changed(store: Path) -> Iterator[None]:
-    """Let one task be learned and forgotten again and again, as another process would."""
+    """Learn and forget one task again and again, as another process would."""
     task = replace(Store.open(store).read(next(iter(Store.open(store).files)))[0], name="passing-by")
     stop = threading.Event()
 
@@ -114,7 +114,7 @@ def changed(store: Path) -> Iterator[None]:
 
 
 class Bench:
-    """The sections, each of which adds its lines to `found`."""
+    """The sections; each adds its lines to `found`."""
 
     def __init__(self, chosen: argparse.Namespace, folder: Path) -> None:
         self.chosen, self.folder = chosen, folder
@@ -140,7 +140,7 @@ class Bench:
         print(table(self.found[-1:]), flush=True)
 
     def loaded(self, section: str, name: str, port: int, clients: int, rows: int) -> Load:
-        """Clients that ask one after another, after as many that warm the server."""
+        """Clients that send one request after another, after as many have warmed up the server."""
         requests = requests_of(name, self.texts, rows)
         load(port, requests, clients, min(2.0, self.chosen.seconds))
         found = load(port, requests, clients, self.chosen.seconds)
@@ -148,7 +148,7 @@ class Bench:
         return found
 
     def serving(self) -> None:
-        """Servers in turns, so that a slow minute of the machine is nobody's alone; the rounds of each as one line."""
+        """Servers in turns, so that a slow minute of the machine affects all; one line for each server's rounds."""
         chosen = self.chosen
         with ExitStack() as stack:
             running: dict[str, Running] = {}
@@ -200,12 +200,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--rows", type=int, default=16, help="texts of a request")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of a round, for each number of clients")
-    parser.add_argument("--rounds", type=int, default=3, help="of servers in turns")
-    parser.add_argument("--texts", type=int, default=200, help="of each task")
-    parser.add_argument("--tasks", type=int, default=1000, help="in the store, for reload")
-    parser.add_argument("--reload-tokens", type=int, default=256, help="of a batch, for reload")
+    parser.add_argument("--rows", type=int, default=16, help="texts per request")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per round and number of clients")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each server")
+    parser.add_argument("--texts", type=int, default=200, help="texts per task")
+    parser.add_argument("--tasks", type=int, default=1000, help="tasks in the store for reload")
+    parser.add_argument("--reload-tokens", type=int, default=256, help="tokens per batch for reload")
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.csv")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(chosen.threads)

@@ -1,4 +1,4 @@
-"""Our model behind LitServe, which starts it in a process of its own and therefore has to find it by name."""
+"""Our model behind LitServe, which starts it in a process of its own and therefore must import it by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slm_fast import ScalableLM
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]
-    """Requests of several texts, which are answered together."""
+    """Requests of several texts, which are batched together."""
 
     def __init__(self, store: str, dtype: str, threads: int, **options: Any) -> None:
         super().__init__(**options)
@@ -23,7 +23,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         torch.set_num_threads(self.threads)
         self.slm = ScalableLM.from_pretrained(self.store, dtype=self.dtype)
 
-    def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe makes a schema of its annotation
+    def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe derives a schema from its annotation
         return request["input"]
 
     def batch(self, inputs: Sequence[Sequence[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Clients that ask one after another, each on a connection of its own that is kept."""
+"""Clients that send one request after another, each on its own persistent connection."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Request = tuple[str, Any, int]  # path, body, rows
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:
-    """Milliseconds that this share of some times does not exceed; nan for none."""
+    """Milliseconds that this share of the times does not exceed; NaN for none."""
     ordered = sorted(seconds)
     return 1000 * ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
 
 
 @dataclass
 class Load:
-    """What clients saw. seconds: of each answer. refused: answers with 429, which are not among them."""
+    """What clients observed. seconds: per answer. refused: answers with status 429, not included in `seconds`."""
 
     elapsed: float = 0.0
     rows: int = 0
@@ -42,7 +42,7 @@ class Load:
 
     @staticmethod
     def of(rounds: Sequence[Load]) -> Load:
-        """Several as one, whose answers came one round after another."""
+        """Several rounds as one, their answers one round after another."""
         whole = Load()
         for one in rounds:
             whole.answered += [whole.elapsed + at - min(one.answered) for at in one.answered]
@@ -59,7 +59,7 @@ class Load:
 
     @property
     def gap(self) -> float:
-        """The most milliseconds without an answer to any client."""
+        """The longest time in milliseconds without an answer to any client."""
         ordered = sorted(self.answered)
         return 1000 * max((b - a for a, b in itertools.pairwise(ordered)), default=math.nan)
 
@@ -69,13 +69,15 @@ class Load:
 
 
 def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -> Load:
-    """Let so many clients go through the requests, in turns, for so long. Raises RuntimeError for a wrong answer."""
+    """Let clients send the requests in turns for `seconds` seconds. Raises RuntimeError for a failed answer."""
     return _ask_all(port, requests, clients, lambda number, now: now if now < seconds else None)
 
 
 def arrive(port: int, requests: Sequence[Request], rate: float, seconds: float, clients: int = 64) -> Load:
-    """Send the requests at random times, so many a second on average whatever is not answered yet, for so long. An
-    answer's seconds are from when its request was due. Raises RuntimeError for a wrong answer."""
+    """Send requests at random times, `rate` per second on average however many are unanswered, for `seconds` seconds.
+
+    An answer's time counts from when its request was due. Raises RuntimeError for a failed answer.
+    """
     draw, due, times = random.Random(0), 0.0, []
     while (due := due + draw.expovariate(rate)) < seconds:
         times.append(due)
@@ -83,8 +85,8 @@ def arrive(port: int, requests: Sequence[Request], rate: float, seconds: float, 
 
 
 def _ask_all(port: int, requests: Sequence[Request], clients: int, due: Callable[[int, float], float | None]) -> Load:
-    """due: when a request of this number is to be sent, given the time, both in seconds from the beginning; None ends
-    the client that would."""
+    """due: when the request of this number is to be sent, given the time, both in seconds from the start; None ends
+    its client."""
     found, lock = Load(), threading.Lock()
     began = time.perf_counter()
 
@@ -101,8 +103,10 @@ def _ask_all(port: int, requests: Sequence[Request], clients: int, due: Callable
 
 
 def in_turns(port: int, clients: int, ask: Callable[[http.client.HTTPConnection, int], bool]) -> float:
-    """Let each of so many clients ask on a connection of its own, told the number of the request, until there is none
-    left (False): how many seconds it took."""
+    """Let each of `clients` clients ask on its own connection, given the request's number, until none is left (False).
+
+    Returns the seconds it took.
+    """
     turn, began = itertools.count(), time.perf_counter()
 
     def client() -> None:
@@ -120,7 +124,7 @@ def in_turns(port: int, clients: int, ask: Callable[[http.client.HTTPConnection,
 def _ask(
     connection: http.client.HTTPConnection, request: Request, start: float, found: Load, lock: threading.Lock
 ) -> None:
-    """Ask, and note what comes. start: when the time until the answer begins."""
+    """Send a request and record the answer. start: from when its time counts."""
     path, body, rows = request
     connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
     response = connection.getresponse()
@@ -140,13 +144,13 @@ def _ask(
 
 @dataclass
 class Running:
-    """A server's port, and its processes, which are one group."""
+    """A server's port, and its process group."""
 
     port: int
     group: int
 
     def pause(self) -> None:
-        """Until `go_on` none of its processes runs: some servers use the processor while they wait for requests."""
+        """Stop all its processes until `go_on`: some servers use the CPU while they wait for requests."""
         os.killpg(self.group, signal.SIGSTOP)
 
     def go_on(self) -> None:
@@ -155,7 +159,7 @@ class Running:
 
 @contextmanager
 def served(words: Sequence[str], ready: str) -> Iterator[Running]:
-    """A server that is ready, which `python -m` starts from these words, PORT among them."""
+    """A server that is ready, started by `python -m` with these words, in which PORT stands for its port."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", *(str(port) if word == "PORT" else word for word in words)]

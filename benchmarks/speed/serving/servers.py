@@ -1,6 +1,6 @@
-"""The servers beside ours, each as a process: `python -m benchmarks.speed.serving.servers NAME STORE PORT DTYPE`.
+"""The other servers, each as a process: `python -m benchmarks.speed.serving.servers NAME STORE PORT DTYPE THREADS`.
 
-pipelines: FastAPI and a transformers pipeline a task; whoever asks names the task (oracle routing).
+pipelines: FastAPI and one transformers pipeline per task; the client names the task (oracle routing).
 litserve:  LitServe with our model behind it, which it batches.
 """
 
@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from benchmarks.speed.serving.lit import Api
 from slm_fast.loading import resolve
 
-MOST, PATIENCE = 32, 0.005  # requests of LitServe's batches, and seconds that the first of them waits
+MOST, PATIENCE = 32, 0.005  # requests per LitServe batch, and seconds that the first of them waits
 
 
 def pipelines(store: str, port: int, dtype: str) -> None:
@@ -32,7 +32,7 @@ def pipelines(store: str, port: int, dtype: str) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(where)
     longest = manifest["model"]["config"]["max_length"]
     app, lock, known = FastAPI(), threading.Lock(), {}
-    for name in manifest["tasks"]:  # a model each, as fine-tuning a task leaves it
+    for name in manifest["tasks"]:  # one model per task, as after fine-tuning
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             where, num_labels=8, dtype=getattr(torch, dtype)
         )

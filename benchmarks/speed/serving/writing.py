@@ -1,16 +1,16 @@
-"""Texts that our server streams, beside `predict` on the same rows and transformers' own server with the bare model.
+"""Texts streamed by our server, against `predict` on the same rows and transformers' own server with the bare model.
 
     python -m benchmarks.speed.serving.writing [--clients 1 16] [--seconds 60] [--store DIR]
 
-SmolLM2-135M-Instruct, which knows the three tasks of `slm-fast demo --backbone smollm2` (a store that is given has them
-already). Clients stream one chat after another, rows of all three tasks mixed, none of which says its task; the servers
-and the clients share the processor, one server at a time. auto: our server finds each row's task. base: our server with
-the bare model. transformers: `transformers serve` with the same weights, the same prompts, and with continuous batching
-where its line says so. Every text of auto is compared with what `predict` writes to that row.
+SmolLM2-135M-Instruct with the three tasks of `slm-fast demo --backbone smollm2` (an existing --store has them
+already). Clients stream one chat after another, with rows of all three tasks mixed and no task named. Servers and
+clients share the CPU, one server at a time. auto: our server routes each row. base: our server with the bare model.
+transformers: `transformers serve` with the same weights and prompts, with continuous batching if its line says so.
+Every text of auto is compared with what `predict` generates for that row.
 
-texts_per_second, tokens_per_second: over all clients. to_predict: tokens a second beside `predict`'s (auto: of the
-tasks' answers; base and transformers: of the bare model's). first_ms: until the first word; between_ms: between two
-parts of a text; both at the 50th and 99th percentile.
+texts_per_second, tokens_per_second: over all clients. to_predict: tokens per second relative to `predict` (auto: with
+the tasks; base and transformers: with the bare model). first_ms: until the first word. between_ms: between two parts of
+a text. Both at the 50th and 99th percentile.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NEW_TOKENS = 32
 
 @dataclass
 class Streams:
-    """What clients saw. texts: with the places of their rows. first, between: seconds."""
+    """What clients observed. texts: with the indices of their rows. first, between: seconds."""
 
     elapsed: float = 0.0
     texts: list[tuple[int, str]] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Streams:
 
 
 def stream_all(port: int, model: str, rows: Sequence[Row], clients: int, seconds: float) -> Streams:
-    """Let so many clients stream answers to the rows, in turns, for so long. Raises RuntimeError for a refusal."""
+    """Let clients stream answers to the rows in turns for `seconds` seconds. Raises RuntimeError if refused."""
     found, lock, began = Streams(), Lock(), time.perf_counter()
 
     def ask(connection: http.client.HTTPConnection, number: int) -> bool:
@@ -70,7 +70,7 @@ def stream_all(port: int, model: str, rows: Sequence[Row], clients: int, seconds
 
 
 def streamed(connection: http.client.HTTPConnection, model: str, row: Row) -> tuple[str, list[float]]:
-    """A chat's answer, and when it was asked for and each part of it came."""
+    """A chat's answer, and the times of the request and of each part of the answer."""
     said = [{"role": "system", "content": row.instruction}, {"role": "user", "content": row.text}]
     body = {"model": model, "messages": said, "max_tokens": NEW_TOKENS, "stream": True, "temperature": 0}
     text, times = "", [time.perf_counter()]
@@ -88,7 +88,7 @@ def streamed(connection: http.client.HTTPConnection, model: str, row: Row) -> tu
 
 
 def predicted(slm: ScalableLM, rows: Sequence[str | Row], *, bare: bool) -> tuple[list[str], float]:
-    """The answers of one call, and how many seconds it took."""
+    """The answers of one call, and the seconds it took."""
     slm.predict(rows[:4], bare=bare, max_new_tokens=2)
     began = time.perf_counter()
     found = slm.predict(rows, bare=bare, max_new_tokens=NEW_TOKENS)
@@ -96,7 +96,7 @@ def predicted(slm: ScalableLM, rows: Sequence[str | Row], *, bare: bool) -> tupl
 
 
 def learned(store: Path, dtype: str) -> ScalableLM:
-    """A model that knows the demonstration's tasks, from the store or put there."""
+    """A model with the demonstration's tasks, from the store or learned into it."""
     if not store.exists():
         slm = ScalableLM.from_backbone("smollm2", first_layer=FIRST_LAYER)
         slm.save_pretrained(store)
@@ -158,7 +158,7 @@ def measured(chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def in_chat(tokenizer: Any, row: Row) -> str:
-    """The prompt that the model's template makes of a row, but for the newline at its end, which `predict` adds."""
+    """The prompt that the model's template makes of a row, without its final newline, which `predict` adds."""
     said = [{"role": "system", "content": row.instruction}, {"role": "user", "content": row.text}]
     text: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     return text.removesuffix("\n")
@@ -166,15 +166,15 @@ def in_chat(tokenizer: Any, row: Row) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", type=Path, help="where the tasks are, or are put; default: learned anew")
+    parser.add_argument("--store", type=Path, help="store to read, created if missing; default: a temporary one")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each server and number of clients")
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds per server and number of clients")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS / "serving_writing.csv")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(chosen.threads)
-    os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # of the servers
+    os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # for the servers
     with tempfile.TemporaryDirectory() as folder:
         return measured(chosen, Path(folder))
 

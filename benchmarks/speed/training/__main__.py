@@ -1,13 +1,13 @@
-"""Learning one task: slm_fast beside PEFT's LoRA on the same layers and the paper's procedure; rows/s and peak memory.
+"""Learning one task: slm_fast against PEFT's LoRA on the same layers and the paper's procedure; rows/s and peak memory.
 
     python -m benchmarks.speed.training --data DIR --shape bert-base --layers 4 --rows 96
     python -m benchmarks.speed.training --data DIR --shape t5-large --layers 4 --rows 32 --batch-size 4
     python -m benchmarks.speed.training --data DIR --shape llama-2-7b --layers 2 --rows 16 --batch-size 2 --epochs 1
 
-All learn the same rows (the paper's procedure a quarter of them) for as many epochs with the same optimiser and batch
-size, in turns within one run. The seconds are those of the whole task, queries and keys included. A run adds its
-shape's rows to benchmarks/results/training.csv and draws the .png anew; the same command with --memory then fills in
-the peak memory, of a process of its own for each method.
+All learn the same rows (the paper's procedure a quarter of them) with the same epochs, optimiser and batch size, in
+turns within one run. Times are of the whole task, including queries and keys. A run adds its shape's rows to
+benchmarks/results/training.csv and redraws the .png. The same command with --memory then fills in the peak memory, each
+method in a process of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from slm_fast import Task
 from slm_fast.options import LearnOptions
 
 OURS = "slm_fast"
-SAME = ("shape", "layers", "rows", "epochs", "batch_size", "method")  # what a line was measured of
+SAME = ("shape", "layers", "rows", "epochs", "batch_size", "method")  # what identifies a measurement
 
 
 class Method(NamedTuple):
@@ -69,7 +69,7 @@ def candidate(name: str, load: Load, arguments: argparse.Namespace) -> Learn:
 
 
 def measure(load: Load, arguments: argparse.Namespace) -> dict[str, Times]:
-    """Milliseconds that each method takes to learn the task, the methods in turns."""
+    """Milliseconds that each method takes to learn the task, measured in turns."""
     learners = {name: finished(candidate(name, load, arguments)) for name in METHODS}
     took_ms: dict[str, list[float]] = {name: [] for name in learners}
     for _ in range(arguments.rounds):
@@ -83,7 +83,7 @@ def measure(load: Load, arguments: argparse.Namespace) -> dict[str, Times]:
 def lines(
     times: Mapping[str, Times], layers: int, kept: list[dict[str, Any]], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A line a method, with the peak memory that an earlier run of the same setting found."""
+    """One line per method, with the peak memory found by an earlier run of the same setting."""
     peaks = {tuple(row[name] for name in SAME): row["peak_mib"] for row in kept}
     our_rate = 1e3 * rows_for(OURS, arguments) * arguments.epochs / times[OURS].p50
     done: list[dict[str, Any]] = []
@@ -106,7 +106,7 @@ def lines(
 
 
 def peak(name: str, arguments: argparse.Namespace) -> int:
-    """MiB that a process which learns the task once holds at most while it learns."""
+    """Peak MiB of a process that learns the task once."""
     command = [sys.executable, "-m", "benchmarks.speed.training", *sys.argv[1:], "--only", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return round(float(done.stdout))
@@ -115,7 +115,7 @@ def peak(name: str, arguments: argparse.Namespace) -> int:
 def fill_in_memory(
     kept: list[dict[str, Any]], layers: int, arguments: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> None:
-    """Measure the peak memory of this shape's lines, and save each as it is known."""
+    """Measure the peak memory of this shape's lines, saving each when it is known."""
     own = [row for row in kept if row["shape"] == arguments.shape]
     if not own:
         parser.error(f"--memory: {arguments.output} has no rows of {arguments.shape}; time it first")
@@ -144,14 +144,14 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Learn one task with slm_fast, PEFT and the paper's procedure.")
-    parser.add_argument("--data", type=Path, help="folder with a folder a task; without it texts are generated")
+    parser.add_argument("--data", type=Path, help="folder with one folder per task; default: generated texts")
     parser.add_argument("--shape", choices=["minilm", *SHAPES], default="minilm")
-    parser.add_argument("--layers", type=int, help="default: all of the shape's")
+    parser.add_argument("--layers", type=int, help="default: all layers of the shape")
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", action="store_true", help="only fill in the peak memory of a shape timed before")
+    parser.add_argument("--memory", action="store_true", help="only fill in the peak memory of a timed shape")
     parser.add_argument("--output", type=Path, default=RESULTS / "training.csv")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""PEFT's LoRA on the layers that slm_fast adapts by default, tokenised ahead."""
+"""PEFT's LoRA on the layers that slm_fast adapts by default, tokenised in advance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slm_fast.options import LearnOptions
 
 
 def lora(load: Load, task: Task, options: LearnOptions, *, bucketed: bool) -> Learn:
-    """bucketed: batches hold rows of like lengths, as slm_fast's do."""
+    """bucketed: batches hold rows of similar lengths, as slm_fast's do."""
     backbone = Backbone(*load(), "")
     rows, modules = Rows(backbone, task), adapted_layers(backbone)
     wanted = peft.LoraConfig(r=options.rank, lora_alpha=options.rank, lora_dropout=0.0, target_modules=modules)

@@ -1,7 +1,7 @@
-"""The paper's procedure, as its released code does it.
+"""The paper's procedure, as in its released code.
 
-Four slots a task on the attention outputs of all layers, queries from a sentence encoder (MiniLM) again in every epoch,
-increments as matrices, shuffled batches.
+Four slots per task on the attention outputs of all layers, queries from a sentence encoder (MiniLM) recomputed in every
+epoch, increments as matrices, shuffled batches.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ SLOTS, K, GROUPS = 4, 4, 6
 
 @dataclass
 class Passing:
-    """The route [B, K] of the batch that passes now."""
+    """The route [B, K] of the current batch."""
 
     route: Route | None = None
 
 
 class DenseLinear(nn.Module):
-    """In the place of a linear layer: its output, and each sample's increment as a matrix [I, O]."""
+    """Replaces a linear layer: its output, plus each sample's increment as a matrix [I, O]."""
 
     def __init__(self, base: Any, rank: int, passing: Passing) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class DenseLinear(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """New values: lora_b is zero, so that nothing changes yet."""
+        """New values: lora_b is zero, so that the increments start at zero."""
         bound = self.lora_a.shape[2] ** -0.5
         self.lora_a.uniform_(-bound, bound)
         self.lora_b.zero_()
@@ -74,7 +74,7 @@ def paper(load: Load, task: Task, options: LearnOptions) -> Learn:
             vectors: Tensor = query.encoder.encode(
                 chosen, batch_size=32, convert_to_tensor=True, show_progress_bar=False
             )
-        return vectors.float().clone()  # no longer an inference tensor, so that gradients may pass beside it
+        return vectors.float().clone()  # no longer an inference tensor, so usable in autograd
 
     def learn() -> None:
         seed = name_seed(task.name, 0)

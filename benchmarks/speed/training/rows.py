@@ -1,4 +1,4 @@
-"""A task's rows as a user of transformers has them: token ids, and the loss that the model's own forward gives."""
+"""A task's rows as a transformers user has them: token ids, and the loss of the model's own forward."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from slm_fast.backbone import Backbone
 from slm_fast.query import TrunkQuery
 
 Learn = Callable[[], object]  # learns the task once
-LENGTH = 128  # tokens read of a text
-IGNORE = -100  # the label transformers' losses skip
+LENGTH = 128  # tokens read per text
+IGNORE = -100  # label ignored by transformers' losses
 
 
 class Rows:
     """N rows, tokenised.
 
-    sequences: what the model reads; a causal one's end with the answer. answers: token ids, or one label's index.
+    sequences: what the model reads; a causal model's end with the answer. answers: token ids, or one label's index.
     """
 
     def __init__(self, backbone: Backbone, task: Task) -> None:
@@ -42,7 +42,7 @@ class Rows:
         return len(self.sequences)
 
     def loss(self, model: Any, head: nn.Linear, chosen: Sequence[int]) -> Tensor:
-        """The mean loss of some rows' labels, by a head on the mean hidden state, or of their answers' tokens."""
+        """The mean loss of the chosen rows: of labels, by a head on the mean hidden state, or of answer tokens."""
         device, kind = self.backbone.device, self.backbone.kind
         batch = self.backbone.tokenization.collate([self.sequences[i] for i in chosen]).to(device)
         answers = [self.answers[i] for i in chosen]

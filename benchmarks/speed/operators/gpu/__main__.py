@@ -1,12 +1,12 @@
-"""multi_lora and retrieve on a GPU beside every alternative a user has.
+"""multi_lora and retrieve against their alternatives, on a GPU.
 
     python -m benchmarks.speed.operators.gpu OUT               # all shapes; writes OUT/{multi_lora,retrieve}_gpu.csv
-    python -m benchmarks.speed.operators.gpu OUT --dry-run     # tiny shapes on a CPU, to see that all of it works
+    python -m benchmarks.speed.operators.gpu OUT --dry-run     # tiny shapes on a CPU, to check that everything works
 
-Times are of CUDA graphs that go through as many sets of inputs as keep the cache cold, and of eager calls on the same
-sets. Each way is compared with float64 before it is timed, and ours repeated; what fails is left out and said. At the
-end are the targets, met or missed (OUT/targets_gpu.csv). OUT/preference.csv is the order that this run would have
-dispatch use: slm_fast/ops/preference.csv, if committed, decides.
+Times are of CUDA graphs that cycle through enough sets of inputs to keep the cache cold, and of eager calls on the same
+sets. Each way is compared with float64 before it is timed, and ours is repeated; failing ways are reported and left
+out. The targets come last, met or missed (OUT/targets_gpu.csv). OUT/preference.csv is the backend order for dispatch
+that this run suggests; it takes effect when committed as slm_fast/ops/preference.csv.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.tables import table, write_csv
 
 
 def run(stem: str, cases: Sequence[Any], of: Callable[[Any], Rows], out: Path, deadline: float) -> tuple[Rows, Rows]:
-    """Measure case after case until the deadline: what was measured, and a verdict on each case that failed."""
+    """Measure case after case until the deadline; return the measurements, and a verdict for each case that failed."""
     rows: Rows = []
     failed: Rows = []
     for number, case in enumerate(cases):
@@ -40,13 +40,13 @@ def run(stem: str, cases: Sequence[Any], of: Callable[[Any], Rows], out: Path, d
             break
         try:
             found = of(case)
-        except Exception as reason:  # one shape that does not fit, say, must not lose the others
+        except Exception as reason:  # a shape that does not fit must not lose the others
             print(f"# left out: {case}: {type(reason).__name__}: {str(reason)[:200]}", flush=True)
             failed.append({"target": f"{stem}: runs", "limit": "", "got": "-", "": "MISSED", "where": str(case)})
             continue
         print(table(found), flush=True)
         rows += found
-        write_csv(out / f"{stem}_gpu.csv", rows)  # each time: what is done is kept whatever comes
+        write_csv(out / f"{stem}_gpu.csv", rows)  # after each case, so that results survive a later failure
         torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -56,10 +56,10 @@ def run(stem: str, cases: Sequence[Any], of: Callable[[Any], Rows], out: Path, d
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU")
-    parser.add_argument("--seconds", type=float, default=0.15, help="for each way, shape and mode")
-    parser.add_argument("--within", type=float, default=240.0, help="seconds after which no further shape is begun")
-    parser.add_argument("--no-compile", action="store_true", help="without the compiled alternative")
+    parser.add_argument("--dry-run", action="store_true", help="run tiny shapes on a CPU")
+    parser.add_argument("--seconds", type=float, default=0.15, help="seconds per way, shape and mode")
+    parser.add_argument("--within", type=float, default=240.0, help="seconds after which no further shape is started")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled alternative")
     options = parser.parse_args(arguments)
     device, shapes, searches = "cuda", SHAPES, SEARCHES
     if options.dry_run:
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     preferences: list[dict[str, str]] = []
     judged: Rows = []
     unmeasured: Rows = []
-    # On a stream of its own, which the graphs are captured on: autograd runs backward where forward ran.
+    # On a separate stream, on which the graphs are captured: autograd runs backward on the stream of the forward pass.
     with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
         for stem, (cases, of) in work.items():
             rows, failed = run(stem, cases, of, options.out, deadline)

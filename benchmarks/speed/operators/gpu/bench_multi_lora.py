@@ -1,7 +1,7 @@
-"""multi_lora on a GPU. `python -m benchmarks.speed.operators.gpu OUT` runs it.
+"""multi_lora on a GPU. Run it with `python -m benchmarks.speed.operators.gpu OUT`.
 
-Every way is the frozen linear layer followed by its increments, so that the ratio to the linear layer alone is what a
-user pays.
+Every way is the frozen linear layer followed by its increments, so that the ratio to the linear layer alone is the cost
+to a user.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from benchmarks.speed.operators.gpu.compare import Rows, backends_of, checked, l
 from benchmarks.speed.operators.gpu.timing import floor_ms, sets_of_inputs
 
 BF16 = torch.bfloat16
-SETS_OF_SLOW_WAYS = 2  # PEFT makes a module for each slot
+SETS_OF_SLOW_WAYS = 2  # PEFT creates a module per slot
 
 
 @dataclass(frozen=True)
 class Shape(cpu.Shape):
-    """One case; `out` features where they are not H. `most`: what the frozen linear and the increments may take
-    together, as a multiple of the linear alone."""
+    """One case. out: output features if not H. most: the target for linear plus increments, as a multiple of the
+    linear alone."""
 
     dtype: torch.dtype = BF16
     out: int = 0
@@ -63,7 +63,7 @@ SHAPES = [
 
 
 def tiny(shape: Shape) -> Shape:
-    """The case of a dry run."""
+    """The case for a dry run."""
     out = 16 if shape.out else 0
     return replace(shape, B=2, T=min(shape.T, 3), H=24, out=out, P=5, K=2, r=2, slots="same", most=1.0)
 
@@ -71,7 +71,7 @@ def tiny(shape: Shape) -> Shape:
 def vllm_times_k(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, weights: Tensor
 ) -> Callable[[Tensor], Tensor] | None:
-    """vLLM's LoRA kernels, which know one adapter a token and no weights: shrink, scale and expand for each k."""
+    """vLLM's LoRA kernels, which take one adapter per token and no weights: shrink, scale and expand for each k."""
     try:
         from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
     except Exception:
@@ -118,7 +118,8 @@ def _onto_linear(op: Callable[..., Tensor], arguments: tuple[Tensor, ...], matri
 
 
 def _before_linear(op: Callable[..., Tensor], arguments: tuple[Tensor, ...], matrix: Tensor) -> Tensor:
-    """The increments first, and the frozen product onto them: what a product adds to, it reads for next to nothing."""
+    """The increments first, then the frozen product accumulated onto them: a GEMM reads its accumulator almost for
+    free."""
     y: Tensor = op(*arguments, None)
     y.view(-1, y.shape[-1]).addmm_(arguments[0].view(-1, matrix.shape[1]), matrix.t())
     return y
@@ -160,7 +161,7 @@ def forward_ways(
 
 
 def backward_ways(shape: Shape, given: dict[str, Tensor]) -> Ways:
-    """The base's gradient of its input, then what the increments add to it: all four gradients."""
+    """The base's input gradient, then what the increments add to it: all four gradients."""
     x, matrix, lora_a, lora_b, ids, weights = given.values()
     grad = output_gradient(shape, x.device)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_a, lora_b, weights)]
@@ -170,7 +171,7 @@ def backward_ways(shape: Shape, given: dict[str, Tensor]) -> Ways:
     def gradients(result: Tensor) -> Callable[[], object]:
         return lambda: (grad @ matrix, *torch.autograd.grad(result, leaves, grad, retain_graph=True))
 
-    for name in backends_of("multi_lora", "other", x.device.type):  # those that go back
+    for name in backends_of("multi_lora", "other", x.device.type):  # those with a backward pass
         op = getattr(torch.ops.slm_fast, f"multi_lora_{name}")
         calls[name] = gradients(op(leaves[0], leaves[1], leaves[2], ids, leaves[3], y))
     calls["gather bmm"] = gradients(cpu.gather_bmm(y, leaves[0], leaves[1], leaves[2], ids, leaves[3]))
@@ -178,7 +179,7 @@ def backward_ways(shape: Shape, given: dict[str, Tensor]) -> Ways:
 
 
 def exact_layer(shape: Shape, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """What the layer should give, or (backward) its gradients, in float64."""
+    """The layer's exact output or (backward) gradients, in float64."""
     x, matrix, lora_a, lora_b, ids, weights = (t.double() if t.is_floating_point() else t for t in given.values())
     if not shape.backward:
         return (cpu.gather_bmm(torch.nn.functional.linear(x, matrix), x, lora_a, lora_b, ids, weights),)
@@ -188,16 +189,16 @@ def exact_layer(shape: Shape, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def output_gradient(shape: Shape, device: torch.device) -> Tensor:
-    """What comes back to the layer's output, [B, T, O]."""
+    """The gradient of the layer's output, [B, T, O]."""
     random = torch.Generator(device).manual_seed(7)
     return torch.randn(shape.B, shape.T, shape.features_out, device=device, generator=random).to(shape.dtype)
 
 
 def multi_lora_rows(shape: Shape, device: str, seconds: float, compiled: Callable[..., Tensor] | None) -> Rows:
-    """A row for each way and mode (CUDA graph, eager), each held against float64 first."""
+    """One row per way and mode (CUDA graph, eager), each first checked against float64."""
     rows, size = shape.B * shape.T, shape.dtype.itemsize
     used = len(cpu.route(shape)[0].unique())
-    # Floor of what is added: the arithmetic, or the slots read once and y read and written (x the linear has read).
+    # Floor of the added time: the arithmetic, or reading slots once and reading and writing y (the linear has read x).
     flops = (8 if shape.backward else 4) * rows * shape.K * shape.r * (shape.H + shape.features_out) / 2
     moved = ((shape.H + shape.features_out) * (rows + used * shape.r)) * size
     low = floor_ms(flops, moved, shape.dtype) if device == "cuda" else 0.0

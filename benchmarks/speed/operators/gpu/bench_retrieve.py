@@ -1,4 +1,4 @@
-"""retrieve on a GPU. `python -m benchmarks.speed.operators.gpu OUT` runs it."""
+"""retrieve on a GPU. Run it with `python -m benchmarks.speed.operators.gpu OUT`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ from slm_fast import ops
 
 @dataclass(frozen=True)
 class Search(cpu.Shape):
-    """One retrieval; `most` microseconds. keys: of each slot, as the default router has them, which compares by plain
-    products and knows a bias; 0 for one and cosines."""
+    """One retrieval.
+
+    Attributes:
+        most: target in microseconds.
+        keys: per slot, for the default router's case, which has plain dot products and a bias; 0 for one key and
+            cosine.
+    """
 
     B: int = 32
     D: int = 384
@@ -43,7 +48,7 @@ SEARCHES = [
 
 
 def search_ways(shape: Search, device: str, seed: int) -> Ways:
-    """Every way to one retrieval, over inputs drawn from the seed."""
+    """Every way to do one retrieval, on inputs drawn from the seed."""
     torch.manual_seed(seed)
     query, keys = torch.randn(shape.B, shape.D, device=device), torch.randn(shape.P, shape.D, device=device)
     if shape.keys:
@@ -64,7 +69,7 @@ def search_ways(shape: Search, device: str, seed: int) -> Ways:
 
 
 def routing_ways(shape: Search, query: Tensor) -> Ways:
-    """Every way to the best slots where a slot has several keys."""
+    """Every way to find the best slots if slots have several keys."""
     slot = torch.arange(shape.P, device=query.device).repeat_interleave(shape.keys)
     keys = torch.randn(len(slot), shape.D, device=query.device) * shape.D**-0.5
     bias, prepared = -keys.square().sum(1), ops.prepare_keys(keys, key_slot=slot)
@@ -84,16 +89,14 @@ def routing_ways(shape: Search, query: Tensor) -> Ways:
 
 
 def retrieve_rows(shape: Search, device: str, seconds: float) -> Rows:
-    """A row for each way and mode (CUDA graph, eager), each held against the reference first."""
+    """One row per way and mode (CUDA graph, eager), each first checked against the reference."""
     moved = (shape.P * max(1, shape.keys) + shape.B) * shape.D * 4.0
     low = floor_ms(0.0, moved, torch.float32) if device == "cuda" else 0.0
     with torch.inference_mode():
         sets = sets_of_inputs(moved) if device == "cuda" else 1
         all_ways = [search_ways(shape, device, seed) for seed in range(sets)]
         expected = all_ways[0].pop("reference")()
-        about = checked(
-            all_ways[0], tensors_of(expected), 1e-2
-        )  # in float32 another of nearly equal slots may be first
+        about = checked(all_ways[0], tensors_of(expected), 1e-2)  # in float32, nearly equal slots may change places
         timed = measure(all_ways, about, device, seconds)
     case: dict[str, Any] = {"B": shape.B, "P": shape.P, "D": shape.D, "G": shape.G, "K": shape.K}
     case |= {"keys": max(1, shape.keys), "aggregate": "vote" if shape.vote else "dot" if shape.keys else "mean"}

@@ -1,4 +1,4 @@
-"""Each way held against float64 before it is timed, the timing, and the rows that say what came out."""
+"""Checks each way against float64 before it is timed, times it, and makes the rows of results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slm_fast import ops
 
 Rows = list[dict[str, Any]]
 OURS = ("cuda", "triton", "triton with base")
-ELSEWHERE = ("linear", "peft mixed", "arrow")  # PEFT's mixed batch knows no weights, Arrow routes for itself
+ELSEWHERE = ("linear", "peft mixed", "arrow")  # PEFT's mixed batch has no weights, Arrow does its own routing
 
 
 def backends_of(stem: str, size: str, device: str) -> list[str]:
@@ -28,21 +28,23 @@ def tensors_of(result: Any) -> tuple[Tensor, ...]:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """By norm; of slot ids, the share that differs."""
+    """By norm; for slot ids, the share that differs."""
     if not expected.is_floating_point():
         return (got != expected).double().mean().item()
     return ((got.double() - expected).norm() / expected.double().norm()).item()
 
 
 def checked(ways: Ways, expected: tuple[Tensor, ...], largest: float) -> dict[str, dict[str, str]]:
-    """For each way that works: its largest error, and of ours whether every call gives the same bits. A way that fails,
-    or computes something else, is said and left out."""
+    """For each way that works, its largest error and, for ours, whether every call gives the same bits.
+
+    A way that fails or computes something else is reported and left out.
+    """
     found: dict[str, dict[str, str]] = {}
     for name, call in ways.items():
         try:
             results = [tensors_of(call()) for _ in range(4 if name in OURS else 1)]
             errors = [relative_error(*pair) for pair in zip(results[0], expected, strict=False)]
-        except Exception as reason:  # of any library
+        except Exception as reason:  # from any library
             print(f"# {name} left out: {type(reason).__name__}: {str(reason)[:200]}", flush=True)
             continue
         if name in ELSEWHERE:
@@ -74,7 +76,7 @@ def measure(sets: list[Ways], names: Collection[str], device: str, seconds: floa
 def lines(
     case: dict[str, Any], timed: Mapping[str, Mapping[str, Times]], low: float, about: dict[str, dict[str, str]]
 ) -> Rows:
-    """The rows of one case: times, their ratios to the linear layer, the best alternative and the floor `low` (ms)."""
+    """The rows of one case: times, and ratios to the linear layer, the best alternative and the floor `low` (ms)."""
     rows = []
     for how, times in timed.items():
         others = [t.p50 for name, t in times.items() if name in ("gather bmm", "gather bmm compiled", "gemm + topk")]

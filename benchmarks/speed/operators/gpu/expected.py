@@ -1,9 +1,9 @@
-"""What the target shapes should take on an H100, beside what they took.
+"""Expected and measured times of the target shapes on an H100.
 
     python -m benchmarks.speed.operators.gpu.expected
 
-Bytes, operations and the floor that follows from them; what was expected by reading the code and counting, before any
-GPU had run it; and the medians of multi_lora_gpu.csv and retrieve_gpu.csv. Writes results/gpu_expected.md.
+Bytes, operations and the floor that follows from them; the times expected from reading the code and counting, before it
+had run on any GPU; and the medians of multi_lora_gpu.csv and retrieve_gpu.csv. Writes results/gpu_expected.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from benchmarks.tables import RESULTS, read_csv, read_head
 
-BANDWIDTH = 3.35e12  # bytes/s of an H100 (SXM), data sheet
+BANDWIDTH = 3.35e12  # bytes/s of an H100 (SXM), from its data sheet
 BFLOAT16, FLOAT64 = 989e12, 67e12  # flop/s of its tensor cores
 HEAD = """# Expected and measured on an H100
 
@@ -31,8 +31,17 @@ at 100,000 slots it would read half the bytes.
 
 
 class Shape(NamedTuple):
-    """target: in words. moved, flops: bytes and operations. rate: of the operations. launches: on sm_90. expected:
-    microseconds. why: they were expected. stem, way, has: which line of which CSV measures it."""
+    """A target shape.
+
+    Attributes:
+        target: in words.
+        moved, flops: bytes and operations.
+        rate: of the operations.
+        launches: on sm_90.
+        expected: microseconds.
+        why: the reason for them.
+        stem, way, has: which line of which CSV measures it.
+    """
 
     target: str
     moved: float
@@ -51,7 +60,7 @@ class Shape(NamedTuple):
 
     @property
     def measured(self) -> str:
-        """Microseconds, with the ratio to the linear layer alone where there is one."""
+        """Microseconds, with the ratio to the linear layer alone if there is one."""
         for row in read_csv(RESULTS / f"{self.stem}_gpu.csv"):
             if row["way"] == self.way and row["how"] == "graph" and self.has.items() <= row.items():
                 ratio = "" if row["to_linear"] == "-" else f" ({float(row['to_linear']):.2f})"
@@ -62,9 +71,10 @@ class Shape(NamedTuple):
 def lora(
     target: str, rows: int, width: int, R: int, used: int, expected: str, why: str, has: Mapping[str, str]
 ) -> Shape:
-    """rows: of x; x itself the linear layer reads. R: columns of a row's increments. used: rows of A and of B."""
+    """rows: of x, whose reading counts for the linear layer. R: columns of a row's increments. used: rows of A and
+    of B."""
     moved, flops = 2.0 * 2 * width * (rows + used), 4.0 * rows * R * width
-    back = has["pass"] == "backward"  # which reads x and the gradient twice
+    back = has["pass"] == "backward"  # reads x and the gradient twice
     times, launches, way = (2, 4, "triton") if back else (1, 1, "cuda")
     return Shape(target, times * moved, times * flops, BFLOAT16, launches, expected, why, "multi_lora", way, has)
 

@@ -1,4 +1,4 @@
-"""Timing on a GPU: CUDA graphs over inputs that do not fit its cache, eager calls, and the card's own limits."""
+"""Timing on a GPU: CUDA graphs over inputs that exceed its cache, eager calls, and the card's measured limits."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import torch
 
 from benchmarks.speed.timing import Times, percentiles
 
-Calls = Sequence[Callable[[], object]]  # one for each set of inputs
+Calls = Sequence[Callable[[], object]]  # one per set of inputs
 
 
 def sets_of_inputs(moved: float, most: int = 160) -> int:
-    """How many sets of inputs of `moved` bytes to go through in turns, so that each finds the cache without it."""
+    """How many sets of inputs of `moved` bytes to cycle through, so that none is in the cache when its turn comes."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return int(min(most, max(1, -(-2 * cache // max(1, int(moved))))))
 
 
 def capture(calls: Calls) -> Callable[[], object] | None:
-    """One replay of all calls as a CUDA graph, captured on the current stream, which must not be the default one; None
-    for what cannot be captured (it waits for the device, say)."""
+    """A replay of all calls as one CUDA graph, captured on the current stream, which must not be the default one.
+
+    None if the calls cannot be captured, for example because they synchronise with the device.
+    """
     try:
-        torch.cuda.set_sync_debug_mode("error")  # a capture that fails half-way would leave torch's allocator capturing
+        torch.cuda.set_sync_debug_mode("error")  # a failed capture would leave torch's allocator capturing
         try:
             for call in calls:
                 call()
@@ -49,7 +51,8 @@ def _call_all(calls: Calls) -> None:
 
 
 def time_on_gpu(candidates: Mapping[str, Calls], *, graph: bool, seconds: float, most: int = 200) -> dict[str, Times]:
-    """Milliseconds of one call, by events, the candidates in turns; a graph leaves out what cannot be captured."""
+    """Milliseconds per call, by events, candidates in turns; with `graph`, those that cannot be captured are left
+    out."""
     runs: dict[str, Callable[[], object]] = {}
     for name, calls in candidates.items():
         if not graph:
@@ -88,11 +91,11 @@ def gemm_rate(dtype: torch.dtype) -> float:
 
 @functools.cache
 def bandwidth() -> float:
-    """bytes/s of a large copy, read and written."""
+    """bytes/s of a large copy, counting reads and writes."""
     x, y = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
     return 2e3 * (1 << 30) / _milliseconds(lambda: y.copy_(x))
 
 
 def floor_ms(flops: float, moved: float, dtype: torch.dtype) -> float:
-    """The larger of the arithmetic at the measured matrix rate and of moving the bytes at the measured bandwidth."""
+    """The larger of the arithmetic at the measured matrix rate and the traffic at the measured bandwidth."""
     return 1e3 * max(flops / gemm_rate(dtype), moved / bandwidth())

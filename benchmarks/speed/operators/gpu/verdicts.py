@@ -1,4 +1,4 @@
-"""What the rows say: targets met or missed, and the order of backends that they would have dispatch use."""
+"""Verdicts on the rows: targets met or missed, and the backend order that they suggest for dispatch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SPEED_UPS = {"gather bmm compiled": 1.5, "vllm x K": 3.0, "arrow": 20.0}  # thei
 
 
 def by_case(rows: Rows) -> dict[str, dict[str, dict[str, Any]]]:
-    """Case -> way -> its row: as graphs, or eager where nothing was captured (in a dry run)."""
+    """Case -> way -> its row: of graphs, or eager if nothing was captured (in a dry run)."""
     how = "graph" if any(row["how"] == "graph" for row in rows) else "eager"
     names = ("pass", "aggregate", "B", "T", "I", "O", "D", "P", "keys", "G", "K", "r", "dtype", "slots")
     found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -27,7 +27,7 @@ def by_case(rows: Rows) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def verdicts(rows: Rows, operator: str) -> Rows:
-    """Each target, what was got, and whether it was met; of a target for all cases, the worst case."""
+    """Each target, the result, and whether it was met; for a target of all cases, the worst case."""
     cases, results = by_case(rows), []
 
     def judge(target: str, limit: str, got: float, met: bool, where: str) -> None:
@@ -72,7 +72,7 @@ def verdicts(rows: Rows, operator: str) -> Rows:
 
 
 def preference(rows: Rows, operator: str, device: str = "cuda") -> list[dict[str, str]]:
-    """For each size class, backends by their time over the cases that all of them ran; the reference last."""
+    """For each size class, backends ordered by their time over the cases that all of them ran; the reference last."""
     cases = [
         (next(iter(ways.values())), {name: float(row["p50_us"]) for name, row in ways.items() if name in OURS})
         for ways in by_case(rows).values()
@@ -83,7 +83,7 @@ def preference(rows: Rows, operator: str, device: str = "cuda") -> list[dict[str
         names = {name for ways in times for name in ways}
         totals = {name: sum(ways[name] for ways in times if names <= ways.keys()) for name in names}
         order = [name for name in sorted(names, key=lambda name: totals[name]) if name != "layer"]
-        if "layer" in names:  # the base in the kernel, or not
+        if "layer" in names:  # whether to compute the base in the kernel
             order = order[: int(totals["triton"] < totals["layer"])]
         if order or "layer" in names:
             backends = " ".join([*order, "reference"])
