@@ -1,4 +1,4 @@
-"""slm_fast: one frozen language model that learns task after task, and answers batches that mix them."""
+"""slm_fast: one frozen language model that learns task after task and answers mixed batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "ops",
 ]
 
-# These bring torch with them, and some of them transformers, so they are imported when first asked for.
+# Imported on first use, because all of them import torch, and some transformers.
 _LATER = {
     "Evaluation": "slm_fast.evaluate",
     "Prediction": "slm_fast.predict",

@@ -1,4 +1,4 @@
-"""A frozen model with its tokenizer: how to load, name and fingerprint one, and where its linear layers are."""
+"""A frozen model with its tokenizer: loading, naming, fingerprinting, and finding its linear layers."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Backbone:
     """A frozen model with its tokenizer.
 
     Attributes:
-        name: a hub name, or the whole path of a folder.
-        tokenizer: a copy of the one given, with an end and a padding token.
-        fingerprint, tokens, settings: what makes it this backbone and no other (see identity.py).
+        name: a hub name, or the absolute path of a folder.
+        tokenizer: a copy of the given one, with a padding token and, unless it is an encoder, an end token.
+        fingerprint, tokens, settings: the backbone's identity (see identity.py).
 
-    Its weights never change (but are held rounded while a task is learned with autocast). Its plain linear layers go
-    through oneDNN where that is faster, and `AdaptedModel` puts adapted layers in the place of some.
+    The weights never change (but are kept rounded while a task is learned with autocast). Plain linear layers use
+    oneDNN where that is faster, and `AdaptedModel` replaces some of them by adapted layers.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str, known_fingerprint: str | None = None) -> None:
@@ -63,7 +63,7 @@ class Backbone:
         self.model.eval().requires_grad_(False)
         use_onednn(self.model)
         if hasattr(self.model, "pooler"):
-            # Answers come from the mean over tokens; heads that are imported may read the pooler's.
+            # Heads read the mean over tokens, but imported ones may need the pooler.
             self.pooler, self.model.pooler = self.model.pooler, None
         self.fingerprint = known_fingerprint or fingerprint(self.model, self.tokenizer)
         writes = self.kind != "encoder"
@@ -79,17 +79,16 @@ class Backbone:
 
     @classmethod
     def load(cls, name: str, *, dtype: str | torch.dtype = "float32", device: str = "auto") -> Backbone:
-        """Load a backbone by hub name, local path, or a name of `PACKAGED`.
-
-        Of a GGUF file (the path of one, or a hub's `owner/name/file.gguf`) the weights are dequantised, and the
-        fingerprint is its SHA-256.
+        """Load a backbone.
 
         Args:
-            dtype: "auto" is bfloat16 where the processor or GPU multiplies it, else float32. "float16" reads the files
-                twice: numbers rounded to float16 would give another fingerprint.
+            name: a hub name, a local path, a name of `PACKAGED`, or a GGUF file (a path, or `owner/name/file.gguf` on
+                the hub). A GGUF file's weights are dequantised, and its SHA-256 is the fingerprint.
+            dtype: "auto" means bfloat16 if the CPU or GPU can multiply it, else float32. "float16" reads the files
+                twice, because numbers rounded to float16 would change the fingerprint.
 
         Raises:
-            InputError: it cannot be found, it is of no family that can be adapted, or it cannot run in this dtype.
+            InputError: it cannot be found or adapted, or cannot run in this dtype.
             WorkError: its files are damaged.
         """
         place = choose_device(device)
@@ -127,7 +126,7 @@ class Backbone:
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the model reads."""
+        """Number of token ids that the model accepts."""
         return len(self.model.get_input_embeddings().weight)
 
     @property
@@ -146,9 +145,9 @@ class Backbone:
 
     @property
     def needs_one_thread(self) -> bool:
-        """Whether bits depend on the number of threads, as they do in models so small that a second one costs time:
-        torch's scratch for a head of fewer than 16 features is aligned in the first thread only, and MKL sums products
-        of a few rows by at most 128 columns in another order."""
+        """Whether results depend on the number of threads, which is so on a CPU for models too small to gain from a
+        second one: torch aligns its scratch for heads of fewer than 16 features in the first thread only, and MKL sums
+        products of a few rows by at most 128 columns in another order."""
         config = self.model.config
         heads = getattr(config, "num_attention_heads", None) or 1
         width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or self.width // heads
@@ -156,20 +155,20 @@ class Backbone:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The trunk's layers, where the query is tapped."""
+        """The trunk's layers, which the query's taps read."""
         layers: nn.ModuleList = self.model.get_submodule(self.family.layers)
         return layers
 
     def all_layers(self) -> list[nn.Module]:
-        """The trunk's layers and those above it: of T5, the decoder's."""
+        """The trunk's layers and any above it, such as those of T5's decoder."""
         upper = self.model.get_submodule(self.family.upper) if self.family.upper else ()
         return [*self.layers, *upper]
 
     def find_linears(self, words: Sequence[str], first_layer: int) -> list[str]:
-        """Names of the layers that `words` mean in the trunk's layers from `first_layer` on and in all above it: those
-        of modules, or, where a word means some of the output features of a fused one, "module[word]".
+        """Names of the linear layers that `words` stand for, in the trunk from `first_layer` on and in all layers above
+        the trunk: module names, or "module[word]" if the word stands for some of a fused module's output features.
 
-        Raises InputError for a word that matches no module.
+        Raises InputError if a word matches no module.
         """
         prefixes = [f"{self.family.layers}.{i}." for i in range(first_layer, len(self.layers))]
         if self.family.upper:
@@ -192,16 +191,16 @@ class Backbone:
 
     @property
     def adaptable(self) -> set[str]:
-        """Names of all linear modules that the family's words mean, in every layer."""
+        """Names of all linear layers that the family's words stand for, in every layer."""
         found: set[str] = set()
         for word in self.family.words:
-            with suppress(InputError):  # a word of models of the family with other layers
+            with suppress(InputError):  # only some models of the family have layers of this word
                 found.update(self.find_linears([word], 0))
         return found
 
     def parts(self, names: Sequence[str]) -> dict[str, dict[str, slice]]:
-        """The modules of the layers of these names, and of each fused one the layers that it is made of: their names
-        and the output features that are theirs. (Of others nothing.)"""
+        """The modules of these linear layers, and for each fused one the layers it consists of and their output
+        features. Empty for a module that is not fused."""
         modules: dict[str, tuple[str, ...]] = {}
         for name in names:
             module, _, word = name.rstrip("]").partition("[")
@@ -217,7 +216,7 @@ class Backbone:
         return parts
 
     def widths(self, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of linear layers, seen from one token passing through when they do not say."""
+        """(in_features, out_features) of linear layers. Where attributes do not tell, one token is passed through."""
         parts = self.parts(names)
         whole = self._module_widths(list(parts))
         found = {module: widths for module, widths in whole.items() if not parts[module]}
@@ -230,7 +229,7 @@ class Backbone:
         widths = {
             name: (int(getattr(module, features_in)), int(getattr(module, features_out)))
             for name, module in modules.items()
-            for features_in, features_out in (("in_features", "out_features"), ("nx", "nf"))  # nn.Linear, GPT-2's
+            for features_in, features_out in (("in_features", "out_features"), ("nx", "nf"))  # nn.Linear, GPT-2
             if hasattr(module, features_in) and hasattr(module, features_out)
         }
         hooks = []
@@ -250,7 +249,7 @@ class Backbone:
         return {name: widths[name] for name in names}
 
     def end_tokens(self) -> Tensor:
-        """Ids of the tokens that end a generated text: the tokenizer's, and any others the model itself stops at."""
+        """Ids of the tokens that end a generated text: the tokenizer's, and those of the model's generation config."""
         ends = getattr(self.model.generation_config, "eos_token_id", None)
         others = ends if isinstance(ends, list) else [ends]
         known = {end for end in (self.tokenizer.eos_token_id, *others) if end is not None}
@@ -258,39 +257,39 @@ class Backbone:
 
     @property
     def start_token(self) -> int:
-        """Id of the token that T5's decoder begins with."""
+        """Id of the token that the decoder of a seq2seq model begins with."""
         start: int | None = self.model.generation_config.decoder_start_token_id
         return int(self.model.config.decoder_start_token_id) if start is None else start
 
     @cached_property
     def learned_positions(self) -> int | None:
-        """How many positions a text can have, where positions are embedded; None where they are not."""
+        """Number of embedded positions; None if positions are not embedded."""
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Embedding) and re.search(r"\b(embed_positions|position_embeddings?|wpe)$", name):
-                # RoBERTa's positions begin after the padding index, BART's at an offset of its own.
+                # RoBERTa's positions begin after the padding index, BART's at an offset.
                 before = 0 if module.padding_idx is None else module.padding_idx + 1
                 return len(module.weight) - before - int(getattr(module, "offset", 0))
         return None
 
     def max_positions(self) -> int | None:
-        """The most positions a text may have: those embedded, or what the configuration says; None without either."""
+        """Maximum number of positions: those embedded, else (not for seq2seq) the configuration's limit, if any."""
         if self.learned_positions is not None or self.kind == "seq2seq":
             return self.learned_positions
         limit = getattr(self.model.config, "max_position_embeddings", None)
         return None if limit is None else int(limit)
 
     def positions(self, mask: Tensor) -> dict[str, Any]:
-        """What tells a causal model the positions [B, T] of real tokens, padded on either side: only one that embeds
-        them needs it, for rotary ones say how far apart tokens are."""
+        """Keyword arguments with the positions [B, T] of real tokens, padded on either side, for a causal model that
+        embeds positions. Others need none, since rotary positions are relative."""
         if self.kind != "causal" or self.learned_positions is None:
             return {}
         if "position_ids" not in inspect.signature(self.model.base_model.forward).parameters:
-            return {}  # it finds them by the mask
+            return {}  # the model derives them from the mask
         return {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [N, V] of last hidden states [N, H] of the trunk of a causal model: what the whole model makes of
-        them, which may be more than a product (a soft cap, a scale)."""
+        """Logits [N, V] of a causal model for last hidden states [N, H] of its trunk. The model itself computes them,
+        since it may do more than multiply (a soft cap, a scale)."""
         lm, trunk, name = self.model, self.model.base_model, self.model.base_model_prefix
         options = {"output_router_logits": False} if hasattr(lm.config, "output_router_logits") else {}
         tokens = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
@@ -303,7 +302,7 @@ class Backbone:
 
 
 class _Known(nn.Module):
-    """Stands in the place of a trunk whose last hidden states are known (and of the decoder in it, as OPT has one)."""
+    """Replaces a trunk whose last hidden states are known (and the decoder inside it, which OPT has)."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -317,7 +316,7 @@ class _Known(nn.Module):
 
 
 class _Output:
-    """What a trunk returns: its last hidden states, and None for all else."""
+    """A trunk's output: its last hidden states, and None for everything else."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -331,9 +330,9 @@ class _Output:
 
 @without_collection()
 def load_backbone(backbone: Any, tokenizer: Any, dtype: str | torch.dtype, device: str, *, hint: str = "") -> Backbone:
-    """A backbone from what users give: a path or name, or a model with its tokenizer. A Backbone is one already.
+    """Make a Backbone from a path or name, or from a model with its tokenizer. A Backbone is returned as it is.
 
-    Raises InputError, with the hint at its end where nothing can be loaded from a path or name.
+    Raises InputError. `hint` is appended to its message if a path or name cannot be loaded.
     """
     if isinstance(backbone, Backbone):
         return backbone
@@ -355,7 +354,7 @@ def load_backbone(backbone: Any, tokenizer: Any, dtype: str | torch.dtype, devic
 
 
 def _family(model: Any) -> tuple[Family, Any]:
-    """The family of a model, and the part of the model that is worked with."""
+    """The family of a model, and the part of the model that is used."""
     family, (kind, auto_class) = family_of(model.config.model_type), _kind_of(model.config)
     if family is not None:
         return family, without_head(model, kind, family.layers, family.upper, auto_class)
@@ -365,9 +364,9 @@ def _family(model: Any) -> tuple[Family, Any]:
 
 
 def _kind_of(config: Any) -> tuple[str, str]:
-    """The kind of a model by its configuration, and the auto class that loads it.
+    """The kind of a model according to its configuration, and the auto class that loads it.
 
-    Raises InputError for one that neither reads texts into hidden states nor writes them.
+    Raises InputError for a model that is neither an encoder nor generates text.
     """
     family = family_of(config.model_type)
     if family is not None:

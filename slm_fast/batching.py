@@ -1,4 +1,4 @@
-"""Which rows share a batch: length buckets, under a token budget for answering, shuffled for learning."""
+"""Batching of rows by length: under a token budget for prediction, shuffled for learning."""
 
 from __future__ import annotations
 
@@ -7,39 +7,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Tokens of a batch unless told otherwise: what fills a GPU, and what a processor's caches like, fewer of wider states.
-# Writing an answer passes one token a row at a time, so there more rows go together.
+# Default tokens per batch: enough to fill a GPU; on a CPU, what suits its caches, fewer for wider hidden states.
+# Generation passes one token per row at a time, so its batches are larger.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 32768}
-WIDTH, LEAST = 384, 512  # up to which width a processor likes so many, and how many it gets at the least
-GENERATING = 4  # times as many
-SORTED_TOGETHER = 16  # batches of training rows that are sorted by length together
+WIDTH, LEAST = 384, 512  # CPU: hidden width up to which the full budget applies, and the minimum budget
+GENERATING = 4  # factor for generation
+SORTED_TOGETHER = 16  # number of batches of training rows that are sorted by length together
 
 
 def token_budget(device: str, kind: str, width: int) -> int:
-    """Tokens of a batch, padding included, that suit a backbone of this kind and hidden width on "cpu" or "cuda"."""
+    """Default tokens per batch, including padding, for a backbone's kind and hidden width on "cpu" or "cuda"."""
     if kind != "encoder":
         return GENERATING * TOKEN_BUDGET[device]
     return TOKEN_BUDGET[device] if device != "cpu" else max(LEAST, TOKEN_BUDGET[device] * WIDTH // max(WIDTH, width))
 
 
 def rounded(number: int, least: int, parts: int) -> int:
-    """A number rounded up to one of a few: to a multiple of `least`, or of so many parts of the next power of two where
-    that is more."""
+    """Round up to a multiple of `least` or, if larger, of 1/`parts` of the next power of two: few values occur."""
     step = max(least, (1 << max(0, number - 1).bit_length()) // parts)
     return -(-number // step) * step
 
 
 def few_shapes(rows: int, columns: int) -> tuple[int, int]:
-    """What a batch of so many rows and columns is padded to where batches should be of few shapes."""
+    """Rows and columns that a batch is padded to if batches should have few different shapes."""
     return rounded(rows, 1, 8), rounded(columns, 16, 16)
 
 
 def length_buckets(
     lengths: Sequence[int], budget: int, max_rows: int | None = None, *, few: bool = False
 ) -> list[list[int]]:
-    """Rows of these lengths in batches, the longest first. Padded to its longest row, a batch holds at most `budget`
-    tokens (or is one row that is longer) and at most `max_rows` rows. few: as many rows and columns as `few_shapes`
-    leaves as they are, but where the rows end."""
+    """Group rows by length into batches of row numbers, longest first.
+
+    Args:
+        lengths: length of each row.
+        budget: maximum tokens per batch, padded to its longest row. A row longer than this is a batch by itself.
+        max_rows: maximum rows per batch.
+        few: batches will be padded by `few_shapes`. The budget then includes that padding, and batches that it limits
+            have a number of rows that needs none.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches = []
     while order:
@@ -54,10 +59,10 @@ def length_buckets(
 
 
 def shuffled_buckets(lengths: Tensor, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Row numbers in shuffled batches of `size` rows of like lengths [N].
+    """Group rows of lengths [N] into shuffled batches of `size` row numbers of similar length.
 
-    The rows are shuffled, sorted by length within windows of a few batches (at least four windows where there are
-    enough rows, so that a row meets others in the next epoch), cut into batches, and the batches shuffled.
+    Rows are shuffled, sorted by length within windows of a few batches (at least four windows if there are enough rows,
+    so that batches differ between epochs) and cut into batches, which are shuffled.
     """
     rows = torch.randperm(len(lengths), generator=generator)
     window = size * max(1, min(SORTED_TOGETHER, len(rows) // (4 * size)))

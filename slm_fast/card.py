@@ -1,4 +1,4 @@
-"""The model card of a store: what its tasks are, how well they were answered, and how they are used."""
+"""The model card of a store: its tasks, their accuracy, and how to use them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from slm_fast.errors import some_of
 from slm_fast.tasks import LearnedTask
 
-PACKAGED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # a packaged backbone's name on the hub
-LISTED = 8  # labels of a task that are listed
+PACKAGED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # hub names of packaged backbones
+LISTED = 8  # maximum number of labels listed per task
 CARD = """---
 {head}
 ---
@@ -42,11 +42,11 @@ PEFT loads.
 - Backbone: {backbone}, which is not in here; fingerprint `{fingerprint}`
 - Configuration: {config}
 """
-SHOWN = ("query", "router", "k", "route_on", "max_length")  # fields of the configuration that the card names
+SHOWN = ("query", "router", "k", "route_on", "max_length")  # configuration fields on the card
 
 
 def base_model_of(about: Mapping[str, Any], base_model: str | None = None) -> str | None:
-    """The backbone's name on the hub: the one given, else its own if that is one. None for a folder or no name."""
+    """The backbone's hub name: `base_model`, else its own name. None if that is a path or empty."""
     name = base_model or PACKAGED.get(about["backbone"], about["backbone"])
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
 
@@ -59,13 +59,14 @@ def model_card(
     base_model: str | None = None,
     repo_id: str | None = None,
 ) -> str:
-    """README.md of a store: a YAML head as the hub reads it, and Markdown. The same for the same tasks, however they
-    came to be there.
+    """The README.md of a store: the hub's YAML header and Markdown. It depends on the tasks alone, not on their
+    history.
 
     Args:
         about: what the tasks have in common (`Store.about`).
-        accuracy: by task, what `evaluate` measured, if it did; of other tasks, too.
-        base_model: the backbone's name on the hub, if it has one. repo_id: where the card will stand.
+        accuracy: accuracies by task, as measured by `evaluate`. May include other tasks.
+        base_model: the backbone's hub name, if it has one.
+        repo_id: hub repository that the card is for.
     """
     base, writes = base_model, all(task.head is None for task in tasks)
     head: dict[str, Any] = {"library_name": "slm-fast"}
@@ -104,7 +105,7 @@ def _table(tasks: Sequence[LearnedTask], accuracy: Mapping[str, float]) -> str:
 
 
 def rows_of(task: LearnedTask) -> str:
-    """How many rows a task was learned from, as far as its router keeps that; an imported one knows its examples."""
+    """The number of rows a task was learned from (examples, for an imported task); empty if its router keeps none."""
     count = task.router.get("count")
     if count is None:
         return ""
@@ -112,5 +113,5 @@ def rows_of(task: LearnedTask) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text as Markdown that shows it, on one line."""
+    """Escape a text for Markdown, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(text.split()))

@@ -1,4 +1,4 @@
-"""Chats as one prompt and its answer: OpenAI's messages and ShareGPT's conversations."""
+"""Conversion of chats (OpenAI messages, ShareGPT conversations) to a prompt and an answer."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SPEAKERS = {
 
 
 def read_chat(value: Any, column: str) -> tuple[str, str, str | None]:
-    """(instruction, text, answer) of a list of turns, or of JSON that is one.
+    """Return (instruction, text, answer) of a list of turns, or of a JSON string with one.
 
-    The system's turns at the beginning are the instruction, the assistant's last turn is the answer (None where the
-    user has the last word), and what stands between is the text: the user's turn alone, or each turn as a line
-    "User: ..." or "Assistant: ...".
+    The instruction is the leading system turns. The answer is the last turn if it is the assistant's, else None. The
+    text is everything between: a single user turn as it is, several turns as lines "User: ..." and "Assistant: ...".
 
-    Raises WorkError for what is not that: other roles, calls of tools, images, no turn of the user's.
+    Raises:
+        WorkError: it is not such a list, or has other roles, tool calls, images or no user turn.
     """
     turns = [_turn(column, number, turn) for number, turn in enumerate(_list(value, column), 1)]
     answer = None
@@ -48,7 +48,7 @@ def read_chat(value: Any, column: str) -> tuple[str, str, str | None]:
 
 
 def _list(value: Any, column: str) -> list[Any]:
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a column of a CSV file
+    if isinstance(value, str) and value.lstrip().startswith("["):  # from a CSV column
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
@@ -59,7 +59,7 @@ def _list(value: Any, column: str) -> list[Any]:
 
 
 def _turn(column: str, number: int, turn: Any) -> tuple[str, str]:
-    """Who speaks and what is said."""
+    """The speaker and text of a turn."""
     where = f"{column!r}: turn {number}"
     if not isinstance(turn, Mapping):
         raise WorkError(f"{where}: expected an object with 'role' and 'content', got {reprlib.repr(turn)}")

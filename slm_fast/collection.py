@@ -1,4 +1,4 @@
-"""When Python may look for cycles to free: it stops all threads for it, the longer the more objects there are."""
+"""Control of Python's cyclic garbage collector, which stops all threads, for longer the more objects there are."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Inside the block Python does not look for cycles, in no thread of the process. Where many objects are made that
-    stay, that takes as long as the rest."""
+    """Disable garbage collection in all threads inside the block. Where many lasting objects are created, it would take
+    as long as everything else."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -21,15 +21,15 @@ def without_collection() -> Iterator[None]:
 
 
 def settle() -> None:
-    """From now on Python passes over all objects that are there, as those of a server are: with 1,000 tasks a look at
-    them takes a third of a second, in which nobody is answered."""
+    """Exclude all existing objects from future garbage collections: in a server with 1,000 tasks, one pass over them
+    blocks all answers for a third of a second."""
     gc.collect()
     gc.freeze()
 
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Inside the block it is as after `settle`."""
+    """Call `settle` for the duration of the block."""
     settle()
     try:
         yield

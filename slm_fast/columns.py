@@ -1,4 +1,4 @@
-"""Which column of a row is what: the usual names of texts, labels, instructions and chats."""
+"""Roles of a row's columns, recognised by the usual names of texts, labels, instructions and chats."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from slm_fast.errors import WorkError
 
-# Other names of a column, in the words of public data sets, help desks and shops. The first is the usual one and wins;
-# of the others a row may have one only, because no name says which of two is meant.
+# Column names in public data sets, help desks and shops. The first is the usual one and wins; of the others a row may
+# have only one, because which of two is meant would be unclear.
 TEXT = (
     *("text", "sentence", "content", "body", "message", "review", "comment", "document", "utterance", "tweet"),
     *("query", "question", "prompt", "description", "title", "subject", "headline"),
@@ -21,27 +21,31 @@ LABEL = (
     *("queue", "department", "label_text", "class_name"),
 )
 OUTPUT = ("output", "response", "completion", "answer")
-PROMPT = ("prompt", "question", "query")  # beside one of OUTPUT
+PROMPT = ("prompt", "question", "query")  # together with one of OUTPUT
 CHAT = ("messages", "conversations", "conversation")
 OTHERS = ("instruction", "input", "context", "system")
-# Where one of these holds something, the rest of an instruction row or a chat is only part of what was asked.
+# If one of these is not empty, the rest of an instruction row or a chat is only part of what was asked.
 UNREAD = ("history", "choices", "options", "images", "image", "videos", "audios", "tools")
 KNOWN = frozenset([*TEXT, *LABEL, *OUTPUT, *PROMPT, *CHAT, *OTHERS])
 
-LABELLED, INSTRUCTED, CHATTED = "text and label", "instruction and output", "a chat"  # the kinds of rows
+LABELLED, INSTRUCTED, CHATTED = "text and label", "instruction and output", "a chat"  # kinds of rows
 
 
 class Unclear(WorkError):
-    """No column, or more than one, can be what is asked for."""
+    """No column, or more than one, can have the wanted role."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of a row hold. kind: LABELLED, INSTRUCTED or CHATTED.
+    """Roles of a row's columns.
 
-    text: the columns that are read, joined by line breaks. answer: None where there is none, where it cannot be told
-    (`missing_answer` says why), or where it is a turn of a chat. instruction: the columns that come before the text.
-    unread: columns that must be empty. ready: a text made of the others.
+    Attributes:
+        kind: LABELLED, INSTRUCTED or CHATTED.
+        text: input columns, joined by line breaks.
+        answer: None if there is none, if it is unclear (`missing_answer` says why), or if it is a turn of a chat.
+        instruction: columns that come before the text.
+        unread: columns that must be empty.
+        ready: column with a text composed of the others.
     """
 
     kind: str
@@ -53,18 +57,18 @@ class Columns:
 
 
 def plain(name: str) -> str:
-    """A column's name without what writers of headers differ in: case, spaces, a byte order mark."""
+    """Normalise a column name: case, spaces, hyphens and byte order mark."""
     return re.sub(r"[\s-]+", "_", name.strip("\ufeff \t\r\n\v\f").casefold())
 
 
 @functools.lru_cache(256)
 def id_column(names: tuple[str, ...]) -> str | None:
-    """The column of a row's id."""
+    """The column with a row's id."""
     return _called(names, "id")
 
 
 def known(names: Iterable[str], given: Collection[str] = ()) -> int:
-    """How many of these names are usual ones, or are `given`."""
+    """The number of names that are usual ones or among those `given`."""
     usual = KNOWN | {plain(name) for name in given}
     return sum(plain(name) in usual for name in names)
 
@@ -75,16 +79,21 @@ def listed(names: Iterable[str]) -> str:
 
 @functools.lru_cache(256)
 def find_columns(names: tuple[str, ...], text: str | None = None, label: str | None = None) -> Columns:
-    """The columns of a row that has these `names`. text, label: what the user says they are.
+    """Find the roles of a row's columns.
 
-    Raises Unclear where no column, or more than one, can be the input, and where none has a name that was given.
+    Args:
+        names: all column names of the row.
+        text, label: names of the input and answer columns, if the user gave them.
+
+    Raises:
+        Unclear: no column, or more than one, can be the input, or a given name does not exist.
     """
     if text is not None:
         return Columns(LABELLED, (named(names, text),), _label(names, label))
     instruction, entered, context = (_called(names, name) for name in ("instruction", "input", "context"))
     ready, own_label = _called(names, "text"), _called(names, "label")
     answered = any(_called(names, name) for name in OUTPUT) and (label is None or plain(label) in OUTPUT)
-    # A text beside instruction and output is made of these, unless it has a label of its own.
+    # A text beside instruction and output is composed of these, unless it has its own label.
     instructed = not ready or (answered and not own_label)
     before = tuple(name for name in (_called(names, "system"), instruction) if name)
     unread = tuple(name for name in names if plain(name) in UNREAD)
@@ -111,7 +120,7 @@ def find_columns(names: tuple[str, ...], text: str | None = None, label: str | N
 
 
 def missing_answer(names: tuple[str, ...], kind: str, given: bool = False) -> str:
-    """Why `find_columns` found no answer for a row that needs one. given: the user has named columns."""
+    """The reason why `find_columns` found no answer, as a message. given: whether the user named columns."""
     what, usual = ("label", LABEL) if kind == LABELLED else ("output", OUTPUT)
     try:
         if _usual(names, usual, what) is not None:
@@ -122,7 +131,7 @@ def missing_answer(names: tuple[str, ...], kind: str, given: bool = False) -> st
 
 
 def named(names: Sequence[str], wanted: str) -> str:
-    """The column that is called `wanted`: exactly, or but for case and spaces. Raises Unclear."""
+    """The column named `wanted`, exactly or except for case and spaces. Raises Unclear if there is not exactly one."""
     if wanted in names:
         return wanted
     alike = [name for name in names if plain(name) == plain(wanted)]
@@ -137,13 +146,13 @@ def _called(names: Sequence[str], usual: str) -> str | None:
 
 
 def _only(names: Sequence[str], usual: Sequence[str]) -> str | None:
-    """The one column that has one of these names; None where two have."""
+    """The column that has one of these names; None if there is none or more than one."""
     found = _candidates(names, usual)
     return found[0] if len(found) == 1 else None
 
 
 def _candidates(names: Sequence[str], usual: Sequence[str]) -> list[str]:
-    """The column with the first of these names; where there is none, those with the others."""
+    """The column with the first of these names or, if there is none, all columns with the others."""
     if usual[0] in names:
         return [usual[0]]
     return [name for name in names if plain(name) == usual[0]] or [name for name in names if plain(name) in usual]
@@ -162,7 +171,7 @@ def _label(names: Sequence[str], label: str | None) -> str | None:
 
 
 def _advised(names: Sequence[str], what: str) -> str:
-    """The names there are, and the options that help."""
+    """The existing names and the options that help, for a message."""
     option = "text" if what == "text" else "label"
     split = ", delimiter=CHAR (--delimiter) what separates columns" if len(names) == 1 and what == "text" else ""
     return f"{listed(names)}; {option}=NAME (--{option}-column) says which holds it{split}"

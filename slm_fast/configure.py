@@ -1,4 +1,4 @@
-"""Every choice that a configuration leaves open, made for a backbone."""
+"""Completion of a model configuration: all defaults, chosen for a backbone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, check_tap
 from slm_fast.random_features import RandomFeatureRouter, feature_matrix
 from slm_fast.router import GaussianRouter, Router
 
-MAX_FEATURES = 2048  # random features of a query, unless more are asked for
+MAX_FEATURES = 2048  # maximum default number of random features
 
 
 def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
-    """The configuration with every choice made but those of `complete_for`.
+    """Fill in all fields of the configuration except those of `complete_for`.
 
-    Raises InputError where it does not fit the backbone.
+    Raises InputError if it does not fit the backbone.
     """
     layers, trunk = len(backbone.layers), config.query == "trunk"
     taps = check_taps(default_taps(layers) if config.taps is None else config.taps, layers) if trunk else None
@@ -51,7 +51,7 @@ def complete(config: ModelConfig, backbone: Backbone) -> ModelConfig:
 
 
 def _chat_template(wanted: bool | str | None, backbone: Backbone) -> bool | str:
-    """The template that is meant, or False. Raises InputError where there is none, or none can be."""
+    """The chat template to use, or False. Raises InputError if there is none or it cannot be used."""
     if not wanted:
         return False
     if backbone.kind != "causal":
@@ -67,17 +67,17 @@ def _chat_template(wanted: bool | str | None, backbone: Backbone) -> bool | str:
 
 
 def complete_for(config: ModelConfig, width: int) -> ModelConfig:
-    """The configuration with the choices made, too, that depend on the query's width."""
+    """Fill in the fields that depend on the query's width."""
     features = min(MAX_FEATURES, 2 * width) if config.features is None else config.features
     return replace(config, groups=groups_of(config.groups, width), features=features)
 
 
 def router_of(config: ModelConfig, query: TrunkQuery | SentenceQuery, device: torch.device) -> Router:
-    """The router that a complete configuration means, without tasks."""
+    """The router of a complete configuration, without tasks."""
     k = config.k or 1
     if config.router == "dtkr":
         return DtkrRouter(k=k, groups=config.groups or 1, aggregate=config.aggregate)
-    if not config.features:  # as stores of before there were random features
+    if not config.features:  # includes stores older than random features
         return GaussianRouter(k=k, temperature=config.temperature)
     leading = query.means if isinstance(query, TrunkQuery) else query.width
     matrix = feature_matrix(leading, config.features, device)
@@ -85,7 +85,7 @@ def router_of(config: ModelConfig, query: TrunkQuery | SentenceQuery, device: to
 
 
 def groups_of(groups: int | None, width: int) -> int:
-    """Six, as the paper, where the query's width allows it."""
+    """The number of key groups: the given one or, by default, the largest divisor of `width` up to the paper's six."""
     found = next(g for g in (6, 5, 4, 3, 2, 1) if width % g == 0) if groups is None else groups
     if found < 1 or width % found:
         raise InputError(f"groups: expected a divisor of the query width {width}, got {found}")

@@ -1,4 +1,4 @@
-"""Counts, means and scatter of queries: what the gaussian router computes of a task, and how tasks' scatters add up."""
+"""Counts, means and scatter of queries: a task's statistics for the gaussian router, and exact sums of scatters."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from slm_fast.errors import InputError, WorkError
 
 PERCENTILES = 101
-ALIKE = 2.0**-18  # how far apart, of their size, rounding may leave two float32 queries of one text
-COARSE, FINE = 2.0**10, 2.0**56  # one over the units of the two planes
+ALIKE = 2.0**-18  # relative difference that rounding may cause between two float32 queries of one text
+COARSE, FINE = 2.0**10, 2.0**56  # reciprocal units of the two planes
 ROWS_AT_ONCE, NUMBERS_AT_ONCE = 4096, 1 << 15
 BLOCK = 256
 LARGEST_TERM, LARGEST_PLANE = 2.0**52, 2**62
@@ -23,15 +23,17 @@ LARGEST_TERM, LARGEST_PLANE = 2.0**52, 2**62
 
 @dataclass(frozen=True)
 class ExactSum:
-    """A sum of float32 tensors that keeps no trace of its history: its bits follow from which terms are in it alone.
+    """A sum of float32 tensors without a history: its bits depend only on which terms it contains.
 
-    Floating-point sums depend on their order, and subtracting a term leaves what rounding made of it. Here a term is
-    rounded once, by itself, to a multiple of 2^-56 (the 24 bits of any number from 2^-33 up fit), and integers are
-    summed: in any order, and `minus` undoes `plus` to the last bit, so that a forgotten task is gone.
+    Floating-point sums depend on their order, and subtracting a term leaves its rounding errors behind. Here each term
+    is rounded once, on its own, to a multiple of 2^-56 (exact for numbers of 2^-33 and above, with their 24 bits), and
+    the sum is one of integers: its order does not matter, and `minus` undoes `plus` to the last bit, so that no trace
+    of a forgotten task is left.
 
-    coarse, fine: int64, in units of 2^-10 and 2^-56. A term v goes in as round(v 2^10), and what that leaves of it, at
-    most 2^45 fine units. So 2^17 terms fit whatever they are, and totals to 2^52 (a LLaMA's largest activations squared
-    are about 2^23: room for 2^29 such rows).
+    Attributes:
+        coarse, fine: int64, in units of 2^-10 and 2^-56. A term v adds round(v 2^10) to coarse and the remainder, at
+            most 2^45 units, to fine. So at least 2^17 terms fit, with totals up to 2^52 (a LLaMA's largest squared
+            activations are about 2^23, which leaves room for 2^29 such rows).
     """
 
     coarse: Tensor
@@ -39,9 +41,10 @@ class ExactSum:
 
     @classmethod
     def of(cls, terms: Iterable[Tensor], start: ExactSum | None = None) -> ExactSum:
-        """The sum of these, and of what is in `start`, if given.
+        """Sum these terms, and add `start` if given.
 
-        Raises WorkError for a term that is not finite or of another shape, or a sum that is too large.
+        Raises:
+            WorkError: a term is not finite or has another shape, or the sum is too large.
         """
         total = start and cls(start.coarse.clone(), start.fine.clone())
         for term in terms:
@@ -50,23 +53,23 @@ class ExactSum:
         return total or cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
     def plus(self, term: Tensor) -> ExactSum:
-        """Raises as `of`."""
+        """Add a term. Raises as `of` does."""
         total = ExactSum(self.coarse.clone(), self.fine.clone())
         total._add(term)
         return total
 
     def minus(self, term: Tensor) -> ExactSum:
-        """Without a term that is in the sum."""
+        """Subtract a term that the sum contains."""
         total = ExactSum(self.coarse.clone(), self.fine.clone())
         total.take(term)
         return total
 
     def take(self, term: Tensor) -> None:
-        """Take a term out where the sum lies, which needs no memory for another."""
+        """Subtract a term in place, without memory for another sum."""
         self._add(term, -1)
 
     def _add(self, term: Tensor, sign: int = 1) -> None:
-        """Add a term to the planes where they lie, as many of its numbers at once as the caches hold."""
+        """Add a term in place, in pieces that fit the caches."""
         if term.shape != self.coarse.shape:
             raise WorkError(f"scatter: expected {list(self.coarse.shape)} as other tasks have, got {list(term.shape)}")
         whole = [plane.flatten().split(NUMBERS_AT_ONCE) for plane in (self.coarse, self.fine)]
@@ -74,33 +77,33 @@ class ExactSum:
             if not len(part):
                 continue
             lowest, highest = part.aminmax()
-            if not (lowest > -LARGEST_TERM and highest < LARGEST_TERM):  # not a number fails this too
+            if not (lowest > -LARGEST_TERM and highest < LARGEST_TERM):  # NaN fails this, too
                 raise WorkError(f"scatter: expected finite numbers below 2^52, got {float(lowest)}..{float(highest)}")
             scaled = part.double() * COARSE
             units = scaled.round()
             rest = (scaled - units).mul_(FINE / COARSE).round_()
             for plane, more in ((coarse, units), (fine, rest)):
-                plane.add_(more.long(), alpha=sign)  # less than 2^63, as both are at most 2^62
+                plane.add_(more.long(), alpha=sign)  # no overflow: both are at most 2^62
                 if max(map(abs, map(int, plane.aminmax()))) > LARGEST_PLANE:
                     raise WorkError("scatter: expected a sum over all tasks below 2^52, got a larger one")
 
     def total(self) -> Tensor:
-        """float64, within a few units in the last place."""
+        """The sum in float64, within a few units in the last place."""
         return self.coarse.double() / COARSE + self.fine.double() / FINE
 
 
-Discriminant = tuple[Tensor, Tensor, Tensor]  # centre [D], keys [M, D] and bias [M] of a gaussian router
+Discriminant = tuple[Tensor, Tensor, Tensor]  # a gaussian router's centre [D], keys [M, D] and bias [M]
 
 
 class KnownKeys(NamedTuple):
-    """Keys that were computed. rows: task name -> where its means' keys and biases lie."""
+    """Keys computed before. rows: by task name, the rows of its keys and biases in `discriminant`."""
 
     rows: Mapping[str, slice]
     discriminant: Discriminant
 
     def runs(self, names: Sequence[str], first: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Of rows that are wanted in this order, each name's from `first` on: from where to where those go that lie one
-        after another here, and where they lie."""
+        """Which known rows to copy for tasks wanted in the order of `names`, as few runs (begin, end, place): rows
+        begin to end - 1 of the result are those from `place` on. first: where each task's rows begin, and the end."""
         found: list[tuple[int, int, int]] = []
         for name, begin, end in zip(names, first, first[1:], strict=False):
             if (own := self.rows.get(name)) is None:
@@ -112,15 +115,16 @@ class KnownKeys(NamedTuple):
         return found
 
     def is_of(self, names: Sequence[str], first: Sequence[int]) -> bool:
-        """Whether they are those of all these, as they are wanted."""
+        """Whether these are exactly the keys of all `names`, in that order."""
         return self.rows.keys() == set(names) and self.runs(names, first) == [(0, len(self.discriminant[1]), 0)]
 
 
 class Kept(NamedTuple):
-    """What is known of tasks together, so that a router need not compute it.
+    """Known results for several tasks, which a router then need not compute.
 
-    summed: names of tasks and the sum of their scatters, read when it is asked for. keys: of all tasks or of some, in
-    the covariance of those that are sampled now.
+    Attributes:
+        summed: returns names of tasks and the sum of their scatters, read on demand.
+        keys: keys of some or all tasks, by the covariance of the tasks that are sampled now.
     """
 
     summed: Callable[[], tuple[AbstractSet[str], ExactSum] | None] | None = None
@@ -131,8 +135,16 @@ NOTHING = Kept()
 
 
 class Moments(NamedTuple):
-    """Of queries [N, D]: rows [M] and mean [M, D] of each label in each slot, the slot [M] of each in rising order, its
-    label [M] (-1 without labels), the scatter within [D, D], and which mean is that of each query [N]."""
+    """Statistics of queries [N, D], with one mean for each label in each slot.
+
+    Attributes:
+        rows: [M], number of queries of each mean.
+        mean: [M, D].
+        slot: [M], slot of each mean, ascending.
+        label: [M], label of each mean; -1 without labels and for an empty slot.
+        scatter: [D, D], within means.
+        assignment: [N], mean of each query.
+    """
 
     rows: Tensor
     mean: Tensor
@@ -149,12 +161,19 @@ def moments(
     labels: Tensor | None = None,
     expand: Callable[[Tensor], Tensor] = lambda query: query,
 ) -> Moments:
-    """Of queries [N, Q], expanded to [N, D] a few at a time, and the numbers of their labels [N]; sums are in float64.
-    Without labels there is one mean a slot. Slots are clusters of the queries as they come."""
+    """Compute the moments of queries, with sums in float64.
+
+    Args:
+        query: [N, Q]. Slots are clusters of these.
+        slots: number of slots.
+        seed: random seed of the clustering.
+        labels: [N], label numbers. Without them each slot has one mean.
+        expand: [n, Q] -> [n, D], applied to a few queries at a time before taking the moments.
+    """
     if slots == 1:
         assignment, centre = torch.zeros(len(query), dtype=torch.int64), query[:1]
     else:
-        from sklearn.cluster import KMeans  # a slow import that only several slots a task need
+        from sklearn.cluster import KMeans  # a slow import, needed only for several slots
 
         if len(query) < slots:
             raise InputError(f"slots: {slots} slots need at least as many rows, got {len(query)}")
@@ -162,7 +181,7 @@ def moments(
         assignment, centre = torch.from_numpy(means.labels_).long(), torch.from_numpy(means.cluster_centers_)
     slot, label = torch.arange(slots), torch.full((slots,), -1)
     if labels is not None:
-        # Pairs of a slot and a label that there are; fewer distinct rows than slots leave slots empty, which stay.
+        # Existing (slot, label) pairs. Slots left empty, by fewer distinct rows than slots, are kept.
         many = int(labels.max()) + 1
         pairs = assignment * many + labels
         empty = slot[torch.bincount(assignment, minlength=slots) == 0] * many
@@ -183,24 +202,24 @@ def moments(
 
 
 def pack(symmetric: Tensor) -> Tensor:
-    """[D, D] -> the upper triangle, row by row [D (D + 1) / 2]."""
+    """Symmetric [D, D] -> upper triangle, row by row [D (D + 1) / 2]."""
     return symmetric[_upper(len(symmetric))]
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The upper triangle, row by row [D (D + 1) / 2] -> symmetric [D, D]."""
+    """Upper triangle, row by row [D (D + 1) / 2] -> symmetric [D, D]."""
     width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
     full = torch.zeros(width, width, dtype=packed.dtype).masked_scatter_(_upper(width), packed)
     return full + full.triu(1).T
 
 
 def _upper(width: int) -> Tensor:
-    """[D, D] bool: the upper triangle. A mask is several times as fast as indices."""
+    """Mask [D, D] bool of the upper triangle, several times as fast as indices."""
     return torch.ones(width, width, dtype=torch.bool).triu()
 
 
 class Covariance(NamedTuple):
-    """matrix: [D, D]. shrinkage: the share of it that is a multiple of the identity. freedom: of the rows it is of."""
+    """matrix: [D, D]. shrinkage: weight of the multiple of the identity in it. freedom: degrees of freedom."""
 
     matrix: Tensor
     shrinkage: float
@@ -208,10 +227,10 @@ class Covariance(NamedTuple):
 
 
 def covariance(count: Tensor, mean: Tensor, scatter: Tensor, strength: float = 1.0, most: float = 1.0) -> Covariance:
-    """The pooled covariance, shrunk `strength` times as much as the oracle-approximating formula says (Chen et al.
-    2010, Eq. 23), and at `most` so much.
+    """Pooled covariance, with oracle-approximating shrinkage (Chen et al. 2010, Eq. 23) times `strength`, at most
+    `most`.
 
-    Rows that differ from their means [S, D] by rounding alone have no covariance, and get the identity.
+    If rows differ from their means [S, D] only by rounding, it is the identity.
     """
     width = scatter.shape[0]
     freedom = float((count.sum() - len(count)).clamp(min=1))
@@ -228,16 +247,18 @@ def covariance(count: Tensor, mean: Tensor, scatter: Tensor, strength: float = 1
 
 
 def whitener(count: Tensor, mean: Tensor, scatter: Tensor) -> Tensor:
-    """Lower-triangular L [D, D] with L L' = covariance. Raises as `factorised`."""
+    """Lower-triangular L [D, D] with L L' = covariance. Raises as `factorised` does."""
     return factorised(covariance(count, mean, scatter).matrix)
 
 
 def factorised(full: Tensor) -> Tensor:
-    """Lower-triangular L [D, D] with L L' = a shrunk covariance, which is overwritten. Raises WorkError where there is
-    none.
+    """Lower-triangular L [D, D] with L L' = `full`, a shrunk covariance, which is overwritten.
 
-    Of more rows than a float32 scatter can tell apart, the shrunk covariance may be short of positive definite by
-    rounding; then as little of its mean variance as helps is added to the diagonal.
+    With more rows than a float32 scatter can resolve, rounding may leave a shrunk covariance not positive definite.
+    Then the smallest fraction of its mean variance that helps is added to the diagonal.
+
+    Raises:
+        WorkError: there is no such L.
     """
     variance = full.diagonal().mean()
     for ridge in (0.0, 1e-6, 1e-4, 1e-2):
@@ -250,10 +271,10 @@ def factorised(full: Tensor) -> Tensor:
 
 
 def products(rows: Sequence[Tensor], symmetric: Tensor) -> list[Tensor]:
-    """Each of some matrices [M, D] times a symmetric one [D, D].
+    """Multiply each of several matrices [M, D] by a symmetric one [D, D].
 
-    Each by itself, so that its bits do not depend on what else is asked for; all with a block of the other that stays
-    in the caches, which takes a third of the time.
+    Each product is computed separately, so that its bits do not depend on the others, but all by one block of the
+    symmetric matrix at a time, which stays in the caches: this takes a third of the time.
     """
     found = [torch.empty_like(own) for own in rows]
     for begin in range(0, len(symmetric), BLOCK):
@@ -264,9 +285,9 @@ def products(rows: Sequence[Tensor], symmetric: Tensor) -> list[Tensor]:
 
 
 def is_scatter(scatter: Tensor) -> bool:
-    """Whether [D, D] float32 is positive semi-definite, but for what rounding made of its numbers."""
+    """Whether [D, D] float32 is positive semi-definite, up to rounding of its numbers."""
     ridge = 1e-6 * float(scatter.trace()) + torch.finfo(torch.float32).tiny
-    for dtype in (torch.float32, torch.float64):  # float32 finds most of those that are, in half the time
+    for dtype in (torch.float32, torch.float64):  # float32 suffices for most that are, in half the time
         full = scatter.to(dtype, copy=True)
         full.diagonal().add_(ridge)
         if not torch.linalg.cholesky_ex(full).info:
@@ -275,15 +296,16 @@ def is_scatter(scatter: Tensor) -> bool:
 
 
 def mahalanobis(query: Tensor, mean: Tensor, lower: Tensor) -> Tensor:
-    """Distance [N] of queries [N, D] from the nearest of the means [S, D]."""
+    """Mahalanobis distance [N] of queries [N, D] from the nearest of the means [S, D]."""
     white_query = torch.linalg.solve_triangular(lower, query.T, upper=False).T
     white_mean = torch.linalg.solve_triangular(lower, mean.T, upper=False).T
     return torch.cdist(white_query, white_mean).amin(1)
 
 
 def held_out_distances(query: Tensor, slots: int, seed: int, labels: Tensor | None) -> Tensor:
-    """How far training queries [N, D] are from what half of the others say, [N], in no order: those of rows from a fit
-    to themselves would be too small. Each label's rows are dealt out to both halves, in whatever order they stand."""
+    """Distances of training queries [N, D] from a fit to the other half of them, in no particular order: from a fit to
+    themselves they would be too small. Both halves have rows of each label, however the rows are ordered. With fewer
+    than four rows per slot, two fits to all rows give each distance twice."""
     rows = torch.arange(len(query)) if labels is None else labels.argsort(stable=True)
     halves = (rows[0::2], rows[1::2]) if len(query) >= 4 * slots else (rows, rows)
     found = []
@@ -294,15 +316,15 @@ def held_out_distances(query: Tensor, slots: int, seed: int, labels: Tensor | No
 
 
 def percentiles(distance: Tensor) -> Tensor:
-    """[N] -> [101] float32: percentiles 0, 1, ..., 100."""
+    """Percentiles 0, 1, ..., 100 of distances: [N] -> [101] float32."""
     return torch.quantile(distance.double(), torch.linspace(0, 1, PERCENTILES, dtype=torch.float64)).float()
 
 
 def share_below(distance: Tensor, percentiles: Tensor) -> Tensor:
-    """Where distances [N] lie among percentiles 0, 1, ..., 100 [101], from 0 to 1; beyond them 1 and what they are
-    farther by, in units of the upper half. What lies on a percentile is not beyond it."""
+    """Position of distances [N] among percentiles 0, 1, ..., 100 [101], from 0 to 1. Beyond the last it is 1 plus the
+    excess in units of the upper half's width. A distance equal to a percentile is not beyond it."""
     distance, percentiles, last = distance.double(), percentiles.double(), len(percentiles) - 1
-    above = torch.searchsorted(percentiles, distance)  # how many are less
+    above = torch.searchsorted(percentiles, distance)  # number of smaller percentiles
     lower = percentiles[(above - 1).clamp(min=0)]
     step = (percentiles[above.clamp(max=last)] - lower).clamp(min=1e-30)
     among = (above - 1 + (distance - lower) / step) / last

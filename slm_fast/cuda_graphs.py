@@ -1,6 +1,6 @@
-"""CUDA graphs: kernels that Python launched once, one after the other, and that are launched together from then on.
+"""CUDA graphs: kernels that Python launches one by one once, and all together from then on.
 
-What is captured must not wait for the device, and finds its inputs where they were when it was captured.
+Captured code must not wait for the device, and reads its inputs from the same addresses at each replay.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 
 from slm_fast.loading import masks_not_looked_at
 
-Step = Callable[[], Any]  # gives a tensor, or a tuple of them
+Step = Callable[[], Any]  # returns a tensor or a tuple of tensors
 
 
 class Graphs:
-    """CUDA graphs on one device, which share their memory: a replay overwrites what any other returned."""
+    """CUDA graphs on one device. They share memory: a replay overwrites the results of all others."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, _stream(device)
@@ -26,8 +26,8 @@ class Graphs:
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        """Whatever waits for the device inside the block is an error: it would be one in a capture too, and there leave
-        torch's allocator capturing."""
+        """Raise an error if code inside the block waits for the device. In a capture this would fail, too, and leave
+        torch's allocator in capture mode."""
         before = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -37,11 +37,11 @@ class Graphs:
             torch.cuda.set_sync_debug_mode(before)
 
     def capture(self, step: Step) -> Step:
-        """A step as a graph: the same kernels on the same addresses, launched at once."""
+        """Capture a step as a graph: the same kernels on the same addresses, launched together."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            # Another thread may meanwhile make rows ready for the GPU, which is no business of this capture.
+            # Meanwhile another thread may prepare rows for the GPU, which does not concern this capture.
             graph.capture_begin(pool=self.memory, capture_error_mode="thread_local")
             try:
                 result = step()
@@ -57,10 +57,10 @@ class Graphs:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """What steps are captured on: always the same, because libraries keep memory for each stream."""
+    """The stream for captures: always the same one, because libraries keep memory for each stream."""
     return torch.cuda.Stream(device)
 
 
 def graphs_on(device: torch.device) -> Graphs | None:
-    """Where steps are captured on this device; None where they are not."""
+    """Graphs for this device; None if it has no CUDA graphs."""
     return Graphs(device) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Delimited text: CSV, TSV and what spreadsheets make of them."""
+"""Delimited text: CSV, TSV and spreadsheets' variants of them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from slm_fast.errors import InputError, WorkError
 from slm_fast.fields import repeated
 
 DELIMITERS = (",", ";", "\t", "|")
-HEADER = 20  # lines that a header may have
-NONE = "\x1f"  # of a file with one column
+HEADER = 20  # maximum number of lines of a header
+NONE = "\x1f"  # delimiter of a file with one column
 SPOKEN = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-DECLARED = re.compile(r'"?sep=(.)"?\Z', re.IGNORECASE)  # what Excel writes and reads above a header
+DECLARED = re.compile(r'"?sep=(.)"?\Z', re.IGNORECASE)  # Excel's declaration above a header
 
-Found = tuple[int, dict[str, Any], WorkError | None]  # the line on which a row begins, its fields, what is wrong
+Found = tuple[int, dict[str, Any], WorkError | None]  # a row's first line number, its fields, its error
 
 
 def check_delimiter(delimiter: str) -> str:
-    """One character. Raises InputError."""
+    """Return the delimiter as one character. Raises InputError if it is not valid."""
     delimiter = {"tab": "\t", "\\t": "\t"}.get(delimiter, delimiter) if isinstance(delimiter, str) else delimiter
     if not isinstance(delimiter, str) or len(delimiter) != 1 or delimiter in '"\r\n \0':
         raise InputError(f"delimiter: expected one character, such as ';', or 'tab', got {delimiter!r}")
@@ -32,7 +32,7 @@ def check_delimiter(delimiter: str) -> str:
 
 
 def columns_of(header: str, delimiter: str) -> list[str]:
-    """The names in the first line of a header."""
+    """The column names in the first line of a header."""
     return [name.strip("\ufeff \t\r\n\v\f") for name in _cells(header, delimiter)]
 
 
@@ -44,9 +44,11 @@ def _cells(header: str, delimiter: str) -> list[str]:
 
 
 def choose_delimiter(header: str, tabbed: bool = False, columns: Collection[str] = ()) -> str:
-    """What separates the columns of a header: what gives the most known names, then the most columns.
+    """The delimiter of a header: the one that gives the most known names, then the most columns.
 
-    columns: names that are known beside the usual ones. tabbed: a tab comes first where it fits as well as others.
+    Args:
+        tabbed: prefer a tab if it fits as well as others.
+        columns: known names besides the usual ones.
     """
     order = sorted(DELIMITERS, key=lambda each: each != "\t") if tabbed else DELIMITERS
     found = {each: columns_of(header, each) for each in order}
@@ -55,9 +57,9 @@ def choose_delimiter(header: str, tabbed: bool = False, columns: Collection[str]
 
 
 def read_delimited(lines: Lines, delimiter: str | None, tabbed: bool, columns: Collection[str]) -> Iterator[Found]:
-    """Each row that is not blank; a bad one has an error and the rest go on."""
+    """Yield each row that is not blank. A bad row has an error; reading continues after it."""
     text = iter(lines)
-    first: list[str] = []  # lines up to the header
+    first: list[str] = []  # lines up to and including the header
     header = ""
     for line in text:
         declared = DECLARED.match(line.strip("\ufeff \r\n")) if not header else None
@@ -80,7 +82,7 @@ def _rows(reader: Any, lines: Lines, delimiter: str, columns: Collection[str]) -
     while True:
         place = reader.line_num + 1
         row, error = _next_row(reader, delimiter)
-        if lines.bad:  # those of this row: the reader asks for no line beyond it
+        if lines.bad:  # in this row, since the reader never reads beyond it
             place, byte = lines.bad[0]
             error = lines.error(byte)
             lines.bad.clear()
@@ -113,8 +115,8 @@ def _spoken(delimiter: str) -> str:
 
 
 def _next_row(reader: Any, delimiter: str) -> tuple[list[str] | None, WorkError | None]:
-    """The next row, or what is wrong with it; neither at the end."""
-    limit = csv.field_size_limit(sys.maxsize)  # the csv module has one for all its readers
+    """The next row or its error; neither at the end."""
+    limit = csv.field_size_limit(sys.maxsize)  # global to the csv module, so it is restored
     try:
         return next(reader, None), None
     except csv.Error as error:

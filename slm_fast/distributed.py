@@ -1,8 +1,8 @@
-"""Processes that learn one task together (data parallel), and a frozen backbone sharded over them (FSDP2).
+"""Data-parallel learning of one task in several processes, with the frozen backbone optionally sharded (FSDP2).
 
-A launcher (`torchrun`, `accelerate launch`) starts the processes and tells each its rank by the environment. All read
-the same rows and draw the same batches; of each batch a process takes its share, and gradients are summed, so that all
-make the step that one process alone would make.
+A launcher (`torchrun`, `accelerate launch`) starts the processes and sets their ranks in the environment. All read the
+same rows and draw the same batches. Each takes its share of every batch, and gradients are summed, so that all make the
+step that a single process would make.
 """
 
 from __future__ import annotations
@@ -23,38 +23,40 @@ from slm_fast.errors import InputError, SlmError, WorkError, one_line
 from slm_fast.loading import choose_device
 from slm_fast.tokenization import Tokenization
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by every launcher
 
 
 class Processes:
-    """The processes that learn together: of one that is alone everything is its own share, and nothing passes.
+    """The processes that learn together. This base class is a single process: its share is everything, and it
+    communicates with no other.
 
     Attributes:
-        rank: of this process, from 0, which is the main one. world_size: how many there are.
+        rank: rank of this process. The main process has rank 0.
+        world_size: number of processes.
     """
 
     rank, world_size = 0, 1
 
     def share(self, rows: list[int]) -> tuple[list[int], bool]:
-        """Which of a batch's rows are this process's, and whether they count. One that has none passes a row that does
-        not, since all processes must pass the backbone as often where it is sharded."""
+        """This process's rows of a batch, and whether they count. A process without any gets a row that does not count,
+        since all must make the same number of passes through a sharded backbone."""
         mine = rows[self.rank :: self.world_size]
         return (mine, True) if mine else (rows[:1], False)
 
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
-        """Let all have the sum over processes of each tensor, in place. All are of one dtype and device."""
+        """Sum each tensor over all processes, in place. All tensors have the same dtype and device."""
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Let all have the main process's tensors, in place."""
+        """Copy the main process's tensors to all processes, in place."""
 
 
 ALONE = Processes()
 
 
 class ProcessGroup(Processes):
-    """The processes that a launcher started, in `torch.distributed`'s default group.
+    """The processes that a launcher started, as `torch.distributed`'s default group.
 
-    Raises WorkError from whatever passes between them when another one is no more.
+    All communication raises WorkError if another process has ended.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -76,7 +78,7 @@ class ProcessGroup(Processes):
             tensor.detach().copy_(sent)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has to say, in the order of ranks: anything that JSON holds."""
+        """Collect a value from each process, in the order of ranks. Values may be anything that JSON supports."""
         said = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
         with _named():
@@ -88,8 +90,8 @@ class ProcessGroup(Processes):
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """Wait for all at the end of the block. What is wrong in one process is wrong in all: the main one raises the
-        first error there was, the others end quietly with its status."""
+        """Wait for all processes at the end of the block. If any raised an error, all fail: the main process raises the
+        one of the lowest rank, and the others exit silently with its status."""
         mine: SlmError | None = None
         try:
             yield
@@ -111,7 +113,7 @@ class ProcessGroup(Processes):
 def _named() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torch's own are of that kind
+    except RuntimeError as error:  # includes torch.distributed's errors
         why = one_line(error).partition(". ")[0]
         raise WorkError(f"another process of this run is no more: {why}") from None
 
@@ -122,8 +124,8 @@ def is_launched() -> bool:
 
 
 def asks_for_shards() -> bool:
-    """Whether `accelerate launch` was told to shard what does not fit one device: by FSDP, or by DeepSpeed's ZeRO-3,
-    which is the same for a backbone that does not learn. ZeRO-1 and ZeRO-2 shard what learns, and that is small."""
+    """Whether `accelerate launch` was told to shard the model: by FSDP, or by DeepSpeed's ZeRO-3, which is the same for
+    a frozen backbone. ZeRO-1 and ZeRO-2 only shard the training state of trained weights, which are small here."""
     uses_zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     zero_3 = uses_zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     return zero_3 or os.environ.get("ACCELERATE_USE_FSDP") == "true"
@@ -131,9 +133,9 @@ def asks_for_shards() -> bool:
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[ProcessGroup]:
-    """The processes that a launcher started, each with a GPU of its own where `device` is one.
+    """Connect the processes that a launcher started, each with its own GPU if `device` is a GPU.
 
-    Raises WorkError where they do not find each other.
+    Raises WorkError if they cannot reach each other.
     """
     place = choose_device(device)
     if place.type == "cuda":
@@ -150,10 +152,10 @@ def process_group(device: str = "auto") -> Iterator[ProcessGroup]:
 
 
 def shard(backbone: Backbone, group: ProcessGroup) -> None:
-    """Spread each of a backbone's layers over all processes (FSDP2); a pass gathers the one that it comes to.
+    """Shard each layer of a backbone over all processes (FSDP2). A pass gathers one layer at a time.
 
-    A GPU then holds its share of all layers, one whole layer, and the embeddings. All processes call this together,
-    before the backbone is given to a model, and make all passes together from then on.
+    Each GPU then holds its share of all layers, one whole layer, and the embeddings. All processes must call this
+    together, before the backbone is given to a model, and make all passes together from then on.
     """
     mesh = init_device_mesh(group.device.type, (group.world_size,))
     for layer in backbone.all_layers():

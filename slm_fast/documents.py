@@ -1,4 +1,4 @@
-"""Rows of a JSON document: a list of them, an object that holds one, or columns."""
+"""Rows of a JSON document: a list of rows, an object with such a list, or columns."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from slm_fast.fields import repeated
 def rows_of_document(value: Any, name: str, columns: Collection[str] = ()) -> list[Any]:
     """The rows in a JSON value.
 
-    value: a list of rows; an object with one list of rows; columns, as lists of one length or, as pandas writes them,
-    as objects of the same keys; pandas' {"columns", "data"}; or a row alone. columns: names known beside the usual.
+    Args:
+        value: a list of rows; an object with one list of rows; columns, as lists of the same length or (from pandas)
+            objects with the same keys; pandas' {"columns", "data"}; or a single row.
+        name: name of the document, for messages.
+        columns: known column names besides the usual ones.
 
-    Raises WorkError where there are several lists of rows, or none.
+    Raises:
+        WorkError: there are several lists of rows, or none.
     """
     if isinstance(value, list):
         return value

@@ -21,8 +21,8 @@ from slm_fast.router import Part, Router, check_finite
 class DtkrRouter(Router):
     """Dynamic Task-related Knowledge Retrieval (the paper's Section 3.2): grouped cosine, learned keys, ratio weights.
 
-    The recipe of key preparation is that of the paper's Section 4.2 and released code: AdamW, the rate a tenth of
-    itself in the last third. A small task gets as many epochs as make `steps` steps, or its keys would hardly move.
+    Keys are trained as in the paper's Section 4.2 and released code: with AdamW, at a tenth of the learning rate in the
+    last third. A small task gets enough epochs for `steps` steps, without which its keys would hardly move.
     """
 
     k: int = 4
@@ -60,7 +60,7 @@ class DtkrRouter(Router):
         return {"keys": keys, "distance": percentiles(self._nearest(query, keys))}
 
     def _nearest(self, query: Tensor, keys: Tensor) -> Tensor:
-        """1 - the mean-over-groups cosine to the nearest key, [N]."""
+        """1 - cosine (mean over groups) to the nearest key: [N]."""
 
         def normalised(rows: Tensor) -> Tensor:
             grouped = rows.view(len(rows), self.groups, -1)
@@ -71,7 +71,7 @@ class DtkrRouter(Router):
     @cached_property
     @torch.inference_mode(False)
     def keys(self) -> PreparedKeys:
-        """All tasks' keys, prepared in a pass over P D numbers."""
+        """All tasks' keys, prepared in one pass over P D numbers."""
         return ops.prepare_keys(torch.cat([part["keys"] for part in self.parts]).to(self.device), groups=self.groups)
 
     def prepare(self) -> None:
@@ -90,11 +90,11 @@ class DtkrRouter(Router):
         return self._nearest(query, self.parts[task]["keys"])
 
     def _sensitivity(self, query: Tensor, task: int) -> Tensor:
-        return torch.full((len(query),), 2.0)  # of a cosine at the most
+        return torch.full((len(query),), 2.0)  # upper bound for a cosine
 
 
 def orthogonal_keys(slots: int, width: int, groups: int, generator: torch.Generator) -> Tensor:
-    """Keys [S, D], (semi-)orthogonal in each group (Saxe et al. 2013, as the paper begins)."""
+    """Keys [S, D], (semi-)orthogonal in each group (Saxe et al. 2013), the paper's initial values."""
     keys = torch.empty(slots, groups, width // groups)
     for group in range(groups):
         torch.nn.init.orthogonal_(keys[:, group], generator=generator)

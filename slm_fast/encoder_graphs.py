@@ -1,8 +1,8 @@
 """Passes of encoder-only backbones as CUDA graphs.
 
-A GPU is done with a small batch sooner than Python has launched its kernels. So a batch is padded to one of a few
-shapes (`batching.few_shapes`); the first of a shape is captured, the search for its routes included, and every later
-one is launched at once.
+A GPU finishes a small batch before Python has launched its kernels. So a batch is padded to one of a few shapes
+(`batching.few_shapes`). The first batch of a shape is captured, including the search for routes, and every later one is
+launched at once.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from slm_fast.pool import Pool
 from slm_fast.query import TrunkQuery
 from slm_fast.tokenization import Encoded
 
-MOST_SHAPES = 64  # kept; the one that was not used for longest goes first
+MOST_SHAPES = 64  # graphs kept; the least recently used one is dropped
 
 
 class EncoderOutput(NamedTuple):
-    """What a pass gives: `model.Output`, and what heads read of it."""
+    """Result of a pass: `model.Output`, and what heads read."""
 
-    mean: Tensor  # [B, H] float32, of the last hidden states of real tokens
-    hidden: Tensor | None  # [B, T, H], all of them; None where no head reads them
-    query: Tensor | None  # [B, D]; None where the route was given or no task is known
+    mean: Tensor  # [B, H] float32, mean of the last hidden states of real tokens
+    hidden: Tensor | None  # [B, T, H], last hidden states; None if no head reads them
+    query: Tensor | None  # [B, D]; None if the route was given or there are no tasks
     route: Route  # [B, K]
     checked: bool  # whether all queries are known to be finite
 
 
 class Shape(NamedTuple):
-    """What a graph is for. picks: of routes that are given, else 0. slots: of a mask of slots, else 0."""
+    """Shape of a graph's inputs. picks: K of a given route, else 0. slots: width of a slot mask, else 0."""
 
     rows: int
     columns: int
@@ -49,15 +49,15 @@ class Shape(NamedTuple):
 
 @dataclass
 class Buffers:
-    """What a graph reads, on the device. Rows and columns beyond those of a batch hold nothing that could become a
-    number which is none: rows one token of padding, columns padding."""
+    """Inputs of a graph, on the device. Columns beyond the batch are padding. So are rows beyond it, except that their
+    first token counts as real, so that nothing becomes NaN."""
 
     batch: Encoded
     route: Route | None
     slot_mask: Tensor | None
 
     @classmethod
-    @torch.inference_mode(False)  # so that they may be filled in any mode
+    @torch.inference_mode(False)  # so that they can be filled in any mode
     def of(cls, shape: Shape, padding: int, device: torch.device) -> Buffers:
         ids = torch.full((shape.rows, shape.columns), padding, device=device)
         batch = Encoded(ids, torch.zeros_like(ids))
@@ -83,21 +83,21 @@ class Buffers:
 
 
 class EncoderGraphs:
-    """The graphs of one model, of the tasks that it knows now."""
+    """The graphs of one model, for its current tasks."""
 
     def __init__(self) -> None:
-        self._pool: weakref.ref[Pool] | None = None  # weakly: the values of a task that is forgotten go at once
+        self._pool: weakref.ref[Pool] | None = None  # weak, so that the values of a forgotten task are freed at once
         self.graphs: Graphs | None = None
         self.met: OrderedDict[Shape, tuple[Buffers, Step | None]] = OrderedDict()
 
     def forward(
         self, model: AdaptedModel, batch: Encoded, route: Route | None, slot_mask: Tensor | None
     ) -> EncoderOutput | None:
-        """What the module's `forward` gives; None where it is not by a graph."""
-        if self._pool is None or self._pool() is not model.pool:  # what graphs read of the last one may be gone
+        """The result of the module's `forward`; None if a graph cannot compute it."""
+        if self._pool is None or self._pool() is not model.pool:  # what graphs read of the last one may be freed
             self._pool, self.graphs = weakref.ref(model.pool), graphs_on(model.backbone.device)
             self.met.clear()
-            return None  # the first pass prepares what concerns all tasks
+            return None  # the first pass prepares what all tasks share
         shape = self._shape(model, batch, route, slot_mask)
         if self.graphs is None or shape is None:
             return None
@@ -106,7 +106,7 @@ class EncoderGraphs:
         buffers.fill(batch, padding, route, slot_mask)
         (rows, columns), step = batch.input_ids.shape, lambda: _pass(model, buffers)
         try:
-            if replay is None:  # the trial also compiles kernels, which a capture must not
+            if replay is None:  # the trial also compiles kernels, which a capture cannot
                 with self.graphs.trial():
                     found = step()
                 replay = self.graphs.capture(step)
@@ -120,7 +120,7 @@ class EncoderGraphs:
         self.met.move_to_end(shape)
         if len(self.met) > MOST_SHAPES:
             self.met.popitem(last=False)
-        # Of all graphs in the same memory.
+        # Copied, because all graphs share memory.
         mean, ids, weights, *others = (part[:rows].clone() for part in found)
         hidden = others.pop()[:, :columns] if _reads_hidden(model) else None
         return EncoderOutput(mean, hidden, others.pop() if others else None, Route(ids, weights), route is not None)
@@ -128,7 +128,7 @@ class EncoderGraphs:
     def _shape(
         self, model: AdaptedModel, batch: Encoded, route: Route | None, slot_mask: Tensor | None
     ) -> Shape | None:
-        """What the batch is padded to; None for one that cannot be captured, or need not."""
+        """The shape that the batch is padded to; None if a graph cannot or need not serve it."""
         ahead = bool(batch.query_inputs) or model.ahead or not isinstance(model.query, TrunkQuery)
         if route is None and ahead:
             return None
@@ -144,13 +144,13 @@ class EncoderGraphs:
 
 
 def _reads_hidden(model: AdaptedModel) -> bool:
-    """Whether a head of a task that was imported may read other features than the mean."""
+    """Whether the head of an imported task may read other features than the mean."""
     return model.pool.heads is not None and bool(model.pool.heads.imported)
 
 
 def _pass(model: AdaptedModel, buffers: Buffers) -> tuple[Tensor, ...]:
-    """The mean, the route, and where there are such the query and hidden states that are read. (What a graph gives
-    stays its own, and hidden states are large.)"""
+    """The mean, the route and, if there are any, the query and the hidden states that heads read. (Hidden states are
+    large, and a graph keeps all of its results.)"""
     batch = buffers.batch
     hidden, query, route = model.call(
         lambda: model.trunk(batch), batch.attention_mask, buffers.route, slot_mask=buffers.slot_mask, check=False
@@ -165,9 +165,9 @@ _graphs: weakref.WeakKeyDictionary[AdaptedModel, EncoderGraphs] = weakref.WeakKe
 def forward(
     model: AdaptedModel, batch: Encoded, route: Route | None = None, slot_mask: Tensor | None = None
 ) -> EncoderOutput:
-    """`AdaptedModel.forward` for rows that wait for their answers; of an encoder-only backbone on a GPU by CUDA graphs.
+    """`AdaptedModel.forward` for prediction. Encoder-only backbones on a GPU use CUDA graphs.
 
-    The caller has to look whether queries are finite if what it gets is not `checked`.
+    If the result is not `checked`, the caller must check that the queries are finite.
     """
     with model.lock:
         found = None

@@ -1,4 +1,4 @@
-"""Bytes of a file or stream as lines of text: which encoding they are in, and which lines are not in it."""
+"""Decoding of files and streams into lines of text: detecting the encoding, and finding lines that are not valid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 
 from slm_fast.errors import InputError, WorkError, one_line, warn
 
-HEAD = 1 << 20  # bytes of a first line that are looked at
+HEAD = 1 << 20  # maximum bytes of the first line that are examined
 UTF8 = "utf-8-sig"
 LEGACY = "cp1252"
 MARKS = ((codecs.BOM_UTF8, UTF8), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -25,12 +25,12 @@ NO_TEXT = {
     b"\xd0\xcf\x11\xe0": "an old Excel file",
     b"%PDF": "a PDF file",
 }
-CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # what no text of Windows-1252 holds
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # never found in Windows-1252 text
 UNDECODED = re.compile("[\udc00-\udcff]")
 
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
-    """What cannot be decoded becomes half characters, a byte each, so that a row is whole before it is found bad."""
+    """Decode each invalid byte to a lone surrogate, so that a row is read completely before it is reported as bad."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return "".join(chr(0xDC00 + byte) for byte in error.object[error.start : error.end]), error.end
@@ -40,18 +40,18 @@ codecs.register_error("slm_fast.mark", _mark)
 
 
 def check_encoding(encoding: str) -> str:
-    """The name Python has for an encoding of text. Raises InputError if there is none."""
+    """Python's name of a text encoding. Raises InputError if it has none."""
     try:
         name = codecs.lookup(encoding).name
         with suppress(UnicodeError):
-            b"text".decode(encoding)  # base64 and the like are no encodings of text
+            b"text".decode(encoding)  # base64 and the like are not text encodings
     except (LookupError, TypeError, ValueError):
         raise InputError(f"encoding: expected a name such as utf-8, utf-16 or cp1252, got {encoding!r}") from None
     return UTF8 if name == "utf-8" else name
 
 
 def guess_encoding(head: bytes) -> str:
-    """From a byte order mark, or the zero bytes that ASCII letters have in UTF-16, all on one side; else UTF-8."""
+    """Guess from a byte order mark, or the zero bytes, all on one side, of ASCII letters in UTF-16; else UTF-8."""
     for mark, name in MARKS:
         if head.startswith(mark):
             return name
@@ -62,7 +62,7 @@ def guess_encoding(head: bytes) -> str:
 
 
 def settle(encoding: str | None, head: bytes) -> str:
-    """The encoding of what begins with `head`: the given one, whose order of bytes a mark must not tell, or a guess."""
+    """The encoding of data that begins with `head`: the given one, with a byte order if it has no mark, or a guess."""
     guess = guess_encoding(head)
     if encoding in ("utf-16", "utf-32") and guess != encoding:
         return guess if guess.startswith(encoding) else f"{encoding}-le"
@@ -70,7 +70,7 @@ def settle(encoding: str | None, head: bytes) -> str:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """A file's bytes, decompressed if its name ends in .gz. Raises WorkError."""
+    """Open a file for reading bytes, decompressed if its name ends in .gz. Raises WorkError."""
     try:
         return cast("IO[bytes]", (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb"))
     except OSError as error:
@@ -78,7 +78,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 def read_head(file: IO[bytes], name: str) -> bytes:
-    """The first line that is not blank and what stands before it. No more is waited for."""
+    """Read up to the end of the first line that is not blank, without waiting for more."""
     head = b""
     try:
         while not head.strip(b"\xef\xbb\xbf \t\r\n\v\f") and len(head) < HEAD:
@@ -92,7 +92,7 @@ def read_head(file: IO[bytes], name: str) -> bytes:
 
 
 class _Rejoined(io.RawIOBase):
-    """A stream with what was read of it put back. Closing it leaves the stream open."""
+    """A stream with the data already read from it put back. Closing it leaves the original open."""
 
     def __init__(self, head: bytes, rest: IO[bytes]) -> None:
         self._head, self._rest = memoryview(head), rest
@@ -115,12 +115,15 @@ def rejoined(head: bytes, rest: IO[bytes]) -> IO[bytes]:
 
 
 class Lines:
-    """Lines of text of a binary file, one after another, and in `bad` (number, byte) of each that cannot be decoded.
+    """Iterator over the lines of a binary file. `bad` collects (line number, byte) of lines that cannot be decoded.
 
     Args:
-        encoding: None means UTF-8. again: the file, where it can be read again: one in which no line is UTF-8 but for
-            plain ASCII is read as Windows-1252, with a warning.
-        newline: as for `open`: "\\n", or "" where "\\r" ends a line too.
+        file: the binary file.
+        name: its name, for messages.
+        encoding: None means UTF-8.
+        newline: as for `open`: "\\n", or "" if "\\r" also ends a line.
+        again: path of the file if it can be read again. If no line that is not plain ASCII is valid UTF-8, it is then
+            read as Windows-1252, with a warning.
     """
 
     def __init__(
@@ -129,7 +132,7 @@ class Lines:
         self.name, self.encoding = name, encoding or UTF8
         self.bad: list[tuple[int, int]] = []
         self._again = again if encoding is None or encoding == UTF8 else None
-        errors = "surrogateescape" if self.encoding == UTF8 else "slm_fast.mark"  # the same there, and faster
+        errors = "surrogateescape" if self.encoding == UTF8 else "slm_fast.mark"  # for UTF-8 the same, but faster
         self._text = io.TextIOWrapper(cast("Any", file), self.encoding, errors, newline)
 
     def __iter__(self) -> Iterator[str]:
@@ -157,8 +160,8 @@ class Lines:
 
 
 def _is_legacy(path: Path) -> bool:
-    """Whether a file is Windows-1252 rather than UTF-8 with some bad lines: no line of it has other than ASCII in
-    UTF-8, and every byte is one of Windows-1252."""
+    """Whether a file is Windows-1252 rather than UTF-8 with some bad lines: no line that is not plain ASCII is valid
+    UTF-8, and every byte is valid in Windows-1252."""
     with io.TextIOWrapper(open_binary(path), "utf-8", "surrogateescape", newline="") as text:
         try:
             for line in text:
@@ -174,7 +177,7 @@ def _is_legacy(path: Path) -> bool:
 
 
 def _unbroken(lines: Iterable[str], name: str) -> Iterator[str]:
-    """The lines of a file. Raises WorkError where it breaks off."""
+    """Yield the lines of a file. Raises WorkError if it breaks off."""
     number = 0
     try:
         for number, line in enumerate(lines, 1):  # noqa: B007

@@ -1,6 +1,6 @@
-"""The two things that can go wrong, and what users are only warned of.
+"""Errors and warnings of this package.
 
-Each message is one line that names the culprit and says what was expected, or what was done.
+Each message is one line that names the cause and says what was expected or done.
 """
 
 from __future__ import annotations
@@ -17,49 +17,49 @@ NO_MEMORY = (
 
 
 class SlmError(Exception):
-    """Base of every error this package raises on purpose. `status` is the command line's exit status."""
+    """Base class of all errors that this package raises on purpose. `status` is the command line's exit status."""
 
     status = 1
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of what an error of another library says, or its name when it says nothing."""
+    """The first line of another library's error message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def some_of(names: Iterable[str], most: int = 10) -> str:
-    """The first names and how many more there are, for a message of one line; "none" where there are none."""
+    """The first `most` names and the number of others, for a one-line message; "none" if there are no names."""
     known = list(names)
     more = f" and {len(known) - most} more" if len(known) > most else ""
     return (", ".join(known[:most]) or "none") + more
 
 
 class InputError(SlmError, ValueError):
-    """The call as written cannot be right: a wrong shape, name, option or file."""
+    """The call itself is wrong: an invalid shape, name, option or file."""
 
     status = 2
 
 
 class WorkError(SlmError, RuntimeError):
-    """The call was right and the work failed: damaged data, a full disk, a number that is not finite."""
+    """The call is valid but could not be carried out: damaged data, a full disk, a number that is not finite."""
 
     status = 1
 
 
 class SlmWarning(UserWarning):
-    """What was done is not certainly what was meant. The command line prints it as a line of standard error."""
+    """Something may not be as the user meant it. The command line prints it as one line on standard error."""
 
 
 def warn(message: str) -> None:
-    """Warn the caller of this package: Python shows the line of theirs that led here."""
+    """Emit an SlmWarning, attributed to the caller of the function that calls this."""
     warnings.warn(message, SlmWarning, stacklevel=3)
 
 
 @contextmanager
 def memory_for(what: str) -> Iterator[None]:
-    """Turn whatever too little memory raises inside the block into a WorkError that says what was not there.
+    """Convert any error caused by lack of memory inside the block to a WorkError about `what`.
 
-    That is MemoryError, torch's RuntimeErrors, an OSError of the system, or a panic of a library written in Rust.
+    This may be a MemoryError, a RuntimeError of torch, an OSError or a panic of a Rust library.
     """
     try:
         yield
@@ -72,11 +72,11 @@ def memory_for(what: str) -> Iterator[None]:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether an error means that memory could not be had, whichever library raised it."""
+    """Whether an error, from any library, means that memory could not be allocated."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     said = f"{type(error).__name__}: {error}".lower()
-    # Of Rust; the last where Python had no memory for an object that Rust asked it for.
+    # Rust's; "pointer is null" if Python had no memory for an object that Rust requested.
     if type(error).__name__ == "PanicException" and any(w in said for w in ("alloc", "memory", "pointer is null")):
         return True
     return any(words in said for words in NO_MEMORY)

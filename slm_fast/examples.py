@@ -1,7 +1,7 @@
-"""Training rows made ready once: token ids, and what the frozen layers below the increments make of them.
+"""Training rows prepared once: token ids, and the output of the frozen layers below the increments.
 
 Nothing below the lowest layer with increments ever changes, so its output for a training row is computed once, in the
-pass that finds the row's query, and kept for all epochs.
+pass that computes the row's query, and kept for all epochs.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from slm_fast.query import TrunkQuery
 from slm_fast.reading import prompts_of
 from slm_fast.tokenization import Encoded, pad
 
-STATES_BYTES = 2 << 30  # hidden states of more than this are not kept; the lower layers then run in every step
+STATES_BYTES = 2 << 30  # larger hidden states are not kept; the lower layers then run in every step
 
 
 @dataclass(frozen=True)
 class Examples:
     """N training rows.
 
-    sequences: the token ids that the trunk reads; a causal backbone's end with the answer. answers: token ids of the
-    answers, for heads one label index each. states: for each row [T, H], what enters the lowest layer with increments,
-    on the backbone's device; None when they are not kept. route: [N, K] on the CPU, once it is known.
+    Attributes:
+        sequences: token ids that the trunk reads. For a causal backbone they end with the answer.
+        answers: token ids of the answers or, for heads, one label index each.
+        states: for each row the input [T, H] of the lowest layer with increments, on the backbone's device; None if not
+            kept.
+        route: [N, K] on the CPU, once known.
     """
 
     sequences: list[list[int]]
@@ -46,21 +49,27 @@ class Examples:
         return torch.tensor([len(sequence) for sequence in self.sequences])
 
     def encoded(self, model: AdaptedModel, rows: Sequence[int]) -> Encoded:
-        """Token ids and mask [B, T] of some rows, padded on the right."""
+        """Token ids and mask [B, T] of the given rows, padded on the right."""
         ids, mask = pad([self.sequences[i] for i in rows], model.backbone.tokenizer.pad_token_id)
         return Encoded(ids, mask).to(model.backbone.device)
 
     def states_of(self, rows: Sequence[int]) -> Tensor | None:
-        """[B, T, H], zeros after a row's end."""
+        """States [B, T, H] of the given rows, zero after a row's end; None if not kept."""
         return None if self.states is None else pad_sequence([self.states[i] for i in rows], batch_first=True)
 
 
 def prepare(
     model: AdaptedModel, task: Task, labels: Sequence[str] | None, max_length: int, report: Report | None = None
 ) -> tuple[Examples, Tensor]:
-    """Tokenise a task's rows and run the frozen lower layers on them: the examples and their queries [N, D].
+    """Tokenise a task's rows and run the frozen lower layers on them.
 
-    labels: of an encoder-only backbone's head. max_length: tokens read of an input.
+    Args:
+        labels: labels of an encoder-only backbone's head.
+        max_length: maximum tokens read per input.
+        report: called with the number of rows just done.
+
+    Returns:
+        The examples and their queries [N, D].
     """
     backbone, rows = model.backbone, task.rows
     prompts, cut = prompts_of(rows, backbone.tokenization, model.config, max_length)
@@ -78,7 +87,7 @@ def prepare(
     examples = Examples(sequences, answers, None)
     if not fits(model, sequences):
         return examples, model.queries(rows, report=report)
-    # The pass that finds the states finds the queries too, unless these come from other text or another model.
+    # The pass for the states also yields the queries, unless these come from other text or another model.
     alike = all(row.query_text(model.config.route_on) == row.prompt for row in rows) and not model.config.chat_template
     shared = alike and max_length == model.config.max_length and isinstance(model.query, TrunkQuery)
     queries = torch.empty(len(rows), model.query.width, device=backbone.device)
@@ -102,7 +111,7 @@ def prepare(
 
 
 def _check_positions(model: AdaptedModel, task: Task, written: Sequence[Sequence[int]]) -> None:
-    """Raise InputError where a row's tokens, its answer's included, are more than a backbone that writes can place."""
+    """Raise InputError if a row, with its answer, has more tokens than a generating backbone has positions."""
     limit = model.backbone.learned_positions
     if model.backbone.kind == "encoder" or limit is None:
         return
@@ -119,7 +128,7 @@ def _of(task: Task, some: Sequence[bool]) -> str:
 
 
 def _warn_of_answers(model: AdaptedModel, task: Task, answers: Sequence[Sequence[int]], max_length: int) -> None:
-    """Say which answers are not learned as they are."""
+    """Warn of answers that cannot be learned exactly."""
     tokenizer = model.backbone.tokenizer
     cut = [answer[-1:] != [tokenizer.eos_token_id] for answer in answers]
     if any(cut):
@@ -145,12 +154,12 @@ def _warn_of_answers(model: AdaptedModel, task: Task, answers: Sequence[Sequence
 
 
 def _example(task: Task, some: Sequence[bool]) -> str:
-    """The answer of the first of these rows."""
+    """The beginning of the first answer among these rows."""
     return repr((task.rows[some.index(True)].target or "")[:60])
 
 
 def fits(model: AdaptedModel, sequences: Sequence[Sequence[int]]) -> bool:
-    """Whether there are frozen layers to save, and their output is small enough to keep. It does not depend on the
-    memory that happens to be free, so that a run repeats bit for bit."""
+    """Whether there are frozen lower layers and their output is small enough to keep. This does not depend on free
+    memory, so that a run is reproducible bit for bit."""
     size = sum(map(len, sequences)) * model.backbone.width * model.backbone.dtype.itemsize
     return bool(model.config.first_layer) and size <= STATES_BYTES

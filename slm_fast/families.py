@@ -1,4 +1,4 @@
-"""The table of model families: where a frozen model's layers are, and what the words of users mean inside one."""
+"""Table of model families: where a model's layers are, and which modules in a layer the users' words stand for."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ DEFAULT_TARGETS = ("query", "value", "out", "up", "down")
 class Family:
     """What differs between model families.
 
-    layers: the trunk, where the query is tapped. upper: layers wholly above it, if there are any (a decoder).
-    linears: a shared word -> the pattern of the modules it means inside one layer. Of a fused projection several words
-    joined by "+", in the order of its output features.
-    loop: whether the writing loop can hold its KV cache; else answers are written by transformers' `generate`.
-    found: by its structure (structure.py); it is no row of the table.
+    Attributes:
+        kind: "encoder" (answers with heads), "seq2seq" or "causal" (generate their answers).
+        model_types: the `model_type`s in transformers' configurations.
+        auto_class: the class of transformers that loads a model.
+        layers: the trunk's layers, which the query's taps read.
+        linears: word -> pattern of its modules inside one layer. A fused projection has several words, joined by "+" in
+            the order of its output features.
+        upper: layers entirely above the trunk (a decoder), if any.
+        loop: whether this package's generation loop supports its KV cache; else transformers' `generate` is used.
+        found: whether it was found by structure (structure.py) rather than in the table.
     """
 
-    kind: str  # "encoder" (answers with heads), "seq2seq" or "causal" (answer by generating)
+    kind: str
     model_types: tuple[str, ...]
     auto_class: str
     layers: str
@@ -30,16 +35,16 @@ class Family:
 
     @property
     def words(self) -> list[str]:
-        """What may be adapted."""
+        """Words of all layers that can be adapted."""
         return [word for key in self.linears for word in key.split("+")]
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """What is adapted unless users say otherwise."""
+        """Words of the layers that are adapted by default."""
         return tuple(self.words if self.found else [word for word in DEFAULT_TARGETS if word in self.words])
 
     def pattern(self, word: str) -> tuple[str, tuple[str, ...]]:
-        """The pattern of a word's modules, and the words that share these (this one alone, if they are not fused)."""
+        """The pattern of a word's modules, and the words that share them (only this one if they are not fused)."""
         return next((p, tuple(key.split("+"))) for key, p in self.linears.items() if word in key.split("+"))
 
 
@@ -82,7 +87,7 @@ FAMILIES = (
         ("modernbert",),
         "AutoModel",
         "layers",
-        # The half of Wi that is activated is LLaMA's gate, though ModernBERT calls the other one so.
+        # The activated half of Wi corresponds to LLaMA's gate, although ModernBERT gives the other half this name.
         {"query+key+value": r"attn\.Wqkv", "out": r"attn\.Wo", "gate+up": r"mlp\.Wi", "down": r"mlp\.Wo"},
     ),
     Family(
@@ -135,7 +140,7 @@ FAMILIES = (
             "down": "fc2",
         },
         upper="model.decoder.layers",
-        loop=False,  # its decoder counts the positions of all rows from one place
+        loop=False,  # its decoder counts positions of all rows from the same start
     ),
     Family(
         "causal",
@@ -147,7 +152,7 @@ FAMILIES = (
         "model.layers",
         _ATTENTION | _GATED,
     ),
-    Family("causal", ("qwen3_moe",), _CAUSAL, "model.layers", _ATTENTION),  # its experts are no linear layers
+    Family("causal", ("qwen3_moe",), _CAUSAL, "model.layers", _ATTENTION),  # its experts are not linear layers
     Family(
         "causal",
         ("phi",),
@@ -178,5 +183,5 @@ FAMILIES = (
 
 
 def family_of(model_type: str) -> Family | None:
-    """The row of a model type; None where it has none."""
+    """The family of a model type; None if it is not in the table."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)

@@ -1,4 +1,4 @@
-"""Fields of a JSON object: which there must be, and what each may hold."""
+"""Validation of the fields of a JSON object: which must be present, and what each may contain."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 Repeated = TypeVar("Repeated", bound=Hashable)
-MOST_PARTS = 1000  # of plain JSON, at each place
-Kind = tuple[str, Callable[[Any], bool]]  # what is expected, in words, and whether a value is that
+MOST_PARTS = 1000  # maximum size of each list or object in plain JSON
+Kind = tuple[str, Callable[[Any], bool]]  # a description of what is expected, and its test
 
 
 class Unfit(Exception):
-    """A field, and what is wrong with it. Names may come from a damaged file: what cannot be printed is escaped."""
+    """A field and what is wrong with it. Unprintable characters in its name, as from a damaged file, are escaped."""
 
     def __init__(self, field: str, wrong: str) -> None:
         shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in field)
@@ -22,14 +22,14 @@ class Unfit(Exception):
 
 
 class Unknown(Unfit):
-    """A field that this version does not know."""
+    """A field unknown to this version."""
 
     def __init__(self, field: str) -> None:
         super().__init__(field, "not known; written by a newer version of slm_fast")
 
 
 def read_json(data: bytes | str) -> Any:
-    """JSON as the standard has it: no NaN, no field twice. Raises ValueError for anything else, however deep."""
+    """Parse standard JSON: no NaN, no duplicate fields. Raises ValueError for anything else, however deeply nested."""
     try:
         text = data.decode() if isinstance(data, bytes) else data
         return STRICT.decode(text)
@@ -38,7 +38,7 @@ def read_json(data: bytes | str) -> Any:
 
 
 def refuse_constant(constant: str) -> None:
-    """For json's `parse_constant`: Python reads NaN and Infinity, the standard does not have them."""
+    """`parse_constant` for json: Python accepts NaN and Infinity, which are not in the standard."""
     raise ValueError(f"{constant} is not JSON")
 
 
@@ -49,12 +49,12 @@ def without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-# Made once: json.loads makes a decoder for each call that has such wishes.
+# Created once, because json.loads creates a decoder for each call with such options.
 STRICT = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=without_repeats)
 
 
 def repeated(items: Iterable[Repeated]) -> Repeated | None:
-    """The first that stands there for the second time."""
+    """The first item that repeats an earlier one; None if there is none."""
     seen: set[Repeated] = set()
     for item in items:
         if item in seen:
@@ -66,9 +66,11 @@ def repeated(items: Iterable[Repeated]) -> Repeated | None:
 def fields(
     value: Any, where: str, *names: str, optional: Sequence[str] = (), others: bool = False
 ) -> Mapping[str, Any]:
-    """`value`, if it is an object with the fields `names`, and none but `optional` ones (any, with `others`) beside.
+    """Return `value` if it is an object with the fields `names`, and besides only `optional` ones (any with `others`).
 
-    Raises Unfit, or Unknown for a field that none of these name.
+    Raises:
+        Unfit: it is not an object, or a field is missing.
+        Unknown: it has another field.
     """
     prefix = f"{where}." if where else ""
     if not isinstance(value, Mapping):
@@ -97,7 +99,7 @@ def _is_string(value: Any) -> bool:
         return False
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can write half of a surrogate pair
+    except UnicodeEncodeError:  # JSON can contain a lone surrogate
         return False
     return True
 
@@ -138,12 +140,12 @@ def integer(least: int, most: int = 2**31 - 1) -> Kind:
 
 
 def number(least: float, most: float) -> Kind:
-    """Bounds included."""
+    """A number between inclusive bounds."""
     return f"a number from {least:g} to {most:g}", lambda value: _is_number(value) and least <= value <= most
 
 
 def list_of(kind: Kind, length: int | None = None) -> Kind:
-    """A list that is not empty, or of so many."""
+    """A list of `length` items or, without one, a non-empty list."""
     expected, fits = kind
     return (
         f"a list, each {expected}" if length is None else f"a list of {length}, each {expected}",

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: durable writes, a lock, and room kept for when the disk is full."""
+"""Atomic, durable file writes, a lock, and space reserved for when the disk is full."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PASSWORD = re.compile(r"(://[^/:@]*):[^/]*@")
 
 
 def path_of(given: Any) -> Path:
-    """The path of a store's folder. Raises InputError for what is no path; an empty one would be the current folder."""
+    """The path of a store's folder. Raises InputError if it is not a path, or is empty (the current folder)."""
     if not isinstance(given, (str, os.PathLike)) or not os.fspath(given):
         raise InputError(f"store: expected the path of a folder, got {given!r}")
     if is_url(given):
@@ -29,17 +29,17 @@ def path_of(given: Any) -> Path:
 
 
 def is_url(given: Any) -> bool:
-    """Whether what stands for a folder is an address such as s3://bucket/store."""
+    """Whether what is given as a folder is a URL such as s3://bucket/store."""
     return isinstance(given, str) and URL.match(given) is not None
 
 
 def shown(given: object) -> str:
-    """A folder, or a URL without its password."""
+    """A folder or URL for messages, without a password."""
     return PASSWORD.sub(r"\1:***@", given) if isinstance(given, str) else str(given)
 
 
 def write(path: Path, *data: bytes | memoryview) -> None:
-    """Put `data` at `path`, all of it or none: write beside it, flush to disk, rename. Raises OSError."""
+    """Write `data` to `path` atomically: write beside it, flush to disk, rename. Raises OSError."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -53,7 +53,7 @@ def write(path: Path, *data: bytes | memoryview) -> None:
 
 
 def flush_directory(path: Path) -> None:
-    """Make what was renamed or made in a folder last."""
+    """Make renamed and created files in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,16 +63,17 @@ def flush_directory(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, patience: float, *, shared: bool = False) -> Iterator[bool]:
-    """Hold the lock file at `path`, which is made if need be. Whether it could be had within `patience` seconds.
+    """Hold the lock file at `path`, created if needed. Yields whether it was acquired within `patience` seconds.
 
-    shared: as a reader, which keeps writers away but not other readers, and needs no right to write.
+    shared: lock as a reader, which excludes writers but not other readers. This needs no write permission, but the file
+    must exist.
     """
     flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
     lock = os.open(path, flags | os.O_CLOEXEC, 0o644)
     try:
         yield _lock(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, patience)
     finally:
-        os.close(lock)  # lets the lock go
+        os.close(lock)  # releases the lock
 
 
 def _lock(lock: int, kind: int, patience: float) -> bool:
@@ -84,26 +85,26 @@ def _lock(lock: int, kind: int, patience: float) -> bool:
         except BlockingIOError:
             if time.monotonic() > until:
                 return False
-            # Readers ask more often, so that writers who take turns without a pause do not shut them out.
+            # Readers try more often, so that writers taking turns without a pause do not starve them.
             time.sleep(0.05 if kind == fcntl.LOCK_EX else 0.002)
 
 
 class Reserve:
-    """Room for one more manifest, kept as a file, so that something can be removed though the disk is full."""
+    """Disk space for one more manifest, held by a file, so that tasks can be removed when the disk is full."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def keep(self, size: int) -> None:
-        """Make room for `size` bytes and more, if that is possible; nothing is lost where it is not."""
+        """Reserve space for at least `size` bytes if possible; nothing is lost if not."""
         wanted = max(LEAST_RESERVE, 1 << (2 * size - 1).bit_length())
         with suppress(OSError):
             if self.path.exists() and self.path.stat().st_size == wanted:
                 return
-            write(self.path, b"\xff" * wanted)  # not zeros, which a copy may turn into a hole
+            write(self.path, b"\xff" * wanted)  # not zeros, which copying may turn into a hole
 
     def spend(self, error: OSError) -> bool:
-        """Give the room back where that may help against this error; whether there was any."""
+        """Free the space if that may help against this error. Returns whether there was any."""
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.path.exists():
             return False
         self.path.unlink()

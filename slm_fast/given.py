@@ -1,4 +1,4 @@
-"""What users hand in as a backbone: a model in a wrapper or below a head, a tokenizer that lacks tokens."""
+"""Checks of a backbone given as objects: unwrapping the model, removing its head, completing the tokenizer's tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _ASIDE = ("sentence_transformers.", "transformers.pipelines.")
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model in what was given: out of torch.compile and of DataParallel.
+    """The transformers model inside torch.compile or DataParallel wrappers.
 
-    Raises InputError, which says what to give instead, for anything else.
+    Raises InputError for anything else. The message says what to give instead.
     """
     while True:
         if hasattr(model, "_orig_mod"):  # torch.compile
@@ -40,12 +40,13 @@ def unwrapped(model: Any) -> Any:
 
 
 def without_head(model: Any, kind: str, layers: str, upper: str | None, auto_class: str) -> Any:
-    """The part of a model that this package works with: an encoder without its head, or a whole model that writes.
+    """The part of a model that this package uses: an encoder without its head, or a whole model that generates text.
 
     Args:
-        kind, layers, upper, auto_class: of its family (see backbone.py).
+        kind, layers, upper, auto_class: as in its `Family`.
 
-    Raises InputError where it is not there.
+    Raises:
+        InputError: the model does not have this part.
     """
     inner = getattr(model, "base_model", model) if kind == "encoder" else model
     there = all(_has(inner, part) for part in (layers, upper) if part)
@@ -65,10 +66,12 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def checked_tokenizer(tokenizer: Any, model: Any, kind: str) -> Any:
-    """A copy of a tokenizer that has a padding token, and an end token where texts are written. The one given stays.
+    """A copy of a tokenizer with a padding token and, if its model generates text, an end token. The original does not
+    change.
 
-    Raises InputError for anything that is no tokenizer, that lacks a token for which there is no other, or that makes
-    tokens which the model's embedding does not have.
+    Raises:
+        InputError: it is not a tokenizer, lacks a token that no other can replace, or has tokens beyond the model's
+            embedding.
     """
     if not (callable(tokenizer) and hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "pad_token_id")):
         hint = "; wrap it: PreTrainedTokenizerFast(tokenizer_object=...)" if hasattr(tokenizer, "encode_batch") else ""
@@ -100,7 +103,7 @@ def checked_tokenizer(tokenizer: Any, model: Any, kind: str) -> Any:
 
 
 def _ends(model: Any) -> list[int | None]:
-    """Ids of the tokens at which a model stops, by its own account."""
+    """End tokens according to the model's own configurations."""
     found: list[int | None] = []
     for config in (getattr(model, "generation_config", None), model.config):
         ends = getattr(config, "eos_token_id", None)
@@ -109,7 +112,7 @@ def _ends(model: Any) -> list[int | None]:
 
 
 def _first_known(vocabulary: dict[int, str], rows: int, *ids: int | None) -> str | None:
-    """The first token of these that the vocabulary and the embedding have."""
+    """The first of these tokens that is in the vocabulary and the embedding."""
     return next(
         (vocabulary[index] for index in ids if index is not None and index < rows and index in vocabulary), None
     )

@@ -1,4 +1,4 @@
-"""The heads of all tasks, that turn features into answers."""
+"""The heads of all tasks, which turn features into answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask
 
-EPSILON = 1e-5  # of the norm behind an activation
+EPSILON = 1e-5  # of the layer norm after an activation
 ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": nn.functional.relu,
@@ -20,7 +20,7 @@ ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def _activated(x: Tensor, word: str) -> Tensor:
-    """word: of `slm_fast.task_tensors.ACTIVATIONS`."""
+    """Apply the activation `word`, one of `slm_fast.task_tensors.ACTIVATIONS`."""
     name, _, norm = word.partition("_")
     y = ACTIVATE[name](x)
     return nn.functional.layer_norm(y, y.shape[-1:], eps=EPSILON) if norm else y
@@ -28,11 +28,15 @@ def _activated(x: Tensor, word: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Heads:
-    """Every task's head side by side, so that one product serves a batch that mixes tasks.
+    """The heads of all tasks, stacked, so that one product serves a batch of mixed tasks.
 
-    weight [C, H], bias [C]: the heads stacked. column [tasks, Cmax]: where a task's labels stand (-1 = no more).
-    word [tasks, Cmax]: which of `words` each label is; two tasks with the same word share it.
-    imported: tasks by their places, which read other features than the mean over tokens.
+    Attributes:
+        weight: [C, H].
+        bias: [C].
+        column: [tasks, Cmax], index of each label of a task among the C (-1: no more labels).
+        word: [tasks, Cmax], index of each label in `words`.
+        words: distinct labels, shared by tasks with the same word.
+        imported: imported tasks, which may read other features than the mean over tokens, by index.
     """
 
     weight: Tensor
@@ -43,9 +47,14 @@ class Heads:
     imported: Mapping[int, LearnedTask] = field(default_factory=dict)
 
     def features(self, mean: Tensor, hidden: Tensor | None, mask: Tensor, winner: Tensor) -> Tensor:
-        """What the heads read, [B, H] float32: the `mean` [B, H] of hidden states [B, T, H] over real tokens (mask [B,
-        T]), but for rows whose `winner` [B] is an imported task, what its own head reads. hidden may be None where no
-        task is imported."""
+        """Features [B, H] float32 that the heads read.
+
+        Args:
+            mean: [B, H], mean of the hidden states over real tokens: the features unless the winner is imported.
+            hidden: [B, T, H]. May be None if no task is imported.
+            mask: [B, T], real tokens.
+            winner: [B], each row's best task. If it is imported, the row's features are what its own head reads.
+        """
         features = mean if not self.imported else mean.clone()
         for place in set(winner.tolist()) & self.imported.keys() if self.imported else ():
             rows, task = (winner == place).nonzero()[:, 0], self.imported[place]
@@ -64,13 +73,13 @@ class Heads:
         return features
 
     def prior(self, scores: Tensor, task: Tensor, label: Tensor) -> Tensor:
-        """What a router's scores [B, M] of means say of labels: the highest of each label's, [B, C]; the lowest of all
-        where a label has no mean.
+        """Scores [B, C] of labels from a router's scores [B, M] of means: the highest of a label's means, or the lowest
+        of all if it has none.
 
-        task, label: [M], the place of each mean's task, and its label's number there (-1 for none).
+        task, label: [M], index of each mean's task, and its label's number there (-1 for none).
         """
         column, last = self.column[task, label.clamp(min=0)], len(self.bias)
-        column = torch.where((label >= 0) & (column >= 0), column, last)  # what is no label's goes beyond the last
+        column = torch.where((label >= 0) & (column >= 0), column, last)  # means without a label go to an extra column
         found = scores.new_full((len(scores), last + 1), -torch.inf)
         found = found.scatter_reduce_(1, column.expand(len(scores), -1), scores, "amax")[:, :last]
         lowest = scores.amin(1, keepdim=True).expand_as(found)
@@ -97,7 +106,7 @@ class Heads:
         return cls(weight.to(device), bias.to(device), column.to(device), word.to(device), words, imported)
 
     def only(self, tasks: Tensor) -> Heads:
-        """What answers rows of these tasks [U], by their places, as all heads do, from their labels alone."""
+        """Heads with the labels of these tasks [U] (indices) alone, which answer the tasks' rows as all heads do."""
         column = self.column[tasks]
         there = column >= 0
         chosen = column[there]
@@ -106,8 +115,17 @@ class Heads:
         return replace(self, weight=self.weight[chosen], bias=self.bias[chosen], column=where)
 
     def answer(self, features: Tensor, slot_task: Tensor, route: Route, prior: Tensor | None = None) -> Tensor:
-        """Distribution over `words`, sum_t p(t) softmax(head_t(features) + prior_t): features [B, H] -> [B, words]
-        float32. prior: [B, C], what is known of the labels beside the features."""
+        """Distribution over `words`: sum_t p(t) softmax(head_t(features) + prior_t).
+
+        Args:
+            features: [B, H].
+            slot_task: [P], index of each slot's task.
+            route: [B, K].
+            prior: [B, C], what is known about the labels besides the features, added to the logits.
+
+        Returns:
+            [B, words] float32.
+        """
         logits = features.float() @ self.weight.T + self.bias  # [B, C]
         if prior is not None:
             logits += prior
@@ -117,7 +135,7 @@ class Heads:
             column = self.column[task_BK[:, k]]  # [B, Cmax]
             own = logits.gather(1, column.clamp(min=0)).masked_fill(column < 0, -torch.inf)
             share, weight = own.softmax(-1), route.weights[:, k, None]
-            if self.imported:  # beside such a task others may have no head, and no share to give
+            if self.imported:  # then others may have no head, whose softmax is NaN
                 share = share.masked_fill(weight == 0, 0.0)
             answer.scatter_add_(1, self.word[task_BK[:, k]], share * weight)
         return answer

@@ -1,4 +1,4 @@
-"""Stores on the Hugging Face hub, and folders to share: a store of some tasks with a model card."""
+"""Stores on the Hugging Face hub, and folders for sharing: a store of selected tasks with a model card."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def chosen(tasks: Sequence[LearnedTask], names: str | Collection[str] | None) -> list[LearnedTask]:
-    """The tasks of these names (None: all), by name. Raises InputError for one that is not there, or none."""
+    """The tasks with these names (None: all), by name. Raises InputError if one does not exist or there are none."""
     wanted = {names} if isinstance(names, str) else None if names is None else set(names)
     known = {task.name: task for task in tasks}
     for name in sorted(wanted or ()):
@@ -43,20 +43,22 @@ def write_shared(
     base_model: str | None = None,
     repo_id: str | None = None,
 ) -> None:
-    """Write a folder to share: a store of these tasks, which opens and merges as any, and its card, README.md.
+    """Write a folder for sharing: an ordinary store of these tasks, and its model card, README.md.
 
     Args:
-        folder: is made; it must be empty or not there. base_model: the backbone's name on the hub, where its own is
-            none. The rest: see `model_card`.
+        folder: output folder. Must be empty or not exist.
+        base_model: the backbone's hub name, if its own name is not one.
+        about, tasks, accuracy, repo_id: as for `model_card`.
 
     Raises:
-        InputError: a folder that holds something. WorkError: it cannot be written.
+        InputError: the folder is not empty.
+        WorkError: it cannot be written.
     """
     path, base = path_of(folder), base_model_of(about, base_model)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: is there already; expected a folder that is empty or not there")
     name = str(base_model or about["backbone"])
-    if base is None:  # a path says much of this machine, and nothing to others
+    if base is None:  # a path would reveal details of this machine and be useless elsewhere
         name = Path(name).name
         warn(
             f"backbone {name!r}: a folder here, or without a name; base_model= (--base-model) says what it is elsewhere"
@@ -64,7 +66,7 @@ def write_shared(
     about = {**about, "backbone": name}
     Store(path, about, {}).save(tasks)
     try:
-        for file in (LOCK, RESERVE):  # whoever writes to it makes them anew
+        for file in (LOCK, RESERVE):  # the next writer recreates them
             (path / file).unlink(missing_ok=True)
         card = model_card(about, tasks, accuracy=accuracy, base_model=base, repo_id=repo_id)
         write(path / CARD, card.encode())
@@ -73,16 +75,16 @@ def write_shared(
 
 
 def check_repo(repo_id: str) -> None:
-    """Raise InputError for what is no name of a repository."""
+    """Raise InputError if `repo_id` is not a valid repository name."""
     if not isinstance(repo_id, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", repo_id):
         raise InputError(f"repo_id: expected a name such as user/store, got {repo_id!r}")
 
 
 def push(folder: Path, repo_id: str, *, private: bool | None = None, message: str | None = None) -> str:
-    """Make a repository of the hub hold the store that is in a folder, and its address. It is made if it is not there;
-    tasks that it held before and the folder does not are removed from its newest version.
+    """Upload the store in a folder to a hub repository, which is created if needed, and return its URL. Its tasks that
+    the folder lacks are removed from the new version.
 
-    Raises WorkError where the hub cannot be reached or does not take it.
+    Raises WorkError if the hub cannot be reached or refuses.
     """
     from huggingface_hub import HfApi
 
@@ -101,7 +103,7 @@ def push(folder: Path, repo_id: str, *, private: bool | None = None, message: st
 
 
 def is_on_hub(path: str | Path) -> bool:
-    """Whether what stands for a store can only be a name on the hub: USER/REPO, where there is no such folder."""
+    """Whether a store's path can only be a name on the hub: USER/REPO, if there is no such folder."""
     return (
         isinstance(path, str)
         and HUB_NAME.fullmatch(path) is not None
@@ -111,16 +113,16 @@ def is_on_hub(path: str | Path) -> bool:
 
 
 def is_elsewhere(path: str | Path) -> bool:
-    """Whether what stands for a store is no folder, but a URL or a name on the hub."""
+    """Whether a store's path is a URL or a name on the hub rather than a folder."""
     return is_url(path) or is_on_hub(path)
 
 
 def find_store(path: str | Path, revision: str | None = None) -> Store:
-    """Open the store in a folder, at a URL or, of a name on the hub, the one there. The latter two are downloaded and
-    are to be read only.
+    """Open a store in a folder, at a URL or on the hub. The latter two are downloaded and must only be read.
 
     Raises:
-        InputError: there is none, or the hub cannot be asked. WorkError: its manifest is damaged.
+        InputError: there is none, or the hub cannot be reached.
+        WorkError: its manifest is damaged.
     """
     if not is_on_hub(path):
         if revision is not None:

@@ -1,7 +1,7 @@
-"""What makes a backbone the one that a store was made with: weights, vocabulary, the tokenizer's rules, settings.
+"""Identity of a backbone: its weights, vocabulary, tokenizer rules and settings.
 
-Each part is kept in a store's manifest. What decides answers is compared; where a model lies, the precision it is
-loaded in and the versions of the libraries do not count.
+A store's manifest keeps each of them, to recognise the backbone that the store was created with. Only what affects
+answers is compared: not a model's location, the precision it is loaded in, or library versions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slm_fast.errors import WorkError
 
-# Texts on which tokenizers of unlike rules differ: case, accents, widths, spaces, lines, digits, signs, scripts.
+# Texts on which tokenizers with different rules differ: case, accents, widths, spaces, lines, digits, signs, scripts.
 PROBES = (
     "",
     "The quick brown fox, doesn't it?",
@@ -33,7 +33,7 @@ PROBES = (
     "unbelievablyantidisestablishmentarianism " + "x" * 200,
 )
 
-# Of a configuration, what decides no answer, or is seen in the weights and their vocabulary.
+# Configuration settings that do not affect answers, or that show in the weights and vocabulary.
 _NEITHER = re.compile(
     r"(_model)?_?name_or_path|architectures|(torch_)?dtype|transformers_version|"
     r"(id2label|label2id|quantization_config)(\..*)?|num_labels|problem_type|.*dropout.*|initializer_.*|output_.*|"
@@ -42,7 +42,7 @@ _NEITHER = re.compile(
     r".*experts_implementation.*|gradient_checkpointing"
 )
 
-# Of a generation_config, what this package sets itself, or has elsewhere.
+# Settings of a generation_config that this package sets itself or keeps elsewhere.
 OVERRULED = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "use_cache"),
     *("do_sample", "temperature", "top_p", "top_k", "num_beams", "max_length", "max_new_tokens"),
@@ -52,18 +52,18 @@ OVERRULED = {
 
 
 def fingerprint(model: nn.Module, tokenizer: Any) -> str:
-    """SHA-256 over every tensor's name, shape and up to 1,024 evenly spaced elements (rounded to bfloat16, so the
-    precision a model is loaded in does not matter), and over the vocabulary.
+    """SHA-256 of the vocabulary and of each tensor's name, shape and up to 1,024 evenly spaced elements (rounded to
+    bfloat16, so that the precision a model is loaded in does not matter).
 
-    Raises WorkError, which names the tensor, where one of these elements of a weight is not finite.
+    Raises WorkError, which names the tensor, if one of these elements of a weight is not finite.
     """
     digest = hashlib.sha256()
-    # Adapted layers hold their base under the name "base", which a state dictionary does not show.
+    # Adapted layers hold the original layer as "base", which the state dictionary omits from names.
     weights = {name.replace(".base.", ".") for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):  # packed parameters of a quantised layer
+        if not isinstance(tensor, Tensor):  # a quantised layer's packed parameters
             continue
-        if hasattr(type(tensor), "__tensor_flatten__"):  # torchao's quantised numbers have no elements of their own
+        if hasattr(type(tensor), "__tensor_flatten__"):  # torchao's quantised tensors have no plain elements
             tensor = tensor.dequantize()
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, -(-flat.numel() // 1024))]
@@ -78,8 +78,8 @@ def fingerprint(model: nn.Module, tokenizer: Any) -> str:
 
 
 def tokens(tokenizer: Any, *, writes: bool = False) -> str:
-    """SHA-256 of the token ids that a tokenizer makes of `PROBES` and of its special tokens' spellings, and of the side
-    at which it cuts. writes: of the texts that it makes of these ids, and of some others, too."""
+    """SHA-256 of the token ids that a tokenizer gives for `PROBES` and its special tokens, and of its truncation side.
+    writes: also of the texts that it decodes from these ids and some others."""
     special = sorted({str(token) for token in tokenizer.all_special_tokens})
     texts = [*PROBES, " ".join(special), "".join(f"a{token} b" for token in special)]
     rows = [list(map(int, tokenizer(text, truncation=False, verbose=False)["input_ids"])) for text in texts]
@@ -92,18 +92,18 @@ def tokens(tokenizer: Any, *, writes: bool = False) -> str:
 
 
 def generation(config: Any, ends: Sequence[int], start: int | None) -> str:
-    """What decides how a model writes, as JSON: the tokens that end a text, the one that a decoder begins with, and
-    what a `generation_config` asks for beside. (One text, for an absent penalty is not an unknown one.)"""
+    """What determines generation, as JSON: the end tokens, the decoder's start token, and other settings of the
+    `generation_config`. (One string, so that an absent penalty counts as absent rather than unknown.)"""
     asked = {} if config is None else config.to_diff_dict()
     asked = {name: value for name, value in asked.items() if name not in OVERRULED and value is not None}
     return json.dumps({"ends": list(ends), "start": start, **dict(_flat(asked, ""))})
 
 
 def settings(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """What a configuration (`to_dict()`) makes of the weights: name -> a JSON scalar, or a list of them.
+    """Settings of a configuration (`to_dict()`) that affect answers: name -> JSON scalar, or a list of them.
 
-    Names of nested settings are joined by dots. Settings without a value are left out (libraries fill them in), but
-    for a sliding window, which is then none.
+    Names of nested settings are joined by dots. Settings that are None are omitted (libraries fill them in), except a
+    sliding window, for which None means that there is none.
     """
     found = {}
     for name, value in _flat(config, ""):
@@ -126,7 +126,7 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _scalar(value: Any) -> Any:
-    """As JSON has it, every bit of a float kept."""
+    """Convert to a JSON scalar that keeps every bit of a float."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return value if isinstance(value, float) and math.isfinite(value) else str(value)

@@ -1,7 +1,7 @@
-"""One adapted forward pass: LoRA increments in a frozen backbone, and hooks that find the route on the way up.
+"""An adapted forward pass: LoRA increments in a frozen backbone, and hooks that find the route during the pass.
 
-With a trunk query one pass does everything. Hooks on the tapped layers pool their hidden states; at the last tap the
-route is found, and the layers above it, the only ones that carry increments, use it.
+With a trunk query one pass does everything: hooks on the tapped layers pool their hidden states, the route is found at
+the last tap, and the layers above it, the only ones with increments, use it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ Result = TypeVar("Result")
 
 @dataclass
 class ForwardContext:
-    """What the hooks of one forward pass need, and what they find.
+    """Inputs and results of the hooks during one forward pass.
 
     Attributes:
         mask: [B, T], real tokens that the query is pooled over.
-        values: LoRA matrices that the route's ids name, by module.
+        values: LoRA matrices that the route's ids refer to, by module.
         route: [B, K], given or found.
-        find_route: from queries [B, D] to the route, where it is to be found on the way.
-        rows: from the route to the rows of `values`.
+        find_route: queries [B, D] -> route, if it is to be found during the pass.
+        rows: route -> route with ids that are rows of `values`.
         stop: end the pass once the "query", or the "states" that enter the lowest adapted layer, are known.
-        states: [B, T, H] of those, if asked for or known ahead. query: [B, D] once the last tap is passed.
+        pooled: pooled hidden states of the taps passed so far.
+        query: [B, D], known after the last tap.
+        states: [B, T, H], input of the lowest adapted layer, if requested or known in advance.
     """
 
     mask: Tensor
@@ -53,25 +55,26 @@ class Injection:
     """Puts adapted layers and hooks into a backbone, and runs passes through them, one at a time.
 
     Args:
-        modules: names of the linear layers that carry increments (`Backbone.find_linears`), none of them below layer
-            `first_layer` of the trunk. (`adapt` adds those that imported tasks have beside.)
-        trunk: the query that is found on the way up; None where queries come from another model.
+        modules: names of the linear layers with increments (`Backbone.find_linears`), none of them below the trunk's
+            `first_layer`. (`adapt` adds further ones of imported tasks.)
+        first_layer: lowest adapted layer.
+        trunk: the query that is computed during the pass; None if queries come from another model.
     """
 
     def __init__(self, backbone: Backbone, modules: list[str], first_layer: int, trunk: TrunkQuery | None) -> None:
         self.backbone, self.first_layer, self.trunk = backbone, first_layer, trunk
         self.adaptation = Adaptation()
         self._context: ForwardContext | None = None
-        self._output: Any = None  # what the lowest layer hands on, if it is always the same beside its hidden states
+        self._output: Any = None  # the lowest layer's output, if constant except for hidden states; see CachedLayer
         self.adapt(modules)
         hooks = [(tap, _Hook(self, "_tap")) for tap in (trunk.taps if trunk else ())]
-        hooks.append((first_layer, _Hook(self, "_enter")))  # after the tap that may be on the same layer
+        hooks.append((first_layer, _Hook(self, "_enter")))  # after a tap on the same layer
         for place, hook in hooks:
             handle = backbone.layers[place].register_forward_pre_hook(hook, with_kwargs=True)
-            weakref.finalize(self, handle.remove)  # a model may be given many times
+            weakref.finalize(self, handle.remove)  # the same model may be used for several injections
 
     def adapt(self, modules: Iterable[str]) -> None:
-        """Let more linear layers carry increments. One below the last tap may be among them where routes are given."""
+        """Add increments to more linear layers. They may be below the last tap if routes are given."""
         for module, parts in self.backbone.parts(list(modules)).items():
             parent, _, child = module.rpartition(".")
             layer = self.backbone.model.get_submodule(module)
@@ -79,20 +82,20 @@ class Injection:
                 plain = (layer, module, self.adaptation)
                 layer = AdaptedFused(*plain, parts) if parts else AdaptedLinear(*plain)
                 setattr(self.backbone.model.get_submodule(parent), child, layer)
-            if layer not in self.adaptation.layers:  # another part of a fused one may have been
+            if layer not in self.adaptation.layers:  # it may be there for another part of a fused layer
                 self.adaptation.layers.append(layer)
 
     def run(
         self, function: Callable[[], Result], context: ForwardContext, states: Tensor | None = None
     ) -> Result | None:
-        """Call `function`, which passes the backbone once or (generation) several times, adapted as the context says.
+        """Call `function`, which runs the backbone once or (generation) several times, adapted as the context says.
 
         Args:
-            states: [B, T, H] that enter the lowest adapted layer, from an earlier pass that stopped there: the layers
-                below it then do not run.
+            states: [B, T, H], input of the lowest adapted layer, from an earlier pass that stopped there. The layers
+                below then do not run.
 
         Returns:
-            What the function returned; None where the context stopped it.
+            The function's result; None if the context stopped it.
         """
         route = None if context.route is None else context.rows(context.route)
         context.states = states
@@ -111,7 +114,7 @@ class Injection:
         if context.find_route is None and context.stop is None:
             return
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        beams = hidden.shape[0] // context.mask.shape[0]  # generation repeats each row for its beams
+        beams = hidden.shape[0] // context.mask.shape[0]  # generation repeats each row for each beam
         self.trunk.read(hidden, context.mask.repeat_interleave(beams, 0), context.pooled)
         if not self.trunk.complete(context.pooled):
             return
@@ -131,12 +134,12 @@ class Injection:
             raise _Stopped
         if context.states is None:
             return None
-        # Once more, for a model may do something between its layers (DeBERTa's convolution after the first).
+        # Set again, since a model may do something between layers (such as DeBERTa's convolution after the first).
         return ((context.states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": context.states})
 
     @contextmanager
     def _above(self, states: Tensor | None) -> Iterator[None]:
-        """Passes inside the block begin with these states at the lowest adapted layer; with None at the bottom."""
+        """Start passes inside the block at the lowest adapted layer with these states; with None, at the bottom."""
         if states is None:
             yield
             return
@@ -153,7 +156,7 @@ class Injection:
 
     @contextmanager
     def _seen(self, context: ForwardContext) -> Iterator[None]:
-        """A pass for the states, inside the block, shows what the lowest layer hands on beside them."""
+        """In a pass for the states inside the block, note what the lowest layer returns besides hidden states."""
         if context.stop != "states":
             yield
             return
@@ -171,7 +174,7 @@ class Injection:
 
 
 class _Hook:
-    """A hook that does not keep its injection alive."""
+    """A hook that holds its injection weakly."""
 
     def __init__(self, injection: Injection, method: str) -> None:
         self.injection, self.method = weakref.ref(injection), method
@@ -181,7 +184,7 @@ class _Hook:
         return None if injection is None else getattr(injection, self.method)(layer, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        """The hook of a copied model serves the copy of the injection."""
+        """A copied model's hook uses the copied injection."""
         hook = _Hook.__new__(_Hook)
         memo[id(self)] = hook
         injection = copy.deepcopy(self.injection(), memo)
@@ -190,14 +193,15 @@ class _Hook:
 
 
 class CachedLayer(torch.nn.Module):
-    """Stands in the place of a layer below those whose input is cached. It has the layer's attributes.
+    """Replaces a layer below those whose input is cached. It has the layer's attributes.
 
     Args:
-        states: the hidden states that it hands on.
-        below: what stands in the place of the layer below it.
-        output: what all of them hand on, a tuple that begins with hidden states or (anything else) these alone. None:
-            not known, or not always the same (T5's layers hand on the position bias that the first of them makes); then
-            the lowest layer runs all the same, once.
+        states: hidden states that it returns.
+        layer: the replaced layer.
+        below: the CachedLayer below it, if any.
+        output: output of all these layers: a tuple that begins with hidden states or (anything else) these alone. None
+            means unknown or variable (T5's layers pass on a position bias that the first one computes); the lowest
+            layer then does run, once.
     """
 
     def __init__(self, states: Tensor, layer: torch.nn.Module, below: CachedLayer | None, output: Any) -> None:
@@ -217,4 +221,4 @@ class CachedLayer(torch.nn.Module):
 
 
 class _Stopped(Exception):
-    """Ends a forward pass of which only what the context stops at was wanted."""
+    """Ends a forward pass once what the context stops at is known."""

@@ -1,4 +1,4 @@
-"""What callers give as rows: tables of several libraries, and the fields of one row."""
+"""Rows as callers give them: tables of several libraries, and the fields of one row."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from slm_fast.readers import class_name
 
 @dataclass(frozen=True)
 class Fields:
-    """What a row's fields hold.
+    """Contents of a row.
 
-    kind: of the row, in the words of `columns`. text, instruction: stripped, not both empty. answer: as it was given.
-    key: the column of the answer; missing: what is wrong where there is none.
+    Attributes:
+        kind: kind of the row, as in `columns`.
+        text, instruction: stripped, not both empty.
+        answer: as it was given.
+        key: column of the answer.
+        missing: what is wrong if there is no answer.
     """
 
     kind: str
@@ -32,17 +36,19 @@ class Fields:
     missing: str
 
     def target(self) -> str | None:
-        """The answer as text. Raises WorkError for what is neither a word nor a whole number."""
+        """The answer as text. Raises WorkError if it is not a text, whole number or truth value."""
         return as_text(self.answer, self.key)
 
 
 def read_fields(value: Any, text: str | None = None, label: str | None = None) -> Fields:
-    """A row from a text, a (text, label) pair, or anything with named columns.
+    """Read a row from a text, a (text, label) pair, or anything with named columns.
 
-    text, label: the columns that hold the input and its answer, where they have other names than usual.
+    Args:
+        text, label: names of the input and answer columns, if not the usual ones.
 
     Raises:
-        Unclear: it cannot be told which column is the input. WorkError: the row is not to be understood.
+        Unclear: which column is the input is unclear.
+        WorkError: the row cannot be read.
     """
     given = text is not None or label is not None
     fields = _as_mapping(value, given)
@@ -74,8 +80,8 @@ def read_fields(value: Any, text: str | None = None, label: str | None = None) -
 
 
 def _turns(fields: Mapping[str, Any], columns: Columns) -> Any:
-    """The turns of a chat: all in one column or, as TRL has them, those of a prompt and those of its completion (which
-    may be a text). None where the row is no chat."""
+    """The turns of a chat, in one column or, as in TRL, in a prompt and a completion (which may be a text). None if the
+    row is not a chat."""
     if columns.kind == CHATTED:
         return fields[columns.text[0]]
     if len(columns.text) != 1 or plain(columns.text[0]) not in PROMPT or (columns.kind == LABELLED and columns.answer):
@@ -102,16 +108,16 @@ def _as_mapping(value: Any, given: bool) -> Mapping[str, Any]:
     fields = getattr(value, "_fields", None)
     if isinstance(value, str):
         return {"text": value}
-    if isinstance(value, tuple) and isinstance(fields, tuple):  # a named tuple: by its names, in whatever order
+    if isinstance(value, tuple) and isinstance(fields, tuple):  # a named tuple: read by names, in any order
         return dict(zip(map(str, fields), value, strict=True))
     if isinstance(value, tuple) and len(value) == 2 and not given:
-        if hasattr(value[1], "keys"):  # a name and its row: of a groupby, of iterrows, of a dictionary's items
+        if hasattr(value[1], "keys"):  # a name with its row, as from groupby, iterrows or a dictionary's items
             as_text(value[1], "label")
         return {"text": value[0], "label": value[1]}
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in fields_of(value)}
     if not isinstance(value, Mapping):
-        if not (hasattr(value, "keys") and hasattr(value, "__getitem__")):  # a row of pandas or sqlite3 has them
+        if not (hasattr(value, "keys") and hasattr(value, "__getitem__")):  # rows of pandas and sqlite3 have these
             one = "a text or an object with 'text' or 'instruction' and 'input'"
             raise WorkError(f"expected {'a mapping with named columns' if given else one}, got {shown(value)}")
         value = {name: value[name] for name in value.keys()}  # noqa: SIM118
@@ -136,7 +142,8 @@ def _is_empty(value: Any) -> bool:
 
 
 def _check_ready(fields: Mapping[str, Any], columns: Columns, instruction: str, answer: Any) -> None:
-    """A text beside instruction and output, without an input, is made of these, or it is the input itself."""
+    """Raise WorkError unless a text beside instruction and output, without an input, is composed of these: it might be
+    the input itself."""
     ready = _string(fields, columns.ready or "")
     parts = (instruction, answer if isinstance(answer, str) else "")
     if ready and not all(part.strip() in ready for part in parts):
@@ -147,28 +154,28 @@ def _check_ready(fields: Mapping[str, Any], columns: Columns, instruction: str, 
 
 
 def table_of(rows: Any) -> Iterator[Any]:
-    """The rows of a list, a generator, a DataFrame (pandas or polars), a Series or array of texts, an Arrow table or
-    array, or a datasets.Dataset, whose class numbers become names.
+    """Iterate over rows of a list, a generator, a DataFrame (pandas or polars), a Series or array of texts, an Arrow
+    table or array, or a datasets.Dataset, whose class numbers become names.
 
-    Raises InputError for what has no rows: a text, a mapping, a single row; and for a table with a column twice.
+    Raises InputError for a text, a mapping or a single row, and for a table with duplicate columns.
     """
     if isinstance(rows, (str, bytes, Mapping)) or hasattr(rows, "_fields"):
         raise _no_rows(rows)
-    if hasattr(rows, "collect_schema") and hasattr(rows, "collect"):  # polars, not computed yet
+    if hasattr(rows, "collect_schema") and hasattr(rows, "collect"):  # a lazy frame of polars
         rows = rows.collect()
-    if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # pandas: iterating gives the names of columns
+    if hasattr(rows, "to_dict") and hasattr(rows, "iterrows"):  # pandas: iterating would give column names
         twice = repeated(map(str, rows.columns))
         if twice is not None:
             raise InputError(f"rows: the table has column {twice!r} twice")
         return iter(rows.to_dict("records"))
-    if hasattr(rows, "iter_rows") and hasattr(rows, "to_dicts"):  # polars: iterating gives columns
+    if hasattr(rows, "iter_rows") and hasattr(rows, "to_dicts"):  # polars: iterating would give columns
         return iter(rows.iter_rows(named=True))
     if hasattr(rows, "to_pylist"):  # Arrow
         return iter(rows.to_pylist())
-    if callable(getattr(rows, "keys", None)) and known(map(str, islice(rows.keys(), 64))):  # a row of pandas
+    if callable(getattr(rows, "keys", None)) and known(map(str, islice(rows.keys(), 64))):  # a single pandas row
         raise _no_rows(rows)
     features = getattr(rows, "features", None)
-    if features is not None and hasattr(rows, "with_format"):  # rows of numpy, torch or pandas hold other values
+    if features is not None and hasattr(rows, "with_format"):  # numpy, torch and pandas formats change values
         rows = rows.with_format(None)
     try:
         found = iter(rows)

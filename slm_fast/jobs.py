@@ -1,7 +1,7 @@
-"""Tasks learned side by side: a task a worker, each worker a process of its own, and this one commits.
+"""Parallel learning of tasks: each worker process learns one task at a time, and this process commits.
 
-What a task is learned to does not depend on other tasks, so what N workers learn is what one process would. A worker
-that ends before its task is learned (killed, out of memory) loses only that; the task is tried again.
+What is learned of a task does not depend on other tasks, so N workers learn what one process would. A worker that ends
+early (killed, out of memory) loses only its current task, which is tried again.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from slm_fast.task_file import task_from_bytes
 from slm_fast.tasks import LearnedTask
 from slm_fast.worker import Message, receive, send, task_message
 
-TRIES = 3  # of a task whose worker ends before it is learned, and of a worker that ends before it has a model
+TRIES = 3  # attempts at a task whose worker ends early, and at starting a worker that ends before it has a model
 WORKER = (sys.executable, "-m", "slm_fast.worker")
 
 
 class Job(NamedTuple):
-    """A task to learn, and how."""
+    """A task to learn, with its options."""
 
     task: Task
     options: LearnOptions
@@ -47,23 +47,24 @@ class Job(NamedTuple):
 
     @property
     def validation(self) -> dict[str, Any]:
-        """Its validation, as keywords of whatever learns it."""
+        """The keyword arguments about validation of a function that learns it."""
         return {"valid": self.valid, "patience": self.patience}
 
 
 class Ended(Exception):
-    """A worker is no more; the message says how it ended."""
+    """A worker has ended; the message says how."""
 
 
 class Worker(ABC):
-    """What learns tasks elsewhere. It is started at once and opens its model meanwhile.
+    """Learns tasks in another process. It starts at once, and opens its model in the background.
 
     Args:
-        opening: how it opens its model. start: the file of the task that others begin at, or nothing.
+        opening: the request that opens its model.
+        start: file of the `warm_start` task, or empty.
     """
 
     def __init__(self, opening: Message, start: bytes) -> None:
-        self.about: Message | None = None  # of its model, once that is open
+        self.about: Message | None = None  # its model's `about`, once open
         self._opening = opening, start
 
     def open(self, told: Callable[[str], None]) -> None:
@@ -75,11 +76,11 @@ class Worker(ABC):
 
     @abstractmethod
     def ask(self, message: Mapping[str, Any], data: bytes, told: Callable[[str], None]) -> tuple[Message, bytes]:
-        """The answer to a request; warnings on the way are `told`. Raises Ended, or the SlmError it answers with."""
+        """Send a request and return the answer. `told` gets each warning. Raises Ended or the worker's SlmError."""
 
     @abstractmethod
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """End it immediately."""
 
     @abstractmethod
     def close(self) -> None:
@@ -87,11 +88,11 @@ class Worker(ABC):
 
 
 class ProcessWorker(Worker):
-    """A process of this machine."""
+    """A process on this machine."""
 
     def __init__(self, opening: Message, start: bytes) -> None:
         super().__init__(opening, start)
-        # In a session of its own, so that Ctrl-C reaches the parent alone, which ends it.
+        # Detached, so that Ctrl-C only reaches the parent, which ends it.
         self.process = subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
     def ask(self, message: Mapping[str, Any], data: bytes, told: Callable[[str], None]) -> tuple[Message, bytes]:
@@ -117,17 +118,18 @@ class ProcessWorker(Worker):
     def close(self) -> None:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):  # what was not written yet is lost
+            with suppress(OSError):  # unwritten data is lost
                 cast("IO[bytes]", stream).close()
 
 
 class Workers:
-    """So many workers, which start at once and open their models while the caller opens its own.
+    """Several workers. They start at once, and open their models while the caller opens its own.
 
     Args:
-        count: of workers. backbone, config, dtype, device: of the model, as for `ScalableLM.from_backbone`.
-        threads: of the processor, shared out among them; None: as many as torch takes.
-        start: the file of a task that others begin at (`warm_start`).
+        count: number of workers.
+        backbone, config, dtype, device: as for `ScalableLM.from_backbone`.
+        threads: CPU threads, divided among the workers. Default: as many as torch uses.
+        start: file of the `warm_start` task.
         make: starts a worker.
     """
 
@@ -147,7 +149,7 @@ class Workers:
         self._opening: Message = {"backbone": backbone, "config": dict(config), "dtype": dtype_word(dtype)}
         self._opening |= {"device": device, "threads": threads, "jobs": count}
         self._start = start
-        self._about: Mapping[str, Any] = {}  # of the model that commits
+        self._about: Mapping[str, Any] = {}  # `about` of the model that commits
         self._lock, self._closed = threading.Lock(), False
         self._workers: list[Worker | None] = [None] * count
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -162,7 +164,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End all workers, whatever they do."""
+        """End all workers immediately."""
         with self._lock:
             self._closed = True
             for worker in filter(None, self._workers):
@@ -175,12 +177,12 @@ class Workers:
             worker.close()
 
     def learn(self, slm: ScalableLM, jobs: Sequence[Job]) -> Iterator[tuple[Job, LearnedTask | SlmError]]:
-        """Each job with what it came to, as they are done: what was learned, for `slm.add`, or why it was not.
+        """Yield each job when it is done, with the learned task, for `slm.add`, or the error.
 
-        Raises WorkError where no worker gets as far as its model, or theirs is not this one.
+        Raises WorkError if a worker cannot open its model, and InputError if that differs from this one.
         """
         self._about = slm.model.about
-        # The longest first, so that no worker is left alone with one at the end.
+        # Longest first, so that no worker is left alone with a long one at the end.
         for each in sorted(jobs, key=lambda job: -sum(len(row.text) for row in job.task.rows)):
             self._jobs.put(each)
         left = len(jobs)
@@ -199,13 +201,13 @@ class Workers:
             self._open(place)
             while (job := self._jobs.get()) is not None:
                 self._said.put((job, self._learn(place, job)))
-        except Ended:  # while all are ended
+        except Ended:  # all workers are being ended
             pass
         except SlmError as error:
             self._said.put((None, error))
 
     def _open(self, place: int) -> Worker:
-        """The worker of a place, with a model. Raises SlmError where that cannot be had, Ended if all are to end."""
+        """Worker number `place`, with its model open. Raises SlmError if that fails, Ended if all are being ended."""
         for _ in range(TRIES):
             worker = self._workers[place]
             if worker is None:
@@ -248,7 +250,7 @@ class Workers:
 
 
 def _checked(slm: ScalableLM, job: Job, data: bytes) -> LearnedTask | SlmError:
-    """What a worker has learned, if it is what it was asked for."""
+    """The task that a worker learned, or an error if it is damaged or not the one requested."""
     try:
         learned = task_from_bytes(data, Path(f"task {job.task.name!r} from a worker"))
         if learned.name != job.task.name or learned.origin != origin(slm.model, job.task, learned.options, job.valid):

@@ -1,4 +1,4 @@
-"""The tasks that a model knows and the store that they are committed to, kept alike."""
+"""A model's tasks, and the store to which they are committed, kept in sync."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from slm_fast.tasks import LearnedTask, in_name_order
 
 
 class TaskKeeper:
-    """A model whose tasks are those of its store, if it has one: what is added or forgotten is committed."""
+    """A model whose tasks are those of its store, if it has one: tasks added or forgotten are committed."""
 
     def __init__(
         self,
@@ -39,33 +39,33 @@ class TaskKeeper:
         memory = ample(backbone.device) if device_memory is None else bytes_of(device_memory, "device_memory")
         self.model = AdaptedModel(backbone, config, memory)
         self.store = store
-        self.source: RemoteStore | None = None  # the store at a URL that it was opened from, while it has no other
-        self._committed: dict[str, str] = {}  # task -> SHA-256 of its file, of the store as this model last knew it
-        self._left: dict[str, str] = {}  # as `_committed`: tasks of the source that were forgotten here
+        self.source: RemoteStore | None = None  # store at a URL that it was opened from, until it gets another
+        self._committed: dict[str, str] = {}  # task -> SHA-256 of its file in the store, as last seen
+        self._left: dict[str, str] = {}  # likewise: tasks of the source that were forgotten here
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks known, sorted."""
+        """Names of the known tasks, sorted."""
         return list(self.model.pool.names)
 
     @property
     def learned(self) -> Mapping[str, LearnedTask]:
-        """What is kept of each task, by name."""
+        """Known tasks by name."""
         return MappingProxyType({task.name: task for task in self.model.pool.tasks})
 
     @property
     def classes_(self) -> list[str]:
-        """The label words of all tasks with heads, sorted, each once: the columns of `predict_proba`."""
+        """Distinct labels of all tasks with heads, sorted: the columns of `predict_proba`."""
         heads = self.model.pool.heads
         return [] if heads is None else list(heads.words)
 
     def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
-        """Take in tasks learned elsewhere: what `learned` holds of another model of the same kind.
-
-        A model that belongs to a store commits them.
+        """Add tasks learned by another model of the same kind (values of its `learned`). If this model has a store,
+        they are committed.
 
         Raises:
-            InputError: a name is taken. WorkError: a task does not fit this model, or the commit failed.
+            InputError: a name is taken.
+            WorkError: a task does not fit this model, or the commit failed.
         """
         tasks = [learned] if isinstance(learned, LearnedTask) else list(learned)
         for task in tasks:
@@ -75,11 +75,11 @@ class TaskKeeper:
         if self.store is not None:
             self.refresh()
         came = {name: task.origin for name, task in self.learned.items() if name not in before}
-        # Another process may have committed the same meanwhile.
+        # Another process may have committed the same task in the meantime.
         self._know([task for task in tasks if task.origin is None or came.get(task.name) != task.origin])
 
     def _know(self, tasks: Sequence[LearnedTask]) -> None:
-        """Know more tasks and commit them. Those whose commit fails are known all the same: they took long to learn."""
+        """Add tasks and commit them. If the commit fails they stay in memory, since they took long to learn."""
         failed: WorkError | None = None
         with self.model.changing(add=tasks) as router:
             try:
@@ -101,7 +101,7 @@ class TaskKeeper:
         self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
 
     def _summed(self, router: Router, new: Mapping[str, str] = MappingProxyType({})) -> Summed | None:
-        """The sum of a router's scatters as a store keeps it, where it was computed and all tasks in it are committed,
+        """The sum of a router's scatters in a store's form; None unless it is computed and all its tasks are committed
         or `new`."""
         if not isinstance(router, GaussianRouter) or not router.sketch.is_summed:
             return None
@@ -109,7 +109,7 @@ class TaskKeeper:
         return (files, router.scatter) if all(files.values()) else None
 
     def _keep_for_later(self) -> None:
-        """Spare whoever opens this model's store later what routing computes of its tasks."""
+        """Keep in this model's store what routing computes from its tasks, to speed up later openings."""
         store, router, files = self.store or self.source, self.model.router, self._committed
         if store is None or not isinstance(router, GaussianRouter) or files.keys() != set(router.names):
             return
@@ -118,7 +118,7 @@ class TaskKeeper:
             store.keep_keys(files, known)
 
     def _belongs_to(self, store: Store) -> None:
-        """This model has just been opened from this store. One at a URL stays as it is whatever is learned."""
+        """Attach the store that this model was just opened from. A store at a URL is never written."""
         self.source, self.store = (store, None) if isinstance(store, RemoteStore) else (None, store)
         self._committed, self._left = dict(store.files), {}
         self._keep_for_later()
@@ -126,15 +126,16 @@ class TaskKeeper:
 
     @property
     def _files(self) -> dict[str, str] | None:
-        """SHA-256 of the tasks' files, by name; None where tasks have none."""
+        """SHA-256 of the tasks' files, by name; None without a store, or if a store at a URL lacks some of them."""
         if self.store is None and not (self.source and self._committed.keys() >= set(self.tasks)):
             return None
         return {name: self._committed.get(name, "") for name in self.tasks}
 
     def forget(self, name: str) -> None:
-        """Remove a task exactly: what is left is as if it had never been learned.
+        """Remove a task exactly: what remains is as if it had never been learned.
 
-        Raises InputError for a task that is not there.
+        Raises:
+            InputError: the task is not known.
         """
         if self.store is not None:
             self.refresh()
@@ -146,14 +147,15 @@ class TaskKeeper:
                 self._commit(router, remove=[name])
 
     def refresh(self) -> None:
-        """Take over what others have done to this model's store: tasks learned there are known, tasks forgotten gone.
+        """Take over what others changed in this model's store: load tasks learned there, drop tasks forgotten there.
 
-        `learn`, `add`, `forget` and `save_pretrained` begin with it. A new task that is damaged is left out, with a
-        warning. Of a model that was opened from a URL it takes over what is new there: what was learned here stays
-        unless a task of that name is new there, and what was forgotten here stays forgotten until it is.
+        `learn`, `add`, `forget` and `save_pretrained` do this first. New tasks that are damaged are left out, with a
+        warning. A model opened from a URL takes over what is new there: a task learned here stays unless a task of its
+        name is new there, and a task forgotten here stays forgotten until then.
 
         Raises:
-            InputError: the store is no longer there. WorkError: its manifest is damaged, or the URL cannot be read.
+            InputError: the store no longer exists.
+            WorkError: its manifest is damaged, or the URL cannot be read.
         """
         store = self.store or self.source
         if store is None:
@@ -173,11 +175,12 @@ class TaskKeeper:
                 self._left = left
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write all tasks to a store; from then on learn and forget commit to it.
+        """Write all tasks to a store, to which `learn` and `forget` commit from then on.
 
-        A store of the same kind of model that is there is joined: its tasks are known from then on.
+        An existing store of the same kind of model is joined: its tasks are known from then on.
 
-        Raises InputError when the store there is of another model, or holds another task of a name.
+        Raises:
+            InputError: the store is of another model, or has another task of the same name.
         """
         with self.model.lock:
             if self.store is not None and Store.exists(path) and os.path.samefile(self.store.path, path):
@@ -200,16 +203,18 @@ class TaskKeeper:
         evaluation: Evaluation | None = None,
         base_model: str | None = None,
     ) -> None:
-        """Write a folder to share: a store of all tasks or some, and README.md, a model card. It is a store like any:
-        `from_pretrained` opens it, `slm-fast merge` takes its tasks elsewhere. This model's own store stays what it is.
+        """Write a folder for sharing: a store of all or some tasks, and its model card, README.md. It is an ordinary
+        store, for `from_pretrained` or `slm-fast merge`. This model keeps its own store.
 
         Args:
-            folder: is made; it must be empty or not there.
-            tasks: a name, or several. evaluation: what `evaluate` gave, for the card's accuracies.
-            base_model: the backbone's name on the hub, where it is a folder here.
+            folder: output folder. Must be empty or not exist.
+            tasks: a name, or several. Default: all.
+            evaluation: result of `evaluate`, for the accuracies on the card.
+            base_model: the backbone's hub name, if it is a local folder.
 
         Raises:
-            InputError: no such task, a folder that holds something. WorkError: it cannot be written.
+            InputError: a task is not known, or the folder is not empty.
+            WorkError: the folder cannot be written.
         """
         self._share(path_of(folder), tasks, evaluation, base_model)
 
@@ -223,14 +228,16 @@ class TaskKeeper:
         private: bool | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Upload to the Hugging Face hub what `share` writes; the repository's address.
+        """Upload what `share` writes to the Hugging Face hub, and return the repository's URL.
 
         Args:
-            repo_id: USER/NAME; made if it is not there. private: of one that is made.
-            The rest as for `share`.
+            repo_id: USER/NAME; created if needed.
+            private: whether a new repository is private.
+            tasks, evaluation, base_model: as for `share`.
 
         Raises:
-            InputError: no such task, or no name of a repository. WorkError: the hub cannot be reached, or refuses.
+            InputError: a task is not known, or `repo_id` is not a repository name.
+            WorkError: the hub cannot be reached, or refuses.
         """
         check_repo(repo_id)
         with tempfile.TemporaryDirectory() as folder:

@@ -1,15 +1,15 @@
-"""What opening a store needs of its tasks, kept in a file beside the manifest: their openings, and what a gaussian
-router computes of them.
+"""What opening a store needs of its tasks, kept in a file beside the manifest: their openings, and the keys that a
+gaussian router computes from them.
 
-    .keys   SHA-256 of what follows up to the biases [32 bytes]; SHA-256 of the tasks that are sampled [32]; how many
-            tasks N, means M and numbers of a query D there are, and MADE [8 each]; zeros up to 128; N times SHA-256 of
-            a task's file, of what its opening says of it, of all that is here of the task [32 each], how many means it
-            has, and bytes of its opening [8 each]; centre [D], bias [M] and keys [M, D] float32; the openings
+    .keys   SHA-256 of what follows, up to and including the centre [32 bytes]; SHA-256 of the sampled tasks [32];
+            numbers of tasks N, of means M and of elements of a query D, and MADE [8 each]; zeros up to byte 128; N
+            times SHA-256 of the task's file, of its opening and of all its data here [32 each], its number of means and
+            the bytes of its opening [8 each]; centre [D], bias [M] and keys [M, D] float32; the openings
             (`mapped_task.Opening.start`)
 
-It is made of the tasks' files and nothing else, and may be deleted at any time. It may lack tasks. One that is damaged,
-of other sampled tasks than the manifest's (`slm_fast.sketch`), or of a task that the manifest does not name, is not
-used; whoever changes the store so removes it first, or what is in it of a forgotten task.
+It is derived from the tasks' files alone, and may be deleted at any time. It may lack tasks. It is not used if it is
+damaged, of other sampled tasks than the manifest's (`slm_fast.sketch`), or of a task that the manifest does not name; a
+change to the store that would make it so first removes it, or the forgotten task's part of it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,22 @@ from slm_fast.kept_sum import model_digest
 from slm_fast.mapped_task import Opening
 from slm_fast.sketch import sampled
 
-MADE = 3  # to be raised where the same tasks come to other keys. Files of before it was written have 0 there
+MADE = 3  # to be raised when the same tasks yield other keys. Files written before this field have 0
 HEAD = struct.Struct("<32s32sQQQQ")
 ENTRY = struct.Struct("<32s32s32sQQ")
 BEGIN = 128
 
 
 class Entry(NamedTuple):
-    """Of a task: SHA-256 of its file, its `Opening.digest`, SHA-256 of all that is here of it; where its means lie, and
-    its opening."""
+    """Entry of a task.
+
+    Attributes:
+        file: SHA-256 of its file.
+        opening: its `Opening.digest`.
+        whole: SHA-256 of all its data here.
+        means: rows of its means.
+        start: bytes of its opening in `KeptKeys.starts`.
+    """
 
     file: str
     opening: str
@@ -49,10 +56,12 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class KeptKeys:
-    """The keys and openings of some tasks, as views of the file: the kernel reads it when they are used and may let go
-    of it.
+    """Keys and openings of some tasks, as views of the file: the kernel reads it on use and may evict it.
 
-    sample: `sample_digest`. entries: in the order of the rows. starts: the openings, one after another.
+    Attributes:
+        sample: see `KeysFile.sample_digest`.
+        entries: in the order of the rows.
+        starts: the openings, concatenated.
     """
 
     sample: bytes
@@ -62,33 +71,34 @@ class KeptKeys:
 
     @property
     def openings(self) -> dict[str, Opening]:
-        """By the SHA-256 of tasks' files."""
+        """Openings, by the SHA-256 of the tasks' files."""
         return {entry.file: Opening(entry.opening, self.starts[entry.start]) for entry in self.entries}
 
     @property
     def rows(self) -> dict[str, slice]:
-        """Where each task's means lie, by the SHA-256 of its file."""
+        """Rows of each task's means, by the SHA-256 of its file."""
         return {entry.file: entry.means for entry in self.entries}
 
     def part(self, entry: Entry) -> list[memoryview]:
-        """All that is here of a task."""
+        """All data of a task here."""
         _, keys, bias = self.discriminant
         return [_bytes(bias[entry.means]), _bytes(keys[entry.means]), self.starts[entry.start]]
 
 
 @dataclass(frozen=True)
 class KeysFile:
-    """The file of a store's keys. Who changes it holds the store's lock.
+    """The file of a store's keys. Whoever changes it holds the store's lock.
 
-    about: of the store, whose model the keys are of.
+    Attributes:
+        about: the store's `about`, which says what model the keys are for.
     """
 
     path: Path
     about: Mapping[str, Any]
 
     def sample_digest(self, files: Mapping[str, str]) -> bytes:
-        """Of the model, the names and files of those of these tasks that are sampled, and whether there are others,
-        without which keys are computed together."""
+        """SHA-256 of the model, of the names and files of those of these tasks that are sampled, and of whether there
+        are others (if not, all keys are computed together)."""
         own = sampled(files)
         digest = hashlib.sha256(model_digest(self.about) + bytes([len(files) > len(own)]))
         for name in own:
@@ -96,7 +106,7 @@ class KeysFile:
         return digest.digest()
 
     def write(self, files: Mapping[str, str], openings: Mapping[str, Opening], known: KnownKeys) -> None:
-        """Put the keys of these tasks there, whole or not at all. openings: as of `KeptKeys`. Raises OSError."""
+        """Write the keys of these tasks atomically. openings: as `KeptKeys.openings`. Raises OSError."""
         centre, keys, bias = (part.cpu().contiguous() for part in known.discriminant)
         own = sorted((rows.start, rows.stop, files[name]) for name, rows in known.rows.items())
         entries, end = [], 0
@@ -109,7 +119,7 @@ class KeysFile:
         self._put(replace(kept, entries=[entry._replace(whole=_digest(kept.part(entry))) for entry in entries]))
 
     def _put(self, kept: KeptKeys) -> None:
-        """Write what the entries say of what lies there."""
+        """Write those parts of `kept` that its entries name."""
         entries, (centre, keys, bias) = kept.entries, kept.discriminant
         means = sum(entry.means.stop - entry.means.start for entry in entries)
         head = HEAD.pack(b"", kept.sample, len(entries), means, len(centre), MADE)[32:].ljust(BEGIN - 32, b"\0")
@@ -127,14 +137,14 @@ class KeysFile:
         write(self.path, hashlib.sha256(content).digest(), content, *rows, *starts)
 
     def read(self) -> KeptKeys | None:
-        """None where there is none, or it is damaged or of another version."""
+        """The file's content; None if it does not exist, is damaged, or is of another version."""
         kept = self._mapped()
         if kept is None:
             return None
         return kept if all(_digest(kept.part(entry)) == entry.whole for entry in kept.entries) else None
 
     def _mapped(self) -> KeptKeys | None:
-        """As `read`, with parts of tasks that nobody looked at."""
+        """Like `read`, without checking the tasks' parts."""
         try:
             whole = torch.from_file(str(self.path), size=self.path.stat().st_size, dtype=torch.uint8)
             data = memoryview(whole.numpy().data)
@@ -154,15 +164,16 @@ class KeysFile:
         return KeptKeys(sample, entries, (centre, keys.view(means, width), bias), data[starts:])
 
     def known(self, kept: KeptKeys, files: Mapping[str, str]) -> KnownKeys | None:
-        """What is known of these tasks' keys; None where they are made with others, or there are others among them."""
+        """Known keys of these tasks; None if they were computed with another sample, or the file has other tasks,
+        too."""
         rows = kept.rows
         if kept.sample != self.sample_digest(files) or not rows.keys() <= set(files.values()):
             return None
         return KnownKeys({name: rows[digest] for name, digest in files.items() if digest in rows}, kept.discriminant)
 
     def take_out(self, files: Mapping[str, str]) -> None:
-        """Leave nothing in it but of these tasks. Without what that takes the file is deleted. Raises OSError where
-        that cannot be done."""
+        """Remove everything that is not of these tasks. If that fails, the file is deleted. Raises OSError if that
+        fails, too."""
         if not self.is_stale(files):
             return
         kept, there = self._mapped(), set(files.values())
@@ -177,7 +188,7 @@ class KeysFile:
         flush_directory(self.path.parent)
 
     def is_stale(self, files: Mapping[str, str]) -> bool:
-        """Whether it is of other tasks than these, made with others or by another version, or nobody can tell."""
+        """Whether it is of tasks other than these, of another sample or of another version, or cannot be read."""
         try:
             with self.path.open("rb") as file:
                 _, sample, count, _, _, made = HEAD.unpack(file.read(HEAD.size))
@@ -192,9 +203,11 @@ class KeysFile:
         return not {entry.file for entry in _entries(memoryview(table))} <= set(files.values())
 
     def wrong(self, files: Mapping[str, str], *, is_right: bool) -> list[str]:
-        """What is wrong with it beside these tasks: a line or none. One of another version is not used.
+        """Say what is wrong with it, given these tasks: at most one line. A file of another version is unused, thus not
+        wrong.
 
-        is_right: whether it could be read, and the openings in it are those of the files.
+        Args:
+            is_right: whether it could be read and its openings are those of the tasks' files.
         """
         try:
             with self.path.open("rb") as file:
@@ -218,7 +231,7 @@ def _entries(table: memoryview) -> list[Entry]:
 
 
 def _joined(parts: Iterable[slice]) -> list[slice]:
-    """Those that lie one after another as one."""
+    """Merge adjacent slices."""
     found: list[slice] = []
     for own in parts:
         if found and found[-1].stop == own.start:

@@ -1,14 +1,14 @@
-"""The sum of tasks' scatters, kept in a file beside a store's manifest, so that opening adds only those of newer tasks.
+"""The sum of tasks' scatters, kept in a file beside a store's manifest, so that opening the store adds only newer
+tasks.
 
-It is written of the tasks that are sampled (`slm_fast.sketch`), and says of which, so that one that lags behind is
-brought up to date.
+It is of sampled tasks (`slm_fast.sketch`) and names them, so an outdated sum can be brought up to date.
 
-    .sum    SHA-256 of what follows [32 bytes]; SHA-256 of what the tasks' model is [32]; how many tasks N and numbers n
-            there are [8 each]; N times SHA-256 of a task's file and of what of it a store reads when it is opened
-            [32 each]; the two planes of the sum
+    .sum    SHA-256 of what follows [32 bytes]; SHA-256 that identifies the model [32]; numbers of tasks N and of
+            elements of a scatter [8 each]; N times SHA-256 of the task's file and of what a store reads of it on
+            opening [32 each]; the two planes of the sum
 
-It is made of the tasks' files and nothing else, and may be deleted at any time. One that is damaged, or of a task that
-the manifest does not name, is not used.
+It is derived from the tasks' files alone, and may be deleted at any time. It is not used if it is damaged, or of a task
+that the manifest does not name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from slm_fast.errors import WorkError
 from slm_fast.files import flush_directory, write
 from slm_fast.scatter import scatter_of
 
-NUMBERS = 8192  # of a plane that share a unit and a width
+NUMBERS = 8192  # elements of a plane that share a unit and a width
 HEAD = struct.Struct("<32s32sQQ")
 
 
@@ -40,20 +40,21 @@ HEAD = struct.Struct("<32s32sQQ")
 class KeptSum:
     """The exact sum of some tasks' scatters.
 
-    opening: SHA-256 of each task's file -> that of what is read of it when a store is opened
-        (`slm_fast.mapped_task.Opening`), so that the rest can wait until it is needed.
+    Attributes:
+        opening: SHA-256 of each task's file -> that of what is read of it when a store is opened
+            (`slm_fast.mapped_task.Opening`), so that the rest can be read when it is needed.
     """
 
     opening: Mapping[str, str]
     total: ExactSum
 
     def joined(self, other: KeptSum) -> KeptSum:
-        """With the sum of other tasks."""
+        """Add the sum of other tasks."""
         coarse, fine = (one + more for one, more in zip(self._planes, other._planes, strict=True))
         return KeptSum({**self.opening, **other.opening}, ExactSum(coarse, fine))
 
     def without(self, digest: str, term: Tensor) -> KeptSum:
-        """Less a task by the SHA-256 of its file, and its scatter."""
+        """Subtract a task: `digest` is the SHA-256 of its file, `term` its scatter."""
         opening = {task: own for task, own in self.opening.items() if task != digest}
         return replace(self, opening=opening, total=self.total.minus(term))
 
@@ -64,16 +65,17 @@ class KeptSum:
 
 @dataclass(frozen=True)
 class SumFile:
-    """The file of a store's sum. Who changes it holds the store's lock.
+    """The file of a store's sum. Whoever changes it holds the store's lock.
 
-    about: of the store, whose model the sum is of.
+    Attributes:
+        about: the store's `about`, which says what model the sum is for.
     """
 
     path: Path
     about: Mapping[str, Any]
 
     def write(self, kept: KeptSum) -> None:
-        """Put a sum there, whole or not at all. Raises OSError."""
+        """Write a sum atomically. Raises OSError."""
         table = b"".join(bytes.fromhex(digest) for pair in sorted(kept.opening.items()) for digest in pair)
         planes = (kept.total.coarse, kept.total.fine)
         content = [table, *(part for plane in planes for part in _packed(plane.numpy()))]
@@ -84,14 +86,14 @@ class SumFile:
         write(self.path, b"".join([digest.digest(), head, *content]))
 
     def read(self) -> KeptSum | None:
-        """None where there is none, or it is damaged or of another model."""
+        """The sum; None if the file does not exist, is damaged, or is of another model."""
         try:
             return self._parsed(memoryview(self.path.read_bytes()))
         except OSError:
             return None
 
     def later(self) -> Callable[[], KeptSum | None]:
-        """What is there now, to be read when it is wanted, though the file be replaced or removed meanwhile."""
+        """The current content, to be read on demand even if the file is replaced or removed in the meantime."""
         try:
             with self.path.open("rb") as file:
                 data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -113,8 +115,8 @@ class SumFile:
             return None
 
     def tasks(self) -> set[str] | None:
-        """SHA-256 of the files of the tasks that are in it, read alone; None where there is a file and it says nothing
-        that can be read."""
+        """SHA-256 of the files of the tasks in the sum, without reading the rest; None if the file exists but cannot be
+        read."""
         try:
             with self.path.open("rb") as file:
                 _, _, count, _ = HEAD.unpack(file.read(HEAD.size))
@@ -126,21 +128,25 @@ class SumFile:
         return {task for task, _ in _pairs(memoryview(table))} if len(table) == 64 * count else None
 
     def apart(self, digests: Iterable[str]) -> int:
-        """In how many tasks it is another than that of these."""
+        """How many tasks are only in the sum or only among these."""
         return len((self.tasks() or set()) ^ set(digests))
 
     def is_stale(self, digests: Iterable[str]) -> bool:
-        """Whether it holds another task than these, or nobody can tell."""
+        """Whether it is of a task that is not among these, or cannot be read."""
         there = self.tasks()
         return there is None or not there <= set(digests)
 
     def take_out(
         self, gone: Iterable[str], term: Callable[[str], Tensor], left: Callable[[], KeptSum] | None = None
     ) -> None:
-        """Leave no trace of some tasks, by the SHA-256 of their files.
+        """Leave no trace of some tasks, given by the SHA-256 of their files. If that fails, the file is deleted.
 
-        term: gives a task's scatter. left: gives the sum of tasks that stay, from whoever has it. Without what it takes
-        the file is deleted. Raises OSError where that cannot be done.
+        Args:
+            term: returns a task's scatter.
+            left: returns the sum of tasks that stay, if it is known elsewhere.
+
+        Raises:
+            OSError: the file cannot be deleted.
         """
         there = self.tasks()
         found = [digest for digest in gone if there is None or digest in there]
@@ -154,12 +160,12 @@ class SumFile:
                 self.path.unlink()
             else:
                 self.write(kept)
-        except (OSError, WorkError):  # a full disk, or a task that is damaged
+        except (OSError, WorkError):  # a full disk, or a damaged task
             self.path.unlink()
         flush_directory(self.path.parent)
 
     def join(self, others: Sequence[SumFile], digests: Iterable[str]) -> None:
-        """Add to it those of others that hold none but these tasks, and none that was added before. Raises OSError."""
+        """Add those of the other sums that are of these tasks only, and of none already added. Raises OSError."""
         wanted, joined, changed = set(digests), self.read(), False
         for other in others:
             kept = other.read()
@@ -173,20 +179,20 @@ class SumFile:
 
 
 class SumProof:
-    """Whether a sum is that of its tasks, which are looked at one after another."""
+    """Check of a sum against its tasks, which are given one by one."""
 
     def __init__(self, file: SumFile) -> None:
         self._file, self._kept = file, file.read()
         self._left = dict(self._kept.opening) if self._kept else {}
 
     def take(self, digest: str, opening: str, part: Mapping[str, Tensor]) -> None:
-        """A task of the store: SHA-256 of its file, its `Opening.digest`, and its part of the router."""
+        """Give a task of the store: SHA-256 of its file, its `Opening.digest`, and its part of the router."""
         if self._kept is not None and self._left.get(digest) == opening:
             self._kept.total.take(scatter_of(part))
             del self._left[digest]
 
     def wrong(self) -> list[str]:
-        """What is wrong with the sum once all tasks were looked at: a line or none."""
+        """Say what is wrong with the sum after all tasks were given: at most one line."""
         kept = self._kept
         if kept is None:
             right = self._file.tasks() == set()
@@ -197,7 +203,7 @@ class SumProof:
 
 
 def model_digest(about: Mapping[str, Any]) -> bytes:
-    """What tells stores of another kind of model."""
+    """SHA-256 that tells stores of different kinds of models apart."""
     same = json.dumps([about["fingerprint"], about["config"]], sort_keys=True)
     return hashlib.sha256(same.encode()).digest()
 
@@ -207,19 +213,20 @@ def _pairs(table: memoryview) -> Iterator[tuple[str, str]]:
         yield table[at : at + 32].hex(), table[at + 32 : at + 64].hex()
 
 
-# A plane in few bytes. Products of 8-bit factors are multiples of a unit far above 2^-56, so that most numbers of a
-# plane end in zeros, and few are large. The diagonal, which is of any numbers, stands apart.
+# A compact form of a plane. Products of 8-bit factors are multiples of a unit far above 2^-56, so most elements of a
+# plane end in zero bits, and few are large. The diagonal, whose elements are arbitrary, is stored separately.
 
 
 def _diagonal(numbers: int) -> np.ndarray:
-    """Where in the upper triangle, row by row, of so many numbers its diagonal lies."""
+    """Indices of the diagonal in an upper triangle, row by row, of this many numbers."""
     width = (math.isqrt(8 * numbers + 1) - 1) // 2
     place = np.arange(width)
     return place * width - place * (place - 1) // 2
 
 
 def _packed(plane: np.ndarray) -> Iterable[bytes]:
-    """The diagonal as it is; how many zero bits and how many bytes the numbers of each chunk have; their bytes."""
+    """The diagonal unchanged; for each chunk, its numbers of trailing zero bits and of bytes per element; their
+    bytes."""
     diagonal, plane = _diagonal(len(plane)), plane.astype("<i8")
     own = plane[diagonal].tobytes()
     plane[diagonal] = 0
@@ -236,7 +243,7 @@ def _packed(plane: np.ndarray) -> Iterable[bytes]:
 
 
 def _unpacked(data: memoryview, at: int, numbers: int) -> tuple[np.ndarray, int]:
-    """A plane that begins at a place, and where it ends."""
+    """The plane that starts at `at`, and where it ends."""
     diagonal, plane = _diagonal(numbers), np.empty(numbers, "<i8")
     own = np.frombuffer(data, "<i8", len(diagonal), at)
     at += own.nbytes
@@ -248,7 +255,7 @@ def _unpacked(data: memoryview, at: int, numbers: int) -> tuple[np.ndarray, int]
         if not width:
             chunk[:] = 0
             continue
-        spread = np.zeros((len(chunk), 8), np.uint8)  # the bytes at the top, so that shifting back keeps the sign
+        spread = np.zeros((len(chunk), 8), np.uint8)  # the bytes are on top, so that shifting back keeps the sign
         spread[:, 8 - width :] = np.frombuffer(data, np.uint8, len(chunk) * width, at).reshape(-1, width)
         np.left_shift(spread.view("<i8")[:, 0] >> 8 * (8 - width), zeros, out=chunk)
         at += len(chunk) * width

@@ -1,4 +1,4 @@
-"""The tasks a model knows at one moment: their pool and their router, which change together."""
+"""The tasks that a model knows at one moment: their pool and router, which change together."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from slm_fast.tasks import LearnedTask
 
 
 class Known(NamedTuple):
-    """Neither of the two changes, so that a pass may go on with them while others are made."""
+    """Pool and router. Neither changes, so passes can go on with them while new ones are made."""
 
     pool: Pool
     router: Router
-    budget: int | None = None  # bytes that the values may take; None: whatever they need
+    budget: int | None = None  # maximum bytes for values; None: no limit
 
     @property
     def most_rows(self) -> int | None:
-        """How many rows may pass together whatever their tasks; None where all tasks' values are there."""
+        """How many rows can pass together whatever their tasks; None if the values of all tasks are on the device."""
         slots = self.pool.most_slots
         return None if slots is None else max(1, slots // self.router.k)
 
     def changed(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> Known:
-        """Some tasks more or less, at the cost of those tasks. Beside passes that run; by one thread at a time.
+        """Add and remove tasks, at the cost of those tasks alone. Passes may run meanwhile, but no second thread may
+        call this.
 
-        Raises InputError for a name that is taken, or not there.
+        Raises:
+            InputError: a name to add is taken, or one to remove is not there.
         """
         pool, router, budget = self
         for name in remove:

@@ -1,12 +1,12 @@
-"""One step of writing: the logits after the last token of every row that runs.
+"""One step of generation: the logits after the last token of each running row.
 
-A static KV cache: key and value states lie in buffers of a fixed size, a place for each row and a column for each
-token, all rows writing the same column at the same time. A row begins in whichever column lets its prompt end where the
-others are now; what stands left of that is masked.
+The KV cache is static: key and value states are in buffers of a fixed size, with a place for each row and a column for
+each token. All rows write the same column at the same time. A row begins in the column that lets its prompt end where
+the others are now; columns to the left of it are masked.
 
-On a CPU a step reads exactly what is in use. On a GPU its kernels end sooner than Python can launch them, so there a
-step has one of a few shapes: places and columns in use are rounded up, what is not in use is masked, and all that
-changes from step to step is in buffers. The second step of a shape is captured as a CUDA graph, which is replayed from
+On a CPU a step reads exactly what is in use. On a GPU its kernels finish faster than Python can launch them, so there
+steps have few different shapes: places and columns in use are rounded up, unused ones are masked, and everything that
+changes between steps is in buffers. The second step of each shape is captured as a CUDA graph, which is replayed from
 then on.
 """
 
@@ -26,12 +26,12 @@ from slm_fast.errors import one_line
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 
-COLUMNS = 64  # columns are rounded up to a multiple of this; of an eighth of the next power of two where that is more
+COLUMNS = 64  # columns are rounded up to a multiple of this or, if larger, of an eighth of the next power of two
 
 
 class Shape(NamedTuple):
-    """What a step reads: in the first `places` the columns from `first` to before `stop` of what is written, and the
-    first `inputs` columns of T5's inputs."""
+    """What a step reads: of the first `places`, columns `first` to `stop` - 1 of what is written, and the first
+    `inputs` columns of T5's inputs."""
 
     places: int
     first: int
@@ -40,9 +40,10 @@ class Shape(NamedTuple):
 
 
 class KVCacheLayer:
-    """One layer's key and value states, [places, heads, columns, width] each: of what is written, or (T5) was read.
+    """One layer's key and value states, [places, heads, columns, width] each: of what is written or (T5) of what was
+    read.
 
-    A layer of transformers' cache hands them to attention.
+    A layer of transformers' cache passes them to attention.
     """
 
     def __init__(self, decoder: Decoder, layer: Any, columns: int, *, written: bool) -> None:
@@ -52,12 +53,14 @@ class KVCacheLayer:
         layer.update, layer.get_seq_length = self.update, decoder.columns_before
 
     def serve(self, layer: Any, shape: Shape) -> None:
-        """Let the cache's layer show the buffers, and of T5's inputs what steps of this shape read."""
+        """Point the cache's layer at the buffers: at all columns that are written, or at the T5 inputs that this shape
+        reads."""
         columns = slice(None) if self.written else slice(shape.inputs)
         layer.keys, layer.values = (buffer[: shape.places, :, columns] for buffer in self.buffers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep the key and value states [places, heads, 1, width] of this step; all that attention reads."""
+        """Store the key and value states [places, heads, 1, width] of this step, and return all that attention
+        reads."""
         shape, column = self.decoder.shape, self.decoder.column
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             if self.decoder.rounded:
@@ -68,9 +71,9 @@ class KVCacheLayer:
         return key_states, value_states
 
     def join(self, place: int, column: int, key_states: Tensor, value_states: Tensor) -> None:
-        """Put the key and value states of new rows, [B, heads, T, width], from a place and a column on."""
+        """Write the key and value states of new rows, [B, heads, T, width], at a place and a column."""
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            # A step multiplies what is masked by zero, which a NaN of the row that was here before would survive.
+            # A step multiplies masked values by zero, which a NaN left by this place's previous row would survive.
             buffer[place : place + len(new)] = 0
             buffer[place : place + len(new), :, column : column + new.shape[2]] = new
 
@@ -88,46 +91,48 @@ class KVCacheLayer:
 class Decoder:
     """Rows that run together, at most `places`.
 
-    `first` and `end` bound the columns in use; all rows write column `end` next. `inputs` bounds those of T5's inputs.
+    Columns `first` to `end` - 1 are in use, and all rows write column `end` next. The first `inputs` columns of T5's
+    inputs are in use.
     """
 
     def __init__(self, model: AdaptedModel, places: int, columns: int, input_columns: int, past: Any) -> None:
-        """Buffers like the key and value states of a first prefill, whose cache object will hand them to the model.
+        """Create buffers like the key and value states of a first prefill. Its cache object will pass them to the
+        model.
 
         Args:
-            columns: the most that a row needs.
-            input_columns: the longest of T5's inputs.
-            past: of a pass with use_cache=True.
+            columns: maximum columns of a row.
+            input_columns: maximum length of T5's inputs.
+            past: cache of a pass with use_cache=True.
         """
         self.model, self.lm = model, model.backbone.model
         self.places, self.input_capacity, self.past = places, input_columns, past
-        self.capacity = columns + columns // 2  # so that columns are moved back only now and then
+        self.capacity = columns + columns // 2  # so that columns rarely have to be moved back
         self.causal, self.device = model.backbone.kind == "causal", model.backbone.device
-        # What is paged has to be looked at from Python in every step.
+        # Paged values need Python in every step.
         self.graphs = graphs_on(self.device) if model.known.most_rows is None else None
-        self.starts: list[int] = []  # of the rows that run: the column each begins in
-        self.input_lengths: list[int] = []  # and the tokens of T5's input
+        self.starts: list[int] = []  # first column of each running row
+        self.input_lengths: list[int] = []  # and the length of its T5 input
         self.first = self.end = self.inputs = 0
         self.shape = Shape(0, 0, 0, 0)
 
         dtype = self.lm.dtype
-        self.tokens = torch.zeros(places, 1, dtype=torch.int64, device=self.device)  # the last of each row
+        self.tokens = torch.zeros(places, 1, dtype=torch.int64, device=self.device)  # last token of each row
         self.begins = torch.zeros(places, 1, dtype=torch.int64, device=self.device)  # `starts`
-        self.numbers = torch.arange(self.capacity, device=self.device)  # of the columns
+        self.numbers = torch.arange(self.capacity, device=self.device)  # column numbers
         self.column = torch.zeros(1, dtype=torch.int64, device=self.device)  # `end`
         self.masked = torch.finfo(dtype).min
-        # Of what stands to the left of a row's beginning, and of T5's inputs.
+        # For the columns before a row's first, and for T5's inputs.
         self.mask = torch.zeros(places, 1, 1, self.capacity, dtype=dtype, device=self.device)
         self.input_mask = torch.full((places, 1, 1, input_columns), self.masked, dtype=dtype, device=self.device)
-        self.route = Route(torch.empty(0), torch.empty(0))  # [places, K]; an id of -1 where no row runs
+        self.route = Route(torch.empty(0), torch.empty(0))  # [places, K]; ids are -1 where no row runs
         layers = self._layers(past)
         own = len(layers) if self.causal else len(layers) // 2
         self.layers = [KVCacheLayer(self, layer, self.capacity, written=True) for layer in layers[:own]]
         self.layers += [KVCacheLayer(self, layer, input_columns, written=False) for layer in layers[own:]]
-        self.replays: dict[Shape, Step | None] = {}  # of the shapes met so far: what was captured of it
+        self.replays: dict[Shape, Step | None] = {}  # captured step of each shape met so far
 
     def close(self) -> None:
-        """Let go of the buffers, which would otherwise live until Python looks for cycles."""
+        """Release the buffers, which would otherwise live until Python's next collection of cycles."""
         self.layers, self.past = [], None
         self.replays.clear()
 
@@ -147,19 +152,19 @@ class Decoder:
         return self.graphs is not None
 
     def columns_before(self, *_: Any) -> int | Tensor:
-        """How many columns stand before the one written now, of those that a step reads."""
+        """Number of columns that a step reads before the one it writes."""
         return self.column if self.rounded else self.end - self.shape.first
 
-    # Rows come and go
+    # Adding and removing rows
 
     def join(self, past: Any, lengths: Sequence[int], route: Route, inputs: Tensor | None = None) -> None:
         """Let prefilled rows run with the others, in the next free places.
 
         Args:
-            past: of their prefill.
-            lengths: the tokens of each; those of its decoder (1) with T5.
-            route: [B, K]
-            inputs: the mask [B, T] of T5's inputs.
+            past: cache of their prefill.
+            lengths: number of tokens of each; for T5, of its decoder (1).
+            route: [B, K].
+            inputs: mask [B, T] of T5's inputs.
         """
         place, width, live = self.live, max(lengths), self.live + len(lengths)
         if not place:
@@ -181,7 +186,7 @@ class Decoder:
         self._look_again()
 
     def keep(self, order: Sequence[int]) -> None:
-        """Rows have ended: place i now has the row of place order[i], which is i or one beyond those that stay."""
+        """Rows have ended: move the row of place order[i], which is i or a place beyond those that stay, to place i."""
         live = len(order)
         for layer in self.layers:
             layer.keep(order)
@@ -193,14 +198,14 @@ class Decoder:
         self._look_again()
 
     def _look_again(self) -> None:
-        """Columns that no row uses any more are not read any more."""
+        """Recompute which columns are in use, so that no others are read."""
         self.first, self.inputs = min(self.starts, default=0), max(self.input_lengths, default=0)
         begins = self.starts + [self.first] * (self.places - self.live)
         self.begins.copy_(torch.tensor(begins)[:, None])
         self.mask.zero_().masked_fill_((self.numbers < self.begins)[:, None, None], self.masked)
 
     def _move(self, by: int) -> None:
-        """Move all columns in use to the right, or to the left."""
+        """Move all columns in use right by `by`, or left if negative."""
         used = slice(self.first, self.end)
         for layer in self.layers:
             if layer.written:
@@ -209,10 +214,11 @@ class Decoder:
         self.end += by
         self._look_again()
 
-    # A step
+    # Steps
 
     def step(self) -> Tensor:
-        """The logits [live, V] after the last token of each row, whose key and value states go into the next column."""
+        """Logits [live, V] after the last token of each row, whose key and value states are written to the next
+        column."""
         if self.end == self.capacity or self._saves_by_moving():
             self._move(-self.first)
         logits = self._logits()
@@ -227,7 +233,7 @@ class Decoder:
         return Shape(places, 0, stop, min(round_up(self.inputs), self.input_capacity))
 
     def _saves_by_moving(self) -> bool:
-        """Whether a step of a rounded shape reads fewer columns when those in use are moved to the left."""
+        """Whether a step of a rounded shape reads fewer columns if those in use are moved left first."""
         return self.rounded and round_up(self.end + 1 - self.first) < min(round_up(self.end + 1), self.capacity)
 
     def _logits(self) -> Tensor:
@@ -240,7 +246,7 @@ class Decoder:
             return step()
         self.column.fill_(self.end)
         try:
-            if self.shape not in self.replays:  # this also compiles kernels, which a capture must not
+            if self.shape not in self.replays:  # this also compiles kernels, which must not happen in a capture
                 self.replays[self.shape] = None
                 with self.graphs.trial():
                     return step()
@@ -248,12 +254,12 @@ class Decoder:
         except RuntimeError as error:
             self.graphs = None
             warnings.warn(f"writing without CUDA graphs, which is slower: {one_line(error)}", stacklevel=2)
-            return self._logits()  # once more: a step writes where it wrote before
+            return self._logits()  # a repeated step overwrites what it wrote
         return replay()
 
     def _forward(self, shape: Shape) -> Tensor:
-        """Logits [places, 1, V]. What changes between steps of one shape is in buffers, and nothing waits for the
-        device, so that this can be captured."""
+        """Logits [places, 1, V]. Everything that changes between steps of one shape is in buffers, and nothing waits
+        for the device, so this can be captured."""
         places, now = shape.places, self.column if self.rounded else self.end
         mask = self.mask[:places, ..., shape.first : shape.stop]
         if self.rounded:
@@ -263,7 +269,7 @@ class Decoder:
             inputs = {"input_ids": self.tokens[:places], "attention_mask": mask}
             inputs["position_ids"] = now - self.begins[:places]
         else:
-            # The layers have the states of the inputs, and ask the encoder's output for nothing but its shape.
+            # The layers have the states of the inputs, and use only the shape of the encoder's output.
             states = torch.zeros(1, 1, 1, dtype=mask.dtype, device=self.device)
             inputs = {
                 "decoder_input_ids": self.tokens[:places],
@@ -278,5 +284,6 @@ class Decoder:
 
 
 def round_up(columns: int) -> int:
-    """Columns rounded up, so that few shapes serve many lengths: by less than COLUMNS or less than a quarter."""
+    """Round a number of columns up by less than COLUMNS or less than a quarter, so that few shapes cover many
+    lengths."""
     return rounded(columns, COLUMNS, 8)

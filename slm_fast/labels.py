@@ -1,4 +1,4 @@
-"""Labels as words: one normalisation for whatever they come from, and lists that name their numbers."""
+"""Labels as words: one normalisation for all sources, and lists that give words to label numbers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from typing import Any
 from slm_fast.errors import WorkError, one_line, warn
 from slm_fast.fields import TEXT, Unfit, check, list_of, read_json
 
-LONGEST = 1000  # letters of a label
+LONGEST = 1000  # maximum characters of a label
 NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))(\.0+)?\Z")
 INDEX = re.compile(r"[0-9]{1,9}\Z")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def as_text(value: Any, key: str) -> str | None:
-    """An answer as text: a word, an integer (also as a float such as 1.0), or a truth value as "True" or "False", of
-    Python, numpy, pandas or JSON. None where there is none: None, NaN, NaT, an empty text.
+    """An answer as text. It may be a word, an integer (also as a float such as 1.0) or a truth value (giving "True" or
+    "False"), of Python, numpy, pandas or JSON. None if there is no answer: None, NaN, NaT or empty text.
 
-    Raises WorkError for anything else.
+    Raises:
+        WorkError: it is anything else.
     """
     value = plain_value(value)
     if isinstance(value, Decimal):
@@ -47,7 +48,7 @@ def as_text(value: Any, key: str) -> str | None:
 
 
 def plain_value(value: Any) -> Any:
-    """A scalar of numpy, pandas or torch as Python has it; None for what says that nothing is there."""
+    """Convert a scalar of numpy, pandas or torch to Python; None if it is a missing value."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
     missing = type(value).__name__ in ("NAType", "NaTType")
@@ -57,26 +58,26 @@ def plain_value(value: Any) -> Any:
 
 
 def whole(text: str, key: str) -> str:
-    """The text, if it can be written. Raises WorkError."""
-    if text.isascii():  # which costs nothing, however long
+    """The text, if it can be encoded. Raises WorkError."""
+    if text.isascii():  # costs nothing, however long
         return text
     try:
-        text.encode("utf-16-le")  # the fastest encoding that refuses what UTF-8 cannot hold
-    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, which no file and no tokenizer can hold
+        text.encode("utf-16-le")  # the fastest encoding that refuses what UTF-8 cannot encode
+    except UnicodeEncodeError:  # a lone surrogate, valid in JSON but not in files or tokenizers
         raise WorkError(f"{key!r}: holds half a character, got {text[:60]!a}") from None
     return text
 
 
 def shown(value: Any) -> str:
-    """A value in short, on one line."""
+    """A value, shortened, on one line."""
     try:
         return " ".join(reprlib.repr(value).split())
-    except ValueError:  # an integer of too many digits
+    except ValueError:  # an integer with too many digits
         return f"a {type(value).__name__}"
 
 
 def check_label(label: str) -> str:
-    """A label in Unicode's composed form (NFC). Raises WorkError for one that cannot be a word."""
+    """A label in Unicode's composed form (NFC). Raises WorkError if it cannot be a word."""
     if len(label) > LONGEST:
         raise WorkError(f"'label': expected at most {LONGEST} letters, got {len(label)}; is it free text?")
     if CONTROL.search(label):
@@ -85,8 +86,8 @@ def check_label(label: str) -> str:
 
 
 def same_words(labels: Sequence[str]) -> list[str]:
-    """The labels of a whole column, written in one way: numbers without ".0" where all are whole numbers, and "True"
-    and "False" where all are truth values in several spellings. Raises WorkError where 1 may stand for True."""
+    """Spell the labels of a whole column consistently: numbers without ".0" if all are whole numbers, and "True" and
+    "False" if all are truth values in several spellings. Raises WorkError if 1 may stand for True."""
     different = set(labels)
     numbers = {label: NUMBER.match(label) for label in different}
     words: dict[str, str] = {}
@@ -105,8 +106,8 @@ def same_words(labels: Sequence[str]) -> list[str]:
 
 
 def spellings(labels: Collection[str], words: Collection[str]) -> dict[str, str]:
-    """For each label that is no word of a learned task, the one word that says the same: 1 and 1.0, true and True. The
-    labels of a few rows may look like whole numbers, or like one spelling, where those of all rows did not."""
+    """For each label that is not a word of a learned task, the one word that means the same: 1 and 1.0, true and True.
+    The labels of a few rows may look like whole numbers, or like one spelling, although those of all rows did not."""
     alike: dict[str, list[str]] = {}
     for word in words:
         alike.setdefault(_value(word), []).append(word)
@@ -115,7 +116,7 @@ def spellings(labels: Collection[str], words: Collection[str]) -> dict[str, str]
 
 
 def _value(label: str) -> str:
-    """A label without what whole numbers and truth values are written in."""
+    """A label, independent of how whole numbers and truth values are spelled."""
     number = NUMBER.match(label)
     if number:
         return str(int(number[1]))
@@ -123,7 +124,7 @@ def _value(label: str) -> str:
 
 
 def warn_of_alike(name: str, labels: Collection[str]) -> None:
-    """Warn of labels that a reader would take for one."""
+    """Warn of labels that a reader would take for the same."""
     alike: dict[str, list[str]] = {}
     for label in labels:
         alike.setdefault(_likeness(label), []).append(label)
@@ -135,18 +136,18 @@ def warn_of_alike(name: str, labels: Collection[str]) -> None:
 
 
 def _likeness(label: str) -> str:
-    """What is left of a label without case, spacing, width, invisible letters and how a number is written."""
+    """A label without case, spacing, width, invisible letters and differences in how a number is written."""
     folded = unicodedata.normalize("NFKC", label).casefold()
     visible = "".join(letter for letter in folded if unicodedata.category(letter) != "Cf")
     number = NUMBER.match(visible.strip())
     return str(int(number[1])) if number else " ".join(visible.split())
 
 
-# Lists of words that integer labels are the indices of
+# Lists of words, of which integer labels are indices
 
 
 def read_words(labels: str | Path | Sequence[str]) -> list[str]:
-    """A list of label words, or the JSON file that holds one. Raises WorkError."""
+    """A list of label words, given as such or as a JSON file. Raises WorkError."""
     words: Any = labels
     where = "labels"
     try:
@@ -161,7 +162,7 @@ def read_words(labels: str | Path | Sequence[str]) -> list[str]:
 
 
 def name_label(label: str, words: Sequence[str]) -> str:
-    """The word that a label is the number of. Raises WorkError for a label that is none."""
+    """The word that a label is the index of. Raises WorkError if it is not an index."""
     if not INDEX.match(label):
         raise WorkError(f"label {label!r}: expected the number of a label word, from 0, or one of the words")
     if int(label) >= len(words):
@@ -170,14 +171,14 @@ def name_label(label: str, words: Sequence[str]) -> str:
 
 
 def are_words(labels: Collection[str], words: Collection[str]) -> bool:
-    """Whether the labels are words of the list themselves, not their numbers."""
+    """Whether the labels are words of the list themselves, rather than indices."""
     return set(labels) <= set(words) and not all(INDEX.match(label) for label in labels)
 
 
 def words_beside(path: Path, labels: Sequence[str], known: Collection[str] = ()) -> list[str] | None:
-    """The words of `labels.json` in the file's folder, if they are those of its labels without doubt: these are 0 to
-    n - 1, each of them there, and there are n words; or the words are those `known` of the task, so that it was learned
-    with the same list. A warning says whether they are used."""
+    """The words of `labels.json` in the file's folder, if they clearly belong to its labels: the labels are exactly 0
+    to n - 1 and there are n words, or the words include the task's `known` ones, so it was learned with the same list.
+    In the first case, or if they are not used, a warning says so."""
     beside = path.parent / "labels.json"
     numbers = {label for label in labels if INDEX.match(label)}
     if len(numbers) < len(set(labels)) or not labels or not beside.is_file():

@@ -1,8 +1,8 @@
-"""The linear layers: one that adds each sample's increments to a frozen base, and products through oneDNN.
+"""Linear layers: one that adds each sample's increments to a frozen base, and products through oneDNN.
 
-torch sends float32 products on a CPU to MKL, which on AMD processors is slower than oneDNN; both are part of torch.
-bfloat16 products go to oneDNN anyway, but torch writes the bias to the result first and reads it back. Which way is
-taken follows from the processor alone, so that runs repeat bit for bit on one machine.
+On a CPU torch sends float32 products to MKL, which on AMD processors is slower than oneDNN; both are part of torch.
+bfloat16 products go to oneDNN anyway, but torch first writes the bias to the result and reads it back. The choice
+depends on the processor alone, so that runs on one machine are repeatable bit for bit.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from slm_fast.ops.multi_lora import multi_lora_
 
 Values = Mapping[str, tuple[Tensor, Tensor]]  # module name -> (lora_a [P, r, I], lora_b [P, r, O])
 
-# Multiplications below which MKL is done with float32 before oneDNN has begun. (In bfloat16 oneDNN is never slower, and
-# torch takes seconds for a few rows that do not lie together, such as the last tokens of prompts.)
+# Number of multiplications below which MKL is faster in float32, since oneDNN takes longer to start. (In bfloat16
+# oneDNN is never slower, and torch takes seconds for a few non-contiguous rows, such as the last tokens of prompts.)
 _SMALLEST = 1 << 21
 
 
 @cache
 def processor() -> str:
-    """What Linux says of the processor, or nothing elsewhere."""
+    """What Linux says about the processor; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     return info.read_text() if info.exists() else ""
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself."""
+    """Whether the processor has bfloat16 multiplication."""
     return any(f" {flag}" in processor() for flag in ("avx512_bf16", "amx_bf16"))
 
 
 @cache
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of this dtype for this processor."""
+    """Whether oneDNN supports products of this dtype on this processor."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def prefers_onednn(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype go straight to oneDNN here."""
+    """Whether products of this dtype go straight to oneDNN on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
     return {torch.float32: "AuthenticAMD" in processor(), torch.bfloat16: has_bfloat16()}.get(dtype, False)
@@ -79,7 +79,7 @@ class _Product(torch.autograd.Function):
 
 
 class OneDnnLinear(nn.Linear):
-    """nn.Linear, through oneDNN when what passes is float32 or bfloat16 on a CPU that it serves."""
+    """nn.Linear that uses oneDNN if input and weight are float32 or bfloat16, on a CPU that oneDNN supports."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
@@ -96,16 +96,17 @@ class OneDnnLinear(nn.Linear):
         return _product(x, weight, bias)
 
 
-PLAIN = (nn.Linear, OneDnnLinear)  # whose product is known: other modules, subclasses among them, may do anything
+PLAIN = (nn.Linear, OneDnnLinear)  # exact types: other modules, including subclasses, may compute anything
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of plain numbers (torchao's quantised ones differ in their weight alone)."""
+    """Whether a module is a linear layer with ordinary weights (torchao's quantised layers differ only in their
+    weight)."""
     return type(module) in PLAIN and type(module._parameters.get("weight")) is nn.Parameter
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let every plain nn.Linear of a model use oneDNN where that is faster. Weights, names and hooks stay."""
+    """Let every plain nn.Linear of a model use oneDNN where it is faster. Weights, names and hooks do not change."""
     for module in model.modules():
         if type(module) is nn.Linear and is_plain(module) and prefers_onednn(module.weight.dtype):
             module.__class__ = OneDnnLinear
@@ -113,10 +114,10 @@ def use_onednn(model: nn.Module) -> None:
 
 @contextmanager
 def rounded_for_autocast(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Inside the block the plain linear layers among the modules hold their frozen weights in `dtype`.
+    """Inside the block, the plain linear layers among the modules hold their frozen weights in `dtype`.
 
-    Autocast rounds weights to the same numbers, but keeps only those of weights that learn, and does it again in every
-    pass with all others.
+    Autocast rounds weights to the same values, but caches only trainable ones and rounds all others again in every
+    pass.
     """
     held = [
         (module, module.weight, module.bias)
@@ -136,7 +137,7 @@ def rounded_for_autocast(modules: Iterable[nn.Module], dtype: torch.dtype) -> It
 
 
 class Adaptation:
-    """What the adapted layers add to the batch now passing through: nothing until a route is set."""
+    """What the adapted layers add to the current batch: nothing until a route is set."""
 
     def __init__(self) -> None:
         self.values: Values | None = None
@@ -145,12 +146,12 @@ class Adaptation:
 
     @contextmanager
     def using(self, values: Values, route: Route | None) -> Iterator[None]:
-        """Adapt what passes inside the block. `route` may still be None and be set on the way (see model.py)."""
+        """Adapt passes inside the block. `route` may be None and be set during the pass (see model.py)."""
         if self.values is not None:
             raise RuntimeError("the model is already adapting a batch; one batch passes at a time")
         self.values, self.route = values, route
         for layer in self.layers:
-            own = layer.__dict__  # nn.Module's own way takes a microsecond
+            own = layer.__dict__  # setting attributes of an nn.Module takes a microsecond
             own["adaptation"], own["increments"] = self, layer.find(values)
         try:
             yield
@@ -161,13 +162,13 @@ class Adaptation:
 
 
 class AdaptedLinear(nn.Module):
-    """Stands in the place of `base` and calls it unopened, so a quantised or otherwise opaque layer works.
+    """Takes the place of `base` and calls it as a black box, so that quantised and other opaque layers work.
+
+    If a model is given twice, its adapted layers are reused: they serve whichever adaptation has a batch passing.
 
     Args:
         base: any module from [..., in_features] to [..., out_features].
-        name: under which the pool keeps this layer's values.
-
-    A model that is given twice keeps its adapted layers: they serve whichever adaptation has a batch passing.
+        name: name of this layer's values in the pool.
     """
 
     def __init__(self, base: nn.Module, name: str, adaptation: Adaptation) -> None:
@@ -175,18 +176,18 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.name = name
         self.adaptation = adaptation
-        # This layer's values while a batch passes. Were they looked up by name in `forward`, torch.compile would make a
-        # graph for each layer where one serves all.
+        # This layer's values during a pass. If `forward` looked them up by name, torch.compile would make a graph for
+        # each layer instead of one for all.
         self.increments: Any = None
         self.register_load_state_dict_pre_hook(_under_base)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Weights have the names that they have without this layer, so that what is saved opens anywhere."""
+        """Weights keep the names that they have without this layer, so that saved models open anywhere."""
         return self.base.state_dict(*args, **kwargs)
 
     @property
     def weight(self) -> Any:
-        """The base's weight: some models look at its dtype before they call the layer."""
+        """The base's weight: some models look at its dtype before calling the layer."""
         return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,27 +205,27 @@ class AdaptedLinear(nn.Module):
         return self._add(x, y, route)
 
     def _add(self, x: Tensor, y: Tensor, route: Route) -> Tensor:
-        """The base's output with the increments."""
+        """Add the increments to the base's output."""
         base: Any = self.base
-        # What a plain linear layer without hooks returned is nobody else's, so it may be overwritten. Another module
+        # The output of a plain linear layer without hooks has no other users, so it may be overwritten. Another module
         # may return its input, or something that it keeps.
         add = multi_lora_ if is_plain(base) and not base._forward_hooks else multi_lora
         lora_a, lora_b = self.increments
         return add(x, lora_a, lora_b, route.slot_ids, route.weights, y)
 
     def _add_to_each_row(self, x: Tensor, y: Tensor, route: Route) -> Tensor:
-        """What passes is the same for all rows, [1, T, I], such as DeBERTa's embeddings of relative positions, but the
-        increments are not: one result a row, [B, T, O]."""
+        """Adapt an input [1, T, I] that all rows share, such as DeBERTa's embeddings of relative positions. The
+        increments differ between rows, so there is one result per row, [B, T, O]."""
         rows = len(route.slot_ids)
         y = self._add(x.expand(rows, *x.shape[1:]), y.expand(rows, *y.shape[1:]).contiguous(), route)
         return y.as_subclass(ForEachRow)
 
     def find(self, values: Values) -> Any:
-        """What of these values is this layer's; None where it has none."""
+        """This layer's part of the values; None if it has none."""
         return values.get(self.name)
 
     def _in_one_kernel(self, base: Any, x: Tensor, increments: Any, route: Route) -> bool:
-        """Whether a kernel that has the base's product in it may run, and was measured to win."""
+        """Whether a kernel that includes the base's product can run, and was measured to be faster."""
         if not dispatch.fuses(x.device.type) or not is_plain(base):
             return False
         lora_a = increments[0]
@@ -236,11 +237,11 @@ class AdaptedLinear(nn.Module):
 
 
 class AdaptedFused(AdaptedLinear):
-    """An adapted layer whose output features are those of several layers (query, key, value), each with values of its
-    own, or without any.
+    """An adapted layer whose output features are those of several layers (query, key, value), each with its own values,
+    or none.
 
     Args:
-        parts: the layers' names, and their output features, one after the other.
+        parts: names of the layers, and their output features.
     """
 
     def __init__(self, base: nn.Module, name: str, adaptation: Adaptation, parts: Mapping[str, slice]) -> None:
@@ -265,8 +266,8 @@ class AdaptedFused(AdaptedLinear):
 
 
 class ForEachRow(Tensor):
-    """A tensor that has a part for each row of a batch already, where the model believes that one serves all: what
-    would repeat it for the rows returns it as it is."""
+    """A tensor that already has a part for each row of a batch, where the model expects one for all: repeating it for
+    the rows returns it unchanged."""
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -276,6 +277,6 @@ class ForEachRow(Tensor):
 
 
 def _under_base(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give the weights of a state dictionary the names that they have below an adapted layer."""
+    """Rename the weights of a state dictionary to the names that they have in an adapted layer."""
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}base.{name[len(prefix) :]}"] = state.pop(name)

@@ -1,9 +1,9 @@
 """Learning a task (Algorithm 1 of the paper): allocate slots, prepare keys, freeze them, fine-tune the values.
 
-Queries and routes of the training rows come from frozen weights, so they are computed once. By default the routes run
-over the task's own slots only, and everything random is drawn from a seed made of the task's name; then what is learned
-depends on the task, the backbone and the options alone, in whatever order and wherever tasks are learned. With `joint`
-and `warm_start` it depends on the tasks learned before, too.
+Queries and routes of the training rows come from frozen weights, so they are computed once. By default routes are over
+the task's own slots only, and the random seed is derived from the task's name, so the result depends on the task, the
+backbone and the options alone, not on where or in what order tasks are learned. With `joint` or `warm_start` it also
+depends on the tasks learned before.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from slm_fast.tasks import LearnedTask, name_seed
 from slm_fast.tokenization import Encoded, pad
 from slm_fast.warm_start import Start, find_start, kept_options, slot_weights
 
-IGNORE = -100  # the label transformers' losses skip
-LOOK = 16  # steps between looks at the loss
+IGNORE = -100  # label that transformers' losses ignore
+LOOK = 16  # steps between checks of the loss
 
 
 def learn_task(
@@ -51,16 +51,20 @@ def learn_task(
     progress: bool | None = None,
     processes: Processes = ALONE,
 ) -> LearnedTask:
-    """Learn one task and return what is kept of it, for `ScalableLM.add`; the model is left as it was.
+    """Learn one task and return what is kept of it, for `ScalableLM.add`. The model itself does not change.
 
-    With `valid` the values of the epoch that did best on it are kept (accuracy for heads, loss for generation). With
-    `patience` learning stops where so many epochs in a row were no better; the learning rate falls as if it did not.
-    `on_step` is called after each step.
-    Several `processes` that learn it together call this with the same rows and options.
+    If several processes learn the task together, each calls this with the same rows and options.
+
+    Args:
+        valid: validation task. The values of the best epoch on it are kept (by accuracy with a head, else by loss).
+        patience: stop after this many consecutive epochs without improvement. The learning rate schedule still spans
+            all epochs.
+        on_step: called after each step.
+        processes: the processes that learn it together.
 
     Raises:
-        InputError: the task does not fit the backbone. WorkError: the loss is no longer a number, too little memory, or
-        another process is no more.
+        InputError: the task does not fit the backbone.
+        WorkError: the loss is not finite, memory ran out, or another process ended.
     """
     check_task(model, task, valid, options.max_length)
     if options.joint and model.known.most_rows is not None:
@@ -70,7 +74,7 @@ def learn_task(
         trainer = Trainer(model, task, options, processes, patience, checked_callback(on_step))
         with bar(f"{task.name}: queries", len(task.rows), progress) as advance:
             examples, query = prepare(model, task, task.labels, trainer.max_length, advance)
-        processes.broadcast([query])  # machines of other kinds round otherwise, and would route otherwise
+        processes.broadcast([query])  # other kinds of machines round, and thus route, differently
         slots = options.slots or (1 if model.config.router == "gaussian" else 4)
         seed = name_seed(task.name, options.seed)
         try:
@@ -89,7 +93,7 @@ def learn_task(
 
 
 def label_numbers(task: Task) -> Tensor | None:
-    """Which of its labels each row has, [N]; None for free text."""
+    """Label index of each row, [N]; None for free text."""
     if task.labels is None:
         return None
     number = {label: i for i, label in enumerate(task.labels)}
@@ -97,7 +101,7 @@ def label_numbers(task: Task) -> Tensor | None:
 
 
 def check_task(model: AdaptedModel, task: Task, valid: Task | None = None, max_length: int | None = None) -> None:
-    """Raise unless this model can learn the task: what can be known before anything is computed."""
+    """Raise an error if this model cannot learn the task, as far as that is known before any computation."""
     if model.backbone.kind == "encoder" and task.labels is None:
         raise InputError(f"task {task.name!r}: an encoder-only backbone answers with labels, not with free text")
     if valid is not None and task.labels is not None:
@@ -105,7 +109,7 @@ def check_task(model: AdaptedModel, task: Task, valid: Task | None = None, max_l
         if unknown:
             raise WorkError(f"{valid.name}: validation label {min(map(str, unknown))!r} is not in the training rows")
     end, rows = model.backbone.tokenizer.eos_token_id, model.backbone.vocabulary
-    if model.backbone.kind != "encoder" and end >= rows:  # it may answer, with what it has learned elsewhere
+    if model.backbone.kind != "encoder" and end >= rows:  # it can still answer with tasks learned elsewhere
         raise InputError(
             f"tokenizer: its end token {model.backbone.tokenizer.eos_token!r} has id {end}, the model's embedding has "
             f"{rows} rows; call model.resize_token_embeddings(len(tokenizer)) before from_backbone"
@@ -115,7 +119,7 @@ def check_task(model: AdaptedModel, task: Task, valid: Task | None = None, max_l
 
 
 def _check_words(model: AdaptedModel, task: Task, max_length: int) -> None:
-    """Raise InputError unless the tokenizer can write every label, each in its own way."""
+    """Raise InputError unless the tokenizer can write every label, and no two alike."""
     tokenization, labels = model.backbone.tokenization, task.labels or []
     tokens = tokenization.encode_answers(labels, max_length)
     seen: dict[str, str] = {}
@@ -138,14 +142,14 @@ def _check_words(model: AdaptedModel, task: Task, max_length: int) -> None:
 
 
 def _join(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Slots [S, r, F] above others, the smaller rank filled up with zeros."""
+    """Stack slots [S, r, F] on others, padding the smaller rank with zeros."""
     rank = max(mine.shape[1], theirs.shape[1])
     return torch.cat([nn.functional.pad(part, (0, 0, 0, rank - part.shape[1])) for part in (mine, theirs)])
 
 
 class Trainer:
-    """The values, head and training loop of one task. `learn_task` calls, in order: `allocate`, `routed`,
-    `warm_start`, `fine_tune`, `learned`."""
+    """The values, head and training loop of one task. `learn_task` calls, in order: `allocate`, `routed`, `warm_start`,
+    `fine_tune`, `learned`."""
 
     def __init__(
         self,
@@ -165,7 +169,8 @@ class Trainer:
             raise InputError(f"max_length: expected 4..{limit or 'any'} for this backbone, got {length}")
 
     def allocate(self, slots: int, part: dict[str, Tensor], generator: torch.Generator) -> None:
-        """New values (lora_b zero, so that nothing changes yet), a new head, and the router for the training rows."""
+        """Create new values (lora_b zero, so that nothing changes yet), a new head, and the router for the training
+        rows."""
         self.part = part
         self.params: dict[str, tuple[Tensor, Tensor]] = {}
         for name in self.model.modules:
@@ -189,18 +194,18 @@ class Trainer:
         )
         tasks = sorted([*others, mine], key=lambda known: known.name)
         self.router = self.model.new_router(tasks)
-        # Slot ids of the router -> the task's own slots first (0..S-1), then the other tasks' in their order.
+        # Renumber the router's slots: first the task's own (0..S-1), then those of other tasks, in order.
         owner = [known.name for known in tasks for _ in range(known.slots)]
         own = [i for i, name in enumerate(owner) if name == self.task.name]
         foreign = [i for i, name in enumerate(owner) if name != self.task.name]
         self.renumber = torch.empty(len(owner) + 1, dtype=torch.int64)
         self.renumber[own + foreign] = torch.arange(len(owner))
-        self.renumber[-1] = -1  # id -1 stays
+        self.renumber[-1] = -1  # id -1 is unchanged
         self.slots = slots
         self.foreign: Values = pool.values if foreign else {}
         self.foreign_rows = torch.empty(0, dtype=torch.int64)
         if foreign:
-            rows = pool.row_of_slot if pool.row_of_slot.dim() == 1 else pool.row_of_slot[:, 0]  # learned tasks have one
+            rows = pool.row_of_slot if pool.row_of_slot.dim() == 1 else pool.row_of_slot[:, 0]  # learned slots: one row
             self.foreign_rows = rows[[i for i, name in enumerate(pool.slot_names) if name in learned]]
 
     def _parameter(self, tensor: Tensor) -> Tensor:
@@ -210,8 +215,8 @@ class Trainer:
         return [p for pair in self.params.values() for p in pair] + list(self.head or ())
 
     def values(self, route: Route) -> tuple[Values, Route]:
-        """What the adapted layers use for a batch: the task's own slots, then (joint) those of other tasks that the
-        batch's route reaches, so that a step costs the same however many tasks there are. And the route to them."""
+        """Values for the adapted layers in a batch, and its route to them: the task's own slots, then (joint) those
+        slots of other tasks that the route reaches, so that a step's cost does not depend on the number of tasks."""
         own = {name: (a.to(self.dtype), b.to(self.dtype)) for name, (a, b) in self.params.items()}
         foreign = route.slot_ids >= self.slots
         if foreign.any():
@@ -229,7 +234,7 @@ class Trainer:
         return replace(examples, route=Route(self.renumber[route.slot_ids.cpu()], route.weights.cpu()))
 
     def warm_start(self, examples: Examples, query: Tensor) -> None:
-        """Begin at another task's values, if the options say so."""
+        """Initialise the values from another task, if the options say so."""
         assert examples.route is not None
         self.start: Start | None = find_start(self.model, self.task.name, self.options, query)
         if self.start is not None:
@@ -255,7 +260,7 @@ class Trainer:
                     rate = float(scheduler.get_last_lr()[0])
                     scheduler.step()
                     note = None
-                    if step % look == 0 or step == len(plan):  # a look at the loss waits for a GPU to finish
+                    if step % look == 0 or step == len(plan):  # reading the loss waits for the GPU
                         value = float(torch.stack(losses).mean())
                         self._check_finite(value, f"the loss is {value} in epoch {epoch}")
                         losses, note = [], f"loss {value:.3f}"
@@ -276,7 +281,7 @@ class Trainer:
             best.restore()
 
     def _tell(self, step: LearnStep, score: float | None = None) -> None:
-        """Tell whoever wants to know of a step; of an epoch's last one with its validation `score`."""
+        """Report a step to `on_step`; the last one of an epoch with its validation `score`."""
         if self.on_step is None:
             return
         if score is not None:
@@ -284,19 +289,19 @@ class Trainer:
         self.on_step(step)
 
     def _rounded(self, examples: Examples) -> AbstractContextManager[None]:
-        """With autocast, what passes of these rows meets is rounded once, and not again in every pass."""
+        """With autocast, round the weights that these rows pass through once, rather than in every pass."""
         if not self.options.autocast:
             return nullcontext()
         backbone = self.model.backbone
-        first = 1 if backbone.kind == "seq2seq" else 0  # T5's first layer runs all the same
+        first = 1 if backbone.kind == "seq2seq" else 0  # T5's first layer runs nevertheless
         known = backbone.layers[first : self.model.config.first_layer] if examples.states is not None else ()
         below = {module for layer in known for module in layer.modules()}
         modules = [module for module in backbone.model.modules() if module not in below]
         return rounded_for_autocast(modules, torch.bfloat16)
 
     def backward(self, examples: Examples, rows: list[int]) -> Tensor:
-        """Add the gradient of the mean loss of a step's rows, part by part; the loss. Of each part a process computes
-        its share."""
+        """Add the gradient of the mean loss of a step's rows, computed in parts, and return the loss. Each process
+        computes its share of every part."""
         loss, size = torch.zeros((), device=self.device), math.ceil(len(rows) / self.options.accumulate)
         answers = sum(len(examples.answers[i]) for i in rows)
         for start in range(0, len(rows), size):
@@ -313,7 +318,7 @@ class Trainer:
             raise WorkError(f"{self.task.name}: {otherwise}; lower learning_rate")
 
     def _valid_examples(self, valid: Task) -> Examples:
-        # Over the task's own slots, joint or not: it is the task's own values that are chosen.
+        # Routes over the task's own slots, even if joint: its own values are what is selected.
         router = self.model.new_router([LearnedTask(self.task.name, None, self.params, self.part, None)])
         examples, query = prepare(self.model, valid, self.task.labels, self.max_length)
         route = router.route(query)
@@ -321,7 +326,7 @@ class Trainer:
 
     @torch.no_grad()
     def _score(self, examples: Examples) -> float:
-        """Accuracy with a head, minus the mean loss without."""
+        """Accuracy with a head; without one, minus the mean loss."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in examples.lengths.argsort(stable=True).split(2 * self.options.batch_size):
             rows, count = self.processes.share(batch.tolist())
@@ -335,7 +340,7 @@ class Trainer:
         return float(total) / sum(map(len, examples.answers))
 
     def _passes(self, examples: Examples, rows: list[int]) -> tuple[Encoded, dict[str, Any]]:
-        """A batch of these rows and the options of its pass: its routes, this task's values, what is cached below."""
+        """A batch of these rows, and the options of its pass: routes, this task's values, and cached states."""
         assert examples.route is not None
         values, route = self.values(Route(examples.route.slot_ids[rows], examples.route.weights[rows]))
         encoded = examples.encoded(self.model, rows)
@@ -354,7 +359,7 @@ class Trainer:
         return features @ self.head[0].T + self.head[1]
 
     def loss(self, examples: Examples, rows: list[int]) -> Tensor:
-        """The summed loss of rows' labels, or of the tokens of their answers."""
+        """Summed loss of the rows' labels, or of the tokens of their answers."""
         answers = [examples.answers[i] for i in rows]
         target = torch.tensor([token for answer in answers for token in answer], device=self.device)
         if self.head is not None:
@@ -362,7 +367,7 @@ class Trainer:
         lm, (encoded, options) = self.model.backbone.model, self._passes(examples, rows)
         with self._autocast():
             if self.model.backbone.kind == "causal":
-                # The output layer sees only the tokens before those of an answer.
+                # The output layer is only applied to the tokens before those of the answer.
                 ends = [len(examples.sequences[i]) - 1 for i in rows]
                 before = [range(end - len(answer), end) for end, answer in zip(ends, answers, strict=True)]
                 row = torch.tensor([i for i, places in enumerate(before) for _ in places], device=self.device)

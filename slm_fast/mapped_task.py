@@ -1,9 +1,9 @@
-"""A task's file, mapped: opening a store of many tasks needs little of each, the rest is read when it is used.
+"""Memory-mapped task files: opening a store of many tasks needs little of each file; the rest is read on use.
 
-That little, the task's `Opening`, is what the file begins with, its head, and the router's few numbers. It is kept
-beside the manifest (`slm_fast.kept_keys`), all tasks' together, so that opening reads none of their files: of a file
-that is touched the system maps sixteen pages around. Tasks are mostly laid out alike, and what their headers have in
-common is parsed once, and held once.
+That little, the task's `Opening`, consists of the header, the head and the router's small tensors. All tasks' openings
+are kept together beside the manifest (`slm_fast.kept_keys`), so that opening a store reads none of their files (of each
+file touched the system would map sixteen pages). Most tasks have the same layout, so what their headers have in common
+is parsed and held once.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from slm_fast.task_file import damaged, task_from_bytes
 from slm_fast.task_tensors import modules_of
 from slm_fast.tasks import LearnedTask, ValuesShape, shape_of
 
-# What answering needs not: a scatter counts in the sum of all, and the sample says how far a row is.
+# Not needed for answering: a scatter is part of the sum of all, and the sample only serves for distances.
 LATER = ("factor", "exponent", "diagonal", "scatter", "sample")
 DTYPES = {"F32": torch.float32, "I8": torch.int8}
 METADATA = re.compile(r'\s*{\s*"__metadata__"\s*:\s*')
-AT_ONCE = 96 << 10  # bytes read of a file's beginning
-SMALL = 4 << 10  # bytes of a router's tensor that an opening holds
-LAYOUTS = 1024  # that are held
+AT_ONCE = 96 << 10  # bytes read from the start of a file
+SMALL = 4 << 10  # maximum bytes of a router's tensor in an opening
+LAYOUTS = 1024  # maximum layouts held
 ALIGNED = max(dtype.itemsize for dtype in DTYPES.values())
-# What a header that lies may raise.
+# What a damaged header may raise.
 LIES = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, RecursionError, Unfit)
 Span = tuple[int, int]
 
@@ -44,8 +44,9 @@ Span = tuple[int, int]
 class Opening(NamedTuple):
     """What opening a store needs of a task's file.
 
-    digest: SHA-256 of its header and all tensors but those of `LATER`. start: its header, and the tensors that are
-    held, each from a multiple of `ALIGNED` bytes on.
+    Attributes:
+        digest: SHA-256 of the header and all tensors except those of `LATER`.
+        start: the header, and the tensors that are held, each aligned to `ALIGNED` bytes.
     """
 
     digest: str
@@ -53,13 +54,13 @@ class Opening(NamedTuple):
 
 
 class Bytes(Protocol):
-    """Parts of a file."""
+    """A file's bytes, by slice."""
 
     def __getitem__(self, part: slice, /) -> bytes | memoryview: ...
 
 
 class Place(NamedTuple):
-    """A tensor of a file: its numbers, and where its bytes are."""
+    """A tensor in a file: its dtype and shape, and where its bytes are."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -79,12 +80,16 @@ class Place(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a header says but for its metadata. Spans are from where tensors begin, those of values from `first` on; a
-    task without values is damaged, and has no shape.
+    """What a header says, except its metadata. Spans are relative to the start of the tensors, those of values to
+    `first`.
 
-    heads, held: tensors of an opening, spans as there; held_spans: where in the file. later: what `Opening.digest`
-    leaves out, in order. size: bytes of all tensors. aligned: whether all numbers may be viewed, where tensors begin at
-    a multiple of `ALIGNED`.
+    Attributes:
+        heads, held: tensors of an opening, with spans relative to its tensors.
+        shape: None for a task without values, which is damaged.
+        later: spans that `Opening.digest` leaves out, in order.
+        held_spans: spans in the file of the tensors of an opening.
+        size: bytes of all tensors.
+        aligned: whether all tensors can be viewed if they start at a multiple of `ALIGNED`.
     """
 
     router: dict[str, Place]
@@ -100,7 +105,7 @@ class Layout(NamedTuple):
 
 
 class Header(NamedTuple):
-    """Of a file that was checked when it was written or read whole. begin: where its tensors do."""
+    """Header of a file that was checked when it was written or read whole. begin: start of its tensors."""
 
     metadata: Any
     layout: Layout
@@ -108,7 +113,7 @@ class Header(NamedTuple):
 
 
 class _Read:
-    """A file's bytes, read when they are asked for."""
+    """A file's bytes, read on demand."""
 
     def __init__(self, file: int) -> None:
         self._file, self._size = file, os.fstat(file).st_size
@@ -122,12 +127,12 @@ class _Read:
 
 
 def opening_of(data: bytes | memoryview) -> Opening:
-    """That of a whole file. Raises ValueError or KeyError for what is no task's file."""
+    """The opening of a whole file. Raises ValueError or KeyError if it is not a task's file."""
     return _opening(memoryview(data))
 
 
 def read_opening(path: Path) -> Opening | None:
-    """That of a file, of which it reads no more; None for what is no task's file."""
+    """The opening of a file, read without the rest; None if it is not a task's file."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -160,7 +165,7 @@ def _header(data: Bytes) -> Header:
 
 @functools.lru_cache(maxsize=LAYOUTS)
 def _layout_of(text: str) -> Layout:
-    """text: JSON, of which each entry but the metadata is a tensor."""
+    """Parse JSON in which each entry, except the metadata, is a tensor."""
     tensors = {
         name: Place(DTYPES[place["dtype"]], tuple(place["shape"]), tuple(place["data_offsets"]))
         for name, place in json.loads(text).items()
@@ -215,14 +220,17 @@ def map_task(
     checked: bool = False,
     told: Callable[[Path], str] = lambda file: "",
 ) -> LearnedTask | None:
-    """A task whose file was read whole and checked before, of which this was the opening.
+    """Map a task whose file was once read whole and checked, and then had this opening.
 
-    Heads and the router's small tensors are views of the opening. The others are views of the file, which the kernel
-    reads when they are used and may let go of. When one of them is used first the file is compared with the opening's
-    digest, unless it was just now (`checked`). Those of `LATER` are not part of that: the first use of one of them
-    compares the whole file with `digest`, checks it, and raises WorkError as `task_from_file` does. `told` hears of a
-    file that is another one, and what it says ends the error. None where the file cannot be mapped or is of another
-    size, or the opening lies: reading it whole says what is wrong.
+    Heads and the router's small tensors are views of the opening. Other tensors are views of the file, which the kernel
+    reads on use and may evict. On first use of any of them the file is compared with the opening's digest, unless that
+    was just done (`checked`). It does not cover tensors of `LATER`: on first use of any of these the whole file is
+    compared with `digest` and checked, and WorkError is raised as by `task_from_file`. If the file has changed, `told`
+    is called, and its result ends the error message.
+
+    Returns:
+        The task; None if the file cannot be mapped, has another size, or the opening is inconsistent: reading the file
+        whole then says what is wrong.
     """
     try:
         header = _header(opening.start)
@@ -251,28 +259,31 @@ def map_task(
 
 
 class _File:
-    """A mapped file, which is compared with digests when its parts are used first.
+    """A mapped file, compared with digests when its parts are first used.
 
-    digest: of the whole file. opening, header: the `Opening.digest` that it should have, and the header. told: hears
-    that it has not.
+    Args:
+        digest: expected SHA-256 of the whole file.
+        opening: expected `Opening.digest`.
+        header: its header.
+        told: called if a digest differs.
     """
 
     def __init__(
         self, path: Path, whole: Tensor, digest: str, opening: str, header: Header, told: Callable[[Path], str]
     ) -> None:
         self.path, self.digest, self.opening, self.header, self.told = path, digest, opening, header, told
-        self.is_opened = self.is_whole = False  # whether they were found to be so
+        self.is_opened = self.is_whole = False  # whether they were checked
         self._whole = whole
 
     def check_opening(self) -> None:
-        """Raises WorkError where the file has another opening."""
+        """Raise WorkError if the file has another opening."""
         if not self.is_opened:
             if _digest(self._data, self.header) != self.opening:
                 raise self._damaged()
             self.is_opened = True
 
     def check(self) -> None:
-        """Raises WorkError where the file is another, or holds no task."""
+        """Raise WorkError if the file is another one, or not a task's."""
         if not self.is_whole:
             if self._found() != self.digest:
                 raise self._damaged()
@@ -291,7 +302,7 @@ class _File:
 
 
 class _Values(Mapping[str, tuple[Tensor, Tensor]]):
-    """Values by module. Views are made when they are asked for."""
+    """Values by module. Views are created on demand."""
 
     def __init__(self, file: _File, data: Tensor, places: dict[str, tuple[Place, Place]]) -> None:
         self._file, self._data, self._places = file, data, places
@@ -309,7 +320,7 @@ class _Values(Mapping[str, tuple[Tensor, Tensor]]):
 
 
 class _Part(Mapping[str, Tensor]):
-    """A task's part of the router: tensors that are held, and views that are made when they are asked for."""
+    """A task's part of the router: tensors of the opening, and views created on demand."""
 
     def __init__(self, file: _File, data: Tensor, places: Mapping[str, Place], held: Mapping[str, Tensor]) -> None:
         self._file, self._data, self._places, self._held = file, data, places, held

@@ -1,4 +1,4 @@
-"""Memory: sizes as people write them, what a device has left, and room that costs nothing until it is used."""
+"""Memory: human-readable sizes, free memory of a device, and buffers that cost nothing until they are used."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from slm_fast.errors import InputError
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 LARGE = 1 << 20  # bytes
-AMPLE = 0.5  # of what a device has left, that tasks' values may take without being asked
+AMPLE = 0.5  # default share of a device's free memory for tasks' values
 
 
 def bytes_of(size: Any, name: str) -> int:
-    """A number of bytes, or a text such as "2GB" or "512 MiB" (powers of 1,024). Raises InputError, naming `name`."""
+    """Bytes given as a number or a text such as "2GB" or "512 MiB" (powers of 1,024). Raises InputError, naming
+    `name`."""
     found = SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     if found:
         size = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
@@ -29,7 +30,7 @@ def bytes_of(size: Any, name: str) -> int:
 
 
 def ample(device: torch.device) -> int | None:
-    """Bytes that tasks' values may take where nobody said: half of what the device has left; None if not known."""
+    """Default number of bytes for tasks' values: half of the device's free memory; None if unknown."""
     if device.type == "cuda":
         return int(AMPLE * torch.cuda.mem_get_info(device)[0])
     try:
@@ -40,7 +41,7 @@ def ample(device: torch.device) -> int | None:
 
 
 def zeros(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """As torch.zeros; on a processor the system gives each page when it is touched first."""
+    """Like torch.zeros, but on a CPU the system allocates each page on first access."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.zeros(shape, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The adapted model: tokens -> query -> route -> the frozen backbone with that route's increments -> hidden states."""
+"""The adapted model: tokens -> query -> route -> frozen backbone with the route's increments -> hidden states."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ from slm_fast.surroundings import PinnedLock
 from slm_fast.tasks import LearnedTask
 from slm_fast.tokenization import Encoded
 
-Report = Callable[[int], None]  # told how many rows were just done
+Report = Callable[[int], None]  # called with the number of rows just done
 
 
 class Output(NamedTuple):
-    """What a forward pass gives."""
+    """Result of a forward pass."""
 
-    hidden: Tensor  # [B, T, H], the trunk's last hidden states (of T5, the encoder's)
-    query: Tensor | None  # [B, D]; None where the route was given or no task is known
+    hidden: Tensor  # [B, T, H], the trunk's last hidden states (for T5, the encoder's)
+    query: Tensor | None  # [B, D]; None if the route was given or no task is known
     route: Route  # [B, K]
 
 
 class AdaptedModel:
-    """A backbone whose linear layers can carry increments, with the pool and router of the tasks it knows.
+    """A backbone with increments in its linear layers, and the pool and router of the known tasks.
 
     Attributes:
-        modules: names of the linear layers that carry increments. widths: of each, (in_features, out_features).
-        lock: held by whoever runs passes that belong together or changes the tasks; calls from other threads wait for
-            it. It may be taken again by the thread that holds it, and keeps out what that has set for torch.
+        modules, widths: names of the linear layers with increments, and (in_features, out_features) of each.
+        lock: held while running passes that belong together or changing the tasks; other threads wait. It is reentrant,
+            and shields against torch settings of the thread that holds it.
     """
 
     def __init__(self, backbone: Backbone, config: ModelConfig, device_memory: int | None = None) -> None:
-        """device_memory: bytes that tasks' values may take on the device (`slm_fast.paging`); None: what they need."""
+        """device_memory: maximum bytes of tasks' values on the device (`slm_fast.paging`); None: no limit."""
         self.backbone, self._device_memory = backbone, device_memory
         self.config = complete(config, backbone)
         self._pinned = threading.local()
@@ -62,10 +62,10 @@ class AdaptedModel:
             self._build(backbone)
         if isinstance(self.query, SentenceQuery):
             self.lock.models.append(self.query.encoder)
-            weakref.finalize(self, self.lock.models.remove, self.query.encoder)  # a model may be given many times
+            weakref.finalize(self, self.lock.models.remove, self.query.encoder)  # a model may be used many times
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_pinned": None}  # a copy is pinned to nothing
+        return {**vars(self), "_pinned": None}  # a copy is not pinned
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _pinned=threading.local())
@@ -90,7 +90,7 @@ class AdaptedModel:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What a store of this model's tasks has in common; all but `backbone` must agree for it to be opened."""
+        """What all tasks in a store of this model share. To open it, all of this but `backbone` must agree."""
         config = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self.config).items()}
         config = {key: value for key, value in config.items() if value or key not in WHEN_SET}
         about = {"backbone": self.backbone.name, "fingerprint": self.backbone.fingerprint, "config": config}
@@ -103,7 +103,7 @@ class AdaptedModel:
 
     @property
     def shapes(self) -> dict[str, Any]:
-        """What a task's tensors must fit: a manifest's `shapes`."""
+        """The shapes that a task's tensors must fit: a manifest's `shapes`."""
         hidden = self.backbone.width if self.backbone.kind == "encoder" else None
         layers = {name: list(widths) for name, widths in self.widths.items()}
         return {"layers": layers, "hidden": hidden, "query": self.query.width + (self.config.features or 0)}
@@ -113,20 +113,20 @@ class AdaptedModel:
         check_fits(task, self.shapes, asdict(self.config))
 
     def set_tasks(self, tasks: Sequence[LearnedTask], kept: Kept = NOTHING) -> None:
-        """Know these tasks and no others. Pool and router change together, at the very end. kept: `Router.load`'s."""
+        """Replace the known tasks. Pool and router change together, at the very end. kept: as for `Router.load`."""
         with self.lock:
             self.carry(tasks)
             pool = pool_of(tasks, self.backbone.device, self.backbone.dtype, self._device_memory, self.config.k or 1)
             self._known = Known(pool, self.new_router(pool.tasks, kept), self._device_memory)
 
     def carry(self, tasks: Sequence[LearnedTask]) -> None:
-        """Let the layers that imported tasks adapt beside `modules` carry increments, if there are such layers."""
+        """Put increments in those layers outside of `modules` that imported tasks adapt, if any."""
         known = set(self.modules)
         for task in tasks:
             new = [name for name in task.values if name not in known]
             if not new:
                 continue
-            with self.lock:  # no pass runs while layers take others' places
+            with self.lock:  # no pass runs while layers are replaced
                 there = self.backbone.widths(sorted(self.backbone.adaptable.intersection(new)))
                 for name in new:
                     if there.get(name) != task.shape.widths[name]:
@@ -138,8 +138,8 @@ class AdaptedModel:
 
     @property
     def ahead(self) -> bool:
-        """Whether routes have to be found ahead of a pass, by one of the bare lower layers: a task that was imported
-        changes layers below the last tap, or reads another prompt, or answers with a head where others write."""
+        """Whether routes must be found before a pass, by one through the bare lower layers: because an imported task
+        changes layers below the last tap, reads another prompt, or has a head although the backbone generates text."""
         pool = self.pool
         if pool.imported is None or self.config.taps is None:
             return False
@@ -150,12 +150,12 @@ class AdaptedModel:
 
     @contextmanager
     def changing(self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> Iterator[Router]:
-        """Know some tasks more or less once the block has ended well, at the cost of those tasks. Gives the router that
-        there will be.
+        """Add and remove tasks at the end of the block, if it succeeds, at the cost of those tasks alone. Yields the
+        new router.
 
-        All that can fail is done before the block begins, which is the place to commit them.
+        Everything that can fail is done before the block, in which the change can be committed.
 
-        Raises InputError for a name that is taken, or not there.
+        Raises InputError if a name to add is taken, or one to remove is not there.
         """
         with self.lock:
             self.carry(add)
@@ -165,7 +165,7 @@ class AdaptedModel:
 
     @contextmanager
     def pinned(self, known: Known | None = None) -> Iterator[None]:
-        """For this thread the tasks are these, or stay as they are now, whatever others learn and forget meanwhile."""
+        """Fix this thread's tasks to these, or the current ones, whatever other threads learn and forget meanwhile."""
         before = getattr(self._pinned, "known", None)
         self._pinned.known = known or before or self._known
         try:
@@ -186,13 +186,13 @@ class AdaptedModel:
         return self.known.router
 
     def new_router(self, tasks: Sequence[LearnedTask] = (), kept: Kept = NOTHING) -> Router:
-        """A router as the configuration says, over these tasks' slots. kept: of `Router.load`."""
+        """A configured router over these tasks' slots. kept: as for `Router.load`."""
         router = replace(self._new_router)
         router.load({task.name: task.router for task in tasks}, self.backbone.device, kept)
         return router
 
     def label_of(self, task: LearnedTask, text: str) -> str | None:
-        """The label that a written text stands for; None where it is none of the task's."""
+        """The task's label that a generated text stands for; None if there is none."""
         if task.labels is None:
             return None
         known = self._label_words.get(task.name)
@@ -200,18 +200,18 @@ class AdaptedModel:
             longest = task.options.get("max_length") or self.config.max_length or 0
             known = task, self.backbone.tokenization.label_words(task.labels, longest)
             if len(self._label_words) > len(self.pool.names):
-                self._label_words.clear()  # it holds tasks that are forgotten
+                self._label_words.clear()  # it has forgotten tasks
             self._label_words[task.name] = known
         return known[1].get(text)
 
     # From text to tokens
 
     def tokenize(self, rows: Sequence[Row]) -> list[Reading]:
-        """Rows as tokens, each text tokenised once. May be called by one thread while another uses the model."""
+        """Tokenise rows, each text once. One thread may call this while another uses the model."""
         return read_rows(rows, self.backbone.tokenization, self.query, self.config, shared=self._shared)
 
     def collate(self, readings: Sequence[Reading]) -> Encoded:
-        """Rows as one batch, still in the processor's memory."""
+        """Rows as one batch, in CPU memory."""
         return collated(readings, self.backbone.tokenization)
 
     # Queries and routes
@@ -231,9 +231,9 @@ class AdaptedModel:
         return found
 
     def find_queries(self, batch: Encoded) -> Tensor:
-        """Queries [B, D] of a batch, through the layers below the last tap (or the sentence encoder) only.
+        """Queries [B, D] of a batch, through only the layers below the last tap, or the sentence encoder.
 
-        Raises InputError for a batch of tokens where a sentence encoder reads texts of its own.
+        Raises InputError for a batch of tokens if a sentence encoder needs texts.
         """
         inputs = batch.query_inputs
         if not inputs:
@@ -248,9 +248,9 @@ class AdaptedModel:
         return self._query_tokens(self.backbone.tokenization.collate(tokens).to(self.backbone.device))
 
     def find_routes(self, batch: Encoded, *, slot_mask: Tensor | None = None, abstain: float | None = None) -> Route:
-        """Routes [B, K] of rows that wait, through the layers below the last tap (or the sentence encoder) only.
+        """Routes [B, K] of a batch, through only the layers below the last tap, or the sentence encoder.
 
-        Args and errors: those of `forward`.
+        Args and errors: as for `forward`.
         """
         with self.lock:
             if self.pool.slots == 0:
@@ -260,20 +260,20 @@ class AdaptedModel:
     def route(
         self, query: Tensor, slot_mask: Tensor | None = None, abstain: float | None = None, *, check: bool = True
     ) -> Route:
-        """The route of queries [B, D]. `slot_mask`, `abstain`: those of `forward`. check: `Router.route`'s; raises
-        NotFinite, which names the row, for a query that is not finite."""
+        """The route of queries [B, D]. `slot_mask`, `abstain`: as for `forward`. `check`: as for `Router.route`; raises
+        NotFinite, which names the row, if a query is not finite."""
         with self.lock:
             route = self.pool.settled(self.router.route(query, slot_mask, check=check))
             return route if abstain is None else emptied(route, self.distance(query, route) > abstain)
 
     def distance(self, query: Tensor, route: Route) -> Tensor:
-        """How far queries [B, D] are from the tasks of their best slots, [B] float32: `Router.distance`."""
+        """Distances of queries [B, D] from the tasks of their best slots, [B] float32 (see `Router.distance`)."""
         rounding = max(ALIKE, torch.finfo(self.backbone.dtype).eps)
         with self.lock:
             return self.router.distance(query, route.slot_ids[:, 0].clamp(min=0), rounding).to(query.device)
 
     def empty_route(self, batch: int) -> Route:
-        """No increments at all: the bare backbone."""
+        """A route without increments: the bare backbone."""
         ids = torch.full((batch, 1), -1, device=self.backbone.device)
         return Route(ids, torch.zeros(batch, 1, device=ids.device))
 
@@ -304,20 +304,19 @@ class AdaptedModel:
         values: Values | None = None,
         states: Tensor | None = None,
     ) -> Output:
-        """The trunk's last hidden states of a batch that mixes tasks, each row adapted by its own route.
+        """The trunk's last hidden states of a batch of mixed tasks, each row adapted by its own route.
 
         Args:
             batch: on the backbone's device.
-            route: [B, K]; None: found on the way (or ahead, where the batch says so).
-            slot_mask: [B, P] bool, the slots allowed: a given task-ID.
-            abstain: rows farther from the task found than this share of its own training rows get an empty route (all
-                ids -1).
-            values: LoRA matrices that the ids of a given route name; None: the pool's.
-            states: [B, T, H] from `lower_states`, so that the frozen lower layers do not run again; with a given route.
+            route: [B, K]. None: found during the pass (or before it, if the batch or a task needs that).
+            slot_mask: [B, P] bool, allowed slots, for an oracle task ID.
+            abstain: rows farther from their task than this fraction of its training rows get an empty route (ids -1).
+            values: LoRA matrices that the ids of a given route refer to. Default: the pool's.
+            states: [B, T, H] from `lower_states`, to skip the frozen lower layers; only with a given route.
 
         Raises:
-            NotFinite: a row's query is not finite; it names the row. InputError: the batch is one of tokens, and a
-            sentence encoder reads texts of its own.
+            NotFinite: a row's query is not finite; it names the row.
+            InputError: the batch is one of tokens, but a sentence encoder needs texts.
         """
         with self.lock:
             if route is None and (batch.query_inputs or self.ahead or isinstance(self.query, SentenceQuery)):
@@ -348,12 +347,12 @@ class AdaptedModel:
         """`forward` for any call of the backbone, such as one with a cache or of `generate`.
 
         Args:
-            function: calls the backbone. mask: [B, T], the real tokens of its (first) pass, which may repeat each row
-                for its beams; the route found then has a row for each.
-            others: those of `forward` and `route`.
+            function: calls the backbone.
+            mask: [B, T], real tokens of its (first) pass. It may repeat rows for beams; a route found then does, too.
+            route, slot_mask, abstain, values, states, check: as for `forward` and `route`.
 
         Returns:
-            What the function returned, the query, the route.
+            The function's result, the query, and the route.
         """
         with self.lock:
             pool = self.pool
@@ -379,7 +378,7 @@ class AdaptedModel:
 
     @torch.no_grad()
     def lower_states(self, batch: Encoded, query_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What enters the lowest layer with increments, [B, T, H], and, with a trunk query, the queries [B, D] pooled
+        """The input of the lowest layer with increments, [B, T, H], and, with a trunk query, the queries [B, D], pooled
         over `query_mask` [B, T] on the way."""
         context = ForwardContext(query_mask, {}, stop="states")
         with self.lock:

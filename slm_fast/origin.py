@@ -1,4 +1,4 @@
-"""What a learned task is made from, so that the same is known when it comes again."""
+"""What a learned task is made from, so that the same task is recognised when it is given again."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from slm_fast.warm_start import is_wanted, kept_options
 
 
 def origin(model: AdaptedModel, task: Task, options: Mapping[str, Any], valid: Task | None) -> str:
-    """SHA-256 of what decides a learned task. options: as its file keeps them."""
+    """SHA-256 of everything that determines a learned task. options: as in its file."""
     about = {key: value for key, value in model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
     about |= {"options": dict(options), "labels": task.labels, "dtype": str(model.backbone.dtype)}
-    if options["joint"]:  # then the routes to other tasks' slots do too
+    if options["joint"]:  # then the other tasks matter, too
         about["others"] = {known.name: digest_of(known) for known in model.pool.tasks if known.adapter is None}
     parts = [task.rows, [] if valid is None else valid.rows]
     about["rows"] = [len(rows) for rows in parts]
@@ -33,8 +33,8 @@ def is_same(
     valid: Task | None,
     patience: int | None = None,
 ) -> bool:
-    """Whether a learned task was made from these rows and options. One that was to start from whatever was nearest is
-    the same whatever that was then."""
+    """Whether a learned task was made from these rows and options. If it was to start from the nearest task, it is the
+    same whichever task that was."""
     asked = kept_options(options, None, patience)
     if "warm_start" in asked:
         asked["warm_start"] = known.options.get("warm_start")

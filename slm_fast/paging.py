@@ -1,9 +1,9 @@
-"""Values of more tasks than fit the device: those used last are there, the others lie in their files.
+"""Values of more tasks than fit on the device: the most recently used ones; the others stay in their files.
 
-A page is what a slot's values take of the pool's buffers. A pass asks for the pages of its routes (`rows`); those that
-are not there are read from the tasks' files (mapped: the kernel keeps what it has room for) over those that were not
-used for longest. What is answered does not show it, as the same numbers enter the same products; but rows of a batch
-that passes in parts (`parts`) have others beside them, which the last bits of a score may show.
+A page is the space of one slot's values in the pool's buffers. A pass requests the pages of its routes (`rows`).
+Missing ones are read from the tasks' files (memory-mapped, so the kernel caches what it has room for) and replace the
+least recently used. Answers do not depend on this, since the same numbers enter the same products; but in a batch that
+passes in parts (`parts`), rows are combined differently, which may change the last bits of a score.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from slm_fast.ops import Route
 from slm_fast.pool import Buffers, Pool, page_rank, rows_of
 from slm_fast.tasks import LearnedTask, in_name_order
 
-Place = tuple[int, int]  # the place of a task in a pool, and of a slot in the task
+Place = tuple[int, int]  # index of a task in a pool, and of a slot in the task
 
 
 class TooManySlots(WorkError):
-    """A pass asks for the values of more slots than there is room for."""
+    """A pass requests the values of more slots than fit."""
 
 
 class Unreadable(WorkError):
-    """The values of a task cannot be read, which some `rows` of a pass ask for."""
+    """The values of a task, which some `rows` of a pass request, cannot be read."""
 
     def __init__(self, message: str, rows: Sequence[int]) -> None:
         super().__init__(message)
@@ -38,23 +38,23 @@ class Unreadable(WorkError):
 
 @dataclass
 class Counts:
-    """Slots that passes asked for and found, and those that were read."""
+    """Number of requested slots that were present, and that had to be read."""
 
     hits: int = 0
     misses: int = 0
 
 
 class PagedPool(Pool):
-    """A pool that has room for the values of some of its slots. Joint learning, which trains over those of all tasks,
-    needs one that has room for all.
+    """A pool with space for the values of only some of its slots. It cannot be used for joint learning, which trains
+    over the values of all tasks.
 
-    Pools that follow from one another share buffers and pages, unless the rank or the modules of their tasks change.
+    Pools derived from one another share buffers and pages, unless the rank or the modules of their tasks change.
     """
 
     def __init__(
         self, tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype, *, capacity: int
     ) -> None:
-        """capacity: how many rows the buffers have room for."""
+        """capacity: number of rows of the buffers."""
         tasks = in_name_order(tasks)
         self._follow(tasks, _Pages(Buffers(tasks, capacity, device, dtype)))
 
@@ -86,12 +86,12 @@ class PagedPool(Pool):
 
     @property
     def capacity(self) -> int:
-        """Rows that the buffers have room for."""
+        """Number of rows of the buffers."""
         return self._buffers.capacity
 
     @property
     def most_slots(self) -> int:
-        """How many slots a pass may ask for at least."""
+        """Number of slots that any pass may request."""
         return self.capacity // self._page
 
     @property
@@ -99,8 +99,8 @@ class PagedPool(Pool):
         return self._pages.counts
 
     def parts(self, route: Route) -> list[list[int]]:
-        """Rows of the same slots lie together, so that each slot is read once; those whose values are there come first,
-        before what is read takes their places."""
+        """Rows with the same slots stay together, so that each slot is read once. Those whose values are present come
+        first, before values that are read replace them."""
         asked = [sorted({slot for slot in row if slot >= 0}) for row in route.slot_ids.tolist()]
         slots = sorted({slot for row in asked for slot in row})
         held = self._pages.held([(self.tasks[i], slot) for i, slot in map(self._place.__getitem__, slots)])
@@ -117,11 +117,13 @@ class PagedPool(Pool):
         return parts
 
     def rows(self, route: Route) -> Route:
-        """The route with the rows of `values` in the place of slot ids. Waits for the device.
+        """The route with rows of `values` instead of slot ids. Waits for the device.
 
-        Raises TooManySlots, or Unreadable where a task's file is damaged.
+        Raises:
+            TooManySlots: the route has more slots than fit.
+            Unreadable: a task's file is damaged.
         """
-        slots, place = route.slot_ids.unique(return_inverse=True)  # [U] in rising order, [B, K]
+        slots, place = route.slot_ids.unique(return_inverse=True)  # [U] ascending, [B, K]
         known = [slot for slot in slots.tolist() if slot >= 0]
         try:
             pages = self._pages.of([(self.tasks[i], slot) for i, slot in map(self._place.__getitem__, known)])
@@ -137,7 +139,7 @@ class PagedPool(Pool):
 
 
 class _Damaged(WorkError):
-    """The page of this `number` among those that are asked for cannot be read."""
+    """The requested page of index `number` cannot be read."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -145,22 +147,22 @@ class _Damaged(WorkError):
 
 
 class _Pages:
-    """Which slots' values lie in which rows of some buffers."""
+    """Which rows of the buffers hold which slots' values."""
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers, self.counts = buffers, Counts()
         self._free = list(range(buffers.capacity))
-        # By the identity of a task, which is held, and the number of its slot; the last is the one used last.
+        # By id of the task (kept alive here) and index of the slot, least recently used first.
         self._held: OrderedDict[tuple[int, int], tuple[LearnedTask, list[int]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def held(self, slots: Sequence[tuple[LearnedTask, int]]) -> list[bool]:
-        """Whether these slots' values are there."""
+        """Whether these slots' values are present."""
         with self._lock:
             return [(id(task), slot) in self._held for task, slot in slots]
 
     def of(self, slots: Sequence[tuple[LearnedTask, int]]) -> list[list[int]]:
-        """The rows of these slots' values, which are all there then."""
+        """The rows of these slots' values, after reading those that are missing."""
         page = self.buffers.page
         sizes = [rows_of(task, page) // task.slots for task, _ in slots]
         if sum(sizes) > self.buffers.capacity:
@@ -197,9 +199,10 @@ class _Pages:
 def pool_of(
     tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype, budget: int | None = None, k: int = 1
 ) -> Pool:
-    """A pool of these tasks' values, paged where they take more than `budget` bytes. k: slots of a route.
+    """A pool of these tasks' values, paged if they take more than `budget` bytes. k: number of slots in a route.
 
-    Raises InputError for a budget that a single row's route may not fit.
+    Raises:
+        InputError: the budget is too small for the route of one row.
     """
     page, one = page_rank(tasks), _row_bytes(tasks, device, dtype)
     if budget is None or sum(rows_of(task, page) for task in tasks) * one <= budget:
@@ -211,7 +214,7 @@ def pool_of(
 
 
 def within(pool: Pool, budget: int | None, k: int) -> Pool:
-    """The pool, or where it has outgrown the budget a paged one, which has room for one row's slots at least."""
+    """The pool or, if it exceeds the budget, a paged one, with space for at least one row's slots."""
     if budget is None or pool.room <= budget:
         return pool
     capacity = max(budget // _row_bytes(pool.tasks, pool.device, pool.dtype), _least_rows(pool.tasks, k))

@@ -1,4 +1,4 @@
-"""Answers as a Parquet file: there whole or not at all, so an interrupted run begins anew."""
+"""Answers as a Parquet file, which appears complete or not at all: an interrupted run starts over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_parquet(path: Path) -> bool:
 
 
 def check_parquet(path: Path, *, overwrite: bool) -> None:
-    """Raise InputError where a Parquet file cannot be written there."""
+    """Raise InputError if a Parquet file cannot be written to this path."""
     try:
         import pyarrow.parquet  # noqa: F401  optional: only parquet files need it
     except ImportError:
@@ -30,8 +30,8 @@ def check_parquet(path: Path, *, overwrite: bool) -> None:
 
 
 def answer_columns() -> dict[str, Any]:
-    """The columns of answers and their Arrow types: the fields of the records of JSON Lines, but `id` is text and
-    `probabilities` a list of {label, probability}."""
+    """Columns of answers and their Arrow types: the fields of the JSON Lines records, except that `id` is text and
+    `probabilities` is a list of {label, probability}."""
     import pyarrow
 
     text, number, whole = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
@@ -44,14 +44,16 @@ def answer_columns() -> dict[str, Any]:
 
 
 class ParquetOutput:
-    """A Parquet file that records are written to, a window at a time, and that is there once all are.
+    """A Parquet file to which records are written, one window at a time. It appears when all are written.
 
-    Its columns are those of `answer_columns`, the same ones for every run. A field that a record lacks is null.
+    The columns are always those of `answer_columns`. Fields that a record lacks are null.
 
-    Raises InputError as `check_parquet`. WorkError: another process writes to it, or it cannot be written.
+    Raises:
+        InputError: as for `check_parquet`.
+        WorkError: another process is writing the file, or it cannot be written.
     """
 
-    rows, failed, bad = 0, 0, None  # as `resume.Output`; nothing is ever there from before
+    rows, failed, bad = 0, 0, None  # as in `resume.Output`; nothing is ever resumed
 
     def __init__(self, path: Path, *, overwrite: bool) -> None:
         import pyarrow
@@ -70,7 +72,7 @@ class ParquetOutput:
         self._writer = pyarrow.parquet.ParquetWriter(self._file, self.schema)
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Raises WorkError, naming the file, where it cannot be written."""
+        """Write records. Raises WorkError, naming the file, if that fails."""
         import pyarrow
 
         with named(self.path):
@@ -83,7 +85,7 @@ class ParquetOutput:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            with suppress(Exception):  # of a full disk, say; the first error is the one to tell
+            with suppress(Exception):  # such as a full disk; the first error is the one to report
                 self._writer.close()
             with suppress(OSError):
                 self._file.close()
@@ -106,7 +108,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_answers(table: Any, records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> Any:
-    """An Arrow table and, beside its columns, the fields of a record for each of its rows. names: their columns'."""
+    """Append fields of the records, one per row, to an Arrow table. names: field -> name of its column."""
     import pyarrow
 
     rows, kinds = list(map(_row, records)), answer_columns()

@@ -1,4 +1,4 @@
-"""Windows of rows made ready, and their passes through the backbone: for heads, or to write texts."""
+"""Tokenised windows of rows, and their passes through the backbone, for heads or for text generation."""
 
 from __future__ import annotations
 
@@ -27,27 +27,30 @@ from slm_fast.windows import TaskID, Window
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that pass together, their places in the window, and their tokens."""
+    """Rows that pass together, their indices in the window, and their tokens."""
 
     places: list[int]
     rows: list[Row]
     encoded: Encoded
 
     def some(self, kept: Sequence[int]) -> Batch:
-        """Some of its rows."""
+        """A batch of some of its rows."""
         return Batch([self.places[i] for i in kept], [self.rows[i] for i in kept], self.encoded.rows(kept))
 
     def without(self, *rows: int) -> Batch:
-        """All of its rows but these."""
+        """A batch of all its rows but these."""
         gone = set(rows)
         return self.some([i for i in range(len(self.places)) if i not in gone])
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A window whose rows are tokens.
+    """A tokenised window.
 
-    first, task: the window's. rows: how many it has. errors: of those that could not be read, by their places.
+    Attributes:
+        first, task: the window's.
+        rows: number of rows.
+        errors: of rows that could not be read, by index.
     """
 
     first: int
@@ -58,7 +61,7 @@ class Ready:
 
 
 def tokens_of_a_batch(model: AdaptedModel, options: PredictOptions) -> int:
-    """The tokens of a batch, padding included."""
+    """Maximum tokens of a batch, including padding."""
     backbone = model.backbone
     return options.batch_tokens or token_budget(backbone.device.type, backbone.kind, backbone.width)
 
@@ -69,7 +72,7 @@ def made_ready(model: AdaptedModel, window: Window, options: PredictOptions) -> 
 
 
 def _batches(model: AdaptedModel, window: Window, options: PredictOptions) -> list[Batch]:
-    """The window's rows in batches. Rows to write texts for are one: the scheduler has them take turns."""
+    """The window's rows in batches. For text generation there is only one, whose rows the scheduler runs in turn."""
     places = [i for i, row in enumerate(window.rows) if isinstance(row, Row)]
     given = [row for row in window.rows if isinstance(row, Row)]
     readings = model.tokenize(given)
@@ -86,7 +89,7 @@ def _batches(model: AdaptedModel, window: Window, options: PredictOptions) -> li
 
 
 def _rows_at_once(model: AdaptedModel, longest: int, options: PredictOptions) -> int:
-    """How many rows write their texts together: as many as a batch's tokens allow."""
+    """How many rows generate text together: as many as a batch's tokens allow."""
     tokens = options.beams * (longest + options.max_new_tokens)
     rows = max(1, tokens_of_a_batch(model, options) // tokens)
     rows = rows if options.batch_size is None else min(rows, options.batch_size)
@@ -95,19 +98,18 @@ def _rows_at_once(model: AdaptedModel, longest: int, options: PredictOptions) ->
 
 @dataclass(frozen=True)
 class Passed:
-    """A batch that went through the backbone. Its numbers are still where they were computed, so that a GPU need not
-    wait while they are read."""
+    """A batch after its pass. Its tensors stay on the device, so that a GPU need not wait while they are read."""
 
     batch: Batch
     route: Route  # [B, K]
-    winner: Tensor  # [B] the task with the most weight on the route
-    score: list[float] | Tensor  # [B], or of the most probable words [B, W]
-    words: Tensor | None = None  # [B, W] which of the heads' words they are
-    texts: list[str] | None = None  # of a generating backbone
+    winner: Tensor  # [B] task with the largest weight on the route
+    score: list[float] | Tensor  # [B], or [B, W] of the most probable words
+    words: Tensor | None = None  # [B, W] indices in the heads' words
+    texts: list[str] | None = None  # if the backbone generates text
     finish_reasons: list[str | None] | None = None  # of the texts
     failed: Sequence[int] = ()  # rows whose query is not finite
-    finite: Tensor | None = None  # [B] which are, where nobody has waited to see it
-    distance: Tensor | None = None  # [B] of the rows from their tasks
+    finite: Tensor | None = None  # [B] which queries are, if not checked yet (that waits for a GPU)
+    distance: Tensor | None = None  # [B], of the rows from their tasks
 
 
 def pass_batch(
@@ -148,8 +150,8 @@ def _passed_in_parts(
     task: TaskID,
     options: PredictOptions,
 ) -> list[Passed]:
-    """A batch that may need more tasks' values than there is room for: rows of the same tasks pass the adapted layers
-    together. The layers below, which find the routes, all rows pass together, and once."""
+    """Pass a batch that may need more tasks' values than fit: all rows pass the lower layers, which find the routes,
+    together and once; then groups of rows with the same tasks pass the adapted layers."""
     mask, states = batch.encoded.attention_mask, None
     if route is None:
         states, query = model.lower_states(batch.encoded, mask)
@@ -177,9 +179,10 @@ def _answered(
     task: TaskID,
     options: PredictOptions,
 ) -> Passed:
-    """What heads and router say of rows that have passed. read: `_marked`'s. task: given for the rows."""
+    """Answers of heads and router for rows after their pass. read: as for `_marked`. task: the rows' oracle task
+    IDs."""
     route, distance = measured(model, query, route, options)
-    # Where the task is given, its answers are its own, whatever else is learned.
+    # With an oracle task ID answers must not depend on other tasks.
     known = None if query is None or task is not None else model.router.label_scores(query, route.slot_ids)
     heads = model.pool.heads_for(route)
     prior = None if known is None or heads is None else heads.prior(*known)
@@ -196,8 +199,12 @@ def _marked(
     prior: Tensor | None = None,
     distance: Tensor | None = None,
 ) -> Passed:
-    """What the heads say of rows. read: the mean [B, H] of last hidden states, and all of them [B, T, H]. heads: of the
-    route, if they are known already."""
+    """Answers of the heads for rows.
+
+    Args:
+        read: mean [B, H] of the last hidden states, and all of them [B, T, H].
+        heads: those of the route, if known.
+    """
     pool, mask = model.pool, batch.encoded.attention_mask
     heads = pool.heads_for(route) if heads is None else heads
     assert heads is not None
@@ -207,7 +214,7 @@ def _marked(
     answer = heads.answer(features, pool.slot_task, weighed, prior)
     if options.top_k == 1:
         score, words = answer.max(1, keepdim=True)
-    else:  # of equal probabilities the first word, as max has it
+    else:  # for equal probabilities the first word comes first, as in max
         score, words = answer.sort(dim=1, descending=True, stable=True)
         score, words = score[:, : options.top_k], words[:, : options.top_k]
     return Passed(batch, route, winner, score, words, distance=distance)
@@ -216,8 +223,8 @@ def _marked(
 def measured(
     model: AdaptedModel, query: Tensor | None, route: Route, options: PredictOptions
 ) -> tuple[Route, Tensor | None]:
-    """The route, empty for rows that are abstained from, and how far rows are from their tasks [B], if that is asked
-    for."""
+    """The route, emptied for rows that are abstained from, and the rows' distances from their tasks [B], if
+    requested."""
     if query is None or not options.measures:
         return route, None
     distance = model.distance(query, route)
@@ -234,7 +241,7 @@ def _pass_to_write(
     options: PredictOptions,
     report: Report,
 ) -> list[Passed]:
-    """Texts for the rows of a window; labels for those that an imported task's head answers."""
+    """Generate texts for the rows of a window; rows that an imported task's head answers get labels."""
     rows, at_once = len(batch.places), _rows_at_once(model, batch.encoded.input_ids.shape[1], options)
     distance = None
     if route is None and (batch.encoded.query_inputs or options.measures or model.ahead):
@@ -285,9 +292,10 @@ def _write(
     distance: Tensor | None,
     ends: Sequence[Collection[int]] = (),
 ) -> Passed:
-    """Texts for rows, as many at once as fit a batch. ends: tokens that end each one's, beside the backbone's."""
+    """Generate texts, for as many rows at once as fit a batch. ends: further end tokens of each row, besides the
+    backbone's."""
     at_once = _rows_at_once(model, batch.encoded.input_ids.shape[1], options)
-    # Each row samples from a seed of its own, so that it does not matter which rows run beside it.
+    # Each row has its own seed, so that its samples do not depend on the rows it runs with.
     seeds = [options.seed + window.first + place for place in batch.places]
     written = generate(
         model,
@@ -304,7 +312,7 @@ def _write(
 
 
 def passed_texts(model: AdaptedModel, batch: Batch, written: Written, distance: Tensor | None) -> Passed:
-    """A batch whose texts are written. distance: [B] of the rows from their tasks, where it is asked for."""
+    """A batch whose texts have been generated. distance: [B], of the rows from their tasks, if requested."""
     pool, route = model.pool, written.route
     winner = pool.task_weights(route).argmax(1) if pool.slots else torch.zeros(len(route.weights), dtype=torch.int64)
     return Passed(
@@ -331,7 +339,7 @@ def _slot_mask(model: AdaptedModel, task: str | Sequence[str] | None, rows: int)
 
 
 def _winners_alone(model: AdaptedModel, route: Route, winner: Tensor) -> Route:
-    """The route with the weights of the best task's slots only, which sum to 1."""
+    """The route with weights on the best task's slots only, summing to 1."""
     own = model.pool.slot_task[route.slot_ids.clamp(min=0)] == winner[:, None]
     kept = route.weights * own
     return Route(route.slot_ids, kept / kept.sum(1, keepdim=True).clamp(min=1e-12))

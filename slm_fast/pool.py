@@ -1,4 +1,4 @@
-"""The pool: the slots of all tasks as they lie on the device."""
+"""The pool: the slots of all tasks, on the device."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from slm_fast.tasks import LearnedTask, in_name_order
 
 
 class Pool:
-    """Values and heads of the given tasks. Slots are numbered through the tasks in the order of their names.
+    """Values and heads of the given tasks. Slots are numbered in the order of the tasks' names.
 
     A pool does not change. `with_task` and `without` return another one that shares its buffers, at the cost of that
-    one task's values (and of lists and two tensors as long as there are slots). Hence a slot's values do not lie in the
-    row of its id: `rows` says where. Rows are free for other values once no pool that uses them is held.
+    one task's values (and of lists and two tensors as long as the number of slots). So a slot's values need not be in
+    the row of its id: `rows` tells where. Rows become free once no pool that uses them is held.
 
-    An imported task may have a larger rank than the others: its slot then lies in several rows, pages of its rank,
-    which all have the slot's weight. A module that a task does not adapt has zeros in its rows.
+    An imported task may have a larger rank than the others. Its slot then takes several rows, each a page of its rank,
+    all with the slot's weight. A module that a task does not adapt has zeros in the task's rows.
 
-    slot_task: [P] int64, which task (its place in `tasks`) each slot belongs to.
-    row_of_slot: [P + 1] or, with pages, [P + 1, pages] int64, where each slot's values lie, -1 for no more; the last is
-        -1, so that slot -1 has row -1.
-    values: module name -> (lora_a [rows, r, I], lora_b [rows, r, O]) in the backbone's dtype. Tasks of a smaller rank
-        are filled up with zeros.
+    Attributes:
+        slot_task: [P] int64, index in `tasks` of each slot's task.
+        row_of_slot: [P + 1] or, with pages, [P + 1, pages] int64, rows of each slot's values, -1 for no more. The last
+            entry is -1, so that slot -1 has row -1.
+        values: module name -> (lora_a [rows, r, I], lora_b [rows, r, O]) in the backbone's dtype. Smaller ranks are
+            padded with zeros.
     """
 
     def __init__(
         self, tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype, *, capacity: int = 0
     ) -> None:
-        """A pool whose slots lie in the rows of their ids, in buffers with room for `capacity` rows in all, and for one
-        more in 64 than there are, so that the first task learned does not lay out all anew."""
+        """Create a pool whose slots have their ids as rows, in buffers of at least `capacity` rows and 1/64 more than
+        needed, so that learning the first task does not move everything."""
         tasks = in_name_order(tasks)
         page = page_rank(tasks)
         rows = sum(rows_of(task, page) for task in tasks)
@@ -50,12 +51,13 @@ class Pool:
         self._hold(tasks, buffers.write(tasks, ids), buffers)
 
     def with_task(self, task: LearnedTask) -> Pool:
-        """A pool that has one more task.
+        """A pool with one more task.
 
-        Where its rank exceeds the others', or no row is free, all values are laid out anew, with room for twice as many
-        slots: once in a while, and what is answered does not show it.
+        If the task has a larger rank than the others, or no row is free, all values are moved to new buffers, with room
+        for twice as many slots. This is rare, and does not affect answers.
 
-        Raises InputError for a name that is taken.
+        Raises:
+            InputError: the name is taken.
         """
         if task.name in self.place:
             raise InputError(f"task {task.name!r}: the pool has it already")
@@ -68,12 +70,13 @@ class Pool:
         return self._sharing(tasks, held)
 
     def without(self, name: str) -> Pool:
-        """A pool that has one task less.
+        """A pool with one task less.
 
-        Where it was the last of the largest rank, or less than a quarter of the room is used, all values are laid out
-        anew: a product's last bits may depend on the rank, and memory is given back.
+        If it was the last one of the largest rank, or less than a quarter of the buffers is used, all values are moved
+        to new ones: a product's last bits may depend on the rank, and memory is freed.
 
-        Raises InputError for a name that is not there.
+        Raises:
+            InputError: there is no task of this name.
         """
         if name not in self.place:
             raise InputError(f"task {name!r}: the pool does not have it; tasks: {some_of(self.names)}")
@@ -94,17 +97,17 @@ class Pool:
         return pool
 
     def _know(self, tasks: list[LearnedTask], buffers: Buffers) -> None:
-        """All of the tasks but where their values lie."""
+        """Set everything except where the values are."""
         self.tasks, self._buffers = tasks, buffers
         self.device, self.dtype = buffers.device, buffers.dtype
         self.names = [task.name for task in tasks]
         self.place = {name: i for i, name in enumerate(self.names)}
         owner = [i for i, task in enumerate(tasks) for _ in range(task.slots)]
-        self.slot_names = [self.names[i] for i in owner]  # the task of each slot
+        self.slot_names = [self.names[i] for i in owner]  # task of each slot
         self.slot_task = torch.tensor(owner, dtype=torch.int64, device=self.device)
         imported = [tasks[i].adapter is not None for i in owner]
         self.imported = torch.tensor([*imported, False], device=self.device) if any(imported) else None
-        self.ahead: bool | None = None  # whether these tasks' routes are found ahead, once the model has looked
+        self.ahead: bool | None = None  # `AdaptedModel.ahead` for these tasks, once known
 
     def _hold(self, tasks: list[LearnedTask], held: list[_Rows], buffers: Buffers) -> None:
         self._know(tasks, buffers)
@@ -118,7 +121,7 @@ class Pool:
         ]
         row_of_slot = torch.tensor([*placed, [-1] * pages], device=buffers.device)
         self.row_of_slot = row_of_slot[:, 0] if pages == 1 else row_of_slot
-        # Views, so that what runs on this pool finds its values where they were, whatever is learned meanwhile.
+        # Views, so that passes with this pool find its values unmoved, whatever is learned meanwhile.
         used = max(rows, default=-1) + 1
         self.values: Values = {module: (a[:used], b[:used]) for module, (a, b) in buffers.values.items()}
         self._held = held
@@ -129,7 +132,7 @@ class Pool:
 
     @property
     def room(self) -> int:
-        """Bytes that the buffers take."""
+        """Bytes of the buffers."""
         return self._buffers.bytes
 
     @property
@@ -139,91 +142,90 @@ class Pool:
 
     @property
     def most_slots(self) -> int | None:
-        """How many slots a pass may ask for; None for all."""
+        """Number of slots that any pass may request; None: all."""
         return None
 
     def parts(self, route: Route) -> list[list[int]]:
-        """The numbers of the route's rows, those together that may pass together."""
+        """Row numbers of the route, in groups that can pass together."""
         return [list(range(len(route.slot_ids)))]
 
     @cached_property
     @torch.inference_mode(False)
     def heads(self) -> Heads | None:
-        """Put together when first asked for, since the order of all tasks' words decides ties. For 2,000 tasks of four
-        labels and 768 features that copies 25 MB."""
+        """All tasks' heads, if any. They are combined on first use, since the order of all tasks' words decides ties.
+        For 2,000 tasks of four labels and 768 features that copies 25 MB."""
         return Heads.of(self.tasks, self.device) if any(task.head for task in self.tasks) else None
 
     def heads_for(self, route: Route) -> Heads | None:
-        """Heads that answer rows of a route [B, K]: on a processor those of its tasks alone where all are many."""
+        """Heads for the rows of a route [B, K]: on a CPU with more than MANY_LABELS labels, those of its tasks
+        alone."""
         heads = self.heads
         if heads is None or self.device.type != "cpu" or len(heads.bias) <= MANY_LABELS:
             return heads
         return heads.only(self.slot_task[route.slot_ids.clamp(min=0)].unique())
 
     def rows(self, route: Route) -> Route:
-        """The route with the rows of `values` in the place of slot ids, for the adapted layers. Does not wait for the
-        device."""
+        """The route with rows of `values` instead of slot ids, for the adapted layers. Does not wait for the device."""
         rows = self.row_of_slot[route.slot_ids]
         if rows.dim() == 2:
             return Route(rows, route.weights)
         return Route(rows.flatten(1), route.weights.repeat_interleave(rows.shape[2], 1))
 
     def settled(self, route: Route) -> Route:
-        """A router's route as it is answered: an imported task that comes first has all of it, else it has no part."""
+        """Final form of a router's route: an imported task gets all of the weight if it is first, else none."""
         if self.imported is None:
             return route
-        imported = self.imported[route.slot_ids]  # [B, K]; of slot -1 False
+        imported = self.imported[route.slot_ids]  # [B, K]; False for slot -1
         first = torch.arange(imported.shape[1], device=imported.device) == 0
         kept = torch.where(imported[:, :1], first, ~imported)
         weights = route.weights * kept
         total = weights.sum(1, keepdim=True)
         weights = torch.where(imported[:, :1], first.float(), weights / total.clamp(min=1e-30))
-        weights = torch.where(
-            kept.all(1, keepdim=True), route.weights, weights
-        )  # to the bit, where nothing is taken out
+        weights = torch.where(kept.all(1, keepdim=True), route.weights, weights)  # bit-identical if nothing is removed
         return Route(route.slot_ids.masked_fill(~kept, -1), weights)
 
     def slots_of(self, name: str) -> Tensor:
-        """[P] bool: the slots of one task."""
+        """[P] bool: slots of one task."""
         return self.slot_task == self.place[name]
 
     def task_weights(self, route: Route) -> Tensor:
-        """The route's weight summed over each task's slots, p(t) of every row: [B, tasks] float32."""
+        """A route's weights summed over each task's slots, p(t) of each row: [B, tasks] float32."""
         weights = torch.zeros(len(route.slot_ids), len(self.tasks), device=route.weights.device)
         return weights.scatter_add_(1, self.slot_task[route.slot_ids.clamp(min=0)], route.weights)
 
 
-PAGE = 8  # the rank of a page, where the tasks that were learned have no larger one
-MANY_LABELS = 1024  # beyond so many only heads that are asked for are multiplied; for fewer, finding them takes longer
+PAGE = 8  # rank of a page, if no learned task has a larger one
+MANY_LABELS = 1024  # above this only the heads needed are multiplied; below, selecting them takes longer
 
 
 def page_rank(tasks: Sequence[LearnedTask]) -> int:
-    """The rank of a row of values: the largest of the learned tasks; larger ones of imported tasks lie in pages."""
+    """Rank of a row of values: the largest of the learned tasks. Larger ranks of imported tasks are split into
+    pages."""
     learned = max((task.rank for task in tasks if task.adapter is None), default=0)
     imported = max((task.rank for task in tasks if task.adapter is not None), default=0)
     return max(learned, min(imported, PAGE))
 
 
 def rows_of(task: LearnedTask, page: int) -> int:
-    """How many rows a task's values take."""
+    """Number of rows that a task's values take."""
     return task.slots * -(-task.rank // page) if task.adapter is not None and page else task.slots
 
 
 class _Rows:
-    """The rows in which a task's values lie. They are taken as long as this object is held."""
+    """The rows of a task's values. They are taken while this object exists."""
 
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
 
 
 class Buffers:
-    """Room for `capacity` rows of values, of the rank `page` that suits the tasks they are made for.
+    """Space for `capacity` rows of values, with the rank `page` that suits the tasks they are created for.
 
-    Pools that follow from one another share them. Only weak references tell which rows are taken, so that a row is free
-    as soon as no pool uses it, and a change that fails half-way leaves nothing to undo.
+    They are shared by pools derived from one another. Only weak references say which rows are taken, so a row is free
+    as soon as no pool uses it, and a change that fails half-way needs no undoing.
     """
 
-    @torch.inference_mode(False)  # or they could not be written to outside of it
+    @torch.inference_mode(False)  # inference tensors could not be written to outside of it
     def __init__(self, tasks: Sequence[LearnedTask], capacity: int, device: torch.device, dtype: torch.dtype) -> None:
         widths = {module: pair for task in tasks for module, pair in task.shape.widths.items()}
         page = self.page = page_rank(tasks)
@@ -240,19 +242,19 @@ class Buffers:
         self.taken: WeakSet[_Rows] = WeakSet()
 
     def free(self, count: int) -> list[int] | None:
-        """The lowest rows that are free, or None where there are not so many."""
+        """The lowest free rows; None if there are too few."""
         taken = {row for rows in self.taken for row in rows.ids}
         rows = list(islice((row for row in range(self.capacity) if row not in taken), count))
         return rows if len(rows) == count else None
 
     def suit(self, tasks: Sequence[LearnedTask]) -> bool:
-        """Whether these tasks' values would be laid out in rows of this rank, for these modules."""
+        """Whether these tasks need rows of this rank, for these modules."""
         modules = {module for task in tasks for module in task.values}
         return page_rank(tasks) == self.page and modules == self.values.keys()
 
     @torch.no_grad()
     def write(self, tasks: Sequence[LearnedTask], ids: Sequence[list[int]]) -> list[_Rows]:
-        """Takes rows for each of some tasks and fills them, whatever they held."""
+        """Take rows for each of the tasks and fill them, overwriting their contents."""
         held = [_Rows(own) for own in ids]
         self.taken.update(held)
         index = torch.tensor([row for own in ids for row in own], dtype=torch.int64, device=self.device)
@@ -268,7 +270,7 @@ class Buffers:
 
     @torch.no_grad()
     def write_slot(self, task: LearnedTask, slot: int, rows: Sequence[int]) -> None:
-        """Fills these rows with one of a task's slots. Raises WorkError where its file is damaged."""
+        """Fill these rows with one of a task's slots. Raises WorkError if its file is damaged."""
         for module, pair in self.values.items():
             given = task.values.get(module)
             for which, buffer in enumerate(pair):
@@ -277,8 +279,8 @@ class Buffers:
                     buffer[row].copy_(part)
 
     def _in_rows(self, buffer: Tensor, half: Tensor | None, slots: int, rows: int) -> Tensor:
-        """A half of a task's values for a module [slots, r, F] in so many rows of its buffer, [rows, page, F]; zeros
-        where it has none."""
+        """One half of a task's values for a module, [slots, r, F], as rows of its buffer, [rows, page, F]; zeros if it
+        has none."""
         if half is None:
             return torch.zeros(rows, *buffer.shape[1:])
         whole = rows // slots * self.page
@@ -288,5 +290,5 @@ class Buffers:
 
 
 def emptied(route: Route, rows: Tensor) -> Route:
-    """The route with no slots for some of its rows [B] bool, which the bare backbone then answers."""
+    """The route without slots for some rows, given as [B] bool, which the bare backbone then answers."""
     return Route(route.slot_ids.masked_fill(rows[:, None], -1), route.weights.masked_fill(rows[:, None], 0.0))

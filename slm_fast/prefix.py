@@ -1,20 +1,20 @@
-"""How much of a long text has to be tokenised, for its first tokens to be those of the whole text.
+"""How much of a long text must be tokenised to get the first tokens of the whole text.
 
-A fast tokenizer splits a text at its added tokens, normalises what lies between, splits that into words and each word
-into tokens. All of its parts known here are local: what they make of a place depends on a bounded number of words
-around it. So of a prefix that is cut where no character composes with the one before, all words stand but the last
-few. A word that fills the prefix is split by the model alone:
+A fast tokenizer splits a text at its added tokens, normalises the parts in between, splits them into words and each
+word into tokens. All its components known here are local: their result at a position depends on a bounded number of
+words around it. So if a prefix is cut where no character composes with the one before, all its words are final but the
+last few. The tokens of a single word that fills the prefix depend on the model:
 
-- BPE and Unigram tokenise from left to right in this sense: where the tokens of a word end at i, those before i are
-  what the model makes of word[:i]. (Viterbi's best path to i does not depend on what follows; merges on both sides of
-  a boundary that is never crossed do not meet, cf. Berglund & van der Merwe 2023.) A token is at most L long, so one of
-  word[:m - L + 1] ... word[:m] is such a beginning, and the tokens that all of them begin with stand.
-- WordPiece makes one [UNK] of a word of more than 100 characters, and BPE and Unigram of neighbouring unknown
-  characters. The middle of such a stretch says nothing, nor does that of one of which no token is made (spaces), so it
-  is skipped: of a stretch only a thousand characters at both ends are kept, of a word of plain letters that WordPiece
-  does not know only its beginning.
+- BPE and Unigram tokenise from left to right in this sense: if the tokens of a word have a boundary at i, those before
+  it are the tokens of word[:i]. (Viterbi's best path to i does not depend on what follows; merges on the two sides of a
+  boundary that is never crossed do not interact, cf. Berglund & van der Merwe 2023.) A token has at most L characters,
+  so one of word[:m - L + 1] ... word[:m] ends at a boundary, and the tokens with which all of these begin are final.
+- WordPiece turns a word of more than 100 characters into one [UNK], as BPE and Unigram do with adjacent unknown
+  characters. The middle of such a stretch is irrelevant, as is that of one that yields no tokens (spaces), so it is
+  skipped: of a stretch only a thousand characters at both ends are kept, of a word of plain letters that WordPiece does
+  not know only the beginning.
 
-A tokenizer with a part that is not known here reads its texts whole.
+A tokenizer with an unknown component reads its texts whole.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from collections.abc import Mapping, Sequence, Set
 from itertools import islice, takewhile
 from typing import Any
 
-LETTERS, LEAST = 8, 2048  # characters first tried for each token that is wanted, and in all
-WORD = 8192  # characters looked at for each token that is wanted, for words too long to be known
-ENDS = 1024  # characters kept at the end of a stretch that is skipped
+LETTERS, LEAST = 8, 2048  # characters first tried, per wanted token and at least
+WORD = 8192  # characters searched, per wanted token, for words too long to be known
+ENDS = 1024  # characters kept at the end of a skipped stretch
 BLOCK = 1 << 16  # characters compared at once
 
 COMPOSING = {"BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Precompiled"}
 NORMALIZERS = COMPOSING | {"Lowercase", "StripAccents", "Strip", "Prepend", "Nmt", "ByteLevel", "Replace"}
-# Of these, what splits is a class of characters, so all that stands inside of a word may stand there anywhere.
+# These split at classes of characters, so what can be inside a word can be anywhere inside it.
 BY_CLASS = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Metaspace", "Punctuation", "Digits"}
-# These leave plain letters as many as they are, and never split between them.
+# These leave the number of plain letters unchanged, and never split between them.
 PLAIN = {"BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Strip"}
 PLAIN |= {"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation"}
 PRE_TOKENIZERS = BY_CLASS | {"ByteLevel", "UnicodeScripts", "CharDelimiterSplit", "Split"}
-# The one look ahead that is known to be local, GPT-2's: of spaces before a word the last goes with it.
+# The only lookahead known to be local, GPT-2's: the last of the spaces before a word belongs to it.
 LOCAL_LOOK = re.compile(re.escape(r"(?!\S)"))
 CLASS = re.compile(r"\[(?:\\.|[^\]\\])*\]")
 FAR_LOOK = re.compile(r"\(\?<?[=!]|\\[bBzZAG1-9]|[$^]|\(\?P=")
 
 
 class PrefixReader:
-    """Shortens texts for one fast tokenizer. `backend`: its `tokenizers.Tokenizer`, which nothing else may be using."""
+    """Shortens texts for one fast tokenizer. backend: its `tokenizers.Tokenizer`, which nothing else may be using."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
@@ -57,7 +57,8 @@ class PrefixReader:
         self.composes = any(part["type"] in COMPOSING for part in normalizers)
         self.by_class = all(part["type"] in BY_CLASS for part in splitters)
         self.added = [token["content"] for token in about["added_tokens"]]
-        # Whether spaces before an added token may be lost, and how many words or characters that token may still take.
+        # Whether spaces before an added token may be lost, and how many of the last words or characters may still turn
+        # out to be part of one.
         self.takes_spaces = any(token["lstrip"] for token in about["added_tokens"]) or any(
             part["type"] == "Strip" and part["strip_right"] for part in normalizers
         )
@@ -66,23 +67,23 @@ class PrefixReader:
         self.alphabet = set().union(*vocabulary)
         self.longest = max((len(piece) for piece in vocabulary if len(piece) <= 16), default=1)
         self.long_pieces = [piece for piece in vocabulary if len(piece) > 16]
-        # Whether a token can begin before a space ("▁" in SentencePiece) that follows a letter, and go over it.
+        # Whether a token can span a space ("▁" in SentencePiece) that follows a letter.
         self.over_spaces = "▁" not in vocabulary or any(re.search("[^▁]▁", piece) for piece in vocabulary)
         model = about["model"]
         unknown = model.get("unk_token")
         self.unknown = backend.token_to_id(unknown) if unknown is not None else model.get("unk_id")
         self.whole_words = model["type"] in ("WordPiece", "WordLevel")  # unknown as a whole, not by character
         self.word_limit = model.get("max_input_chars_per_word") or max(map(len, vocabulary), default=1)
-        # Of a word of plain letters that is too long to be known, as many are kept as make it so.
+        # A word of plain letters that is too long to be known is cut to the shortest such length.
         self.long_word: re.Pattern[str] | None = None
         parts = {part["type"] for part in (*normalizers, *splitters)}
-        inside = re.compile("[A-Za-z0-9]|.*[A-Za-z0-9]$", re.DOTALL)  # added tokens that may be found inside of a word
+        inside = re.compile("[A-Za-z0-9]|.*[A-Za-z0-9]$", re.DOTALL)  # added tokens that may occur inside a word
         if self.whole_words and parts <= PLAIN and not any(map(inside.match, self.added)):
             self.long_word = re.compile(f"([A-Za-z0-9]{{{self.word_limit + 1}}})[A-Za-z0-9]+")
 
     def shorten(self, text: str, tokens: int) -> str:
-        """A text whose first `tokens` tokens (those of a template not counted) are those of `text`, and which has more
-        of them exactly where `text` has more."""
+        """A text with the same first `tokens` tokens as `text` (not counting a template's), and more exactly if `text`
+        has more."""
         size = first = max(LEAST, LETTERS * tokens)
         if not self.local:
             return text
@@ -114,10 +115,10 @@ class PrefixReader:
         self.backend.no_padding()
         return self.backend.encode(text, add_special_tokens=False)
 
-    # What stands
+    # Final tokens
 
     def _standing(self, head: str, read: Any, enough: int) -> int:
-        """How many of the first tokens of `head` are there whatever follows it (or any number above `enough`)."""
+        """How many of the first tokens of `head` are final, whatever follows it (or any number above `enough`)."""
         words = read.word_ids
         if not words:
             return 0
@@ -134,8 +135,8 @@ class PrefixReader:
         return max(standing, self._standing_of_last(head, read, begin))
 
     def _standing_of_last(self, head: str, read: Any, begin: int) -> int:
-        """The same, where the last word, tokens from `begin` on, is a long one."""
-        if head[-1].isspace():  # then the word must be all of these spaces, and stay
+        """The same, if the last word, tokens from `begin` on, is a long one."""
+        if head[-1].isspace():  # then the word must consist of all these spaces, and stay
             before = read.offsets[begin - 1][1] if begin else 0
             if self.takes_spaces or before > len(head.rstrip()):
                 return 0
@@ -158,13 +159,13 @@ class PrefixReader:
             same = [ours for ours, theirs in takewhile(_alike, zip(same, (token.id for token in other), strict=False))]
         return begin + len(same)
 
-    # What is skipped
+    # Skipped stretches
 
     def _skip(self, text: str, head: str, read: Any) -> str:
-        """`text` without the middle of a stretch, begun in the first half of `head`, that says nothing."""
+        """`text` without the middle of an irrelevant stretch that starts in the first half of `head`."""
         half = len(head) // 2
         over = [place for place, (start, end) in enumerate(read.offsets) if end > half and start < end]
-        begin = read.offsets[over[0]][1] if over else len(head)  # past a word's last letters may be some that are lost
+        begin = read.offsets[over[0]][1] if over else len(head)  # characters after a word's last token may be dropped
         letters = set(head[half:begin])
         if len(over) > 1 or len(letters) > 64 or any(set(token) <= letters for token in self.added):
             return text
@@ -182,13 +183,13 @@ class PrefixReader:
         return head + text[end:] if end > len(head) else text
 
     def _is_silent(self, letter: str) -> bool:
-        """Whether any number of this character between letters is nothing, or one space."""
+        """Whether any number of this character between letters is tokenised as nothing, or as one space."""
         alike = [self._encode(text).ids for text in ("aa", "a a")]
         return all(self._encode(f"a{letter * count}a").ids in alike for count in (1, 2, 3, ENDS))
 
     def _stays_unknown(self, token: int, stretch: str) -> bool:
-        """Whether the token of this stretch of a word stands for a word that stays unknown, however often its letters
-        come."""
+        """Whether this token, of a stretch of a word, stands for a word that stays unknown however often its letters
+        repeat."""
         if token != self.unknown or not self.by_class:
             return False
         if self.whole_words:
@@ -197,9 +198,9 @@ class PrefixReader:
 
 
 def _end_of(letters: Set[str], text: str, begin: int) -> int:
-    """Where a stretch of these letters, from `begin` on, ends."""
+    """Where a stretch of these letters that starts at `begin` ends."""
     block = text[begin : begin + BLOCK]
-    if block and set(block) <= letters:  # a stretch is often one letter, and memory is compared faster than letters
+    if block and set(block) <= letters:  # a stretch is often one letter, and whole blocks compare faster
         while text.startswith(block, begin):
             begin += len(block)
     match = re.compile("[" + "".join(map(re.escape, letters)) + "]*").match(text, begin)
@@ -211,7 +212,7 @@ def _alike(pair: tuple[int, int]) -> bool:
 
 
 def _parts(spec: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]]:
-    """The parts of a normaliser or pre-tokenizer, sequences opened."""
+    """The components of a normaliser or pre-tokenizer, with sequences flattened."""
     if spec is None:
         return []
     if spec["type"] == "Sequence":
@@ -229,13 +230,14 @@ def _is_local(
     patterns = [part["pattern"]["Regex"] for part in (*normalizers, *splitters) if "Regex" in part.get("pattern", ())]
     if any(FAR_LOOK.search(CLASS.sub("", LOCAL_LOOK.sub("", pattern))) for pattern in patterns):
         return False
-    if model["type"] == "BPE":  # with a mark at a word's end, a beginning of it has other tokens
+    if model["type"] == "BPE":  # with an end-of-word mark, a prefix has other tokens
         return not model.get("dropout") and not model.get("end_of_word_suffix")
     return model["type"] in ("WordPiece", "Unigram", "WordLevel")
 
 
 def _boundary(text: str, size: int) -> int | None:
-    """The last place up to `size` where no character composes with the one before; None if it is far from there."""
+    """The last position up to `size` where no character composes with the one before; None if there is none in the
+    upper half."""
     for place in range(size, size // 2, -1):
         if _stands_alone(text[place]):
             return place
@@ -243,7 +245,7 @@ def _boundary(text: str, size: int) -> int | None:
 
 
 def _stands_alone(letter: str) -> bool:
-    """Whether normalisation never joins a character with what stands before it."""
+    """Whether normalisation never joins a character with the one before."""
     if letter < "\u0300":
         return True
     first = unicodedata.normalize("NFKD", letter)[0]

@@ -1,4 +1,4 @@
-"""Progress bars on standard error, and nothing when it is not a terminal."""
+"""Progress bars on standard error, shown only on a terminal by default."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class _Speed(ProgressColumn):
 
 
 def is_shown(show: bool | None) -> bool:
-    """Whether a bar is seen: None shows it on a terminal only."""
+    """Whether a bar is shown: None shows it on a terminal only."""
     return sys.stderr.isatty() if show is None else show
 
 
 @contextmanager
 def bar(title: str, total: int | None, show: bool | None = None, *, done: int = 0) -> Iterator[Advance]:
-    """A bar with a count, rows a second and the time left. `show=None` shows it on a terminal only; `done` rows were
-    done before."""
+    """A bar with a count, rows/s and the remaining time. show: None shows it on a terminal only. done: rows that are
+    already done."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

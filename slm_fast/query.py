@@ -1,7 +1,7 @@
-"""Queries: one vector for one input, from frozen weights.
+"""Queries: one vector per input, from frozen weights.
 
-`trunk` is ours: the backbone's own hidden states at a few early layers, so no second model and no second pass.
-`sentence` is the paper's: a frozen Sentence-BERT (Reimers & Gurevych 2019) beside the backbone.
+`trunk` is ours: the backbone's own hidden states at a few early layers, so no second model or pass is needed.
+`sentence` is the paper's: a frozen Sentence-BERT (Reimers & Gurevych 2019) alongside the backbone.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from slm_fast.layers import use_onednn
 from slm_fast.loading import GGUF, loading, located, resolve
 from slm_fast.tokenization import Encoded, Tokenization
 
-MAX_WIDTH = 1024  # wider queries are projected to this
-MAX_WIDTH_WITH_MAX = 1536  # or, with maxima beside the means, those wider than this
-MAX_SCALE = 0.25  # of the maxima: they vary more than the means, and shrinking a covariance looks at all alike
+MAX_WIDTH = 1024  # wider queries are projected to this width
+MAX_WIDTH_WITH_MAX = 1536  # with maxima, only those wider than this are
+MAX_SCALE = 0.25  # factor of the maxima: they vary more than means, and covariance shrinkage treats both alike
 DEFAULT_ENCODER = "sentence-transformers/nli-mpnet-base-v2"  # the one in the paper's released code
 
 
@@ -33,23 +33,24 @@ def default_taps(layers: int) -> tuple[int, ...]:
 
 
 def check_taps(taps: Sequence[int], layers: int) -> tuple[int, ...]:
-    """The taps in rising order. Raises InputError unless they are layers' numbers."""
+    """The taps in ascending order. Raises InputError if they are not layer numbers."""
     if not taps or min(taps) < 0 or max(taps) >= layers:
         raise InputError(f"taps: expected layer numbers in 0..{layers - 1}, got {list(taps)}")
     return tuple(sorted(set(taps)))
 
 
 class TrunkQuery:
-    """The mean hidden state over real tokens after each of a few layers, concatenated; with `maximum` the maximum
-    over them after the last of these layers, too.
+    """The mean hidden state over real tokens at each of a few layers, concatenated; with `maximum`, also the maximum
+    over tokens at the last one.
 
     Args:
-        taps: numbers of layers, 0 being the embeddings. The route is known after the last one.
-        width: of the hidden states. A query wider than 1,024 (with maxima 1,536) is projected to 1,024 by a fixed
+        taps: layer numbers, 0 being the embeddings. The route is known after the last one.
+        width: of the hidden states. A query wider than 1,024 (with maxima, 1,536) is projected to 1,024 by a fixed
             random matrix of +-1/sqrt(1024) (Achlioptas 2003), the same on every machine.
 
     Attributes:
-        width: D of the query. means: how many of its numbers, the first ones, are means.
+        width: D of the query.
+        means: number of its leading elements that are means.
     """
 
     def __init__(self, taps: Sequence[int], width: int, device: torch.device, *, maximum: bool = False) -> None:
@@ -59,9 +60,9 @@ class TrunkQuery:
         self.means = MAX_WIDTH if full > limit else width * len(self.taps)
         self.projection: nn.Linear | None = None
         if full > limit:
-            # numpy's legacy generator is frozen for good, so these bits never change.
+            # numpy's legacy generator is frozen, so these bits never change.
             signs = torch.from_numpy(np.random.RandomState(0).randint(0, 2, (full, MAX_WIDTH), dtype=np.int8))
-            linear = nn.utils.skip_init(nn.Linear, full, MAX_WIDTH, bias=False, device=device)  # draws no numbers
+            linear = nn.utils.skip_init(nn.Linear, full, MAX_WIDTH, bias=False, device=device)  # no random draws
             self.projection = linear.requires_grad_(False)
             self.projection.weight.copy_((signs.T.float() * 2 - 1) / MAX_WIDTH**0.5)
             use_onednn(self.projection)
@@ -70,10 +71,10 @@ class TrunkQuery:
     def pool(hidden: Tensor, mask: Tensor) -> Tensor:
         """Mean over real tokens: hidden [B, T, H], mask [B, T] -> [B, H] float32."""
         real = mask.unsqueeze(-1)
-        ends = [(0, hidden.shape[1])]  # columns that may hold padding
+        ends = [(0, hidden.shape[1])]  # columns that may have padding
         total: Tensor | float = 0.0
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Of rows of like lengths, nearly all columns are real in all rows, and need no copy with zeros in it.
+            # With rows of similar length nearly all columns have only real tokens, and need no copy with zeros.
             whole = mask.bool().all(0).nonzero()
             if len(whole) and len(whole) == whole[-1] - whole[0] + 1:
                 first, last = int(whole[0]), int(whole[-1]) + 1
@@ -85,7 +86,7 @@ class TrunkQuery:
         return total / real.sum(1).clamp(min=1)
 
     def read(self, hidden: Tensor, mask: Tensor, pooled: list[Tensor]) -> None:
-        """Add to what is `pooled` of the taps below, [B, H] each, that of the next: hidden [B, T, H], mask [B, T]."""
+        """Pool the next tap's hidden states [B, T, H], with mask [B, T], and append the result [B, H] to `pooled`."""
         pooled.append(self.pool(hidden, mask))
         if self.maximum and len(pooled) == len(self.taps):
             real = mask.unsqueeze(-1) != 0
@@ -93,11 +94,11 @@ class TrunkQuery:
             pooled.append(highest.masked_fill(~real.any(1), 0.0))
 
     def complete(self, pooled: Sequence[Tensor]) -> bool:
-        """Whether that is all a query takes."""
+        """Whether `pooled` has everything that a query needs."""
         return len(pooled) == len(self.taps) + self.maximum
 
     def join(self, pooled: Sequence[Tensor]) -> Tensor:
-        """All that is pooled, [B, H] each, as `read` does -> query [B, D]."""
+        """Everything pooled, [B, H] each, as by `read` -> query [B, D]."""
         query = torch.cat(list(pooled), dim=-1)
         return query if self.projection is None else self.projection(query)
 
@@ -119,13 +120,13 @@ class SentenceQuery:
         self.encoder.eval().requires_grad_(False)
         use_onednn(self.encoder)
         self.width = int(self.encoder.get_embedding_dimension())
-        self.longest: int | None = self.encoder.max_seq_length  # tokens it reads of a text
+        self.longest: int | None = self.encoder.max_seq_length  # maximum tokens it reads of a text
         self.fingerprint = fingerprint(self.encoder, self.encoder.tokenizer)
         self.tokens, self.settings = tokens(self.encoder.tokenizer), self._settings()
         self._texts = Tokenization(self.encoder.tokenizer, "encoder", device)
 
     def _settings(self) -> dict[str, Any]:
-        """What the encoder's modules make of their weights and texts, as `identity.settings`."""
+        """How the encoder's modules use their weights and texts, as in `identity.settings`."""
         modules = list(self.encoder)
         found: dict[str, Any] = {"modules": [type(module).__name__ for module in modules]}
         found |= {"max_seq_length": self.longest or 0, "prompt": self._prompt}
@@ -139,13 +140,14 @@ class SentenceQuery:
 
     @property
     def _prompt(self) -> str:
-        """What is put before every text."""
+        """Prefix of every text."""
         return (self.encoder.prompts or {}).get(self.encoder.default_prompt_name) or ""
 
     def shares(self, backbone: Backbone) -> bool:
-        """Whether a text's tokens are the same for the encoder as for this backbone, so that they need be found once.
+        """Whether a text has the same tokens for the encoder and for this backbone, so that it needs to be tokenised
+        only once.
 
-        Only between encoder-only models with fast tokenizers, and where nothing is put before the encoder's texts.
+        Only possible for encoder-only models with fast tokenizers, if the encoder does not prefix its texts.
         """
         tokenizers = [model.tokenizer for model in (self.encoder, backbone)]
         if backbone.kind != "encoder" or not all(hasattr(t, "backend_tokenizer") for t in tokenizers):
@@ -153,19 +155,19 @@ class SentenceQuery:
         if self.encoder.default_prompt_name or self.encoder.truncate_dim is not None or self.longest is None:
             return False
         mine, theirs = (json.loads(t.backend_tokenizer.to_str()) for t in tokenizers)
-        settings = ("truncation", "padding")  # of the last call, not of the tokenizer
+        settings = ("truncation", "padding")  # from the last call, not part of the tokenizer
         return {k: v for k, v in mine.items() if k not in settings} == {
             k: v for k, v in theirs.items() if k not in settings
         }
 
     def encode_tokens(self, encoded: Encoded) -> Tensor:
-        """Queries [B, D] float32 of texts tokenised already."""
+        """Queries [B, D] float32 of tokenised texts."""
         features = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
         vectors: Tensor = self.encoder(features)["sentence_embedding"]
         return vectors.float()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """[B, D] float32."""
+        """Queries [B, D] float32 of texts."""
         prompt = self._prompt
         if self.longest is not None:
             texts = [self._texts.shorten_text(prompt + text, self.longest)[len(prompt) :] for text in texts]

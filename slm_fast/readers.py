@@ -1,4 +1,4 @@
-"""Rows as they stand in a file or a stream, one record after another: delimited text, JSON Lines, JSON, Parquet."""
+"""Read rows of a file or stream, one record after another: delimited text, JSON Lines, JSON, Parquet."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ from slm_fast.fields import STRICT
 from slm_fast.labels import plain_value
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
-UNTOLD = ("", ".txt")  # suffixes that do not tell the format
+UNTOLD = ("", ".txt")  # suffixes that say nothing about the format
 SUFFIXES = ".csv, .tsv, .txt, .jsonl, .ndjson, .json (each also .gz) or .parquet"
-BATCH = 1024  # rows of a Parquet file that are in memory together
-DOCUMENT = re.compile(r'\[\s*([{"]|\Z)')  # a list of rows begins so
-JSON_LINES = re.compile(r"\s*\{.*\}[ \t\r]*\n\s*\S")  # an object on a line of its own, and more below
+BATCH = 1024  # rows of a Parquet file in memory at once
+DOCUMENT = re.compile(r'\[\s*([{"]|\Z)')  # start of a list of rows
+JSON_LINES = re.compile(r"\s*\{.*\}[ \t\r]*\n\s*\S")  # an object on a line of its own, and more below it
 BLANK = " \t\r\n\v\f"
 
 
 @dataclass(frozen=True)
 class Record:
-    """A row as it was read: its fields, and what is wrong with it if anything is.
+    """A row as read: its fields, or an error.
 
-    place: the line on which it begins or, in a Parquet or JSON file, the number of the row; both from 1. unit: "line"
-    or "row".
+    Attributes:
+        place: line on which it begins or, in a Parquet or JSON file, row number; counted from 1.
+        unit: "line" or "row".
     """
 
     place: int
@@ -56,23 +57,23 @@ def read_records(
     encoding: str | None = None,
     columns: Collection[str] = (),
 ) -> Iterator[Record]:
-    """The rows of a file or of a binary stream, in order, but for blank ones. Memory stays bounded, except for .json.
+    """Read the non-blank rows of a file or binary stream, in order. Memory is bounded, except for .json.
 
-    A bad row is a record with an error; the rest go on. A stream or pipe is read line by line: a record is given as
-    soon as its line is there.
+    A bad row is a record with an error; reading goes on. A stream or pipe is read line by line: each record is yielded
+    as soon as its line has arrived.
 
     Args:
-        source: a path (decompressed if it ends in .gz) of a file or a named pipe, or a stream, which is left open.
-        format: "csv", "tsv", "jsonl", "json" or "parquet". None means what the path ends in, whatever its case; where
-            that does not tell, what the first line looks like.
-        delimiter: what separates columns: one character, or "tab". None means what the header shows.
-        encoding: None means what the first bytes show: UTF-16 or UTF-8. A regular file of delimited text that is
-            plainly no UTF-8 is read as Windows-1252, with a warning.
-        columns: names of columns that are known beside the usual ones.
+        source: path of a file or named pipe (decompressed if it ends in .gz), or a stream, which is left open.
+        format: "csv", "tsv", "jsonl", "json" or "parquet". Default: by the path's suffix, in any case, or else the
+            first line.
+        delimiter: column separator: one character, or "tab". Default: detected from the header.
+        encoding: default: UTF-16 or UTF-8, by the first bytes. A regular file of delimited text that is clearly not
+            UTF-8 is read as Windows-1252, with a warning.
+        columns: known column names besides the usual ones.
 
     Raises:
-        InputError: no such file, an unknown format or encoding, no possible delimiter. WorkError: the source cannot be
-        opened or, when that row is asked for, read on.
+        InputError: there is no such file, or the format, encoding or delimiter is invalid.
+        WorkError: the source cannot be opened or, while reading, cannot be read any further.
     """
     path = Path(source) if isinstance(source, (str, Path)) else None
     if path is None and (isinstance(source, io.TextIOBase) or not hasattr(source, "readline")):
@@ -96,7 +97,7 @@ def read_records(
 
 @dataclass(frozen=True)
 class _Reading:
-    """How a source is read. again: its path, where it can be read more than once."""
+    """How a source is read. again: its path, if it can be read more than once."""
 
     name: str
     delimiter: str | None
@@ -116,7 +117,7 @@ def _format_of(path: Path) -> str | None:
 
 
 def _check_file(path: Path) -> bool:
-    """Whether it can be read more than once."""
+    """Whether a file can be read more than once."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -161,7 +162,7 @@ def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator
         format, untold = _sniff(_first_line(head, encoding), how)
     json_like = format in ("json", "jsonl")
     again = how.again if how.encoding is None and not json_like else None
-    newline = "\n" if json_like and b"\n" in head else ""  # without one, lines may end in "\r" as of old
+    newline = "\n" if json_like and b"\n" in head else ""  # without one, lines may end in "\r"
     lines = Lines(rejoined(head, file), how.name, encoding, newline, again)
     if format == "json":
         yield from _read_json(lines, how.columns, certain)
@@ -173,17 +174,17 @@ def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator
         yield Record(place, fields, error)
 
 
-# Which format
+# Format detection
 
 
 def _first_line(head: bytes, encoding: str) -> str:
-    """The first line that is not blank. The last bytes of UTF-16 may be half a letter."""
+    """The first non-blank line. The last bytes of UTF-16 may be half a character."""
     text = head.decode(encoding, "replace").strip("\ufeff" + BLANK)
     return text.split("\n", 1)[0].rstrip("\ufffd" + BLANK)
 
 
 def _sniff(line: str, how: _Reading) -> tuple[str, WorkError | None]:
-    """The format that a first line shows, and what is wrong with that line if it shows none."""
+    """The format detected from a first line, and what is wrong with that line if none is."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -198,7 +199,7 @@ def _sniff(line: str, how: _Reading) -> tuple[str, WorkError | None]:
         return "csv", None
     if isinstance(value, str):
         return "jsonl", None
-    # A file is worth a guess: its owner is told of the columns. A stream may be made of anything.
+    # For a file a guess is worth it: errors will name the columns. A stream may contain anything.
     if how.again is not None:
         return "csv", None
     return "jsonl", WorkError(f"not JSON, nor a header with a column of a known name; columns: {listed(names)}")
@@ -233,7 +234,7 @@ def _parse_line(number: int, line: str) -> Record:
 
 
 def _as_record(number: int, value: Any, unit: str = "line") -> Record:
-    if isinstance(value, str):  # a text alone
+    if isinstance(value, str):  # just a text
         value = {"text": value}
     if not isinstance(value, dict):
         return Record(number, error=WorkError(f"expected a JSON object, got {reprlib.repr(value)}"), unit=unit)
@@ -241,7 +242,7 @@ def _as_record(number: int, value: Any, unit: str = "line") -> Record:
 
 
 def _read_json(lines: Lines, columns: Collection[str], certain: bool) -> Iterator[Record]:
-    """The rows of a document or, where it is none, of JSON Lines. certain: its name says that it is JSON."""
+    """The rows of a document or, if it is not one, of JSON Lines. certain: whether the file is said to be JSON."""
     all_lines = list(lines)
     text, bad = "".join(all_lines), dict(lines.bad)
     try:
@@ -297,7 +298,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 
 def _readable(batch: Any) -> Any:
-    """Columns of times and decimals as texts, which JSON can hold."""
+    """Convert columns of times and decimals to text, for JSON."""
     import pyarrow
 
     for i, column in enumerate(batch.schema):
@@ -307,7 +308,7 @@ def _readable(batch: Any) -> Any:
 
 
 def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """By column the names of its classes, where the `datasets` library has written them into the schema."""
+    """Class names by column, if the `datasets` library wrote them into the schema."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         found = {name: one["names"] for name, one in features.items() if one.get("_type") == "ClassLabel"}
@@ -321,7 +322,7 @@ def _are_words(names: Any) -> bool:
 
 
 def class_name(value: Any, names: list[str]) -> Any:
-    """The name of a class given by its number; -1 stands for none, as in data sets whose test rows have no labels."""
+    """The name of a class given by its number. -1 means none, as in data sets whose test rows have no labels."""
     value = plain_value(value)
     if not isinstance(value, int) or isinstance(value, bool):
         return value

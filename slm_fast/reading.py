@@ -1,4 +1,4 @@
-"""Rows as the model reads them: the tokens of their prompts, and what their queries are found from."""
+"""Rows as the model reads them: tokens of their prompts, and inputs for their queries."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from slm_fast.tokenization import Encoded, Tokenization
 
 
 class Reading(NamedTuple):
-    """A row as the model reads it: the tokens of its prompt, and whether they were cut to fit.
+    """A row as the model reads it.
 
-    query_input: what its query has to be found from before the forward pass (tokens, or the text for an encoder with a
-    tokenizer of its own); None where it is found on the way. A sentence encoder's query always goes ahead, the trunk's
-    when an instruction stands in the prompt, because in the pass itself the input's tokens attend to it.
+    Attributes:
+        ids: tokens of its prompt.
+        truncated: whether they were cut to fit.
+        query_input: input for its query before the forward pass: tokens, or text for an encoder with its own tokenizer.
+            None if the query is found during the pass. A sentence encoder's query is always found before it; a trunk
+            query is if the prompt has an instruction, because during the pass the input's tokens would attend to it.
     """
 
     ids: list[int]
@@ -35,7 +38,7 @@ def read_rows(
     *,
     shared: bool,
 ) -> list[Reading]:
-    """Rows as tokens, each text tokenised once. shared: a sentence encoder reads the same tokens as the backbone."""
+    """Tokenise rows, each text once. shared: whether a sentence encoder reads the same tokens as the backbone."""
     longest = config.max_length or 0
     texts, queries = [row.prompt for row in rows], [row.query_text(config.route_on) for row in rows]
     if isinstance(query, SentenceQuery) and shared and texts == queries and not config.chat_template:
@@ -51,7 +54,7 @@ def read_rows(
     if isinstance(query, SentenceQuery):
         inputs = dict(enumerate(queries))
     else:
-        # Of a chat only the input's own words are looked at.
+        # In a chat the query is that of the input alone.
         other = [i for i, text in enumerate(texts) if queries[i] != text or config.chat_template]
         inputs = dict(zip(other, tokenization.tokenize([queries[i] for i in other], longest)[0], strict=True))
     ids, cut = prompts_of(rows, tokenization, config, longest)
@@ -61,7 +64,7 @@ def read_rows(
 def prompts_of(
     rows: Sequence[Row], tokenization: Tokenization, config: ModelConfig, max_length: int
 ) -> tuple[list[list[int]], list[bool]]:
-    """The tokens of rows' prompts, cut to `max_length`, and which were cut."""
+    """Tokens of the rows' prompts, cut to `max_length`, and which were cut."""
     if not isinstance(config.chat_template, str):
         return tokenization.tokenize([row.prompt for row in rows], max_length)
     found = [_chat(row, tokenization, config.chat_template, max_length) for row in rows]
@@ -69,8 +72,8 @@ def prompts_of(
 
 
 def _chat(row: Row, tokenization: Tokenization, template: str, max_length: int) -> tuple[list[int], bool]:
-    """A row as a user's turn. Its instruction is the system's or, where there is no text or no such turn in the
-    template, stands in the user's."""
+    """A row as a user turn. Its instruction is the system turn, or part of the user turn if there is no text or the
+    template has no system turn."""
     if row.instruction and row.text:
         with suppress(WorkError):
             return tokenization.tokenize_chat(row.instruction, row.text, template, max_length)
@@ -78,7 +81,7 @@ def _chat(row: Row, tokenization: Tokenization, template: str, max_length: int) 
 
 
 def collated(readings: Sequence[Reading], tokenization: Tokenization) -> Encoded:
-    """Rows as one batch, still in the processor's memory."""
+    """Rows as one batch, in CPU memory."""
     inputs: list[list[int] | str] = []
     if any(reading.query_input is not None for reading in readings):
         inputs = [reading.ids if reading.query_input is None else reading.query_input for reading in readings]
@@ -93,8 +96,8 @@ def reread(
     tokenization: Tokenization,
     max_length: int,
 ) -> Encoded:
-    """A causal backbone's batch of rows, where those of an imported task read the prompt of its adapter; the others,
-    whose adapter is None, what the batch has."""
+    """A causal backbone's batch in which rows of an imported task have its adapter's prompt. Rows whose adapter is None
+    keep their tokens."""
     if not any(adapters):
         return batch
     ids = [
@@ -108,7 +111,7 @@ def reread(
 
 
 def prompt_of(row: Row, adapter: Adapter, tokenization: Tokenization, max_length: int) -> tuple[list[int], bool]:
-    """The tokens that an imported task's adapter reads of a row, and whether they were cut to fit."""
+    """Tokens that an imported task's adapter reads of a row, and whether they were cut to fit."""
     if adapter.chat_template is not None:
         return tokenization.tokenize_chat(row.instruction, row.text, adapter.chat_template, max_length)
     ids, cut = tokenization.tokenize([row.prompt], max_length, separator=adapter.prompt == "separator")

@@ -1,8 +1,9 @@
-"""A store at a URL (s3://, gs://, https://, file:// ... whatever fsspec has a driver for), which is only read.
+"""A read-only store at a URL (s3://, gs://, https://, file:// or any other that fsspec has a driver for).
 
-What its manifest names is brought into a folder of the user's cache, which is a store as any: files that are there
-stay, others are checked against their SHA-256 before they are put in place, and the manifest changes last. So a reader
-of the cache finds the generation of before or the new one, whatever the source, the network and other processes do.
+The files that its manifest names are downloaded to a folder in the user's cache, which is an ordinary store. Existing
+files are kept, others are checked against their SHA-256 before they are put in place, and the manifest changes last. So
+a reader of the cache finds either the previous generation or the new one, whatever the source, the network and other
+processes do.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ ENDPOINTS = {
     "gs": ("STORAGE_EMULATOR_HOST",),
     "gcs": ("STORAGE_EMULATOR_HOST",),
 }
-TOGETHER = 8  # files that are asked for at once, and are in memory then
+TOGETHER = 8  # files requested at once, and then in memory together
 
 
 def cache_of(url: str) -> Path:
-    """The folder that a URL's store is brought into: in $SLM_FAST_CACHE, else where the user's caches are."""
+    """The folder to which a URL's store is downloaded: in $SLM_FAST_CACHE, or else in the user's cache directory."""
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = os.environ.get(CACHE) or os.path.join(caches, "slm-fast")
     source = f"{url} {endpoint}" if (endpoint := endpoint_of(url)) else url
@@ -41,8 +42,8 @@ def cache_of(url: str) -> Path:
 
 
 def endpoint_of(url: str) -> str:
-    """Where the buckets of a URL are looked for, if fsspec's configuration or the environment says: the same name may
-    mean another store there."""
+    """The endpoint for a URL's buckets, if configured in fsspec or the environment: elsewhere the same name may mean
+    another store."""
     from fsspec.config import conf
 
     protocol = url.split("://", 1)[0]
@@ -52,17 +53,17 @@ def endpoint_of(url: str) -> str:
 
 
 class Gone(Exception):
-    """There is no such file; its path in the store."""
+    """A file does not exist. The argument is its path in the store."""
 
 
 class RemoteStore(Store):
-    """The store at a URL. `path` is its folder in the cache, which `bring` makes what the URL has by then.
+    """The store at a URL. `path` is its folder in the cache, which `bring` updates.
 
-    Its `.sum` and `.keys` are kept there as beside any store; tasks are not added or removed.
+    As in any store, `.sum` and `.keys` are kept there; tasks are not added or removed.
     """
 
     poll = 5.0
-    tries, pause = 4, 0.25  # how often a manifest is read whose files are gone, and seconds in between
+    tries, pause = 4, 0.25  # attempts if files that a manifest names are missing, and seconds in between
 
     def __init__(self, url: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
         self.url, self._model = re.sub(r"(?<=[^:/])/+$", "", str(url)), dict(about)
@@ -70,11 +71,11 @@ class RemoteStore(Store):
 
     @classmethod
     def open(cls, path: str | Path) -> RemoteStore:
-        """Bring the store at a URL here, and open it.
+        """Download the store at a URL, and open it.
 
         Raises:
-            InputError: there is none, or no driver for the URL. WorkError: it cannot be read, or is damaged; or the
-            cache cannot be written.
+            InputError: there is none, or no driver for the URL.
+            WorkError: it cannot be read or is damaged, or the cache cannot be written.
         """
         store = cls(path, {}, {})
         store.bring()
@@ -86,7 +87,7 @@ class RemoteStore(Store):
 
     @property
     def where(self) -> str:
-        """The URL as it is shown: without a password."""
+        """The URL for messages, without a password."""
         return shown(self.url)
 
     def glance(self) -> object:
@@ -96,7 +97,7 @@ class RemoteStore(Store):
             return str(error)
 
     def _bytes(self, name: str) -> bytes:
-        """As of any store; what the cache has lost, or has other bytes of, is brought again."""
+        """As in any store, but a file that the cache has lost, or that is damaged, is downloaded again."""
         try:
             return super()._bytes(name)
         except WorkError as error:
@@ -113,21 +114,21 @@ class RemoteStore(Store):
 
     @staticmethod
     def damaged(file: Path) -> str:
-        """What the cache has other bytes of it shall rather not have: the next opening brings it again."""
+        """Delete a damaged file from the cache: the next opening downloads it again."""
         with suppress(OSError):
             file.unlink()
         return "; opening the store again brings it anew"
 
     def bring(self) -> None:
-        """Make the cache what the URL has now, if it is not. Raises as `open`, and InputError for a store of another
-        model than was opened; the cache is then of the generation of before."""
+        """Update the cache to what the URL has now, if it differs. Raises as `open` does, and InputError if the store
+        is now of another model; the cache then keeps the previous generation."""
         if self._holds(*self._manifest()):
             return
         failed: SlmError | None = None
-        with super()._writing(600.0):  # long enough for another process to bring it
+        with super()._writing(600.0):  # long enough for another process to download it
             try:
                 about, files = self._fetch()
-            except SlmError as error:  # what is in place by then stays, so that the next time asks for the rest
+            except SlmError as error:  # files in place stay, so that the next attempt requests the rest
                 failed, self._clean = error, False
             else:
                 self._take_out(files, None)
@@ -137,10 +138,10 @@ class RemoteStore(Store):
             raise failed
 
     def _holds(self, about: Mapping[str, Any], files: Mapping[str, str]) -> bool:
-        """Whether the cache has all that the manifest names, and nothing else."""
+        """Whether the cache has everything that the manifest names, and nothing else."""
         try:
             there = Store.open(self.path)
-        except InputError:  # there is none
+        except InputError:  # no store
             return False
         except WorkError:
             self._drop_damaged()
@@ -149,12 +150,12 @@ class RemoteStore(Store):
             return False
         try:
             return all(there.file(name).exists() for name in files) and not there.leftovers()
-        except OSError:  # another process removes what was left over
+        except OSError:  # another process removes leftovers
             return False
 
     def _drop_damaged(self) -> None:
-        """Have no manifest in the cache rather than one that cannot be read."""
-        with self._named_errors(), locked(self.path / LOCK, 600.0) as held, suppress(InputError):  # dropped already
+        """Remove a manifest that cannot be read from the cache."""
+        with self._named_errors(), locked(self.path / LOCK, 600.0) as held, suppress(InputError):  # already dropped
             try:
                 Store.open(self.path)
             except WorkError:
@@ -162,7 +163,7 @@ class RemoteStore(Store):
                     (self.path / MANIFEST).unlink()
 
     def _fetch(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """What the manifest says, once all files that it names are in place."""
+        """The manifest's content, once all files that it names are in place."""
         for _ in range(self.tries):
             about, files = self._manifest()
             paths = {name: task_path(name, digest) for name, digest in sorted(files.items())}
@@ -193,14 +194,14 @@ class RemoteStore(Store):
             raise InputError(f"{self.where}: not a store (no {MANIFEST})") from None
 
     def _read(self, paths: list[str]) -> list[bytes]:
-        """The bytes of files at the URL. Raises Gone, InputError or WorkError for the first that fails."""
+        """Contents of files at the URL. Raises Gone, InputError or WorkError for the first that fails."""
         try:
             from fsspec.core import url_to_fs
 
             system, root = url_to_fs(self.url)
-        except (ImportError, ValueError) as error:  # which say what to install
+        except (ImportError, ValueError) as error:  # the error says what to install
             raise InputError(f"{self.where}: cannot be opened: {one_line(error)}") from None
-        except Exception as error:  # whatever a driver raises for what it is not told
+        except Exception as error:  # whatever a driver raises for missing settings
             raise WorkError(f"{self.where}: cannot be opened: {one_line(error)}") from None
         try:
             system.invalidate_cache()
@@ -210,11 +211,11 @@ class RemoteStore(Store):
         for path, data in zip(paths, found, strict=True):
             if isinstance(data, (FileNotFoundError, NotADirectoryError)):
                 raise Gone(path)
-            if isinstance(data, BaseException):  # whatever a driver raises for a network or a permission
+            if isinstance(data, BaseException):  # whatever a driver raises for network or permission errors
                 raise WorkError(f"{self.where}/{path}: cannot be read: {one_line(data)}")
         return found
 
-    # The cache's own writing
+    # Writing the cache
 
     @contextmanager
     def _writing(self, patience: float | None = None) -> Iterator[None]:
@@ -224,7 +225,7 @@ class RemoteStore(Store):
             yield
 
     def _joined(self, about: dict[str, Any]) -> dict[str, Any]:
-        return about  # of whatever model the store there was before
+        return about  # whatever model the cached store was of
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
-"""The output of `slm-fast predict`: an interrupted run is taken up where it stopped.
+"""The output of `slm-fast predict`, with which an interrupted run can be resumed.
 
-Beside OUTPUT stands OUTPUT.run, which says what its rows come from: input, store and options. The same call again
-keeps the rows that are whole and goes on behind them; another call is refused. Rows are written a window at a time,
-in a compressed output each window as a member of its own, so that a half-written one can be told and cut off.
+OUTPUT.run, beside OUTPUT, describes what the rows were made from: input, store and options. The same call again keeps
+the complete rows and continues after them; a different call is refused. Rows are written a window at a time. In a
+compressed output each window is a separate gzip member, so that an incomplete one can be detected and cut off.
 """
 
 from __future__ import annotations
@@ -22,27 +22,31 @@ from slm_fast.streams import line_of, named, write_all
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of an input's bytes, unpacked; of one that breaks off, up to there."""
+    """SHA-256 of an input's decompressed bytes; for damaged compressed data, of those before the error."""
     digest = hashlib.sha256()
     try:
         with cast("IO[bytes]", (gzip.open if path.suffix == ".gz" else open)(path, "rb")) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except (EOFError, OSError, zlib.error):
-        pass  # whoever reads the rows says what is wrong, and where
+        pass  # reading the rows will report the error and its place
     return digest.hexdigest()
 
 
 class Output:
-    """A file of records that grows a window at a time. `rows` are in it from before, the first error among them `bad`.
+    """A file of records that grows a window at a time.
 
     Args:
-        about: what the rows come from, by name; None where that cannot be known beforehand (standard input), and then
-            nothing can be resumed.
+        about: what the rows are made from, by name. None if unknown beforehand (standard input), so not resumable.
+
+    Attributes:
+        rows: number of rows kept from an earlier run.
+        failed: number of them with errors.
+        bad: first record with an error among them.
 
     Raises:
-        InputError: the file is there and is not the beginning of this run. WorkError: another process writes to it, or
-        it cannot be written.
+        InputError: the file exists and is not the beginning of this run.
+        WorkError: another process is writing it, or it cannot be written.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any] | None, *, overwrite: bool) -> None:
@@ -73,7 +77,7 @@ class Output:
         elif about is None:
             self.run.unlink(missing_ok=True)
         else:
-            # After the output is empty: a run file must never stand beside rows of another run.
+            # Only once the output is empty: a run file must never be beside rows of another run.
             part = self.run.with_name(self.run.name + ".part")
             with named(self.run):
                 part.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
@@ -86,7 +90,7 @@ class Output:
         self._file.close()
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Raises WorkError, naming the file, where it cannot be written; what was written is kept."""
+        """Write records. Raises WorkError, naming the file, if that fails; what was written is kept."""
         data = "".join(map(line_of, records)).encode()
         write_all(self._file, gzip.compress(data, mtime=0) if self.path.suffix == ".gz" else data, self.path)
 
@@ -112,8 +116,8 @@ def run_file(path: Path) -> Path:
 
 
 def check_resumable(path: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Raise InputError unless the rows in `path` were made by a run like this; without `about`, by any that can be
-    resumed."""
+    """Raise InputError unless the rows in `path` were made by a run like this; without `about`, by any resumable
+    one."""
     try:
         begun = json.loads(run_file(path).read_text("utf-8"))
     except (OSError, ValueError):
@@ -128,7 +132,7 @@ def check_resumable(path: Path, about: Mapping[str, Any] | None = None) -> None:
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
-    """(where it ends, [line]) of each whole line."""
+    """(end position, [line]) of each complete line."""
     end = 0
     for line in file:
         end += len(line)
@@ -137,7 +141,7 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
 
 
 def _members(file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:
-    """(where it ends, its lines) of each whole member of a gzip file."""
+    """(end position, lines) of each complete member of a gzip file."""
     end, rest = 0, b""
     while True:
         member, data = zlib.decompressobj(31), b""

@@ -1,7 +1,7 @@
-"""Routers: from a query to a route. All are one `ops.retrieve` call over what the tasks' files hold.
+"""Routers: from a query to a route, by one `ops.retrieve` call over what the tasks' files contain.
 
 A router's part of a task depends on that task's queries alone, and parts are combined in the order of the tasks' names.
-So tasks may be learned in any order, or one taken away, and every bit of the result is as if that had been the history.
+So tasks may be learned in any order and removed again, and no bit of the result depends on that history.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from slm_fast.ops import Route
 from slm_fast.ops.retrieve import PreparedKeys
 from slm_fast.sketch import Sketch, sampled
 
-Part = Mapping[str, Tensor]  # what one task's file holds for its router
-TASKS_AT_ONCE = 32  # whose keys are computed, each by itself
-MEANS_AT_ONCE = 4096  # of which keys are computed together
-WHITENER_BYTES = 256 << 20  # what the covariances kept for distances may take
+Part = Mapping[str, Tensor]  # a task's part of the router
+TASKS_AT_ONCE = 32  # tasks whose keys are computed in one block, each separately
+MEANS_AT_ONCE = 4096  # means whose keys are computed together
+WHITENER_BYTES = 256 << 20  # maximum bytes of covariances kept for distances
 
 
 class NotFinite(WorkError):
-    """A query that is not a number, `row` of those given, counted from 0."""
+    """A query is not finite; `row` is its index among those given."""
 
     def __init__(self, row: int) -> None:
         super().__init__(f"query: row {row} holds a number that is not finite")
@@ -64,57 +64,57 @@ AnyRouter = TypeVar("AnyRouter", bound="Router")
 
 @dataclass
 class Router(ABC):
-    """Routes among the slots of tasks whose parts it holds, in the order of their names; slot ids follow that order.
+    """Routes among the slots of the tasks whose parts it has. Slot ids follow the order of the tasks' names.
 
-    Once loaded a router does not change. `with_part` and `without` return another one, at the cost of that one task's
-    part (and of lists as long as there are tasks). What concerns all slots is computed for the first route asked for.
+    Once loaded, a router does not change. `with_part` and `without` return another one, at the cost of that one task's
+    part (and of lists with an entry for each task). What concerns all slots is computed for the first route.
     """
 
     k: int
 
     @abstractmethod
     def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """A task's part from its training queries [N, D] and, where it has them, the numbers of their labels [N]."""
+        """A task's part, from its training queries [N, D] and their label numbers [N], if any."""
 
     @abstractmethod
     def slots(self, part: Part) -> int:
-        """How many slots a task has."""
+        """Number of slots of a task."""
 
     @abstractmethod
     def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
-        """query [B, D], mask [B, P] or [P] of slots allowed -> Route. check: look whether all queries are finite, for
-        which a GPU is waited for; where one is not its route may be any."""
+        """The route of queries [B, D] among the slots allowed by `mask` [B, P] or [P]. check: whether to check that all
+        queries are finite, which waits for a GPU; without it, the route of one that is not is arbitrary."""
 
     def label_scores(self, query: Tensor, slot_ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Log-odds [B, M] of labels for queries [B, D], and [M] the place of each one's task and its number there (-1:
-        no label); of the tasks of some slots, or all. None where nothing is known of labels."""
+        """Log-odds [B, M] of labels for queries [B, D], and for each, [M], the index of its task and its number there
+        (-1: no label); of the tasks of some slots, or all. None if nothing is known about labels."""
         return None
 
     @abstractmethod
     def _distance(self, query: Tensor, task: int) -> Tensor:
-        """How far queries [N, D] are from a task: [N]."""
+        """Distances of queries [N, D] from a task: [N]."""
 
     def _percentiles(self, task: int) -> Tensor:
-        """How far the task's training queries are from it: percentiles 0, 1, ..., 100 [101]."""
+        """Distances of the task's training queries: percentiles 0, 1, ..., 100 [101]."""
         return self.parts[task]["distance"]
 
     @abstractmethod
     def _sensitivity(self, query: Tensor, task: int) -> Tensor:
-        """How much that distance may change with a small change of the query, as a share of its size: [N]."""
+        """How much these distances may change per small relative change of the query: [N]."""
 
     def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device, kept: Kept = NOTHING) -> None:
-        """Route among these tasks, given by name or as a list in order, whose names are then 000000, 000001, ...
+        """Route among these tasks, given by name or as a list in order, then named 000000, 000001, ...
 
-        kept: what is known of them together. Raises WorkError for a part that cannot be used.
+        kept: known results for all of them. Raises WorkError if a part cannot be used.
         """
         named = parts if isinstance(parts, Mapping) else {f"{i:06d}": part for i, part in enumerate(parts)}
         names = sorted(named)
         self._hold(names, [named[name] for name in names], device)
 
     def with_part(self: AnyRouter, name: str, part: Part) -> AnyRouter:
-        """A router that knows one more task.
+        """A router with one more task.
 
-        Raises InputError for a name that is taken, WorkError for a part that cannot be used.
+        Raises InputError if the name is taken, WorkError if the part cannot be used.
         """
         if name in self.names:
             raise InputError(f"task {name!r}: the router has it already")
@@ -123,13 +123,13 @@ class Router(ABC):
         return router
 
     def without(self: AnyRouter, name: str) -> AnyRouter:
-        """A router that knows one task less. Raises InputError for a name that is not there."""
+        """A router with one task less. Raises InputError if there is no task of this name."""
         router, i = replace(self), self._place(name)
         router._hold(self.names[:i] + self.names[i + 1 :], self.parts[:i] + self.parts[i + 1 :], self.device)
         return router
 
     def _hold(self, names: list[str], parts: list[Part], device: torch.device) -> None:
-        for kind in type(self).__mro__:  # what is computed of all tasks is computed anew
+        for kind in type(self).__mro__:  # discard what was computed from all tasks
             for attribute in [name for name, value in vars(kind).items() if isinstance(value, cached_property)]:
                 vars(self).pop(attribute, None)
         self.names, self.parts, self.device = names, parts, device
@@ -141,21 +141,21 @@ class Router(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Compute what concerns all slots now, rather than when the first route is asked for.
+        """Compute what concerns all slots now, rather than for the first route.
 
-        Raises WorkError where that cannot be done.
+        Raises WorkError if that is impossible.
         """
 
     @cached_property
     def task_of_slot(self) -> list[int]:
-        """Which task (its place in `names`) each slot belongs to."""
+        """Index in `names` of each slot's task."""
         return [i for i, part in enumerate(self.parts) for _ in range(self.slots(part))]
 
     def distance(self, query: Tensor, slot_ids: Tensor, rounding: float = 0.0) -> Tensor:
-        """How far each query [B, D] is from the task of its slot [B]: the share of that task's training rows that are
-        nearer [B] float32, more than 1 beyond all of them.
+        """Distance of each query [B, D] from the task of its slot [B]: the share of that task's training rows that are
+        nearer, [B] float32; more than 1 beyond all of them.
 
-        As much of a query as `rounding` is not its own: what the other rows of its batch make of its last bits. A task
+        rounding: relative error of the queries, since the other rows of a batch affect a query's last bits. A task
         whose distances cannot be computed (its part is damaged) is infinitely far from everything.
         """
         task_B, query = torch.tensor(self.task_of_slot)[slot_ids.cpu()], query.cpu()
@@ -172,29 +172,30 @@ class Router(ABC):
 
 @dataclass
 class GaussianRouter(Router):
-    """Linear discriminant analysis: a mean for each label of a slot, one covariance within them, shared by all.
+    """Linear discriminant analysis: a mean for each label of a slot, and one shared covariance within means.
 
         score[b, p] = the highest of q' S^-1 m - m' S^-1 m / 2 over the slot's means m,
         weights = softmax(score / temperature) over the top K
 
-    Streaming LDA (Hayes & Kanan 2020). Tasks that resemble each other are told apart by their labels: what one task's
-    labels differ in says nothing of which task it is. A task's part is (count, mean, whose each mean is, scatter), and
-    scatters add up, so no old data is needed. The covariance is shrunk towards a multiple of the identity by the amount
-    that the oracle-approximating formula of Chen, Wiesel, Eldar & Hero (2010) gives. Distance is Mahalanobis (Lee et
-    al. 2018) in the task's own covariance, so that it does not change when other tasks are learned.
+    Streaming LDA (Hayes & Kanan 2020). Similar tasks are told apart by their labels: what differs between the labels of
+    one task says nothing about which task it is. A task's part is (count, mean, slot of each mean, scatter), and
+    scatters add up, so no old data is needed. The covariance is shrunk towards a multiple of the identity, by the
+    oracle-approximating amount of Chen, Wiesel, Eldar & Hero (2010). Distance is Mahalanobis (Lee et al. 2018) in the
+    task's own covariance, so that it does not depend on other tasks.
 
-    Covariance and centre are of all tasks up to 2,048, beyond of 512 that follow from the names (`slm_fast.sketch`).
-    One of these costs its scatter's D (D + 1) / 2 numbers, and the next route a Cholesky factor of [D, D] and a product
-    [P, D] [D, D]; one of the others its own keys, [M, D] [D, D], by a product of their own, so that their bits follow
-    from its means and those 512. Scatters are summed exactly and means stand in name order: no history shows in them.
-    whiteners: task name -> the factor [D, D] of its covariance, of those whose distance was asked for last.
+    Covariance and centre are of all tasks up to 2,048, beyond that of 512 chosen by their names (`slm_fast.sketch`).
+    One of these costs its scatter's D (D + 1) / 2 numbers and, at the next route, a Cholesky factor [D, D] and a
+    product [P, D] [D, D]. Any other task costs its own keys, a separate product [M, D] [D, D], so that their bits
+    depend on its means and those 512 alone. Scatters are summed exactly and means are in name order, so results do not
+    depend on history.
+    whiteners: task name -> factor [D, D] of its covariance, for tasks whose distance was last requested.
     """
 
     k: int = 2
     temperature: float = 4.0
-    is_kept = False  # whether the discriminant is the one that was known when the tasks were loaded
-    _follows = False  # whether it is another router with one task more or less
-    _known: KnownKeys | None = field(default=None, init=False, repr=False, compare=False)  # need not be computed
+    is_kept = False  # whether the discriminant was known when the tasks were loaded
+    _follows = False  # whether it was derived from another router, by one task
+    _known: KnownKeys | None = field(default=None, init=False, repr=False, compare=False)  # keys computed before
 
     def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
         check_finite(query)
@@ -213,12 +214,11 @@ class GaussianRouter(Router):
 
     @staticmethod
     def mean_slot(part: Part) -> Tensor:
-        """The slot of each mean, [M] int64, in rising order. Files of before there were labels' means have one a
-        slot."""
+        """The slot of each mean, [M] int64, ascending. Older files, without means for labels, have one per slot."""
         return part["mean_slot"].long() if "mean_slot" in part else torch.arange(len(part["count"]))
 
     def means(self, part: Part) -> Tensor:
-        """The means [M, D] float64 that a task's keys are made of."""
+        """The means [M, D] float64 from which a task's keys are computed."""
         return part["mean"].double()
 
     def load(self, parts: Sequence[Part] | Mapping[str, Part], device: torch.device, kept: Kept = NOTHING) -> None:
@@ -236,7 +236,7 @@ class GaussianRouter(Router):
 
     @property
     def scatter(self) -> ExactSum:
-        """The sum of the sampled tasks' scatters: for new keys, and for distances."""
+        """The sum of the sampled tasks' scatters, for new keys and for distances."""
         return self.sketch.scatter
 
     def with_part(self, name: str, part: Part) -> GaussianRouter:
@@ -251,8 +251,7 @@ class GaussianRouter(Router):
         return router
 
     def _follow(self, before: GaussianRouter) -> None:
-        """Take over what was computed of tasks that are there as they were, from a router that knows one more or less.
-        Raises as `ExactSum.of`."""
+        """Take over results for unchanged tasks from a router with one more or less. Raises as `ExactSum.of` does."""
         there = dict(zip(self.names, self.parts, strict=True))
         self.sketch = before.sketch.changed({name: there[name] for name in sampled(there)})
         self.whiteners = {name: lower for name, lower in dict(before.whiteners).items() if name in there}
@@ -263,7 +262,7 @@ class GaussianRouter(Router):
 
     @property
     def known_keys(self) -> KnownKeys | None:
-        """Those that were computed, of all tasks or of some."""
+        """Keys computed so far, of all tasks or of some."""
         if "discriminant" not in vars(self):
             return self._known
         rows = {name: slice(*own) for name, own in zip(self.names, pairwise(self.first_mean), strict=True)}
@@ -271,15 +270,15 @@ class GaussianRouter(Router):
 
     @cached_property
     def first_mean(self) -> list[int]:
-        """Where each task's means begin, and where the last one's end."""
+        """Index of each task's first mean, and the number of all means."""
         return list(accumulate((len(part["count"]) for part in self.parts), initial=0))
 
     @cached_property
     @torch.inference_mode(False)
     def discriminant(self) -> Discriminant:
-        """Centre [D], and of all means keys [M, D] and bias [M]. Queries are measured from the centre of the means.
-        That adds the same to all scores of a query, so no route changes, and float32 keeps more of their
-        differences."""
+        """Centre [D], keys [M, D] and bias [M] of all means. Queries are taken relative to the centre of the means,
+        which adds the same to all scores of a query: no route changes, and float32 resolves their differences
+        better."""
         first, known = self.first_mean, self._known if self._has_others else None
         rows = {} if known is None else known.rows
         new = [i for i, name in enumerate(self.names) if name not in rows]
@@ -292,11 +291,12 @@ class GaussianRouter(Router):
         keep = self._follows and known is not None
         for i, own_keys, own_bias in self._computed(new, keep=keep) if self._has_others else self._together():
             keys[first[i] : first[i + 1]], bias[first[i] : first[i + 1]] = own_keys, own_bias
-        self._known = None  # so that all are held once
+        self._known = None  # so that nothing is held twice
         return centre, keys, bias
 
     def _computed(self, tasks: Sequence[int], *, keep: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Each of some tasks with the keys [M, D] and biases [M] of its means. keep: the inverse, with the sample."""
+        """Yield some tasks, each with keys [M, D] and biases [M] of its means. keep: keep the inverse, with the
+        sample."""
         inverse = self._inverse(keep=keep) if tasks else torch.empty(0)
         for begin in range(0, len(tasks), TASKS_AT_ONCE):
             some = tasks[begin : begin + TASKS_AT_ONCE]
@@ -310,7 +310,7 @@ class GaussianRouter(Router):
         return len(self.names) > len(self.sketch.parts)
 
     def _together(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """As `_computed`, all tasks. Where all are sampled a change changes all keys, and this takes less time."""
+        """Like `_computed`, for all tasks. If all are sampled, a change affects all keys, and this is faster."""
         apart, lower = torch.cat([self.means(part) for part in self.parts]) - self._centre(), self._lower()
         keys = torch.cat([self._solved(lower, rows) for rows in apart.split(MEANS_AT_ONCE)])
         bias = -0.5 * (keys * apart).sum(1)
@@ -318,7 +318,7 @@ class GaussianRouter(Router):
             yield i, keys[begin:end].float(), bias[begin:end].float()
 
     def _solved(self, lower: Tensor, rows: Tensor) -> Tensor:
-        """Rows [M, D] times the inverse of the covariance whose factor is `lower`."""
+        """Rows [M, D] times the inverse of the covariance with factor `lower`."""
         return rows @ torch.cholesky_inverse(lower)
 
     def _centre(self) -> Tensor:
@@ -328,10 +328,10 @@ class GaussianRouter(Router):
         return self.sketch.centre
 
     def _inverse(self, *, keep: bool) -> Tensor:
-        """That [D, D] float64 of the sampled tasks' covariance, kept with them if that is said."""
+        """Inverse [D, D] float64 of the sampled tasks' covariance. keep: keep it, with the sample."""
         found = self.sketch.inverse
         if found is None:
-            found = torch.cholesky_inverse(self._lower()).T  # which is the same, with rows that lie together
+            found = torch.cholesky_inverse(self._lower()).T  # the same matrix (symmetric), with contiguous rows
             self.sketch.inverse = found if keep else None
         return found
 
@@ -362,9 +362,9 @@ class GaussianRouter(Router):
 
     @cached_property
     def prepared(self) -> PreparedKeys:
-        """The keys and whose each of them is."""
+        """The keys, and the slot of each."""
         slot, first = torch.cat([self.mean_slot(part) for part in self.parts]), torch.tensor(self.first_mean)
-        many = slot[first[1:] - 1] + 1  # slots of each task
+        many = slot[first[1:] - 1] + 1  # number of slots of each task
         key_slot = slot + (many.cumsum(0) - many).repeat_interleave(first.diff())
         return PreparedKeys(self.keys, 1, None, key_slot.to(self.device), int(key_slot.bincount().max()))
 
@@ -389,12 +389,12 @@ class GaussianRouter(Router):
         return query.double().norm(dim=1) / self._whitener(task).diagonal().amin()
 
     def _whitener(self, task: int) -> Tensor:
-        """The factor of a task's covariance, [D, D] float64; computed if it is not among those asked for last."""
+        """The factor of a task's covariance, [D, D] float64, computed unless it was requested recently."""
         part, name = self.parts[task], self.names[task]
         lower = self.whiteners.pop(name, None)
         if lower is None:
             lower = whitener(part["count"].double(), part["mean"].double(), unpack(part["scatter"].double()))
-        self.whiteners[name] = lower  # the last is the one used last
+        self.whiteners[name] = lower  # the last one is the most recently used
         while len(self.whiteners) > max(1, WHITENER_BYTES // lower.nbytes):
             self.whiteners.pop(next(iter(self.whiteners)))
         return lower

@@ -1,12 +1,12 @@
-"""A scatter matrix in few bytes: its strongest directions in eight bits, the rest as a diagonal.
+"""A compact form of a scatter matrix: its strongest directions in eight bits, and the rest as a diagonal.
 
-A task's scatter [D, D] of N rows has rank N at most, and what tells tasks apart stands in its strongest directions. It
-is kept as `factor` [R, D] int8, `exponent` [D] int8 and `diagonal` [D] float32, and means
+A task's scatter [D, D] of N rows has rank at most N, and what distinguishes tasks is in its strongest directions. It is
+kept as `factor` [R, D] int8, `exponent` [D] int8 and `diagonal` [D] float32, meaning
 
     scatter[i, j] = sum_r factor[r, i] factor[r, j] 2^(exponent[i] + exponent[j]) + (i == j) diagonal[i]
 
-which is positive semi-definite as it stands. Sums of products of so small integers are exact in float32, in whatever
-order, so that all machines make the same bits of it.
+which is positive semi-definite by construction. Sums of products of such small integers are exact in float32 in any
+order, so all machines compute the same bits.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RANK = 256  # directions kept. 256 127^2 < 2^24: float32 counts exactly so far
-EXPONENTS = (-40, 12)  # of a factor's units; a scatter is then below 2^46
-SPARE = 32  # directions more that are looked at, and PASSES times, to find the strongest (Halko et al. 2011)
+RANK = 256  # directions kept. 256 127^2 < 2^24: float32 is exact up to this
+EXPONENTS = (-40, 12)  # range of a factor's exponents; a scatter is then below 2^46
+SPARE = 32  # extra directions in PASSES iterations that find the strongest ones (Halko et al. 2011)
 PASSES = 4
 ROWS_AT_ONCE = 128
 
 
 def compress(scatter: Tensor, rows: int, seed: int) -> dict[str, Tensor]:
-    """`factor`, `exponent` and `diagonal` of a scatter [D, D] float64 of so many rows. Its diagonal stays as it is."""
+    """`factor`, `exponent` and `diagonal` of a scatter [D, D] float64 of `rows` rows. Its diagonal does not change."""
     factor = _strongest(scatter, min(rows, RANK, len(scatter)), seed)
     largest = factor.abs().amax(0).clamp(min=2.0 ** EXPONENTS[0])
     exponent = (largest / 127).log2().ceil().clamp(*EXPONENTS)
@@ -36,10 +36,10 @@ def compress(scatter: Tensor, rows: int, seed: int) -> dict[str, Tensor]:
 
 
 def expand(factor: Tensor, exponent: Tensor, diagonal: Tensor) -> Tensor:
-    """The upper triangle, row by row, of the scatter that these mean [D (D + 1) / 2] float64, the same bits everywhere.
+    """The scatter's upper triangle, row by row, [D (D + 1) / 2] float64, with the same bits on all machines.
 
-    A few rows at a time, so that they stay in the caches. Powers of two change no digit of a factor, and all products
-    of one sum have the same.
+    It is computed a few rows at a time, which stay in the caches. Scaling by powers of two is exact, and all products
+    in a sum have the same power.
     """
     scaled, width = factor.float() * exponent.double().exp2().float(), len(diagonal)
     packed, place, begins = np.empty(width * (width + 1) // 2), 0, []
@@ -54,12 +54,12 @@ def expand(factor: Tensor, exponent: Tensor, diagonal: Tensor) -> Tensor:
 
 
 def scatter_of(part: Mapping[str, Tensor]) -> Tensor:
-    """The upper triangle of a task's scatter, row by row, from what a router keeps of the task."""
+    """The upper triangle, row by row, of a task's scatter, from its part of the router."""
     return expand(part["factor"], part["exponent"], part["diagonal"]) if "factor" in part else part["scatter"]
 
 
 def _strongest(scatter: Tensor, rank: int, seed: int) -> Tensor:
-    """F [R, D] whose F'F is the part of a scatter in its R strongest directions: subspace iteration."""
+    """F [R, D] with F'F the part of a scatter in its R strongest directions, by subspace iteration."""
     width = len(scatter)
     generator = torch.Generator().manual_seed(seed)
     basis = torch.randn(width, min(width, rank + SPARE), generator=generator, dtype=torch.float64)

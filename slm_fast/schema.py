@@ -1,6 +1,6 @@
-"""What a store's manifest and a task's file say, checked whole when they are read.
+"""Complete validation of store manifests and task files when they are read.
 
-Every refusal is one WorkError line that names the file and the field.
+Every error is a one-line WorkError that names the file and the field.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ DIGEST: Kind = (
     "64 hexadecimal digits",
     lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
 )
-# The fields of a model's configuration (slm_fast.options.ModelConfig, every choice made), as a manifest holds them.
+# Fields of a complete model configuration (slm_fast.options.ModelConfig) in a manifest.
 CONFIG: Mapping[str, Kind] = {
     "query": word("trunk", "sentence"),
     "router": word("gaussian", "dtkr"),
@@ -69,9 +69,9 @@ CONFIG: Mapping[str, Kind] = {
     "max_length": integer(1, LARGEST["max_length"]),
     "chat_template": TEXT,
 }
-# Those that are there only where they are set, so that what is made without them is the same as ever.
+# Fields present only if set, so that stores without them do not change.
 WHEN_SET = ("chat_template",)
-# The fields of an imported task's `adapter` (slm_fast.tasks.Adapter).
+# Fields of an imported task's `adapter` (slm_fast.tasks.Adapter).
 ADAPTER: Mapping[str, Kind] = {
     "pooling": or_null(word(*POOLINGS)),
     "prompt": word("plain", "separator"),
@@ -80,13 +80,13 @@ ADAPTER: Mapping[str, Kind] = {
     "activation": word(*ACTIVATIONS),  # may be missing
 }
 WIDTH = integer(1, 1 << 24)
-SHAPES: Mapping[str, Kind] = {"hidden": or_null(WIDTH), "query": WIDTH}  # beside `layers`, in a manifest's `shapes`
-# Fields of `model` that stores of earlier versions lack, and that are compared where both sides have them.
+SHAPES: Mapping[str, Kind] = {"hidden": or_null(WIDTH), "query": WIDTH}  # besides `layers`, in a manifest's `shapes`
+# Fields of `model` that stores of earlier versions lack. They are compared if both sides have them.
 WHEN_KNOWN = ("shapes", "tokens", "settings", "encoder_tokens", "encoder_settings")
 SETTINGS: Kind = "plain JSON, at most 2 deep", lambda value: is_plain(value, 2)
 
-# Field of the configuration -> what stores written before there was such a field meant. A new field of `CONFIG` has a
-# value here, so that older stores open and answer as they did.
+# Configuration field -> its value in stores written before the field existed. New fields of `CONFIG` need one, so that
+# older stores open and answer as before.
 WHEN_ABSENT: Mapping[str, Any] = {"features": 0}
 
 
@@ -94,10 +94,11 @@ WHEN_ABSENT: Mapping[str, Any] = {"features": 0}
 
 
 def check_manifest(data: bytes, file: Path | str) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the tasks of a store have in common, its configuration completed from `WHEN_ABSENT`, and the SHA-256 of
-    each task's file.
+    """What the tasks of a store share, with the configuration completed from `WHEN_ABSENT`, and the SHA-256 of each
+    task's file.
 
-    Raises WorkError when the manifest is damaged or of a newer version.
+    Raises:
+        WorkError: the manifest is damaged or of a newer version.
     """
     try:
         content = read_json(data)
@@ -163,13 +164,13 @@ def _files(tasks: Any) -> dict[str, str]:
 
 
 def task_path(name: str, digest: str) -> str:
-    """Where a task's file stands in its store."""
+    """Path of a task's file in its store."""
     return f"tasks/{name}/{digest}.safetensors"
 
 
 def manifest_of(about: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
-    """The manifest of a store: JSON with sorted fields, an indent of one. Of tasks, which may be many, only names and
-    digests are written, which need no escapes."""
+    """The manifest of a store: JSON with sorted fields and an indent of one. Of the tasks, which may be many, only
+    names and digests vary, which need no escapes."""
     start = json.dumps({"format": FORMAT, "model": about}, indent=1, sort_keys=True, allow_nan=False)
     entries = [
         f'  "{name}": {{\n   "file": "{task_path(name, digest)}",\n   "sha256": "{digest}"\n  }}'
@@ -180,9 +181,9 @@ def manifest_of(about: Mapping[str, Any], files: Mapping[str, str]) -> bytes:
 
 
 def check_same(got: Mapping[str, Any], expected: Mapping[str, Any], got_from: str, expected_by: str) -> None:
-    """Raise InputError unless two stores, or a store and a model, are of one backbone and configuration.
+    """Raise InputError unless two stores, or a store and a model, have the same backbone and configuration.
 
-    Fields of `WHEN_KNOWN` are compared where both have them.
+    Fields of `WHEN_KNOWN` are compared if both have them.
     """
     both = got.keys() & expected.keys()
     for name in sorted(both & {"tokens", "encoder_tokens"}):
@@ -195,7 +196,7 @@ def check_same(got: Mapping[str, Any], expected: Mapping[str, Any], got_from: st
         for key in sorted(theirs.keys() | ours.keys()):
             if part + key in ("backbone", "config", "settings", "encoder_settings"):  # the backbone may have moved
                 continue
-            # Libraries of other versions have other settings.
+            # Other library versions have other settings.
             if (part + key in WHEN_KNOWN or "settings" in part) and (key not in theirs or key not in ours):
                 continue
             if theirs.get(key) != ours.get(key):
@@ -206,9 +207,11 @@ def check_same(got: Mapping[str, Any], expected: Mapping[str, Any], got_from: st
 
 
 def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> LearnedTask:
-    """The task that a file's metadata and tensors make, if they fit each other.
+    """The task made of a file's metadata and tensors, if these are consistent. (`check_fits` checks that it fits a
+    model.)
 
-    Raises WorkError when they do not. Whether the task fits a backbone is for `check_fits`.
+    Raises:
+        WorkError: they are not consistent.
     """
     try:
         about = about_task(metadata)
@@ -234,13 +237,13 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
 
 
 def about_task(metadata: Any) -> Mapping[str, Any]:
-    """A task's metadata, of which only the fields that it has are checked. Raises as `read_json`, or Unfit."""
+    """A task's metadata, checked only for which fields it has. Raises as `read_json` does, or Unfit."""
     check(metadata, "metadata", TEXT)
     return fields(read_json(metadata), "", "labels", "name", "options", optional=["origin", "adapter"])
 
 
 def task_of(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LearnedTask:
-    """The task that metadata and tensors make that were checked before."""
+    """The task made of metadata and tensors that have been checked before."""
     labels = about["labels"]
     return LearnedTask(
         name=about["name"],
@@ -259,7 +262,7 @@ def task_of(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LearnedT
 
 
 def adapter_of(task: Mapping[str, Any]) -> Adapter | None:
-    """What an imported task's file says of how it answers."""
+    """What an imported task's file says about how it answers."""
     if "adapter" not in task:
         return None
     about = task["adapter"]
@@ -270,7 +273,7 @@ def adapter_of(task: Mapping[str, Any]) -> Adapter | None:
 
 
 def _check_start(start: Any) -> None:
-    """What a task's values began at: true where there was nothing to begin at."""
+    """Check a recorded warm start: a task and its file's SHA-256, or true if there was nothing to start from."""
     if start is not True:
         fields(start, "options.warm_start", "task", "sha256")
         check(start["task"], "options.warm_start.task", TEXT)
@@ -278,7 +281,7 @@ def _check_start(start: Any) -> None:
 
 
 def check_learned(task: LearnedTask) -> None:
-    """Raise WorkError unless a task that was just learned holds numbers that a store takes."""
+    """Raise WorkError if a task that was just learned has numbers that a store refuses."""
     tensors = [(f"values.{name}", tensor) for name, pair in task.values.items() for tensor in pair]
     tensors += [("head.", tensor) for tensor in task.head or ()]
     try:
@@ -289,7 +292,7 @@ def check_learned(task: LearnedTask) -> None:
 
 
 def check_scatter(task: LearnedTask, file: Path) -> None:
-    """Raise WorkError unless a task's scatter is one, that is positive semi-definite. In time D^3."""
+    """Raise WorkError unless a task's scatter is positive semi-definite. Takes time D^3."""
     scatter = task.router.get("scatter")
     if scatter is not None and not is_scatter(unpack(scatter)):
         raise WorkError(f"{file}: not a task file: scatter: expected a positive semi-definite matrix")
@@ -298,13 +301,13 @@ def check_scatter(task: LearnedTask, file: Path) -> None:
 def check_fits(
     task: LearnedTask, shapes: Mapping[str, Any], config: Mapping[str, Any], *, file: Path | None = None
 ) -> None:
-    """Raise WorkError unless a task fits the model that is to answer with it. (Whether the modules are there that an
-    imported task has of its own only the model knows, and checks.)
+    """Raise WorkError unless a task fits the model that is to use it. (Only the model can check whether it has the
+    additional modules of an imported task.)
 
     Args:
-        shapes: `layers`, name -> (in_features I, out_features O) of each linear layer that carries increments;
-            `hidden`, H of an encoder-only backbone, whose tasks have heads, or None for one that writes; `query`, D.
-        config: of the model; its `router` and `features` count.
+        shapes: `layers`, name -> (in_features I, out_features O) of each linear layer with increments; `hidden`, H of
+            an encoder-only backbone, whose tasks have heads, or None if the backbone generates text; `query`, D.
+        config: of the model; only `router` and `features` are used.
         file: where the task was read from, for the message.
     """
     modules, width = shapes["layers"], shapes["hidden"]

@@ -1,4 +1,5 @@
-"""Which tasks the covariance and the centre of a gaussian router are of, and what is computed of these together."""
+"""The sampled tasks, whose rows define the covariance and centre of a gaussian router, and results computed from
+them."""
 
 from __future__ import annotations
 
@@ -15,18 +16,18 @@ from slm_fast.covariance import ExactSum
 from slm_fast.errors import WorkError
 from slm_fast.scatter import scatter_of
 
-Parts = Mapping[str, Mapping[str, Tensor]]  # what tasks' files hold for their router, by name
-SAMPLED = 512  # tasks; so many say what rows around their means are like as well as all do
-ALL = 2048  # up to so many all are sampled: to compute all their keys together takes less time than each by itself
+Parts = Mapping[str, Mapping[str, Tensor]]  # parts of the router in tasks' files, by name
+SAMPLED = 512  # sample size: as good as all tasks for the distribution of rows around their means
+ALL = 2048  # up to this number all are sampled: computing all keys together is then faster than each by itself
 
 
 def sampled(names: Iterable[str]) -> list[str]:
-    """The tasks that covariance and centre are of, in the order of their names: the SAMPLED whose names have the lowest
-    SHA-256, but all of them up to ALL.
+    """Names of the tasks that covariance and centre are computed from, sorted: those SAMPLED whose names have the
+    lowest SHA-256, or all if there are at most ALL.
 
-    A bottom-k sketch (Cohen & Kaplan 2007): as good as drawn at random, and yet it follows from the names that there
-    are, whatever came and went before. A task that comes or goes changes at most one that is in it for another; and if
-    it is not in it, it changes no other task's keys, so that its cost does not grow with their number.
+    This is a bottom-k sketch (Cohen & Kaplan 2007): as good as a random sample, but determined by the present names
+    alone, whatever came and went before. Adding or removing a task replaces at most one sampled task by another. If it
+    is not sampled itself, it changes no other task's keys, so its cost does not grow with their number.
     """
     names = list(names)
     if len(names) <= ALL:
@@ -35,19 +36,26 @@ def sampled(names: Iterable[str]) -> list[str]:
 
 
 class Pooled(NamedTuple):
-    """lower: the Cholesky factor [D, D] float64 of the sampled tasks' shrunk covariance. of_a_row: how much of d d' is
-    in that covariance for a row of one of them that is d from its mean."""
+    """The shrunk covariance of the sampled tasks.
+
+    Attributes:
+        lower: its Cholesky factor [D, D] float64.
+        of_a_row: weight in it of d d', for a row of these tasks that is d from its mean.
+    """
 
     lower: Tensor
     of_a_row: float
 
 
 class Sketch:
-    """The parts of the sampled tasks, by name. Routers that have the same share one, and what was computed of it.
+    """The parts of the sampled tasks, by name. Routers with the same ones share a sketch, and what was computed from
+    it.
 
-    centre: [D] float64, of their means. inverse: [D, D] float64, of their covariance. It and `pooled` take 8 D^2 bytes
-    and are kept by who may need them again: the inverse where a task was learned beside the sample, and the next one
-    may be; `pooled` where distances are asked for.
+    Attributes:
+        centre: [D] float64, of their means.
+        inverse: [D, D] float64, of their covariance. It and `pooled` take 8 D^2 bytes each and are kept only where they
+            may be needed again: the inverse once a task outside of the sample is learned, as the next may be, too.
+        pooled: kept if distances are requested.
     """
 
     def __init__(
@@ -56,7 +64,7 @@ class Sketch:
         others: Parts | None = None,
         summed: Callable[[], tuple[AbstractSet[str], ExactSum] | None] | None = None,
     ) -> None:
-        """summed: `Kept.summed`, which may lack some and have some of `others`."""
+        """summed: `Kept.summed`. It may lack some of these tasks and include some of `others`."""
         self.parts, self._others, self._summed = dict(parts), dict(others or {}), summed
         self.centre: Tensor | None = None
         self.inverse: Tensor | None = None
@@ -64,7 +72,7 @@ class Sketch:
 
     @cached_property
     def scatter(self) -> ExactSum:
-        """The sum of their scatters. Raises as `ExactSum.of`."""
+        """The sum of their scatters. Raises as `ExactSum.of` does."""
         known, start = (self._summed() if self._summed else None) or (frozenset[str](), None)
         there = self._others | self.parts
         if not known <= there.keys():
@@ -78,7 +86,7 @@ class Sketch:
         return "scatter" in vars(self)
 
     def changed(self, parts: Parts) -> Sketch:
-        """That of these parts, at the cost of those that are new in it or gone. Raises as `ExactSum.of`."""
+        """The sketch of these parts, at the cost of those that are new or gone. Raises as `ExactSum.of` does."""
         if parts.keys() == self.parts.keys() and all(parts[name] is part for name, part in self.parts.items()):
             return self
         after = Sketch(parts)
@@ -86,12 +94,12 @@ class Sketch:
         return after
 
     def let_go(self, name: str) -> None:
-        """Hold no part of a task that is not in it and is gone."""
+        """Release the part of a removed task that is not sampled."""
         self._others.pop(name, None)
 
 
 def _moved(start: ExactSum | None, before: Parts, after: Parts) -> ExactSum:
-    """The sum of the scatters `after`, from that `before`."""
+    """The sum of the scatters `after`, starting from that of `before`."""
     gone = [part for name, part in before.items() if after.get(name) is not part]
     came = [part for name, part in after.items() if before.get(name) is not part]
     if start is not None and before and len(gone) + len(came) <= len(after):
@@ -100,6 +108,6 @@ def _moved(start: ExactSum | None, before: Parts, after: Parts) -> ExactSum:
             for part in gone:
                 total.take(scatter_of(part))
             return total
-        except WorkError:  # its file was damaged since: what it added is known from what the others did
+        except WorkError:  # its file is damaged by now: sum the remaining tasks instead
             pass
     return ExactSum.of(map(scatter_of, after.values()))

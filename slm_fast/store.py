@@ -1,8 +1,8 @@
 """The store: all tasks in a directory, one file each, and a manifest that says which of them count (`store_view`).
 
-A commit writes the task's file, flushes it to disk and renames it into place, then does the same with the manifest.
-The manifest is the last thing that changes, so after a kill at any point the store is the old one or the new one.
-One process writes at a time (a file lock); any number read, beside it too.
+A commit writes the task's file, flushes it to disk and renames it into place, then does the same with the manifest,
+which changes last. So after a kill at any point the store is either the old one or the new one. One process writes at a
+time (file lock); any number can read, even meanwhile.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ Summed = tuple[Mapping[str, str], ExactSum]
 
 
 class Store(StoreView):
-    """A store that is read and written: each change is a commit."""
+    """A store for reading and writing: each change is a commit."""
 
-    _clean = False  # whether nothing lies about that the manifest does not name
-    unsummed = 16  # tasks in which the sum kept may be another, or that a store may have without one
+    _clean = False  # whether there is nothing that the manifest does not name
+    unsummed = 16  # tasks in which the kept sum, if any, must differ before a new one is written
 
     # Writing
 
     def commit(
         self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = (), summed: Summed | None = None
     ) -> None:
-        """Make a new version of the store: on disk it is there whole, or not at all.
+        """Make a new version of the store, which is on disk completely or not at all.
 
-        A task that is there, made from the same rows and options on another processor, stays as it is.
+        An existing task made from the same rows and options on another processor is kept.
 
-        summed: of the tasks that are sampled then, by the SHA-256 of their files, the sum of their scatters, from
-            whoever has it. It is kept where the one that is there is of many others.
+        Args:
+            summed: the tasks sampled after the commit, with SHA-256 of their files, and the sum of their scatters, if
+                known elsewhere. It is kept if the sum in the store differs in many tasks.
 
         Raises:
-            InputError: a task to add is there already, or one to remove is not.
-            WorkError: the disk is full, cannot be written, or another process keeps it; the store is as it was.
+            InputError: a task to add exists, or one to remove does not.
+            WorkError: the disk is full or cannot be written, or another process holds the lock; the store is unchanged.
         """
         with self._writing():
             add = [task for task in add if not self._has(task)]
@@ -71,16 +72,16 @@ class Store(StoreView):
             self._keep(summed)
 
     def _has(self, task: LearnedTask) -> bool:
-        """Whether the store holds a task of this name that was made from the same."""
+        """Whether the store has a task of this name made from the same rows and options."""
         return task.name in self.files and _one_origin(task, self.read(task.name)[0])
 
     def save(self, tasks: Sequence[LearnedTask]) -> dict[str, str]:
-        """Add those of these tasks that are not in the store yet. One that was made from the same rows and options, and
-        came out otherwise (on another processor), is one that is there. SHA-256 of those that are there bit for bit.
+        """Add those of these tasks that the store lacks. A task made from the same rows and options that differs (by
+        processor) counts as present. Returns SHA-256 of those that are present bit for bit.
 
         Raises:
-            InputError: the store holds a different task of the same name.
-            WorkError: the disk is full or cannot be written; the store is as it was.
+            InputError: the store has a different task of the same name.
+            WorkError: the disk is full or cannot be written; the store is unchanged.
         """
         with self._writing():
             files, same = dict(self.files), {}
@@ -105,17 +106,16 @@ class Store(StoreView):
     ) -> None:
         """Copy the tasks of other stores into this one.
 
-        Of two tasks of one name that were made from the same rows and options, and came out otherwise (on another
-        processor), the one that is there stays.
+        Of two tasks with the same name, rows and options that differ (by processor), the one already here is kept.
 
         Args:
-            prefer: the store (this one or a source) whose task is taken where two hold different ones of a name.
-            tasks: the names of those to copy; None means all.
+            prefer: the store (this one or a source) whose task is taken if two have different ones of the same name.
+            tasks: names of the tasks to copy. Default: all.
 
         Raises:
-            InputError: a source is of another backbone or configuration, or holds another task of the same name; no
-            source holds a task to copy.
-            WorkError: a file is damaged, or cannot be written; the store is as it was.
+            InputError: a source has another backbone or configuration, or a different task of the same name; or no
+                source has a task to copy.
+            WorkError: a file is damaged or cannot be written; the store is unchanged.
         """
         preferred = None if prefer is None else Path(prefer).resolve()
         if preferred is not None and preferred not in [store.path.resolve() for store in (self, *sources)]:
@@ -144,7 +144,8 @@ class Store(StoreView):
         preferred: Path | None,
         wanted: Collection[str] | None,
     ) -> tuple[dict[str, str], dict[str, Store]]:
-        """`files`, and the store that each of them was found in, with those of one source more, which are copied."""
+        """Copy one source's tasks, and return `files` and `holder` (the store where each file was found) with them
+        added."""
         taken: dict[str, str] = {}
 
         def look(name: str) -> None:
@@ -170,17 +171,16 @@ class Store(StoreView):
         return {**files, **now}, {**holder, **dict.fromkeys(now, source)}
 
     def keep_sum(self, files: Mapping[str, str], total: Callable[[], ExactSum]) -> None:
-        """Keep the sum of these tasks' scatters (name -> SHA-256 of its file), which are those sampled, if the one that
-        is kept is of many others, and this process may write and nobody else does just now. It spares later ones the
-        work, so failing is nothing."""
+        """Keep the sum of the scatters of these sampled tasks (name -> SHA-256 of its file) for later openings, if the
+        one kept differs in many tasks, this process may write and no other one is writing. Failure is harmless."""
         with suppress(WorkError, InputError):
             if self._sum.apart(files.values()) >= self.unsummed:
                 with self._writing(patience=0):
                     self._keep((files, total()))
 
     def keep_keys(self, files: Mapping[str, str], known: KnownKeys) -> None:
-        """Keep openings of these tasks and what routing computes of them, if they are the store's and it is not kept;
-        failing is nothing, as for `keep_sum`."""
+        """Keep these tasks' openings and what routing computed from them, if they are the store's tasks and this is not
+        kept yet. Failure is harmless, as for `keep_sum`."""
         kept = self._keys.read()
         if kept is not None and kept.rows.keys() == set(files.values()) and not self._keys.is_stale(files):
             return
@@ -191,15 +191,14 @@ class Store(StoreView):
                     self._keys.write(files, openings, known)
 
     def _keep(self, summed: Summed | None) -> None:
-        """Keep a sum if it is of tasks that the manifest, which is committed, names, and the one kept is of many
-        others."""
+        """Keep a sum if the committed manifest names its tasks, and the one kept differs in many tasks."""
         if summed is not None and summed[0].items() <= self.files.items():
             with suppress(OSError, WorkError):
                 if self._sum.apart(summed[0].values()) >= self.unsummed:
                     self._sum.write(self._as_kept(summed))
 
     def _sampled(self) -> dict[str, str]:
-        """The files of the tasks that covariance and centre are of."""
+        """Files of the tasks that covariance and centre are computed from."""
         return {name: self.files[name] for name in sampled(self.files)}
 
     def _as_kept(self, summed: Summed) -> KeptSum:
@@ -209,12 +208,12 @@ class Store(StoreView):
         return KeptSum({digest: self._digests[digest] for digest in summed[0].values()}, summed[1])
 
     def _opening(self, name: str) -> Opening:
-        """Raises WorkError for a task whose file is damaged."""
+        """The opening of a task. Raises WorkError if its file is damaged."""
         return self._openings.get(self.files[name]) or opening_of(self.read(name)[1])
 
     def _take_out(self, files: Mapping[str, str], summed: Summed | None) -> None:
-        """Leave no trace in the sum kept of tasks that will not be among `files`. Before the manifest says so, so that
-        a sum never names a task that the manifest does not."""
+        """Remove tasks that will not be among `files` from the kept sum. This precedes the manifest's change, so that a
+        sum never names a task that the manifest does not."""
         gone = {digest: name for name, digest in self.files.items() if files.get(name) != digest}
         if not gone:
             return
@@ -226,7 +225,7 @@ class Store(StoreView):
         )
 
     def check_writable(self) -> None:
-        """Raise WorkError unless this process may commit to the store: what can be known before a task is learned."""
+        """Raise WorkError unless this process can commit to the store, as far as that is known before learning."""
         with self._named_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             with locked(self.path / LOCK, 0):
@@ -245,7 +244,7 @@ class Store(StoreView):
 
     @contextmanager
     def _writing(self, patience: float | None = None) -> Iterator[None]:
-        """Hold the store's lock, with what is on disk read anew."""
+        """Hold the store's lock, and read the store anew under it."""
         with self._named_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             with locked(self.path / LOCK, self.patience if patience is None else patience) as held:
@@ -257,7 +256,7 @@ class Store(StoreView):
                 try:
                     yield
                 except BaseException:
-                    with suppress(SlmError):  # an interrupt may come when the new manifest is in place already
+                    with suppress(SlmError):  # an interrupt may come after the new manifest is in place
                         self.files = Store.open(self.path).files if Store.exists(self.path) else {}
                         self._clear()
                     raise
@@ -265,12 +264,13 @@ class Store(StoreView):
                     self._mark(clean=self._clean)
 
     def _joined(self, about: dict[str, Any]) -> dict[str, Any]:
-        """What the store is, which says `about` of itself. Raises InputError where that is another model's."""
+        """The store's description, completed from `about` on disk. Raises InputError if that is another model's."""
         check_same(about, self.about, str(self.path), "this model")
         return {**self.about, **about}
 
     def _mark(self, *, clean: bool) -> bool:
-        """Say in the lock's file whether nothing lies about beside this manifest; whether it was said before."""
+        """Record in the lock file whether there are no leftovers besides this manifest. Returns whether it said so
+        before."""
         version = "{} {}".format(*self._version()).encode()
         with (self.path / LOCK).open("r+b") as file:
             said = file.read(100) == version
@@ -290,15 +290,15 @@ class Store(StoreView):
         flush_directory(folder)
 
     def _finish(self, files: Mapping[str, str]) -> None:
-        """Commit the manifest, then clear away what it no longer names."""
+        """Commit the manifest, then remove what it no longer names."""
         if files != self.files:
-            self._keys.take_out(files)  # now, so that nothing of a task outlives it
+            self._keys.take_out(files)  # first, so that nothing of a task outlives it
         data = manifest_of(self.about, files)
         reserve = Reserve(self.path / RESERVE)
         try:
             write(self.path / MANIFEST, data)
         except OSError as error:
-            if len(files) >= len(self.files) or not reserve.spend(error):  # it is for making room only
+            if len(files) >= len(self.files) or not reserve.spend(error):  # only removals may use it
                 raise
             write(self.path / MANIFEST, data)
         changed = {name for name, _ in self.files.items() ^ files.items()}
@@ -311,8 +311,8 @@ class Store(StoreView):
         reserve.keep(len(data))
 
     def _clear(self, names: Iterable[str] | None = None) -> None:
-        """Remove what the manifest does not name, of all tasks or of some. What cannot be removed now, the next
-        commit removes."""
+        """Remove what the manifest does not name, of all tasks or of some. What cannot be removed now is left to the
+        next commit."""
         try:
             for path in self.leftovers(names):
                 if path.is_dir():
@@ -325,5 +325,5 @@ class Store(StoreView):
 
 
 def _one_origin(one: LearnedTask, other: LearnedTask) -> bool:
-    """Whether two tasks were made from the same rows, options and backbone, as far as they say."""
+    """Whether two tasks are known to be made from the same rows, options and backbone."""
     return one.origin is not None and one.origin == other.origin

@@ -1,10 +1,10 @@
-"""A store as it is read: beside writers, without a lock.
+"""Reading a store, without a lock, even while others write.
 
-manifest.json                           what the store is, and the SHA-256 of each task's file
+manifest.json                           description of the store, and the SHA-256 of each task's file
 tasks/<name>/<digest>.safetensors       one task
-.lock, .reserve                         held by who writes; room for a manifest on a disk that is full
-.sum                                    what tasks add up to (`slm_fast.kept_sum`), where there are many
-.keys                                   what routing computes of tasks (`slm_fast.kept_keys`), once it was opened
+.lock, .reserve                         held by writers; space for a manifest on a full disk
+.sum                                    sum over tasks (`slm_fast.kept_sum`), if there are many
+.keys                                   what routing computes from tasks (`slm_fast.kept_keys`), once opened
 """
 
 from __future__ import annotations
@@ -34,33 +34,35 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 LOCK, RESERVE, SUM, KEYS = ".lock", ".reserve", ".sum", ".keys"
-PATIENT_READS, MOST_READS = 3, 100  # how often a reader begins again beside a busy writer before it asks for the lock
+PATIENT_READS, MOST_READS = 3, 100  # attempts of a reader beside a busy writer before it takes the lock, and in all
 TASK_FILE = re.compile(r"[0-9a-f]{64}\.safetensors(\.part)?")
 
 
 class StoreView:
     """A directory of tasks for one kind of model.
 
-    `about` is what its tasks have in common: the backbone's id and fingerprint and the model's configuration.
-    `files` maps each task's name to the SHA-256 of its file, as this object last saw it.
+    Attributes:
+        about: what its tasks share: the backbone's id and fingerprint and the model's configuration.
+        files: task name -> SHA-256 of its file, as last seen by this object.
     """
 
-    patience = 30.0  # seconds a writer waits for another one, whose commit takes far less
-    poll = 0.5  # between two looks of who follows it, in seconds, unless told otherwise
+    patience = 30.0  # seconds that a writer waits for another one; a commit takes far less
+    poll = 0.5  # default interval, in seconds, for watching it for changes
 
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
         self.path, self.about, self.files = path_of(path), dict(about), dict(files)
-        self.kept = NOTHING  # of the tasks together, as `load` found it
-        self._seen = b""  # SHA-256 of the manifest that says what `files` does
-        self._digests: dict[str, str] = {}  # `Opening.digest` of tasks, by the SHA-256 of their files
-        self._openings: dict[str, Opening] = {}  # so too, of those that `load` found, until they are kept
+        self.kept = NOTHING  # results for the tasks together, found by `load`
+        self._seen = b""  # SHA-256 of the manifest that `files` comes from
+        self._digests: dict[str, str] = {}  # SHA-256 of a task's file -> its `Opening.digest`
+        self._openings: dict[str, Opening] = {}  # likewise, of tasks found by `load`, until they are kept
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a store that exists.
+        """Open an existing store.
 
         Raises:
-            InputError: there is none. WorkError: its manifest is damaged or of a newer format.
+            InputError: there is none.
+            WorkError: its manifest is damaged or of a newer format.
         """
         store = cls(path, {}, {})
         store.about = store._look_anew()
@@ -71,19 +73,19 @@ class StoreView:
         return os.path.exists(path_of(path) / MANIFEST)
 
     def again(self) -> Self:
-        """The same store as this object knows it, for another thread."""
+        """The same store, as this object knows it, for another thread."""
         return type(self)(self.path, self.about, self.files)
 
     @property
     def where(self) -> str:
-        """As it is shown."""
+        """Its location for messages."""
         return str(self.path)
 
     def bring(self) -> None:
-        """Have here what there is now; of a folder, it is."""
+        """Fetch the current state; a folder has it already."""
 
     def glance(self) -> object:
-        """What is another one whenever the store has changed, or is gone."""
+        """A value that differs whenever the store has changed, or is gone."""
         try:
             now = (self.path / MANIFEST).stat()
         except OSError as error:
@@ -104,9 +106,10 @@ class StoreView:
     # Reading
 
     def read(self, name: str, *, thorough: bool = False) -> tuple[LearnedTask, bytes]:
-        """One task and the bytes of its file. `thorough`: what takes long is checked too, that its scatter is one.
+        """A task and the bytes of its file. thorough: also check what takes long, that its scatter is valid.
 
-        Raises WorkError when they are not what the manifest says, or do not fit the store's model.
+        Raises:
+            WorkError: the file is not what the manifest says, or does not fit the store's model.
         """
         file = self.file(name)
         with memory_for(str(file)):
@@ -121,27 +124,28 @@ class StoreView:
         return task, data
 
     def _bytes(self, name: str) -> bytes:
-        """Of a task's file. Raises WorkError where they are not what the manifest says."""
+        """Bytes of a task's file. Raises WorkError if they are not what the manifest says."""
         return read_file(self.file(name), self.files[name])
 
     @staticmethod
     def damaged(file: Path) -> str:
-        """Told of a file in which damage is found when a part of it is used; what to say of that besides."""
+        """Called with a file that proves damaged when a part of it is used; returns an addition to the error
+        message."""
         return ""
 
     def let_go(self) -> None:
-        """Forget what `load` found and only keeping needs, which is memory."""
+        """Free the results of `load` that are needed only for keeping them."""
         self._openings = {}
 
     def load(self, *, known: Mapping[str, str] | None = None, skip_damaged: bool = False) -> list[LearnedTask]:
         """All tasks, by name, of one version of the store, whatever others write meanwhile.
 
-        Of tasks that are in what is kept of them together, which stands in `kept` then, files are read and checked when
-        they are used first (`map_task`).
+        Results kept for the tasks together are put into `kept`. Files of tasks that these cover are read and checked on
+        first use (`map_task`).
 
         Args:
-            known: the SHA-256 of tasks that need not be read, by name.
-            skip_damaged: leave out tasks that are damaged, with a warning, rather than raise WorkError for the first.
+            known: task name -> SHA-256 of tasks that need not be read.
+            skip_damaged: leave out damaged tasks, with a warning for each, rather than raise WorkError for the first.
                 Every file is then read whole.
         """
         found: dict[str, LearnedTask] = {}
@@ -176,7 +180,7 @@ class StoreView:
                 task, data = self.read(name, thorough=skip_damaged)
                 opening = opening_of(data)
                 self._digests[digest] = opening.digest
-                if fresh:  # of many, what was read would take more memory than there is
+                if fresh:  # the bytes read of many tasks may exceed memory
                     task = mapped(name, opening) or task
             found[name] = task
 
@@ -193,7 +197,7 @@ class StoreView:
         return [found[name] for name in sorted(self.files) if name in found]
 
     def verify(self) -> list[str]:
-        """Everything that is wrong with the store, a line each; an empty list when nothing is."""
+        """Everything that is wrong with the store, one line each; empty if nothing is."""
 
         proof, kept, own = SumProof(self._sum), self._keys.read(), dict[str, bool]()
         openings = {} if kept is None else kept.openings
@@ -210,10 +214,11 @@ class StoreView:
         return wrong or [*proof.wrong(), *self._keys.wrong(self.files, is_right=is_right)]
 
     def look_at(self, look: Callable[[str], None], known: Mapping[str, str] | None = None) -> dict[str, WorkError]:
-        """Call `look` for each task of the store as it is now but those `known`; the errors it raised, by name.
+        """Call `look` for each task of the current store except those `known`. Returns the errors that it raised, by
+        name.
 
-        A writer may take a file away meanwhile. Then the manifest is another one, and what was wrong or is new is
-        looked at again. After a few times writers are asked to wait, so that this ends. `files` are those seen.
+        A writer may remove a file meanwhile. The manifest has then changed, and what was wrong or is new is looked at
+        again. After a few attempts writers are made to wait, so that this ends. Afterwards, `files` are those seen.
         """
         seen, wrong = dict(known or {}), dict[str, WorkError]()
         for attempt in range(MOST_READS):
@@ -232,8 +237,8 @@ class StoreView:
         return wrong
 
     def _look_anew(self) -> dict[str, Any]:
-        """Read the manifest, and check it if it is another one than that which was read last: what it says of the
-        model. Raises as `open`."""
+        """Read the manifest, check it if it has changed since it was last read, and return what it says about the
+        model. Raises as `open` does."""
         manifest = self.path / MANIFEST
         try:
             data = manifest.read_bytes()
@@ -250,7 +255,7 @@ class StoreView:
         return about
 
     def _version(self) -> tuple[int, int]:
-        """Every commit puts another file in the manifest's place, also one that takes a change back."""
+        """Identifies the manifest's file: every commit replaces it, even one that undoes a change."""
         try:
             now = (self.path / MANIFEST).stat()
         except OSError:
@@ -259,17 +264,17 @@ class StoreView:
 
     @contextmanager
     def _writers_waiting(self, *, wanted: bool) -> Iterator[bool]:
-        """Keep writers away while the block runs, if that is wanted and can be had: whether it is so."""
+        """Keep writers away inside the block, if `wanted` and possible. Yields whether that is so."""
         with ExitStack() as stack:
             waiting = False
             if wanted:
-                with suppress(OSError):  # there never was a lock, or it may not be read
+                with suppress(OSError):  # there is no lock file, or it cannot be read
                     waiting = stack.enter_context(locked(self.path / LOCK, self.patience, shared=True))
             yield waiting
 
     def leftovers(self, names: Iterable[str] | None = None) -> list[Path]:
-        """What an interrupted commit left behind: it lies in the store and the manifest does not name it. names: of the
-        tasks to look for, not all."""
+        """What an interrupted commit left in the store, which the manifest does not name. names: tasks to look at.
+        Default: all."""
         tasks = self.path / "tasks"
         parts = (self.path / f"{name}.part" for name in (MANIFEST, RESERVE, SUM, KEYS))
         found = [part for part in parts if part.exists()]
@@ -289,7 +294,7 @@ class StoreView:
 
 
 def _summed(later: Callable[[], KeptSum | None], files: Mapping[str, str]) -> tuple[frozenset[str], ExactSum] | None:
-    """Names of tasks whose sum was kept, and the sum; None where it is of others, too."""
+    """Names of the tasks in the kept sum, and the sum; None if it is also of other tasks."""
     kept = later()
     if kept is None or not kept.opening.keys() <= set(files.values()):
         return None

@@ -1,4 +1,4 @@
-"""What stands behind a path that rows are read from or answers written to, and the lines that are written."""
+"""What is behind a path for reading rows or writing answers, and the lines that are written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from slm_fast.errors import InputError, WorkError
 
 _STANDARD = ("/dev/stdin", "/dev/stdout", "/dev/stderr")
-# Names that promise something else than JSON Lines.
+# Suffixes that promise something other than JSON Lines.
 _OTHERS = (
     *(".csv", ".tsv", ".json", ".parquet", ".arrow", ".feather", ".orc", ".avro", ".xls", ".xlsx", ".ods"),
     *(".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz"),
@@ -41,10 +41,14 @@ def descriptor(path: Path) -> int | None:
 
 
 def kind_of(path: Path, *, missing: str | None = None) -> Kind:
-    """What a path is; a descriptor is a stream even where a file is behind it, since it has a place in it.
+    """What a path is. A descriptor is a stream even if it is of a file, since it has a position there.
 
-    Raises InputError for a folder, for a file in a folder that is not there, or, with the words `missing`, for one that
-    is not there itself. WorkError: it may not be looked at.
+    Args:
+        missing: error message for a path that does not exist. Without one, only its folder must exist.
+
+    Raises:
+        InputError: the path is a folder, or something that must exist does not.
+        WorkError: the path cannot be accessed.
     """
     try:
         mode = path.stat().st_mode
@@ -54,7 +58,7 @@ def kind_of(path: Path, *, missing: str | None = None) -> Kind:
         if not path.parent.is_dir():
             raise InputError(f"{path}: no such folder") from None
         return Kind.MISSING
-    except ValueError as error:  # a NUL, or half a character
+    except ValueError as error:  # a NUL, or a lone surrogate
         raise InputError(f"{str(path)!a}: not a path: {error}") from None
     except OSError as error:
         raise WorkError(f"{path}: cannot be opened: {error.strerror}") from None
@@ -64,7 +68,7 @@ def kind_of(path: Path, *, missing: str | None = None) -> Kind:
 
 
 def wrong_name(path: Path) -> str | None:
-    """What is wrong with the name of a file that answers are to be written to."""
+    """What is wrong with the name of an output file; None if nothing is."""
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
     if suffix not in _OTHERS or name.endswith(".parquet"):
@@ -73,7 +77,7 @@ def wrong_name(path: Path) -> str | None:
 
 
 def open_stream(path: Path, mode: Literal["rb", "wb"]) -> io.FileIO:
-    """Open a pipe, a device or a descriptor, without a buffer. Raises WorkError where that fails."""
+    """Open a pipe, a device or a descriptor, unbuffered. Raises WorkError if that fails."""
     number = descriptor(path)
     try:
         return open(path if number is None else os.dup(number), mode, buffering=0)
@@ -82,9 +86,9 @@ def open_stream(path: Path, mode: Literal["rb", "wb"]) -> io.FileIO:
 
 
 def write_all(file: io.FileIO, data: bytes, path: Path) -> None:
-    """Write to a file without a buffer: what a full disk refuses would else be tried again when the file is closed.
+    """Write to an unbuffered file. (A buffered one would, on closing, retry what a full disk has refused.)
 
-    Raises WorkError, naming the file. A pipe that nobody reads any more is a BrokenPipeError, as everywhere.
+    Raises WorkError, naming the file; BrokenPipeError, as usual, if nobody reads from a pipe any more.
     """
     with named(path):
         left = memoryview(data)
@@ -94,7 +98,7 @@ def write_all(file: io.FileIO, data: bytes, path: Path) -> None:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """What the file system refuses is a WorkError that names the file."""
+    """Convert the file system's errors to WorkErrors that name the file."""
     try:
         yield
     except BrokenPipeError:

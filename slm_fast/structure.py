@@ -1,7 +1,7 @@
-"""A model of no family in the table: where its layers are, and which linear layers they have, seen in a small pass.
+"""A model of no known family: where its layers and their linear layers are, found by a small pass.
 
-They are adapted only where that pass shows it to be safe: each layer runs once, in order, on hidden states [B, T, H],
-and a row says the same alone and padded beside another one.
+They are adapted only if that pass shows that it is safe: each layer runs once, in order, on hidden states [B, T, H],
+and a row's result is the same alone and padded beside another one.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from slm_fast.errors import InputError, one_line, warn
 from slm_fast.families import Family
 from slm_fast.layers import AdaptedLinear
 
-LENGTHS, ANSWER = (9, 4), 3  # tokens of the two rows that pass, and of what a decoder reads
-ALIKE = 0.02  # what padding may change, of a row's largest number (five times as much in 16 bits)
+LENGTHS, ANSWER = (9, 4), 3  # tokens of the two rows, and of a decoder's input
+ALIKE = 0.02  # maximum change by padding, relative to a row's largest value (five times as much in 16 bits)
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # of a module's input and output
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # shapes of a module's input and output
 
 
 def find_family(model: Any, kind: str, auto_class: str) -> Family:
-    """The family of a model, by its structure, with a warning that says what is adapted.
+    """The family of a model, found by its structure, with a warning that says what is adapted.
 
     Args:
-        model: an encoder without its head, or a whole model that writes.
-        kind, auto_class: as `Family` has them.
+        model: an encoder without its head, or a whole model that generates text.
+        kind, auto_class: as for `Family`.
 
-    Raises InputError where its layers cannot be told, or where padding changes what it says of a row.
+    Raises:
+        InputError: its layers cannot be identified, or padding changes a row's result.
     """
     model_type = model.config.model_type
     where = f"backbone: model type {model_type!r} is not in the table of families"
@@ -70,8 +71,8 @@ def find_family(model: Any, kind: str, auto_class: str) -> Family:
 
 
 def _pass(model: Any, kind: str, lengths: tuple[int, ...], *, left: bool = False) -> Tensor:
-    """Last hidden states [B, T, H] float32 of rows of some tokens, padded on the right or left; of an encoder and a
-    decoder those of the encoder."""
+    """Last hidden states [B, T, H] float32 (of an encoder-decoder, the encoder's) of rows of these lengths, padded on
+    the right or left."""
     device, rows = model.device, len(model.get_input_embeddings().weight)
     special = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls")}
     plain = torch.tensor([token for token in range(min(rows, 200)) if token not in special], device=device)
@@ -79,7 +80,7 @@ def _pass(model: Any, kind: str, lengths: tuple[int, ...], *, left: bool = False
     length = torch.tensor([[length] for length in lengths], device=device)
     at = place - (max(lengths) - length) if left else place.expand(len(lengths), -1)
     mask = ((at >= 0) & (at < length)).long()
-    # A row's tokens are drawn by its own length, so that they are the same alone and beside another.
+    # A row's tokens depend on its own length alone, so that they are the same alone and beside another row.
     ids = plain[(at.clamp(min=0) * 7 + length * 13) % len(plain)]
     ids = ids.masked_fill(mask == 0, getattr(model.config, "pad_token_id", None) or 0)
     options: dict[str, Any] = {}
@@ -97,7 +98,7 @@ def _pass(model: Any, kind: str, lengths: tuple[int, ...], *, left: bool = False
 
 @contextmanager
 def _watching(model: nn.Module, seen: dict[str, list[Shapes]]) -> Iterator[None]:
-    """Note, by its name, what passes each module inside the block, in the order in which they end."""
+    """Record, by name, the shapes that pass each module inside the block, in the order in which the calls end."""
 
     def hook(name: str) -> Any:
         def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -117,7 +118,7 @@ def _watching(model: nn.Module, seen: dict[str, list[Shapes]]) -> Iterator[None]
 
 
 def _stack(model: Any, root: nn.Module, seen: dict[str, list[Shapes]]) -> str | None:
-    """The name of the one list below `root` of layers that hand hidden states on, each to the next."""
+    """Name of the only list below `root` whose layers pass hidden states from each to the next."""
     names = {module: name for name, module in model.named_modules()}
     lists = [module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module)]
     inner = {below for module in lists for below in module.modules() if below is not module}
@@ -136,8 +137,8 @@ def _stack(model: Any, root: nn.Module, seen: dict[str, list[Shapes]]) -> str | 
 
 
 def _words(model: nn.Module, stacks: list[str], seen: dict[str, list[Shapes]]) -> tuple[list[str], list[str]]:
-    """The linear layers that can be adapted, by their names inside a layer, and those that cannot: one of them sees
-    anything but [B, T, I], or the highest layer has none."""
+    """Names, inside a layer, of the linear layers that can be adapted, and of those that cannot: one of them has an
+    input other than [B, T, I], or the highest layer has none."""
     outer = re.compile("|".join(rf"{re.escape(stack)}\.(?P<layer{i}>\d+)\." for i, stack in enumerate(stacks)))
     highest = [f"{stack}.{len(model.get_submodule(stack)) - 1}." for stack in stacks]  # type: ignore[arg-type]
     found: dict[str, bool] = {}

@@ -1,4 +1,4 @@
-"""What a caller's program has set for itself, and which must not show in what is learned or answered."""
+"""Global settings of the calling program that must not affect learning or answers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 
 @contextmanager
 def pinned(modules: Sequence[nn.Module] = (), *, one_thread: bool = False) -> Iterator[None]:
-    """Inside the block new tensors are float32 on the CPU unless told otherwise, autocast is off, the modules are in
-    evaluation mode, and with `one_thread` torch uses no second one. Afterwards all is as it was."""
+    """Inside the block new tensors are float32 on the CPU by default, autocast is off, the modules are in evaluation
+    mode and, with `one_thread`, torch uses a single thread. Everything is restored afterwards."""
     threads = torch.get_num_threads()
     dtype = torch.get_default_dtype()
     training = [module for module in modules if module.training]
@@ -42,9 +42,11 @@ def pinned(modules: Sequence[nn.Module] = (), *, one_thread: bool = False) -> It
 
 
 class PinnedLock:
-    """A lock that the thread which holds it may take again, and that pins the surroundings while it is held.
+    """A reentrant lock that pins the surroundings while it is held.
 
-    models: those that are in evaluation mode meanwhile. one_thread: torch then uses no second one.
+    Args:
+        models: models that are in evaluation mode meanwhile.
+        one_thread: whether torch uses a single thread meanwhile.
     """
 
     def __init__(self, models: Sequence[nn.Module], *, one_thread: bool = False) -> None:
@@ -64,7 +66,7 @@ class PinnedLock:
         return lock
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of a model has a lock of its own, that nobody holds."""
+        """A copy of a model has its own lock, which nobody holds."""
         return {"models": self.models, "_one_thread": self._one_thread}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -82,8 +84,8 @@ class PinnedLock:
             raise
 
     def _modules(self) -> list[nn.Module]:
-        """All modules of the models. To walk through them takes long beside a short pass, so they are walked through
-        anew only when a model is in training mode as a whole, or another model is there."""
+        """All modules of the models. Walking through them takes long compared to a short pass, so it is repeated only
+        if a model as a whole is in training mode, or the models have changed."""
         models, modules = self._known
         if models != self.models or any(model.training for model in models):
             modules = [module for model in self.models for module in model.modules()]

@@ -1,4 +1,4 @@
-"""What people look at: tables of accuracies, answers and tasks."""
+"""Tables for the terminal: accuracies, answers and tasks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from slm_fast.evaluate import Evaluation, forgetting
 from slm_fast.predict import Prediction
 from slm_fast.tasks import LearnedTask
 
-LISTED = 20  # labels of a task that are listed
+LISTED = 20  # maximum labels listed per task
 
 
 def console() -> Console:
-    """Standard output. Only a terminal has a width: whatever reads the output elsewhere gets whole names."""
+    """A console on standard output. If that is not a terminal, the width is unlimited, so that names are not cut."""
     return Console() if sys.stdout.isatty() else Console(width=1_000_000)
 
 
@@ -28,23 +28,23 @@ def percent(share: float) -> str:
 
 
 def accuracy_matrix(history: Sequence[Mapping[str, float]], title: str) -> Table:
-    """Accuracy (%) of every task seen so far, after each task. history: accuracy by task, in learning order.
+    """The accuracy matrix R (%), with average accuracy and forgetting. history: accuracy by task, in learning order.
 
-    The columns are the tasks' numbers, so that the table fits a narrow terminal.
+    Columns are numbered instead of named, so that the table fits a narrow terminal.
     """
     names = list(history[-1])
     table = Table(
         title=title,
         title_justify="left",
         box=SIMPLE_HEAD,
-        caption="accuracy in % on task 1, 2, ...",
+        caption="accuracy (%) on tasks 1, 2, ...; avg.: average accuracy; F: forgetting (points)",
         caption_justify="left",
     )
     table.add_column("after learning", no_wrap=True)
     for number in range(1, len(names) + 1):
         table.add_column(str(number), justify="right")
-    table.add_column("average", justify="right", style="bold")
-    table.add_column("forgetting", justify="right", no_wrap=True)
+    table.add_column("avg.", justify="right", style="bold")
+    table.add_column("F", justify="right", no_wrap=True)
     for number, (name, row, lost) in enumerate(zip(names, history, forgetting(history), strict=True), 1):
         cells = [percent(row[other]) if other in row else "" for other in names]
         table.add_row(f"{number} {name}", *cells, percent(sum(row.values()) / len(row)), percent(lost))
@@ -54,8 +54,8 @@ def accuracy_matrix(history: Sequence[Mapping[str, float]], title: str) -> Table
 def evaluation_table(evaluation: Evaluation) -> Table:
     table = Table()
     table.add_column("task", overflow="fold")
-    table.add_column("accuracy %", justify="right")
-    table.add_column("routed to it %", justify="right")
+    table.add_column("accuracy (%)", justify="right")
+    table.add_column("routing accuracy (%)", justify="right")
     for name in evaluation.accuracy:
         table.add_row(name, percent(evaluation.accuracy[name]), percent(evaluation.routing[name]))
     table.add_section()
@@ -67,7 +67,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 def answers_table(
     texts: Sequence[str], expected: Sequence[str], predictions: Sequence[Prediction], title: str
 ) -> Table:
-    """Inputs with their answers and routes; a wrong answer is marked with what was expected."""
+    """Inputs with their answers and routes; wrong answers also show the expected one."""
     table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column("input", ratio=3)
     table.add_column("answer", ratio=1)
@@ -90,8 +90,8 @@ def tasks_table(tasks: Sequence[LearnedTask]) -> Table:
     table.add_column("task", overflow="fold")
     table.add_column("slots", justify="right")
     table.add_column("rank", justify="right")
-    table.add_column("values", justify="right")
-    table.add_column("answers", overflow="fold")
+    table.add_column("parameters", justify="right")
+    table.add_column("outputs", overflow="fold")
     starts = [started_from(task) for task in tasks]
     if any(starts):
         table.add_column("warm start", overflow="fold")
@@ -105,6 +105,6 @@ def tasks_table(tasks: Sequence[LearnedTask]) -> Table:
 
 
 def started_from(task: LearnedTask) -> str:
-    """The task whose values this one's began at, and what its file was; nothing for an ordinary start."""
+    """The task that this one was initialised from, and the SHA-256 of its file; empty without a warm start."""
     start = task.options.get("warm_start")
     return f"{start['task']} {start['sha256'][:12]}" if isinstance(start, Mapping) else ""

@@ -1,4 +1,4 @@
-"""One task as one safetensors file."""
+"""A task as a safetensors file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slm_fast.tasks import TANH, LearnedTask
 
 
 def task_to_bytes(task: LearnedTask) -> bytes:
-    """A task as one safetensors file: the same task always gives the same bytes."""
+    """A task as a safetensors file. The same task always gives the same bytes."""
     tensors = dict(task.router)
     for module, (lora_a, lora_b) in task.values.items():
         tensors[f"values.{module}.lora_a"] = lora_a
@@ -35,26 +35,26 @@ def task_to_bytes(task: LearnedTask) -> bytes:
         about["origin"] = task.origin
     if task.adapter is not None:
         adapter = asdict(task.adapter)
-        if task.adapter.activation == TANH:  # as ever
+        if task.adapter.activation == TANH:  # the default is omitted, as in older files
             del adapter["activation"]
         about["adapter"] = adapter
-    # One entry: with several, safetensors writes them in an order that changes from run to run.
+    # A single entry: safetensors writes several in an order that varies between runs.
     metadata = {"slm_fast": json.dumps(about, sort_keys=True, ensure_ascii=False)}
     return safetensors.torch.save({key: t.cpu().contiguous() for key, t in sorted(tensors.items())}, metadata)
 
 
 def digest_of(task: LearnedTask) -> str:
-    """SHA-256 of a task's file, which names it."""
+    """SHA-256 of a task's file, which is also its name."""
     return hashlib.sha256(task_to_bytes(task)).hexdigest()
 
 
 def task_from_file(path: Path, digest: str) -> LearnedTask:
-    """Read a task back. Raises WorkError when the file is missing, cut short, or not what the manifest says."""
+    """Read a task. Raises WorkError if the file is missing, truncated, or not what the manifest says."""
     return task_from_bytes(read_file(path, digest), path)
 
 
 def read_file(path: Path, digest: str) -> bytes:
-    """The bytes of a task's file, if they are those that the manifest means."""
+    """The bytes of a task's file. Raises WorkError if they are not what the manifest says."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -64,7 +64,7 @@ def read_file(path: Path, digest: str) -> bytes:
 
 
 def check_digest(data: bytes, digest: str, path: Path | str) -> None:
-    """Raise WorkError unless these are the bytes of the task's file that the manifest means."""
+    """Raise WorkError unless these bytes have the digest that the manifest says."""
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
         raise damaged(path, found, digest)
@@ -75,12 +75,12 @@ def damaged(path: Path | str, found: str, digest: str) -> WorkError:
 
 
 def task_from_bytes(data: bytes, path: Path) -> LearnedTask:
-    """The task that a file's bytes hold. Raises WorkError, naming the file, when they do not hold one."""
+    """The task in a file's bytes. Raises WorkError, naming the file, if there is none."""
     try:
         tensors = safetensors.torch.load(data)
         header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = (header.get("__metadata__") or {}).get("slm_fast")
-    except Exception as error:  # what the library raises for a header that lies depends on the lie
+    except Exception as error:  # the library's error depends on how the header is wrong
         if lacks_memory(error):
             raise
         raise WorkError(f"{path}: not a task file: {one_line(error)}") from None

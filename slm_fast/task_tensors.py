@@ -1,4 +1,4 @@
-"""The tensors of a task's file: which there are, and that their shapes, types and numbers fit each other."""
+"""The tensors of a task's file: their names, and checks that their shapes, dtypes and values are consistent."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from slm_fast.fields import Unfit, fields
 from slm_fast.scatter import EXPONENTS, RANK
 from slm_fast.tasks import Adapter
 
-POOLINGS = ("first", "last", "mean")  # which hidden state a head reads
-ACTIVATIONS = ("tanh", "relu", "gelu", "tanh_norm", "relu_norm", "gelu_norm")  # of a layer below it
+POOLINGS = ("first", "last", "mean")  # hidden state that a head reads
+ACTIVATIONS = ("tanh", "relu", "gelu", "tanh_norm", "relu_norm", "gelu_norm")  # of a dense layer below the head
 INCREMENT = re.compile(r"values\.(?P<module>.+)\.lora_[ab]")
-# What the router keeps of a task: the tensors of a gaussian one without and with random features, or of a dtkr one.
+# Tensors that a router keeps of a task: a gaussian one without and with random features, and a dtkr one.
 ROUTERS = {
     "gaussian": ("count", "mean", "scatter", "distance"),
     "features": (
@@ -25,11 +25,11 @@ ROUTERS = {
     ),
     "dtkr": ("keys", "distance"),
 }
-# And what those of before there were means a label, or constants were written, lack.
+# Tensors that older files lack: from before there was a mean for each label, and before constants were stored.
 MEAN_SLOT = "mean_slot"
 NEWER = {"gaussian": MEAN_SLOT, "features": "constants"}
-# What the numbers of a task may be. What is learned stays far below; what goes beyond would only be found as answers
-# that are no numbers. A scatter is summed over all tasks, in room for 128 of the largest.
+# Allowed values of a task. Learned ones are far smaller; larger ones would go unnoticed until answers are NaN. The sum
+# of all tasks' scatters has room for 128 of the largest.
 NUMBERS = (
     ("values.", -1e4, 1e4),
     ("head.", -1e6, 1e6),
@@ -50,12 +50,12 @@ NUMBERS = (
 
 
 def modules_of(tensors: Iterable[str]) -> list[str]:
-    """Names of the modules that tensors have increments for, sorted."""
+    """Names of the modules with increments among these tensors, sorted."""
     return sorted({match["module"] for match in map(INCREMENT.fullmatch, tensors) if match})
 
 
 def check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None, adapter: Adapter | None = None) -> None:
-    """Which tensors there are, and that their shapes, types and numbers fit each other. adapter: of imported tasks."""
+    """Check names, shapes, dtypes and values of a task's tensors. adapter: of imported tasks. Raises Unfit."""
     modules = modules_of(tensors)
     if not modules:
         raise Unfit("values", "expected increments of at least one module, got none")
@@ -81,7 +81,7 @@ def check_tensors(tensors: Mapping[str, Tensor], labels: Sequence[str] | None, a
     first = tensors[names[0]]
     slots, rank = first.shape[:2] if first.dim() == 3 else (None, None)
     for module in modules:
-        if adapter:  # ranks of its own
+        if adapter:  # each module has its own rank
             slots, rank = 1, tensors[f"values.{module}.lora_a"].shape[1:2].numel() or None
         check_shape(f"values.{module}.lora_a", tensors[f"values.{module}.lora_a"], S=slots, r=rank, I=None)
         check_shape(f"values.{module}.lora_b", tensors[f"values.{module}.lora_b"], S=slots, r=rank, O=None)
@@ -121,7 +121,7 @@ def _check_means(tensors: Mapping[str, Tensor], slots: int) -> tuple[int, int]:
 
 
 def _check_features(tensors: Mapping[str, Tensor], means: int, width: int, labels: Sequence[str] | None) -> None:
-    """What the router over random features keeps beside counts and means."""
+    """Check what the router over random features keeps besides counts and means."""
     rank, _ = check_shape("factor", tensors["factor"], R=None, D=width)
     if rank > RANK:
         raise Unfit("factor", f"expected at most {RANK} rows, got {rank}")
@@ -142,7 +142,7 @@ def _check_features(tensors: Mapping[str, Tensor], means: int, width: int, label
 
 
 def check_numbers(name: str, tensor: Tensor) -> None:
-    """Raise Unfit unless a task's tensor of this name holds numbers that it may hold."""
+    """Raise Unfit unless a tensor's values are allowed for a task's tensor of this name."""
     dtype = torch.int8 if name in ("factor", "exponent") else torch.float32
     if tensor.dtype != dtype:
         wanted, got = (str(one).removeprefix("torch.") for one in (dtype, tensor.dtype))
@@ -159,7 +159,7 @@ def check_numbers(name: str, tensor: Tensor) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, **sizes: int | None) -> tuple[int, ...]:
-    """The shape of a tensor, if it has these sizes by name (None: any) and none of them is 0."""
+    """The shape of a tensor. Raises Unfit unless it has these sizes, given by name (None: any but 0)."""
     shape = tuple(tensor.shape)
     fits = len(shape) == len(sizes) and all(
         got > 0 and size in (None, got) for got, size in zip(shape, sizes.values(), strict=True)

@@ -1,4 +1,4 @@
-"""What is kept of a task once it is learned."""
+"""What is kept of a learned task."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ TANH = "tanh"
 
 @dataclass(frozen=True)
 class Adapter:
-    """How a task that was imported answers, so that it equals the adapter it was.
+    """How an imported task answers, so that it equals the original adapter.
 
-    It is never mixed with others: where its slot is the best of a row's route, it is all of the route, and it is part
-    of no other route.
+    It is never mixed with others: if its slot is the best of a row's route, it is the whole route, else it has no part
+    in it.
 
     Attributes:
-        pooling: which hidden state its head reads: the "first" or "last" real token's, or their "mean". None without a
-            head.
-        prompt: what a causal backbone reads: the text as it is ("plain"), or with the separator behind it that learned
-            tasks have ("separator").
-        chat_template: Jinja, as transformers' tokenizers have it, to write the text as a user's turn; None without.
-        ends: ids of tokens that end a written text, beside the backbone's.
-        activation: of the dense layer below its head, if it has one: a word of `slm_fast.task_tensors.ACTIVATIONS`,
-            with `_norm` a layer norm without weights after it.
+        pooling: hidden state that its head reads: that of the "first" or "last" real token, or their "mean". None
+            without a head.
+        prompt: what a causal backbone reads: the text alone ("plain"), or followed by the separator of learned tasks
+            ("separator").
+        chat_template: Jinja chat template, as in transformers' tokenizers, to format the text as a user turn, if any.
+        ends: ids of further end tokens, besides the backbone's.
+        activation: of the dense layer below its head, if any: a word of `slm_fast.task_tensors.ACTIVATIONS`, where
+            `_norm` means a subsequent layer norm without weights.
     """
 
     pooling: str | None = None
@@ -40,7 +40,13 @@ class Adapter:
 
 
 class ValuesShape(NamedTuple):
-    """slots: of a task. rank: the largest of its modules'. widths: module name -> (I, O)."""
+    """Shape of a task's values.
+
+    Attributes:
+        slots: number of slots.
+        rank: largest rank of its modules.
+        widths: module name -> (I, O).
+    """
 
     slots: int
     rank: int
@@ -48,7 +54,7 @@ class ValuesShape(NamedTuple):
 
 
 def shape_of(shapes: Mapping[str, Sequence[Sequence[int]]]) -> ValuesShape:
-    """shapes: module name -> those of its lora_a [S, r, I] and lora_b [S, r, O]."""
+    """The shape of values. shapes: module name -> shapes of its lora_a [S, r, I] and lora_b [S, r, O]."""
     widths = {module: (lora_a[2], lora_b[2]) for module, (lora_a, lora_b) in shapes.items()}
     first = next(iter(shapes.values()))[0]
     return ValuesShape(first[0], max(lora_a[1] for lora_a, _ in shapes.values()), widths)
@@ -56,18 +62,20 @@ def shape_of(shapes: Mapping[str, Sequence[Sequence[int]]]) -> ValuesShape:
 
 @dataclass(frozen=True)
 class LearnedTask:
-    """All that is kept of a task: what its file in the store holds, and nothing else depends on it.
+    """Everything that is kept of a task, which is the content of its file in the store. Nothing else depends on the
+    task.
 
-    values: module name -> (lora_a [S, r, I], lora_b [S, r, O]) float32. An imported task has modules and ranks of its
-        own, which need not be the same for all modules.
-    router: what the router needs of this task (`slm_fast.schema.ROUTERS`): its keys, or its counts, means and scatter,
-        and what says how far its own training queries are.
-    head: (weight [C, H], bias [C]) for encoder-only backbones, in the order of `labels`; else None. An imported task of
-        any backbone may have one.
-    dense: (weight [H, H], bias [H]) of a layer between pooled states and the head, of imported tasks only.
-    adapter: of imported tasks only.
-    origin: SHA-256 of what it was made from (`origin_of`). Processors of another kind make other last bits of the same;
-        None where it is not known.
+    Attributes:
+        values: module name -> (lora_a [S, r, I], lora_b [S, r, O]) float32. An imported task has its own modules and
+            ranks, which may differ between modules.
+        router: the task's part of the router (`slm_fast.task_tensors.ROUTERS`): its keys, or its counts, means and
+            scatter, and the distances of its training queries, or what these are computed from.
+        head: (weight [C, H], bias [C]) for encoder-only backbones, in the order of `labels`, else None. An imported
+            task may have one with any backbone.
+        dense: (weight [H, H], bias [H]) of a layer between pooled states and the head; imported tasks only.
+        adapter: imported tasks only.
+        origin: SHA-256 of what the task was made from (`origin_of`); None if unknown. Other kinds of processors make
+            different last bits of the same origin.
     """
 
     name: str
@@ -82,22 +90,22 @@ class LearnedTask:
 
     @cached_property
     def shape(self) -> ValuesShape:
-        """Of its values. It is known without reading them where the task lies in a file."""
+        """Shape of its values. For a task in a file it is known without reading them."""
         return shape_of({module: [tuple(half.shape) for half in pair] for module, pair in self.values.items()})
 
     @property
     def rank(self) -> int:
-        """The largest of its modules' ranks."""
+        """Largest rank of its modules."""
         return self.shape.rank
 
     @property
     def slots(self) -> int:
-        """S, the number of slots this task brings to the pool."""
+        """S, the number of this task's slots in the pool."""
         return self.shape.slots
 
 
 def origin_of(name: str, about: Mapping[str, Any], rows: Iterable[Sequence[Any]]) -> str:
-    """SHA-256 of what a task is made from: its name, what is said `about` model and options, and its rows in order."""
+    """SHA-256 of what a task is made from: its name, `about` its model and options, and its rows in order."""
     digest = hashlib.sha256()
     for part in ([name, about], *rows):
         digest.update(json.dumps(part, sort_keys=True, allow_nan=False).encode() + b"\n")
@@ -105,7 +113,7 @@ def origin_of(name: str, about: Mapping[str, Any], rows: Iterable[Sequence[Any]]
 
 
 def name_seed(name: str, seed: int) -> int:
-    """A seed from a task's name, so that what is drawn for a task does not depend on when it is learned."""
+    """A seed derived from a task's name, so that random numbers for a task do not depend on when it is learned."""
     digest = hashlib.sha256(f"{name}\n{seed}".encode()).digest()
     return int.from_bytes(digest[:7], "big")
 

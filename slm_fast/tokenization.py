@@ -24,8 +24,8 @@ class Encoded:
     Attributes:
         input_ids, attention_mask: [B, T] int64.
         truncated: which texts were cut to fit.
-        query_inputs: what each row's query has to be found from before the forward pass, tokens or (for an encoder with
-            a tokenizer of its own) text; empty where queries are found on the way. See `AdaptedModel.tokenize`.
+        query_inputs: input for each row's query before the forward pass: tokens or, for an encoder with its own
+            tokenizer, text. Empty if queries are found during the pass. See `AdaptedModel.tokenize`.
     """
 
     input_ids: Tensor
@@ -43,7 +43,7 @@ class Encoded:
         return Encoded(ids, mask, self.truncated, self.query_inputs)
 
     def rows(self, chosen: Sequence[int]) -> Encoded:
-        """Some of its rows."""
+        """A batch of some of its rows."""
         rows = list(chosen)
         return Encoded(
             self.input_ids[rows],
@@ -54,47 +54,47 @@ class Encoded:
 
 
 class Tokenization:
-    """A backbone's tokenizer, as the model reads and writes with it. Its methods may be called by several threads.
+    """A backbone's tokenizer, as used for the model's inputs and outputs. Its methods are thread-safe.
 
     Attributes:
         padding_side: "left" for causal backbones, so that all prompts of a batch end together.
-        separator: tokens that tell a causal backbone that the prompt ends here and the answer begins.
-        opening: tokens with which the backbone's generation begins every answer (BART's forced_bos_token_id).
+        separator: tokens that tell a causal backbone that the prompt ends and the answer begins.
+        opening: tokens with which the backbone begins every generated answer (BART's forced_bos_token_id).
     """
 
     def __init__(self, tokenizer: Any, kind: str, device: torch.device, vocabulary: int | None = None) -> None:
-        """vocabulary: how many ids the model reads; a special token that is beyond them is read as unknown."""
+        """vocabulary: number of ids that the model knows; special tokens beyond them are read as unknown."""
         self.tokenizer, self.device = tokenizer, device
         self.padding_side = "left" if kind == "causal" else "right"
         self.separator: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"] if kind == "causal" else []
         self.opening: list[int] = []
-        # A tokenizer's settings cannot be changed while another thread is using it, so texts on the way in have a copy.
+        # A tokenizer's settings cannot be changed while another thread uses it, so inputs have their own copy.
         self._reader = copy.deepcopy(tokenizer)
         self._reading = threading.Lock()
         known = tokenizer.get_vocab().values() if vocabulary is not None else ()
         self._beyond = {index for index in known if index >= (vocabulary or 0)}
         unknown = tokenizer.unk_token_id
         self._instead = tokenizer.pad_token_id if unknown is None or unknown in self._beyond else unknown
-        self._prefixes: PrefixReader | None = None  # made for the first long text
+        self._prefixes: PrefixReader | None = None  # created for the first long text
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the lock, so that a model that is adapted can be copied."""
+        """Everything but the lock, so that an adapted model can be copied."""
         return {name: value for name, value in vars(self).items() if name != "_reading"} | {"_prefixes": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _reading=threading.Lock())
 
     def encode(self, texts: Sequence[str], max_length: int, *, padding_side: str = "right") -> Encoded:
-        """Tokenise, cut to `max_length` tokens (the separator of causal models included) and pad to the longest."""
+        """Tokenise, cut to `max_length` tokens (including a causal model's separator), and pad to the longest."""
         ids, cut = self.tokenize(texts, max_length)
         return self.collate(ids, cut, padding_side=padding_side).to(self.device)
 
     def tokenize(
         self, texts: Sequence[str], max_length: int, *, separator: bool = True
     ) -> tuple[list[list[int]], list[bool]]:
-        """The tokens of each text, cut to `max_length` (separator included, if it is wanted), and which were cut.
+        """Tokens of each text, cut to `max_length` (including the separator, if wanted), and which texts were cut.
 
-        Of a long text as many characters are read as its first tokens need.
+        Of a long text only as many characters are read as its first tokens need.
         """
         if not texts:
             return [], []
@@ -120,16 +120,17 @@ class Tokenization:
 
     @property
     def chat_template(self) -> str | None:
-        """The tokenizer's chat template, of several the default one."""
+        """The tokenizer's chat template; the default one if it has several."""
         found = self.tokenizer.chat_template
         found = found.get("default") if isinstance(found, dict) else found
         return found or None
 
     def tokenize_chat(self, system: str, user: str, template: str, max_length: int) -> tuple[list[int], bool]:
-        """The tokens of a user's turn (and a system's before it, if there is one) in a chat template, up to where the
-        assistant's begins, and whether the user's text was cut so that they are at most `max_length`.
+        """Tokens of a user turn (after a system turn, if given) in a chat template, up to the beginning of the
+        assistant turn, and whether the user's text was cut to fit into `max_length` tokens.
 
-        Raises WorkError where the template cannot write them.
+        Raises:
+            WorkError: the template cannot format the turns.
         """
         turns = [{"role": "system", "content": system}] if system else []
 
@@ -139,7 +140,7 @@ class Tokenization:
                 whole = self._reader.apply_chat_template(
                     [*turns, turn], chat_template=template, tokenize=False, add_generation_prompt=True
                 )
-            except Exception as error:  # a template may raise anything, and refuses a system's turn so
+            except Exception as error:  # templates may raise anything, also to refuse a system turn
                 raise WorkError(f"chat_template: cannot write the turns: {one_line(error)}") from None
             return list(self._reader(whole, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -152,12 +153,12 @@ class Tokenization:
             return written(self._reader.decode(kept))[:max_length], True
 
     def shorten_text(self, text: str, tokens: int) -> str:
-        """A text that has the same first tokens as this one, and more of them if this one has more."""
+        """A text with the same first tokens as this one, and more if this one has more."""
         with self._reading:
             return self._shorten(text, tokens)
 
     def _shorten(self, text: str, tokens: int) -> str:
-        """A text that has the same first tokens, and is cut where the text would be."""
+        """A text with the same first tokens, which is cut if this text would be."""
         if len(text) <= LEAST or self._reader.truncation_side != "right" or not self._reader.is_fast:
             return text
         if self._prefixes is None:
@@ -165,7 +166,8 @@ class Tokenization:
         return self._prefixes.shorten(text, tokens)
 
     def shorten(self, row: list[int], length: int) -> list[int]:
-        """A tokenised text as it would be if cut to `length` tokens: what ends a text stands at its end again."""
+        """A tokenised text as if cut to `length` tokens when it was tokenised: tokens that end a text are still at its
+        end."""
         if len(row) <= length:
             return row
         with self._reading:
@@ -181,31 +183,32 @@ class Tokenization:
         *,
         padding_side: str = "right",
     ) -> Encoded:
-        """Rows of tokens as one batch, still in the processor's memory (pinned where a GPU will read it)."""
+        """Rows of tokens as one batch, in CPU memory (pinned if a GPU will read it)."""
         ids, mask = pad(rows, self.tokenizer.pad_token_id, padding_side)
         if self.device.type == "cuda":
             ids, mask = ids.pin_memory(), mask.pin_memory()
         return Encoded(ids, mask, truncated, query_inputs)
 
     def chat(self, turns: Sequence[Mapping[str, str]]) -> list[int] | None:
-        """The tokens of a chat ({"role", "content"} a turn) in the backbone's own template, up to where the answer
-        begins; None where it has no template.
+        """Tokens of a chat (turns {"role", "content"}) in the backbone's own template, up to the beginning of the
+        answer; None if it has no template.
 
-        Raises WorkError for a chat that the template refuses.
+        Raises:
+            WorkError: the template refuses the chat.
         """
         with self._reading:
             if getattr(self._reader, "chat_template", None) is None:
                 return None
             try:
                 text = self._reader.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # a template is a program, and raises what it likes
+            except Exception as error:  # templates may raise anything
                 raise WorkError(f"messages: the backbone's chat template refuses them: {one_line(error)}") from None
             ids: list[int] = self._reader(text, add_special_tokens=False, verbose=False)["input_ids"]
             return ids
 
     def encode_answers(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Token ids of answers, with the tokens that begin and end them, unless they are longer than `max_length` with
-        them: then their first `max_length` tokens, without an end."""
+        """Token ids of answers, including the tokens that begin and end them, or the first `max_length` of these
+        (without an end) if there are more."""
         with self._reading:
             rows = self._reader(
                 [self._shorten(text, max_length) for text in texts],
@@ -218,17 +221,17 @@ class Tokenization:
         return [row if len(row) <= max_length else row[:max_length] for row in whole]
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """The texts that rows of generated tokens are."""
+        """Texts of rows of generated tokens."""
         with self._reading:
             return [text.strip() for text in self._reader.batch_decode(list(rows), skip_special_tokens=True)]
 
     def written(self, texts: Sequence[str], max_length: int) -> list[str]:
-        """How answers look that are written as these were learned: normalised, without what the tokenizer does not
-        know."""
+        """How answers look when they are generated as these were learned: normalised, without what the tokenizer does
+        not know."""
         return self.decode(self.encode_answers(texts, max_length)) if texts else []
 
     def label_words(self, labels: Sequence[str], max_length: int) -> dict[str, str]:
-        """A task's labels by the texts that stand for them: as they are written, then as they are."""
+        """A task's labels by the texts that stand for them: as generated, then as given."""
         words: dict[str, str] = {}
         for text, label in [
             *zip(self.written(labels, max_length), labels, strict=True),
@@ -242,7 +245,7 @@ class Tokenization:
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:
-    """Rows of token ids -> ids [B, T] padded with `value`, and their mask [B, T]."""
+    """Pad rows of token ids with `value`: ids [B, T] and their mask [B, T]."""
     length = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     width = int(length.max(initial=0))
     place = np.arange(width)

@@ -1,4 +1,4 @@
-"""Where a task's values begin if not anew: at the slots of a task that is learned already."""
+"""Warm start: a task's values initialised from the slots of a learned task."""
 
 from __future__ import annotations
 
@@ -19,21 +19,25 @@ from slm_fast.tasks import LearnedTask
 
 @dataclass(frozen=True)
 class Start:
-    """The task that another one's values begin at. weights: [N, S] float64, of its slots for each training row."""
+    """The task that another one's values start from.
+
+    Attributes:
+        weights: [N, S] float64, of its slots for each training row.
+    """
 
     task: LearnedTask
     weights: Tensor
 
     @torch.no_grad()
     def fill(self, values: Mapping[str, tuple[Tensor, Tensor]], own: Tensor) -> None:
-        """Let new values begin here: each new slot at the slot that weighs most for the new slot's rows.
+        """Initialise new values: each new slot from the slot with the largest weight on the new slot's rows.
 
-        Of a larger rank the nearest increments of the new one are taken. Of a smaller rank all are taken, and the rows
-        that are left stay as they are.
+        From a larger rank the nearest increments of the new rank are taken. From a smaller rank all are taken, and the
+        remaining rows do not change.
 
         Args:
             values: module name -> (lora_a [S, r, I], lora_b [S, r, O]), changed in place.
-            own: [N, S] float64, what each new slot weighs for each training row.
+            own: [N, S] float64, weight of each new slot for each training row.
         """
         slots = self.slots_for(own)
         for module, pair in values.items():
@@ -45,16 +49,16 @@ class Start:
                 new[:, : old.shape[1]] = old.to(new)
 
     def slots_for(self, own: Tensor) -> Tensor:
-        """Which slot each new one begins at, [S] int64. own: [N, S], as in `fill`."""
-        own = torch.where(own.sum(0) > 0, own, 1.0)  # a slot without rows goes by all of them
+        """The slot from which each new one starts, [S] int64. own: [N, S], as for `fill`."""
+        own = torch.where(own.sum(0) > 0, own, 1.0)  # a slot without rows uses all of them
         return (own.T @ self.weights).argmax(1)
 
 
 def nearest_of_rank(lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Slots [S, r, I] and [S, r, O] -> [S, rank, I] and [S, rank, O], whose products lora_a' lora_b are the nearest of
-    that rank (Eckart & Young 1936), both halves with the same norms. A layer narrower than that has as many rows as it
-    is wide. float32, computed in float64."""
-    left, upper_a = torch.linalg.qr(lora_a.double().mT)  # [S, I, r], [S, r, r] of a layer wider than r
+    """Reduce the rank of slots: [S, r, I] and [S, r, O] -> [S, rank, I] and [S, rank, O], with the nearest products
+    lora_a' lora_b of that rank (Eckart & Young 1936) and equal norms of both halves. A layer narrower than `rank` has
+    as many rows as it is wide. float32, computed in float64."""
+    left, upper_a = torch.linalg.qr(lora_a.double().mT)  # [S, I, r], [S, r, r] for a layer wider than r
     right, upper_b = torch.linalg.qr(lora_b.double().mT)
     u, s, v = torch.linalg.svd(upper_a @ upper_b.mT, full_matrices=False)
     root = s[:, :rank].sqrt()[:, None]  # [S, 1, rank]
@@ -63,7 +67,7 @@ def nearest_of_rank(lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, 
 
 
 def check_start(model: AdaptedModel, task: str, options: LearnOptions) -> None:
-    """Raise InputError where a task is to start from one that is not learned."""
+    """Raise InputError if a task is to start from one that is not learned."""
     others = [known.name for known in model.pool.tasks if known.name != task and known.adapter is None]
     if isinstance(options.warm_start, str) and options.warm_start not in others:
         raise InputError(f"warm_start: task {options.warm_start!r} is not learned; tasks: {some_of(others)}")
@@ -71,14 +75,15 @@ def check_start(model: AdaptedModel, task: str, options: LearnOptions) -> None:
 
 @torch.no_grad()
 def find_start(model: AdaptedModel, task: str, options: LearnOptions, query: Tensor) -> Start | None:
-    """The task to start from: the one named, or the one that most of the training queries [N, D] are routed to by what
-    is known so far (of several the first by name). None where no start is wanted or nothing else is learned.
+    """The task to start from: the one named, or the one to which most of the training queries [N, D] are routed now
+    (the first by name if several). None if no start is wanted or no other task is learned.
 
-    Raises InputError for a name that is not learned.
+    Raises:
+        InputError: the named task is not learned.
     """
     check_start(model, task, options)
     pool, router = model.pool, model.router
-    # An imported task has layers and ranks of its own.
+    # Imported tasks have their own layers and ranks.
     possible = [known.name != task and known.adapter is None for known in pool.tasks]
     others = torch.tensor(possible, dtype=torch.bool, device=query.device)[pool.slot_task]
     if not options.warm_start or not others.any():
@@ -98,7 +103,7 @@ def find_start(model: AdaptedModel, task: str, options: LearnOptions, query: Ten
 
 
 def slot_weights(route: Route, slots: int) -> Tensor:
-    """What each of the slots 0..slots-1 weighs in each row of a route: [N, slots] float64, on the CPU."""
+    """Weight of each of the slots 0..slots-1 in each row of a route: [N, slots] float64, on the CPU."""
     ids, weights = route.slot_ids.cpu(), route.weights.cpu().double()
     inside = (ids >= 0) & (ids < slots)
     found = torch.zeros(len(ids), slots, dtype=torch.float64)
@@ -106,8 +111,9 @@ def slot_weights(route: Route, slots: int) -> Tensor:
 
 
 def kept_options(options: LearnOptions, start: Start | None, patience: int | None = None) -> dict[str, Any]:
-    """Options as a task's file keeps them. `warm_start` is there only if it was wanted: {"task": name, "sha256": that
-    of its file}, or True where there was nothing to start from; `patience` only if there was one."""
+    """Options in the form of a task's file. `warm_start` is present only if wanted:
+    {"task": name, "sha256": of its file}, or True if there was nothing to start from. `patience` is present only if
+    set."""
     kept = asdict(options) | ({} if patience is None else {"patience": patience})
     if not options.warm_start:
         del kept["warm_start"]
@@ -117,7 +123,7 @@ def kept_options(options: LearnOptions, start: Start | None, patience: int | Non
 
 
 def is_wanted(options: LearnOptions, kept: Mapping[str, Any]) -> bool:
-    """Whether the start that a task's file tells of is one that these options ask for."""
+    """Whether these options ask for the start recorded in a task's file."""
     start = kept.get("warm_start", False)
     if isinstance(options.warm_start, str):
         return isinstance(start, Mapping) and start["task"] == options.warm_start

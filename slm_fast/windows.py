@@ -1,4 +1,4 @@
-"""Windows: neighbouring rows that are sorted into batches together, of a list, of a file, or as they come."""
+"""Windows: consecutive rows that are sorted into batches together, from a list, a file, or a live stream."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import IO, Any
 from slm_fast.data import Row
 from slm_fast.errors import WorkError
 
-WINDOW = 1024  # rows of a window at most; two windows are what a stream holds in memory
-WINDOW_TEXT = 8 << 20  # characters of a window's rows: it ends with the row that reaches so many
-CHUNK = 1 << 18  # bytes taken from a live stream at once: more than its own buffer holds
-PAUSE = 30  # milliseconds without anything to read after which what was read is answered
+WINDOW = 1024  # maximum rows of a window; a stream holds two windows in memory
+WINDOW_TEXT = 8 << 20  # characters in a window: it ends with the row that reaches this
+CHUNK = 1 << 18  # bytes read from a live stream at once: more than its own buffer holds
+PAUSE = 30  # milliseconds without input after which the rows read are answered
 
 TaskID = str | Sequence[str] | None
 Rows = Iterable[Row | WorkError]
@@ -25,10 +25,12 @@ Rows = Iterable[Row | WorkError]
 
 @dataclass(frozen=True)
 class Window:
-    """Neighbouring rows of an input.
+    """Consecutive rows of an input.
 
-    first: the place in the input of the first of them, from 0. rows: a row that could not be read is the error that
-    says why. task: one name, or one for each row, masks the pool: a given task-ID.
+    Attributes:
+        first: index in the input of the first one.
+        rows: the rows; for one that could not be read, the error.
+        task: oracle task ID, one for all rows or one per row. It masks the pool.
     """
 
     first: int
@@ -37,7 +39,7 @@ class Window:
 
 
 class _Gathered:
-    """Rows that are to be a window."""
+    """Rows that will form a window."""
 
     def __init__(self, task: TaskID) -> None:
         self.task, self.first = task, 0
@@ -62,10 +64,10 @@ class _Gathered:
 
 
 def windows_of(rows: Rows, task: TaskID) -> Iterator[Window]:
-    """Rows in windows, which follow from the rows alone. When reading fails, what was read before is still given.
+    """Split rows into windows, which depend on the rows alone. If reading fails, rows read before are still yielded.
 
     Args:
-        task: one name, or one for each row, masks the pool: a given task-ID.
+        task: oracle task ID, one for all rows or one per row. It masks the pool.
     """
     gathered, failed = _Gathered(task), None
     rows = iter(rows)
@@ -87,7 +89,7 @@ def windows_of(rows: Rows, task: TaskID) -> Iterator[Window]:
 
 
 def is_live(stream: IO[bytes]) -> bool:
-    """Whether a program may stand behind a stream and wait for answers: a pipe, a socket or a terminal."""
+    """Whether a program may be behind a stream and wait for answers: it is a pipe, a socket or a terminal."""
     try:
         kind = os.fstat(stream.fileno()).st_mode
     except (OSError, ValueError, AttributeError):
@@ -98,10 +100,11 @@ def is_live(stream: IO[bytes]) -> bool:
 class Feed:
     """Rows of a live stream, read by a thread while others are answered.
 
-    The stream is left open, and nothing of it is read once the feed is closed.
+    The stream is left open, and not read any more once the feed is closed.
 
     Args:
-        stream: see `is_live`. read: the rows that a stream holds.
+        stream: see `is_live`.
+        read: returns the rows of a stream.
     """
 
     def __init__(self, stream: IO[bytes], read: Callable[[IO[bytes]], Rows]) -> None:
@@ -110,7 +113,7 @@ class Feed:
         self._idle = self._ended = self._closed = False
         self._failed: Exception | None = None
         self._arriving = _Arriving(stream, self._note)
-        # A daemon, so that nothing can keep the interpreter from ending while it waits for a row.
+        # A daemon, so that waiting for a row cannot keep the interpreter from exiting.
         self._thread = threading.Thread(target=self._read, args=(read,), name="read", daemon=True)
 
     def __enter__(self) -> Feed:
@@ -127,7 +130,8 @@ class Feed:
             self._arriving.release()
 
     def windows(self, task: str | None) -> Iterator[Window | None]:
-        """Full windows, or what there is when the input pauses or ends; None where nothing more is there to answer."""
+        """Full windows, or what there is when the input pauses or ends; None when there is nothing more to answer
+        yet."""
         gathered, told = self._gathered, False
         gathered.task = task
         while True:
@@ -169,9 +173,9 @@ class Feed:
 
 
 class _Arriving(io.RawIOBase):
-    """The bytes of a live stream as they come. `note` is told when nothing came for a moment, and when it goes on.
+    """The bytes of a live stream as they arrive. `note` is called when none came for a moment, and when they continue.
 
-    It waits without holding the stream's own lock, which an interpreter that ends would wait for.
+    It waits without holding the stream's own lock, on which the interpreter's exit would block.
     """
 
     def __init__(self, stream: Any, note: Callable[[bool], None]) -> None:
@@ -188,7 +192,7 @@ class _Arriving(io.RawIOBase):
 
     def readinto(self, into: Any) -> int:
         data: bytes | None = self._held or None
-        while data is None:  # as a stream that does not block may answer
+        while data is None:  # as non-blocking streams may return
             found = self._poll.poll(PAUSE)
             if not found:
                 self._note(True)
@@ -202,7 +206,7 @@ class _Arriving(io.RawIOBase):
         return count
 
     def stop(self) -> None:
-        """Let whoever reads find the end."""
+        """Let readers see the end of the stream."""
         os.write(self._stop, b".")
 
     def release(self) -> None:
@@ -211,7 +215,7 @@ class _Arriving(io.RawIOBase):
 
 
 def _at_once(descriptor: int, take: Callable[[int], bytes | None]) -> bytes:
-    """What a stream gives without waiting: its own buffer may hold lines, of which poll knows nothing."""
+    """What a stream has without waiting: its own buffer may hold lines that poll does not know of."""
     blocking = os.get_blocking(descriptor)
     os.set_blocking(descriptor, False)
     try:

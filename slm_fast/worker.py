@@ -1,8 +1,8 @@
-"""A process that learns tasks for the one that started it (`jobs.py`): `python -m slm_fast.worker`.
+"""A process that learns tasks for its parent (`jobs.py`): `python -m slm_fast.worker`.
 
-Requests come on standard input, answers go to standard output. A message is a line of JSON; where it says "bytes", so
-many follow it. The first request says how the model is opened, each other one is a task; an answer is "ready",
-"learned", "warning" or "error". When standard input ends, so does the process: whoever started it is gone.
+Requests arrive on standard input, answers go to standard output. A message is a line of JSON; if it has "bytes", that
+many bytes follow it. The first request says how to open the model, each later one is a task. An answer is "ready",
+"learned", "warning" or "error". The process ends when standard input does: its parent is gone.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Message = dict[str, Any]
 
 
 def send(stream: IO[bytes], message: Mapping[str, Any], data: bytes = b"") -> None:
-    """Write a message, and bytes behind it."""
+    """Write a message, followed by bytes."""
     more = {"bytes": len(data)} if data else {}
     stream.write(json.dumps({**message, **more}).encode() + b"\n" + data)
     stream.flush()
 
 
 def receive(stream: IO[bytes]) -> tuple[Message, bytes]:
-    """Read a message, and the bytes behind it. Raises EOFError where the stream ends before it does."""
+    """Read a message and the bytes that follow it. Raises EOFError if the stream ends before they do."""
     line = stream.readline()
     if not line.endswith(b"\n"):
         raise EOFError
@@ -46,7 +46,7 @@ def receive(stream: IO[bytes]) -> tuple[Message, bytes]:
 
 
 def task_message(task: Task) -> Message:
-    """A task as a part of a message."""
+    """A task as part of a message."""
     rows = [[row.text, row.target, row.instruction] for row in task.rows]
     return {"name": task.name, "free_text": task.labels is None, "rows": rows}
 
@@ -60,7 +60,7 @@ def task_of(message: Message) -> Task:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with answers
     requests: queue.SimpleQueue[tuple[Message, bytes]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
 
@@ -72,7 +72,7 @@ def main() -> None:
     warnings.showwarning = tell  # type: ignore[assignment]
     try:
         _serve(requests, answers)
-    except BrokenPipeError:  # nobody is there to hear it
+    except BrokenPipeError:  # the parent is gone
         os._exit(1)
 
 
@@ -82,19 +82,19 @@ def _serve(requests: queue.SimpleQueue[tuple[Message, bytes]], answers: IO[bytes
         request = requests.get()
         try:
             answer = learner.answer(*request)
-        except SlmError as error:  # any other is a bug: its traceback goes to standard error
+        except SlmError as error:  # other errors are bugs: their tracebacks go to standard error
             answer = {"error": str(error), "status": error.status}, b""
         send(answers, *answer)
 
 
 class Learner:
-    """A model in memory, which the first request opens; each other one is a task."""
+    """A model in memory. The first request opens it; each later one is a task."""
 
     def __init__(self) -> None:
         self._slm: ScalableLM | None = None
 
     def answer(self, request: Message, data: bytes) -> tuple[Message, bytes]:
-        """What the model is, or a task learned and its file. Raises SlmError for what cannot be done."""
+        """Describe the model, or learn a task and return its file. Raises SlmError if that is impossible."""
         from slm_fast import __version__
 
         with memory_for("worker"):
@@ -114,7 +114,7 @@ def _read(requests: queue.SimpleQueue[tuple[Message, bytes]]) -> None:
 
 
 def _open(request: Message, start: bytes) -> ScalableLM:
-    """The model, in memory only. start: the file of a task that others begin at."""
+    """Create the model, in memory only. start: file of a task that others start from."""
     import torch
 
     from slm_fast.options import ModelConfig
@@ -131,7 +131,7 @@ def _open(request: Message, start: bytes) -> ScalableLM:
 
 
 def _learn(slm: ScalableLM, request: Message) -> bytes:
-    """The file of a task."""
+    """Learn a task and return its file."""
     from slm_fast.learn import learn_task
     from slm_fast.options import LearnOptions
     from slm_fast.task_file import task_to_bytes

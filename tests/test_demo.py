@@ -65,5 +65,5 @@ def test_the_demonstration_on_a_chat_model_shows_both_answers_and_keeps_its_task
     for name in chat.TASKS:
         assert f"learned {name} from 4 rows" in said
     assert said.count("\nExtract the city and the date.") + said.count("│ Extract the city and the date.") == chat.SHOWN
-    assert "Of 12 test rows the bare model answers 0 word for word" in said
+    assert "Exact matches on 12 test rows: 0 with the bare model" in said
     assert ScalableLM.from_pretrained(store).tasks == sorted(chat.TASKS)

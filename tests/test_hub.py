@@ -148,7 +148,7 @@ def test_a_packaged_backbone_has_its_name_on_the_hub(slm, tmp_path):
     manifest.write_text(manifest.read_text().replace('"backbone": ""', '"backbone": "minilm"'))
     done = slm_fast("share", tmp_path / "store", tmp_path / "shared", "--task", "farm")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == f"{tmp_path}/shared: farm, and a model card, README.md\n"
+    assert done.stderr == f"{tmp_path}/shared: farm, and a model card (README.md)\n"
     assert card_of(tmp_path / "shared").data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
     assert Store.open(tmp_path / "shared").about["backbone"] == "minilm"
     slm.store = None

@@ -194,7 +194,7 @@ def test_learning_again_side_by_side_keeps_all(folder: Path) -> None:
     done = slm_fast(*call(folder, "one", "--jobs", 2))
     assert done.returncode == 0
     assert sorted(line for line in done.stderr.splitlines() if line.startswith("kept")) == sorted(
-        f"kept {name} from {12 + 7 * i} rows; {folder / 'one'} holds 4" for i, name in enumerate(NAMES)
+        f"kept {name} from {12 + 7 * i} rows; tasks in {folder / 'one'}: 4" for i, name in enumerate(NAMES)
     )
     assert tree(folder / "one") == before
 

@@ -174,7 +174,7 @@ def test_verbs_that_read_take_a_url(url, tmp_path):
     assert json.loads(done.stdout)["accuracy"].keys() == {"farm"}
     assert url in (tmp_path / "page.html").read_text().replace("<wbr>", "")
     assert json.loads(slm_fast("tasks", url, "--json").stdout).keys() == {"farm", "sea"}
-    assert slm_fast("verify", url).stdout == f"{url}: 2 tasks, all as the manifest says\n"
+    assert slm_fast("verify", url).stdout == f"{url}: 2 tasks, all match the manifest\n"
     assert slm_fast("share", url, tmp_path / "shared", "--task", "sea", "--base-model", "a/b").returncode == 0
     assert sorted(Store.open(tmp_path / "shared").files) == ["sea"]
 

@@ -1,6 +1,6 @@
-"""The command line: `slm-fast VERB ...`, a module a verb or a few. Each has `add`, which says what the verb takes.
+"""The command line: `slm-fast VERB ...`. Each module implements one or more verbs, and its `add` declares arguments.
 
-Exit status: 0 done; 2 the call as written cannot be right; 1 anything found wrong after. An error is one line.
+Exit status: 0 for success, 2 for invalid usage, 1 for any other error. An error is one line.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
-        from slm_fast.cli.shell import run  # in here, so that Ctrl-C is one line from the first import on
+        from slm_fast.cli.shell import run  # here, so that Ctrl-C prints one line from the first import on
 
         return run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:

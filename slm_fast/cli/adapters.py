@@ -1,4 +1,4 @@
-"""`slm-fast import` and `slm-fast export`: LoRA adapters of PEFT as tasks, and tasks as such adapters."""
+"""`slm-fast import` and `slm-fast export`: PEFT LoRA adapters as tasks, and tasks as PEFT adapters."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run_import(arguments: argparse.Namespace) -> int:
     values = slm.learned[arguments.name].values
     ranks = sorted({lora_a.shape[1] for lora_a, _ in values.values()})
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    held = f"{arguments.store} holds {len(Store.open(arguments.store).files)}"
+    held = f"tasks in {arguments.store}: {len(Store.open(arguments.store).files)}"
     print(f"imported {arguments.name}: {len(values)} layers, {shown}; {held}", file=sys.stderr)
     if slm.model.ahead and not before:
         print(_cost(slm.model.config.taps or (0,), len(slm.model.backbone.layers)), file=sys.stderr)
@@ -57,9 +57,9 @@ def run_import(arguments: argparse.Namespace) -> int:
 
 def _cost(taps: tuple[int, ...], layers: int) -> str:
     return (
-        f"from now on routes are found ahead, because the task has increments below layer {taps[-1]} or a prompt of "
-        f"its own: each row passes the lowest {taps[-1]} of {layers} layers once more. A new store with --taps 0 "
-        "(routes from the embeddings) or --query sentence (a second model) has no such pass"
+        f"note: the task has increments below layer {taps[-1]} or its own prompt, so routing this store now takes an "
+        f"extra pass through the lowest {taps[-1]} of {layers} layers. A new store with --taps 0 (routing from the "
+        "embeddings) or --query sentence (a second model) needs no such pass"
     )
 
 

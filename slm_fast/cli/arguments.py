@@ -1,4 +1,4 @@
-"""What the verbs share: their parser, their options, and how they open a store."""
+"""Shared by the verbs: the parser, common options, and opening a store."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 STDIN = ("-", "/dev/stdin")
 ABSTAIN, SHARE = "--abstain", 0.99
-Run = Callable[[argparse.Namespace], int]  # a verb at work: its exit status
+Run = Callable[[argparse.Namespace], int]  # runs a verb and returns the exit status
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong with a call."""
+    """Reports a usage error in one line."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Says what is taken by default, where that is a value and the help does not say so already."""
+    """Shows defaults that are values, unless the help already mentions them."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_value = action.default is not None and action.default is not False and action.default != []
@@ -42,13 +42,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Verbs:
-    """Where each verb adds its parser."""
+    """The subparsers, to which each verb adds its own."""
 
     def __init__(self, parser: Parser) -> None:
         self._verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
 
     def add(self, name: str, run: Run, about: str, *, store: bool = True) -> argparse.ArgumentParser:
-        """A verb's parser; with `store` its first argument is the store's directory."""
+        """Add a verb and return its parser. With `store`, its first argument is the store's directory."""
         parser = self._verbs.add_parser(
             name, help=about, description=f"{about[0].upper()}{about[1:]}.", formatter_class=Help
         )
@@ -70,7 +70,7 @@ def add_task_files(parser: argparse.ArgumentParser, about: str) -> None:
 
 
 def add_reading_options(parser: argparse.ArgumentParser, *, label: bool = True) -> None:
-    """How files are read, where that is not plain from them: the keywords of `Task.from_file`."""
+    """How files are read if it cannot be detected: the keywords of `Task.from_file`."""
     group = parser.add_argument_group("reading files (detected from the file by default)")
     group.add_argument("--text-column", metavar="NAME", help="column with the input text")
     if label:
@@ -91,7 +91,7 @@ def read_tasks(
     training: bool,
     known: Mapping[str, Collection[str]] | None = None,
 ) -> dict[str, Task]:
-    """The tasks in these files, each read once; "-" is standard input. known: the label words of those learned."""
+    """Read the tasks in these files, each once. "-" is standard input. known: labels of learned tasks."""
     from slm_fast.data import Task
 
     labels = named_files(arguments.labels)
@@ -116,7 +116,7 @@ def read_tasks(
 
 
 def check_stdin(*files: Mapping[str, str]) -> None:
-    """Raise InputError where more than one file is standard input."""
+    """Raise InputError if more than one file is standard input."""
     if sum(path in STDIN for group in files for path in group.values()) > 1:
         raise InputError("standard input (-): can be read once, and is given twice")
 
@@ -135,7 +135,7 @@ def add_device_options(parser: argparse.ArgumentParser, dtype: str) -> None:
 
 
 def backbone_of(arguments: argparse.Namespace) -> str | None:
-    """The name that --backbone and --gguf give."""
+    """The backbone's name from --backbone and --gguf."""
     backbone: str | None = arguments.backbone
     if arguments.gguf is None:
         return backbone
@@ -147,7 +147,7 @@ def backbone_of(arguments: argparse.Namespace) -> str | None:
 
 
 def add_routing_options(parser: argparse.ArgumentParser) -> None:
-    """The fields of PredictOptions that say how a row's task answers, if any does."""
+    """The fields of PredictOptions on heads and abstention."""
     parser.add_argument(
         "--head",
         choices=("mixed", "winner"),
@@ -195,7 +195,7 @@ def add_predict_options(parser: argparse.ArgumentParser) -> None:
 
 
 def with_share(argv: Sequence[str]) -> list[str]:
-    """A call in which `--abstain` has its share: argparse would take whatever stands behind it, the store too."""
+    """Add the default share to a bare `--abstain`: argparse would take the next argument as its value, even STORE."""
     return [
         f"{ABSTAIN}={SHARE}" if word == ABSTAIN and not _is_number(following) else word
         for word, following in zip(argv, [*argv[1:], ""], strict=False)
@@ -217,7 +217,7 @@ def fields_of(arguments: argparse.Namespace, options: type[Any]) -> dict[str, An
 
 
 def named_files(given: Sequence[str]) -> dict[str, str]:
-    """NAME=FILE, each name once."""
+    """Parse NAME=FILE pairs with unique names."""
     from slm_fast.data import check_name
 
     files: dict[str, str] = {}
@@ -234,7 +234,7 @@ def named_files(given: Sequence[str]) -> dict[str, str]:
 
 @without_collection()
 def open_store(arguments: argparse.Namespace, backbone: Backbone | None = None) -> ScalableLM:
-    """The model of a store. backbone: one that is loaded already."""
+    """Open the model of a store. backbone: an already loaded one, if any."""
     from slm_fast.slm import ScalableLM
 
     set_threads(arguments.threads)
@@ -253,7 +253,7 @@ def open_store(arguments: argparse.Namespace, backbone: Backbone | None = None) 
 
 
 def warn_of_idle_options(given: Mapping[str, Any], is_encoder: bool) -> None:
-    """Options of answering that were given and change nothing."""
+    """Warn about given prediction options that have no effect."""
     drawing = ("temperature", "top_p", "seed")
     if is_encoder:
         idle = dict.fromkeys(("max_new_tokens", "beams", "sample", *drawing), "an encoder-only backbone writes no text")
@@ -270,9 +270,9 @@ def warn_of_idle_options(given: Mapping[str, Any], is_encoder: bool) -> None:
 
 @contextmanager
 def quiet_ray() -> Iterator[None]:
-    """Around whatever works on Ray, which prints on standard output, where answers may go: that is dropped.
+    """Discard what Ray prints to standard output, which may carry answers.
 
-    Raises InputError where Ray is not installed.
+    Raises InputError if Ray is not installed.
     """
     if find_spec("ray") is None:
         raise InputError("--ray: Ray is not installed: pip install 'slm-fast[ray]'")

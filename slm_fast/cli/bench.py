@@ -1,4 +1,4 @@
-"""`slm-fast bench` and `repro`: run what the repository has beside the package."""
+"""`slm-fast bench` and `slm-fast repro`: run the benchmarks in the repository."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def _repro(arguments: argparse.Namespace) -> int:
 
 
 def repro(arguments: Sequence[str], root: Path | None = None) -> int:
-    """Run the paper's experiments in a process of their own, in the current folder, and return its exit status.
+    """Run the paper's experiments in a separate process, in the current folder, and return its exit status.
 
-    Raises InputError when there is no repository around the package (`root`), and says what to do.
+    Raises InputError if the package is not inside its repository (`root`).
     """
     root = root or Path(__file__).parents[2]
     _check(root, REPRO, "repro")
@@ -69,9 +69,9 @@ def repro(arguments: Sequence[str], root: Path | None = None) -> int:
 
 
 def run(name: str, arguments: Sequence[str], root: Path | None = None) -> int:
-    """Run a benchmark of `BENCHMARKS` in a process of its own and return its exit status.
+    """Run a benchmark of `BENCHMARKS` in a separate process and return its exit status.
 
-    Raises InputError when there is no repository around the package (`root`), and says what to do.
+    Raises InputError if the package is not inside its repository (`root`).
     """
     root = root or Path(__file__).parents[2]
     module = BENCHMARKS[name][0]

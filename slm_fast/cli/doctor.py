@@ -29,21 +29,21 @@ def run(_: argparse.Namespace) -> int:
     table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for package in ("torch", "transformers", "sentence-transformers", "safetensors"):
         table.add_row(package, metadata.version(package))
-    table.add_row("CPU", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
+    table.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none available to torch"
     table.add_row("GPU", gpu)
-    table.add_row("dtype auto", str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch."))
+    table.add_row("default dtype (auto)", str(choose_dtype("auto", choose_device("auto"))).removeprefix("torch."))
     for backend in backends():
         table.add_row(f"backend {backend.name}", backend.why_not() or f"ready on {', '.join(backend.devices)}")
     if NATIVE_MISSING is None:
         info = import_module("slm_fast._C").build_info()
         sets = ", ".join(info["instruction_sets"])
-        table.add_row("native kernels", f"{info['instruction_set']} of {sets}; {info['compiler']}")
+        table.add_row("native kernels", f"using {info['instruction_set']} (built: {sets}); {info['compiler']}")
         table.add_row("CUDA kernels", info["cuda"] or "not built")
     for name in PACKAGED:
         try:
             resolve(name)
-            table.add_row(f"backbone {name}", "ready, weights are those expected")
+            table.add_row(f"backbone {name}", "ready, weights verified")
         except SlmError as error:
             table.add_row(f"backbone {name}", str(error))
     console().print(table)

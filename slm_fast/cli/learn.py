@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from slm_fast.jobs import Job, Workers
     from slm_fast.slm import ScalableLM
 
-PATIENCE, PAUSE = 600.0, 5.0  # seconds in which a learned task must be committed, and between two tries
+PATIENCE, PAUSE = 600.0, 5.0  # seconds before giving up on committing a learned task, and between attempts
 
 
 def add(verbs: Verbs) -> None:
@@ -62,7 +62,7 @@ def add(verbs: Verbs) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The fields of ModelConfig; one that is not given is not in the call."""
+    """The fields of ModelConfig. Fields not given are None."""
     group = parser.add_argument_group("model of a new store")
     group.add_argument(
         "--query",
@@ -96,7 +96,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_learn_options(parser: argparse.ArgumentParser) -> None:
-    """The fields of LearnOptions that a command line needs."""
+    """The fields of LearnOptions that the command line offers."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=int, help="training epochs (default: 3, more for a small task)")
     group.add_argument("--batch-size", type=int, default=16, help="rows per optimiser step")
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _learn_together(arguments)
     if arguments.fsdp:
         raise InputError("--fsdp: needs several processes, as `torchrun` or `accelerate launch` starts them")
-    # Everything that can be wrong with the call is found before anything is learned.
+    # All usage errors are found before anything is learned.
     jobs, given = _read(arguments), _given(arguments)
     count = _count(arguments, jobs)
     _check_store(arguments, given)
@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _learn_together(arguments: argparse.Namespace) -> int:
-    """Learn tasks in all processes that a launcher started: each takes its share of every batch, the first commits."""
+    """Learn in all processes of a launcher. Each takes its share of every batch, and the first one commits."""
     from slm_fast.backbone import load_backbone
     from slm_fast.distributed import asks_for_shards, process_group, shard
     from slm_fast.store import Store
@@ -147,7 +147,7 @@ def _learn_together(arguments: argparse.Namespace) -> int:
     with process_group(arguments.device) as group:
         is_main, backbone = group.rank == 0, None
         if not is_main:
-            warnings.simplefilter("ignore", SlmWarning)  # the main process says it
+            warnings.simplefilter("ignore", SlmWarning)  # the main process shows them
         with group.agreeing():
             jobs, given = _read(arguments, launched=True), _given(arguments)
             _check_store(arguments, given)
@@ -196,7 +196,7 @@ def _learn_one_together(slm: ScalableLM, job: Job, group: ProcessGroup) -> None:
         learned = learn_task(slm.model, *job[:2], **job.validation, progress=shown, processes=group)
     with group.agreeing():
         if slm.store is not None and learned is None:
-            _learn(slm, job)  # which says that it is kept
+            _learn(slm, job)  # which reports that it is kept
         elif slm.store is not None and learned is not None:
             _commit(slm, job, partial(slm.add, learned), "learned")
         elif learned is not None:
@@ -204,12 +204,12 @@ def _learn_one_together(slm: ScalableLM, job: Job, group: ProcessGroup) -> None:
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of ModelConfig that the call has."""
+    """The fields of ModelConfig that were given."""
     return {name: value for name, value in fields_of(arguments, ModelConfig).items() if value is not None}
 
 
 def _check(slm: ScalableLM, jobs: Sequence[Job]) -> None:
-    """Raise InputError for a task that this model cannot learn, as far as that can be known beforehand."""
+    """Raise InputError for a task that this model cannot learn, as far as that is known in advance."""
     from slm_fast.learn import check_task
 
     for job in jobs:
@@ -218,7 +218,7 @@ def _check(slm: ScalableLM, jobs: Sequence[Job]) -> None:
 
 
 def _read(arguments: argparse.Namespace, *, launched: bool = False) -> list[Job]:
-    """The tasks of a call, as files and options say."""
+    """The tasks to learn, from the files and options given."""
     from slm_fast.epochs import checked_patience
     from slm_fast.jobs import Job
 
@@ -244,15 +244,15 @@ def _read(arguments: argparse.Namespace, *, launched: bool = False) -> list[Job]
 
 
 def open_or_new(arguments: argparse.Namespace) -> ScalableLM:
-    """The store's model, if there is a store; else a model that knows no tasks, as the options of `add_model_options`
-    say. Raises InputError where these say something else than the store's do."""
+    """Open the store's model or, if there is no store, create one without tasks from the options of
+    `add_model_options`. Raises InputError if these differ from the store's."""
     given = _given(arguments)
     _check_store(arguments, given)
     return _open(arguments, given)
 
 
 def _check_store(arguments: argparse.Namespace, given: Mapping[str, Any]) -> None:
-    """Raise InputError unless the store is there, made with what is given, or can be made."""
+    """Raise InputError unless the store exists and matches the given options, or can be created."""
     from slm_fast.store import Store
 
     if Store.exists(arguments.store):
@@ -269,8 +269,8 @@ def _check_store(arguments: argparse.Namespace, given: Mapping[str, Any]) -> Non
 
 @without_collection()
 def _open(arguments: argparse.Namespace, given: Mapping[str, Any], backbone: Backbone | None = None) -> ScalableLM:
-    """The store's model; for one that is not there yet, a new one, which is not saved. backbone: one that is loaded
-    already."""
+    """Open the store's model or, if the store does not exist yet, create one without saving it. backbone: an already
+    loaded one, if any."""
     from slm_fast.slm import ScalableLM
     from slm_fast.store import Store
 
@@ -282,7 +282,7 @@ def _open(arguments: argparse.Namespace, given: Mapping[str, Any], backbone: Bac
 
 
 def _count(arguments: argparse.Namespace, jobs: Sequence[Job]) -> int:
-    """How many workers the tasks of a call get."""
+    """The number of workers."""
     if arguments.jobs < 1:
         raise InputError(f"--jobs: expected at least 1, got {arguments.jobs}")
     several = "--jobs" if arguments.jobs > 1 else "--ray" if arguments.ray is not None else ""
@@ -293,8 +293,8 @@ def _count(arguments: argparse.Namespace, jobs: Sequence[Job]) -> int:
 
 
 def _workers(arguments: argparse.Namespace, count: int, given: Mapping[str, Any], stack: ExitStack) -> Workers:
-    """Processes that learn, with the model of the store, or of the call where there is no store yet. The stack ends
-    them."""
+    """Start worker processes with the store's model or, if there is no store yet, that of the given options. The stack
+    ends them."""
     from slm_fast.jobs import Workers
     from slm_fast.store import Store
 
@@ -309,41 +309,41 @@ def _workers(arguments: argparse.Namespace, count: int, given: Mapping[str, Any]
     if not Store.exists(arguments.store):
         return stack.enter_context(Workers(count, backbone_of(arguments) or "", given, **how))
     store = Store.open(arguments.store)
-    start = arguments.warm_start  # one that is not there is found out with the model
+    start = arguments.warm_start  # a task that does not exist is reported when the model opens
     how["start"] = store.read(start)[1] if start in store.files else b""
     backbone = backbone_of(arguments) or store.about["backbone"]
     return stack.enter_context(Workers(count, backbone, store.about["config"], **how))
 
 
 def _learn(slm: ScalableLM, job: Job) -> None:
-    """Learn a task here, and commit it."""
+    """Learn a task in this process and commit it."""
     done = "kept" if job.task.name in slm.learned else "learned"
     _commit(slm, job, lambda: slm.learn(*job[:2], **job.validation), done)
 
 
 def _learn_side_by_side(slm: ScalableLM, workers: Workers, jobs: Sequence[Job]) -> int:
-    """Let workers learn tasks and commit each as it comes: the exit status. A task that cannot be learned keeps no
-    other from it."""
+    """Learn tasks on workers, commit each when it is done, and return the exit status. A failed task does not stop the
+    others."""
     from slm_fast.progress import bar
 
     status, new = 0, []
     for job in jobs:
         if slm.knows(*job[:2], **job.validation):
-            _learn(slm, job)  # which says so
+            _learn(slm, job)  # which reports it
         else:
             new.append(job)
-    with bar(f"{len(new)} tasks", sum(len(job.task.rows) for job in new)) as advance:
+    with bar("learning", sum(len(job.task.rows) for job in new)) as advance:
         for job, learned in workers.learn(slm, new):
             try:
                 if isinstance(learned, SlmError):
                     raise learned
                 slm.refresh()
-                if slm.knows(*job[:2], **job.validation):  # somebody else has learned it meanwhile
+                if slm.knows(*job[:2], **job.validation):  # learned by another process in the meantime
                     _learn(slm, job)
                 else:
                     _commit(slm, job, partial(slm.add, learned), "learned")
             except SlmError as error:
-                if job.task.name in slm.learned:  # the commits of others would fail, too
+                if job.task.name in slm.learned:  # other commits would fail, too
                     raise
                 status = complain(str(error), error.status)
             advance(len(job.task.rows))
@@ -351,8 +351,8 @@ def _learn_side_by_side(slm: ScalableLM, workers: Workers, jobs: Sequence[Job]) 
 
 
 def _commit(slm: ScalableLM, job: Job, act: Callable[[], None], done: str) -> None:
-    """Do what commits a task, and say so. One that is learned and cannot be committed is tried again: whoever made the
-    disk full, or keeps the store, has some time to mend it."""
+    """Commit a task and report it. If a learned task cannot be committed, retry for a while, so that a full disk or a
+    locked store can be fixed."""
     assert slm.store is not None
     last: WorkError | None = None
     try:
@@ -372,7 +372,7 @@ def _commit(slm: ScalableLM, job: Job, act: Callable[[], None], done: str) -> No
             last = error
     if last is not None:
         raise last
-    held = f"{slm.store.path} holds {len(type(slm.store).open(slm.store.path).files)}"
+    held = f"tasks in {slm.store.path}: {len(type(slm.store).open(slm.store.path).files)}"
     print(f"{done} {job.task.name} from {len(job.task.rows)} rows; {held}", file=sys.stderr)
 
 

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         abstain=arguments.abstain,
     )
     if arguments.chat:
-        model.apply_chat_template([{"role": "user", "content": ""}])  # is there one?
+        model.apply_chat_template([{"role": "user", "content": ""}])  # raises an error if there is none
     found = evaluate(
         model,
         tasks,
@@ -99,7 +99,13 @@ def run(arguments: argparse.Namespace) -> int:
     from slm_fast.tables import console, percent
 
     table, shares, told = Table(), model.shares(), set()
-    for column, side in (("task", "left"), ("metric", "left"), ("value", "right"), ("±", "right"), ("routed", "left")):
+    for column, side in (
+        ("task", "left"),
+        ("metric", "left"),
+        ("value", "right"),
+        ("stderr", "right"),
+        ("routed", "left"),
+    ):
         table.add_column(column, justify="right" if side == "right" else "left", overflow="fold")
     for score in scores(found):
         routed = ", ".join(f"{name} {percent(share)} %" for name, share in shares.get(score.task, {}).items())
@@ -112,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _rows(text: str) -> int | None:
-    """Of --batch-size; None: as many as suit the device."""
+    """The value of --batch-size; None for auto."""
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
@@ -121,7 +127,7 @@ def _rows(text: str) -> int | None:
 
 
 def _pairs(given: list[str]) -> dict[str, Any]:
-    """KEY=VALUE, each key once."""
+    """Parse KEY=VALUE pairs with unique keys."""
     found: dict[str, Any] = {}
     for item in given:
         key, equals, value = item.partition("=")

@@ -79,7 +79,7 @@ def _shard(text: str) -> tuple[int, int]:
 def run(arguments: argparse.Namespace) -> int:
     from slm_fast.predict_file import Reading, check_paths
 
-    # All that can be wrong with the call is found before the model is loaded.
+    # All usage errors are found before the model is loaded.
     options = PredictOptions(**fields_of(arguments, PredictOptions))
     source = sys.stdin.buffer if arguments.input in STDIN else Path(arguments.input)
     sink = sys.stdout if arguments.output in ("-", "/dev/stdout") else Path(arguments.output)
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _on_ray(
     arguments: argparse.Namespace, source: Source, sink: Sink, options: PredictOptions, **how: Any
 ) -> FileAnswered:
-    """Have the actors of a cluster answer, whose models are those that `open_store` would open."""
+    """Answer on the actors of a Ray cluster, which open the same model as `open_store` would."""
     from slm_fast.hub import find_store
     from slm_fast.integrations.ray_pool import StorePool
 

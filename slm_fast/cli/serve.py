@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _key(file: Path | None, variable: str) -> str | None:
-    """A key from the first line of a file, or from the environment: what stands in a call, others can read."""
+    """Read a key from the first line of a file or from the environment, since other users can see command lines."""
     if file is None:
         return os.environ.get(variable) or None
     try:

@@ -1,4 +1,4 @@
-"""What lies between the verbs and the shell: streams, exit status, and errors and warnings of one line."""
+"""Between the verbs and the shell: streams, exit status, and one-line errors and warnings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERBS = (demo, learn, predict, evaluate, serve, store, adapters, lm_eval, report
 
 
 def run(argv: Sequence[str]) -> int:
-    """The exit status of a call. What is wrong is said in one line of standard error; a bug of ours is a traceback."""
+    """Run a command and return its exit status. An error is one line on standard error; a bug is a traceback."""
     _open_closed_streams()
     _speak_utf8()
     with _one_line_warnings():
@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
             arguments = _parser().parse_args(with_share(argv))
             arguments.command = shlex.join(["slm-fast", *argv])
             status = _run(arguments)
-        except SystemExit as stop:  # argparse has said what there is to say
+        except SystemExit as stop:  # argparse has printed its message
             status = int(stop.code or 0)
         return _flush(status)
 
@@ -40,11 +40,12 @@ def _run(arguments: argparse.Namespace) -> int:
     except SlmError as error:
         return complain(str(error), error.status)
     except BrokenPipeError:
-        _discard_output()  # nobody reads: say no more
+        _discard_output()  # the reader is gone
         return 1
     except BaseException as error:
         causes = list(_causes(error))
-        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):  # of an import, it may end as ImportError
+        # During an import, Ctrl-C may surface as an ImportError.
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
             return complain("interrupted", 130)
         for cause in causes:
             if lacks_memory(cause):
@@ -56,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on."""
+    """An error and its chain of causes."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -65,7 +66,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _flush(status: int) -> int:
-    """The exit status once all is written; one that is not 0 has had its line."""
+    """Flush the output and return the exit status. If `status` is not 0, its error has already been printed."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -78,7 +79,7 @@ def _flush(status: int) -> int:
 
 
 def _discard_output() -> None:
-    """What standard output has not taken is dropped: the interpreter would try again when it ends."""
+    """Discard unwritten standard output, which the interpreter would otherwise try to write at exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -97,12 +98,12 @@ class _Closed(io.TextIOBase):
     def write(self, text: str) -> int:
         if not self.told:
             self.told = True
-            warn("standard output is closed: what would stand there is lost")
+            warn("standard output is closed: the output is lost")
         return len(text)
 
 
 def _open_closed_streams() -> None:
-    """Streams that the caller closed are empty, and their numbers are taken, so that no file of ours gets them."""
+    """Replace streams that the caller closed with empty ones, so that no other file gets their descriptors."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is not None:
             continue
@@ -110,7 +111,7 @@ def _open_closed_streams() -> None:
             os.fstat(number)
         except OSError:
             with suppress(OSError):
-                os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
         if name == "stdin":
             sys.stdin = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         elif name == "stdout":
@@ -120,7 +121,7 @@ def _open_closed_streams() -> None:
 
 
 def _speak_utf8() -> None:
-    """Files and pipes get UTF-8 whatever the locale; a terminal knows its own encoding. No letter is an error."""
+    """Write UTF-8 to files and pipes regardless of the locale, and never fail on characters that a terminal lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             encoding = stream.encoding if stream.isatty() else "utf-8"
@@ -129,7 +130,7 @@ def _speak_utf8() -> None:
 
 @contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    """This package's warnings are for whoever typed the command: one line each, every time."""
+    """Print each warning of this package as one line, every time."""
 
     others = warnings.showwarning
 

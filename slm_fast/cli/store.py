@@ -1,4 +1,4 @@
-"""What is done with a store alone: `slm-fast tasks`, `forget`, `merge`, `share`, `push` and `verify`."""
+"""Verbs that need no backbone: `slm-fast tasks`, `forget`, `merge`, `share`, `push` and `verify`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run_share(arguments: argparse.Namespace) -> int:
     from slm_fast.files import path_of
 
     found = _write_shared(arguments, path_of(arguments.folder))
-    print(f"{arguments.folder}: {some_of(found)}, and a model card, README.md", file=sys.stderr)
+    print(f"{arguments.folder}: {some_of(found)}, and a model card (README.md)", file=sys.stderr)
     return 0
 
 
@@ -96,7 +96,7 @@ def run_push(arguments: argparse.Namespace) -> int:
 
 
 def _write_shared(arguments: argparse.Namespace, folder: Path, repo_id: str | None = None) -> list[str]:
-    """Write what is shared to a folder: the names of its tasks."""
+    """Write the shared tasks to a folder and return their names."""
     from slm_fast.hub import chosen, find_store, write_shared
 
     accuracy = None if arguments.evaluation is None else _accuracy(Path(arguments.evaluation))
@@ -128,10 +128,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
     store = find_store(arguments.store)
     for path in store.leftovers():
-        print(f"{path}: left over from an interrupted commit; the next one removes it", file=sys.stderr)
+        print(f"{path}: left over from an interrupted commit; the next commit removes it", file=sys.stderr)
     wrong = store.verify()
     for line in wrong:
         print(f"slm-fast: error: {line}", file=sys.stderr)
     if not wrong:
-        print(f"{arguments.store}: {len(store.files)} tasks, all as the manifest says")
+        print(f"{arguments.store}: {len(store.files)} tasks, all match the manifest")
     return 1 if wrong else 0

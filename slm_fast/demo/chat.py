@@ -1,6 +1,6 @@
-"""The demonstration on a chat model: SmolLM2-135M-Instruct learns three small tasks of instruction, input and output.
+"""The demo with a chat model: SmolLM2-135M-Instruct learns three small instruction tasks.
 
-Bare, it is asked as it was made to be, in its chat template; what it learned is asked for without one.
+The bare model is prompted with its chat template, the learned tasks without one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from slm_fast.slm import ScalableLM
 from slm_fast.tables import percent
 
 TASKS = ("booking_slots", "error_codes", "make_questions")
-FIRST_LAYER = 20  # of 30: the fewer layers carry LoRA, the sooner a task is learned
+FIRST_LAYER = 20  # of 30: fewer layers with LoRA make learning faster
 LEARN = LearnOptions(epochs=6, batch_size=8, learning_rate=3e-3)
-SHOWN, NEW_TOKENS = 3, 32  # rows of a task that are shown; tokens of an answer
+SHOWN, NEW_TOKENS = 3, 32  # rows shown per task; tokens per answer
 
 
 def load(split: str) -> dict[str, Task]:
-    """The three tasks, `split` being "train" or "test", in the order they are learned."""
+    """The three tasks in learning order. `split`: "train" or "test"."""
     folder = Path(__file__).parent
     return {name: Task.from_file(name, folder / f"{name}.{split}.csv", training=split == "train") for name in TASKS}
 
@@ -41,10 +41,10 @@ def run(
     first_layer: int = FIRST_LAYER,
     options: LearnOptions = LEARN,
 ) -> None:
-    """Learn, and show the bare model's answers beside the learned ones; `store` keeps the tasks.
+    """Learn, and show answers before and after learning side by side; `store`: where to save the tasks.
 
     Args:
-        backbone: a decoder with a chat template. first_layer: the lowest of its layers that learns. options: how.
+        backbone: a decoder with a chat template. first_layer: the lowest layer with LoRA. options: for learning.
     """
     console = console or Console()
     started = time.monotonic()
@@ -53,7 +53,7 @@ def run(
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.print(
         f"One frozen chat model ({slm.model.backbone.name or type(model).__name__}, {size:.1f} M parameters) learns "
-        f"{len(TASKS)} instruction tasks, one after another.\n",
+        f"{len(TASKS)} instruction tasks one after another.\n",
         soft_wrap=True,
     )
     test = load("test")
@@ -67,12 +67,12 @@ def run(
         before = time.monotonic()
         slm.learn(task, options)
         took = time.monotonic() - before
-        console.print(f"{number}. learned [bold]{name}[/] from {len(task.rows)} rows in {took:.0f} seconds")
+        console.print(f"{number}. learned [bold]{name}[/] from {len(task.rows)} rows in {took:.0f} s")
     answers = slm.predict(rows, max_new_tokens=NEW_TOKENS)
     learned = _texts(answers)
 
-    table = Table(title="One mixed batch, no task-ID", title_justify="left", show_lines=True)
-    for column in ("input", "bare model", "learned"):
+    table = Table(title="Mixed batch, no task IDs", title_justify="left", show_lines=True)
+    for column in ("input", "bare model", "with learned tasks"):
         table.add_column(column, ratio=1)
     shown = dict.fromkeys(TASKS, 0)
     owner = {id(row): name for name, task in test.items() for row in task.rows}
@@ -89,13 +89,12 @@ def run(
     right = [sum(text == row.target for text, row in zip(texts, rows, strict=True)) for texts in (bare, learned)]
     routed = sum(answer.task == owner[id(row)] for answer, row in zip(answers, rows, strict=True))
     console.print(
-        f"\nOf {len(rows)} test rows the bare model answers {right[0]} word for word, the learned one {right[1]}; "
-        f"{percent(routed / len(rows))} % are recognised as their task. {time.monotonic() - started:.0f} seconds in "
-        "all.",
+        f"\nExact matches on {len(rows)} test rows: {right[0]} with the bare model, {right[1]} with learned tasks. "
+        f"Routing accuracy: {percent(routed / len(rows))} %. Total time: {time.monotonic() - started:.0f} s.",
         soft_wrap=True,
     )
     if store is not None:
-        console.print(f"\nThe tasks are kept in {store}. Try: slm-fast lm-eval {store} --tasks arc_easy --limit 20")
+        console.print(f"\nTasks saved to {store}. Try: slm-fast lm-eval {store} --tasks arc_easy --limit 20")
 
 
 def _texts(answers: Sequence[Prediction]) -> list[str]:
@@ -103,7 +102,7 @@ def _texts(answers: Sequence[Prediction]) -> list[str]:
 
 
 def _in_chat(slm: ScalableLM, row: Row) -> str:
-    """The prompt that the model's template makes of a row, but for the newline at its end, which `predict` adds."""
+    """A row as a prompt in the chat template, without the final newline, which `predict` adds."""
     said = [{"role": "user", "content": row.prompt}]
     text: str = slm.model.backbone.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     return text.removesuffix("\n")

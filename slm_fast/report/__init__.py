@@ -1,4 +1,4 @@
-"""Reports: one HTML file that says what came of a store's tasks or of a benchmark's runs, and its figures as files."""
+"""Self-contained HTML reports on a store or on benchmark runs, with their figures and numbers as files."""
 
 from slm_fast.report.figures import Report
 from slm_fast.report.page import html

@@ -1,4 +1,4 @@
-"""Lines and points as SVG: text is text, and colours are the page's, so that they follow its light and dark theme."""
+"""Line charts and scatter plots as SVG. Text stays text, and colours follow the page's light or dark theme."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from slm_fast.report.markup import bdi, cut, escape
 WIDTH, HEIGHT = 460, 300
 COLOURS = 10  # --c0 ... --c9 of page.css
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
-NAMED = 30  # points beyond so many are named by their tooltips only
+NAMED = 30  # with more points than this, names appear in tooltips only
 
 
 def lines(figure: Lines) -> str:
-    """Accuracies over tasks learned. The axis begins below the lowest of them, at a multiple of 10 %."""
+    """Accuracy over learned tasks. The axis starts at a multiple of 10 %, below the lowest value."""
     left, right, top, bottom = 40, WIDTH - 12, 12, HEIGHT - 40
     known = [value for _, values, _ in figure.series for value in values if value is not None]
     low = max(0, min(90, 10 * math.floor(10 * min(known, default=0.0) - 0.2)))
@@ -62,7 +62,7 @@ def _stroke(number: int, strong: bool) -> str:
 
 
 def points(figure: Points) -> str:
-    """A map of points, a colour and shape a group."""
+    """A scatter plot with one colour and shape per group."""
     groups = {group: i for i, group in enumerate(figure.groups)}
     xs, ys = [p[2] for p in figure.points], [p[3] for p in figure.points]
     margin = 26
@@ -80,7 +80,7 @@ def points(figure: Points) -> str:
 
 
 def _names(spots: list[tuple[float, float, str]]) -> list[str]:
-    """Points' names beside them, where there is room; the others have their tooltips."""
+    """Labels next to their points, where there is room; the other points only have tooltips."""
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in spots]
     found = []
     for x, y, name in spots:

@@ -1,7 +1,7 @@
-"""What a report is made of: tables, heat maps, lines, bars and points as data.
+"""The data of a report: tables, heat maps, line charts, bar charts and scatter plots.
 
-A page shows them (`page.py`, `drawing.py`), files hold the same numbers (`writing.py`). What is not defined is None,
-and reads `n/a`.
+`page.py` and `drawing.py` render them as HTML; `writing.py` writes the same numbers to files. Undefined values are None
+and shown as `n/a`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NOT_DEFINED = "n/a"
 
 
 class Spread(NamedTuple):
-    """A mean over seeds, and their standard deviation (None for one seed)."""
+    """Mean and standard deviation over seeds (None for one seed)."""
 
     mean: float
     deviation: float | None
@@ -27,7 +27,7 @@ Value = str | float | int | Spread | None
 
 @dataclass(frozen=True)
 class Column:
-    """name: its heading. kind: how its values are written (`written`). about: what it means, in a sentence."""
+    """name: the heading. kind: the format of the values (see `written`). about: a short explanation, as a tooltip."""
 
     name: str
     kind: str = "text"
@@ -36,7 +36,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: a value a column. last: the last row sums up the others. muted: it is beside the point, and looks so."""
+    """rows: one value per column. last: the last row is a summary. muted: shown in a subdued colour."""
 
     stem: str
     title: str
@@ -47,7 +47,7 @@ class Table:
     muted: bool = False
 
     def records(self) -> list[list[Any]]:
-        """A heading and the rows; a Spread is two columns."""
+        """The heading and the rows; a Spread takes two columns."""
         spread = [any(isinstance(row[i], Spread) for row in self.rows) for i in range(len(self.columns))]
         heading: list[Any] = []
         for column, two in zip(self.columns, spread, strict=True):
@@ -63,10 +63,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Grid:
-    """A heat map. values: [rows][columns], None where there is nothing to say.
+    """A heat map. values: [rows][columns], None for empty cells.
 
-    kind: how cells are written. groups: of each row, what it belongs to; a gap is where that changes. down: what rows
-    are. across: what columns are.
+    kind: the format of the cells. groups: the group of each row; groups are separated by a gap. down: label of the
+    rows. across: label of the columns.
     """
 
     stem: str
@@ -87,7 +87,7 @@ class Grid:
 
     @property
     def largest(self) -> float:
-        """What the strongest colour stands for."""
+        """The value of the strongest colour."""
         if self.kind in ("percent", "similarity"):
             return 1.0
         return max((value for row in self.values for value in row if value is not None), default=0.0) or 1.0
@@ -95,7 +95,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Lines:
-    """Shares of 0 to 1 over tasks learned. series: (name, values, whether it is drawn strongly)."""
+    """Fractions from 0 to 1 over learned tasks. series: (name, values, whether it is highlighted)."""
 
     stem: str
     title: str
@@ -112,7 +112,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Bars:
-    """A value each, the differences of shares in points. bars: (name, value, whether it is drawn strongly)."""
+    """Differences of fractions, shown in percentage points. bars: (name, value, whether it is highlighted)."""
 
     stem: str
     title: str
@@ -125,7 +125,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Points:
-    """A map whose axes mean nothing. points: (group, name, x, y)."""
+    """A scatter plot whose axes have no meaning. points: (group, name, x, y)."""
 
     stem: str
     title: str
@@ -140,13 +140,13 @@ class Points:
         return list(dict.fromkeys(group for group, _, _, _ in self.points))
 
     def label(self, group: str, name: str) -> str:
-        """What is written at a point: its name, or its group's where it is the only one of it."""
+        """The label of a point: its name, or its group's name if the group has no other point."""
         return name if sum(own == group for own, _, _, _ in self.points) > 1 else group
 
 
 @dataclass(frozen=True)
 class Note:
-    """A few sentences, where a figure would be or beside one."""
+    """A few sentences in place of a figure or next to one."""
 
     text: str
     title: str = ""
@@ -154,7 +154,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Listing:
-    """Things to look at one by one. entries: (text, {what: value}) each."""
+    """Examples to inspect one by one. entries: (text, {field: value})."""
 
     stem: str
     title: str
@@ -178,7 +178,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Part:
-    """title: of what. answer: what came of it, in a sentence or two. headline: (number, what it is) each."""
+    """answer: the main result in a sentence or two. headline: (number, label) pairs."""
 
     title: str
     answer: str
@@ -189,7 +189,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """about: (what, value) of how it was made. reading: (term, meaning), to read it by."""
+    """about: (name, value) pairs on how it was made. reading: (term, definition) pairs."""
 
     title: str
     parts: Sequence[Part]
@@ -197,7 +197,7 @@ class Report:
     about: Sequence[tuple[str, str]] = field(default=())
 
     def figures(self) -> Iterator[tuple[Part, Figure]]:
-        """All of them, with the part each is in."""
+        """All figures, each with its part."""
         for part in self.parts:
             for section in part.sections:
                 for block in section.blocks:
@@ -205,7 +205,7 @@ class Report:
                         yield part, block
 
     def stems(self) -> list[str]:
-        """A file name without ending for each of `figures`, no two the same."""
+        """A unique file name, without extension, for each of `figures`."""
         found: list[str] = []
         for _, figure in self.figures():
             plain = re.sub(r"[^A-Za-z0-9._-]+", "-", figure.stem).strip("-.")[:80] or "figure"
@@ -216,7 +216,7 @@ class Report:
         return found
 
     def numbers(self) -> dict[str, Any]:
-        """All that is shown, as JSON has it."""
+        """All shown numbers, ready for JSON."""
         stems, parts = iter(self.stems()), []
         for part in self.parts:
             figures = {}
@@ -231,8 +231,8 @@ class Report:
 
 
 def written(value: Value, kind: str) -> str:
-    """A value for a reader. kind: text, percent (of a share), points (a difference of shares), similarity, count,
-    short (of a count), number, seconds, bytes or mib."""
+    """Format a value. kind: text, percent (of a fraction), points (a difference of fractions), similarity, count,
+    short (an abbreviated count), number, seconds, bytes or mib."""
     if isinstance(value, Spread):
         mean = written(value.mean, kind)
         if value.deviation is None or not math.isfinite(value.mean):
@@ -262,7 +262,7 @@ def written(value: Value, kind: str) -> str:
 
 
 def _signed(number: str) -> str:
-    """A number with a minus sign in place of a hyphen, and none before zero."""
+    """A number with a minus sign instead of a hyphen, and none before zero."""
     return number if float(number) > 0 else number.replace("-", "\u2212" if float(number) else "")
 
 

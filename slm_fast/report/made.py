@@ -1,4 +1,4 @@
-"""How a report was made."""
+"""The software versions behind a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGES = ("slm-fast", "torch", "transformers", "scikit-learn", "numpy")
 
 
 def versions() -> str:
-    """Of Python and the packages that matter, in one line."""
+    """Versions of Python and the main packages, in one line."""
     found = [f"Python {platform.python_version()}"]
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""A report as one HTML file that asks nothing of anyone: no script, no font, no picture from elsewhere."""
+"""Renders a report as one self-contained HTML file: no scripts, fonts or images from elsewhere."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from slm_fast.report.figures import (
 from slm_fast.report.markup import bdi, cut, escape
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-WITH_NUMBERS, NAMED = 16, 24  # columns of a heat map beyond which cells have no numbers, and columns no names
-SMALL = 8  # columns of heat maps that stand three in a line
-LARGEST_GRID = 60  # rows and columns of a heat map that are shown
-DARK = 0.7  # the share of the strongest colour from which writing on it is light
-LONGEST_TEXT = 400  # characters of a row that are shown
+WITH_NUMBERS, NAMED = 16, 24  # heat maps with more columns have no numbers in cells, and no column names
+SMALL = 8  # heat maps with at most so many columns are placed three side by side
+LARGEST_GRID = 60  # maximum rows and columns shown of a heat map
+DARK = 0.7  # fraction of the strongest colour from which text on it is light
+LONGEST_TEXT = 400  # maximum characters shown of a row
 
 
 def html(report: Report) -> str:
-    """The whole page. The same report is the same bytes."""
+    """The whole page. The same report gives the same bytes."""
     css = (Path(__file__).parent / "page.css").read_text("utf-8")
     several = len(report.parts) > 1
     body = [f"<h1>{bdi(report.title)}</h1>"]
     body += [_part(part, several) for part in report.parts]
-    body.append(_facts("How to read it", "reading", report.reading))
-    body.append(_facts("How it was made", "about", report.about))
+    body.append(_facts("Definitions", "reading", report.reading))
+    body.append(_facts("Run details", "about", report.about))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -86,7 +86,7 @@ def _block(block: Figure | Note, above: str) -> str:
         notes += [left_out] if left_out else []
     elif isinstance(block, Lines):
         drawn = drawing.lines(block)
-        notes.append(", ".join(f"{i} {name}" for i, name in enumerate(block.across, 1)) + ".")
+        notes.append("Tasks: " + ", ".join(f"{i} {name}" for i, name in enumerate(block.across, 1)) + ".")
     elif isinstance(block, Bars):
         drawn = _bars(block)
     elif isinstance(block, Points):
@@ -106,7 +106,7 @@ def _value(value: Value, kind: str) -> str:
 
 
 def _scrolled(label: str, table: str, kind: str) -> str:
-    """A table in a box of its own, which scrolls where it is too narrow, by keys too."""
+    """A table in its own box, which scrolls if it is too narrow, also with the keyboard."""
     return f'<div class="scroll {kind}" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'
 
 
@@ -135,7 +135,7 @@ def _tip(text: str) -> str:
 
 
 def _grid(grid: Grid) -> tuple[str, str]:
-    """A heat map, and what is said of rows and columns that are left out."""
+    """A heat map, and a note on rows and columns that are not shown."""
     rows, columns = min(LARGEST_GRID, len(grid.rows)), min(LARGEST_GRID, len(grid.columns))
     fine = columns > WITH_NUMBERS
     heading = ""
@@ -152,10 +152,10 @@ def _grid(grid: Grid) -> tuple[str, str]:
         lines.append(f'<tr{kind}><th scope="row">{bdi(grid.rows[i], breaks=not fine)}</th>{"".join(cells)}</tr>')
     left_out = []
     if columns > NAMED:
-        left_out.append("Columns stand in the order of the rows.")
+        left_out.append("Columns are in the same order as rows.")
     if rows < len(grid.rows) or columns < len(grid.columns):
         size = f"{len(grid.rows):,} by {len(grid.columns):,}"
-        left_out.append(f"The first {rows} rows and {columns} columns of {size}; the files have all.")
+        left_out.append(f"Shows the first {rows} rows and {columns} columns of {size}; the exported files contain all.")
     inside = f"<table>{heading}<tbody>{''.join(lines)}</tbody></table>"
     return _scrolled(grid.title, inside, "heat fine" if fine else "heat"), " ".join(left_out)
 

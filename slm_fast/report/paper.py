@@ -1,11 +1,11 @@
-"""What the paper reports of the streams that are also ours (ICLR 2024, arXiv:2404.07470): accuracy in %, of a BERT."""
+"""Accuracies (%) that the paper reports with BERT on streams we also run (ICLR 2024, arXiv:2404.07470)."""
 
 from __future__ import annotations
 
 from slm_fast.report.figures import Column, Table
 
 ORDERS = ("order4", "order5", "order6", "order7")
-# Average accuracy over orders 4 to 7, and whether the method is told each row's task.
+# Average accuracy over orders 4 to 7, and whether the method needs oracle task IDs.
 METHODS = (
     ("Finetune", 18.4, False),
     ("Replay", 57.8, False),
@@ -20,14 +20,14 @@ SLM = {"order4": 79.2, "order5": 78.8, "order6": 79.0, "order7": 79.2}
 
 
 def table(stream: str, stem: str) -> Table | None:
-    """The paper's numbers beside those of a stream, where it has any."""
+    """The paper's results for a stream; None if it has none."""
     if stream not in ORDERS:
         return None
-    columns = [Column("as the paper names it"), Column("average accuracy, %", "percent"), Column("is told the task")]
+    columns = [Column("method in the paper"), Column("average accuracy, %", "percent"), Column("oracle task ID")]
     ranked = sorted(METHODS, key=lambda method: -method[1])
     rows = [(name, accuracy / 100, "yes" if told else "no") for name, accuracy, told in ranked]
     note = (
-        f"From the paper, averages over its orders 4 to 7 (its SLM on {stream}: {SLM[stream]}). It has another "
-        "backbone (BERT-base) and other rows, so these are for orientation and no comparison."
+        f"Mean over the paper's orders 4 to 7 (its SLM on {stream}: {SLM[stream]}). The paper uses another backbone "
+        "(BERT-base) and other rows, so these numbers are for orientation only and not directly comparable."
     )
-    return Table(stem, "The paper's own numbers", columns, rows, note=note, muted=True)
+    return Table(stem, "Results reported in the paper", columns, rows, note=note, muted=True)

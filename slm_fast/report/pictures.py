@@ -1,4 +1,4 @@
-"""Figures as PNG. matplotlib is imported when the first is drawn, because only the `report` extra brings it."""
+"""Figures as PNG. matplotlib is imported on first use, because only the `report` extra installs it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from slm_fast.report.markup import clean, cut
 COLOURS = ("#2350b8", "#d9730d", "#1f8a5b", "#b83280", "#7a52c7", "#0e8aa8", "#b08900", "#c0392b", "#5b7083", "#6b8e23")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
-MOST = 60  # rows and columns of a heat map
+MOST = 60  # maximum rows and columns of a heat map
 INK, LINE = "#1b1f27", "#e2e4e8"
 
 
 def png(figure: Figure) -> bytes | None:
-    """The picture of a figure, None for one that is words and numbers alone. The same figure is the same bytes."""
+    """A figure as PNG; None for tables and listings. The same figure gives the same bytes."""
     if not isinstance(figure, (Grid, Lines, Bars, Points)):
         return None
     import matplotlib
@@ -36,7 +36,7 @@ def png(figure: Figure) -> bytes | None:
         matplotlib.rc_context({**matplotlib.rcParamsDefault, **style, "axes.spines.right": False}),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # of letters that the font lacks
+        warnings.simplefilter("ignore")  # characters missing from the font
         canvas = Canvas(figsize=_size(figure), dpi=150, layout="constrained")
         FigureCanvasAgg(canvas)
         axes = canvas.add_subplot()
@@ -55,7 +55,7 @@ def png(figure: Figure) -> bytes | None:
 
 
 def _size(figure: Grid | Lines | Bars | Points) -> tuple[float, float]:
-    """Inches."""
+    """Width and height in inches."""
     if isinstance(figure, Grid):
         return 2.6 + 0.45 * min(MOST, len(figure.columns)), 1.8 + 0.34 * min(MOST, len(figure.rows))
     if isinstance(figure, Lines):
@@ -107,7 +107,7 @@ def _lines(axes: Any, figure: Lines) -> None:
         places,
         [f"{i}\n{_text(name, 12)}" if len(places) < 8 else i for i, name in zip(places, figure.across, strict=True)],
     )
-    axes.set(ylabel="%", xlabel="after learning")
+    axes.set(ylabel="accuracy, %", xlabel="after learning")
     axes.grid(color=LINE, axis="y")
     axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 
@@ -121,7 +121,7 @@ def _bars(axes: Any, figure: Bars) -> None:
     )
     axes.set_yticks(range(len(bars)), [_text(name) for name, _, _ in bars])
     axes.bar_label(drawn, [written(value, "points") for _, value, _ in bars], fontsize=8, padding=3)
-    axes.set_xlabel("points")
+    axes.set_xlabel("percentage points")
     axes.margins(x=0.12)
 
 

@@ -1,4 +1,4 @@
-"""What a method's seeds come to: means and standard deviations of the measures of a stream."""
+"""Results of a method over its seeds: means and standard deviations of the stream's metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slm_fast.report.runs import Method, Run, Stage
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """Mean and standard deviation over seeds, None where one of them is not defined."""
+    """Mean and standard deviation over seeds; None if any value is undefined."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return None
@@ -28,14 +28,14 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 
 @dataclass(frozen=True)
 class Result:
-    """A method after as many tasks as it has learned (`learned`, in order), over the seeds that got so far."""
+    """A method after the tasks it has learned (`learned`, in order), over the seeds that learned all of these."""
 
     method: Method
     learned: Sequence[str]
     complete: bool
 
     def measure(self, of: Callable[[Sequence[Mapping[str, float]], Sequence[str]], float | None]) -> Spread | None:
-        """A measure of `slm_fast.measures`, over seeds."""
+        """A metric of `slm_fast.measures`, over seeds."""
         return spread([of([stage.accuracy for stage in seed.stages], self.learned) for seed in self.method.farthest])
 
     @property
@@ -58,7 +58,7 @@ class Result:
 
     @property
     def forward(self) -> Spread | None:
-        """Forward transfer; None unless tasks were answered before they were learned."""
+        """Forward transfer; None unless tasks were also evaluated before they were learned."""
         return spread(
             [
                 forward_transfer([stage.accuracy for stage in seed.stages], self.learned, seed.untrained)
@@ -67,7 +67,7 @@ class Result:
         )
 
     def also(self, what: str) -> Spread | None:
-        """Another measure after the last task: the mean over the tasks that have it."""
+        """Another metric after the last task: the mean over the tasks that have it."""
         found = []
         for seed in self.method.farthest:
             known = [own[what] for own in (seed.stages[-1].also[name] for name in self.learned) if what in own]
@@ -76,7 +76,7 @@ class Result:
 
     @property
     def routing(self) -> Spread | None:
-        """Mean over tasks of the share of rows named right; None for a method that is told, or names none."""
+        """Routing accuracy, mean over tasks; None for a method with oracle task IDs or without task predictions."""
         if self.method.told:
             return None
         found = []
@@ -87,33 +87,33 @@ class Result:
         return spread(found)
 
     def by_task(self, of: Callable[[Stage], Mapping[str, float | None]], name: str) -> Spread | None:
-        """Of a task, after the last task learned."""
+        """A task's value after the last learned task."""
         return spread([of(seed.stages[-1]).get(name) for seed in self.method.farthest])
 
     def cost(self, what: str, of: Callable[[Sequence[float]], float]) -> float | None:
-        """A cost of all stages of all seeds, taken together by `of`; None where one is not known."""
+        """A cost over all stages of all seeds, aggregated by `of`; None if any is unknown."""
         values = [stage.costs[what] for seed in self.method.farthest for stage in seed.stages]
         known = [value for value in values if value is not None]
         return of(known) if known and len(known) == len(values) else None
 
     def last_cost(self, what: str) -> float | None:
-        """A cost after the last stage, the mean over seeds."""
+        """A cost after the last stage, mean over seeds."""
         found = spread([seed.stages[-1].costs[what] for seed in self.method.farthest])
         return None if found is None else found.mean
 
     def seconds(self, what: str, of: Callable[[Sequence[float]], float]) -> float | None:
-        """Of `SECONDS`: those of a processor where they are known, which other programs hardly change."""
+        """A duration of `SECONDS`: CPU time if known, which other load hardly affects, else wall-clock time."""
         known = self.cost(f"{what}_cpu_seconds", of)
         return self.cost(f"{what}_seconds", of) if known is None else known
 
     def milliseconds_a_row(self, what: str) -> float | None:
-        """After the last task: to "answer" a row, or to "route" it and do no more."""
+        """After the last task: the time to "answer" a row, or to only "route" it."""
         rows, seconds = self.last_cost("rows_answered"), self.last_cost(f"{what}_cpu_seconds")
         seconds = self.last_cost(f"{what}_seconds") if seconds is None else seconds
         return None if not rows or seconds is None else 1000 * seconds / rows
 
     def matrix(self, tasks: Sequence[str]) -> list[list[float | None]]:
-        """R, the mean over seeds: [after][on task], None where a task was not answered."""
+        """Accuracy matrix R, mean over seeds: [after task][on task], None where a task was not evaluated."""
         found: list[list[float | None]] = []
         for n in range(len(self.learned)):
             stages = [seed.stages[n].accuracy for seed in self.method.farthest]
@@ -121,12 +121,12 @@ class Result:
         return found
 
     def averages(self) -> list[float]:
-        """After each task, the mean accuracy on those learned until then."""
+        """After each task, the average accuracy on the tasks learned so far."""
         matrix = self.matrix(self.learned)
         return [mean(value for value in row[: n + 1] if value is not None) for n, row in enumerate(matrix)]
 
     def confusion(self) -> Counter[tuple[str, str]] | None:
-        """Rows by (task, task named) over seeds; None where they are not kept or nothing is named.
+        """Row counts by (task, predicted task) over seeds; None if not saved or no task is predicted.
 
         Raises WorkError for damaged answers.
         """
@@ -135,15 +135,15 @@ class Result:
         found = [seed.answers() for seed in self.method.farthest]
         known = [answers for answers in found if answers is not None]
         total: Counter[tuple[str, str]] = Counter()
-        for name in self.learned:  # their order
+        for name in self.learned:  # in learning order
             for answers in known:
                 total.update({pair: rows for pair, rows in sorted(answers.items()) if pair[0] == name})
         return total or None
 
 
 def results(run: Run) -> list[Result]:
-    """The methods, the best first: those that find the task before those that are told it, and those that have learned
-    fewer tasks after all others."""
+    """The methods, best first: those with oracle task IDs after those without, and those that have learned fewer tasks
+    last."""
     found = [Result(m, run.tasks[: m.stages], m.stages == len(run.tasks)) for m in run.methods]
     return sorted(
         found, key=lambda result: (-result.method.stages, result.method.told, -result.average.mean, result.method.name)

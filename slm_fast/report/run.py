@@ -1,4 +1,4 @@
-"""The report of runs of the continual-learning benchmark: which method answers best, what it forgets, what it costs."""
+"""The report on runs of the continual-learning benchmark: accuracy, forgetting, routing and cost of each method."""
 
 from __future__ import annotations
 
@@ -33,38 +33,41 @@ from slm_fast.store import Store
 
 READING = (
     (
-        "Accuracy after each task",
-        "A line after each task learned, a column a task: the matrix R. What stands above the diagonal was answered "
-        "before it was learned.",
+        "Accuracy matrix R",
+        "R[i, j] is the accuracy on task j after learning task i. Entries above the diagonal were measured before task "
+        "j was learned.",
     ),
-    ("Average accuracy", "The mean over all tasks learned of the accuracy after the last of them."),
+    ("Average accuracy", "Mean over all learned tasks of the accuracy after learning the last one."),
     (
         "Forgetting",
-        "The mean over earlier tasks of the best accuracy they had minus the one at the end (Chaudhry et al. 2018), in "
-        "points. 0 is nothing forgotten, below 0 something gained.",
+        "Mean over all tasks but the last of their best earlier accuracy minus their final accuracy (Chaudhry et al. "
+        "2018), in percentage points. 0 means nothing was forgotten; negative values mean a gain.",
     ),
     (
         "Backward transfer",
-        "The mean over earlier tasks of the accuracy at the end minus that right after learning them (Lopez-Paz & "
-        "Ranzato 2017), in points.",
+        "Mean over all tasks but the last of their final accuracy minus their accuracy right after learning (Lopez-Paz "
+        "& Ranzato 2017), in percentage points.",
     ),
     (
         "Average incremental accuracy",
-        "The mean over tasks learned of the average accuracy until then (Rebuffi et al. 2017).",
+        "Mean over learning steps of the average accuracy on the tasks learned so far (Rebuffi et al. 2017).",
     ),
     (
         "Forward transfer",
-        "The mean over all tasks but the first of the accuracy right before learning it minus that of the untrained "
-        "model (Lopez-Paz & Ranzato 2017), in points.",
+        "Mean over all tasks but the first of their accuracy right before learning minus that of the untrained model "
+        "(Lopez-Paz & Ranzato 2017), in percentage points.",
     ),
-    ("Routing accuracy", "The mean over tasks of the share of their rows that were taken for them."),
-    ("Needs task-ID", "The method is told each row's task, which the others have to find. The two are not comparable."),
-    ("±", "The standard deviation over seeds."),
+    ("Routing accuracy", "Mean over tasks of the share of rows routed to the correct task."),
+    (
+        "Oracle task ID",
+        "The method is given each row's task, which other methods have to infer. The two groups are not comparable.",
+    ),
+    ("±", "Standard deviation over seeds."),
 )
 
 
 def run_report(paths: Sequence[str | Path], *, command: str = "") -> Report:
-    """The report of run folders, a part each.
+    """The report on run folders, one part per run.
 
     Raises:
         InputError: no folder given, or one that is no run. WorkError: a file of a run is damaged or of another format,
@@ -77,7 +80,7 @@ def run_report(paths: Sequence[str | Path], *, command: str = "") -> Report:
     made = [("command", command)] if command else []
     for run in runs:
         made += [(f"{what} of {run.path.name}" if len(runs) > 1 else what, value) for what, value in _made(run)]
-    made.append(("this page", versions()))
+    made.append(("report versions", versions()))
     title = parts[0].title if len(parts) == 1 else f"{len(parts)} runs of the continual-learning benchmark"
     return Report(title, parts, READING, made)
 
@@ -104,15 +107,16 @@ def _part(run: Run, stem: str) -> Part:
     theirs = paper.table(run.stream, f"{stem}paper")
     sections = [
         Section("Methods", [_ranking(run, ranked, stem), *([theirs] if theirs else []), _lost(ranked, stem)]),
-        Section("As tasks are learned", _over_tasks(run, ranked, stem)),
-        Section("What it costs", [_costs(ranked, stem)]),
-        Section("Accuracy after each task", [_matrix(run, result, stem) for result in ranked]),
-        *([Section("By task", [_by_task(own, stem)])] if own else []),
+        Section("Accuracy over the task stream", _over_tasks(run, ranked, stem)),
+        Section("Time and memory", [_costs(ranked, stem)]),
+        Section("Accuracy matrix R", [_matrix(run, result, stem) for result in ranked]),
+        *([Section("Results per task", [_by_task(own, stem)])] if own else []),
         *_also(ranked, stem),
         Section(
-            "Which task rows were taken for",
+            "Routing confusion matrix",
             _told_apart(ranked, stem),
-            "In % of the rows of the task at the left. Methods that are told the task are left out.",
+            "True task (left) against predicted task (top), in % of the true task's rows. Methods with oracle task IDs "
+            "are not shown.",
         ),
         _keys(own, stem),
     ]
@@ -128,7 +132,7 @@ def _title(result: Result) -> str:
 
 
 def _leads(ranked: Sequence[Result]) -> list[Result]:
-    """Of the methods that have learned most tasks, those that find the task themselves, the best first."""
+    """The methods that have learned the most tasks, without oracle task IDs if there are any such, best first."""
     far = [result for result in ranked if len(result.learned) == len(ranked[0].learned)]
     return [result for result in far if not result.method.told] or far
 
@@ -137,14 +141,14 @@ def _answer(run: Run, ranked: Sequence[Result]) -> str:
     best, *others = _leads(ranked)
     learned = len(best.learned)
     when = f"all {_many(learned, 'task')}" if best.complete else f"{learned} of {len(run.tasks)} tasks"
-    told = " (told each row's task)" if best.method.told else " without being told the task"
-    said = f"{_title(best)} answers best{told}: {_percent(best.average)} on average after {when}"
+    told = "with oracle task IDs" if best.method.told else "without oracle task IDs"
+    said = f"{_title(best)} has the highest average accuracy {told}: {_percent(best.average)} after {when}"
     lost = best.forgetting
-    said += "" if lost is None else f", having forgotten {written(lost.mean, 'points')} points"
-    said += f". {_title(others[0])} is next with {_percent(others[0].average)}." if others else "."
+    said += "" if lost is None else f", with forgetting of {written(lost.mean, 'points')} points"
+    said += f". {_title(others[0])} follows with {_percent(others[0].average)}." if others else "."
     helped = [r for r in ranked if r.method.told and len(r.learned) == learned and r is not best]
     if helped:
-        said += f" Told each row's task, {_title(helped[0])} reaches {_percent(helped[0].average)}."
+        said += f" With oracle task IDs, {_title(helped[0])} reaches {_percent(helped[0].average)}."
     return said
 
 
@@ -158,8 +162,8 @@ def _headline(run: Run, ranked: Sequence[Result]) -> list[tuple[str, str]]:
     seeds = max(len(result.method.farthest) for result in ranked)
     return [
         (f"{written(best.average.mean, 'percent')} %", f"average accuracy of {_title(best)}"),
-        (written(lost.mean if lost else None, "points"), "points it forgets"),
-        (written(routing.mean, "percent") + " %" if routing else written(None, ""), "rows whose task it names right"),
+        (written(lost.mean if lost else None, "points"), "forgetting, points"),
+        (written(routing.mean, "percent") + " %" if routing else written(None, ""), "routing accuracy"),
         (f"{len(ranked[0].learned)} of {len(run.tasks)}", "tasks learned"),
         (f"{seeds}", "seed" if seeds == 1 else "seeds"),
     ]
@@ -174,25 +178,25 @@ def _unfinished(run: Run, ranked: Sequence[Result]) -> str:
     for result in ranked:
         behind = len(result.method.seeds) - len(result.method.farthest)
         if behind:
-            said.append(f"{_many(behind, 'seed')} of {_title(result)} got less far, and what is said leaves that out")
-    said += [f"{isolated(title)} has learned nothing yet" for title in run.waiting]
-    return f"This run is unfinished and shown as far as it is: {'; '.join(said)}." if said else ""
+            said.append(f"{_many(behind, 'seed')} of {_title(result)} excluded (fewer tasks learned)")
+    said += [f"{isolated(title)} has not learned any task yet" for title in run.waiting]
+    return f"This run is unfinished. Results so far: {'; '.join(said)}." if said else ""
 
 
 def _ranking(run: Run, ranked: Sequence[Result], stem: str) -> Table:
     forward = any(result.forward is not None for result in ranked)
     columns = [
         Column("method"),
-        Column("needs task-ID"),
+        Column("oracle task ID"),
         Column("average accuracy, %", "percent"),
         Column("forgetting, points", "points"),
         Column("backward transfer, points", "points"),
         *([Column("forward transfer, points", "points")] if forward else []),
         Column("average incremental accuracy, %", "percent"),
         Column("routing accuracy, %", "percent"),
-        Column("parameters", "short", "that are trained, of all tasks learned"),
-        Column("bytes kept", "bytes", "of all tasks learned"),
-        Column("seconds a task", "seconds", "to learn it, of a processor"),
+        Column("parameters", "short", "trained parameters of all learned tasks"),
+        Column("storage", "bytes", "parameters, statistics and replayed rows of all learned tasks"),
+        Column("training time per task, s", "seconds", "CPU time where measured"),
         Column("peak memory", "mib"),
         Column("seeds", "count"),
         *([] if all(result.complete for result in ranked) else [Column("tasks", "count", "learned so far")]),
@@ -217,22 +221,22 @@ def _ranking(run: Run, ranked: Sequence[Result], stem: str) -> Table:
         for result in ranked
     ]
     note = (
-        f"Ranked by average accuracy after all {_many(len(run.tasks), 'task')}. Methods that need each row's task-ID "
-        "stand below those that find it, and methods that are not there yet below all."
+        f"Ranked by average accuracy after all {_many(len(run.tasks), 'task')}. Methods with oracle task IDs are below "
+        "those without, and incomplete methods come last."
     )
-    return Table(f"{stem}methods", "Methods, ranked", columns, rows, note=note)
+    return Table(f"{stem}methods", "Method ranking", columns, rows, note=note)
 
 
 def _costs(ranked: Sequence[Result], stem: str) -> Table:
     columns = [
         Column("method"),
-        Column("seconds a task", "seconds", "to learn it"),
-        Column("seconds to learn all", "seconds"),
-        Column("answering, ms a row", "number"),
-        Column("of it routing, ms a row", "number"),
-        Column("parameters a task", "short"),
-        Column("bytes kept a task", "bytes"),
-        Column("peak memory", "mib", "of the process that learned and answered"),
+        Column("training time per task, s", "seconds"),
+        Column("total training time, s", "seconds"),
+        Column("inference time per row, ms", "number", "including routing"),
+        Column("routing time per row, ms", "number", "routing alone, a part of the inference time"),
+        Column("parameters per task", "short"),
+        Column("storage per task", "bytes"),
+        Column("peak memory", "mib", "of the process that trained and evaluated the method"),
     ]
     rows: list[list[Value]] = []
     for result in ranked:
@@ -251,8 +255,8 @@ def _costs(ranked: Sequence[Result], stem: str) -> Table:
                 result.cost("peak_mib", max),
             ]
         )
-    note = "Seconds are a processor's where they were measured, so that what else ran hardly shows."
-    return Table(f"{stem}costs", "What it costs", columns, rows, note=note)
+    note = "Times are CPU time where measured, so that other load on the machine hardly affects them."
+    return Table(f"{stem}costs", "Time and memory", columns, rows, note=note)
 
 
 def _over_tasks(run: Run, ranked: Sequence[Result], stem: str) -> list[Figure | Note]:
@@ -260,21 +264,21 @@ def _over_tasks(run: Run, ranked: Sequence[Result], stem: str) -> list[Figure | 
     averages = [(r.method.title, r.averages(), r is best) for r in ranked]
     first = [(r.method.title, [row[0] for row in r.matrix(run.tasks)], r is best) for r in ranked]
     return [
-        Lines(f"{stem}average", "Average accuracy on the tasks seen so far, %", run.tasks, averages),
-        Lines(f"{stem}first", f"Accuracy on {isolated(run.tasks[0])}, the first task, %", run.tasks, first),
+        Lines(f"{stem}average", "Average accuracy on the tasks learned so far, %", run.tasks, averages),
+        Lines(f"{stem}first", f"Accuracy on the first task ({isolated(run.tasks[0])}), %", run.tasks, first),
     ]
 
 
 def _lost(ranked: Sequence[Result], stem: str) -> Bars:
     best = _leads(ranked)[0]
     bars = [(r.method.title, None if r.forgetting is None else r.forgetting.mean, r is best) for r in ranked]
-    return Bars(f"{stem}forgetting", "Forgetting, points", bars, note="After the last task learned; shorter is better.")
+    return Bars(f"{stem}forgetting", "Forgetting, points", bars, note="After the last learned task; lower is better.")
 
 
 def _matrix(run: Run, result: Result, stem: str) -> Grid:
     values = result.matrix(run.tasks)
     rows = [f"after {name}" for name in result.learned]
-    note = "" if result.complete else f"{len(result.learned)} of {len(run.tasks)} tasks are learned."
+    note = "" if result.complete else f"{len(result.learned)} of {len(run.tasks)} tasks learned."
     name = f"{stem}accuracy-{result.method.name}"
     return Grid(name, result.method.title, rows, run.tasks, values, "after learning", "accuracy on", note=note)
 
@@ -284,8 +288,8 @@ def _by_task(result: Result, stem: str) -> Table:
         Column("task"),
         Column("rows", "count"),
         Column("accuracy, %", "percent"),
-        Column("routed to it, %", "percent", "the share of rows taken for this task"),
-        Column("retrieval accuracy, %", "percent", "the share of rows most of whose slots are the task's (Eq. 13)"),
+        Column("routing accuracy, %", "percent", "share of the task's rows routed to it"),
+        Column("retrieval accuracy, %", "percent", "share of rows with most retrieved slots from their task (Eq. 13)"),
     ]
     rows: list[list[Value]] = []
     for name in result.learned:
@@ -299,21 +303,21 @@ def _by_task(result: Result, stem: str) -> Table:
                 None if told else result.by_task(lambda stage: stage.retrieved, name),
             ]
         )
-    title = f"{_title(result)} by task, after the last one learned"
-    note = "Retrieval accuracy is the paper's Eq. 13: more than half of the retrieved slots are the task's own."
+    title = f"{_title(result)} after the last learned task"
+    note = "Retrieval accuracy (Eq. 13 of the paper): more than half of a row's retrieved slots belong to its task."
     return Table(f"{stem}by-task", title, columns, rows, note=note)
 
 
 ALSO = {
-    "retrieved": Column("labels of the task found, %", "percent"),
+    "retrieved": Column("labels of the predicted task, %", "percent"),
     "unified": Column("labels of all tasks, %", "percent"),
-    "oracle": Column("labels of its own task, %", "percent", "which leaks the task-ID to the head"),
-    "BERTScore": Column("BERTScore F1, %", "percent", "of answers in free text; one that says nothing has 0"),
+    "oracle": Column("labels of the true task, %", "percent", "leaks the task ID to the head"),
+    "BERTScore": Column("BERTScore F1, %", "percent", "of free-text answers; an empty answer scores 0"),
 }
 
 
 def _also(ranked: Sequence[Result], stem: str) -> list[Section]:
-    """What else was measured of answers, the mean over tasks."""
+    """Other metrics of the answers, mean over tasks."""
     known = {what: [result.also(what) for result in ranked] for what in ALSO}
     chosen = [what for what, values in known.items() if any(value is not None for value in values)]
     rows: list[list[Value]] = [
@@ -323,10 +327,12 @@ def _also(ranked: Sequence[Result], stem: str) -> list[Section]:
     ]
     if not rows:
         return []
-    note = "With labels, what an answer may be: the fewer labels a row is offered, the more of its task-ID leaks."
+    note = "Accuracy with answers restricted to these labels: the fewer labels, the more of the task ID leaks."
     columns = [Column("method"), *(ALSO[what] for what in chosen)]
-    table = Table(f"{stem}also", "Answers, the mean over tasks", columns, rows, note=note if "oracle" in chosen else "")
-    return [Section("Answers measured otherwise", [table])]
+    table = Table(
+        f"{stem}also", "Further metrics, mean over tasks", columns, rows, note=note if "oracle" in chosen else ""
+    )
+    return [Section("Further metrics", [table])]
 
 
 def _told_apart(ranked: Sequence[Result], stem: str) -> list[Figure | Note]:
@@ -335,15 +341,15 @@ def _told_apart(ranked: Sequence[Result], stem: str) -> list[Figure | Note]:
         taken = result.confusion()
         if taken is not None:
             found.append(confusion(taken, f"{stem}confusion-{result.method.name}", result.method.title))
-    return found or [Note("No method of this run names tasks, or its answers are not kept.")]
+    return found or [Note("No method in this run predicts tasks, or its answers were not saved.")]
 
 
 def _keys(own: Result | None, stem: str) -> Section:
-    """The keys of the best method that has kept a store."""
-    title = "What the router goes by"
+    """The keys of the best method that has saved a store."""
+    title = "Router keys"
     place = next((seed.store for seed in own.method.farthest if seed.store), None) if own else None
     if own is None or place is None:
-        return Section(title, [Note("No method of this run has kept a store yet, whose keys could be shown.")])
+        return Section(title, [Note("No method in this run has saved a store yet, so there are no keys to show.")])
     try:
         store = Store.open(place)
         tasks = store.load()
@@ -351,4 +357,4 @@ def _keys(own: Result | None, stem: str) -> Section:
     except SlmError as error:
         warn(f"{place}: its keys cannot be shown: {error}")
         shown = [Note(f"The keys of {_title(own)} cannot be shown: {error}")]
-    return Section(title, shown, f"The keys of {_title(own)}, {place.parent.name}.")
+    return Section(title, shown, f"Keys of {_title(own)}, {place.parent.name}.")

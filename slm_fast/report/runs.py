@@ -1,11 +1,11 @@
 """Runs of the continual-learning benchmark, read from their folders.
 
 RUN/run.json                            the stream, the settings, the machine
-RUN/<method>/about.json                 its title, and whether it is told each row's task
-RUN/<method>/seed<k>/stages.jsonl       a line after each task learned
-RUN/<method>/seed<k>/untrained.json     accuracy by task before the first is learned, where that was asked
+RUN/<method>/about.json                 its title, and whether it is given oracle task IDs
+RUN/<method>/seed<k>/stages.jsonl       one line after each learned task
+RUN/<method>/seed<k>/untrained.json     accuracy by task before the first one is learned, if requested
 RUN/<method>/seed<k>/answers-<n>.csv.gz after the n-th task: task,row,right,named
-RUN/<method>/seed<k>/store              of a method of slm_fast, at the end
+RUN/<method>/seed<k>/store              the final store, for methods of slm_fast
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from slm_fast.errors import InputError, WorkError
 
 FORMAT = 1
-SECONDS = ("learn", "answer", "route")  # each by the wall, and of this process's processors
+SECONDS = ("learn", "answer", "route")  # each as wall-clock time and as CPU time of the process
 COSTS = (
     *(f"{what}{by}_seconds" for what in SECONDS for by in ("", "_cpu")),
     *("rows_answered", "peak_mib", "parameters", "kept_bytes"),
@@ -34,10 +34,10 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Stage:
-    """What was measured after a task was learned.
+    """Measurements after a task was learned.
 
-    rows, accuracy, routed, retrieved: by task answered; None where a method does not say. also: by task, what else was
-    measured of its answers, as shares by name. costs: of `COSTS`, None where it is not known.
+    rows, accuracy, routed, retrieved: by evaluated task; None if the method does not report it. also: other metrics of
+    a task's answers, as fractions by name. costs: those of `COSTS`, None if unknown.
     """
 
     after: str
@@ -51,15 +51,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Seed:
-    """One seed of a method: its folder, the stages done so far, and accuracies before the first task, if known."""
+    """One seed of a method: its folder, its finished stages, and accuracies before the first task, if known."""
 
     folder: Path
     stages: Sequence[Stage]
     untrained: Mapping[str, float]
 
     def answers(self) -> Counter[tuple[str, str]] | None:
-        """Rows answered after the last stage by (task, task named), of the tasks learned; None where they are not kept,
-        or no task is named.
+        """Row counts of learned tasks after the last stage, by (task, predicted task); None if not saved or no task is
+        predicted.
 
         Raises WorkError for a damaged file.
         """
@@ -87,7 +87,7 @@ class Seed:
 
 @dataclass(frozen=True)
 class Method:
-    """A method and its seeds that have a stage. told: it is given each row's task."""
+    """A method and its seeds with at least one stage. told: it is given oracle task IDs."""
 
     name: str
     title: str
@@ -96,29 +96,29 @@ class Method:
 
     @property
     def stages(self) -> int:
-        """How many tasks the seed that is farthest has learned."""
+        """The number of tasks learned by the most advanced seed."""
         return max(len(seed.stages) for seed in self.seeds)
 
     @property
     def farthest(self) -> list[Seed]:
-        """The seeds that have learned as many; what is said of the method is said of them."""
+        """The seeds that have learned that many tasks; results are computed over these."""
         return [seed for seed in self.seeds if len(seed.stages) == self.stages]
 
 
 @dataclass(frozen=True)
 class Run:
-    """path: its folder. about: its run.json. tasks: in the order of learning."""
+    """path: its folder. about: its run.json. tasks: in learning order."""
 
     path: Path
     about: Mapping[str, Any]
     stream: str
     tasks: Sequence[str]
     methods: Sequence[Method]
-    waiting: Sequence[str]  # titles of methods that have no stage yet
+    waiting: Sequence[str]  # titles of methods without a finished stage
 
 
 def read_run(path: str | Path) -> Run:
-    """A run as far as it is done.
+    """Read a run, finished or not.
 
     Raises:
         InputError: the folder is no run. WorkError: a file of it is damaged or of another format, or no stage is done.
@@ -157,7 +157,7 @@ def read_run(path: str | Path) -> Run:
 
 
 def _number(folder: Path) -> int:
-    """Of a seed's folder; -1 for another."""
+    """The number of a seed's folder; -1 for other folders."""
     found = re.fullmatch(r"seed(\d+)", folder.name)
     return int(found[1]) if found and folder.is_dir() else -1
 
@@ -175,7 +175,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _about(folder: Path) -> tuple[str, bool]:
-    """A method's title and whether it is told the tasks; its folder's name where nothing is said."""
+    """A method's title (by default its folder's name) and whether it is given oracle task IDs."""
     file = folder / "about.json"
     about = _read_json(file) if file.exists() else {}
     title, told = about.get("title", folder.name), about.get("told", False)
@@ -211,7 +211,7 @@ def _stages(file: Path, tasks: Sequence[str]) -> list[Stage]:
 
 
 def _stage(line: Any, tasks: Sequence[str], done: int) -> Stage:
-    """Raises ValueError that says what is wrong."""
+    """Parse a stage. Raises ValueError if it is damaged."""
     if not isinstance(line, dict) or not isinstance(line.get("tasks"), dict):
         raise ValueError(f"expected an object with tasks, got {_short(line)}")
     if done == len(tasks):
@@ -256,7 +256,7 @@ def _share(own: Mapping[str, Any], what: str, name: str) -> float | None:
 def _cost(line: Mapping[str, Any], what: str) -> float | None:
     value = line.get(what)
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return None  # not a number is what is written where it could not be measured
+        return None  # NaN is written if it could not be measured
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
         raise ValueError(f"{what}: expected a number from 0 up, got {_short(value)}")
     return float(value)

@@ -1,4 +1,4 @@
-"""The report of a store: how well its tasks are answered and told apart."""
+"""The report on a store: accuracy and routing accuracy of its tasks."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ from slm_fast.report.figures import Column, Grid, Listing, Note, Part, Report, S
 from slm_fast.report.made import versions
 from slm_fast.slm import ScalableLM
 
-SHOWN = 20  # wrong answers
+SHOWN = 20  # maximum wrong answers shown
 NO_TASK = "(none)"
 
 READING = (
-    ("Average accuracy", "The mean over tasks of the share of their rows that were answered right."),
-    ("Routed to it", "The share of a task's rows that were taken for that task. The rest went to another, or to none."),
+    ("Average accuracy", "Mean over tasks of the share of correctly answered rows."),
     (
-        "Routing confusion",
-        "A line is a task's rows; they add up to 100 %. The diagonal are those that were taken right.",
+        "Routing accuracy",
+        "Share of a task's rows that are routed to it; the others go to another task, or to none. The overall value is "
+        "the mean over tasks.",
     ),
     (
-        "Similarity of keys",
-        "A router finds a row's task by keys, one or more a task. Where keys of two tasks resemble each other, their "
-        "rows are easily taken for one another.",
+        "Routing confusion matrix",
+        "Each matrix row shows where the rows of one task were routed and sums to 100 %. The diagonal is the routing "
+        "accuracy.",
     ),
     (
-        "Wrong answers",
-        "The surest mistakes, tasks in turn. A wrong route means that another task's knowledge answered; with the "
-        "right route the task itself was not learned well enough, or the row is labelled wrong.",
+        "Key similarity",
+        "The router identifies tasks by keys, one or more per task. Tasks with similar keys are easily confused.",
+    ),
+    (
+        "Most confident errors",
+        "Wrong answers with the highest scores, alternating between tasks. If the route is wrong, another task "
+        "answered. If it is right, the task was not learned well enough or the row is mislabelled.",
     ),
 )
 
@@ -48,7 +52,7 @@ def store_report(
     command: str = "",
     progress: bool | None = None,
 ) -> Report:
-    """Answer the rows of {task name: file or rows} as `ScalableLM.evaluate` does, and report on them.
+    """Answer the rows of {task name: file or rows} as `ScalableLM.evaluate` does, and report the results.
 
     Raises:
         InputError: no tasks, or one that is not learned. WorkError: a row's label is not one of the task's.
@@ -65,7 +69,7 @@ def store_report(
 def report_on(
     slm: ScalableLM, marked: Sequence[Marked], seconds: float, *, with_task_id: bool = False, command: str = ""
 ) -> Report:
-    """The report of rows that are answered. The same rows, answers and seconds give the same report."""
+    """The report on answered rows. The same rows, answers and seconds give the same report."""
     evaluation = tally(marked)
     routing = sum(evaluation.routing.values()) / len(evaluation.routing)
     speed = len(marked) / seconds if seconds > 0 else None
@@ -73,29 +77,25 @@ def report_on(
     average, routed = written(evaluation.average, "percent"), written(routing, "percent")
     store = slm.store or slm.source
     place = "" if store is None else store.where
-    told = (
-        "Each row's task was told (oracle task IDs)."
-        if with_task_id
-        else (f"Without being told, it found the task of {routed} % of them.")
-    )
+    told = "Oracle task IDs were given." if with_task_id else f"Routing accuracy is {routed} %."
     answer = (
-        f"{average} % of answers are right, on average over {many} task{'s' * (many != 1)}. {told} "
-        f"{len(marked):,} rows were answered as one mixed stream, {rate} a second."
+        f"Average accuracy is {average} % over {many} task{'s' * (many != 1)}. {told} "
+        f"{len(marked):,} rows were answered as one mixed stream at {rate} rows/s."
     )
     headline = [
         (f"{average} %", "average accuracy"),
-        (f"{routed} %", "rows taken for their task" + (", told" if with_task_id else "")),
+        (f"{routed} %", "routing accuracy" + (" (oracle task IDs)" if with_task_id else "")),
         (f"{len(marked):,}", "rows"),
         (f"{many:,}", "task" if many == 1 else "tasks"),
-        (rate, "rows a second"),
+        (rate, "rows/s"),
     ]
     taken = Counter((one.task, one.prediction.task or "") for one in marked)
     found = keys.keys_of(slm.model.router, list(slm.learned.values()))
-    apart = "The confusion is in % of the rows of the task at the left, by the task they were taken for."
+    apart = "Confusion matrix: true task (left) against predicted task (top), in % of the true task's rows."
     sections = [
-        Section("By task", [_by_task(slm, marked)]),
-        Section("How tasks are told apart", [confusion(taken), *keys.figures(found)], apart),
-        Section("Wrong answers worth a look", [_mistakes(marked)]),
+        Section("Results per task", [_by_task(slm, marked)]),
+        Section("Routing", [confusion(taken), *keys.figures(found)], apart),
+        Section("Most confident errors", [_mistakes(marked)]),
     ]
     made = [("command", command)] if command else []
     made += [("store", place)] if place else []
@@ -109,7 +109,7 @@ def report_on(
         )
     ]
     made += [("router", f"{config.router}, query {config.query}"), ("versions", versions())]
-    title = "How well the tasks are answered"
+    title = "Evaluation report"
     return Report(title, [Part(title, answer, headline, sections)], READING, made)
 
 
@@ -118,10 +118,10 @@ def _by_task(slm: ScalableLM, marked: Sequence[Marked]) -> Table:
     columns = [
         Column("task"),
         Column("rows", "count"),
-        Column("accuracy, %", "percent", "the share of rows answered right"),
-        Column("routed to it, %", "percent", "the share of rows taken for this task"),
+        Column("accuracy, %", "percent", "share of rows answered correctly"),
+        Column("routing accuracy, %", "percent", "share of the task's rows routed to it"),
         Column("labels", "count"),
-        Column("on disk", "bytes", "the size of the task's file in the store"),
+        Column("on disk", "bytes", "size of the task's file in the store"),
     ]
     lines: list[list[Value]] = []
     sizes = {name: _size(slm, name) for name in rows}
@@ -132,12 +132,12 @@ def _by_task(slm: ScalableLM, marked: Sequence[Marked]) -> Table:
     known = [size for size in sizes.values() if size is not None]
     total = sum(known) if len(known) == len(sizes) else None
     routing = sum(evaluation.routing.values()) / len(evaluation.routing)
-    lines.append(["average; rows and bytes in all", len(marked), evaluation.average, routing, "", total])
-    return Table("tasks", "By task", columns, lines, last=True)
+    lines.append(["average (rows, size: total)", len(marked), evaluation.average, routing, "", total])
+    return Table("tasks", "Results per task", columns, lines, last=True)
 
 
 def _size(slm: ScalableLM, name: str) -> int | None:
-    """Bytes of a task's file; None where it is not in a store."""
+    """Size of a task's file in bytes; None if it is not in a store."""
     store = slm.store or slm.source
     try:
         return None if store is None else store.file(name).stat().st_size
@@ -145,8 +145,10 @@ def _size(slm: ScalableLM, name: str) -> int | None:
         return None
 
 
-def confusion(taken: Mapping[tuple[str, str], int], stem: str = "confusion", title: str = "Routing confusion") -> Grid:
-    """The share of each task's rows that was taken for each task. taken: rows by (task, task taken or "")."""
+def confusion(
+    taken: Mapping[tuple[str, str], int], stem: str = "confusion", title: str = "Routing confusion matrix"
+) -> Grid:
+    """The routing confusion matrix, normalised per true task. taken: rows by (task, predicted task or "")."""
     rows = list(dict.fromkeys(task for task, _ in taken))
     others = sorted({other for _, other in taken} - {*rows, ""})
     columns = [*rows, *others, *([""] if any(not other for _, other in taken) else [])]
@@ -155,14 +157,14 @@ def confusion(taken: Mapping[tuple[str, str], int], stem: str = "confusion", tit
         counts = [taken.get((task, other), 0) for other in columns]
         values.append([count / sum(counts) for count in counts])
     names = [name or NO_TASK for name in columns]
-    note = f"{NO_TASK}: rows that no task was named for." if "" in columns else ""
-    return Grid(stem, title, rows, names, values, "task", "taken for", note=note)
+    note = f"{NO_TASK}: rows without a predicted task." if "" in columns else ""
+    return Grid(stem, title, rows, names, values, "task", "predicted task", note=note)
 
 
 def _mistakes(marked: Sequence[Marked]) -> Listing | Note:
     wrong = [one for one in marked if not one.right]
     if not wrong:
-        return Note("Every answer is right.")
+        return Note("All answers are correct.")
     by_task: dict[str, list[Marked]] = {}
     for one in sorted(wrong, key=lambda one: -one.prediction.score):
         by_task.setdefault(one.task, []).append(one)
@@ -184,5 +186,5 @@ def _mistakes(marked: Sequence[Marked]) -> Listing | Note:
             "route": ", ".join(weights) or NO_TASK,
         }
         entries.append((one.row.prompt, facts))
-    note = f"{len(entries)} of {len(wrong):,} wrong answers." if len(entries) < len(wrong) else ""
-    return Listing("mistakes", "Wrong answers worth a look", entries, note=note)
+    note = f"Shows {len(entries)} of {len(wrong):,} wrong answers." if len(entries) < len(wrong) else ""
+    return Listing("mistakes", "Most confident errors", entries, note=note)

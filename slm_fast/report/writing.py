@@ -1,4 +1,4 @@
-"""A report's page, and beside it the folder of its figures as PNG and its numbers as CSV and JSON."""
+"""Writes a report's page and, next to it, a folder with its figures as PNG and its numbers as CSV and JSON."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from slm_fast.report.page import html
 
 
 def check_output(path: Path, *, files: bool) -> None:
-    """Whether a report can be written there, before work is done for it.
+    """Check that a report can be written to this path, before any work is done.
 
     Raises:
-        InputError: its folder does not exist, it is a folder itself, or matplotlib is missing, which draws the files'
-        pictures.
+        InputError: its folder does not exist, it is a folder itself, or matplotlib, which the PNG files need, is
+        missing.
     """
     if not path.name:
         raise InputError(f"{path}: expected the name of a file")
@@ -44,15 +44,15 @@ def check_output(path: Path, *, files: bool) -> None:
 
 
 def folder_of(path: Path) -> Path:
-    """Where the files of a page lie: page.html has page_files."""
+    """The folder for the files of a page: page_files for page.html."""
     return path.with_name(f"{path.stem}_files")
 
 
 def save(report: Report, path: str | Path, *, files: bool = False) -> None:
-    """Write the page, and with `files` the folder beside it, first. Each file is there whole or not at all.
+    """Write the page and, with `files`, first the folder next to it. Each file is written completely or not at all.
 
     Raises:
-        InputError: as `check_output`. WorkError: the disk is full, or the like.
+        InputError: as for `check_output`. WorkError: the files cannot be written, for example because the disk is full.
     """
     path = Path(path)
     check_output(path, files=files)
@@ -92,7 +92,7 @@ def _cell(value: Value) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: texts that UTF-8 can, and floats of six digits."""
+    """A value that JSON can represent: text that is valid UTF-8, and floats with six digits."""
     if isinstance(value, dict):
         return {clean(str(name)): _plain(own) for name, own in value.items()}
     if isinstance(value, (list, tuple)):

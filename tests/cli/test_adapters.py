@@ -36,8 +36,8 @@ def test_an_adapter_becomes_a_task_that_answers_and_goes_out_again(bert: Path, t
     assert done.returncode == 0, done.stderr
     difference, summary, cost = done.stderr.strip().splitlines()
     assert float(difference.rpartition(" ")[2]) < 1e-4
-    assert summary == f"imported sky: 9 layers, rank 5; {store} holds 1"
-    assert "each row passes the lowest 1 of 3 layers once more" in cost
+    assert summary == f"imported sky: 9 layers, rank 5; tasks in {store}: 1"
+    assert "extra pass through the lowest 1 of 3 layers" in cost
     rows = texts("sky", 3, seed=1)
     answers = slm_fast(
         "predict", store, "--dtype", "float32", stdin="".join(json.dumps({"text": t}) + "\n" for t in rows)
@@ -60,7 +60,7 @@ def test_an_adapter_becomes_a_task_that_answers_and_goes_out_again(bert: Path, t
 def test_routes_from_the_embeddings_cost_no_pass_and_nothing_is_said_of_one(bert: Path, tmp_path: Path) -> None:
     done = imported(bert, tmp_path / "store", "--backbone", bert / "backbone", "--taps", "0")
     assert done.returncode == 0
-    assert done.stderr == f"imported sky: 9 layers, rank 5; {tmp_path / 'store'} holds 1\n"
+    assert done.stderr == f"imported sky: 9 layers, rank 5; tasks in {tmp_path / 'store'}: 1\n"
 
 
 def test_what_is_wrong_is_one_line_and_no_store_is_made(bert: Path, tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_doctor_says_which_backends_and_backbones_are_ready():
     done = slm_fast("doctor")
     assert done.returncode == 0
     assert "backend reference" in done.stdout
-    assert "weights are those expected" in done.stdout
+    assert "weights verified" in done.stdout
 
 
 def test_doctor_fails_without_the_native_operators_and_says_the_cost_and_the_remedy(monkeypatch: pytest.MonkeyPatch):

@@ -72,7 +72,7 @@ def test_closed_streams_are_no_traceback(folder: Path, closed: str):
     command = f"{' '.join(CLI)} predict {folder / 'store'} {source} {closed}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    lost = "slm-fast: warning: standard output is closed: what would stand there is lost\n"
+    lost = "slm-fast: warning: standard output is closed: the output is lost\n"
     assert done.stderr == (lost if closed == ">&-" else "")
     assert (done.stdout == "") == (closed != "2>&-")
 
@@ -85,7 +85,7 @@ def test_without_standard_streams_each_verb_still_says_what_it_can(
     assert cli.main(["predict", str(store)]) == 0
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main(["tasks", str(store), "--json"]) == 0
-    assert capsys.readouterr().err == "slm-fast: warning: standard output is closed: what would stand there is lost\n"
+    assert capsys.readouterr().err == "slm-fast: warning: standard output is closed: the output is lost\n"
 
 
 def test_standard_output_that_is_full_is_one_line(store: Path, tmp_path: Path, monkeypatch, capsys):

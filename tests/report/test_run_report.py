@@ -52,10 +52,10 @@ def test_its_numbers_are_those_of_the_measures(run: Path):
         for heading, measure in measures.items():
             values = [measure(matrix, TASKS) for matrix in own]
             assert shown[title][heading] == Spread(pytest.approx(mean(values)), pytest.approx(stdev(values)))
-        assert shown[title]["needs task-ID"] == ("yes" if told else "no")
+        assert shown[title]["oracle task ID"] == ("yes" if told else "no")
         assert shown[title]["routing accuracy, %"] == (None if told else Spread(pytest.approx(0.95), 0.0))
         assert shown[title]["parameters"] == 1_500_000
-        assert shown[title]["seconds a task"] == pytest.approx(33)
+        assert shown[title]["training time per task, s"] == pytest.approx(33)
         assert shown[title]["peak memory"] == 905
 
 
@@ -70,13 +70,13 @@ def test_what_is_measured_beside_accuracy_is_shown_and_damage_in_it_named(tmp_pa
     (run / "m" / "seed0" / "untrained.json").write_text('{"ag_news": 0.25, "yelp": 0.2}')
     shown = figures(run_report([run]))
     assert columns(shown["also"]) == {
-        "m": {"method": "m", "labels of its own task, %": Spread(pytest.approx(0.8), None)}
+        "m": {"method": "m", "labels of the true task, %": Spread(pytest.approx(0.8), None)}
     }
     assert columns(shown["methods"])["m"]["forward transfer, points"] == Spread(pytest.approx(0.1), None)
     assert columns(shown["methods"])["other"]["forward transfer, points"] is None
     cost = columns(shown["costs"])["m"]
-    assert cost["answering, ms a row"] == pytest.approx(1000 * 0.4 / (2 * ROWS))
-    assert cost["of it routing, ms a row"] == pytest.approx(1000 * 0.1 / (2 * ROWS))
+    assert cost["inference time per row, ms"] == pytest.approx(1000 * 0.4 / (2 * ROWS))
+    assert cost["routing time per row, ms"] == pytest.approx(1000 * 0.1 / (2 * ROWS))
     (run / "m" / "seed0" / "untrained.json").write_text('{"ag_news": 2}')
     one_line(slm_fast("report", run, "--no-files"), 1, "untrained.json", "ag_news: expected a share")
 
@@ -86,9 +86,9 @@ def test_methods_are_ranked_and_those_that_are_told_the_task_stand_apart(run: Pa
     shown = columns(figures(report)["methods"])
     assert list(shown) == ["SLM (ours)", "Experience replay", "Sequential fine-tuning", "SLM-TI"]
     answer = report.parts[0].answer.replace("\u2068", "").replace("\u2069", "")
-    assert answer.startswith("SLM (ours) answers best without being told the task: ")
+    assert answer.startswith("SLM (ours) has the highest average accuracy without oracle task IDs: ")
     assert f"{100 * shown['SLM (ours)']['average accuracy, %'].mean:.1f} ±" in answer
-    assert "Told each row's task, SLM-TI reaches" in answer
+    assert "With oracle task IDs, SLM-TI reaches" in answer
 
 
 def test_the_matrix_the_lines_and_the_confusion_are_means_over_seeds(run: Path):
@@ -119,7 +119,7 @@ def test_one_task_and_one_seed_have_no_forgetting_and_no_deviation(tmp_path: Pat
     assert row["average accuracy, %"] == Spread(0.5, None)
     page = html(report)
     assert page.count('<span class="na">n/a</span>') >= 5
-    assert "±" not in page.split("How to read it")[0]
+    assert "±" not in page.split("<h2>Definitions</h2>")[0]
     save(report, tmp_path / "page.html", files=True)
     with (tmp_path / "page_files" / "methods.csv").open(newline="") as file:
         assert next(csv.DictReader(file))["forgetting, points"] == ""
@@ -132,7 +132,7 @@ def test_costs_that_were_not_measured_are_not_zero(tmp_path: Path):
     del last["learn_seconds"]
     write_stages(run / "m" / "seed0", [first, last])
     row = columns(figures(run_report([run]))["methods"])["m"]
-    assert (row["peak memory"], row["bytes kept"], row["seconds a task"]) == (None, None, None)
+    assert (row["peak memory"], row["storage"], row["training time per task, s"]) == (None, None, None)
     assert row["parameters"] == 600_000
 
 
@@ -148,8 +148,8 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(tmp_path: Path):
     assert "unfinished" in said
     assert "Sequential fine-tuning has learned 3 of 5 tasks" in said
     assert "SLM (ours) has learned 2 of 5 tasks" in said
-    assert "1 seed of Sequential fine-tuning got less far" in said
-    assert "replay has learned nothing yet" in said
+    assert "1 seed of Sequential fine-tuning excluded (fewer tasks learned)" in said
+    assert "replay has not learned any task yet" in said
     assert list(columns(figures(report)["methods"])) == ["Sequential fine-tuning", "SLM (ours)"]
     assert "after 3 of 5 tasks" in report.parts[0].answer
     assert said.split(":")[0] in html(report)
@@ -172,14 +172,14 @@ def test_tasks_answered_before_they_are_learned_are_shown_and_count_for_nothing(
 
 def test_the_papers_numbers_stand_beside_its_streams_only_and_say_whose_they_are(tmp_path: Path, run: Path):
     page = html(run_report([run]))
-    assert "The paper&#x27;s own numbers" in page
+    assert "Results reported in the paper" in page
     assert "another backbone" in page
     for name, accuracy, _ in paper.METHODS:
         assert f"<bdi>{name}</bdi>" in page
         assert f"<bdi>{accuracy:.1f}</bdi>" in page
     other = make_run(tmp_path / "run", seeds=1)
     write_run(other, stream="clinc")
-    assert "own numbers" not in html(run_report([other]))
+    assert "reported in the paper" not in html(run_report([other]))
 
 
 def test_two_runs_have_a_part_each(tmp_path: Path, run: Path):
@@ -347,4 +347,4 @@ def test_answers_that_name_no_task_have_no_confusion(tmp_path: Path):
     for name in METHODS:
         write_answers(run / name / "seed0", 5, [(task, "") for task in TASKS])
     page = html(run_report([run]))
-    assert "No method of this run names tasks" in page
+    assert "No method in this run predicts tasks" in page

@@ -64,7 +64,7 @@ def test_its_numbers_are_those_of_evaluate(options):
     assert [row[1] for row in rows] == [20, 14]
     assert total[1:3] == [34, expected.average]
     page = html(report)
-    assert f"{100 * expected.average:.1f} % of answers are right" in page
+    assert f"Average accuracy is {100 * expected.average:.1f} % over 2 tasks." in page
     for value in expected.accuracy.values():
         assert f'<td class="n"><bdi>{100 * value:.1f}</bdi></td>' in page
 
@@ -86,7 +86,7 @@ def test_confusion_shows_where_rows_went_and_those_abstained_from():
 def test_a_told_task_is_said_to_be_told():
     slm = two_tasks()
     report = store_report(slm, given(), with_task_id=True)
-    assert report.parts[0].answer.count("told (oracle task IDs)") == 1
+    assert report.parts[0].answer.count("Oracle task IDs were given.") == 1
     assert figure(report, "confusion").values == [[1.0, 0.0], [0.0, 1.0]]
 
 
@@ -107,7 +107,7 @@ def test_wrong_answers_are_the_surest_of_each_task_in_turn():
 def test_when_every_answer_is_right_it_says_so():
     slm = two_tasks()
     marked = [replace(one, right=True) for one in mark(slm.model, given(), PredictOptions())]
-    assert "Every answer is right." in html(report_on(slm, marked, 1.0))
+    assert "All answers are correct." in html(report_on(slm, marked, 1.0))
 
 
 def nasty(slm: ScalableLM) -> list[Marked]:
@@ -176,7 +176,7 @@ def test_the_files_hold_the_same_numbers(tmp_path: Path):
     assert {row["task"]: float(row["accuracy, %"]) for row in rows[:-1]} == pytest.approx(expected.accuracy, abs=1e-5)
     numbers = json.loads((tmp_path / "page_files" / "numbers.json").read_text())
     table = numbers["parts"][0]["figures"]["tasks"]["rows"]
-    assert {row["task"]: row["routed to it, %"] for row in table[:-1]} == pytest.approx(expected.routing, abs=1e-5)
+    assert {row["task"]: row["routing accuracy, %"] for row in table[:-1]} == pytest.approx(expected.routing, abs=1e-5)
     assert (tmp_path / "page_files" / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -251,7 +251,7 @@ def test_evaluate_writes_a_page_of_what_it_prints(store: Path, tmp_path: Path):
     found = json.loads(done.stdout)
     assert found == json.loads(slm_fast(*call_of(store)).stdout)
     text = page.read_text()
-    assert f"{100 * found['average']:.1f} % of answers are right" in text
+    assert f"Average accuracy is {100 * found['average']:.1f} % over 2 tasks." in text
     assert "slm-fast evaluate" in text
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     size = sum(path.stat().st_size for path in store.glob("tasks/*/*"))

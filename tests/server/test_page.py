@@ -99,11 +99,11 @@ def test_texts_typed_on_a_phone_and_a_wide_screen_show_task_label_and_weights(pr
         assert frame["scroll"] <= width
         assert [card["said"] for card in frame["cards"]] == TEXTS
         for card, answer in zip(frame["cards"], slm.predict(TEXTS, abstain=True), strict=True):
-            assert card["answer"] == ("none of these" if answer.task is None else f"{answer.label} · {answer.task}")
-        assert frame["cards"][0]["lists"] == ["probability", "route"]
+            assert card["answer"] == ("no matching task" if answer.task is None else f"{answer.label} · {answer.task}")
+        assert frame["cards"][0]["lists"] == ["probability", "routing weights"]
         assert frame["cards"][0]["shares"][0] == "sea"
         assert frame["cards"][2]["bold"] == 0  # what is typed is text, not markup
-        assert frame["cards"][3]["answer"] == "none of these"
+        assert frame["cards"][3]["answer"] == "no matching task"
         assert re.match(r"4 texts in \d+ ms", frame["time"])
         assert frame["state"].startswith("ready, 2 tasks, generation ")
         assert frame["requests"]

@@ -1,9 +1,8 @@
-"""The operators as Triton kernels: imported only where dispatch.py finds that Triton can run.
+"""The operators as Triton kernels: imported only if dispatch.py finds that Triton can run.
 
-Nothing here waits for the device and every size follows from the arguments' shapes, so that CUDA graphs and
-torch.compile capture a call. What can only be seen by waiting is therefore not checked: an id that is no slot's adds
-nothing, where the reference raises an error. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, and there
-ids are checked.
+Nothing here waits for the device, and all sizes follow from the arguments' shapes, so that CUDA graphs and
+torch.compile can capture a call. Checks that would have to wait are therefore omitted: an invalid slot id adds nothing,
+where the reference raises an error. Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, and ids are checked.
 """
 
 from __future__ import annotations
@@ -17,25 +16,26 @@ from torch import Tensor
 
 from slm_fast.ops import dispatch
 
-INTERPRETED = tl.constexpr(dispatch.INTERPRETED)  # so that kernels can ask
+INTERPRETED = tl.constexpr(dispatch.INTERPRETED)  # for use inside kernels
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Make `device` current, since Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors to fill; few for the interpreter, whose time goes by programs, but enough that work is split."""
+    """Number of multiprocessors to fill. The interpreter's time grows with programs, but 2 still split the work."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def by_slot(ids: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """Which entries of `ids` name each slot, as compressed rows.
+    """Group the entries of `ids` by slot, as compressed rows.
 
-    Returns order [N] int64 and begin [slots + 1] int64: slot p is named by the entries order[begin[p] : begin[p + 1]]
-    of ids, in rising order; entries that name none are in no row. This is the fixed order of every sum over a slot.
+    Returns:
+        order [N] int64 and begin [slots + 1] int64: order[begin[p] : begin[p + 1]] are the indices, ascending, of
+        slot p's entries in `ids`. Entries without a slot are in no row. All sums over a slot use this fixed order.
     """
     ordered, order = ids.flatten().sort(stable=True)
     return order, torch.searchsorted(ordered, torch.arange(slots + 1, device=ids.device))

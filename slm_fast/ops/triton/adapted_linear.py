@@ -1,7 +1,7 @@
 """adapted_linear in Triton. The specification is slm_fast/ops/adapted_linear.py.
 
-A program has a block of a sample's tokens and a block of output features. Each reads its rows of x once, for the base's
-product and for the shrink, and so shrinks again what its neighbours shrink.
+Each program has a block of a sample's tokens and a block of output features. It reads its rows of x once, for both the
+base's product and the shrink, so programs for the same tokens repeat the shrink.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _linear(
     K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
     HAS_BIAS: tl.constexpr, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = x . W^T + bias + increments: x is read once for the base's product and for the shrink."""
+    """y = x . W^T + bias + increments. x is read once for both the base's product and the shrink."""
     tiles, shares = tl.cdiv(T, BT), tl.cdiv(O, BO)
     block = tl.program_id(0) // shares  # neighbours read the same x
     sample = (block // tiles).to(tl.int64)
@@ -57,7 +57,7 @@ def _linear(
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor
 ) -> Tensor:
-    """As the reference: x [B, T, I] -> [B, T, O]."""
+    """Same as the reference: x [B, T, I] -> [B, T, O]."""
     (B, T, I), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
     tiles = Tiles(x.dtype)
     if x.dtype == torch.float64 or not 0 < K * r <= tiles.widest:

@@ -1,7 +1,7 @@
 """key_loss in Triton. The specification is slm_fast/ops/key_loss.py.
 
-Forward: the lists of search.py, and one program a query and group that adds up the cosines of what was selected.
-Backward: one program a key and group, which goes over those that selected it in their order.
+Forward: the lists of search.py, and one program per query and group that sums the cosines of its selected slots.
+Backward: one program per key and group, which loops in order over the queries that selected it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slm_fast.ops.triton.search import EPSILON, rank, readable
 
 @triton.jit
 def _selected_cosines(query, keys, selected, sums, D, G, K, KP: tl.constexpr, BD: tl.constexpr):
-    """sums[0, b, g] = sum of the float64 cosines of the selected slots, sums[1, b, g] = how many there are."""
+    """sums[0, b, g] = sum of the float64 cosines of the selected slots, sums[1, b, g] = their number."""
     row = tl.program_id(0).to(tl.int64)  # b G + g
     sample, group = row // G, row % G
     place = tl.arange(0, KP)
@@ -61,7 +61,7 @@ def _key_gradient(
         q = tl.load(query + sample * D + group * d_size + d, mask=inside, other=0.0).to(tl.float64)
         query_length = tl.sqrt(tl.sum(q * q, 0))
         towards += tl.where(query_length > EPSILON, q / tl.where(query_length > EPSILON, query_length, 1.0), 0.0)
-    # cos is linear in the query, so that the sum of cosines is the cosine with the sum.
+    # cos is linear in the unit query, so the sum of cosines is the product with the sum.
     direction = (towards - tl.sum(towards * key, 0) * key) / tl.where(usable, length, 1.0)
     scale = -tl.load(grad).to(tl.float64) / tl.maximum(tl.load(counted), 1.0)
     result = tl.where(usable, scale * direction, 0.0)
@@ -74,7 +74,7 @@ def _key_gradient(
 
 
 def forward(query: Tensor, keys: Tensor, k: int, groups: int, mask_prob: float, seed: int) -> tuple[Tensor, Tensor]:
-    """As the reference: the loss [] and the selected slots [B, G, min(k, P)]."""
+    """Same as the reference: the loss [] and the selected slots [B, G, min(k, P)]."""
     (B, D), P = query.shape, keys.shape[0]
     accumulate = torch.float64 if keys.dtype == torch.float64 else torch.float32
     selected = query.new_empty(B, groups, min(k, P), dtype=torch.int64)
@@ -92,12 +92,12 @@ def forward(query: Tensor, keys: Tensor, k: int, groups: int, mask_prob: float, 
 
 
 def backward(grad: Tensor, query: Tensor, keys: Tensor, selected: Tensor) -> Tensor:
-    """As the reference: the gradient of the keys."""
+    """Same as the reference: the gradient of the keys."""
     (_, G, K), (P, D) = selected.shape, keys.shape
     gradient = torch.empty_like(keys, memory_format=torch.contiguous_format)
     if selected.numel() == 0 or D == 0:
         return gradient.zero_()
-    # Key slices (p, g) are numbered p G + g.
+    # Key slice (p, g) has number p G + g.
     slices = torch.where(selected >= 0, selected * G + torch.arange(G, device=keys.device)[:, None], -1)
     order, begin = by_slot(slices, P * G)
     with on(keys.device):

@@ -1,17 +1,17 @@
 """multi_lora in Triton. The specification is slm_fast/ops/multi_lora.py.
 
-`_adapt`: one program has a sample, a block of its tokens, and (few tokens) a share of the output features. Its K slots
-stand side by side as one R-wide matrix, R = K r: shrink x [BT, I] . A [I, R], scale the R columns by their weights,
-expand [BT, R] . B [R, O] onto the base. The R-vector never leaves the registers, x is read once, and no plan of the
-batch is needed. A program that has only a share of the features shrinks all the same: reading R rows of A again costs
-less than a second launch.
+`_adapt`: each program has a sample, a block of its tokens and, if there are few tokens, a share of the output features.
+The sample's K slots form one matrix of width R = K r: shrink x [BT, I] . A [I, R], scale the R columns by their
+weights, expand [BT, R] . B [R, O] onto the base. The R-vectors never leave the registers, x is read once, and the batch
+needs no plan. Programs that share the features each repeat the shrink: reading R rows of A again costs less than a
+second launch.
 
-`_dense_shrink`, `_dense_expand`: decoding with a small pool that most samples share. All P r rows at once for many
-samples, those that a sample does not use scaled by zero.
+`_dense_shrink`, `_dense_expand`: for decoding with a small pool that most samples share. All P r rows are used at once
+for many samples, and those that a sample does not use are scaled by zero.
 
-Backward: multi_lora_backward.py where samples have many tokens. Else `_adapt` with A and B exchanged gives the gradient
-of x; it leaves both R-vectors in memory, from which `_slot_gradient` sums each slot's gradient over the pairs that use
-it, in their order, without atomics.
+Backward: multi_lora_backward.py if samples have many tokens. Else `_adapt` with A and B exchanged gives the gradient of
+x. It also stores both R-vectors, from which `_slot_gradient` sums each slot's gradient over the pairs that use it, in
+order and without atomics.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _adapt(
     h = tl.zeros([BT, RP], tl.float64 if DOUBLE else tl.float32)
     x_row = x + sample * x_sample + t.to(tl.int64)[:, None] * x_token
     h = shrink(x_row, t_mask, a + (row * I)[None, :], valid, I, h, BI, PRECISION)
-    h = tl.where(valid[None, :], h, 0.0)  # also where x is not finite
+    h = tl.where(valid[None, :], h, 0.0)  # even if x is not finite
     y_row = sample * T + t.to(tl.int64)[:, None]
     if STORE and share == 0:
         tl.store(shrunk + y_row * (K * RANK) + column[None, :], h, mask=t_mask & (column < K * RANK)[None, :])
@@ -90,12 +90,12 @@ def _dense_expand(
     K: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, QP: tl.constexpr, BO: tl.constexpr, HAS_BASE: tl.constexpr,
     DOUBLE: tl.constexpr, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y[n] = base[n] + the parts' sum, each row of it scaled by the sample's weight of its slot, . B [Q, O]."""
+    """y[n] = base[n] + (sum of parts, scaled by the sample's weights of the rows' slots) [Q] . B [Q, O]."""
     n, q = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, QP)
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     n_mask = (n < N)[:, None]
     h = tl.zeros([BN, QP], tl.float64 if DOUBLE else tl.float32)
-    for part in range(PARTS):  # in this order, always
+    for part in range(PARTS):  # always in this order
         address = (part * N + n.to(tl.int64)[:, None]) * Q + q[None, :]
         h += tl.load(partial + address, mask=n_mask & (q < Q)[None, :], other=0.0)
     scale = tl.zeros([BN, QP], h.dtype)
@@ -108,8 +108,8 @@ def _dense_expand(
         used = used | here
     h = tl.where(used, h * scale, 0.0)
 
-    # A number of a slot that is not finite must not reach samples that do not use the slot, and 0 . inf is NaN. Such
-    # numbers are left out of the product, and make NaN of what does use them.
+    # A slot's values that are not finite must not affect samples that do not use it, but 0 . inf is NaN. So they are
+    # left out of the product, and the results that do use them are set to NaN.
     b_block = tl.load(b + q.to(tl.int64)[:, None] * O + o[None, :], mask=(q < Q)[:, None] & (o < O)[None, :], other=0.0)
     broken = b_block.to(h.dtype) - b_block.to(h.dtype) != 0
     b_block = tl.where(broken, 0.0, b_block.to(h.dtype)).to(h.dtype if KEEP_RANGE else b_block.dtype)
@@ -130,7 +130,7 @@ def _slot_gradient(
     K: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, DOUBLE: tl.constexpr,
     KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """gradient[p] [r, F] = the sum over p's pairs (b, k) and tokens t of weight . coefficient[b, t, k] rows[b, t]^T."""
+    """gradient[p] [r, F] = sum over p's pairs (b, k) and tokens t of weight . coefficient[b, t, k] rows[b, t]^T."""
     slot = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * RB + tl.arange(0, RB)
     f = tl.program_id(2) * BF + tl.arange(0, BF)
@@ -164,7 +164,7 @@ def _run_adapt(
     base: Tensor | None,
     shrunk: Tensor | None,
 ) -> Tensor:
-    """y, or an empty tensor when b is None; the scaled sums go to y, the plain ones to `shrunk` [B, T, K r]."""
+    """Return y, or an empty tensor if b is None. `shrunk` [B, T, K r] gets x . A^T, not scaled by the weights."""
     (B, T, I), (P, r, _), K = x.shape, a.shape, slot_ids.shape[1]
     O = 0 if b is None else b.shape[2]
     tiles = Tiles(x.dtype)
@@ -177,7 +177,7 @@ def _run_adapt(
     programs = B * blocks(T, BT)
     shares = min(blocks(O, BO), max(1, processors(x.device) // programs)) if O else 1
     for turn, first in enumerate(turns):
-        # Between turns the sum is kept in the accumulator's precision.
+        # Between iterations the sum keeps the accumulator's precision.
         result = y if turn == last else y.new_empty(y.shape, dtype=accumulator)
         _adapt[(programs, shares)](
             x, a, a if b is None else b, slot_ids, weights, base, result, shrunk,
@@ -212,7 +212,7 @@ def _run_dense(
 
 
 def shares_slots(x: Tensor, picks: int, slots: int, rank: int) -> bool:
-    """Whether to decode with all slots at once: few rows in all, each used by several samples."""
+    """Whether to decode with all slots at once: they have few rows in total, and several samples use each."""
     samples, tokens, _ = x.shape
     return tokens <= 4 and 0 < slots * rank <= Tiles(x.dtype).all_slots and samples * picks >= 4 * slots
 
@@ -220,7 +220,7 @@ def shares_slots(x: Tensor, picks: int, slots: int, rank: int) -> bool:
 def forward(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None
 ) -> Tensor:
-    """As the reference: x [B, T, I] -> [B, T, O]."""
+    """Same as the reference: x [B, T, I] -> [B, T, O]."""
     (B, T, _), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
     check_ids(slot_ids, P)
     if min(B * T * O, P * r, K) == 0:
@@ -239,7 +239,7 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the reference: gradients of x, lora_a, lora_b and weights, an empty tensor where none is wanted."""
+    """Same as the reference: gradients of x, lora_a, lora_b and weights; an empty tensor for each not needed."""
     (B, T, I), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
     check_ids(slot_ids, P)
     if min(B * T, P * r, K, I, O) == 0:

@@ -1,10 +1,10 @@
 """The gradients of multi_lora in Triton, sample by sample. The specification is slm_fast/ops/multi_lora.py.
 
-Three launches, none of which waits for a sort. `_shrink_both` leaves both R-vectors of every token in memory, x . A^T
-and grad . B^T. `_sample_gradients` goes over x and grad once more: a program has a sample and a block of features, and
-makes the gradient of x and what the sample adds to those of its K slots at the same time. `_add_up` sums for each slot
-what the samples that use it have added, in their order, without atomics. So x and grad are read twice, however many
-slots a sample has; `multi_lora._slot_gradient`, which serves few tokens, reads them once a slot.
+There are three launches, none of which waits for a sort. `_shrink_both` stores both R-vectors of every token, x . A^T
+and grad . B^T. `_sample_gradients` passes over x and grad again: each program has a sample and a block of features, and
+computes the gradient of x together with the sample's contributions to the gradients of its K slots. `_add_up` sums each
+slot's contributions in the order of samples, without atomics. So x and grad are read twice, however many slots a sample
+has; `multi_lora._slot_gradient`, for few tokens, reads them once per slot.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from slm_fast.ops.triton import blocks, power_of_two, processors
 from slm_fast.ops.triton.increments import Tiles, arithmetic, dot, route_rows, shrink, token_block
 
-LEAST_TOKENS = 16  # a sample; with fewer, what samples add to their slots is more than they are
-MOST_BYTES = 1 << 29  # that what samples add may take
+LEAST_TOKENS = 16  # minimum tokens per sample; with fewer, its contributions to slots are larger than itself
+MOST_BYTES = 1 << 29  # maximum size of all samples' contributions
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _shrink_side(
     h = tl.zeros([t.shape[0], row.shape[0]], tl.float32)
     from_row = rows + sample * rows_sample + t.to(tl.int64)[:, None] * rows_token
     h = shrink(from_row, t_mask, matrix + (row * F)[None, :], valid, F, h, BF, PRECISION)
-    h = tl.where(valid[None, :], h, 0.0)  # also where a number of the row is not finite
+    h = tl.where(valid[None, :], h, 0.0)  # even if the row is not finite
     to = shrunk + (sample * T + t.to(tl.int64))[:, None] * (K * RANK) + column[None, :]
     tl.store(to, h, mask=t_mask & (column < K * RANK)[None, :])
 
@@ -61,8 +61,8 @@ def _gradient_side(
     K: tl.constexpr, RANK: tl.constexpr, BT: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr,
     KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of one block of features: what tokens begin .. end - 1 add to the sample's slots, weight . coefficient^T . rows,
-    and (ROWS) their gradient, weight . coefficient . matrix."""
+    """For one block of features: the contribution of tokens begin .. end - 1 to the gradients of the sample's slots
+    (SUM), weight . coefficient^T . rows, and the tokens' own gradient (ROWS), weight . coefficient . matrix."""
     f_mask = (f < F)[None, :]
     sums = tl.zeros([row.shape[0], f.shape[0]], tl.float32)
     if ROWS:
@@ -95,9 +95,9 @@ def _sample_gradients(
     K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
     NEED_X: tl.constexpr, NEED_A: tl.constexpr, KEEP_RANGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A sample and span of its tokens by: blocks of in-features, then of out-features, then the weights' gradient.
+    """For a sample and a span of its tokens: blocks of in-features, then of out-features, then the weights' gradient.
 
-    added_a, added_b: [spans, B, K r, I or O] float32."""
+    added_a, added_b: contributions [spans, B, K r, I or O] float32."""
     sample, part, tile = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     column, valid, row, weight = route_rows(ids, weights, sample, 0, P, K, RANK, RP)
     begin = part * span
@@ -141,7 +141,7 @@ def _add_up_side(
         n = n0 + tl.arange(0, BN)
         here = tl.load(ids + n, mask=n < N, other=-1) == slot
         last = n0 - 1
-        for _ in range(tl.sum(here.to(tl.int32), 0)):  # of the pairs (sample, k) that name the slot the next one
+        for _ in range(tl.sum(here.to(tl.int32), 0)):  # the next pair (sample, k) with this slot
             last = tl.min(tl.where(here & (n > last), n, N), 0)
             for part in range(parts):
                 first_row = (part * samples + last // K).to(tl.int64) * (K * RANK) + last % K * RANK
@@ -154,7 +154,7 @@ def _add_up(
     added_a, added_b, grad_a, grad_b, ids, N, I, O, parts, samples, tiles_a,
     K: tl.constexpr, RANK: tl.constexpr, RB: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """gradient[p] [r, F] = the sum of what the pairs that name slot p have added. N: pairs."""
+    """gradient[p] [r, F] = sum of the contributions of all pairs (sample, k) with slot p. N: number of pairs."""
     slot, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if tile < tiles_a:
         _add_up_side(added_a, grad_a, ids, slot, tile * BF + tl.arange(0, BF), N, I, parts, samples, K, RANK, RB, BN)
@@ -167,14 +167,14 @@ def _add_up(
 
 
 def spans_of(samples: int, tokens: int, tiles: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Into how many spans of how many tokens a sample's are cut: so many that each multiprocessor has a program."""
+    """Number and length of the spans that a sample's tokens are split into, to give each multiprocessor a program."""
     wanted = blocks(processors(device), max(1, samples * tiles))
     span = blocks(blocks(tokens, min(wanted, blocks(tokens, 4 * block))), block) * block
     return blocks(tokens, span), span
 
 
 def serves(x: Tensor, picks: int, rank: int, features_out: int) -> bool:
-    """Whether these kernels are for such a call: many tokens a sample, and what samples add takes little memory."""
+    """Whether these kernels serve such a call: many tokens per sample, and little memory for contributions."""
     B, T, I = x.shape
     tiles = Tiles(x.dtype)
     fits = 4 * B * picks * rank * (I + features_out) <= MOST_BYTES
@@ -184,7 +184,7 @@ def serves(x: Tensor, picks: int, rank: int, features_out: int) -> bool:
 def sample_wise(
     grad: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, needed: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All gradients that are needed, of arguments that lie as the kernels read them."""
+    """All gradients that are needed. Arguments must have the memory layout that the kernels read."""
     (B, T, I), (P, r, O), K = x.shape, lora_b.shape, slot_ids.shape[1]
     R, tiles, none = K * r, Tiles(x.dtype), x.new_empty(0)
     need_x, need_a, need_b, need_weights = needed
@@ -201,7 +201,7 @@ def sample_wise(
         num_stages=4 if R <= 32 else 3,
     )  # fmt: skip
 
-    halved = 2 if chosen["KEEP_RANGE"] and R > 64 else 1  # what is kept in float32 takes twice the shared memory
+    halved = 2 if chosen["KEEP_RANGE"] and R > 64 else 1  # float32 blocks take twice the shared memory
     BT, BF = tiles.inputs // halved, power_of_two(min(max(I, O), tiles.outputs // halved), 16)
     tiles_x, tiles_grad = (blocks(I, BF) if need_x or need_a else 0), (blocks(O, BF) if need_b else 0)
     parts, span = spans_of(B, T, tiles_x + tiles_grad, BT, x.device)
@@ -225,7 +225,7 @@ def sample_wise(
             added_a, added_b, grad_a, grad_b, slot_ids, B * K, I, O, parts, B, tiles_a,
             K=K, RANK=r, RB=RB, BN=64, BF=BF,
         )  # fmt: skip
-    # What is not wanted is nothing, but not the same nothing.
+    # Gradients not needed are empty, but must be distinct tensors.
     grads = [grad_x, grad_a, grad_b, grad_weights.to(weights.dtype)]
     grads = [part if wanted else x.new_empty(0) for part, wanted in zip(grads, needed, strict=True)]
     return grads[0], grads[1], grads[2], grads[3]

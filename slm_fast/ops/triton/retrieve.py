@@ -21,7 +21,8 @@ def forward(
     weighting: str,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference: slot_ids and weights [B, k]. A query that is not finite is an error only where nobody waits."""
+    """Same as the reference: slot_ids and weights [B, k]. Queries are checked to be finite on the CPU only, where this
+    waits for no device."""
     B, P = query.shape[0], keys.shape[0]
     if query.device.type == "cpu" and not bool(query.isfinite().all()):
         raise ValueError(f"query: row {int((~query.isfinite().all(1)).nonzero()[0])} holds a number that is not finite")

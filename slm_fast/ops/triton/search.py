@@ -1,10 +1,10 @@
-"""What retrieve and key_loss share in Triton: the best slots of each query.
+"""Shared by retrieve and key_loss in Triton: the best slots of each query.
 
 Scores are float64 products (on the tensor cores of data-centre GPUs) rounded to float32, as in the reference, so that
-equal keys have equal scores wherever they stand. A score and its slot are packed into one 64-bit integer that sorts by
-falling score and then by rising id; the best K are kept in registers while keys stream past. `_rank` is one launch:
-the pool is split over programs, and the last program of a block of queries to finish joins the parts' lists (the
-join's result does not depend on which one is last) and turns them into a route.
+equal keys have equal scores wherever they are. A score and its slot are packed into one 64-bit integer that sorts by
+descending score, then ascending id. The best K are kept in registers while keys stream past. `_rank` is one launch: the
+pool is split over programs, and for each block of queries the last program to finish joins the parts' lists (the result
+does not depend on which is last) and turns them into a route.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from slm_fast.ops.triton import blocks, on, power_of_two, processors
 
-EPSILON = tl.constexpr(1e-12)  # a vector no longer than this has cosine 0 with everything
-_NONE = tl.constexpr(-(2**63))  # sorts behind every slot
+EPSILON = tl.constexpr(1e-12)  # vectors of at most this length have cosine 0 with everything
+_NONE = tl.constexpr(-(2**63))  # sorts after every slot
 
 
 @triton.jit
 def _pack(score, slot):
-    """Sorts by falling score, then by rising slot; both zeros are one."""
+    """Pack for sorting by descending score, then ascending slot. Both zeros are equal."""
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers that sort like the floats
     return (bits.to(tl.int64) << 32) | (0xFFFFFFFF - slot.to(tl.int64))
 
 
@@ -44,11 +44,11 @@ def _slot_of(packed):
 
 @triton.jit
 def _merge(best, more):
-    """The best, sorted, of a list [N, KP] and of more [N, M]."""
+    """The best KP, sorted, of a list [N, KP] and further entries [N, M]."""
     rows: tl.constexpr = best.shape[0]
     width: tl.constexpr = best.shape[1]
     result = tl.full([rows, width], _NONE, tl.int64)
-    for i in range(width):  # no two slots are equal, so that each turn takes one
+    for i in range(width):  # no two entries are equal, so each iteration takes one
         top = tl.maximum(tl.max(best, 1), tl.max(more, 1))[:, None]
         result = tl.where(tl.arange(0, width)[None, :] == i, top, result)
         best, more = tl.where(best == top, _NONE, best), tl.where(more == top, _NONE, more)
@@ -57,7 +57,7 @@ def _merge(best, more):
 
 @triton.jit
 def _hidden(b, g, p, G, P, seed, threshold):
-    """The key mask of Eq. 7: splitmix64's output number (b G + g) P + p from `seed`."""
+    """The key mask of Eq. 7, from splitmix64's output number (b G + g) P + p for `seed`."""
     number = ((b.to(tl.int64)[:, None] * G + g) * P + p.to(tl.int64)[None, :] + 1).to(tl.uint64, bitcast=True)
     h = number * 0x9E3779B97F4A7C15 + seed.to(tl.int64).to(tl.uint64, bitcast=True)
     h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9
@@ -69,7 +69,7 @@ def _hidden(b, g, p, G, P, seed, threshold):
 @triton.jit
 def _cosines(query, keys, b, p, B, P, D, group, d_size, BB: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
              COSINE: tl.constexpr):  # fmt: skip
-    """Cosines (or plain products) of queries b and keys p in one group: float64 [BB, BP]."""
+    """Cosines (or plain products) of queries b with keys p in one group: float64 [BB, BP]."""
     products = tl.zeros([BB, BP], tl.float64)
     query_square, key_square = tl.zeros([BB], tl.float64), tl.zeros([BP], tl.float64)
     query_row = query + b.to(tl.int64)[:, None] * D + group * d_size
@@ -93,7 +93,7 @@ def _cosines(query, keys, b, p, B, P, D, group, d_size, BB: tl.constexpr, BP: tl
 
 @triton.jit
 def _write_route(best, b, row_mask, slot_ids, weights, K, KP: tl.constexpr, SOFTMAX: tl.constexpr, temperature):
-    """A sorted list [N, KP] as ids and weights."""
+    """Write a sorted list [N, KP] as ids and weights."""
     place = tl.arange(0, KP)[None, :]
     found = (best != _NONE) & (place < K)
     score = _score_of(best)
@@ -112,7 +112,7 @@ def _write_route(best, b, row_mask, slot_ids, weights, K, KP: tl.constexpr, SOFT
     tl.store(weights + address, weight, mask=mask)
 
 
-# A batch or a pool of another size must not compile another kernel.
+# Other batch or pool sizes must not compile another kernel.
 @triton.jit(do_not_specialize=["seed", "threshold", "B", "P", "G", "K", "mask_row", "span"])
 def _rank(
     query, keys, bias, mask, parts, tickets, slot_ids, weights, seed, threshold, temperature,
@@ -121,10 +121,10 @@ def _rank(
     COSINE: tl.constexpr, LISTS: tl.constexpr, VOTE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
     HIDE: tl.constexpr, SOFTMAX: tl.constexpr, BR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The best slots of a block of queries in a span of the pool, and their join.
+    """Find the best slots of a block of queries in a span of the pool, and join the spans' lists.
 
-    LISTS: a list for each group (vote, key_loss), else one of the mean over groups. parts: [splits, L, B, KP] packed
-    lists, L = G or 1. JOIN: there are several. Without VOTE, lists for groups go to slot_ids as they are.
+    LISTS: one list per group (vote, key_loss), else one by the mean over groups. parts: [splits, L, B, KP] packed
+    lists, L = G or 1. JOIN: there are several. Without VOTE, the lists of groups are written to slot_ids as they are.
     """
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     group, split = tl.program_id(1), tl.program_id(2)
@@ -149,7 +149,7 @@ def _rank(
         if HIDE:
             allowed = allowed & ~_hidden(b, group, p, G, P, seed, threshold)
         packed = tl.where(allowed, _pack(score, p[None, :]), _NONE)
-        # Most blocks hold nothing better than what is kept.
+        # Most blocks contain nothing better than the current list.
         if tl.max(tl.max((packed > tl.min(best, 1)[:, None]).to(tl.int32), 1), 0) > 0:
             best = _merge(best, packed)
 
@@ -159,7 +159,7 @@ def _rank(
     in_batch = (b < B)[:, None]
     if JOIN:
         tl.store(parts + ((split * lists + group) * B + rows) * KP + place, best, mask=in_batch)
-        # What all threads have stored, then the ticket: the last to draw one sees every list.
+        # All threads store before the ticket is drawn, so the program with the last ticket sees every list.
         tl.debug_barrier()
         ticket = tl.atomic_add(tickets + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
         last = ticket == splits * lists - 1
@@ -191,8 +191,8 @@ def _rank(
 @triton.jit
 def _joined(parts, rows, in_batch, group, lists, splits, B, BB: tl.constexpr, KP: tl.constexpr,
             CHUNK: tl.constexpr):  # fmt: skip
-    """The best of what the splits kept in one group, CHUNK splits at once: [BB, KP]. Other multiprocessors wrote it, so
-    it is read past the L1 cache."""
+    """The best of all splits' lists for one group, CHUNK splits at a time: [BB, KP]. Loads bypass the L1 cache, because
+    other multiprocessors wrote the lists."""
     best = tl.full([BB, KP], _NONE, tl.int64)
     column = tl.arange(0, CHUNK * KP)[None, :]
     for first in range(0, splits, CHUNK):
@@ -205,7 +205,7 @@ def _joined(parts, rows, in_batch, group, lists, splits, B, BB: tl.constexpr, KP
 
 @triton.jit
 def _elect(lists, b, B, G, K, BR: tl.constexpr, KP: tl.constexpr):
-    """Slots by the sum of the cosines that groups kept, over G: sorted lists [BR, KP] from lists [G, B, KP]."""
+    """Rank slots by the sum / G of their cosines in the groups' lists: lists [G, B, KP] -> sorted lists [BR, KP]."""
     place = tl.arange(0, KP)[None, :]
     mask = (b < B)[:, None] & (place < K)
     best = tl.full([BR, KP], _NONE, tl.int64)
@@ -230,7 +230,7 @@ def _elect(lists, b, B, G, K, BR: tl.constexpr, KP: tl.constexpr):
 
 
 def readable(rows: Tensor) -> Tensor:
-    """Dense, in float32 or float64: Triton cannot compile a float64 product of 16-bit numbers."""
+    """Make `rows` dense, in float32 or float64: Triton cannot compile a float64 product of 16-bit numbers."""
     return (rows if rows.dtype.itemsize >= 4 else rows.float()).contiguous()
 
 
@@ -251,7 +251,7 @@ def rank(
     mask_prob: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """`weights` None asks for each group's list. query, keys, bias, mask are dense."""
+    """Launch `_rank`. If `weights` is None, slot_ids gets each group's list. query, keys, bias, mask must be dense."""
     (B, D), P = query.shape, keys.shape[0]
     in_lists = vote or weights is None
     lists = groups if in_lists else 1
