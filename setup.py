@@ -19,7 +19,7 @@ class BuildWithCMake(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        (build / "CMakeCache.txt").unlink(missing_ok=True)  # it names files of an isolated build's folder, now gone
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # it names files of an isolated build folder that is gone
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DSLM_FAST_CUDA={os.environ.get('SLM_FAST_CUDA', 'auto')}"]
         configure += [f"-DSLM_FAST_OUTPUT={output}", *os.environ.get("CMAKE_ARGS", "").split()]

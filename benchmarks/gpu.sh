@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # bash benchmarks/gpu.sh OUT [PYTHON]
 #
-# On a machine with an NVIDIA GPU: builds with CUDA, runs the operator tests (and where transformers is, those of steps
-# of writing as CUDA graphs) and beside them a short run under compute-sanitizer, then the benchmark. CSVs, logs and a
-# proposed preference.csv go to OUT. Ends within 8 minutes, needs no network and installs nothing: torch >= 2.10 with
-# CUDA, Triton, nvcc, cmake, ninja, pybind11, pytest and hypothesis must be there. DRY_RUN=1 goes through the same steps
-# on a machine without a GPU, as far as they go.
+# On a machine with an NVIDIA GPU: builds with CUDA, runs the operator tests (with transformers, also those of decoding
+# and encoding with CUDA graphs) alongside a short compute-sanitizer run, then the benchmark. CSVs, logs and a proposed
+# preference.csv go to OUT. Finishes within 8 minutes, needs no network and installs nothing: torch >= 2.10 with CUDA,
+# Triton, nvcc, cmake, ninja, pybind11, pytest and hypothesis must be present. DRY_RUN=1 runs the same steps, as far as
+# possible, without a GPU.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh OUT [PYTHON]}" && cd "$1" && pwd)
 python=$("${2:-python3}" -c 'import sys; print(sys.executable)') || exit 1
 cd "$(dirname "$0")/.."
-# cmake and ninja may be in the environment of PYTHON only, and CUDA's tools beside nvcc.
+# cmake and ninja may exist only in PYTHON's environment, and the CUDA tools only beside nvcc.
 PATH=$(dirname "$python"):$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 export PATH PYTHONPATH=$PWD HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 python out
 deadline=$((SECONDS + 470))
 status=0
 
-step() { # step NAME SECONDS COMMAND...: at most so many seconds, and never past the end; the log goes to OUT
+step() { # step NAME SECONDS COMMAND...: limited to SECONDS and the overall deadline; logs to OUT
   local name=$1 most=$2 left=$((deadline - SECONDS)) began=$SECONDS
   shift 2
   if ((left < most)); then most=$left; fi
@@ -33,7 +33,7 @@ build() {
     -DSLM_FAST_OUTPUT="$PWD/slm_fast" && cmake --build build/gpu
 }
 
-# Compiling Triton's kernels takes most of the tests' time, so they are dealt out to several processes.
+# Compiling the Triton kernels dominates test time, so the tests are split over several processes.
 tests() { # tests PROCESSES PYTEST-ARGUMENTS...
   local many=$1 rc=0 job jobs=()
   shift
@@ -50,7 +50,7 @@ tests() { # tests PROCESSES PYTEST-ARGUMENTS...
   return $rc
 }
 
-sanitize() { # without torch's cache of memory, which hides accesses past the end
+sanitize() { # without torch's caching allocator, which hides out-of-bounds accesses
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 3 "$python" -m pytest \
     -p no:cacheprovider tests/ops/test_cuda.py tests/ops/test_cuda_retrieve.py tests/ops/test_triton.py \
     -k "specification and not kernels_code"
@@ -78,7 +78,7 @@ from slm_fast import ops
 print(torch.__version__, 'triton', triton.__version__)
 for backend in ops.backends(): print(backend.name, backend.why_not() or 'ready')"
 
-# Wrong kernels are not timed as if they were right: what follows says so.
+# If tests fail, the benchmark still runs, after a warning that its timings may be of wrong kernels.
 if [[ ${DRY_RUN:-} ]]; then
   step tests 180 bash -c "tests 1 tests/ops/test_triton.py tests/ops/test_cuda.py tests/ops/test_cuda_retrieve.py" || status=1
 else
@@ -97,7 +97,7 @@ else
 fi
 ((status)) && echo "== the tests failed: what follows times kernels that may be wrong"
 
-left=$((deadline - SECONDS - 40)) # the shape in hand may take some time more
+left=$((deadline - SECONDS - 40)) # the shape in progress may overrun
 step benchmark 400 "$python" -m benchmarks.speed.operators.gpu "$out" --within "$left" "${dry[@]}" || status=1
 cat "$out/benchmark.log"
 exit $status

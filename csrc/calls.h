@@ -1,4 +1,4 @@
-// What a call of an operator is: plain pointers and sizes. No torch here, nor CUDA; csrc/cpu and csrc/cuda share it.
+// Operator calls as plain pointers and sizes, without torch or CUDA: shared by csrc/cpu and csrc/cuda.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace slm_fast {
 
 enum class Type : int32_t { float32, bfloat16, float16, float64 };
 
-// [B, T, F] with the last axis dense.
+// [B, T, F] with a contiguous last axis.
 struct Rows {
   void* data;
   int64_t sample_stride, token_stride;  // in elements
@@ -21,20 +21,20 @@ struct MultiLora {
   const void* lora_a;                                                      // [P, r, I]
   const void* lora_b;                                                      // [P, r, O]
   const int64_t* slot_ids;                                                 // [B, K], -1 = none
-  const void* weights;                                                     // [B, K] float, or double
+  const void* weights;                                                     // [B, K], float or double
   bool weights_are_double;
-  Rows base;  // [B, T, O], or data null for zeros
-  Rows y;     // [B, T, O], may be base itself
+  Rows base;  // [B, T, O]; data is null for zeros
+  Rows y;     // [B, T, O], may alias base
 };
 
-// Gradients; a null pointer where none is wanted. grad_a, grad_b are zeroed by the kernel.
+// Gradients; null pointers for those not wanted. The kernel zeroes grad_a and grad_b.
 struct MultiLoraBackward {
   MultiLora forward;  // base and y unused
   Rows grad;          // [B, T, O]
-  void* grad_x;       // [B, T, I] dense
+  void* grad_x;       // [B, T, I] contiguous
   void* grad_a;       // [P, r, I]
   void* grad_b;       // [P, r, O]
-  void* grad_weights; // [B, K], the type of weights
+  void* grad_weights; // [B, K], same type as weights
 };
 
 struct Retrieve {
@@ -42,16 +42,16 @@ struct Retrieve {
   int64_t queries, slots, width, groups, k;  // B, P, D, G, K
   const void* query;                       // [B, D]
   const void* keys;                        // [P, D]
-  const void* prepared;                    // what prepare_keys made of them, or null
+  const void* prepared;                    // output of prepare_keys, or null
   const float* bias;                       // [P] or null
   const bool* mask;                        // [P] or [B, P] or null
   bool mask_per_query, cosine, vote, softmax;
   double temperature;
   int64_t* slot_ids;  // [B, K]
   float* weights;     // [B, K]
-  // Where slots have several keys each (then `slots` above is how many keys there are):
-  const int64_t* key_slot;  // [N] whose each key is, rising; or null
-  int64_t mask_slots;       // the P of a mask [B, P]
+  // For slots with several keys (`slots` above then counts keys):
+  const int64_t* key_slot;  // [N] slot of each key, ascending; or null
+  int64_t mask_slots;       // P of the mask
 };
 
 struct PrepareKeys {
@@ -67,8 +67,8 @@ struct KeyLoss {
   const void* keys;
   double mask_prob;
   uint64_t seed;
-  int64_t* selected;  // [B, G, min(K, P)], -1 where the mask left fewer
-  double loss;        // out
+  int64_t* selected;  // [B, G, min(K, P)], padded with -1 where the mask leaves fewer
+  double loss;        // output
 };
 
 struct KeyLossBackward {

@@ -1,4 +1,4 @@
-// What retrieve and key_loss check alike: a query, its keys, and how they are cut into groups.
+// Checks shared by retrieve and key_loss: a query, its keys and their division into groups.
 #pragma once
 
 #include "tensor.h"

@@ -1,4 +1,4 @@
-// The key_loss operators on a CPU: check every argument, then hand plain pointers to the kernel.
+// CPU key_loss operators: check all arguments, then pass plain pointers to the kernel.
 #include "check_pair.h"
 #include "cpu/kernels.h"
 #include "operators.h"

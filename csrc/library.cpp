@@ -1,4 +1,4 @@
-// Every native operator's schema, once, and the Python module `_C` that loads them.
+// The schemas of all native operators, and the Python module `_C` that loads them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -8,7 +8,7 @@
 #include "operators.h"
 #include "poison.h"
 
-// What several backends have; `backend` is the name's end.
+// Schemas shared by several backends; `backend` is the name's suffix.
 // clang-format off
 #define MULTI_LORA(backend) "multi_lora_" backend "(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor? base) -> Tensor"
 #define MULTI_LORA_(backend) "multi_lora_" backend "_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor(a!) base) -> ()"

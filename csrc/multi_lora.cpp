@@ -1,4 +1,4 @@
-// The multi_lora operators on a CPU: check every argument, then hand plain pointers to the kernel.
+// CPU multi_lora operators: check all arguments, then pass plain pointers to the kernel.
 #include "cpu/kernels.h"
 #include "operators.h"
 #include "tensor.h"
@@ -9,7 +9,7 @@ namespace {
 
 Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 
-// Everything but base and y. The tensors must outlive the result.
+// Checks everything but base and y. The tensors must outlive the result.
 MultiLora checked(
     const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, const Tensor& slot_ids, const Tensor& weights) {
   MultiLora op{};
@@ -40,7 +40,7 @@ MultiLora checked(
   return op;
 }
 
-// base is written: no two of its elements may share memory, nor any with what is read.
+// base is written, so its elements must not overlap each other or any input.
 void check_writable(const Tensor& base, const std::initializer_list<std::pair<const char*, const Tensor*>>& read) {
   const int64_t B = base.size(0), T = base.size(1), O = base.size(2);
   const int64_t sample = base.stride(0), token = base.stride(1);
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_backward(
   op.grad = rows_of(grad);
   auto wanted = [&](size_t which, const Tensor& like, void*& to) {
     const auto shape = like.sizes();
-    std::vector<int64_t> sizes(needed[which] ? shape.size() : 1);  // [0] where no gradient is wanted
+    std::vector<int64_t> sizes(needed[which] ? shape.size() : 1);  // [0] if no gradient is wanted
     if (needed[which]) std::copy(shape.begin(), shape.end(), sizes.begin());
     Tensor made = empty(like.scalar_type(), sizes);
     to = needed[which] ? made.data_ptr() : nullptr;

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor> key_loss(
     Tensor query, Tensor keys, int64_t k, int64_t groups, double mask_prob, int64_t seed);
 Tensor key_loss_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected);
 
-// On a GPU: csrc/cuda/operators.cpp.
+// GPU versions: csrc/cuda/operators.cpp.
 namespace cuda {
 Tensor multi_lora(
     Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, std::optional<Tensor> base);

@@ -1,4 +1,4 @@
-// The retrieve and prepare_keys operators on a CPU: check every argument, then hand plain pointers to the kernel.
+// CPU retrieve and prepare_keys operators: check all arguments, then pass plain pointers to the kernel.
 #include <cstdint>
 
 #include "check_pair.h"
@@ -15,7 +15,7 @@ bool one_of(const char* name, const std::string& got, const char* no, const char
   return got == yes;
 }
 
-// Keys stand in the order of their slots.
+// Keys must be sorted by slot.
 void check_key_slot(const Retrieve& op, int64_t slots) {
   if (op.slots >= int64_t{1} << 31) fail("key_slot: expected fewer than 2**31 keys, got ", op.slots);
   for (int64_t i = 0; i < op.slots; ++i) {

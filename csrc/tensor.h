@@ -1,5 +1,5 @@
-// Tensors as the kernels' arguments: the checks, in the words of the Python reference, and new outputs.
-// Everything goes through PyTorch's stable ABI, so one build serves every torch from 2.10 on.
+// Tensors as kernel arguments: checks, worded as in the Python reference, and allocation of outputs.
+// Everything goes through PyTorch's stable ABI, so one build works with every torch >= 2.10.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -25,7 +25,7 @@ namespace slm_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// No streams: they crash where a compiler puts a second C++ library into _C, beside the one that torch brought.
+// No iostreams: they crash if the compiler links a second C++ standard library into _C, next to torch's.
 template <class Part>
 inline std::string text_of(const Part& part) {
   if constexpr (std::is_integral_v<Part>) {
@@ -39,7 +39,7 @@ inline std::string text_of(const Part& part) {
   }
 }
 
-// A ValueError in Python; the public functions raise it again as InputError.
+// A ValueError in Python, which the public functions re-raise as InputError.
 template <class... Parts>
 [[noreturn]] inline void fail(const Parts&... parts) {
   throw std::invalid_argument((std::string() + ... + text_of(parts)));
@@ -85,7 +85,7 @@ inline void check_like(const char* name, const Tensor& tensor, ScalarType type, 
       shape_of(tensor), tensor.is_cpu() ? "" : " elsewhere");
 }
 
-// The bytes from a tensor's first element to its last, those between that are not its own included.
+// The byte range from a tensor's first element to its last, gaps included.
 struct Extent {
   const char *begin, *end;
   explicit Extent(const Tensor& tensor) : begin(static_cast<const char*>(tensor.data_ptr())), end(begin) {

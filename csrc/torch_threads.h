@@ -1,4 +1,4 @@
-// torch's own threads, as the CPU kernels use them.
+// torch's thread pool, as the CPU kernels use it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,7 +7,7 @@
 
 namespace slm_fast {
 
-// Inside another parallel region torch runs this in the calling thread, so cores are never oversubscribed.
+// Inside another parallel region torch runs this on the calling thread, so cores are never oversubscribed.
 inline Threads torch_threads() {
   return {
       static_cast<int>(torch::stable::get_num_threads()),

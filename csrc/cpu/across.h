@@ -1,4 +1,4 @@
-// Rows turned into columns: what combine's panels need when the numbers along a row are what is summed over.
+// Transposes rows into combine's column panels, for products that sum along the rows.
 #pragma once
 
 #include "tile.h"
@@ -6,7 +6,7 @@
 namespace slm_fast::SLM_ISA {
 
 #if defined(__AVX512F__)
-// Sixteen rows of 32-bit words become sixteen columns.
+// Transposes a 16 x 16 block of 32-bit words.
 [[gnu::always_inline]] inline void transpose_16(__m512i (&r)[16]) {
   __m512i t[16];
 #pragma GCC unroll 8
@@ -34,7 +34,7 @@ namespace slm_fast::SLM_ISA {
 }
 #endif
 
-// panel[word][lane] = word of rows[lane], a word being P::kPair elements of a row; zeros past `count` rows, up to whole
+// panel[word][lane] = word of rows[lane], where a word is P::kPair elements. Zero-padded past `count` rows, up to whole
 // vectors of lanes, and past `length` elements.
 template <class P, class RowAt>
 inline void turn_rows(typename P::Element* panel, const RowAt& row_at, int64_t count, int64_t length) {

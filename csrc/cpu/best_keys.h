@@ -1,4 +1,4 @@
-// Slots of several keys: a slot is as good as its best key.
+// Slots with several keys: a slot scores as its best key.
 #pragma once
 
 #include <algorithm>
@@ -11,15 +11,15 @@
 
 namespace slm_fast::SLM_ISA {
 
-constexpr int64_t kClose = int64_t{1} << 31;  // on a key's id: others of its slot are too close to it to call
+constexpr int64_t kClose = int64_t{1} << 31;  // flag on a key's id: other keys of its slot score too close to call
 
-// Of some slots and a panel of queries, all [slots][columns].
+// For some slots and a panel of queries, each [slots][columns].
 struct BestKeys {
   float* score;   // of the slot's best key
-  float* second;  // of the best of its other keys
-  int32_t* key;   // which is its best
+  float* second;  // of the best of the slot's other keys
+  int32_t* key;   // the slot's best key
   BestKeys at(int64_t place) const { return {score + place, second + place, key + place}; }
-  // As if a slot had no key yet but one that is worse than any.
+  // As if each slot so far had only a key that scores below any other.
   void begin_with(int64_t first_key, int64_t count) const {
     std::fill_n(score, count, -std::numeric_limits<float>::infinity());
     std::fill_n(second, count, -std::numeric_limits<float>::infinity());
@@ -34,9 +34,9 @@ struct BestKeysBuffer {
   BestKeys data() { return {score.data(), second.data(), key.data()}; }
 };
 
-// Scores of the keys [first, first + count) of N, which stand in best.score, become those of their slots, in the same
-// place. Returns how many of these slots end here. The last one's row goes to `open` if it does not, to be taken up when
-// the next keys come. A NaN is the best of all.
+// Reduces the scores in best.score, of keys [first, first + count) of N, in place to those of their slots. Returns how
+// many slots end here. If the last one does not, its row goes to `open`, to be resumed with the next keys. NaN ranks
+// highest.
 inline int64_t join_keys(
     const int64_t* key_slot, int64_t N, int64_t first, int64_t count, int64_t columns, int64_t queries,
     const BestKeys& best, const BestKeys& open) {
@@ -69,7 +69,7 @@ inline int64_t join_keys(
   return slots;
 }
 
-// The best, by exact score, of the keys of one slot that begin at `key`, which moves on to the next slot's.
+// The best key, by exact score, of the slot whose keys start at `key`; advances `key` to the next slot.
 template <class T>
 inline Ranked exact_best_from(const ExactScore<T>& exact, int64_t list, int64_t& key) {
   const int64_t first = key;
@@ -79,7 +79,7 @@ inline Ranked exact_best_from(const ExactScore<T>& exact, int64_t list, int64_t&
   return best;
 }
 
-// Of a key alone, or, where it is marked as kClose, of its whole slot.
+// Exact score of a key or, if it is flagged kClose, of its slot's best key.
 template <class T>
 inline Ranked exact_best(const ExactScore<T>& exact, int64_t list, int64_t id) {
   if (!exact.s.key_slot || !(id & kClose)) return ranked(exact(list, id), id);

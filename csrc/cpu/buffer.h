@@ -1,4 +1,4 @@
-// Scratch memory aligned to cache lines.
+// Cache-line-aligned scratch memory.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t count) { at_least(count); }
-  // Contents are lost when it grows.
+  // Growing discards the contents.
   void at_least(int64_t count) {
     if (count <= size_) return;
     memory_.reset(static_cast<X*>(::operator new(static_cast<size_t>(count) * sizeof(X), kLine)));

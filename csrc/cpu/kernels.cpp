@@ -1,4 +1,4 @@
-// The choice of an instruction set, made once, at load.
+// Run-time choice of the instruction set, made once.
 #include "kernels.h"
 
 #include <cstdlib>
@@ -33,7 +33,7 @@ struct Candidate {
   bool usable;
 };
 
-// The best first.
+// Best first.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> all;
 #if defined(__x86_64__)

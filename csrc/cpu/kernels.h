@@ -1,4 +1,4 @@
-// The kernels that an instruction set has, and the choice of one.
+// The kernels of an instruction set, and the choice of one.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct Kernels {
   const char* name;
   void (*multi_lora)(const MultiLora&, const Threads&);
   void (*multi_lora_backward)(const MultiLoraBackward&, const Threads&);
-  int64_t (*retrieve)(const Retrieve&, const Threads&);  // the first query that is not finite, or -1
+  int64_t (*retrieve)(const Retrieve&, const Threads&);  // returns the first non-finite query, or -1
   int64_t (*prepared_bytes)(const PrepareKeys&);
   void (*prepare_keys)(const PrepareKeys&, void* prepared, const Threads&);
   void (*key_loss)(KeyLoss&, const Threads&);
@@ -23,9 +23,9 @@ struct Kernels {
   void (*read_scratch)(char* to, int64_t count);  // for tests: what new scratch memory holds
 };
 
-// The best set compiled in that this processor has, or the one that the environment variable SLM_FAST_CPU names (for
-// tests and comparisons; one that is unknown or that the processor lacks gives the portable set).
+// The best compiled-in set that the processor supports, or the one named by the environment variable SLM_FAST_CPU (for
+// tests and comparisons; an unknown or unsupported name selects the portable set).
 const Kernels& kernels();
-std::vector<std::string> instruction_sets();  // compiled in, the best first
+std::vector<std::string> instruction_sets();  // compiled in, best first
 
 }  // namespace slm_fast

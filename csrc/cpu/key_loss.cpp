@@ -1,4 +1,4 @@
-// key_loss and its gradient. See slm_fast/ops/key_loss.py for what they compute.
+// key_loss and its gradient, as specified in slm_fast/ops/key_loss.py.
 #include "../calls.h"
 #include "search.h"
 
@@ -21,7 +21,7 @@ struct Shown {
     const uint64_t h = splitmix64(seed + 0x9E3779B97F4A7C15 * (1 + index));
     return !(static_cast<double>(h >> 40) * 0x1p-24 < mask_prob);
   }
-  bool any(int64_t, int64_t, int64_t) const { return true; }  // of many keys hardly ever none
+  bool any(int64_t, int64_t, int64_t) const { return true; }  // many keys are hardly ever all hidden
 };
 
 template <class T>
@@ -56,8 +56,8 @@ void key_loss(KeyLoss& op, const Threads& threads) {
   }
 }
 
-// d loss / d key[g] = -grad / found * sum over selected (query^ - cos key^) / |key|, query^ and key^ of unit length.
-// One thread owns a group, and adds the queries in their order.
+// d loss / d key[g] = -grad / found * sum over selected (query^ - cos key^) / |key|, with unit vectors query^ and key^.
+// One thread owns a group and adds the queries in order.
 template <class T>
 void key_loss_backward_as(const KeyLossBackward& op, const Threads& threads) {
   const int64_t G = op.groups, P = op.slots, K = op.k, d = op.width / G;

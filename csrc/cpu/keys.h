@@ -1,5 +1,5 @@
-// Keys as a search reads them: a chunk at a time, of unit length in bfloat16 or as they are stored, and what
-// prepare_keys finds of them once for all searches.
+// Keys as a search reads them, a chunk at a time: normalised in bfloat16, or as stored; and what prepare_keys computes
+// of them once for all searches.
 #pragma once
 
 #include <algorithm>
@@ -11,18 +11,18 @@
 
 namespace slm_fast::SLM_ISA {
 
-constexpr int64_t kKeys = 48;  // of a chunk: it stays in L2 while all panels of queries pass over it
+constexpr int64_t kKeys = 48;  // per chunk, which stays in L2 while all query panels pass over it
 #if defined(__AVX512BF16__)
-constexpr bool kRounds = true;  // searches may multiply pairs of bfloat16
+constexpr bool kRounds = true;  // searches may multiply bfloat16 pairs
 #else
 constexpr bool kRounds = false;
 #endif
 
-// What one block of memory holds of P keys, one part after another.
+// Views into one memory block that holds the prepared data of P keys.
 struct PreparedKeys {
   double* lengths;  // [P][G]
-  Lost* lost;       // [chunk] the most that rounding took from one of its keys
-  BFloat16* unit;   // [P][G][padded d], each group of unit length
+  Lost* lost;       // [chunk] largest rounding error of its keys
+  BFloat16* unit;   // [P][G][padded d], each group normalised
 
   static int64_t padded(int64_t d) { return (d + 1) / 2 * 2; }
   static PreparedKeys at(const void* memory, int64_t slots, int64_t width, int64_t groups, int64_t* bytes = nullptr) {
@@ -44,7 +44,7 @@ struct PreparedKeys {
   }
 };
 
-// Into `to`, with each group of unit length in bfloat16. Returns the most that this took from a row.
+// Normalises each group into `to` in bfloat16. Returns the largest rounding error of a row.
 template <class T>
 inline Lost round_rows(const T* from, int64_t rows, int64_t groups, int64_t d, BFloat16* to, float* lengths) {
   const int64_t padded = PreparedKeys::padded(d);
@@ -54,19 +54,19 @@ inline Lost round_rows(const T* from, int64_t rows, int64_t groups, int64_t d, B
   return most;
 }
 
-// T: what keys are stored as. P: how a search multiplies them.
+// T: storage type of the keys. P: how a search multiplies them.
 template <class T, class P>
 class Keys {
   using E = typename P::Element;
-  static constexpr bool kRounded = P::kPair == 2;          // unit rows in bfloat16, else keys as they are
-  static constexpr bool kAsStored = std::is_same_v<T, E>;  // used where they lie
+  static constexpr bool kRounded = P::kPair == 2;          // normalised bfloat16 rows, else keys as they are
+  static constexpr bool kAsStored = std::is_same_v<T, E>;  // used in place
 
  public:
   struct Chunk {
     const E* rows;
-    const float* factors;  // [keys][G] of a key's products in a group, or null
-    float slack;           // the keys' part in what a score may be wrong by
-    const char* next;      // the rows that come after these, or null, and the bytes of one
+    const float* factors;  // [keys][G] scale of a key's product in a group, or null
+    float slack;           // the keys' part of a score's error bound
+    const char* next;      // the following rows, or null; bytes per row
     int64_t row_bytes;
   };
   struct Scratch {
@@ -81,7 +81,7 @@ class Keys {
     if (s.prepared) prepared = PreparedKeys::at(s.prepared, s.slots, s.width, s.groups);
   }
 
-  // Rounds all keys now, where they will be read more than once and are few enough.
+  // Rounds all keys up front if they are few enough; for keys that are read more than once.
   void round_all(const Threads& threads, bool parallel) {
     if constexpr (kRounded) {
       if (s.prepared || s.slots * size * 2 > 16 << 20) return;
@@ -97,7 +97,7 @@ class Keys {
     }
   }
 
-  // Those from `first` on, which do not cross a multiple of kKeys.
+  // Keys [first, first + keys), which must not cross a multiple of kKeys.
   Chunk take(int64_t first, int64_t keys, Scratch& scratch) const {
     Chunk chunk{nullptr, nullptr, 0, nullptr, size * static_cast<int64_t>(sizeof(E))};
     if constexpr (kRounded) {
@@ -131,7 +131,7 @@ class Keys {
     return round_rows(row(first), keys, s.groups, s.width / s.groups, to, lengths);
   }
 
-  // The key's inverse lengths, and the longest length so far.
+  // Writes the key's inverse lengths, returns the longest length so far.
   float measure(int64_t key, float* lengths, float longest) const {
     if (s.prepared) std::copy_n(prepared.lengths + key * s.groups, s.groups, lengths);
     else group_lengths(row(key), s.groups, s.width / s.groups, lengths);

@@ -1,12 +1,12 @@
 // multi_lora forward:  y[b, t] = base[b, t] + sum_k w[b, k] (x[b, t] . A[s]^T) . B[s],  s = slot_ids[b, k]
 //
-// The K slots of a sample act as one matrix of R = K r rows, read where they lie. x is read once, y is read and written
-// once, and the [R, tokens] intermediate never leaves the nearest cache. 4 N R H multiply-adds' flops for N = B T rows.
+// The K slots of a sample act as one matrix of R = K r rows, read in place. x is read once, y is read and written once,
+// and the [R, tokens] intermediate stays in the nearest cache. 4 N R H flops for N = B T rows and I = O = H.
 #include "products.h"
 
 namespace slm_fast::SLM_ISA {
 
-// Many tokens a sample: tiles of tokens, each against all R rows of its sample.
+// Many tokens per sample: token tiles, each against all R rows of its sample.
 template <class T, class P>
 class ForwardTile {
   using A = typename P::Accumulator;
@@ -49,7 +49,7 @@ class ForwardTile {
 
 template <class T, class P>
 void forward_tiles(const MultiLora& op, const Threads& threads) {
-  // Larger tiles use packed rows more often; they are wanted where they leave the threads something to share out.
+  // Larger tiles reuse packed rows more, but only pay off if enough items remain for all threads.
   const int64_t larger = op.samples >= 4 * threads.workers ? 2 : 1;
   const Tiling tiling(
       op.tokens, op.features_in * static_cast<int64_t>(sizeof(T)), larger * kTileTokens, larger * kTileBytes);
@@ -58,10 +58,10 @@ void forward_tiles(const MultiLora& op, const Threads& threads) {
 
 constexpr int64_t kRunPairs = 16;
 
-// The (sample, pick) pairs sorted by slot, cut into runs of one slot and at most kRunPairs pairs.
+// The (sample, pick) pairs sorted by slot and split into runs of one slot and at most kRunPairs pairs.
 struct SharedSlots : UsedSlots {
   int64_t runs = 0;
-  Buffer<int64_t> place;      // [B * K] of each pair in `pairs`, -1 for slot -1
+  Buffer<int64_t> place;      // [B * K] index of each pair in `pairs`, -1 for slot -1
   Buffer<int64_t> run_begin;  // [runs + 1]
 
   explicit SharedSlots(const MultiLora& op)
@@ -75,17 +75,17 @@ struct SharedSlots : UsedSlots {
     run_begin[runs] = count;
   }
 
-  // Columns of y that one thread passes over at a time.
+  // Columns of y that a thread processes at a time.
   int64_t column_piece(const MultiLora& op, int workers, int64_t element) const {
     const int64_t even = (op.features_out + 2 * workers - 1) / (2 * workers);
-    const int64_t fits = (512 << 10) / std::max<int64_t>(1, distinct * op.rank * element);  // half an L2
+    const int64_t fits = (512 << 10) / std::max<int64_t>(1, distinct * op.rank * element);  // half of L2
     const bool reused = distinct * 2 <= count;
     const int64_t piece = reused ? std::min(even, fits) : even;
     return std::max<int64_t>(256, (piece + 127) / 128 * 128);
   }
 };
 
-// One row of output, V vectors wide from `column`: y = base + sum over the sample's slots of sums * b.
+// One output row, V vectors wide from `column`: y = base + sum over the sample's slots of sums * b.
 template <class T, int V, class A>
 inline void add_rows(
     const MultiLora& op, const SharedSlots& shared, const A* sums, int64_t b, int64_t t, int64_t column, int64_t lanes,
@@ -117,7 +117,7 @@ inline void add_rows(
   }
 }
 
-// Few tokens a sample (decoding): the work is reading slots, so each slot is read once for all samples that share it.
+// Few tokens per sample (decoding): bound by reading slots, so each is read once for all samples that share it.
 template <class T, class P>
 void forward_rows(const MultiLora& op, const Threads& threads) {
   using A = typename P::Accumulator;
@@ -147,7 +147,7 @@ void forward_rows(const MultiLora& op, const Threads& threads) {
     };
   });
 
-  // Columns are cut so that all slots' pieces stay in L2 while every sample passes over them.
+  // Column blocking keeps the pieces of all slots in L2 while every sample passes over them.
   const int64_t piece = shared.column_piece(op, threads.workers, sizeof(T));
   threads.for_each((op.features_out + piece - 1) / piece, worth_threads(op), [&] {
     return [&](int64_t item) {
@@ -174,7 +174,7 @@ void forward_rows(const MultiLora& op, const Threads& threads) {
 template <class T, class P>
 void forward(const MultiLora& op, const Threads& threads) {
   if (op.samples * op.tokens * op.features_out == 0) return;
-  // Above this many tokens, a sample's own tokens share its slots well enough.
+  // With more tokens, reuse of slots within a sample is enough.
   if (op.tokens < 4 && op.rank > 0 && op.picks > 0) return forward_rows<T, P>(op, threads);
   forward_tiles<T, P>(op, threads);
 }

@@ -1,4 +1,4 @@
-// What multi_lora's forward and backward know of a call: its tiles of tokens, a sample's rows, the slots in use.
+// Shared by multi_lora's forward and backward: token tiling, a sample's rows, the slots in use.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace slm_fast::SLM_ISA {
 
 template <class T>
-constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // elements of a cache line
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // elements per cache line
 constexpr int64_t kTileTokens = 64, kTileBytes = 256 << 10;
 
 template <class T>
@@ -25,13 +25,13 @@ inline A weight_at(const MultiLora& op, int64_t pair) {
                                : static_cast<A>(static_cast<const float*>(op.weights)[pair]);
 }
 
-// Waking the other threads costs some microseconds; below this many flops one thread is sooner done.
+// Waking the other threads takes microseconds; below this many flops one thread is faster.
 inline bool worth_threads(const MultiLora& op) {
   const double flops = 2.0 * op.samples * op.tokens * op.picks * op.rank * (op.features_in + op.features_out);
   return flops > 3e5;
 }
 
-// Tokens of a sample in equal tiles that fit L2. Item i is tile i % tiles of sample i / tiles.
+// Splits a sample's tokens into equal tiles that fit L2. Item i is tile i % tiles of sample i / tiles.
 struct Tiling {
   int64_t tiles, tile;
   Tiling(int64_t tokens, int64_t token_bytes, int64_t most_tokens = kTileTokens, int64_t most_bytes = kTileBytes) {
@@ -40,7 +40,7 @@ struct Tiling {
     tile = std::max<int64_t>(16, ((tokens + tiles - 1) / tiles + 15) / 16 * 16);  // whole vectors and pairs
     tiles = std::max<int64_t>(1, (tokens + tile - 1) / tile);
   }
-  // The item's rows of x or another [B, T, F], to be asked for ahead of their use; `columns` of them from `first` on.
+  // Prefetch of an item's rows of x or another [B, T, F]: `columns` columns from `first` on.
   template <class T>
   Ahead ahead(const MultiLora& op, const Rows& rows, int64_t item, int64_t first, int64_t columns) const {
     if (item >= op.samples * tiles) return {};
@@ -50,12 +50,12 @@ struct Tiling {
   }
 };
 
-// The R rows that act on a sample, in the order of its route; slots -1 left out.
+// The R rows that apply to a sample, in route order; slot -1 is skipped.
 template <class T>
 struct SlotRows {
   Buffer<const T*> a, b;
   Buffer<double> weight;
-  Buffer<int64_t> pick;  // which k a row belongs to
+  Buffer<int64_t> pick;  // the k of each row
   int64_t count = 0;
 
   explicit SlotRows(const MultiLora& op)
@@ -78,9 +78,9 @@ struct SlotRows {
 // The slots that a batch uses.
 struct UsedSlots {
   int64_t count = 0, distinct = 0;
-  Buffer<int64_t> pairs;  // [count] b * K + k where there is a slot, sorted by slot
-  Buffer<int64_t> slots;  // [distinct], rising
-  Buffer<int64_t> index;  // [B * K] of the pair's slot in `slots`, -1 for slot -1
+  Buffer<int64_t> pairs;  // [count] b * K + k of pairs that have a slot, sorted by slot
+  Buffer<int64_t> slots;  // [distinct], ascending
+  Buffer<int64_t> index;  // [B * K] index of the pair's slot in `slots`, -1 for slot -1
 
   explicit UsedSlots(const MultiLora& op)
       : pairs(op.samples * op.picks), slots(op.samples * op.picks), index(op.samples * op.picks) {

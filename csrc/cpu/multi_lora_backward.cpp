@@ -4,18 +4,18 @@
 //   d weights[k] = sum over k's rows of S Q          d x = (w Q) . A
 //   d A[s] += (w Q)^T . x                            d B[s] += (w S)^T . g
 //
-// Two sweeps. The first goes over tiles of tokens and keeps w Q and w S, R numbers a token. The second goes over blocks of
-// columns: one thread owns a block of d A (or d B) for all slots and adds the samples in their order, so sums need no
-// atomics and come out the same for any number of threads.
+// Two passes. The first runs over token tiles and keeps w Q and w S, R numbers per token. The second runs over column
+// blocks: one thread owns a block of d A (or d B) for all slots and adds the samples in order, so no atomics are needed
+// and results do not depend on the number of threads.
 #include "products.h"
 
 namespace slm_fast::SLM_ISA {
 
-// Where combine puts a slot's share: the slot's own row of a block of columns.
+// Epilogue of combine: accumulates into the slots' own rows of a column block.
 template <class P, class A = typename P::Accumulator>
 struct OntoSlots : Layout<P> {
   A* block;
-  const int64_t* row_of;  // of each of the sample's R rows
+  const int64_t* row_of;  // [R] row of the block for each of the sample's rows
   int64_t width;
 
   OntoSlots(A* block, const int64_t* row_of, int64_t width) : block(block), row_of(row_of), width(width) {}
@@ -27,13 +27,13 @@ struct OntoSlots : Layout<P> {
     A* to = block + row_of[row] * width + column;
     store(to, load<A>(to) + sum);
   }
-  void add_first(int64_t row, int64_t column, Vec<A> sum, int64_t) const { add(row, column, sum); }  // it is padded
+  void add_first(int64_t row, int64_t column, Vec<A> sum, int64_t) const { add(row, column, sum); }  // padded
 };
 
 template <class T, class P>
 class Backward {
   using A = typename P::Accumulator;
-  using E = typename P::Element;  // what w Q and w S are kept as
+  using E = typename P::Element;  // storage type of w Q and w S
 
  public:
   Backward(const MultiLoraBackward& op, const Threads& threads)
@@ -92,7 +92,7 @@ class Backward {
     return parts[0];
   }
 
-  // Multiplies by the slots' weights, in place and, unless null, into `to`, with zeros up to a whole vector.
+  // Scales by the slots' weights, in place and also into `to` unless null, zero-padded to whole vectors.
   void scale(const SlotRows<T>& rows, A* sums, int64_t tokens, E* to) const {
     for (int64_t n = 0; n < rows.count; ++n)
       for (int64_t t = 0; t < tokens; t += kLanes<A>) {
@@ -164,7 +164,7 @@ class Backward {
     });
   }
 
-  // Of each of a sample's R rows, its place among the rows of used slots. Returns their number.
+  // Maps each of a sample's R rows to its index among the rows of used slots. Returns their number.
   int64_t find_rows(int64_t b, int64_t* row_of) const {
     int64_t count = 0;
     for (int64_t k = 0; k < f.picks; ++k) {

@@ -1,12 +1,12 @@
-// The two products that multi_lora's forward and backward are made of: Shrink, from features to a sample's R rows, and
-// Expand, from the rows to features.
+// The two products of multi_lora's forward and backward: Shrink, from features to a sample's R rows, and Expand, from
+// those rows to features.
 #pragma once
 
 #include "multi_lora.h"
 
 namespace slm_fast::SLM_ISA {
 
-// Rows of storage type T as the tile wants them: where they lie if the types agree, else converted into a buffer.
+// Rows of type T as the tile's element type: in place if the types match, else converted into a buffer.
 template <class T, class P>
 struct Convert {
   using E = typename P::Element;
@@ -49,27 +49,27 @@ struct Shrink {
   }
 };
 
-// What combine multiplies rows by: C[n][t] is at[n * step + t * stride], n counting rows or pairs of rows.
+// combine's coefficients: C[n][t] = at[n * step + t * stride], n counting rows or pairs of rows.
 template <class P>
 struct Coefficients {
   const typename P::Coefficient* at;
   int64_t step, stride;
 };
 
-// Not for these numbers.
+// Not available for these types.
 template <class P>
 struct ShrinkAcross {
   ShrinkAcross(const MultiLora&, int64_t) {}
 };
 
 #if defined(__AVX512BF16__)
-// The same products with the sample's rows across lanes, so that nothing is summed across lanes: for many tokens, which
-// pay for turning the rows. Its results are ready to be Expand's coefficients.
+// The same product with the sample's rows across lanes, so no horizontal sums: for many tokens, which amortise the
+// transposition. The result is ready for use as Expand's coefficients.
 template <>
 struct ShrinkAcross<Bf16Pairs> {
   using P = Bf16Pairs;
-  static constexpr int64_t kWide = kPanelColumns<P>;  // rows of a panel
-  Buffer<BFloat16> panels, padded;  // [panel][pair of features][kWide] pairs; x where its rows cannot be read as pairs
+  static constexpr int64_t kWide = kPanelColumns<P>;  // rows per panel
+  Buffer<BFloat16> panels, padded;  // [panel][pair of features][kWide] pairs; x if its rows cannot be read as pairs
   Buffer<float> sums, weights;      // [tokens][width], [width]
   Buffer<uint32_t> pairs;           // [tokens][width / 2]
   int64_t width, packed = -1;
@@ -79,7 +79,7 @@ struct ShrinkAcross<Bf16Pairs> {
     sums.at_least(tile * width), weights.at_least(width), pairs.at_least(tile * width / 2);
   }
 
-  // Turning the rows pays for itself over many tokens, and with lanes that are well filled.
+  // The transposition pays off with many tokens and well-filled lanes.
   static bool serves(int64_t tokens, int64_t count) { return tokens >= 16 && count >= 20; }
 
   void pack(int64_t sample, const BFloat16* const* a, const double* weight, int64_t count, int64_t length) {
@@ -115,7 +115,7 @@ struct ShrinkAcross<Bf16Pairs> {
       x = padded.data(), stride = 2 * words;
     }
     const auto* c = reinterpret_cast<const P::Coefficient*>(x);
-    const int64_t pieces = std::max<int64_t>(1, (words + 95) / 96);  // of a panel, which stay in L1 while all tokens pass
+    const int64_t pieces = std::max<int64_t>(1, (words + 95) / 96);  // of a panel, kept in L1 while all tokens pass
     for (int64_t row = 0; row < count; row += kWide)
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t first = words * piece / pieces, last = words * (piece + 1) / pieces;
@@ -143,8 +143,8 @@ struct ShrinkAcross<Bf16Pairs> {
 };
 #endif
 
-// A column panel of `count` rows, as combine reads it: [n][kCombineV vectors], zeros beyond `columns`. Of pairs, vectors
-// hold the even and the odd columns in turn.
+// Packs `count` rows into combine's column panel, [n][kCombineV vectors], zero-padded past `columns`. With pairs,
+// vectors alternate between even and odd columns.
 template <class T, class P, class RowAt>
 inline void pack_panel(
     typename P::Element* panel, const RowAt& row_at, [[maybe_unused]] int64_t count, int64_t columns) {
@@ -177,7 +177,7 @@ inline void pack_panel(
   }
 }
 
-// A mark of combine's outputs for P whose panels have even and odd columns apart.
+// Tags combine's outputs for those P whose panels separate even and odd columns.
 template <class P, bool = P::kPair == 2>
 struct Layout {};
 template <class P>
@@ -185,14 +185,14 @@ struct Layout<P, true> {
   using Interleaved = P;
 };
 
-// Where combine puts a sum: y = base + sum.
+// Epilogue of combine: y = base + sum.
 template <class T, class P>
 struct OntoBase : Layout<P> {
   T* y;
   int64_t y_stride;
   const T* base;  // or null
   int64_t base_stride;
-  const char* next;  // what is needed later, or null; where in it this tile is, and the bytes of it a step asks for
+  const char* next;  // what to prefetch, or null; this tile's offset in it, and bytes per step
   int64_t next_offset, next_step;
 
   OntoBase(T* y, int64_t y_stride, const T* base, int64_t base_stride, const char* next, int64_t offset, int64_t step)
@@ -227,13 +227,13 @@ struct Expand {
   int64_t tile;
   Buffer<typename P::Element> panels;
   Buffer<uint32_t> pairs;
-  int64_t packed = -1;  // whose rows the panels hold, when they hold all columns
+  int64_t packed = -1;  // sample whose rows the panels hold, if they hold all columns
 
   Expand(const MultiLora& op, int64_t tile) : tile(tile) {
     if (P::kPair == 2) pairs.at_least((op.picks * op.rank + 1) / 2 * tile);
   }
 
-  // Of sums[n * tile + t].
+  // From sums[n * tile + t].
   Coefficients<P> coefficients(const A* sums, [[maybe_unused]] int64_t count) {
     if constexpr (P::kPair == 1) {
       return {sums, tile, 1};
@@ -255,20 +255,20 @@ struct Expand {
     }
   }
 
-  // `sample` names the rows b: neighbouring tiles of one sample share their panels.
+  // `sample` identifies the rows b: consecutive tiles of a sample reuse its panels.
   void operator()(
       Coefficients<P> c, const T* const* b, int64_t sample, int64_t count, int64_t tokens, int64_t length,
       const T* base, int64_t base_stride, T* y, int64_t y_stride, Ahead ahead) {
     constexpr int64_t kColumns = kPanelColumns<P>;
     const int64_t steps = (count + P::kPair - 1) / P::kPair, panel_size = steps * P::kPair * kColumns;
-    // As many packed panels as fit L2 beside the rows of y, which then are passed over as streams.
+    // As many packed panels as fit L2 beside the rows of y, which are then streamed.
     const int64_t most = std::clamp<int64_t>(
         kTileBytes / std::max<int64_t>(1, panel_size * static_cast<int64_t>(sizeof(typename P::Element))), 1,
         (length + kColumns - 1) / kColumns);
     panels.at_least(most * panel_size);
     const int64_t turns =
         (length + most * kColumns - 1) / (most * kColumns) * ((tokens + kCombineM<P> - 1) / kCombineM<P>);
-    // The next tile's rows are asked for a little at each step: in one go they would be more than can be on their way.
+    // The next tile's rows are prefetched a little per step: all at once would be more than can be in flight.
     const int64_t next_step = ahead.bytes() / std::max<int64_t>(1, turns * most * steps) + 1;
     int64_t next_offset = 0;
 
@@ -281,7 +281,7 @@ struct Expand {
               std::min(kColumns, last - column));
       for (int64_t t = 0; t < tokens; t += kCombineM<P>)
         for (int64_t column = first; column < last; column += kColumns) {
-          // the rows that come next
+          // prefetch the next rows
           for (int64_t m = t + kCombineM<P>; m < std::min(t + 2 * kCombineM<P>, tokens); ++m)
             for (int64_t part = column; part < std::min(column + kColumns, last); part += kLine<T>) {
               __builtin_prefetch(y + m * y_stride + part, 1);

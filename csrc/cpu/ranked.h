@@ -1,4 +1,4 @@
-// Slots in the order that the reference ranks them, and short lists of the best.
+// Slots in the reference's ranking order, and short lists of the best.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace slm_fast::SLM_ISA {
 
-// A slot and its score as one number that ranks as they do: by score in float32, a NaN first, then the lower id.
+// A slot and its score packed into one sortable number: by float32 score, NaN first, ties by lower id.
 using Ranked = uint64_t;
 
 inline Ranked ranked(float score, int64_t slot) {
@@ -20,13 +20,13 @@ inline Ranked ranked(float score, int64_t slot) {
 inline int64_t slot_of(Ranked one) { return static_cast<uint32_t>(~one); }
 inline float score_of(Ranked one) {
   const auto rising = static_cast<uint32_t>(one >> 32);
-  return bits_to_float(rising ^ (rising >> 31 ? uint32_t{1} << 31 : ~uint32_t{0}));  // all ones is a NaN again
+  return bits_to_float(rising ^ (rising >> 31 ? uint32_t{1} << 31 : ~uint32_t{0}));  // all ones becomes NaN again
 }
 struct Better {
   bool operator()(Ranked one, Ranked other) const { return one > other; }
 };
 
-// What may still be among the best: the first `count` of `slots`. They are looked through when full, so adding is cheap.
+// Candidates for the best: the first `count` of `slots`. Pruned only when full, so adding is cheap.
 struct Shortlist {
   Ranked* slots;
   int64_t count, most;
@@ -42,8 +42,8 @@ struct Shortlist {
     std::nth_element(slots, slots + most - 1, slots + count, Better{});
     count = most;
   }
-  // Keeps what is not below cutoff(the k-th best score), at most the `most` best. Returns the highest score that from
-  // then on need not be added, or a NaN.
+  // Keeps scores not below cutoff(the k-th best), at most the `most` best. Returns the highest score that need no
+  // longer be added, or NaN.
   template <class Cutoff>
   float keep_likely(int64_t k, const Cutoff& cutoff) {
     std::nth_element(slots, slots + k - 1, slots + count, Better{});
@@ -64,7 +64,7 @@ struct Shortlist {
   }
 };
 
-// A bit for each lane where !(a <= b).
+// One bit per lane, set where !(a <= b).
 inline uint32_t lanes_not_at_most(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
@@ -77,9 +77,9 @@ inline uint32_t lanes_not_at_most(Vec<float> a, Vec<float> b) {
 #endif
 }
 
-constexpr int kSeeded = 16;  // the largest K whose K-th best is found in registers
+constexpr int kSeeded = 16;  // largest K whose K-th best is found in registers
 
-// kth[query] = the k-th best of scores[key][query]. A NaN is passed over.
+// kth[query] = k-th best of scores[key][query]. NaN is ignored.
 inline void kth_best(const float* scores, int64_t keys, int64_t queries, int64_t k, float* kth) {
   for (int64_t column = 0; column < queries; column += kLanes<float>) {
     Vec<float> top[kSeeded];

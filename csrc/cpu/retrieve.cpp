@@ -1,4 +1,4 @@
-// retrieve and prepare_keys. See slm_fast/ops/retrieve.py for what they compute.
+// retrieve and prepare_keys, as specified in slm_fast/ops/retrieve.py.
 #include <functional>
 #include <numeric>
 
@@ -7,10 +7,10 @@
 
 namespace slm_fast::SLM_ISA {
 
-// Vote: a slot's score is the sum, over the groups that kept it, of its cosines there, divided by G. `votes` holds the
-// groups' lists one after another; the slots that come out are sorted.
+// Vote: a slot's score is the sum of its cosines in the groups that kept it, divided by G. `votes` holds the groups'
+// lists back to back and is replaced by the slots, best first.
 int64_t add_votes(Ranked* votes, int64_t count, int64_t groups) {
-  // Stable, so that a slot's cosines are added in the order of groups.
+  // Stable, so that a slot's cosines are added in group order.
   std::stable_sort(votes, votes + count, [](Ranked a, Ranked b) { return slot_of(a) < slot_of(b); });
   int64_t slots = 0;
   for (int64_t i = 0; i < count;) {
@@ -23,8 +23,8 @@ int64_t add_votes(Ranked* votes, int64_t count, int64_t groups) {
   return slots;
 }
 
-// One query's output row: slots by falling score (of slots with several keys, found by one of them), their weights,
-// then -1 and 0.
+// One query's output row: slots by descending score (`best` has one key each if they have several) and their weights,
+// padded with -1 and 0.
 void write_route(const Retrieve& op, const Ranked* best, int64_t count, int64_t query) {
   int64_t* ids = op.slot_ids + query * op.k;
   float* weights = op.weights + query * op.k;
@@ -34,7 +34,7 @@ void write_route(const Retrieve& op, const Ranked* best, int64_t count, int64_t 
     weights[i] = 0;
     if (i >= count) continue;
     const float score = score_of(best[i]);
-    // Not std::max: a NaN has to come through.
+    // Not std::max: NaN must propagate.
     weights[i] = op.softmax ? score / static_cast<float>(op.temperature) : score < 0 ? 0 : score;
     highest = weights[i] > highest || std::isnan(weights[i]) ? weights[i] : highest;
     total += weights[i];
@@ -47,7 +47,7 @@ void write_route(const Retrieve& op, const Ranked* best, int64_t count, int64_t 
     weights[i] = op.softmax || total > 0 ? weights[i] / total : 1 / static_cast<float>(count);
 }
 
-// Which slots a query may be given.
+// Which slots a query may retrieve.
 struct All {
   static constexpr bool kAsks = false;
   bool operator()(int64_t, int64_t, int64_t) const { return true; }
@@ -55,13 +55,13 @@ struct All {
 };
 struct Masked {
   static constexpr bool kAsks = true;
-  const uint8_t* mask;      // a byte that is not 0, whichever, is true
-  int64_t row;              // P, or 0 when one mask serves all queries
-  const int64_t* key_slot;  // null where each slot has one key
+  const uint8_t* mask;      // any non-zero byte is true
+  int64_t row;              // row stride: P, or 0 if all queries share a mask
+  const int64_t* key_slot;  // null if each slot has one key
   bool operator()(int64_t query, int64_t, int64_t key) const {
     return mask[query * row + slot(key)] != 0;
   }
-  // Whether the query may be given a slot of some keys that follow each other.
+  // Whether the query may retrieve any slot of these consecutive keys.
   bool any(int64_t query, int64_t first, int64_t count) const {
     const uint8_t *from = mask + query * row + slot(first), *last = mask + query * row + slot(first + count - 1);
     return std::accumulate(from, last + 1, 0, std::bit_or<>{}) != 0;
@@ -94,14 +94,14 @@ void retrieve_as(const Retrieve& op, const Threads& threads) {
   else search<T>(asked, threads, All{}, use);
 }
 
-// The first query with a number that is not finite, or -1.
+// The first query with a non-finite number, or -1.
 template <class T>
 int64_t not_finite(const Retrieve& op) {
   using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
   for (int64_t q = 0; q < op.queries; ++q) {
     const T* row = static_cast<const T*>(op.query) + q * op.width;
     constexpr int L = kLanes<A>;
-    Vec<A> sums[2] = {};  // of zeros, or NaN
+    Vec<A> sums[2] = {};  // sums of value * 0: zero, or NaN
     int64_t i = 0;
     for (; i + 2 * L <= op.width; i += 2 * L)
       for (int j = 0; j < 2; ++j) sums[j] = sums[j] + load<A>(row + i + j * L) * broadcast(A(0));

@@ -1,4 +1,4 @@
-// What is searched for; lengths and rounded rows for the fast pass; the float64 scores that ranks are made of.
+// The search's arguments; lengths and rounded rows for the fast pass; float64 scores for the ranking.
 #pragma once
 
 #include <algorithm>
@@ -9,23 +9,23 @@
 
 namespace slm_fast::SLM_ISA {
 
-constexpr double kEpsilon = 1e-12;  // a vector no longer than this has cosine 0 with everything
+constexpr double kEpsilon = 1e-12;  // vectors of at most this length have cosine 0 with everything
 
-// What is asked of every slot. Where slots have several keys, `slots` counts keys, and a slot goes by any of its keys' ids.
+// A search. If slots have several keys, `slots` counts keys, and any of a slot's keys identifies it.
 struct Search {
   int64_t queries, slots, width, groups, k;
   const void *query, *keys;
-  const void* prepared;  // by prepare_keys, or null
+  const void* prepared;  // from prepare_keys, or null
   const float* bias;
-  bool cosine, by_group;  // by_group: each group ranks its own slots, else the mean over groups is ranked
-  const int64_t* key_slot = nullptr;  // [slots] whose each key is, rising; or null: each slot has one
+  bool cosine, by_group;  // by_group: each group ranks slots separately, else by the mean over groups
+  const int64_t* key_slot = nullptr;  // [slots] slot of each key, ascending; null if each slot has one key
   int64_t lists() const { return by_group ? groups : 1; }
   bool same_slot(int64_t key, int64_t other) const { return key_slot && key_slot[key] == key_slot[other]; }
 };
 
-constexpr double kSmallest = 0x1p-126;  // of a float32 that is rounded to all of its bits
+constexpr double kSmallest = 0x1p-126;  // smallest normal float32
 
-// How much longer a row of d numbers may be than group_lengths says, whose smallest squares are 0 in float32.
+// By how much group_lengths may underestimate the length of d numbers, because small squares underflow in float32.
 inline float underflow(int64_t d) { return 0x1p-74f * std::sqrt(static_cast<float>(d)); }
 
 // The length of each group of a row, in float32.
@@ -51,21 +51,21 @@ inline void group_lengths(const T* row, int64_t groups, int64_t d, float* length
   }
 }
 
-// 1 / length; 0 for a zero vector; NaN where float32 cannot tell, which leaves the case to float64.
+// 1 / length; 0 for a zero vector; NaN where float32 cannot decide, which defers to float64.
 inline float inverse_length(float length) {
   if (length > 2 * kEpsilon && length < 1e18f) return 1 / length;
   return length < kEpsilon / 2 ? 0 : std::numeric_limits<float>::quiet_NaN();
 }
 
-// The length of what rounding to bfloat16 took from the groups of a unit row: of the group that lost most, or, where the
-// groups' mean is ranked, the mean over groups. A NaN is passed over: scores there are NaN too.
+// Norm of the bfloat16 rounding error of a unit row's groups: of the worst group, or the mean, if the mean over groups
+// is ranked. NaN is ignored: the scores are NaN too.
 struct Lost {
   float worst, mean;
   float of(bool by_group) const { return by_group ? worst : mean; }
   void keep_larger(Lost other) { worst = std::max(worst, other.worst), mean = std::max(mean, other.mean); }
 };
 
-// A row with each group of unit length in bfloat16, padded with zeros to `padded` numbers a group.
+// Normalises each group of a row in bfloat16, zero-padded to `padded` numbers per group.
 template <class T>
 inline Lost round_row(const T* from, int64_t groups, int64_t d, int64_t padded, BFloat16* to, float* lengths) {
   constexpr int L = kLanes<float>;
@@ -76,7 +76,7 @@ inline Lost round_row(const T* from, int64_t groups, int64_t d, int64_t padded, 
     Vec<float> lost[4] = {};
     auto round = [&](int64_t i, int64_t count, int64_t wide, Vec<float>& sum) {
       const Vec<float> value = load_first<float>(from + i, count) * factor;
-      store_first(to + i, value, wide);  // the lanes beyond count are zero
+      store_first(to + i, value, wide);  // lanes beyond count are zero
       const Vec<float> rest = value - load_first<float>(to + i, wide);
       sum = rest * rest + sum;
     };
@@ -92,7 +92,7 @@ inline Lost round_row(const T* from, int64_t groups, int64_t d, int64_t padded, 
   return all;
 }
 
-// a . b and, if asked for, b . b in float64.
+// a . b and, if kSquare, b . b, in float64.
 struct ExactProducts {
   double product, square;
 };
@@ -120,7 +120,7 @@ inline double exact_length(const T* row, int64_t d) {
 }
 
 inline double exact_cosine(double product, double length, double other) {
-  return length > kEpsilon && other > kEpsilon ? product / length / other : 0;  // a length that is NaN is neither
+  return length > kEpsilon && other > kEpsilon ? product / length / other : 0;  // false for NaN lengths
 }
 
 template <class Q, class T>
@@ -129,7 +129,7 @@ inline double exact_cosine(const Q* query, double query_length, const T* key, in
   return exact_cosine(of.product, query_length, std::sqrt(of.square));
 }
 
-// The score that the reference gives: float64 rounded to float32, each group by itself.
+// The reference's score: float64 rounded to float32, group by group.
 template <class T>
 struct ExactScore {
   const Search& s;

@@ -1,4 +1,4 @@
-// What retrieve and key_loss share: the K best slots of each query, by one Searcher and, for what it cannot tell, another.
+// Shared by retrieve and key_loss: each query's K best slots, by one Searcher or, if undecided, another.
 #pragma once
 
 #include "searcher.h"
@@ -6,7 +6,7 @@
 namespace slm_fast::SLM_ISA {
 
 #if defined(__AVX512BF16__)
-// For a query that is among those left over from another search.
+// `allowed` for the queries left undecided by another search.
 template <class Allowed>
 struct AllowedAmong {
   static constexpr bool kAsks = Allowed::kAsks;
@@ -17,8 +17,8 @@ struct AllowedAmong {
 };
 #endif
 
-// The K best of each query by the fastest way; see Searcher::run for `allowed` and `use`. A query's lists come in order,
-// and may all come a second time.
+// Finds each query's K best slots by the fastest method; see Searcher::run for `allowed` and `use`. A query's lists
+// come in order, and may all come a second time.
 template <class T, class Allowed, class Use>
 void search(const Search& s, const Threads& threads, const Allowed& allowed, const Use& use) {
   Search rest = s;

@@ -1,16 +1,16 @@
-// One way to search for the K best slots of each query, ranked as the reference ranks them.
+// A search for the K best slots of each query, ranked as the reference ranks them.
 //
-// A fast pass scores all slots and keeps a few more than K. Queries are turned into panels [D][queries], so that keys are
-// broadcast and nothing is summed across lanes. Then what could be among the K best, given what the fast pass may be
-// wrong by, is scored again in float64 and ranked by that, rounded to float32. So a route depends on its query and the
-// keys alone: not on the batch, a tile, the processor or a thread.
+// A fast pass scores all slots and keeps a few more than K. Queries are transposed into panels [D][queries], so that
+// keys are broadcast and no horizontal sums are needed. Slots that may be among the K best, given the fast pass's error
+// bound, are scored again in float64 and ranked by that, rounded to float32. A route therefore depends only on its
+// query and the keys: not on the batch, tiling, processor or threads.
 //
-// The fast pass multiplies float32, or, where the processor can, pairs of bfloat16: twice as fast, and wrong by at most
-// what rounding the query and the keys to bfloat16 took away from them, which is measured. Queries with more slots too
-// close to call than were kept go on to the next way: from bfloat16 to float32, and from there to float64 for all slots.
+// The fast pass multiplies float32 or, if the processor can, bfloat16 pairs: twice as fast, with an error bounded by
+// the measured rounding error of the query and keys. If more slots are too close to call than were kept, the query
+// falls back to the next method: from bfloat16 to float32, and from there to float64 for all slots.
 //
-// Where slots have several keys, each is kept by its best key alone. If another of its keys is too close to call, the
-// ranking scores them all.
+// A slot with several keys is kept by its best key alone. If another of its keys is too close to call, the ranking
+// scores them all.
 #pragma once
 
 #include <algorithm>
@@ -27,17 +27,17 @@
 
 namespace slm_fast::SLM_ISA {
 
-constexpr int64_t kFew = 8;      // queries too few for lanes
-constexpr int64_t kFewKeys = 8;  // of a chunk then: they stay in L1
+constexpr int64_t kFew = 8;      // up to this many queries are too few to fill the lanes
+constexpr int64_t kFewKeys = 8;  // per chunk in that case: they stay in L1
 
-// T: what queries and keys are stored as. P: how the fast pass multiplies.
+// T: storage type of queries and keys. P: how the fast pass multiplies.
 template <class T, class P>
 class Searcher {
   using E = typename P::Element;
   using Chunk = typename Keys<T, P>::Chunk;
-  static constexpr bool kRounded = P::kPair == 2;              // unit rows in bfloat16
+  static constexpr bool kRounded = P::kPair == 2;              // normalised bfloat16 rows
   static constexpr int64_t kSpare = kRounded ? 16 : 12;        // slots kept beyond K
-  static constexpr int64_t kQueries = kPanelColumns<P>;        // of a panel
+  static constexpr int64_t kQueries = kPanelColumns<P>;        // per panel
   static constexpr int64_t kPiece = (16 << 10) / (4 * kQueries);  // words of a panel that stay in L1
 
  public:
@@ -45,7 +45,7 @@ class Searcher {
       : s(search), threads(threads), keys(s), d(s.width / s.groups), padded_d((d + P::kPair - 1) / P::kPair * P::kPair),
         words(s.groups * padded_d / P::kPair), most(std::min(s.k + kSpare, s.slots)), few(s.queries <= kFew) {
     blocks = (s.queries + kQueries - 1) / kQueries;
-    // A thread takes some panels, and a range of chunks of keys when panels are few: each range has lists of its own.
+    // A work item is some panels and, if there are few, a range of key chunks; each range has its own lists.
     const int64_t turns = 2 * threads.workers, fits = (384 << 10) / (words * kQueries * 4 + 1);
     panels_at_once = std::max<int64_t>(1, std::min(fits, blocks / turns));
     parts = (blocks + panels_at_once - 1) / panels_at_once;
@@ -62,11 +62,11 @@ class Searcher {
     parallel = 2.0 * static_cast<double>(s.queries) * s.slots * s.width > 3e5;
   }
 
-  // use(query, list, best, count) for each query, in no order, with the K best of each of its lists, the best first.
-  // allowed(query, list, slot) says whether a slot may be returned; it is asked only for slots that would be, and it
-  // says no to some only if Allowed::kAsks. allowed.any(query, first, count): whether there may be one among so
-  // many keys.
-  // undecided(query) instead of use where this pass cannot tell.
+  // Calls use(query, list, best, count) for each query, in no particular order, with the K best of each of its lists,
+  // best first, or undecided(query) if this pass cannot tell.
+  // allowed(query, list, slot): whether a slot may be returned. Asked only of slots that would be; false only if
+  // Allowed::kAsks.
+  // allowed.any(query, first, count): false only if none of `count` keys from `first` on is allowed.
   template <class Allowed, class Use, class Undecided>
   void run(const Allowed& allowed, const Use& use, const Undecided& undecided) {
     threads.for_each(blocks, parallel, [&] {
@@ -100,7 +100,7 @@ class Searcher {
   struct Scratch {
     typename Keys<T, P>::Scratch keys;
     Buffer<float> thresholds;
-    BestKeysBuffer best, open;  // of a chunk; of the slots that go on in the next chunk, for each panel and list
+    BestKeysBuffer best, open;  // of a chunk; of slots that continue in the next chunk, per panel and list
     explicit Scratch(const Searcher& of)
         : keys(of.keys), thresholds(of.s.lists() * of.panels_at_once * kQueries), best(kKeys * kQueries),
           open(of.s.key_slot ? of.s.lists() * of.panels_at_once * kQueries : 0) {}
@@ -109,7 +109,7 @@ class Searcher {
   const T* query_row(int64_t q) const { return static_cast<const T*>(s.query) + q * s.width; }
   int64_t list_at(int64_t r, int64_t list, int64_t query) const { return (r * s.lists() + list) * s.queries + query; }
 
-  // Queries, of unit length in each group when cosine; transposed unless they are few.
+  // Queries, each group normalised for cosine; transposed unless they are few.
   void make_panel(int64_t block, E* rows, float* lengths) {
     const int64_t first = block * kQueries, count = std::min(kQueries, s.queries - first), width = words * P::kPair;
     for (int64_t q = 0; q < count; ++q) {
@@ -136,7 +136,7 @@ class Searcher {
 
   struct Scored {  // combine's output: scores[key][query]
     float* scores;
-    const float* factor;  // of a key in this group, or null
+    const float* factor;  // scale of a key in this group, or null
     int64_t stride;
     bool more;
     const char* next;
@@ -154,14 +154,14 @@ class Searcher {
     void add_first(int64_t key, int64_t column, Vec<float> sum, int64_t) const { add(key, column, sum); }
   };
 
-  // The first key of a range of chunks. No slot is in two ranges.
+  // The first key of a range of chunks. No slot is split between ranges.
   int64_t range_begin(int64_t r) const {
     int64_t key = std::min(chunks * r / ranges * kKeys, s.slots);
     while (key > 0 && key < s.slots && s.same_slot(key - 1, key)) ++key;
     return key;
   }
 
-  // Whether a query of these panels may be given a slot of these keys.
+  // Whether any query of these panels may retrieve any slot of these keys.
   template <class Allowed>
   bool asked_for(const Allowed& allowed, int64_t block, int64_t last_block, int64_t first, int64_t count) const {
     const int64_t last = std::min(last_block * kQueries, s.queries);
@@ -170,7 +170,7 @@ class Searcher {
     return false;
   }
 
-  // Returns the keys' part in what a score may be wrong by.
+  // Returns the keys' part of a score's error bound.
   template <class Allowed>
   float search_range(int64_t first_block, int64_t r, const Allowed& allowed, Scratch& scratch) {
     const int64_t last_block = std::min(first_block + panels_at_once, blocks), step = few ? kFewKeys : kKeys;
@@ -197,7 +197,7 @@ class Searcher {
         for (int64_t list = 0; list < s.lists(); ++list) {
           if (few) score_few(chunk, count, list, best.score);
           else score(chunk, count, block, list, best.score);
-          if (list + 1 == s.lists()) chunk.next = nullptr;  // the first panel's pass fetched it
+          if (list + 1 == s.lists()) chunk.next = nullptr;  // the first panel has prefetched it
           if (s.bias)
             for (int64_t key = 0; key < count; ++key)
               for (int64_t q = 0; q < kQueries; ++q) best.score[key * kQueries + q] += s.bias[first + key];
@@ -209,7 +209,7 @@ class Searcher {
           float* thresholds = scratch.thresholds.data() + place;
           const bool seeded = first == begin && !Allowed::kAsks && s.k <= kSeeded && found >= s.k;
           if (seeded) kth_best(best.score, found, kQueries, s.k, thresholds);
-          if (seeded || slack > before)  // or scores may be wrong by more than when thresholds were set
+          if (seeded || slack > before)  // or the error bound has grown since thresholds were set
             for (int64_t q = 0; q < queries; ++q)
               thresholds[q] = Shortlist::below(cutoff(thresholds[q], block * kQueries + q, slack));
           offer(best, found, block, first, r, list, thresholds, slack, allowed);
@@ -218,8 +218,8 @@ class Searcher {
     return slack;
   }
 
-  // The elements of a row that a list's scores are made of, and how many of them are multiplied at once: unless rows are
-  // of unit length, the product of one group is scaled by the key's length in it.
+  // The elements of a row that a list's scores cover, and how many are multiplied at once: unless rows are normalised,
+  // one group, whose product is scaled by the key's inverse length.
   struct Span {
     int64_t begin, end, piece;
   };
@@ -229,7 +229,7 @@ class Searcher {
     return {span.begin, span.end, kRounded ? span.end - span.begin : padded_d};
   }
 
-  // Scores of a chunk for one panel: of one group, or summed over all. A piece of the panel stays in L1 while the keys
+  // Scores a chunk against one panel: one group, or the sum over all. A piece of the panel stays in L1 while the keys
   // pass over it.
   void score(const Chunk& chunk, int64_t count, int64_t block, int64_t list, float* scores) const {
     const E* panel = panels.data() + block * words * P::kPair * kQueries;
@@ -256,7 +256,7 @@ class Searcher {
       }
   }
 
-  // Sums along the rows; its bits differ from combine's, which the float64 ranking makes good.
+  // Sums along the rows, so its bits differ from combine's; the float64 ranking makes up for that.
   void score_few(const Chunk& chunk, int64_t count, int64_t list, float* scores) const {
     const E *queries[kFew], *rows[kFewKeys];
     float sums[kFewKeys * kFew];
@@ -308,22 +308,22 @@ class Searcher {
 
   static int64_t pieces_of(int64_t length, int64_t piece) { return std::max<int64_t>(1, (length + piece - 1) / piece); }
 
-  // How often a score is rounded on its way: where its products are summed, a piece at a time, the pieces and groups
-  // after that, and, for cosines, what lengths and factors are wrong by.
+  // How often a score is rounded: in summing products within a piece, then pieces and groups, and, for cosines, in
+  // lengths and factors.
   double roundings() const {
     constexpr int64_t L = kLanes<float>;
     const int64_t length = span_of(0).piece, ahead = s.cosine ? d / (4 * L) + 16 : 4;
     const int64_t most_of_piece = few ? kDotPiece<P> : kPiece * P::kPair, pieces = pieces_of(length, most_of_piece);
     const int64_t piece = std::min(length, most_of_piece), one_by_one = few ? (piece + L - 1) / L + L : piece;
-    // Of a sum over groups that grows with each of them, its pieces are added to half of it on average.
+    // Pieces are added to a running sum over groups, on average half of its final size.
     const int64_t after = std::max(pieces + s.groups, (pieces + 1) * (s.groups + 1) / 4);
     return static_cast<double>(one_by_one + after + ahead);
   }
 
-  // A slot whose score in the fast pass is less, `kth` being the K-th best score there so far, is none of the K best.
-  // Sums over groups are not divided by their number yet. In float32 a score is wrong by so many roundings of products
-  // whose magnitudes sum to at most |query| |key|, or of the smallest numbers. Rounded to bfloat16, q + e and k + f have
-  // the product q k + q f + e (k + f), |q| = |k| = 1 and |f| less than 1/100.
+  // With `kth` the K-th best fast-pass score so far, a slot that scores below this is not among the K best. Sums over
+  // groups are not yet divided by G. The float32 error is at most rounded_by (|query| |key| + kSmallest): the first
+  // term bounds the sum of the products' magnitudes, the second covers underflow. Rounded to bfloat16, q + e and k + f
+  // have the product q k + q f + e (k + f), with |q| = |k| = 1 and |f| < 1/100.
   float cutoff(float kth, int64_t query, float of_keys) const {
     double margin = s.by_group ? 1 : static_cast<double>(s.groups);
     if constexpr (kRounded)
@@ -334,7 +334,7 @@ class Searcher {
     return static_cast<float>(kth - 2 * margin);
   }
 
-  // The K best into `found`, the best first; how many there are, or -1 if the fast pass cannot tell and another can.
+  // Writes the K best to `found`, best first. Returns their number, or -1 if this pass cannot tell but another can.
   template <class Allowed>
   int64_t rank(int64_t query, int64_t list, const ExactScore<T>& exact, const Allowed& allowed, Ranked* found) const {
     Shortlist all{found, 0, most};
@@ -373,14 +373,14 @@ class Searcher {
   const Search s;
   const Threads& threads;
   Keys<T, P> keys;
-  const int64_t d, padded_d, words, most;  // of a group, of a row; words are of P::kPair elements; slots kept a list
+  const int64_t d, padded_d, words, most;  // per group; of a row, in words of P::kPair elements; slots kept per list
   const bool few;
   int64_t most_listed, blocks, panels_at_once, parts, chunks, ranges;
   bool parallel;
-  double rounded_by;          // a sum of products of magnitude 1
-  Buffer<E> panels;           // [block][words][kQueries] words, or [B][D] where queries are few
-  Buffer<float> query_slack;  // [B] its length, or the length of what rounding took from it
-  Buffer<float> key_slack;    // [part][range] the largest of keys
+  double rounded_by;          // error bound of a sum of products of magnitude 1
+  Buffer<E> panels;           // [block][words][kQueries] words, or [B][D] if queries are few
+  Buffer<float> query_slack;  // [B] length, or norm of the rounding error
+  Buffer<float> key_slack;    // [part][range] largest of the keys
   Buffer<Ranked> kept;        // [range][list][B][most_listed]
   Buffer<int64_t> counts;     // [range][list][B]
 };

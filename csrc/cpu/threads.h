@@ -1,4 +1,4 @@
-// How the kernels share out their work. No torch here: csrc/torch_threads.h says whose threads these are.
+// Work distribution for the kernels. No torch here: csrc/torch_threads.h provides the threads.
 #pragma once
 
 #include <atomic>
@@ -6,13 +6,13 @@
 
 namespace slm_fast {
 
-// The host's threads. `run` calls body(context, 0 .. workers-1), possibly at the same time.
+// The host's threads. `run` calls body(context, 0 .. workers-1), possibly concurrently.
 struct Threads {
   int workers;
   void (*run)(int workers, void (*body)(void* context, int worker), void* context);
 
-  // work(item) for each item, handed out in runs of neighbours that get shorter towards the end, so that uneven items and
-  // a busy core cost little. Which thread gets an item never changes a result: no item's arithmetic depends on another's.
+  // Calls work(item) for each item. Threads take runs of consecutive items that shrink towards the end, so uneven items
+  // and a busy core cost little. Which thread gets an item never affects results: items are computed independently.
   template <class MakeWork>
   void for_each(int64_t items, bool worth_threads, const MakeWork& make_work) const {
     const int wanted = worth_threads && items > 1 ? static_cast<int>(items < workers ? items : workers) : 1;
@@ -25,7 +25,7 @@ struct Threads {
       const MakeWork& make_work;
       const int64_t items, share;
       std::atomic<int64_t> next{0};
-      // The next run's first item; `end` is one past its last.
+      // Returns the next run's first item; `end` is one past its last.
       int64_t take(int64_t& end) {
         int64_t begin = next.load(std::memory_order_relaxed);
         do end = begin + (items - begin + share - 1) / share;

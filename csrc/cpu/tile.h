@@ -1,9 +1,9 @@
-// The two register tiles that every kernel here is made of.
+// The two register-blocked micro-kernels that all kernels here are built from.
 //
-//   dot:      S[n][m] += sum_i X[m][i] * A[n][i]          both operands lie along i; reduced across lanes at the end
-//   combine:  Y[m][c]  = sum_n C[n][m] * B[n][c]          a column panel of B lies in L1, C is broadcast
+//   dot:      S[n][m] += sum_i X[m][i] * A[n][i]          both operands contiguous along i; horizontal sums at the end
+//   combine:  Y[m][c]  = sum_n C[n][m] * B[n][c]          a column panel of B stays in L1, C is broadcast
 //
-// Sizes are chosen so that accumulators and operands fill the registers and multiply-adds, not loads, set the pace.
+// Tile sizes fill the registers with accumulators and operands, so that FMAs, not loads, are the bottleneck.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace slm_fast::SLM_ISA {
 
-// float64 serves gradient checks: its tiles are of one row, which keeps the build short.
+// float64 is for gradient checks: one-row tiles, which keep compile time short.
 template <class P>
 constexpr bool kTiled = !std::is_same_v<typename P::Accumulator, double>;
 template <class P>
@@ -26,14 +26,14 @@ constexpr int kCombineV = P::kPair == 2 ? 4 : 3;
 template <class P>
 constexpr int64_t kPanelColumns = kCombineV<P> * kLanes<typename P::Accumulator>;
 
-// How numbers are multiplied: Element is what X, A and panels hold, Coefficient what C holds, Accumulator what sums are.
+// How numbers are multiplied. Element: type of X, A and panels. Coefficient: of C. Accumulator: of sums.
 template <class A>
 struct Plain {
   using Element = A;
   using Coefficient = A;
   using Accumulator = A;
-  static constexpr int kStep = kLanes<A>;  // elements of i a multiply-add consumes
-  static constexpr int kPair = 1;          // rows of B a multiply-add consumes
+  static constexpr int kStep = kLanes<A>;  // elements of i per FMA
+  static constexpr int kPair = 1;          // rows of B per FMA
   using Operand = Vec<A>;
   static Operand load_operand(const A* from) { return load<A>(from); }
   static Operand load_operand_first(const A* from, int64_t count) { return load_first<A>(from, count); }
@@ -42,7 +42,7 @@ struct Plain {
 };
 
 #if defined(__AVX512BF16__)
-// Products of bfloat16 pairs, summed in float32: twice the multiply-adds an instruction.
+// bfloat16 pairs with float32 accumulation: twice the multiply-adds per instruction.
 struct Bf16Pairs {
   using Element = BFloat16;
   typedef uint32_t Coefficient __attribute__((may_alias, aligned(2)));  // two bfloat16: rows 2n and 2n + 1
@@ -63,7 +63,7 @@ struct Bf16Pairs {
 
 // ---- dot ----
 
-// sums[n * ld + m] += x[m] . a[n] over `length` elements, for M <= 4 rows x and N rows a.
+// sums[n * ld + m] += x[m] . a[n] over `length` elements, for M <= 4 rows of x and N rows of a.
 template <class P, int M, int N>
 inline void dot_tile(
     const typename P::Element* const* x, const typename P::Element* const* a, int64_t length,
@@ -108,9 +108,9 @@ inline void dot_rows(
 }
 
 template <class P>
-constexpr int64_t kDotPiece = 4096 / sizeof(typename P::Element);  // of a row
+constexpr int64_t kDotPiece = 4096 / sizeof(typename P::Element);  // elements of a row
 
-// S[n * ld + m] = x[m] . a[n] for any numbers of rows. Long rows go in pieces that let some rows of a stay in L1.
+// S[n * ld + m] = x[m] . a[n] for any number of rows. Long rows are split so that some rows of a stay in L1.
 template <class P>
 inline void dot(
     const typename P::Element* const* x, int64_t rows_x, const typename P::Element* const* a, int64_t rows_a,
@@ -141,10 +141,10 @@ inline void dot(
 
 // ---- combine ----
 
-// out.add(row, column, vector) or, in the last columns, out.add_first(row, column, vector, lanes), for the M x V tile of
-// sum_n C[n * step + m * stride] * panel[n][v]. Where a panel's vectors hold the even and the odd columns in turn, `out`
-// says so by a type named Interleaved and takes add_pair(row, column, even, odd, lanes) instead. An `out` that has ahead(n) asks for memory
-// needed later, at each step.
+// Passes the M x V tile of sum_n C[n * step + m * stride] * panel[n][v] to out.add(row, column, vector) or, in the last
+// columns, out.add_first(row, column, vector, lanes). If a panel's vectors alternate between even and odd columns,
+// `out` has a type Interleaved and takes add_pair(row, column, even, odd, lanes) instead. At each step out.ahead(n), if
+// it exists, prefetches memory needed later.
 template <class Out>
 constexpr bool kInterleaved = requires { typename Out::Interleaved; };
 
@@ -199,7 +199,7 @@ inline void combine_rows(
   }
 }
 
-// All rows of output from `first` on, against one panel of at most kPanelColumns columns.
+// Output rows [first, last) against one panel of at most kPanelColumns columns.
 template <class P, int M = kCombineM<P>, class Out>
 inline void combine(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
@@ -217,13 +217,13 @@ inline void combine(
   for (; row < last; ++row) combine_rows<P, 1>(c + row * stride, step, stride, panel, n_count, row, columns, out);
 }
 
-// Asks for the line at an offset from an address that may be null or past its array's end: a hint, never an access.
+// Prefetches the line at an offset from an address that may be null or past its array's end: only a hint.
 inline void ask_for(const void* from, int64_t offset) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(offset);
   __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2);
 }
 
-// Asks for the rows that are needed next, a few lines at a time, while arithmetic keeps the core busy.
+// Prefetches the rows needed next, a few lines at a time, overlapped with arithmetic.
 struct Ahead {
   const char* rows = nullptr;
   int64_t stride = 0, row_bytes = 0, count = 0;  // bytes, bytes, rows
@@ -233,7 +233,7 @@ struct Ahead {
     constexpr auto size = static_cast<int64_t>(sizeof(T));
     return {reinterpret_cast<const char*>(rows), stride * size, length * size, count};
   }
-  int64_t bytes() const { return stride == row_bytes ? count * row_bytes : 0; }  // of rows that follow each other
+  int64_t bytes() const { return stride == row_bytes ? count * row_bytes : 0; }  // of contiguous rows
   int64_t lines() const { return count * ((row_bytes + 63) / 64); }
   void ask(int64_t lines) {
     for (; lines > 0 && count > 0; --lines) {

@@ -1,6 +1,6 @@
-// One vector type for every instruction set, over the compiler's own vector extensions, so that each kernel is written
-// once. The build compiles each kernel file once per instruction set with SLM_ISA naming it; everything here lives in
-// that namespace, because the linker must never merge code compiled for different processors.
+// One vector type for all instruction sets, based on the compiler's vector extensions, so that each kernel is written
+// once. Each kernel file is compiled once per instruction set, with SLM_ISA as its name. Everything here is in that
+// namespace, because the linker must never merge code compiled for different processors.
 #pragma once
 
 #include <cmath>
@@ -47,7 +47,7 @@ inline Vec<A> broadcast(A value) {
   return value - Vec<A>{};
 }
 
-// ---- one number of storage type T as the accumulation type A, and back ----
+// ---- scalars: storage type T to accumulation type A, and back ----
 
 inline float bits_to_float(uint32_t bits) {
   float value;
@@ -66,7 +66,7 @@ inline A widen(T value) {
     return static_cast<A>(bits_to_float(static_cast<uint32_t>(value.bits) << 16));
   } else if constexpr (std::is_same_v<T, Float16>) {
     const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16, rest = value.bits & 0x7fff;
-    // The exponent is rebased by a multiplication, which is exact and also turns subnormals into normal numbers.
+    // A multiplication rebiases the exponent: it is exact and also normalises subnormals.
     const float scaled = bits_to_float(rest << 13) * 0x1p112f;
     const uint32_t special = rest >= 0x7c00 ? 0x7f800000u | (rest << 13) : float_to_bits(scaled);
     return static_cast<A>(bits_to_float(sign | special));
@@ -80,13 +80,13 @@ inline T narrow(A value) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     const uint32_t bits = float_to_bits(static_cast<float>(value));
     if ((bits & 0x7fffffff) > 0x7f800000) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
-    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // to nearest, ties to even
+    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};  // round to nearest even
   } else if constexpr (std::is_same_v<T, Float16>) {
     const float number = static_cast<float>(value);
     const uint32_t bits = float_to_bits(number), sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
     if (rest > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
     if (rest >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and above round to infinity
-    if (rest < 0x38800000) {  // a subnormal half: adding 0.5 leaves its bits, correctly rounded, at the bottom
+    if (rest < 0x38800000) {  // subnormal half: adding 0.5 leaves its bits, correctly rounded, at the bottom
       const float shifted = bits_to_float(rest) + 0.5f;
       return {static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000))};
     }
@@ -96,9 +96,9 @@ inline T narrow(A value) {
   }
 }
 
-// ---- a vector of them ----
+// ---- vectors ----
 
-// Element by element; apart, so that it is compiled once and not at each use.
+// Element by element; out of line, so that it is compiled once and not at each use.
 template <class A, class T>
 [[gnu::noinline]] Vec<A> load_each(const T* from) {
   Vec<A> value;
@@ -119,7 +119,7 @@ inline Vec<A> load(const T* from) {
     Vec<A> value;
     std::memcpy(&value, from, sizeof value);
     return value;
-#if defined(__AVX512F__)  // the compiler makes three instructions of the conversion below
+#if defined(__AVX512F__)  // the compiler needs three instructions for the conversion below
   } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {
     const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return (Vec<float>)_mm512_slli_epi32(words, 16);
@@ -160,7 +160,7 @@ inline void store(T* to, V value) {
     const __m256bh halves = _mm512_cvtneps_pbh((__m512)value);
     std::memcpy(to, &halves, sizeof halves);
 #else
-  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {  // narrow(), on all lanes
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, BFloat16>) {  // narrow() on all lanes
     const Words bits = (Words)value, kept = bits >> 16;
     const Words nearest = (bits + 0x7fff + (kept & 1)) >> 16;
     const Halves halves = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? kept | 0x40 : nearest, Halves);
@@ -180,7 +180,7 @@ inline void store(T* to, V value) {
   }
 }
 
-// The first `count` lanes only (all of them if count is larger); the lanes beyond them read as zero.
+// Only the first `count` lanes (all of them if count is larger); the others are zero.
 template <class A, class T>
 inline Vec<A> load_first(const T* from, int64_t count) {
   if (count >= kLanes<A>) return load<A>(from);
@@ -211,14 +211,14 @@ inline void store_first(T* to, V value, int64_t count) {
 }
 
 #if defined(__AVX512F__)
-// A mask of the first of 32 lanes.
+// Mask of the first `count` of 32 lanes.
 inline __mmask32 first_lanes(int64_t count) {
   return count >= 32 ? ~uint32_t{0} : count <= 0 ? 0 : static_cast<uint32_t>((uint64_t{1} << count) - 1);
 }
 #endif
 
 #if defined(__AVX512BF16__)
-// 32 bfloat16 numbers, the even and the odd ones apart: that takes a shift and a mask instead of two conversions.
+// 32 bfloat16 numbers, split into even and odd ones: a shift and a mask instead of two conversions.
 struct EvenOdd {
   Vec<float> even, odd;
 };
@@ -242,7 +242,7 @@ inline void widen_all(const T* from, A* to, int64_t count) {
   for (; i < count; ++i) to[i] = widen<A>(from[i]);
 }
 
-// The sum of all lanes, in an order of its own.
+// Horizontal sum; its order depends on the instruction set.
 inline double sum_lanes(Vec<double> v) {
 #if defined(__AVX512F__)
   const __m256d half = _mm512_castpd512_pd256(v) + _mm512_extractf64x4_pd(v, 1);
@@ -255,7 +255,7 @@ inline double sum_lanes(Vec<double> v) {
 #endif
 }
 
-// The sums of four vectors, each over its own lanes, always added in the same order.
+// Horizontal sums of four vectors, always in the same order.
 template <class A>
 inline void sum_each_of_4(const Vec<A> (&v)[4], A (&sums)[4]) {
 #if defined(__AVX512F__)

@@ -1,7 +1,7 @@
-// The best slots of a query, as a warp keeps them.
+// A query's best slots, as a warp keeps them.
 //
-// A score and its slot make one 64-bit integer that sorts by falling score, then by rising id. A warp keeps the best 32
-// slots in its lanes, one each and each slot once; a better one is put in its place with a few ballots and shuffles.
+// Score and slot are packed into one 64-bit integer that sorts by descending score, then by ascending id. A warp keeps
+// the best 32 slots, one per lane and each slot once; a better one is inserted with a few ballots and shuffles.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,11 +13,11 @@
 
 namespace slm_fast::cuda {
 
-constexpr long long kNone = INT64_MIN;  // its lower half is that of kMostSlots, which is no slot
+constexpr long long kNone = INT64_MIN;  // its lower half is that of slot kMostSlots, which does not exist
 
-// A float as an integer of the same order.
+// Maps a float to an integer of the same order.
 __device__ inline int ordered(float score) {
-  const int bits = __float_as_int(score == 0.f ? 0.f : score);  // both zeros are one
+  const int bits = __float_as_int(score == 0.f ? 0.f : score);  // -0 becomes 0
   return bits ^ (bits >> 31 & 0x7fffffff);
 }
 __device__ inline long long pack(float score, int64_t slot) {
@@ -31,8 +31,8 @@ __device__ inline float score_of(long long packed) {
 }
 __device__ inline int64_t slot_of(long long packed) { return 0xffffffffu - static_cast<unsigned>(packed); }
 
-// What a key of this score is to a query: kNone if its slot is not to be returned, or it is surely not better than
-// `least`. The slot and the mask are read for those that are left only.
+// A query's candidate for a key of this score: kNone if its slot must not be returned or the score is below that of
+// `least`. Slot and mask are read only if it is not.
 __device__ inline long long candidate(const Retrieve& op, int64_t query, int64_t key, float score, long long least) {
   if (ordered(score) < static_cast<int>(least >> 32)) return kNone;
   const int64_t slot = op.key_slot ? op.key_slot[key] : key;
@@ -47,28 +47,28 @@ __device__ inline long long highest_of_lanes(long long mine) {
   return static_cast<long long>(static_cast<unsigned long long>(highest) << 32) | low;
 }
 
-// The best 32 slots so far: lane i has the i-th.
+// The best 32 slots so far: lane i holds the i-th.
 struct Best {
   long long mine = kNone;
 
   __device__ long long last(int k) const { return __shfl_sync(~0u, mine, k - 1); }
 
-  // The same candidate in all lanes. Whether it is better than the last of the best k. No branches, so that what is
-  // done for several queries overlaps.
+  // Inserts a candidate, the same in all lanes. Returns whether it beats the k-th best. Branchless, so that the work
+  // for several queries overlaps.
   __device__ bool offer(long long candidate, int k) {
     const int lane = threadIdx.x % 32;
     const bool better = candidate > last(k);
     const unsigned held = __ballot_sync(~0u, static_cast<unsigned>(mine) == static_cast<unsigned>(candidate));
     const int place = __popc(__ballot_sync(~0u, mine > candidate));
-    const int end = held ? __ffs(static_cast<int>(held)) - 1 : 31;  // where the slot was, or the last one falls out
+    const int end = held ? __ffs(static_cast<int>(held)) - 1 : 31;  // the slot's old place, or the last one drops out
     const long long before = __shfl_up_sync(~0u, mine, 1);
     if (better && lane >= place && lane <= end) mine = lane == place ? candidate : before;
     return better;
   }
 };
 
-// Puts a strip of candidates, N in each lane, into the lists of Q queries: again and again the best that is left, and
-// none other of its slot, until it is no better than what the list has.
+// Merges a strip of candidates, N per lane, into the lists of Q queries: repeatedly inserts the best one left, dropping
+// others of its slot, until it no longer beats the list.
 template <int Q, int N>
 __device__ inline void take(Best (&best)[Q], long long (&candidates)[Q][N], int k) {
   for (bool more = true; more;) {

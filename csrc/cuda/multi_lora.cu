@@ -1,10 +1,9 @@
-// multi_lora for decoding: one row a route, one launch. The specification is slm_fast/ops/multi_lora.py.
+// multi_lora for decoding: one row per route, one launch. Specified in slm_fast/ops/multi_lora.py.
 //
-// A row's weights are some hundred kilobytes that are used once, so the floor is reading them: 2 R (I + O) bytes a row
-// at the memory's (or, for slots that rows share, the L2's) bandwidth. The blocks of one row each shrink their share of
-// the in-features, add up the R sums of all shares in a fixed order, and expand their share of the out-features. On
-// sm_90 those blocks are a cluster and read each other's sums in shared memory; elsewhere the sums go through memory
-// and a second launch.
+// A row's LoRA weights are a few hundred kilobytes, used once, so the floor is reading them: 2 R (I + O) bytes per row
+// at DRAM (or, for slots that rows share, L2) bandwidth. Each block of a row shrinks its share of the in-features, adds
+// up the R sums of all shares in a fixed order, and expands its share of the out-features. On sm_90 the blocks form a
+// cluster and read each other's sums in shared memory; elsewhere the sums go through global memory and a second launch.
 #include <cooperative_groups.h>
 
 #include "kernels.h"
@@ -18,8 +17,8 @@ constexpr int kWarps = kDecodeThreads / 32;
 
 struct Sums {
   float part[kMostRank];   // this block's share of x . A^T
-  float whole[kMostRank];  // of all shares, times the weight
-  int64_t row[kMostRank];  // which row of lora_a and lora_b, or -1
+  float whole[kMostRank];  // sum of all shares, times the weight
+  int64_t row[kMostRank];  // row of lora_a and lora_b, or -1
   float spread[kDecodeThreads][kPiece + 1];
 };
 
@@ -31,7 +30,7 @@ __device__ inline void find_rows(const Decode& op, int64_t sample, Sums& sums) {
   __syncthreads();
 }
 
-// sums.part[j] = x . A[j] over this block's features; a warp takes two of every 2 kWarps rows at once.
+// sums.part[j] = x . A[j] over this block's features; each warp computes two of every 2 kWarps rows at once.
 template <class T>
 __device__ inline void shrink(const Decode& op, int64_t sample, int block, Sums& sums) {
   const Span span = share_of(op.features_in, op.blocks, block);
@@ -64,21 +63,21 @@ __device__ inline void shrink(const Decode& op, int64_t sample, int block, Sums&
   __syncthreads();
 }
 
-// The sum of row j over all blocks, part(b) being where block b left its own, scaled by the row's weight.
+// The sum of row j over all blocks, scaled by the row's weight; part(b) is where block b left its share.
 template <class Part>
 __device__ inline float whole(const Decode& op, int64_t sample, const Sums& sums, int j, const Part& part) {
   float sum = 0.f;
 #pragma unroll
-  for (int block = 0; block < kMostBlocks; ++block)  // so that all are on their way at once
+  for (int block = 0; block < kMostBlocks; ++block)  // unrolled, so that all loads are in flight at once
     if (block < op.blocks) sum += part(block)[j];
   return sums.row[j] < 0 ? 0.f : sum * op.weights[sample * op.picks + j / op.rank];
 }
 
-// Which of y's pieces a thread adds up. Where there are fewer pieces than threads, several share one: each takes every
-// `helpers`-th row, and the first adds up what the others have found, in order.
+// Which pieces of y a thread sums. With fewer pieces than threads, several share one: each takes every `helpers`-th
+// row, and the first adds the others' results, in order.
 struct Columns {
   int many, helpers, helper;
-  int64_t begin;  // the thread's piece
+  int64_t begin;  // of the thread's piece
 
   __device__ Columns(const Span& span, int64_t first) {
     many = static_cast<int>(min((span.end - span.begin) / kPiece - first, static_cast<int64_t>(kDecodeThreads)));
@@ -87,7 +86,7 @@ struct Columns {
   }
 };
 
-// The first rows of B that a thread will need, read before it knows their coefficients.
+// Prefetch of the first rows of B that a thread needs, before their coefficients are known.
 template <class T>
 struct Ahead {
   static constexpr int kRows = 4, kWords = kPiece * sizeof(T) / 16;
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_in_cluster(const Decode
   __syncthreads();
   cluster.barrier_arrive();
   expand<T>(op, sample, blockIdx.x, sums, ahead);
-  cluster.barrier_wait();  // nobody leaves while its sums are read
+  cluster.barrier_wait();  // no block exits while its sums are read
 #endif
 }
 

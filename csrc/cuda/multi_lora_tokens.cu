@@ -1,14 +1,14 @@
-// multi_lora for many rows a route, in 16-bit numbers. The specification is slm_fast/ops/multi_lora.py.
+// multi_lora for many rows per route, in 16-bit types. Specified in slm_fast/ops/multi_lora.py.
 //
-// A block of a sample's tokens is adapted by one or two thread blocks. Each multiplies its share of the in-features by its
-// share of A (the K slots' rows side by side, R = K r of them), the sums of all shares are added up in a fixed order,
-// scaled and rounded, and each expands them onto its share of the out-features. So x and base are read once, y is
-// written once, and A and B are read once a block of tokens: the floor is moving those bytes.
+// One or two thread blocks handle a tile of a sample's tokens. Each multiplies its share of the in-features by its
+// share of A (the K slots' rows concatenated, R = K r in all). The sums of all shares are added in a fixed order,
+// scaled and rounded, and each block expands them onto its share of the out-features. x and base are read once, y is
+// written once, and A and B are read once per token tile: the floor is moving those bytes.
 //
-// Tiles of 64 features stream through one ring of shared memory, those of x and A first and those of base and B behind
-// them, so that memory is busy while the sums are added up. Their 16-byte pieces lie crosswise: eight rows of one column
-// meet all banks. On sm_90 the thread blocks are a cluster: each adds up the sums of its share of the tokens and leaves
-// them in every block's shared memory. Elsewhere the sums go through memory and a second launch.
+// Tiles of 64 features stream through a shared memory ring, first those of x and A, then those of base and B, so that
+// loads continue while the sums are added. Their 16-byte pieces are XOR-swizzled: eight rows of a column hit all banks.
+// On sm_90 the thread blocks form a cluster: each adds the sums of its share of the tokens and writes them to every
+// block's shared memory. Elsewhere the sums go through global memory and a second launch.
 #include <cooperative_groups.h>
 
 #include "kernels.h"
@@ -18,28 +18,28 @@
 namespace slm_fast::cuda {
 namespace {
 
-constexpr int kLine = kTileFeatures * 2;  // bytes of a tile's row
+constexpr int kLine = kTileFeatures * 2;  // bytes per tile row
 
-// M warps lie along the tokens, N share what each of them has to do; R: columns of rank, a multiple of 16.
+// M warps along the tokens, N warps sharing the work of each; R: rank columns, a multiple of 16.
 template <class T, int M, int N, int R>
 struct Tokens {
   static constexpr int kTokens = 16 * M, kThreads = 32 * M * N, kStages = token_stages(kTokens, R);
   static constexpr int kStage = (kTokens + R) * kLine;
-  static constexpr int kStride = R + 8, kSums = N * kTokens * kStride;  // 8 more, so that rows meet other banks
+  static constexpr int kStride = R + 8, kSums = N * kTokens * kStride;  // padded by 8 to avoid bank conflicts
   static constexpr int kLeft = 2 * R + 16;                             // likewise
   static_assert(tokens_shared(kTokens, R) == kStages * kStage + kSums * 4 + kTokens * (kLeft + 4) + R * 12);
 
   const Adapt& op;
-  char* stages;   // [kStages][kTokens + R][kLine bytes], a tile of x and A or of base and B each
+  char* stages;   // [kStages][kTokens + R][kLine bytes], each a tile of x and A or of base and B
   float* sums;    // [N][kTokens][kStride] this thread block's share of x . A^T
-  char* left;     // [kTokens][kLeft bytes] R sums of T, added up and scaled
-  float* up;      // [kTokens] what they are to be multiplied by
-  int64_t* rows;  // [R] which row of lora_a and lora_b, or -1
+  char* left;     // [kTokens][kLeft bytes] R sums as T, reduced and scaled
+  float* up;      // [kTokens] factors that undo their scaling
+  int64_t* rows;  // [R] row of lora_a and lora_b, or -1
   float* scales;  // [R] its weight
   int64_t sample, first;
   int warp_m, warp_n, lane;
   Span in, out;     // this thread block's share
-  int tiles_in = 0, tiles = 0, tile = 0;  // how many pass through the ring, and which is next
+  int tiles_in = 0, tiles = 0, tile = 0;  // how many go through the ring, and the next one
 
   __device__ Tokens(const Adapt& op, char* shared, int64_t token_tile, int block)
       : op(op), stages(shared), sums(reinterpret_cast<float*>(stages + kStages * kStage)),
@@ -66,8 +66,8 @@ struct Tokens {
     return stages + stage * kStage + line * kLine + (at ^ (line & 7)) * 16;
   }
 
-  // 64 features of `tall` [tokens, features] and of `wide` [rows, features]. Where there is no `tall` (no base), its
-  // part of the stage is left as it is.
+  // Fetches 64 features of `tall` [tokens, features] and of `wide` [rows, features]. If `tall` is null (no base), its
+  // part of the stage is left unchanged.
   __device__ void fetch(int stage, const void* tall, const void* wide, int64_t features, int64_t begin) const {
     const int at = threadIdx.x % 8;
     const int64_t feature = begin + at * 8;
@@ -98,14 +98,14 @@ struct Tokens {
     end_of_copies();
   }
 
-  // Which tiles are to pass. The first of them are fetched.
+  // Sets which tiles go through the ring, and fetches the first ones.
   __device__ void begin(bool shrinks, bool expands) {
     tiles_in = shrinks ? static_cast<int>((in.end - in.begin) / kTileFeatures) : 0;
     tiles = tiles_in + (expands ? static_cast<int>((out.end - out.begin) / kTileFeatures) : 0);
     for (int ahead = 0; ahead < kStages - 1; ++ahead) fetch(ahead);
   }
 
-  // The stage of the next tile, which is there.
+  // Waits for the next tile and returns its stage.
   __device__ int next() {
     wait_for_copies<kStages - 2>();
     __syncthreads();
@@ -113,7 +113,7 @@ struct Tokens {
     return tile++ % kStages;
   }
 
-  // sums = this thread block's share of x . A^T, each warp's in its own part.
+  // sums = this thread block's share of x . A^T, each warp in its own part.
   __device__ void shrink() {
     float sum[R / 8][4] = {};
     while (tile < tiles_in) {
@@ -140,19 +140,19 @@ struct Tokens {
     }
   }
 
-  // Adds up the sums of tokens from `begin` to before `end`, scales and rounds them, and leaves them where keep() says.
-  // part(b): where block b's sums are. keep(each): calls each(left, up) of all who want them. In float16 a token's sums
-  // are scaled by a power of two to at most 1, because they may be larger than float16 can hold.
+  // Reduces the sums of tokens [begin, end), scales and rounds them, and stores them where keep() says. part(b): where
+  // block b's sums are. keep(each): calls each(left, up) for every destination. In float16 a token's sums are scaled by
+  // a power of two to at most 1, because they may exceed float16's range.
   template <class Part, class Keep>
   __device__ void add_up(int begin, int end, const Part& part, const Keep& keep) const {
-    constexpr int kFours = R / 4;  // threads a token
+    constexpr int kFours = R / 4;  // threads per token
     for (int at = 0; at < (end - begin) * kFours; at += kThreads) {
       const int place = at + threadIdx.x, token = begin + place / kFours, j = place % kFours * 4;
       const bool mine = token < end;
       float sum[4] = {};
       if (mine) {
 #pragma unroll
-        for (int other = 0; other < kTokenBlocks; ++other) {  // all on their way at once, added up in this order
+        for (int other = 0; other < kTokenBlocks; ++other) {  // all loads in flight at once, added in this order
           if (other >= op.blocks) break;
           const float* from = part(other) + token * kStride + j;
 #pragma unroll
@@ -203,7 +203,7 @@ struct Tokens {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int m = 0; m < 2; ++m) {  // rows lane / 4 and 8 more
+          for (int m = 0; m < 2; ++m) {  // rows lane / 4 and lane / 4 + 8
             char* place = piece(stage, 16 * warp_m + lane / 4 + 8 * m, 2 * columns + half) + lane % 4 * 4;
             float low = sum[half][2 * m] * scale[m], high = sum[half][2 * m + 1] * scale[m];
             if (op.base) {
@@ -226,7 +226,7 @@ struct Tokens {
     }
   }
 
-  // The smallest power of two that is above a number; 1 for zero, infinity and NaN, and near float32's end.
+  // The smallest power of two above a number; 1 for zero, infinity, NaN and numbers near float32's maximum.
   __device__ static float power_above(float number) {
     const int exponent = (__float_as_int(number) >> 23 & 0xff) + 1;
     return number > 0.f && exponent < 255 ? __int_as_float(exponent << 23) : 1.f;
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(32 * M * N, 2) adapt_in_cluster(const Adapt op
         for (int other = 0; other < op.blocks; ++other)
           leave(cluster.map_shared_rank(mine.left, other), cluster.map_shared_rank(mine.up, other));
       });
-  cluster.sync();  // from here on nobody touches another block's memory
+  cluster.sync();  // from here on no block accesses another's memory
   mine.expand();
 #endif
 }

@@ -1,4 +1,4 @@
-// The operators on a GPU: check every argument, then hand device pointers and torch's stream to the launchers.
+// GPU operators: check all arguments, then pass device pointers and torch's stream to the launchers.
 #include "operators.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -25,7 +25,7 @@ void check(const char* name, const Tensor& tensor, ScalarType type, std::initial
       " ", shape_of(tensor), tensor.is_cuda() ? "" : " elsewhere");
 }
 
-// Dense, and on an address that 16-byte reads may use.
+// Contiguous and 16-byte aligned.
 Tensor readable(const Tensor& tensor) {
   const Tensor whole = dense(tensor);
   return reinterpret_cast<uintptr_t>(whole.data_ptr()) % 16 ? torch::stable::clone(whole) : whole;
@@ -35,7 +35,7 @@ void done(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("slm_fast: CUDA: ") + cudaGetErrorString(status));
 }
 
-// What a card is, looked up once.
+// A GPU's properties, queried once.
 struct Card {
   int multiprocessors = 0, major = 0, most_shared = 0;
 
@@ -54,7 +54,7 @@ struct Card {
   }
 };
 
-// The tensor's device is the current one as long as this lives.
+// Makes the tensor's device current during its lifetime.
 struct OnDevice {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
@@ -72,7 +72,7 @@ Tensor like(const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType 
 
 namespace {
 
-// y, which may be base.
+// Computes y, which may alias base.
 void add_increments(
     const Tensor& given_x, const Tensor& given_a, const Tensor& given_b, const Tensor& given_ids,
     const Tensor& given_weights, const std::optional<Tensor>& given_base, const Tensor* given_y, Tensor& y) {
@@ -113,7 +113,7 @@ void add_increments(
     op.slot_ids = static_cast<const int64_t*>(slot_ids.data_ptr());
     op.weights = static_cast<const float*>(weights.data_ptr());
   };
-  // Scratch where blocks cannot read each other's memory.
+  // Scratch for GPUs whose blocks cannot read each other's memory.
   std::optional<Tensor> partial;
   const auto scratch = [&](int64_t numbers) -> float* {
     if (clusters) return nullptr;

@@ -1,9 +1,8 @@
-// retrieve on a GPU: mean of cosines over groups, or plain products, K <= 32. The specification is
-// slm_fast/ops/retrieve.py.
+// retrieve on a GPU: mean of cosines over groups, or dot products, K <= 32. Specified in slm_fast/ops/retrieve.py.
 //
-// Products are float64, by the tensor cores, so that scores rounded to float32 are the reference's and equal keys have
-// equal ones. Two launches: one scores the keys, for few of them (retrieve_few.cuh) or for many (retrieve_many.cuh), of
-// which each block keeps its best; one picks each query's best from all scores or all blocks' bests (best.cuh).
+// Products use float64 tensor cores, so that scores rounded to float32 match the reference and equal keys get equal
+// scores. Two launches: one scores the keys, few (retrieve_few.cuh) or many (retrieve_many.cuh, where each block keeps
+// its best); the other picks each query's best from all scores or all blocks' bests (best.cuh).
 #include "best.cuh"
 #include "kernels.h"
 #include "launch.h"
@@ -13,7 +12,7 @@
 namespace slm_fast::cuda {
 namespace {
 
-// A pair of launches: those queries of the call that begin at `first`.
+// A pair of launches: the call's queries from `first` on.
 struct Slab {
   RetrieveOnDevice on;
   int64_t first;
@@ -38,7 +37,7 @@ struct Lists {
   long long of[kMostPickWarps * kMostPicks];
 };
 
-// A block a query. Its warps pick from strips of the candidates, the first of them from what they picked.
+// One block per query. Its warps pick from strips of the candidates, then the first warp picks from their results.
 __global__ void __launch_bounds__(32 * kMostPickWarps) pick(const Slab slab) {
   __shared__ Lists lists;
   const Retrieve& op = slab.on.call;
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(32 * kMostPickWarps) pick(const Slab slab) {
     if (lane < k) lists.of[warp * k + lane] = best[0].mine;
     __syncthreads();
     if (warp > 0) return;
-    for (int begin = k; begin < warps * k; begin += kStrip) {  // its own it has
+    for (int begin = k; begin < warps * k; begin += kStrip) {  // it already has its own
 #pragma unroll
       for (int i = 0; i < kStrip / 32; ++i) {
         const int at = begin + i * 32 + lane;

@@ -1,6 +1,6 @@
 // Scores of few keys, or of rows too wide for the other kernel: a block has 16 keys and a tile of queries, and its
-// warps share the numbers of their rows out, so that all of them are read at once. The warps' products and squares meet
-// in shared memory and are added up in a fixed order.
+// warps split the rows' elements (split-K), so that all are read at once. The warps' products and squares are added up
+// in shared memory in a fixed order.
 #pragma once
 
 #include "kernels.h"
@@ -8,26 +8,26 @@
 
 namespace slm_fast::cuda {
 
-// N: tiles of 8 queries.
+// N: number of 8-query tiles.
 template <int N>
 struct FewShared {
-  static constexpr int kTile = 8 * N, kRow = kTile + 1;  // one more, so that a query's products meet all banks
+  static constexpr int kTile = 8 * N, kRow = kTile + 1;  // padded by one, so that a query's products hit all banks
   double products[kFewWarps][kKeyRows * kRow];
-  double squares[kFewWarps][kKeyRows + kTile];  // of keys and queries; then 1 / their lengths
+  double squares[kFewWarps][kKeyRows + kTile];  // of keys and queries; then their inverse lengths
 };
 
 template <class T, int N, bool kWhole>
 struct Few {
   static constexpr int kTile = 8 * N, kRow = FewShared<N>::kRow;
-  static constexpr int kAhead = N == 1 ? 6 : N == 2 ? 3 : 1;  // chunks, as registers have room
+  static constexpr int kAhead = N == 1 ? 6 : N == 2 ? 3 : 1;  // chunks, as registers allow
   static constexpr int kPairs = kKeyRows * kTile, kEach = (kPairs + kFewThreads - 1) / kFewThreads;
 
   const RetrieveOnDevice& on;
   const Retrieve& op;
   FewShared<N>& shared;
   int64_t slab;          // the first query of this launch
-  int d;                 // a group's numbers
-  int at_once, warps;    // groups that the warps work on at a time, warps that share one
+  int d;                 // elements per group
+  int at_once, warps;    // groups processed at a time, warps per group
   int warp, lane, quarter;
 
   __device__ Few(const RetrieveOnDevice& on, FewShared<N>& shared, int64_t slab)
@@ -35,7 +35,7 @@ struct Few {
         at_once(static_cast<int>(min(op.groups, int64_t{kFewWarps}))), warps(kFewWarps / at_once),
         warp(threadIdx.x / 32), lane(threadIdx.x % 32), quarter(lane % 4) {}
 
-  // Computed where they are needed: registers are short.
+  // Recomputed on each use to save registers.
   __device__ int64_t first_key() const { return static_cast<int64_t>(blockIdx.x) * kKeyRows; }
   __device__ int64_t first_query() const { return slab + static_cast<int64_t>(blockIdx.y) * kTile; }
 
@@ -50,7 +50,7 @@ struct Few {
     const int keys_left = static_cast<int>(min(op.slots - first_key(), int64_t{kKeyRows})) - row;
     const int queries_left = static_cast<int>(min(op.queries - first_query(), int64_t{kTile})) - row;
     Four<T, kWhole> key_ahead[kAhead][2], query_ahead[kAhead][N];
-    const auto fetch = [&](int r, int chunk) {  // zeros beyond the last row, and beyond a group's last number
+    const auto fetch = [&](int r, int chunk) {  // zeros past the last row and past a group's end
       const int at = chunk * kChunk, count = chunk < end ? d - at - column : 0;
 #pragma unroll
       for (int h = 0; h < 2; ++h) key_ahead[r][h].load(keys + h * eight + at, 8 * h < keys_left ? count : 0);
@@ -94,7 +94,7 @@ struct Few {
 #pragma unroll
     for (int i = 0; i < 2 + N; ++i) {
       const double sum = sum_of_row(square[i]);
-      if (quarter == 0) shared.squares[warp][8 * i + lane / 4] = sum;  // keys' rows are the first 16
+      if (quarter == 0) shared.squares[warp][8 * i + lane / 4] = sum;  // the keys' rows are the first 16
     }
   }
 

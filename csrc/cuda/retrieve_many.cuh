@@ -1,8 +1,8 @@
-// Scores of many keys: a block holds a tile of queries in shared memory, in float64 and of unit length, and goes
-// through its part of the pool 128 keys at a time, 16 a warp. Keys go from memory straight to the lanes that multiply
-// them, four chunks ahead, so that each is read once and memory stays busy: the floor is reading them. A tile's scores
-// meet in shared memory, where each warp picks the best of some of the queries; two such tiles, so that a warp may be
-// one ahead.
+// Scores of many keys: a block holds a tile of queries in shared memory, in float64 and normalised for cosine, and
+// loops over its part of the pool 128 keys at a time, 16 per warp. Keys are loaded straight into the registers of the
+// lanes that multiply them, four chunks ahead, so that each is read once and memory stays busy: the floor is reading
+// them. Scores go to shared memory, where each warp picks the best for some of the queries; they are double-buffered,
+// so that a warp may be one tile ahead.
 #pragma once
 
 #include "best.cuh"
@@ -11,7 +11,7 @@
 
 namespace slm_fast::cuda {
 
-// N: tiles of 8 queries.
+// N: number of 8-query tiles.
 template <class T, int N, bool kWhole>
 struct Many {
   static constexpr int kTile = 8 * N, kAhead = 4;
@@ -20,16 +20,16 @@ struct Many {
   const RetrieveCut& cut;
   double* queries;  // [kTile][row]
   float* scores;    // [2][kTile][kScoreRow]
-  int64_t first;    // query
+  int64_t first;    // this block's first query
   int64_t row;
-  int groups, d, chunks;  // groups of d numbers, so many chunks each
+  int groups, d, chunks;  // groups of d elements, chunks per group
   int warp, lane, quarter;
   int64_t end;  // of this block's part
 
-  // The round of chunks to read next: kAhead of one group of a tile's keys, or what is left of it.
+  // The next chunks to load: kAhead of one group of a tile's keys, or what is left of it.
   struct Next {
     int64_t keys;
-    const T* rows[2];  // where the group begins in this lane's two keys, and its own numbers in a chunk
+    const T* rows[2];  // start of the group in this lane's two keys, plus this lane's offset in a chunk
     int group, chunk, count;
   } next;
   Four<T, kWhole> ahead[kAhead][2];
@@ -83,7 +83,7 @@ struct Many {
     __syncthreads();
     if (!op.cosine) return;
     const int width = chunks * kChunk;
-    for (int i = threadIdx.x / 8; i < kTile * groups; i += kRetrieveThreads / 8) {  // 8 lanes a group, whole warps
+    for (int i = threadIdx.x / 8; i < kTile * groups; i += kRetrieveThreads / 8) {  // 8 lanes per group, whole warps
       double* group = queries + i / groups * row + i % groups * width;
       double square = 0;
       for (int n = threadIdx.x % 8; n < width; n += 8) square += group[n] * group[n];
@@ -95,7 +95,7 @@ struct Many {
     __syncthreads();
   }
 
-  // The scores of this warp's 16 keys, in the tensor cores' order.
+  // The scores of this warp's 16 keys, in the tensor cores' accumulator layout.
   __device__ void score_tile(int64_t keys, float (&score)[N][4]) {
     const double* group = queries + lane / 4 * row + 4 * quarter;
     for (int g = 0; g < groups; ++g, group += chunks * kChunk) {
@@ -132,7 +132,7 @@ struct Many {
 
   __device__ void end_group(
       int64_t keys, const double (&product)[N][4], const double (&square)[2], float (&score)[N][4]) const {
-    double factor[2];  // 1 / the keys' lengths, or their biases
+    double factor[2];  // the keys' inverse lengths, or their biases
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t key = keys + warp * kKeyRows + lane / 4 + 8 * h;

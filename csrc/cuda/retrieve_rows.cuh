@@ -1,4 +1,4 @@
-// What both kernels that score keys share: rows as the tensor cores' operands in float64.
+// Shared by both scoring kernels: rows as float64 tensor core operands.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@
 
 namespace slm_fast::cuda {
 
-constexpr double kShortest = 1e-24;  // a vector whose square is no larger (1e-12 long) has cosine 0 with everything
+constexpr double kShortest = 1e-24;  // vectors with at most this square (length 1e-12) have cosine 0 with everything
 
-// Four numbers of a row, on their way from memory. A lane's four are columns lane % 4 + {0, 4, 8, 12} of a product: in
-// which order a chunk's numbers are added up is free, as long as keys and queries have the same.
+// Four elements of a row, in flight from memory. A lane's four are columns lane % 4 + {0, 4, 8, 12} of a product: a
+// chunk may be summed in any order that keys and queries share.
 template <class T, bool kWhole>
 struct Four {
   using Bits = std::conditional_t<sizeof(T) == 4, uint4, uint2>;
@@ -39,10 +39,10 @@ __device__ inline double sum_of_row(double value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-// 1 / the length of a vector, 0 for one that is too short. A NaN among the numbers makes it 0 too.
+// 1 / the length of a vector; 0 if it is too short or contains NaN.
 __device__ inline double inverse_length(double square) { return square > kShortest ? rsqrt(square) : 0.0; }
 
-// A cosine of a key whose inverse length is 0 is 0, whatever the product is.
+// The cosine with a key whose inverse length is 0 is 0, whatever the product.
 __device__ inline float cosine_of(double product, double key_inverse) {
   return key_inverse > 0 ? static_cast<float>(product * key_inverse) : 0.f;
 }

@@ -1,6 +1,5 @@
-// Copies that go on by themselves and products of tiles of 16-bit numbers and of float64, as any card since sm_80 has
-// them, and kernels that begin before the one they follow has ended. What a CPU does in their place, for tests, is
-// tests/ops/cuda_on_host.h.
+// Asynchronous copies, tensor core products of 16-bit and float64 tiles (sm_80 and later), and programmatic dependent
+// launch. tests/ops/cuda_on_host.h replaces them on a CPU, for tests.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,19 +16,19 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, or 16 bytes of zeros. `from` must be readable either way.
+// Copies 16 bytes, or 16 zero bytes, to shared memory. `from` must be a readable global address either way.
 __device__ inline void copy_or_zero(void* to, const void* from, bool copied) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(copied ? 16 : 0));
 }
 __device__ inline void end_of_copies() { asm volatile("cp.async.commit_group;"); }
-// Until all but the last N groups of this thread's copies have arrived.
+// Waits until all but the last N groups of this thread's copies have arrived.
 template <int N>
 __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit numbers, lane l pointing at row l % 8 of matrix l / 8: to[m] has the two numbers of row
-// lane / 4 and columns 2 (lane % 4), + 1; transposed, of that column and those rows.
+// Four 8 x 8 matrices of 16-bit numbers, lane l pointing at row l % 8 of matrix l / 8. to[m] gets the two numbers in
+// row lane / 4 and columns 2 (lane % 4), + 1; transposed, in that column and those rows.
 __device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -43,8 +42,8 @@ __device__ inline void load_transposed(uint32_t (&to)[4], const void* row) {
                : "memory");
 }
 
-// sums [16, 8] += p [16, 16] . q [16, 8], in float32. p: matrices of rows 0-7 and 8-15 of columns 0-7, then of 8-15;
-// q0, q1: rows 0-7 and 8-15, transposed. sums: rows lane / 4 and 8 more, columns 2 (lane % 4), + 1.
+// sums [16, 8] += p [16, 16] . q [16, 8], in float32. p: rows 0-7 and 8-15 of columns 0-7, then of columns 8-15. q0,
+// q1: rows 0-7 and 8-15, transposed. sums: rows lane / 4, + 8, columns 2 (lane % 4), + 1.
 template <class T>
 __device__ inline void multiply(float (&sums)[4], const uint32_t (&p)[4], uint32_t q0, uint32_t q1) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>)
@@ -57,8 +56,8 @@ __device__ inline void multiply(float (&sums)[4], const uint32_t (&p)[4], uint32
                  : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "r"(q0), "r"(q1));
 }
 
-// sums [16, 8] += p [16, 16] . q [16, 8], in float64. p[2 t + h]: row lane / 4 + 8 h, column lane % 4 + 4 t. q[t]:
-// row lane % 4 + 4 t, column lane / 4. sums: rows lane / 4 and 8 more, columns 2 (lane % 4), + 1.
+// sums [16, 8] += p [16, 16] . q [16, 8], in float64. p[2 t + h]: row lane / 4 + 8 h, column lane % 4 + 4 t. q[t]: row
+// lane % 4 + 4 t, column lane / 4. sums: rows lane / 4, + 8, columns 2 (lane % 4), + 1.
 __device__ inline void multiply(double (&sums)[4], const double (&p)[8], const double (&q)[4]) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, "
@@ -77,8 +76,8 @@ __device__ inline void multiply(double (&sums)[4], const double (&p)[8], const d
 #endif
 }
 
-// On sm_90 a kernel launched to follow another may have its blocks placed once all of the other's have called the
-// first. What the other wrote is there after the second. Without such a launch both do nothing.
+// Programmatic dependent launch, on sm_90: the next kernel's blocks may start once all blocks of this one have called
+// let_next_begin(); its writes are visible after wait_for_previous(). In an ordinary launch both do nothing.
 __device__ inline void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -92,7 +91,7 @@ __device__ inline void wait_for_previous() {
 
 #endif
 
-// Two numbers side by side in 32 bits, the first in the lower half.
+// Two numbers packed into 32 bits, the first in the lower half.
 template <class T>
 __device__ inline uint32_t two(float first, float second) {
   const T low = static_cast<T>(first), high = static_cast<T>(second);

@@ -1,5 +1,5 @@
-// The one function of libtorch_cuda that the operators need, looked up when it is first called: if _C linked that
-// library, it would not load beside a torch without CUDA.
+// The only libtorch_cuda function that the operators need, looked up on first use: if _C linked that library, it would
+// not load where torch has no CUDA.
 #pragma once
 
 #include <dlfcn.h>
@@ -12,10 +12,10 @@ namespace slm_fast::cuda {
 
 // torch's current cudaStream_t on this device.
 inline void* current_stream(int32_t device) {
-  using Get = AOTITorchError (*)(int32_t device, void** stream);  // as shim.h has it where USE_CUDA is defined
+  using Get = AOTITorchError (*)(int32_t device, void** stream);  // as in shim.h with USE_CUDA
   static const Get get = [] {
     const char* name = "aoti_torch_get_current_cuda_stream";
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);  // only where torch has loaded it
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);  // only if torch has loaded it
     void* function = library ? dlsym(library, name) : nullptr;
     if (!function)
       throw std::runtime_error(

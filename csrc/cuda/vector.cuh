@@ -1,4 +1,4 @@
-// 16-byte reads and writes as floats.
+// 16-byte vector loads and stores of floats and 16-bit types, as float.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@ __device__ inline float to_float(T value) {
   return static_cast<float>(value);
 }
 
-// N numbers from an address that N * sizeof(T) bytes divide.
+// N numbers, from a 16-byte aligned address if they fill 16 bytes.
 template <int N, class T>
 __device__ inline void load(const T* from, float (&to)[N]) {
   if constexpr (N * sizeof(T) >= 16) {
