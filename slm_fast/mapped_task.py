@@ -218,15 +218,15 @@ def map_task(
     opening: Opening,
     *,
     checked: bool = False,
-    told: Callable[[Path], str] = lambda file: "",
+    on_damage: Callable[[Path], str] = lambda file: "",
 ) -> LearnedTask | None:
     """Map a task whose file was once read whole and checked, and then had this opening.
 
     Heads and the router's small tensors are views of the opening. Other tensors are views of the file, which the kernel
     reads on use and may evict. On first use of any of them the file is compared with the opening's digest, unless that
     was just done (`checked`). It does not cover tensors of `LATER`: on first use of any of these the whole file is
-    compared with `digest` and checked, and WorkError is raised as by `task_from_file`. If the file has changed, `told`
-    is called, and its result ends the error message.
+    compared with `digest` and checked, and WorkError is raised as by `task_from_file`. If the file has changed,
+    `on_damage` is called once, and its result ends the error message.
 
     Returns:
         The task; None if the file cannot be mapped, has another size, or the opening is inconsistent: reading the file
@@ -246,7 +246,7 @@ def map_task(
         whole = torch.from_file(str(path), shared=False, size=begin + layout.size, dtype=torch.uint8)
     except (OSError, RuntimeError, *LIES):
         return None
-    file = _File(path, whole, digest, opening.digest, header, told)
+    file = _File(path, whole, digest, opening.digest, header, on_damage)
     file.is_opened = checked
     tensors = whole[begin:]
     task = replace(
@@ -265,13 +265,14 @@ class _File:
         digest: expected SHA-256 of the whole file.
         opening: expected `Opening.digest`.
         header: its header.
-        told: called if a digest differs.
+        on_damage: called once if a digest differs; returns an addition to the error message.
     """
 
     def __init__(
-        self, path: Path, whole: Tensor, digest: str, opening: str, header: Header, told: Callable[[Path], str]
+        self, path: Path, whole: Tensor, digest: str, opening: str, header: Header, on_damage: Callable[[Path], str]
     ) -> None:
-        self.path, self.digest, self.opening, self.header, self.told = path, digest, opening, header, told
+        self.path, self.digest, self.opening, self.header, self.on_damage = path, digest, opening, header, on_damage
+        self._said = ""  # the error of a damaged file
         self.is_opened = self.is_whole = False  # whether they were checked
         self._whole = whole
 
@@ -298,7 +299,9 @@ class _File:
         return hashlib.sha256(self._data).hexdigest()
 
     def _damaged(self) -> WorkError:
-        return WorkError(f"{damaged(self.path, self._found(), self.digest)}{self.told(self.path)}")
+        if not self._said:
+            self._said = f"{damaged(self.path, self._found(), self.digest)}{self.on_damage(self.path)}"
+        return WorkError(self._said)
 
 
 class _Values(Mapping[str, tuple[Tensor, Tensor]]):

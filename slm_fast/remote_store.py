@@ -27,6 +27,7 @@ from slm_fast.task_file import check_digest
 CACHE = "SLM_FAST_CACHE"
 ENDPOINTS = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "s3a": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
     "gs": ("STORAGE_EMULATOR_HOST",),
     "gcs": ("STORAGE_EMULATOR_HOST",),
 }
@@ -107,17 +108,17 @@ class RemoteStore(Store):
                 check_digest(data, self.files[name], f"{self.where}/{path}")
             except (Gone, SlmError):
                 raise error from None
-            warn(f"{error}; it is brought again")
+            warn(f"{error}; downloading it again")
             with self._named_errors():
                 self._place(name, self.files[name], data)
             return data
 
     @staticmethod
-    def damaged(file: Path) -> str:
+    def on_damage(file: Path) -> str:
         """Delete a damaged file from the cache: the next opening downloads it again."""
         with suppress(OSError):
             file.unlink()
-        return "; opening the store again brings it anew"
+        return "; reopening the store downloads it again"
 
     def bring(self) -> None:
         """Update the cache to what the URL has now, if it differs. Raises as `open` does, and InputError if the store

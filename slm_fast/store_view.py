@@ -128,7 +128,7 @@ class StoreView:
         return read_file(self.file(name), self.files[name])
 
     @staticmethod
-    def damaged(file: Path) -> str:
+    def on_damage(file: Path) -> str:
         """Called with a file that proves damaged when a part of it is used; returns an addition to the error
         message."""
         return ""
@@ -163,8 +163,10 @@ class StoreView:
 
         def mapped(name: str, opening: Opening | None, *, checked: bool = False) -> LearnedTask | None:
             file, digest = self.file(name), self.files[name]
-            task = None if opening is None else map_task(file, digest, opening, checked=checked, told=self.damaged)
-            if opening is None or task is None or task.name != name:
+            if opening is None:
+                return None
+            task = map_task(file, digest, opening, checked=checked, on_damage=self.on_damage)
+            if task is None or task.name != name:
                 return None
             self._openings[digest], self._digests[digest] = opening, opening.digest
             return task

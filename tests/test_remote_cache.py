@@ -1,4 +1,4 @@
-"""The cache of a store at a URL: what it has lost, or has other bytes of, is brought again."""
+"""The cache of a store at a URL: what it has lost, or has other bytes of, is downloaded again."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_a_file_that_is_damaged_in_the_cache_is_brought_again(shelf, cache):
     brought()
     spoiled(cache / path_of("a", shelf))
     asked()
-    with pytest.warns(SlmWarning, match=r"damaged: SHA-256 is .*; it is brought again$"):
+    with pytest.warns(SlmWarning, match=r"damaged: SHA-256 is .*; downloading it again$"):
         assert brought() == contents([A, B])
     assert asked() == ["manifest.json", path_of("a", shelf)]
     assert tree(cache) == tree(shelf)
     spoiled(cache / path_of("b", shelf))
-    with pytest.warns(SlmWarning, match="brought again"):
+    with pytest.warns(SlmWarning, match="downloading it again"):
         assert RemoteStore.open(URL).verify() == []
 
 
@@ -74,10 +74,12 @@ def test_damage_that_is_found_when_a_part_is_used_is_mended_by_the_next_opening(
     lost = path_of("sea", shelf)
     data = spoiled(cache / lost)
     other = reopened(URL)
-    with pytest.raises(WorkError, match=r"damaged: SHA-256 is .*; opening the store again brings it anew$"):
+    with pytest.raises(WorkError, match=r"damaged: SHA-256 is .*; reopening the store downloads it again$"):
         other.model.router.parts[1]["factor"]
     assert not (cache / lost).exists()
     reopened(URL)
+    with pytest.raises(WorkError, match="damaged"):
+        other.model.router.parts[1]["factor"]  # a process that has the damaged file leaves the new one alone
     assert (cache / lost).read_bytes() == data
 
 

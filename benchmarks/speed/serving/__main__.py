@@ -160,7 +160,7 @@ class Bench:
                 for _ in range(chosen.rounds):
                     for name, one in running.items():
                         requests = requests_of(name, self.texts, chosen.rows)
-                        one.go_on()
+                        one.resume()
                         load(one.port, requests, clients, min(2.0, chosen.seconds))
                         rounds[name].append(load(one.port, requests, clients, chosen.seconds))
                         one.pause()

@@ -45,7 +45,8 @@ class Load:
         """Several rounds as one, their answers one round after another."""
         whole = Load()
         for one in rounds:
-            whole.answered += [whole.elapsed + at - min(one.answered) for at in one.answered]
+            first = min(one.answered, default=0.0)
+            whole.answered += [whole.elapsed + at - first for at in one.answered]
             whole.elapsed += one.elapsed
             whole.rows += one.rows
             whole.refused += one.refused
@@ -74,13 +75,13 @@ def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -
 
 
 def arrive(port: int, requests: Sequence[Request], rate: float, seconds: float, clients: int = 64) -> Load:
-    """Send requests at random times, `rate` per second on average however many are unanswered, for `seconds` seconds.
+    """Send `rate` requests per second for `seconds` seconds, however many are unanswered, at the random times of a
+    Poisson process with exactly so many arrivals.
 
     An answer's time counts from when its request was due. Raises RuntimeError for a failed answer.
     """
-    draw, due, times = random.Random(0), 0.0, []
-    while (due := due + draw.expovariate(rate)) < seconds:
-        times.append(due)
+    draw = random.Random(0)
+    times = sorted(draw.uniform(0.0, seconds) for _ in range(round(rate * seconds)))
     return _ask_all(port, requests, clients, lambda number, now: times[number] if number < len(times) else None)
 
 
@@ -150,10 +151,10 @@ class Running:
     group: int
 
     def pause(self) -> None:
-        """Stop all its processes until `go_on`: some servers use the CPU while they wait for requests."""
+        """Stop all its processes until `resume`: some servers use the CPU while they wait for requests."""
         os.killpg(self.group, signal.SIGSTOP)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         os.killpg(self.group, signal.SIGCONT)
 
 
