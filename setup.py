@@ -1,4 +1,4 @@
-"""Builds the extension slm_fast._C by calling CMake; everything else about the package stands in pyproject.toml."""
+"""Builds the extension slm_fast._C with CMake. All other package metadata is in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BuildWithCMake(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        (build / "CMakeCache.txt").unlink(missing_ok=True)  # it names files of an isolated build folder that is gone
+        (build / "CMakeCache.txt").unlink(missing_ok=True)  # it refers to an isolated build folder that is gone
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DSLM_FAST_CUDA={os.environ.get('SLM_FAST_CUDA', 'auto')}"]
         configure += [f"-DSLM_FAST_OUTPUT={output}", *os.environ.get("CMAKE_ARGS", "").split()]
@@ -33,10 +33,11 @@ class BuildWithCMake(build_ext):
 
 
 def torch_for_headers() -> list[str]:
-    """What to put into the build's own environment: a torch, only where none is installed.
+    """The torch requirement of the build environment; empty if torch is already installed.
 
-    An exact version: with a range pip takes the newest, whatever `-c` says, and that is gigabytes. Any from 2.10 on
-    builds the same; the user's own constraint goes first, because older pips apply it here and a second pin clashes.
+    The version is exact: for a range pip takes the newest, which ignores `-c` and downloads gigabytes. Every version
+    from 2.10 on gives the same build. The user's own constraint comes first, because older versions of pip apply it
+    here, where a second pin would conflict.
     """
     if runpy.run_path(str(ROOT / "csrc/find_torch.py"))["installed_torch"]() is not None:
         return []

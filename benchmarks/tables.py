@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,15 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], notes: Mapping[str,
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def not_in(
+    found: Iterable[Mapping[str, Any]], path: Path, key: Callable[[Mapping[str, Any]], object]
+) -> list[dict[str, Any]]:
+    """The rows of a CSV file that a new run has not measured again: none of the rows it `found` has the same key. Empty
+    if there is no such file."""
+    new = {key(row) for row in found}
+    return [row for row in read_csv(path) if key(row) not in new] if path.exists() else []
 
 
 def read_head(path: Path) -> dict[str, str]:

@@ -63,8 +63,8 @@ PYBIND11_MODULE(_C, module) {
 #endif
         return info;
       },
-      "The compiler, the instruction sets compiled in, the one chosen for this processor, and the CUDA compiler and\n"
-      "architectures, or False.");
+      "Compiler, compiled instruction sets, the set selected for this CPU, and the CUDA compiler and architectures (False\n"
+      "without CUDA).");
   module.def(
       "decode_cut",
       [](int64_t rows, int64_t features_in, int64_t features_out, int multiprocessors) {
@@ -77,7 +77,7 @@ PYBIND11_MODULE(_C, module) {
         }
         return std::make_pair(in, out);
       },
-      "How the CUDA decode kernel shares out a row: the spans of in-features and of out-features, one a block.");
+      "Partition of a row by the CUDA decode kernel: one range of in-features and one of out-features per block.");
   module.def(
       "token_cut",
       [](int64_t samples, int64_t tokens, int64_t rank, int64_t features_in, int64_t features_out, int multiprocessors,
@@ -91,8 +91,8 @@ PYBIND11_MODULE(_C, module) {
         }
         return std::make_tuple(cut.tile, in, out, tokens_shared(cut.tile, token_columns(rank)));
       },
-      "How the CUDA kernel for many tokens cuts its work: tokens a tile, the spans of in- and of out-features of the\n"
-      "blocks that share one, and their shared bytes.");
+      "Partition by the CUDA kernel for many tokens: tokens per tile, the ranges of in- and of out-features of the blocks\n"
+      "that share a tile, and their bytes of shared memory.");
   module.def(
       "retrieve_cut",
       [](int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t k, bool whole, int multiprocessors,
@@ -101,11 +101,11 @@ PYBIND11_MODULE(_C, module) {
             queries, slots, width, groups, k, whole, multiprocessors, most_shared);
         return std::make_tuple(cut.few, cut.tile, cut.parts, cut.span, cut.slab, cut.shared, cut.pick_warps);
       },
-      "How the CUDA retrieve kernels cut their work: whether the keys are few, queries a block, parts of the pool, keys a\n"
-      "part, queries a pair of launches, shared bytes, and warps that pick a query's best.");
+      "Partition by the CUDA retrieve kernels: whether the path for few keys is taken, queries per block, parts of the\n"
+      "pool, keys per part, queries per pair of launches, bytes of shared memory, and warps that select a query's top K.");
   module.def(
       "poison_memory", [](bool on) { __atomic_store_n(&slm_fast::poisons_memory, on, __ATOMIC_RELAXED); },
-      "For tests: whether memory that native code gets and nobody has written reads as NaN, or as an id out of range.");
+      "For tests: fill memory that native code allocates with NaN, or with indices out of range.");
   module.def(
       "read_scratch",
       [](int64_t count) {
@@ -113,5 +113,5 @@ PYBIND11_MODULE(_C, module) {
         slm_fast::kernels().read_scratch(bytes.data(), count);
         return pybind11::bytes(bytes);
       },
-      "For tests: the first `count` bytes of a kernel's new scratch memory, as nobody has written them.");
+      "For tests: the first `count` bytes of a kernel's new, uninitialised scratch memory.");
 }

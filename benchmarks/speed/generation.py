@@ -32,7 +32,7 @@ from benchmarks.speed.layers import base_only, released, replace_layers
 from benchmarks.speed.tasks import random_tasks
 from benchmarks.speed.texts import task
 from benchmarks.speed.timing import Times, percentiles
-from benchmarks.tables import RESULTS, read_csv, table, write_csv
+from benchmarks.tables import RESULTS, not_in, table, write_csv
 from slm_fast import ScalableLM
 
 TASKS = 5
@@ -192,8 +192,7 @@ def main() -> int:
     writers = Writers(copies(*endless(*loaded)), prompts, arguments.batch_size, arguments.alone)
     done = lines(measure(writers, arguments.new_tokens, arguments.rounds), name, arguments)
     print(table(done))
-    kept: list[dict[str, Any]] = list(read_csv(arguments.output)) if arguments.output.exists() else []
-    rows = [row for row in kept if (row["model"], row["dtype"]) != (name, arguments.dtype)] + done
+    rows = not_in(done, arguments.output, lambda row: (row["model"], row["dtype"])) + done
     write_csv(arguments.output, rows)
     plot(arguments.output.with_suffix(".png"), rows)
     return 0

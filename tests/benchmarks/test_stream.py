@@ -189,7 +189,7 @@ def test_a_run_in_processes_of_their_own_ends_in_a_table(stream, tiny, tmp_path,
     assert run.main(call) == 0
     said = capsys.readouterr()
     assert "[1/1] separate:epochs=1, seed 0" in said.err
-    assert "Separate LoRA, task-ID given" in said.out
+    assert "Separate, one LoRA per task, oracle" in said.out
     assert run.main(call) == 0
     assert "1 of 1 already done" in capsys.readouterr().err
     assert run.main([*call, "--test", "3"]) == 2

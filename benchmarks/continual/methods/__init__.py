@@ -32,20 +32,20 @@ from slm_fast.options import LearnOptions, ModelConfig
 
 METHODS = {
     "slm": Entry("SLM, trunk + gaussian (the default)", Slm),
-    "slm-ti": Entry("SLM, task-ID given", partial(Slm, told=True), told=True),
+    "slm-ti": Entry("SLM, oracle", partial(Slm, told=True), told=True),
     "slm-paper": Entry(
-        "SLM, sentence + dtkr (as the paper)", partial(Slm, query="sentence", router="dtkr", encoder="minilm")
+        "SLM, sentence + dtkr (as in the paper)", partial(Slm, query="sentence", router="dtkr", encoder="minilm")
     ),
-    "separate": Entry("Separate LoRA, task-ID given", Separate, told=True),
-    "joint": Entry("Joint, all tasks so far together", Joint),
-    "finetune": Entry("Finetune, one model in sequence", Finetune),
-    "replay": Entry("Replay, 1 % of rows kept", Replay),
+    "separate": Entry("Separate, one LoRA per task, oracle", Separate, told=True),
+    "joint": Entry("Joint training on all tasks so far", Joint),
+    "finetune": Entry("Sequential finetuning", Finetune),
+    "replay": Entry("Replay, 1 % of rows", Replay),
     "ewc": Entry("EWC", Ewc),
-    "mbpa": Entry("MbPA++, adapted to each row", Mbpa),
-    "idbr": Entry("IDBR, 1 % of rows kept", Idbr, ("encoder",)),
+    "mbpa": Entry("MbPA++", Mbpa),
+    "idbr": Entry("IDBR, 1 % of rows", Idbr, ("encoder",)),
     "olora": Entry("O-LoRA", OLora),
-    "prompt": Entry("Prompt tuning, one prompt in sequence", PromptTuning),
-    "progressive": Entry("Progressive Prompts, task-ID given", ProgressivePrompts, told=True),
+    "prompt": Entry("Sequential prompt tuning", PromptTuning),
+    "progressive": Entry("Progressive Prompts, oracle", ProgressivePrompts, told=True),
     "lfpt5": Entry("LFPT5", Lfpt5, ("seq2seq",)),
     "dtkr-prompt": Entry("DTKR + Prompt", DtkrPrompt),
     "dtkr-adapter": Entry("DTKR + Adapter", DtkrAdapter, ("encoder", "causal")),

@@ -34,7 +34,7 @@ import torch
 from benchmarks.figures import panels
 from benchmarks.speed.inference.sections import BACKBONES, SECTIONS, claims, profile
 from benchmarks.speed.inference.ways import BARE, OURS
-from benchmarks.tables import RESULTS, read_csv, table, write_csv
+from benchmarks.tables import RESULTS, not_in, read_csv, table, write_csv
 
 Part = tuple[str, ...]  # section, backbone, dtype
 
@@ -50,9 +50,7 @@ def merge(path: Path, found: list[dict[str, Any]], *, ways: bool = False) -> lis
     def key(row: Mapping[str, Any]) -> Part:
         return (*part_of(row), row["way"]) if ways else part_of(row)
 
-    new = {key(row) for row in found}
-    kept = [row for row in read_csv(path) if key(row) not in new] if path.exists() else []
-    return sorted([*kept, *found], key=part_of)
+    return sorted([*not_in(found, path, key), *found], key=part_of)
 
 
 def plot(rows: Sequence[Mapping[str, str]], path: Path) -> None:

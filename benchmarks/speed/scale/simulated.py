@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from benchmarks.figures import pyplot
 from benchmarks.speed.scale.simulator import Costs, Setting, rate, waits
 from benchmarks.speed.scale.stores import TRAFFIC, make, traffic
 from benchmarks.speed.serving.__main__ import OURS, server
-from benchmarks.speed.serving.load import Request, arrive, load
+from benchmarks.speed.serving.load import Request, Running, arrive, load
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM
 from slm_fast.data import Row
@@ -151,15 +152,15 @@ def rates_held(folder: Path, costs: Costs, rows: int) -> list[Line]:
 
 def served_costs(few: Path, costs: Costs) -> Costs:
     """The costs of the server for single rows over HTTP, from one client and from 32 clients that keep asking."""
-    with serve(few) as port:
+    with serve(few) as running:
         requests = asked(few, 0.0)
-        load(port, requests, 32, 2.0)
-        alone, many = load(port, requests, 1, 5.0), load(port, requests, 32, 10.0)
+        load(running.port, requests, 32, 2.0)
+        alone, many = load(running.port, requests, 1, 5.0), load(running.port, requests, 32, 10.0)
     row = (32 / many.rows_per_second - costs.batch) / 32
     return replace(costs, row=row, request=max(0.0, 1 / alone.rows_per_second - costs.batch - row))
 
 
-def serve(folder: Path, *more: str) -> Any:
+def serve(folder: Path, *more: str) -> AbstractContextManager[Running]:
     return server(OURS, folder, "float32", 1, *more)
 
 
@@ -172,15 +173,18 @@ def asked(folder: Path, exponent: float, rows: int = TRAFFIC) -> list[Request]:
 
 
 def waits_held(folder: Path, count: int, size: int, costs: Costs, rows: int, seconds: float) -> list[Line]:
-    """The server with room for a tenth of the values, at shares of its full load."""
+    """The server with room for a tenth of the values, at shares of its full load, after it has read every task once."""
     found = []
     room = count // 10
     setting = Setting(count, LAWS["zipf"], room, rows=rows, keys=TOLD)
-    with serve(folder, "--device-memory", str(room * size)) as port:
+    with serve(folder, "--device-memory", str(room * size)) as running:
         requests = asked(folder, LAWS["zipf"], 1 << 16)
-        load(port, requests, 32, min(10.0, seconds))
+        names = zip(requests[:count], Store.open(folder).files, strict=True)
+        once = [(path, body | {"model": name}, 1) for (path, body, _), name in names]
+        arrive(running.port, once, rate(costs, setting), count / rate(costs, setting), 32)
+        load(running.port, requests, 32, min(10.0, seconds))
         for share in LOADS:
-            met = arrive(port, requests, share * rate(costs, setting), seconds)
+            met = arrive(running.port, requests, share * rate(costs, setting), seconds)
             simulated = 1000 * waits(costs, setting, share)
             for place in (0.5, 0.99):
                 name = f"p{100 * place:g} ms"
