@@ -1,4 +1,4 @@
-"""The command line, called in this process as a shell would see it."""
+"""Runs the command line in this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slm_fast import cli
 
 
 def slm_fast(*arguments: object, stdin: str | bytes = "") -> subprocess.CompletedProcess[str]:
-    """Run the command in this process, as a shell would see it."""
+    """Run the command in this process; returns what subprocess.run would: status and decoded output."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):

@@ -1,4 +1,4 @@
-"""What every operator test shares: it runs once for each backend that serves its operator on each device present."""
+"""Shared fixtures. Each operator test runs once per available device and per backend that supports its operator."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never access the network
 if not torch.cuda.is_available():
-    # Triton's kernels run as NumPy on CPU tensors. Read when they are defined, so it stands before the package.
+    # Runs Triton kernels on CPU tensors in NumPy. Read when kernels are defined, so set before importing the package.
     os.environ["TRITON_INTERPRET"] = "1"
 
 from slm_fast import ops
@@ -22,19 +22,19 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`device` in tests/ops/test_<operator>.py: a device, with one backend of that operator insisted on."""
+    """Parametrise `device` in tests/ops/test_<operator>.py over devices and the backends of that operator."""
     if "device" in metafunc.fixturenames:
         stem = metafunc.module.__name__.rpartition("test_")[2]
         runs = [(b.name, device) for device in DEVICES for b in ops.backends(device) if stem in b.operators]
-        # A backend that serves only some sizes runs in turns with those that serve the rest, as it does for users.
+        # If a backend supports only some sizes, also run without a forced backend, which chooses one by size.
         some = [d for d in DEVICES if any(f"{stem}:" in "".join(b.operators) for b in ops.backends(d))]
         runs += [("preferred", device) for device in some]
         metafunc.parametrize("device", runs, ids=["-".join(run) for run in runs], indirect=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Triton's interpreter takes a thousand times as long as a GPU: of a test with many cases it runs every fifth, or
-    all with SLM_FAST_INTERPRET_ALL=1."""
+    """In Triton's interpreter, a thousand times slower than a GPU, run only every fifth case of tests with more than
+    15. SLM_FAST_INTERPRET_ALL=1 runs all."""
     if os.environ.get("SLM_FAST_INTERPRET_ALL") == "1":
         return
     cases: dict[str, list[pytest.Item]] = {}
@@ -56,19 +56,19 @@ def device(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def interpreted(request: pytest.FixtureRequest) -> bool:
-    """Whether this run is Triton's on a CPU, a thousand times as slow."""
+    """Whether this test runs in Triton's interpreter on a CPU, which is a thousand times slower than a GPU."""
     return "[triton-cpu" in request.node.nodeid
 
 
 @pytest.fixture
 def few_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models made in this process have 64 random features rather than 2,048, whose statistics cost a task seconds."""
+    """Limit the default to 64 random features: the statistics of 2,048 take seconds per task."""
     monkeypatch.setattr("slm_fast.configure.MAX_FEATURES", 64)
 
 
 @pytest.fixture
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the store whose URL is `shelf.URL`; a cache that is this test's alone."""
+    """The folder behind the store URL `shelf.URL`. The test gets its own cache."""
     from shelf import put_up
 
     return put_up(tmp_path, monkeypatch)
@@ -76,7 +76,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def cache(shelf: Path) -> Path:
-    """The folder that this store is brought into."""
+    """The cache folder that the store at `shelf.URL` is downloaded to."""
     from shelf import URL
 
     from slm_fast.remote_store import cache_of
@@ -86,7 +86,7 @@ def cache(shelf: Path) -> Path:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """An interrupt ends this process and those it starts, though shells have what runs in the background ignore it."""
+    """Handle SIGINT in this process and its children, although shells make background jobs ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""Tiny configurations of the families of slm_fast.families that models.py does not have: pure data."""
+"""Tiny configurations of the model families that models.py lacks: data only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 WIDTH, LAYERS, POSITIONS = 32, 3, 128
 _GEMMA = {"head_dim": 8, "initializer_range": 0.2, "sliding_window": 64, "query_pre_attn_scalar": 8}
 
-# A model type (with a word after a colon, a variant) -> its kind, its class, what its configuration has of its own.
+# Model type (a word after a colon names a variant) -> kind, class, settings of its configuration.
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3": ("causal", "Qwen3ForCausalLM", {"initializer_range": 0.2, "head_dim": 8}),
     "gemma3_text": (
@@ -79,7 +79,7 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
-# Those that are in no row of the table: what is found by their structure, and what is refused.
+# Model types that are not in the table of families: layers found by structure, or model refused.
 FOUND: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_neox": ("causal", "GPTNeoXForCausalLM", {"initializer_range": 0.2}),
     "opt": ("causal", "OPTForCausalLM", {"init_std": 0.2, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0}),
@@ -92,6 +92,6 @@ FOUND: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pegasus": ("seq2seq", "PegasusForConditionalGeneration", {"init_std": 0.2, "decoder_start_token_id": 0}),
 }
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "albert": ("encoder", "AlbertModel", {"embedding_size": 16}),  # one layer that runs three times
-    "fnet": ("encoder", "FNetModel", {}),  # mixes what is padding with what is not
+    "albert": ("encoder", "AlbertModel", {"embedding_size": 16}),  # one shared layer that runs three times
+    "fnet": ("encoder", "FNetModel", {}),  # mixes padding with real tokens
 }

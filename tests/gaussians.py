@@ -1,4 +1,4 @@
-"""Queries of made-up tasks, and the closed form that the gaussian router is held against."""
+"""Random queries of toy tasks, and the closed form that the gaussian router is compared with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WIDTH = 12
 
 
 def draw(rows: int, seed: int, *, width: int = WIDTH, mean: float = 1.0) -> Tensor:
-    """Queries [rows, width] of one task: a mean of its own and a correlated spread that all tasks share."""
+    """Queries [rows, width] of one task: Gaussian, with a mean of its own and a covariance that all tasks share."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=torch.Generator().manual_seed(7))
     centre = mean * torch.randn(width, generator=generator)
@@ -18,7 +18,7 @@ def draw(rows: int, seed: int, *, width: int = WIDTH, mean: float = 1.0) -> Tens
 
 
 def closed_form(queries: list[Tensor], asked: Tensor) -> np.ndarray:
-    """log N(asked; m_p, S) [B, P] in numpy float64, up to what all slots of a row share.
+    """log N(asked; m_p, S) [B, P] in numpy float64, up to a constant per row.
 
     S is the pooled covariance with the oracle-approximating shrinkage of scikit-learn (Chen et al. 2010).
     """

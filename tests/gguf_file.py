@@ -1,4 +1,4 @@
-"""A tiny random LLaMA as a GGUF file: written as llama.cpp does, with some weights quantised."""
+"""Writes a tiny random LLaMA as a GGUF file in llama.cpp's layout, with matrices quantised."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LINEARS = {
 
 
 def write_gguf(path: Path, seed: int = 0) -> transformers.LlamaForCausalLM:
-    """Write the file; the model that it holds, with the rounding of its quantised weights (Q8_0)."""
+    """Write the file and return its model, with weights as they are after quantisation (Q8_0) and dequantisation."""
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "th", "in", "the"]
     config = transformers.LlamaConfig(
         vocab_size=len(tokens),
@@ -61,7 +61,7 @@ def write_gguf(path: Path, seed: int = 0) -> transformers.LlamaForCausalLM:
     file.add_tokenizer_model("gpt2")
     file.add_tokenizer_pre("smollm")
     file.add_token_list(tokens)
-    file.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])  # control tokens, then ordinary ones
+    file.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])  # control tokens, then normal ones
     file.add_token_merges(["t h", "i n", "th e"])
     file.add_bos_token_id(1)
     file.add_eos_token_id(2)
@@ -74,7 +74,7 @@ def write_gguf(path: Path, seed: int = 0) -> transformers.LlamaForCausalLM:
         values = weight.detach().numpy()
         kind = gguf.GGMLQuantizationType.Q8_0 if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         rows = np.arange(len(values))
-        if heads is not None:  # llama.cpp pairs the features that a rotation turns in another order
+        if heads is not None:  # rotary pairs: halves in transformers, interleaved in llama.cpp
             rows = rows.reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
         packed = gguf.quants.quantize(values[rows], kind)
         file.add_tensor(name, packed, raw_dtype=kind)

@@ -1,4 +1,4 @@
-"""Breaking off a call at each of its lines."""
+"""Interrupts a call at each line in turn."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 
 def broken_off(call: Callable[[], object], *modules: ModuleType) -> Iterator[int]:
-    """Runs `call` again and again, each time breaking it off a line of the modules' code later, until it runs through.
-    Yields after each time it was broken off, so that a test can look at what it left behind."""
+    """Run `call` repeatedly, each time raising KeyboardInterrupt one line of the modules' code later, until the call
+    completes. Yields after each interrupted run, so that a test can check the state it left behind."""
     files = {module.__file__ for module in modules}
     last = 0
     while True:

@@ -1,4 +1,4 @@
-"""Tiny random backbones, toy tasks and random learned tasks: everything the model tests are made of, all seeded."""
+"""Seeded building blocks of the model tests: tiny random backbones, toy tasks and random learned tasks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from slm_fast.store import task_to_bytes
 from slm_fast.tasks import LearnedTask, name_seed
 
 TOPICS = ("sea", "farm", "city", "sky")
-CUES = {"yes": "good", "no": "bad"}  # label -> the stem of the words that give it away
+CUES = {"yes": "good", "no": "bad"}  # label -> stem of its cue words
 WORDS = (
     [f"{topic}{i}" for topic in TOPICS for i in range(20)]
     + [f"{stem}{i}" for stem in CUES.values() for i in range(4)]
@@ -34,7 +34,7 @@ WORDS = (
 DEMO = Path(__file__).parents[1] / "slm_fast" / "demo"
 DEMO_TASKS = ("gadget_reviews", "help_desk", "news_desk", "recipe_steps", "restaurant_reviews")
 
-# A model type -> its kind, its class, and what its small configuration has of its own.
+# Model type -> kind, class, settings of its tiny configuration.
 BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("encoder", "BertModel", {"initializer_range": 0.2}),
     "roberta": ("encoder", "RobertaModel", {"initializer_range": 0.2}),
@@ -50,14 +50,14 @@ BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("causal", "Qwen2ForCausalLM", {"initializer_range": 0.2}),
 }
 KNOWN = BACKBONES | OTHERS | FOUND | REFUSED
-FAMILIES = ("bert", "t5", "llama")  # one of each kind
+FAMILIES = ("bert", "t5", "llama")  # one per kind
 GENERATORS = ("t5", "llama")
 WRITERS = [name for name, (kind, _, _) in BACKBONES.items() if kind != "encoder"]
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small only lose time to a second thread. A test module imports this to have it."""
+    """Run torch on one thread, which is faster for such small models. Active in each test module that imports it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -121,27 +121,27 @@ def _model(name: str, seed: int) -> transformers.PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(model_class.config_class(**sizes, **special | own))
-        for parameter in model.parameters():  # biases and norms start constant; a test must see them too
+        for parameter in model.parameters():  # make biases and norm weights non-constant
             if parameter.dim() == 1:
                 parameter.data += 0.1 * torch.randn(parameter.shape)
         if kind != "encoder":
-            # So that some texts end before others.
+            # Makes some texts end earlier than others.
             model.get_output_embeddings().weight.data[special["eos_token_id"]] *= 2.5
     return model.eval().requires_grad_(False)
 
 
 def make_model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
-    """A tiny random model of this type, the same for the same seed."""
+    """A new copy of the tiny random model of this type and seed."""
     return copy.deepcopy(_model(name, seed))
 
 
 def make_slm(name: str, seed: int = 0, **config: Any) -> ScalableLM:
-    """A ScalableLM over `make_model`, which knows no tasks."""
+    """A ScalableLM over `make_model`, without tasks."""
     return ScalableLM.from_backbone(make_model(name, seed), tokenizer=make_tokenizer(name), **config)
 
 
 def beside_its_backbone(folder: Path, tasks: Callable[[ScalableLM], Sequence[LearnedTask]]) -> Path:
-    """A store of tasks for a BERT whose files lie beside it, so that other processes and the command line find it."""
+    """Save a BERT and a store of tasks for it, which other processes can open; returns the store's path."""
     make_model("bert").save_pretrained(folder / "bert")
     make_tokenizer("bert").save_pretrained(folder / "bert")
     slm = ScalableLM.from_backbone(str(folder / "bert"))
@@ -151,12 +151,12 @@ def beside_its_backbone(folder: Path, tasks: Callable[[ScalableLM], Sequence[Lea
 
 
 def reopened(path: Path, name: str = "bert", **options: Any) -> ScalableLM:
-    """A store opened again, over a model that nobody touched."""
+    """The store at `path`, opened over a fresh copy of its backbone."""
     return ScalableLM.from_pretrained(path, backbone=make_model(name), tokenizer=make_tokenizer(name), **options)
 
 
 def sentence(topic: str, rng: random.Random, *, cue: str | None = None, words: int | None = None) -> str:
-    """Words of one topic, two cues among them if a label is to be recognised."""
+    """Random words of one topic, by default 3 to 14, with two cue words inserted if `cue` is given."""
     chosen = [f"{topic}{rng.randrange(20)}" for _ in range(words or rng.randint(3, 14))]
     for _ in range(2 if cue else 0):
         chosen.insert(rng.randrange(len(chosen) + 1), f"{cue}{rng.randrange(4)}")
@@ -164,7 +164,7 @@ def sentence(topic: str, rng: random.Random, *, cue: str | None = None, words: i
 
 
 def toy_task(name: str, topic: str | None = None, rows: int = 32, seed: int = 0, *, instruction: str = "") -> Task:
-    """Texts of one topic, labelled yes or no by the cue words in them (or as text to write, with an instruction)."""
+    """Texts of one topic whose cue words show the label, yes or no; with an instruction, the label is the output."""
     rng = random.Random(f"{name}/{seed}")
     pairs = []
     for i in range(rows):
@@ -176,7 +176,7 @@ def toy_task(name: str, topic: str | None = None, rows: int = 32, seed: int = 0,
 
 
 def texts_of(*tasks: Task) -> list[str]:
-    """The texts of all rows, tasks taken in turn so that they mix."""
+    """Texts of all rows, alternating between the tasks."""
     most = max(len(task.rows) for task in tasks)
     return [task.rows[i].text for i in range(most) for task in tasks if i < len(task.rows)]
 
@@ -191,7 +191,7 @@ def random_task(
     labels: Sequence[str] | None = ("no", "yes"),
     scale: float = 1.0,
 ) -> LearnedTask:
-    """A task with random non-zero increments and head, that the router knows by texts of its topic."""
+    """A task with random LoRA values and head, and router statistics of random texts of its topic."""
     generator = torch.Generator().manual_seed(name_seed(name, 0))
 
     def draw(*shape: int) -> Tensor:
@@ -212,33 +212,33 @@ def random_task(
 
 
 def knows(slm: ScalableLM, *tasks: LearnedTask) -> ScalableLM:
-    """`slm` with these tasks and no others."""
+    """Replace all tasks of `slm` by these, and return it."""
     slm._set(tasks)
     return slm
 
 
 def farm_and_sea(slm: ScalableLM) -> list[LearnedTask]:
-    """Two random tasks of unlike ranks, which `slm` now knows."""
+    """Replace the tasks of `slm` by two random ones of different ranks, and return these."""
     tasks = [random_task(slm, "farm"), random_task(slm, "sea", rank=3)]
     knows(slm, *tasks)
     return tasks
 
 
 def on_gpu(name: str) -> ScalableLM:
-    """A model on a GPU that knows farm and sea."""
+    """A model on a GPU with the tasks farm and sea."""
     slm = ScalableLM.from_backbone(make_model(name).cuda(), tokenizer=make_tokenizer(name))
     farm_and_sea(slm)
     return slm
 
 
 def mixed_texts(count: int, seed: int = 0) -> list[str]:
-    """Texts of those two topics, from one word to thirty."""
+    """Random texts of the topics sea and farm, of 1 to 30 words."""
     rng = random.Random(seed)
     return [sentence(rng.choice(("sea", "farm")), rng, words=rng.choice((1, 2, 5, 9, 16, 30))) for _ in range(count)]
 
 
 def bits(slm: ScalableLM) -> tuple[Tensor, ...]:
-    """What answering depends on, and answers, of a model with a gaussian router."""
+    """A gaussian router's state, and routes, scores and distances for fixed texts: for bitwise comparison of models."""
     texts = mixed_texts(12)
     queries = slm.model.queries([Row(text) for text in texts])
     route = slm.model.route(queries)
@@ -247,7 +247,7 @@ def bits(slm: ScalableLM) -> tuple[Tensor, ...]:
 
 
 def pool_values(tasks: Sequence[LearnedTask], module: str) -> list[tuple[Tensor, Tensor]]:
-    """(lora_a [r, I], lora_b [r, O]) of each slot of the pool: tasks in name order, slots in theirs."""
+    """(lora_a [r, I], lora_b [r, O]) of each slot, in the order of the pool: tasks by name, then their slots."""
     return [
         (a, b) for task in sorted(tasks, key=lambda task: task.name) for a, b in zip(*task.values[module], strict=True)
     ]
@@ -255,9 +255,9 @@ def pool_values(tasks: Sequence[LearnedTask], module: str) -> list[tuple[Tensor,
 
 @torch.no_grad()
 def merge(model: nn.Module, tasks: Sequence[LearnedTask], route: RouteTaken) -> nn.Module:
-    """A copy of the bare model with a route's increments added to its weights: W += sum_k w_k (A_k' B_k)'.
+    """A copy of the bare model with a route's increments merged into its weights: W += sum_k w_k (A_k' B_k)'.
 
-    "module[word]" is a part of a fused module: query, key and value lie one after the other, and so do gate and up.
+    "module[word]" is a part of a fused module, which concatenates query, key and value, or gate and up.
     """
     merged = copy.deepcopy(model)
     for name in tasks[0].values:
@@ -278,7 +278,7 @@ def route_of(ids: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -
 
 @functools.cache
 def demo_slm() -> ScalableLM:
-    """MiniLM with the first rows of the five demo tasks learned for one epoch. Shared by tests: look, don't teach."""
+    """MiniLM that learned 40 rows of each demo task for one epoch. Cached and shared by tests: do not modify it."""
     slm = ScalableLM.from_backbone("minilm")
     for name in DEMO_TASKS:
         rows = Task.from_file(name, DEMO / f"{name}.train.csv").rows
@@ -286,7 +286,7 @@ def demo_slm() -> ScalableLM:
     return slm
 
 
-FAR = " ".join(["word7"] * 12)  # like nothing the random tasks were made of
+FAR = " ".join(["word7"] * 12)  # unlike all texts of the random tasks
 
 
 def two_tasks(slm: ScalableLM, **options) -> list[LearnedTask]:
@@ -299,7 +299,7 @@ def mixed(each: int = 4, seed: int = 1) -> list[str]:
 
 
 def bare_text(name: str, text: str, max_new_tokens: int) -> str:
-    """What plain transformers generates from the model nobody touched."""
+    """Text that plain transformers generates with the bare model."""
     model, tokenizer = make_model(name), make_tokenizer(name)
     ids = prompt_ids(name, text)
     out = model.generate(
@@ -319,12 +319,12 @@ def learned(slm: ScalableLM, name: str) -> LearnedTask:
 
 
 def saved(slm: ScalableLM, name: str) -> bytes:
-    """The bytes of the task's file in a store."""
+    """Content of the file that the task has in a store."""
     return task_to_bytes(learned(slm, name))
 
 
 def easy(name: str, rows: int = 48, seed: int = 0) -> Task:
-    """Three-word texts whose last word gives the label away: learned in a second by a model of random weights."""
+    """Three-word texts whose last word determines the label: a random backbone learns them in a second."""
     rng = random.Random(f"{name} {seed}")
     cues = (("good0", "yes"), ("bad0", "no"))
     return Task(
@@ -337,7 +337,7 @@ def easy(name: str, rows: int = 48, seed: int = 0) -> Task:
 
 
 def tasks_as_files(folder: Path, names: Sequence[str]) -> None:
-    """A small BERT in `bert`, and a file of rows a task, of unlike sizes."""
+    """Write a tiny BERT to `bert`, and one CSV file per task, of different sizes."""
     make_model("bert").save_pretrained(folder / "bert")
     make_tokenizer("bert").save_pretrained(folder / "bert")
     for i, name in enumerate(names):
@@ -346,4 +346,4 @@ def tasks_as_files(folder: Path, names: Sequence[str]) -> None:
 
 
 def replace_options(data: bytes) -> bytes:
-    return data[8 + int.from_bytes(data[:8], "little") :]  # the tensors, without the header that names the options
+    return data[8 + int.from_bytes(data[:8], "little") :]  # the tensors, without the header, which holds the options

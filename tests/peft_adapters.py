@@ -1,4 +1,4 @@
-"""Random LoRA adapters of PEFT's own making, on the tiny backbones of `models.py`, and what PEFT says with them."""
+"""Random LoRA adapters made by PEFT on the tiny backbones of `models.py`, and reference outputs for them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ TINY = {
 
 
 def base_of(name: str, labels: int | None = None) -> Any:
-    """A backbone of `models.py` as PEFT gets it; with labels its class for sequence classification, and a head that is
-    not the same for all of them."""
+    """The base model that PEFT adapts: a backbone of `models.py`; with `labels`, in its sequence classification class
+    with a random head of fixed seed."""
     if labels is None:
         return make_model(name)
     with torch.random.fork_rng(devices=[]):
@@ -48,7 +48,7 @@ def base_of(name: str, labels: int | None = None) -> Any:
 def write_adapter(
     folder: Path, name: str, *, labels: int | None = None, seed: int = 0, scale: float = 0.3, **config: Any
 ) -> Any:
-    """A random adapter as PEFT saves it; the model that it is on."""
+    """Let PEFT save a random adapter to a folder; returns the PEFT model."""
     encoder = KNOWN[name][0] == "encoder"
     labels = 3 if encoder and labels is None else labels
     config = {"r": 4, "target_modules": list(TINY[name]), **config}
@@ -68,7 +68,7 @@ def write_adapter(
 
 
 def loaded(folder: Path, name: str, labels: int | None = None) -> Any:
-    """An adapter's folder as PEFT loads it."""
+    """The adapter in a folder, loaded by PEFT."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.PeftModel.from_pretrained(base_of(name, labels), str(folder)).eval()
@@ -76,7 +76,7 @@ def loaded(folder: Path, name: str, labels: int | None = None) -> Any:
 
 @torch.no_grad()
 def logits_of(model: nn.Module, name: str, text: str) -> Tensor:
-    """What a transformers model says of a text, alone and unpadded."""
+    """Logits of a transformers model for one unpadded text."""
     ids = torch.tensor([make_tokenizer(name)(text)["input_ids"]])
     start = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.int64)} if KNOWN[name][0] == "seq2seq" else {}
     logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **start).logits
@@ -85,7 +85,7 @@ def logits_of(model: nn.Module, name: str, text: str) -> Tensor:
 
 @torch.no_grad()
 def written_by(model: Any, name: str, text: str, *, beams: int = 1, tokens: int = 6) -> str:
-    """What a transformers model writes to a text."""
+    """Text that a transformers model generates for a prompt."""
     tokenizer = make_tokenizer(name)
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     settings = {"max_new_tokens": tokens, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
@@ -100,7 +100,7 @@ def texts(topic: str, count: int = 24, seed: int = 0) -> list[str]:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change an adapter's configuration."""
+    """Apply `change` to an adapter's configuration file."""
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     change(config)
@@ -109,7 +109,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 @torch.no_grad()
 def our_logits(slm: ScalableLM, text: str, task: str) -> Tensor:
-    """What a writing backbone says of a text on a task's route, the prompt unchanged."""
+    """Logits of an adapted generative backbone for one text, routed to a task, without a separator after the prompt."""
     model = slm.model
     rows = slm.model.backbone.tokenization.tokenize([Row(text).prompt], 128, separator=False)[0]
     encoded = model.backbone.tokenization.collate(rows)
@@ -123,7 +123,7 @@ def our_logits(slm: ScalableLM, text: str, task: str) -> Tensor:
 
 
 def probabilities(slm: ScalableLM, rows: Sequence[str], task: str | None = None) -> Tensor:
-    """[N, C] of labels in their order, as `predict` gives them."""
+    """Probabilities [N, C] from `predict`, labels in alphabetical order."""
     found = slm.predict(rows, top_k=None, task=task)
     words = sorted({word for one in found for word in one.probabilities or {}})
     return torch.tensor([[(one.probabilities or {}).get(word, 0.0) for word in words] for one in found])

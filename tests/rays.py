@@ -1,4 +1,4 @@
-"""Ray's processes, as tests find and kill them."""
+"""Finds the processes of Ray actors, so that tests can kill them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def actors(name: str) -> list[int]:
-    """The processes of Ray's actors of this class that descend from this process."""
+    """PIDs of all Ray actors of this class that are descendants of this process."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError):

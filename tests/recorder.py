@@ -1,7 +1,7 @@
-"""CUDA graphs on a CPU, for tests.
+"""A stand-in for CUDA graphs that runs on a CPU.
 
-A graph replays the same kernels, on the same addresses, with the same plain numbers. What would go wrong there goes
-wrong here too when the torch operators of one step are recorded and called again.
+A graph replays the same kernels on the same addresses with the same Python numbers. Recording the torch operators of a
+step and calling them again exposes the same errors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from slm_fast.cuda_graphs import Graphs, Step
 from slm_fast.loading import masks_not_looked_at
 
 aten = torch.ops.aten
-# What waits for numbers, or brings them from the host: an error while a stream is captured.
+# Operators that wait for the device or copy from the host, which is an error during a capture.
 WAITING = (
     *(aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default),
     *(aten.nonzero.default, aten.masked_select.default, aten.equal.default, aten.lift_fresh.default),
@@ -27,7 +27,7 @@ WAITING = (
 
 
 class Watch(TorchDispatchMode):
-    """Notes the calls of torch operators, and refuses those that wait."""
+    """Records the calls of torch operators, and raises an error for those in `WAITING`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Watch(TorchDispatchMode):
 
 
 class Recorder:
-    """Stands in for `cuda_graphs.Graphs`: captures the torch operators that a step calls, and counts."""
+    """Replaces `cuda_graphs.Graphs`: captures the torch operators of a step; counts trials, captures and replays."""
 
     def __init__(self) -> None:
         self.tried = self.captured = self.replayed = 0
@@ -60,7 +60,7 @@ class Recorder:
 
         def replay() -> Any:
             self.replayed += 1
-            now: dict[int, Tensor] = {}  # what each tensor that a recorded call returned is this time
+            now: dict[int, Tensor] = {}  # id of a recorded result -> that result in this replay
 
             def current(x: Any) -> Any:
                 return now.get(id(x), x) if isinstance(x, Tensor) else x
@@ -75,7 +75,7 @@ class Recorder:
 
 
 class Counted(Graphs):
-    """Graphs of a GPU, whose replays are counted."""
+    """CUDA graphs that count their replays."""
 
     replayed = 0
 
@@ -90,7 +90,7 @@ class Counted(Graphs):
 
 
 def cannot_be_captured(model: torch.nn.Module, recorder: Recorder, when: str) -> None:
-    """Let a model wait for the device ("waits"), or the capture of it fail."""
+    """Make each pass of a model wait for the device ("waits"), or make its capture fail."""
     if when == "waits":
         model.register_forward_pre_hook(lambda module, args: bool(torch.ones(1).sum() > 0) and None)
         return

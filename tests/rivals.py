@@ -1,4 +1,4 @@
-"""Tiny backbones in folders, and toy tasks, for the tests of rivals."""
+"""Tiny saved backbones and toy tasks for the tests of rival methods."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTIONS = LearnOptions(epochs=2, batch_size=8)
 
 
 def make_setup(folder: Path, name: str = "bert", options: LearnOptions = OPTIONS) -> Setup:
-    """A setup whose backbone is the tiny random model of this type, saved in the folder."""
+    """A setup whose backbone is the tiny random model of this type, saved to a subfolder."""
     place = folder / name
     if not place.exists():
         make_model(name).save_pretrained(place)
@@ -24,13 +24,13 @@ def make_setup(folder: Path, name: str = "bert", options: LearnOptions = OPTIONS
 
 
 def make_tasks(name: str = "bert", rows: int = 48) -> list[Task]:
-    """Two of them, in the form that a backbone of this type learns."""
+    """Two toy tasks: classification for BERT, else instruction rows."""
     instruction = "" if name == "bert" else "the question :"
     return [toy_task(topic, rows=rows, instruction=instruction) for topic in ("sea", "farm")]
 
 
 def weights(method) -> dict[str, torch.Tensor]:
-    """A copy of all the model's weights."""
+    """A copy of the model's state dict."""
     return {name: weight.clone() for name, weight in method.model.state_dict().items()}
 
 
@@ -39,7 +39,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def watch(method, monkeypatch) -> list[list[str]]:
-    """The texts of each batch whose losses are asked for from now on."""
+    """Record the texts of each batch that `losses` gets from now on, in the list that is returned."""
     seen: list[list[str]] = []
     losses = method.model.losses
 

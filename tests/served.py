@@ -1,4 +1,4 @@
-"""Servers of small random models: in a thread of this process with real sockets, or as a process of their own."""
+"""Servers of tiny random models over real sockets: in a thread of this process, or in a forked process."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ LIMITS: dict[str, Any] = {"poll": 0.02, "drain": 0.0, "max_new_tokens": 24, "dea
 
 
 def store_with(path: Path, name: str = "bert", **config: Any) -> ScalableLM:
-    """A store of two random tasks, over a backbone that lies beside it for other processes."""
+    """Save a store of two random tasks, and beside it its backbone, so that other processes can serve it."""
     backbone = path.parent / "backbone"
     make_model(name).save_pretrained(backbone)
     make_tokenizer(name).save_pretrained(backbone)
     slm = make_slm(name, **config)
     if slm.model.backbone.kind == "encoder":
         knows(slm, *two_tasks(slm))
-    else:  # one that writes labels, one that writes texts
+    else:  # one task that generates labels, one that generates free text
         knows(slm, random_task(slm, "farm", labels=("no", "yes")), random_task(slm, "sea", labels=None))
     slm.save_pretrained(path)
     return slm
 
 
 def until(true: Callable[[], Any], seconds: float = 30) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds; fails after `seconds`."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -49,7 +49,7 @@ def until(true: Callable[[], Any], seconds: float = 30) -> None:
 
 
 class Client:
-    """Calls of a server, one connection each."""
+    """An HTTP client that opens a new connection for each call."""
 
     def __init__(self, port: int, key: str | None = None) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
@@ -96,14 +96,14 @@ class Client:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def begun(self, path: str, size: int) -> socket.socket:
-        """A connection on which the headers of a request were sent."""
+        """A connection on which only the headers of a request were sent."""
         raw = self.raw()
         lines = (f"POST {path} HTTP/1.1", "host: a", "content-type: application/json", f"content-length: {size}")
         raw.sendall("\r\n".join([*lines, "connection: close", "", ""]).encode())
         return raw
 
     def sent(self, path: str, body: Any) -> socket.socket:
-        """A connection on which a request was sent."""
+        """A connection on which a whole request was sent; its response is not read yet."""
         data = json.dumps(body).encode()
         raw = self.begun(path, len(data))
         raw.sendall(data)
@@ -114,7 +114,7 @@ class Client:
 def serving(
     slm: ScalableLM, *, key: str | None = None, options: PredictOptions | None = None, warm: bool = True, **limits: Any
 ) -> Iterator[tuple[Client, Served]]:
-    """A server in threads of this process, over real sockets."""
+    """Run a server in a thread of this process; yields a client and the server's `Served`."""
     admin, source = limits.pop("admin", None), limits.pop("source", None)
     chosen = ServeOptions(**{**LIMITS, **limits})
     served = run.made(slm, options or PredictOptions(), chosen, key=key, admin=admin, source=source)
@@ -135,7 +135,7 @@ def serving(
 
 
 class Process:
-    """`slm-fast serve` in a process of its own, forked from this one."""
+    """`slm-fast serve` in a process forked from this one; its output goes to a log file."""
 
     def __init__(self, store: Path, *arguments: object, seconds: int = 120) -> None:
         probe = socket.create_server(("127.0.0.1", 0))
@@ -165,7 +165,7 @@ class Process:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """Its exit status, minus the signal that killed it."""
+        """Wait for the process: its exit status, or minus the number of the signal that killed it."""
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def said(self) -> str:

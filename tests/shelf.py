@@ -1,4 +1,4 @@
-"""A file system of fsspec that does what a test tells it to: the folder SHELF as shelf://."""
+"""An fsspec file system that serves a folder as shelf://, records reads and lets tests inject faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from slm_fast.store import Store
 
 
 class Shelf(AbstractFileSystem):
-    """Reads whole files and can do nothing else. asked: the paths of all reads. before: called with each."""
+    """A file system that can only read whole files.
+
+    Attributes:
+        asked: paths of all reads.
+        before: called with the path before each read.
+    """
 
     protocol = "shelf"
     folder: ClassVar[Path]
@@ -35,7 +40,7 @@ URL = "shelf://store"
 
 
 def put_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the store whose URL is `URL`; a cache that is this test's alone."""
+    """Register shelf:// with a cache of the test's own; returns the folder behind `URL`."""
     fsspec.register_implementation("shelf", Shelf, clobber=True)
     monkeypatch.setenv("SLM_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(RemoteStore, "pause", 0.0)
@@ -44,21 +49,21 @@ def put_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def path_of(name: str, store: Path) -> str:
-    """Of a task's file, in its store."""
+    """Path of a task's file, relative to its store."""
     return task_path(name, Store.open(store).files[name])
 
 
 def brought(url: str = URL) -> dict[str, bytes]:
-    """What the store at a URL holds, as a process that opens it finds."""
+    """Open the store at a URL and load it: name -> content of each task's file."""
     return contents(RemoteStore.open(url).load())
 
 
 def asked() -> list[str]:
-    """What was asked for since this was called last."""
+    """Paths read since the last call, relative to the store."""
     paths, Shelf.asked = Shelf.asked, []
     return [path.removeprefix("store/") for path in paths]
 
 
 def whenever(act: Callable[[str], object]) -> None:
-    """Call `act` with the path before each read from now on; what it raises, reading raises."""
+    """Call `act` with the path before each read from now on. If it raises, the read fails with that error."""
     Shelf.before = staticmethod(act)

@@ -1,4 +1,4 @@
-"""Small stores and tasks of random tensors, and processes that break where they are told to."""
+"""Small stores and tasks of random tensors, and forked processes with faults injected at chosen system calls."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ A, B, C, D = (make_task(name) for name in "abcd")
 
 
 def store_of(path: Path, *tasks: LearnedTask) -> Store:
-    """A store that learned these tasks one after another."""
+    """A store to which these tasks were committed one after another."""
     store = Store(path, ABOUT, {})
     for task in tasks:
         store.commit(add=[task])
@@ -75,13 +75,13 @@ def writer(path: Path) -> Store:
 
 
 def summed(*tasks: LearnedTask) -> tuple[dict[str, str], ExactSum]:
-    """What a caller of `commit` has who knows these tasks."""
+    """The `summed` argument of `commit` for these tasks: digests of their files, by name, and their exact sum."""
     files = {task.name: digest_of(task) for task in tasks}
     return files, ExactSum.of(scatter_of(task.router) for task in tasks)
 
 
 def summed_store(path: Path, *tasks: LearnedTask) -> Store:
-    """A store of these tasks that keeps their sum."""
+    """A store of these tasks with their sum in its .sum file."""
     store = Store(path, ABOUT, {})
     store.commit(add=tasks, summed=summed(*tasks))
     assert SumFile(path / ".sum", ABOUT).tasks() == set(store.files.values())
@@ -97,14 +97,14 @@ def kept(path: Path) -> KeptSum | None:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file's bytes (a folder's are empty), but for the lock, the room kept in reserve and the keys, which are
-    there once somebody has opened the store."""
+    """Content of every file by relative path (folders: empty), without the lock, the reserved space and the keys, which
+    opening the store creates."""
     found = {str(p.relative_to(path)): p.read_bytes() if p.is_file() else b"" for p in path.rglob("*")}
     return {name: data for name, data in found.items() if name not in (".lock", ".reserve", ".keys")}
 
 
 def version(path: Path) -> dict[str, bytes]:
-    """What a reader finds, every task read in full. No store yet is a store without tasks."""
+    """Name -> content of each task, as a reader finds it, all read in full; empty if there is no store yet."""
     return contents(Store.open(path).load()) if Store.exists(path) else {}
 
 
@@ -118,15 +118,15 @@ def edit_manifest(path: Path, change: Callable[[dict], None]) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-# A forked process starts in milliseconds, and what breaks there breaks nothing here.
+# Faults are injected in forked processes: they start in milliseconds, and their crashes do not affect this one.
 
 
 def start(work: Callable[[], object], seconds: int = 30) -> tuple[int, int]:
-    """Run `work` in a forked process: its id and a pipe that will hold what `work` returned or raised."""
+    """Run `work` in a forked process; returns its PID and the read end of a pipe for its result or error, as text."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(seconds)  # a test may fail, but not hang
+        signal.alarm(seconds)  # so that a test fails rather than hangs
         try:
             answer = f"done: {work()}"
         except SlmError as error:
@@ -140,7 +140,7 @@ def start(work: Callable[[], object], seconds: int = 30) -> tuple[int, int]:
 
 
 def finish(child: tuple[int, int]) -> tuple[int, str]:
-    """Exit status (minus the signal that killed it) and answer."""
+    """Wait for a process of `start`; returns its exit status (minus the signal number if killed) and its text."""
     pid, reading = child
     with os.fdopen(reading) as pipe:
         answer = pipe.read()
@@ -148,9 +148,9 @@ def finish(child: tuple[int, int]) -> tuple[int, str]:
 
 
 def announce(hook: Callable[[str, tuple], None]) -> None:
-    """In this process, for good: call `hook` before every file-system call.
+    """Call `hook` before every file-system call of this process. Cannot be undone.
 
-    The interpreter announces each (sys.audit) but os.fsync, which is replaced by one that does.
+    Python raises audit events (sys.audit) for all of them except os.fsync, which is therefore wrapped.
     """
     fsync = os.fsync
 
@@ -163,9 +163,9 @@ def announce(hook: Callable[[str, tuple], None]) -> None:
 
 
 def before_call(n: int, act: Callable[[], object], only: str = "") -> Callable[[], int]:
-    """`act` just before the n-th file-system call from now (of one kind, if `only` names it).
+    """Call `act` just before the n-th file-system call from now on (n-th event named `only`, if given).
 
-    Returns what tells how many there were.
+    Returns a function that returns the number of calls so far.
     """
     seen = 0
 
@@ -181,8 +181,8 @@ def before_call(n: int, act: Callable[[], object], only: str = "") -> Callable[[
 
 
 def broken_anywhere(begin: Path, commit: Callable[[Store], object], act: Callable[[], object]) -> Iterator[Path]:
-    """A copy of the store `begin` after a commit in a process of its own, with `act` before each of its file-system
-    calls in turn."""
+    """Yield a copy of the store `begin` after a commit in a forked process that calls `act` before its n-th file-system
+    call, for n = 1, 2, ... until a commit makes fewer calls."""
     path, n = begin.parent / "store", 0
     while True:
         n += 1
@@ -206,7 +206,7 @@ def die() -> None:
 
 
 def become_nobody() -> None:
-    """Root may read and write anywhere, so a forked process of root's becomes another user."""
+    """Drop root, who ignores file permissions, in a forked process; no-op for other users."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setgid(65534)

@@ -1,4 +1,4 @@
-"""Whatever bytes come in, each record is a row or an error, and nothing else is raised."""
+"""Property tests: for arbitrary input bytes each record is a row or an error, and no other exception is raised."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DATA = st.lists(LINES, max_size=8).map(b"\n".join)
 
 
 def answered(records: object) -> int:
-    """How many records there are. Each can be answered or is an error, and its id can be written."""
+    """Count the records, asserting that each is a row with a prompt or an error, and that its id is valid JSON."""
     count = 0
     for record in records:
         name, row = identified(record)

@@ -1,4 +1,4 @@
-"""Every family loads, names its linear layers, tokenises and finds queries; all four query and router pairs work."""
+"""Loading backbones, their fingerprints, configuration errors, and the linear layers that target words select."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_backbone(name: str, seed: int = 0) -> Backbone:
 
 @pytest.fixture
 def saved(tmp_path):
-    """A function that writes a tiny backbone to a folder as from_pretrained reads it."""
+    """A function that saves a tiny backbone and its tokenizer to a folder and returns its path."""
 
     def save(name: str, seed: int = 0):
         path = tmp_path / f"{name}-{seed}"

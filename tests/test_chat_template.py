@@ -1,4 +1,4 @@
-"""Rows as turns of a chat template: what the model reads is what transformers renders."""
+"""Chat templates: prompts equal what transformers renders, and stores keep their template."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_task_is_learned_on_the_prompt_that_it_is_answered_with(tmp_path):
     plain.learn(task, epochs=6, batch_size=8, learning_rate=1e-2)
     assert saved(plain, "sea") != saved(slm, "sea")
     slm.save_pretrained(tmp_path / "store")
-    # The template is the store's: another one of the tokenizer's changes nothing.
+    # The store's template is used, not the tokenizer's.
     again = ScalableLM.from_pretrained(tmp_path / "store", backbone=make_model("llama"), tokenizer=tokenizer("x"))
     assert again.predict(mixed()) == slm.predict(mixed())
     slm.export_adapter("sea", tmp_path / "lora")

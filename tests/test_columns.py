@@ -1,4 +1,4 @@
-"""Which column is what: usual names, names that are given, and one line where two could be meant."""
+"""Finding the text, label and instruction columns by usual or given names, and errors if they are ambiguous."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_the_parts_of_a_turn_are_joined_where_all_are_texts() -> None:
     assert Task("x", [{"messages": [{"role": "user", "content": parts}, ANSWERED[1]]}]).rows[0].text == "Hi\nthere"
 
 
-# What callers give as rows
+# Types of rows that callers may pass
 
 
 Labelled = namedtuple("Labelled", "label text")
@@ -245,7 +245,7 @@ Ticket = namedtuple("Ticket", "number body queue")
 
 
 class PolarsFrame:
-    """What a polars.DataFrame is to a caller: iterating over it gives columns."""
+    """Stand-in for polars.DataFrame, which yields columns when iterated."""
 
     def __iter__(self):
         return iter([["a"], ["x"]])
@@ -311,7 +311,7 @@ def test_a_row_that_cannot_be_answered_is_named_by_its_number(bad: object) -> No
 
 
 def test_a_name_and_its_row_are_no_text_and_label() -> None:
-    """As groupby, iterrows and the items of a dictionary give them."""
+    """Such (name, row) pairs come from groupby, iterrows and dict.items."""
     with pytest.raises(WorkError, match="row 1: 'label': expected a word or an integer"):
         list(rows_to_answer({"first": {"text": "a", "label": "x"}}.items()))
 
@@ -328,7 +328,7 @@ def test_dataclasses_and_arrays_of_arrow_are_rows_and_a_series_of_one_row_is_not
     with pytest.raises(InputError, match="rows: expected an iterable of rows"):
         rows_to_answer(Ticket("x", "a"))
 
-    class Series(list):  # of pandas: iterating gives values
+    class Series(list):  # stand-in for pandas.Series, which yields values when iterated
         keys = staticmethod(lambda: ["label", "text"])
 
     with pytest.raises(InputError, match="rows: expected an iterable of rows"):

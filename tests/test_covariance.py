@@ -1,4 +1,4 @@
-"""Sums that keep no trace of their history, against Python's own integers and fractions."""
+"""Exact sums that are independent of their history, compared with Python integers and fractions; moments of queries."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_term_taken_away_leaves_the_sum_that_never_had_it(rows: list[list[floa
 
 
 def test_float64_sums_would_show_the_order_and_a_term_taken_away() -> None:
-    # What the class is for: this is not so of plain sums.
+    # The reason for the class: plain float64 sums depend on their history.
     large, small = torch.tensor([2.0**40]), torch.tensor([2.0**-30])
     plain = (small.double() + large.double()) - large.double()
     assert plain.item() != small.item()
@@ -75,7 +75,7 @@ def test_numbers_from_two_to_the_minus_33_up_lose_nothing() -> None:
 
 
 def test_a_hundred_thousand_tasks_fit_however_large_what_is_rounded_away() -> None:
-    term = torch.tensor([2.0**-11 * (1 - 2.0**-24)])  # all of it, nearly the most there can be, is in the fine plane
+    term = torch.tensor([2.0**-11 * (1 - 2.0**-24)])  # nearly the largest value that the fine plane holds alone
     one = ExactSum.of([term])
     assert one.coarse.item() == 0
     assert one.fine.item() > 2**44
@@ -85,7 +85,7 @@ def test_a_hundred_thousand_tasks_fit_however_large_what_is_rounded_away() -> No
 
 
 def test_massive_activations_of_a_hundred_thousand_tasks_fit() -> None:
-    term = torch.tensor([4000.0**2 * 1000])  # 1,000 rows a task
+    term = torch.tensor([4000.0**2 * 1000])  # 1,000 rows per task
     one = ExactSum.of([term])
     many = ExactSum(99_999 * one.coarse, 99_999 * one.fine).plus(term)
     assert many.total().item() == 100_000 * term.double().item()

@@ -1,4 +1,4 @@
-"""Tasks from files: what is read, and one line that names file and row for what cannot be."""
+"""Tasks from files: rows and labels that are read, and one-line errors that name the file and the row."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def jsonl(*records: object) -> str:
 
 
 def refused(kind: type[SlmError], path: Path, *said: str) -> None:
-    """Reading `path` fails with one line that names the file and says all this."""
+    """Assert that reading `path` fails with a one-line error that names the file and contains all of `said`."""
     with pytest.raises(SlmError) as caught:
         Task.from_file("x", path)
     message = str(caught.value)
@@ -132,7 +132,7 @@ def test_the_backbone_reads_the_prompt_and_the_router_the_input(
 
 
 def test_the_seed_of_a_name_never_changes_and_differs_with_name_and_seed() -> None:
-    assert name_seed("reviews", 0) == 65449074437274032  # another would learn other bytes from the same task
+    assert name_seed("reviews", 0) == 65449074437274032  # a change would alter all learned bytes
     assert len({name_seed(name, seed) for name in ("a", "b") for seed in (0, 1)}) == 4
 
 
@@ -207,7 +207,7 @@ def test_a_damaged_gz_file_is_named_wherever_the_damage_is(tmp_path: Path) -> No
     whole = gzip.compress("".join(f"text {i * 7919},label {i % 7}\n" for i in range(300)).encode())
     path = tmp_path / "t.csv.gz"
     for length in (0, 5, 12, len(whole) // 2, len(whole) - 1):
-        if length:  # nothing at all is an empty task
+        if length:  # an empty file is an empty task
             refused(WorkError, write(path, whole[:length]), "cannot be read")
     for at in range(10, len(whole), 50):
         refused(WorkError, write(path, whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]), "cannot be read")
@@ -238,7 +238,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, content: bytes) -> None
         ('{"text": "a", "label": 0.5}', "'label': expected a word or an integer, got 0.5"),
         ('{"instruction": "", "input": "", "output": "x"}', "empty input"),
         ('{"instruction": "Do.", "input": "a"}', "no 'output'"),
-        ('{"text": "\\ud83d", "label": "x"}', "'text'"),  # half an emoji: nothing can encode it
+        ('{"text": "\\ud83d", "label": "x"}', "'text'"),  # a lone surrogate, which cannot be encoded
         ('{"text": "a", "label": "\\ud83d"}', "'label'"),
         ('{"text": "a", "label": ' + "1" * 5000 + "}", "not JSON"),
         ("[" * 100_000, "not JSON"),

@@ -1,4 +1,4 @@
-"""The demonstrations' data is what they say, and the one on a chat model runs from end to end."""
+"""The demos: properties of their data, and an end-to-end run of the chat model demo."""
 
 from __future__ import annotations
 

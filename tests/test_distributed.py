@@ -1,4 +1,4 @@
-"""Several processes that learn one task together make the step of one: plain, and with the backbone sharded (FSDP2)."""
+"""Several processes learn one task as a single process does, with and without sharding of the backbone (FSDP2)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from slm_fast.tasks import LearnedTask
 
 SAY = "say yes or no"
 SHORT: dict[str, Any] = {"epochs": 1, "rank": 3}
-# name -> backbone, model options, learn options, rows of the task and whether there are validation rows
+# name -> backbone, model options, learn options, number of rows, whether there are validation rows
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, bool]] = {
     "odd last batch": ("bert", {}, {"batch_size": 8, "epochs": 2}, 33, True),
     "fewer rows than processes": (
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int, bool]] = {
 
 
 def learned_alone(case: str, processes: Processes | None = None, sharded: bool = False) -> LearnedTask:
-    """What a case comes to here, or in processes that all call this."""
+    """The task that a case learns, in this process alone or, with `processes`, in a group that all call this."""
     name, config, options, rows, valid = CASES[case]
     backbone = Backbone(make_model(name), make_tokenizer(name), "")
     if sharded:
@@ -93,7 +93,7 @@ def learns_cases(rank: int, world_size: int, port: int, folder: Path, sharded: b
 
 def calls_cli(rank: int, world_size: int, port: int, folder: Path, calls: Sequence[Sequence[str]], dies: bool) -> None:
     launched(rank, world_size, port)
-    if dies and rank:  # between two tasks, while it learns
+    if dies and rank:  # while the second task is learned
         all_reduce, steps = distributed.ProcessGroup.all_reduce, []
 
         def reduce_or_die(*arguments: Any) -> None:
@@ -111,7 +111,7 @@ def calls_cli(rank: int, world_size: int, port: int, folder: Path, calls: Sequen
 
 
 def together(target: Callable[..., None], world_size: int, *arguments: object) -> list[int | None]:
-    """Call `target` in so many processes, each with its rank: their exit statuses."""
+    """Call `target` in `world_size` processes, each with its rank; returns their exit statuses."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["slm_fast.slm", "slm_fast.cli.shell", "transformers", "torch.distributed.fsdp"])
     with socket.socket() as free:

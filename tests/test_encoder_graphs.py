@@ -1,4 +1,4 @@
-"""Passes of encoders of few shapes, as a GPU has them captured: the same answers, and nothing baked in that changes."""
+"""Passes of encoders as CUDA graphs: same answers as without, also after tasks change, and few batch shapes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENCODERS = ("bert", "roberta")
 
 @pytest.fixture
 def recorder(monkeypatch) -> Recorder:
-    """Passes are recorded, as a GPU's are captured, and a query is pooled as it is there."""
+    """Record passes as a GPU captures them, and pool queries by the code path of a GPU."""
     found, pool = Recorder(), TrunkQuery.pool
 
     def as_on_a_gpu(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -91,9 +91,9 @@ def test_where_a_pass_cannot_be_captured_rows_are_answered_all_the_same(when, re
 def test_no_more_shapes_are_kept_than_said(recorder, monkeypatch):
     monkeypatch.setattr(encoder_graphs, "MOST_SHAPES", 2)
     slm, texts = known("bert"), mixed_texts(20)
-    for rows in (2, 3, 2, 3, 4, 3, 2):  # the first pass is nobody's
+    for rows in (2, 3, 2, 3, 4, 3, 2):  # the first pass is not captured
         slm.predict(texts[:rows], batch_size=rows)
-    assert recorder.captured == 4  # 3, 2, 4 and 2 again, which was used before 3 was
+    assert recorder.captured == 4  # 3, 2, 4, and 2 again: it was least recently used when 4 came
     assert len(encoder_graphs._graphs[slm.model].met) == 2
 
 
@@ -127,7 +127,7 @@ def test_a_gpu_replays_what_it_computes_pass_by_pass(name, monkeypatch):
     same(*found)
 
 
-@needs_gpu  # on a CPU the operators look themselves
+@needs_gpu  # on a CPU the operators check for numbers that are not finite
 def test_a_row_that_is_not_a_number_takes_no_other_with_it():
     slm, texts = on_gpu("bert"), mixed_texts(40)
     before = slm.predict(texts, batch_size=8)

@@ -1,4 +1,4 @@
-"""What a callback is told of learning's steps, and early stopping."""
+"""Callbacks on training steps, and early stopping."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_callback_is_told_of_each_step_and_changes_nothing(name):
         ("sea", step, 6, epoch) for step, epoch in zip(range(1, 7), (1, 1, 1, 2, 2, 2), strict=True)
     ]
     assert all(math.isfinite(at.loss) and at.loss > 0 for at in seen)
-    # Warm-up of one step, then down to 0 behind the last: the schedule's closed form.
+    # Closed form of the schedule: one step of warm-up, then linear decay that reaches 0 after the last step.
     assert [at.learning_rate for at in seen] == pytest.approx([2e-2 * min(s + 1, (6 - s) / 5) for s in range(6)])
     key = "valid_accuracy" if name == "bert" else "valid_loss"
     assert [set(at.metrics) - {"loss", "learning_rate", "epoch"} for at in seen] == [
@@ -78,7 +78,7 @@ def test_what_a_callback_raises_ends_learning_and_loses_nothing(tmp_path):
         slm.learn(easy("sea", rows=24), epochs=1, on_step=fail, batch_size=8)
     assert slm.tasks == ["farm"]
     assert reopened(tmp_path / "store").tasks == ["farm"]
-    slm.learn(easy("sea", rows=24), epochs=1)  # and it goes on
+    slm.learn(easy("sea", rows=24), epochs=1)  # learning still works
     assert reopened(tmp_path / "store").tasks == ["farm", "sea"]
 
 
@@ -90,11 +90,11 @@ def test_early_stopping_keeps_what_learning_to_the_end_keeps():
     stopped.learn(task, valid=wrong, epochs=8, patience=2, on_step=seen["stopped"].append, **SHORT)
     epochs = seen["stopped"][-1].epoch
     assert epochs < 8
-    assert seen["stopped"] == seen["whole"][: len(seen["stopped"])]  # losses and learning rates, too
+    assert seen["stopped"] == seen["whole"][: len(seen["stopped"])]  # including losses and learning rates
     scores = [at.valid_accuracy for at in seen["whole"] if at.valid_accuracy is not None]
     best = scores.index(max(scores[:epochs]))
-    assert epochs == best + 1 + 2  # two epochs in a row that were no better
-    assert max(scores) == scores[best]  # here nothing better came later, so both keep the same epoch
+    assert epochs == best + 1 + 2  # patience: two epochs in a row without improvement
+    assert max(scores) == scores[best]  # no later epoch is better, so both keep the same one
     assert replace_options(saved(whole, "sea")) == replace_options(saved(stopped, "sea"))
 
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_patience_or_a_callback_is_a_wrong_call(options, said):
 
 @pytest.fixture(scope="module")
 def learning(tmp_path_factory) -> list[object]:
-    """A call of `slm-fast learn` with two tasks, one of which has a validation file that is wrong throughout."""
+    """Arguments of `slm-fast learn` for two tasks, one with a validation file in which all labels are wrong."""
     folder = tmp_path_factory.mktemp("learning")
     backbone = make_slm("bert").model.backbone
     backbone.model.save_pretrained(folder / "bert")

@@ -1,4 +1,4 @@
-"""Accuracy, routing and forgetting, against counts made by hand."""
+"""Accuracy, routing accuracy and forgetting, compared with direct counts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_accuracy_and_routing_are_shares_of_rows(options):
         assert found.accuracy[name] == accuracies[-1]
         assert found.routing[name] == sum(answer.task == name for answer in answers) / len(task.rows)
         assert found.routing[name] > 0
-    assert found.average == pytest.approx(sum(accuracies) / 2)  # over tasks, not rows
+    assert found.average == pytest.approx(sum(accuracies) / 2)  # mean over tasks, not rows
 
 
 def test_with_task_ids_every_row_is_routed_right():
@@ -141,7 +141,7 @@ def test_forgetting_is_the_mean_drop_from_each_earlier_tasks_best():
             0.0,
             0.90 - 0.80,
             ((0.90 - 0.85) + (0.70 - 0.40)) / 2,
-            ((0.90 - 0.70) + (0.70 - 0.50) + (0.60 - 0.75)) / 3,  # c rose: it counts as negative
+            ((0.90 - 0.70) + (0.70 - 0.50) + (0.60 - 0.75)) / 3,  # c improved, which counts as negative forgetting
         ]
     )
 

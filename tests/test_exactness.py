@@ -1,4 +1,4 @@
-"""The adapted model computes exactly what it says: compared with PEFT, with merged weights, and with itself."""
+"""Outputs of the adapted model equal those of PEFT, of merged weights, and of other orders and batch sizes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from slm_fast.ops import Route
 from slm_fast.query import TrunkQuery
 from slm_fast.tokenization import Encoded
 
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # PEFT asks, transformers complains
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # transformers warns when PEFT reads it
 
 SOME_TEXTS = ["sea1 sea2 good3", "farm1 farm2 farm3 farm4 word5 bad0 the question :", "sky9"]
 
 
 def outputs(slm: ScalableLM, model: nn.Module, texts: list[str]) -> dict[str, torch.Tensor]:
-    """Hidden states and logits of a bare, adapted or PEFT model for padded texts, at the real tokens."""
+    """Hidden states and logits of a bare, adapted or PEFT model for a padded batch of texts, at real tokens."""
     encoded = slm.model.backbone.tokenization.encode(texts, 64)
     kind = slm.model.backbone.kind
     inputs = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask}
@@ -59,7 +59,7 @@ def outputs(slm: ScalableLM, model: nn.Module, texts: list[str]) -> dict[str, to
 
 
 def adapted_outputs(slm, route: Route) -> dict[str, torch.Tensor]:
-    """`outputs` of the adapted model on a route for each text."""
+    """`outputs` of the adapted model for `SOME_TEXTS`, with one route per text."""
     found, _, _ = slm.model.call(
         lambda: outputs(slm, slm.model.backbone.model, SOME_TEXTS), torch.ones(len(SOME_TEXTS), 1), route
     )
@@ -68,12 +68,12 @@ def adapted_outputs(slm, route: Route) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def features_of(slm, encoded: Encoded, route: Route | None = None) -> torch.Tensor:
-    """Mean last hidden states [B, H]."""
+    """Mean last hidden states [B, H] of real tokens."""
     return TrunkQuery.pool(slm.model.forward(encoded, route).hidden, encoded.attention_mask)
 
 
 def with_peft(name: str, tasks: list, modules: list[str]) -> peft.PeftModel:
-    """PEFT's LoRA with each task's first slot as an adapter of the task's name."""
+    """A PEFT model with one LoRA adapter per task, named after it, that holds its first slot."""
     model = None
     for task in tasks:
         rank = next(iter(task.values.values()))[0].shape[1]
@@ -103,7 +103,7 @@ def test_a_one_hot_route_equals_pefts_lora_with_the_same_weights(name):
         got = adapted_outputs(slm, route)
         for what, value in outputs(slm, expected, SOME_TEXTS).items():
             torch.testing.assert_close(got[what], value, rtol=1e-4, atol=1e-4)
-            assert (value - bare[what]).abs().max() > 0.1  # the increments did something
+            assert (value - bare[what]).abs().max() > 0.1  # the increments have an effect
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -136,7 +136,7 @@ def test_features_are_the_mean_over_real_tokens_of_each_rows_merged_model(name):
 
 
 def alone(slm: ScalableLM, bare: nn.Module, tasks: list, row: Row, route, seed: int = 0, **options) -> str:
-    """What plain transformers generates for one row with its route's increments merged into the weights."""
+    """Text that plain transformers generates for one row with its route's increments merged into the weights."""
     tokenizer, kind = slm.model.backbone.tokenizer, slm.model.backbone.kind
     ids = tokenizer(row.prompt)["input_ids"]
     if kind == "causal":
@@ -217,12 +217,12 @@ def test_sampling_repeats_with_its_seed_and_equals_merged_weights_row_by_row(nam
 
 
 def check_invariance(slm: ScalableLM, rows: list, **options) -> None:
-    """Any order and batch size: the same slots and answers, weights and scores within 1e-5."""
+    """Assert that order and batch size do not change slots and answers, nor weights and scores by more than 1e-5."""
     expected = slm.predict(rows, batch_size=32, **options)
     for order_seed, batch_size in ((1, 1), (2, 7), (3, 32)):
         order = list(range(len(rows)))
         random.Random(order_seed).shuffle(order)
-        order = order[:60] if batch_size == 1 else order  # one by one takes its time
+        order = order[:60] if batch_size == 1 else order  # batches of one row are slow
         answers = slm.predict([rows[i] for i in order], batch_size=batch_size, **options)
         for place, got in zip(order, answers, strict=True):
             want = expected[place]
@@ -251,7 +251,7 @@ def test_order_and_batch_size_do_not_change_answers_on_real_text():
 
 
 class Opaque(nn.Module):
-    """A linear layer that says nothing about itself."""
+    """A linear layer without a weight, sizes or other attributes of nn.Linear."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class Opaque(nn.Module):
 def opaque_model(name: str) -> nn.Module:
     model = make_model(name)
     for module in make_slm(name).model.modules:
-        if "DenseReluDense" in module:  # transformers itself looks at the weight of this one
+        if "DenseReluDense" in module:  # transformers accesses the weight of this one
             continue
         parent, _, child = module.rpartition(".")
         setattr(model.get_submodule(parent), child, Opaque(model.get_submodule(module)))
@@ -291,7 +291,7 @@ def test_opaque_linear_layers_answer_as_open_ones_do(name):
     assert knows(slm, *tasks).predict(texts, max_new_tokens=5) == expected
 
 
-@pytest.mark.filterwarnings("ignore:quantized")  # torch's dynamic quantisation has no backward of its own
+@pytest.mark.filterwarnings("ignore:quantized")  # torch's dynamically quantised layers have no backward
 def test_a_task_is_learned_on_a_dynamically_quantised_backbone():
     slm = ScalableLM.from_backbone(quantised_model("bert"), tokenizer=make_tokenizer("bert"))
     slm.learn(toy_task("sea"), epochs=10, batch_size=8, learning_rate=1e-2)
@@ -344,7 +344,7 @@ def test_only_one_batch_passes_at_a_time():
     slm = make_slm("bert")
     with pytest.raises(RuntimeError, match="one batch"):
         slm.model.call(lambda: slm.model.queries([Row("sea1")]), torch.ones(1, 1))
-    assert slm.model.queries([Row("sea1")]).shape == (1, 96)  # and the next batch passes
+    assert slm.model.queries([Row("sea1")]).shape == (1, 96)  # the next batch succeeds
 
 
 def test_increments_are_never_added_below_the_last_tap():

@@ -1,4 +1,4 @@
-"""Training rows: made ready once, in batches of like lengths, their gradients in parts, in bfloat16."""
+"""Training rows: prepared once, batched by length; gradient accumulation and bfloat16 autocast."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from slm_fast import learn as learn_module
 from slm_fast.batching import shuffled_buckets
 from slm_fast.tasks import LearnedTask
 
-# Queries and what lies below the increments, once
+# Queries and lower layers, computed once
 
 
 def passes(slm: ScalableLM) -> Counter:
-    """Counts how often each layer runs to its end from now on."""
+    """A counter of how often each layer's forward completes from now on."""
     left: Counter = Counter()
     for i, layer in enumerate(slm.model.backbone.layers):
         layer.register_forward_hook(lambda *_, i=i: left.update([i]))
@@ -42,16 +42,16 @@ def passes(slm: ScalableLM) -> Counter:
 @pytest.mark.parametrize("epochs", [1, 3])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_rows_have_their_queries_and_lower_layers_computed_once_whatever_the_epochs(name, epochs):
-    slm = make_slm(name)  # taps 0 and 1: increments begin in layer 1
+    slm = make_slm(name)  # taps 0 and 1: adapted from layer 1 on
     left = passes(slm)
     slm.learn(toy_task("sea", rows=40), epochs=epochs, batch_size=8)
     steps = epochs * math.ceil(40 / 8)
-    # T5's first layer also makes the position bias of all others, and so runs in every step.
+    # T5's first layer also computes the position bias for all others, so it runs in every step.
     assert left == {0: math.ceil(40 / 32) + (steps if name == "t5" else 0), 1: steps, 2: steps}
 
 
 def both_ways(name: str, monkeypatch, **config) -> list[LearnedTask]:
-    """A task learned with the states below the increments kept, and with the lower layers run in every step."""
+    """A task learned twice: with the lower layers' hidden states cached, and with these layers run in every step."""
     found = []
     for kept in (examples.STATES_BYTES, 0):
         monkeypatch.setattr(examples, "STATES_BYTES", kept)
@@ -121,7 +121,7 @@ def test_batches_hold_rows_of_like_lengths_and_others_in_the_next_epoch():
     assert plain > 1.5 * int(lengths.sum())
     assert not {tuple(sorted(batch.tolist())) for batch in first} & {tuple(sorted(b.tolist())) for b in second}
     longest = [int(lengths[batch].max()) for batch in first]
-    assert longest != sorted(longest)  # short and long batches take turns
+    assert longest != sorted(longest)  # batches are not ordered by length
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -145,9 +145,9 @@ def test_a_task_is_learned_in_bfloat16_and_repeats_bit_for_bit(name):
     assert slm.evaluate({"sea": easy("sea", seed=11)}, max_new_tokens=2).average > 0.8
     plain = make_slm(name, taps=(0, 1) if name != "llama" else (0,))
     plain.learn(easy("sea"), batch_size=8, epochs=8, learning_rate=2e-2)
-    assert replace_options(saved(plain, "sea")) != replace_options(runs[0])  # it was bfloat16
+    assert replace_options(saved(plain, "sea")) != replace_options(runs[0])  # bfloat16 was used
     for key, tensor in learned(plain, "sea").router.items():
-        assert torch.equal(tensor, learned(slm, "sea").router[key])  # routes are found in full precision all the same
+        assert torch.equal(tensor, learned(slm, "sea").router[key])  # routing does not use autocast
 
 
 @pytest.mark.parametrize("keep_states", [True, False])
@@ -175,11 +175,11 @@ def test_weights_rounded_once_for_autocast_teach_the_same_bit_for_bit(name, keep
     assert found[0] == found[1]
     every = sum(isinstance(module, nn.Linear) for module in slm.model.backbone.model.modules())
     assert len(rounded) == 1
-    assert (rounded[0] < every) == keep_states  # what is never passed is not held twice
+    assert (rounded[0] < every) == keep_states  # layers that training does not run get no rounded copy
 
 
 def test_a_joint_step_uses_no_more_slots_than_its_rows_reach(monkeypatch):
-    """However many tasks there are."""
+    """However many tasks the pool has."""
     slm = make_slm("bert", k=2)
     knows(slm, *[random_task(slm, f"sea{i}", topic="sea", labels=("no", "yes")) for i in range(30)])
     used: list[int] = []

@@ -1,4 +1,4 @@
-"""Every family of the table: what is adapted, and that a mixed batch is what merged weights give each row alone."""
+"""Every model family: which layers are adapted, and that mixed batches equal each row alone with merged weights."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from slm_fast.tokenization import pad
 NAMES = [name for name in KNOWN if name not in REFUSED]
 WRITERS = [name for name, (kind, _, _) in (OTHERS | FOUND).items() if kind != "encoder"]
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
-LIKE_LLAMA = ("qwen3", "smollm3", "olmo2", "granite", "phi")  # in what a layer is given and hands on
-ROUTES = (((0,), (1.0,)), ((1,), (0.5,)), ((2, 0), (0.7, 0.3)), ((), ()))  # slots and weights of four rows
+LIKE_LLAMA = ("qwen3", "smollm3", "olmo2", "granite", "phi")  # their layers have the inputs and outputs of LLaMA's
+ROUTES = (((0,), (1.0,)), ((1,), (0.5,)), ((2, 0), (0.7, 0.3)), ((), ()))  # slots and weights of four rows' routes
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:backbone. model type")
 
 
 def all_words(name: str) -> tuple[str, ...] | None:
-    """Every word that this model has a layer for (one of T5's feed-forwards has no gate); None: what is found."""
+    """All target words of this model (plain T5 has no gate); None if it is not in the table, for the default."""
     model_type = make_model(name).config.model_type
     family = next((family for family in FAMILIES if model_type in family.model_types), None)
     if family is None:
@@ -68,7 +68,7 @@ def rows_of(name: str, *lengths: int) -> list[list[int]]:
 
 
 def passed(name: str, model: nn.Module, rows: list[list[int]]) -> list[Tensor]:
-    """What the model says at each row's tokens: logits, of an encoder last hidden states."""
+    """Outputs at the tokens of each row of a padded batch: logits, or last hidden states of an encoder."""
     ids, mask = pad(rows, make_tokenizer(name).pad_token_id or 0)
     options = {}
     if KNOWN[name][0] == "seq2seq":
@@ -94,7 +94,7 @@ def test_a_mixed_batch_says_what_merged_weights_say_of_each_row_alone(name):
             [said] = passed(name, alone, rows[i : i + 1])
             torch.testing.assert_close(found[i], said, rtol=0, atol=1e-5 * max(1.0, float(said.abs().max())))
             [bare] = passed(name, make_model(name), rows[i : i + 1])
-            assert not slots or (said - bare).abs().max() > 0.02  # the increments did something
+            assert not slots or (said - bare).abs().max() > 0.02  # the increments have an effect
             if KNOWN[name][0] == "causal":  # padded on the left
                 [states] = alone.base_model(torch.tensor(rows[i : i + 1])).last_hidden_state
                 torch.testing.assert_close(hidden[i, -len(rows[i]) :], states, rtol=1e-5, atol=2e-5)
@@ -199,11 +199,11 @@ def test_learning_over_kept_states_is_learning_through_all_layers(name, first_la
 def test_rows_that_take_turns_write_what_merged_weights_write_of_each_alone(name):
     slm, tokenizer, causal = make_slm(name), make_tokenizer(name), KNOWN[name][0] == "causal"
     tasks, texts = farm_and_sea(slm), mixed_texts(6, seed=2)
-    loop = slm.model.backbone.family.loop  # where rows join while others run, if some texts end early
+    loop = slm.model.backbone.family.loop  # continuous batching, tested with texts that end early
     ends = end_early(slm, texts) if loop else slm.model.backbone.end_tokens().tolist()
     seen = count_passes(slm)
     answers = slm.predict(texts, batch_size=3, max_new_tokens=7)
-    assert not loop or sum(seen) < 6 * 7  # a row that has ended is not computed any more
+    assert not loop or sum(seen) < 6 * 7  # rows that have ended are not computed
     for text, answer in zip(texts, answers, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"] + (tokenizer("\n")["input_ids"][1:] if causal else [])])
         merged = merge(make_model(name), tasks, answer.route)
@@ -277,7 +277,7 @@ def test_a_gemmas_soft_cap_and_a_granites_scale_are_in_the_logits_that_learning_
         with torch.inference_mode():
             hidden = lm.base_model(ids).last_hidden_state[0, 2:7]
             torch.testing.assert_close(slm.model.backbone.logits(hidden), lm(ids).logits[0, 2:7], rtol=0, atol=2e-6)
-            assert torch.equal(lm(ids).logits, make_model(name)(ids).logits)  # the trunk is in its place again
+            assert torch.equal(lm(ids).logits, make_model(name)(ids).logits)  # `logits` has put the trunk back
 
 
 def test_the_documentation_names_every_family_with_what_is_adapted():

@@ -1,4 +1,4 @@
-"""Files as spreadsheets, editors and shells make them: separators, encodings, formats told by their contents, pipes."""
+"""Input files from spreadsheets, editors and shells: separators, encodings, formats detected from content, pipes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_windows_1252_is_read_whole_and_said_once(tmp_path: Path, name: str) -> 
         assert Task.from_file("x", path).rows == EXPECTED
     [warning] = warned
     assert str(warning.message) == f'{path}: not UTF-8; read as Windows-1252 (encoding="cp1252"; --encoding)'
-    assert Task.from_file("x", path, encoding="windows-1252").rows == EXPECTED  # asked for: nothing to say
+    assert Task.from_file("x", path, encoding="windows-1252").rows == EXPECTED  # requested: no warning
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
@@ -72,7 +72,7 @@ def test_what_is_in_a_file_counts_for_more_than_its_name(tmp_path: Path, name: s
     for magic, kind in ((b"PK\x03\x04", "Excel"), (b"%PDF-1.7\n", "PDF")):
         with pytest.raises(WorkError, match=f"is an? .*{kind}.*; save it as CSV"):
             Task.from_file("x", write(tmp_path / name, magic + data))
-    if name == "t.csv":  # no text of Windows-1252
+    if name == "t.csv":  # a control character, which Windows-1252 text does not have
         with pytest.raises(WorkError, match="not UTF-8"):
             Task.from_file("x", write(tmp_path / name, b"text,label\na\x01\xe4,b\nc,d\n"))
 
@@ -161,7 +161,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         Task.from_file("x", write(tmp_path / "t.csv", "text,label, text \na,b,c\n"))
 
 
-# What has no name to tell its format
+# Streams and files whose names do not show their format
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_each_row_of_a_pipe_is_given_when_its_line_is_there(lines: list[bytes]) 
     with os.fdopen(read, "rb") as source, os.fdopen(end, "wb", buffering=0) as sink:
         sink.write(lines[0])
         records = read_records(source)
-        assert next(records).fields["text"] == "a"  # would wait for ever for a second line
+        assert next(records).fields["text"] == "a"  # a reader that needs a second line would block here
         sink.write(lines[1])
         assert next(records).fields["text"] == "b"
         sink.close()

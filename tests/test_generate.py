@@ -1,4 +1,4 @@
-"""Writing answers: rows that end make room for others, and what a row says does not depend on those beside it."""
+"""Text generation with continuous batching: a row's text does not depend on the other rows of its batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from slm_fast.tasks import LearnedTask
 
 
 def alone(name: str, tasks: list[LearnedTask], text: str, route, model=None, seed: int = 0, **options) -> str:
-    """What plain transformers writes for one row with its route's increments merged into the weights."""
+    """Text that plain transformers generates for one row with its route's increments merged into the weights."""
     tokenizer, causal = make_tokenizer(name), BACKBONES[name][0] == "causal"
     ids = tokenizer(text)["input_ids"] + (tokenizer("\n", add_special_tokens=False)["input_ids"] if causal else [])
     merged = merge(model or make_model(name), tasks, route)
@@ -42,7 +42,7 @@ def alone(name: str, tasks: list[LearnedTask], text: str, route, model=None, see
 
 
 def end_early(slm: ScalableLM, texts: list[str]) -> list[int]:
-    """Let texts end with some of the words they now have in their midst, so that they are of many lengths."""
+    """Make some tokens of the current answers end tokens, so that answers get many lengths; returns all end tokens."""
     tokenizer, ends = slm.model.backbone.tokenizer, slm.model.backbone.end_tokens().tolist()
     for i, answer in enumerate(slm.predict(texts[:6], max_new_tokens=12)):
         words = tokenizer(answer.text, add_special_tokens=False)["input_ids"]
@@ -52,7 +52,7 @@ def end_early(slm: ScalableLM, texts: list[str]) -> list[int]:
 
 
 def count_passes(slm: ScalableLM) -> list[int]:
-    """The rows of each pass through the last layer, from now on."""
+    """A list of the number of rows in each pass through the last layer from now on."""
     family, model = slm.model.backbone.family, slm.model.backbone.model
     seen: list[int] = []
     last = model.get_submodule(family.upper or family.layers)[-1]
@@ -92,9 +92,9 @@ def test_rows_that_have_ended_are_not_computed_any_more(name):
         slm.predict(texts, batch_size=6, max_new_tokens=12)
     lengths = [len(words) for words in written]
     assert len(set(lengths)) > 2  # some end early
-    assert sum(seen) == sum(lengths)  # the prefill gives each its first token
+    assert sum(seen) == sum(lengths)  # the prefill computes each row's first token
     assert max(seen) == 6
-    assert len(seen) < math.ceil(20 / 6) * 12  # others join before the slowest of a batch has ended
+    assert len(seen) < math.ceil(20 / 6) * 12  # waiting rows join before the slowest row has ended
     assert not any(set(words[:-1]) & set(ends) for words in written)
 
 
@@ -113,7 +113,7 @@ def test_columns_move_when_the_buffer_is_full_or_a_prompt_is_too_long_and_nothin
     ends = end_early(slm, texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kv_cache.Decoder, "_move", spied)
-        # Short prompts first, so that longer ones must join later.
+        # Short prompts first, so that longer ones join later.
         patch.setattr(generate, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False)
         answers = slm.predict(texts, batch_size=3, max_new_tokens=20)
     assert min(moves) < 0 < max(moves)
@@ -173,7 +173,7 @@ def test_the_route_is_found_once_a_row_whatever_the_length_of_its_text(name):
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_a_checkpoints_own_way_of_writing_is_kept(name):
-    """A setting that the loop does not know goes to transformers' generate."""
+    """With a setting that the generation loop does not support, transformers' `generate` is used."""
     model = make_model(name)
     model.generation_config.repetition_penalty = 1.8
     slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer(name))

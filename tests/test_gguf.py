@@ -1,4 +1,4 @@
-"""GGUF files as backbones: read as what they hold, told apart by their bytes, kept by stores."""
+"""GGUF files as backbones: loading, fingerprints, and stores that refer to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users hand in as a backbone is understood, or refused in a line that says what to give."""
+"""Models and tokenizers passed in by users: supported, or refused with a one-line error that says what to pass."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_weight_that_is_not_finite_is_named():
         ScalableLM.from_backbone(model, tokenizer=make_tokenizer("bert"))
 
 
-# Again
+# The same model passed in again
 
 
 def test_a_model_that_is_given_many_times_is_adapted_once():

@@ -1,5 +1,5 @@
-"""Stores that are shared: the folder and its card, and stores read from the hub's cache. Nothing here has a network, so
-the upload itself is not run; what is uploaded is a folder, and that is looked at."""
+"""Sharing stores: the folder to upload, its model card, and stores in the hub's cache. Without a network, the upload
+itself is not tested."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def slm() -> ScalableLM:
 
 @pytest.fixture
 def hub(slm, tmp_path, monkeypatch) -> str:
-    """The name of a store in the cache of the hub's client, laid out as the client lays it out."""
+    """Hub name of a store that is in the hub client's cache, in the client's layout."""
     cache = tmp_path / "hub"
     repo = cache / "models--user--animals"
     slm.share(repo / "snapshots" / COMMIT)
@@ -59,7 +59,7 @@ def test_what_is_shared_is_a_store_that_answers_alike(slm, tmp_path):
     assert Store.open(tmp_path / "shared").verify() == []
     again = reopened(tmp_path / "shared")
     assert again.predict(mixed()) == slm.predict(mixed())
-    again.forget("farm")  # it is written to as any store is
+    again.forget("farm")  # it is an ordinary store that can be changed
     assert reopened(tmp_path / "shared").tasks == ["sea"]
     assert (tmp_path / "shared" / "README.md").exists()
 
@@ -203,7 +203,7 @@ def test_a_store_on_the_hub_is_opened_by_its_name_and_belongs_to_no_store(slm, h
     again = ScalableLM.from_pretrained(
         hub, backbone=make_model("bert"), tokenizer=make_tokenizer("bert"), revision="main"
     )
-    assert again.tasks == ["farm", "sea"]  # what is in the cache stays as it is
+    assert again.tasks == ["farm", "sea"]  # the cache is not changed
 
 
 def test_tasks_of_a_store_on_the_hub_are_listed_verified_and_merged(hub, tmp_path, slm):
@@ -229,5 +229,5 @@ def test_what_is_not_there_is_one_line(hub, tmp_path, monkeypatch):
     one_line(slm_fast("tasks", hub), 2, "holds no store (no manifest.json)")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "user").mkdir()
-    assert not is_on_hub("user/animals")  # a folder that could have held it: a slip, not a name on the hub
+    assert not is_on_hub("user/animals")  # the folder `user` exists: a mistyped path, not a hub name
     one_line(slm_fast("tasks", "user/animals"), 2, "user/animals: not a store (no manifest.json)")

@@ -1,4 +1,4 @@
-"""A backbone is known by its tokenizer's rules and its settings, too; stores that do not say them still open."""
+"""A store checks its backbone's settings and tokenizer; older stores that do not record them still open."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slm_fast.store import Store
 
 @pytest.fixture
 def store(tmp_path):
-    """A function that makes a backbone's folder and a store, and opens the store after a change of one's JSON files."""
+    """A function that saves a backbone and a store, and returns one that edits a JSON file and opens the store."""
 
     def make(name, **config):
         make_model(name).save_pretrained(tmp_path / "m")

@@ -1,4 +1,4 @@
-"""The laws of the house: imports point one way, heavy libraries come in by one door each, files fit in a head."""
+"""Rules of the code base: layered imports, few importers of each heavy library, file length, no pickle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import slm_fast
 
 PACKAGE = Path(slm_fast.__file__).parent
 
-# From the top down. A module, or a folder of them, may import what stands in its own row or below.
+# From top to bottom: modules and subpackages may import from their own row and from rows below.
 LAYERS = (
     ("cli", "server", "integrations"),
     ("demo", "report", "jobs"),
@@ -67,13 +67,13 @@ LAYERS = (
     ("fields", "files", "streams"),
     ("ops", "memory"),
 )
-DOOR = ("slm_fast.slm", "integrations")  # whose methods offer some of them, imported inside
-LEAVES = ("errors", "progress", "options", "collection")  # these import only each other, and any module may import them
+DOOR = ("slm_fast.slm", "integrations")  # methods of ScalableLM import integrations in their bodies
+LEAVES = ("errors", "progress", "options", "collection")  # may be imported anywhere; import only each other
 RANK = {part: -i for i, parts in enumerate(LAYERS) for part in parts}
 
 
 def imports(source: str, module: str, *, is_package: bool = False) -> set[str]:
-    """Full dotted names of all that `module` imports, wherever in it: `from a import b` counts as a.b."""
+    """Full dotted names of all imports in `source`, also inside functions; `from a import b` counts as a.b."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -86,8 +86,8 @@ def imports(source: str, module: str, *, is_package: bool = False) -> set[str]:
 
 
 def read_package() -> dict[str, set[str]]:
-    """What each module of the package imports. What slm_fast/__init__.py imports for type checkers only, or when first
-    asked for, is left out: that is the package's face, not a dependency of what lies under it."""
+    """Imports of each module of the package. Those in `if` blocks of slm_fast/__init__.py are left out: they are lazy
+    or for type checkers."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         module = ".".join(("slm_fast", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
@@ -99,7 +99,7 @@ def read_package() -> dict[str, set[str]]:
 
 
 IMPORTS = read_package()
-# Where the names that `from slm_fast import ...` offers come from, the lazy ones too.
+# Public name of slm_fast -> full dotted name of what it refers to, including lazy imports.
 FACE = {name.rpartition(".")[2]: name for name in imports((PACKAGE / "__init__.py").read_text("utf-8"), "slm_fast")}
 
 
@@ -109,7 +109,7 @@ def part(name: str) -> str:
 
 
 def inside(module: str) -> set[str]:
-    """The modules of the package that `module` imports."""
+    """Other modules of the package that `module` imports."""
     found = set()
     for name in IMPORTS[module]:
         if name.split(".")[0] == "slm_fast":
@@ -178,7 +178,7 @@ def test_the_command_line_reaches_for_server_and_integrations_inside_its_functio
 
 
 def underscored(source: str) -> set[str]:
-    """Names of the package with a leading underscore that a program uses: imported, or as attributes of anything."""
+    """Names with a leading underscore, except _C, that a program imports with `from slm_fast... import`."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "slm_fast":
@@ -211,7 +211,7 @@ def test_an_operators_stem_is_found_in_each_of_its_places() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    order = TopologicalSorter({module: inside(module) for module in IMPORTS}).static_order()  # CycleError names it
+    order = TopologicalSorter({module: inside(module) for module in IMPORTS}).static_order()  # or CycleError
     assert set(order) == set(IMPORTS)
 
 

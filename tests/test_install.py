@@ -1,4 +1,4 @@
-"""What the build links and asks for: a wheel built beside one torch loads beside any other."""
+"""Build and linking: a wheel built with one torch loads with any other supported version; CMake's choice of CUDA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHT_DYNAMIC, SHT_DYNSYM, SHT_GNU_VERSYM = 6, 11, 0x6FFFFFFF
 class Symbol(NamedTuple):
     name: str
     weak: bool
-    versioned: bool  # by the library that has it, as those of the system's are
+    versioned: bool  # has a symbol version, as symbols of system libraries do
 
 
 def read_elf(path: Path) -> tuple[list[str], list[Symbol]]:
@@ -83,7 +83,7 @@ def test_the_extension_asks_torch_for_nothing_that_2_10_lacks(extension):
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The site-packages of an environment, still empty, and no constraints of the user's."""
+    """The site-packages folder that setup.py searches, still empty; no pip constraints are set."""
     monkeypatch.setattr("site.getsitepackages", lambda: [str(tmp_path / "site")])
     monkeypatch.setattr("site.getusersitepackages", lambda: str(tmp_path / "user"))
     monkeypatch.delenv("PIP_CONSTRAINT", raising=False)
@@ -136,7 +136,7 @@ def test_a_torch_that_the_users_constraints_pin_goes_before_that_version(
 
 
 def configure(tmp_path: Path, mode: str, *, on_path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """CMake for the environment in tmp_path/env, with an nvcc that fails."""
+    """Run CMake for the environment in tmp_path/env, with an nvcc that always fails."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if any(shutil.which(tool, path=path) is None for tool in ("cmake", "ninja", "c++")):
         pytest.skip("no cmake, ninja or C++ compiler")
@@ -151,7 +151,7 @@ def configure(tmp_path: Path, mode: str, *, on_path: Path | None = None) -> subp
 
 @pytest.fixture
 def site_packages(tmp_path: Path) -> Path:
-    """Those of a virtual environment in tmp_path/env that sees this one's pybind11, and no torch."""
+    """The site-packages of a new virtual environment in tmp_path/env with this one's pybind11, but no torch."""
     pybind11 = pytest.importorskip("pybind11")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
     folder = next((tmp_path / "env/lib").glob("python*")) / "site-packages"
@@ -164,7 +164,7 @@ def site_packages(tmp_path: Path) -> Path:
     [
         ("cuda", None, "does not compile for them: nvcc fatal: -std=c++20 is unknown)"),
         ("cpu", None, "no torch with CUDA is installed)"),
-        (None, "cuda", "no torch with CUDA is installed)"),  # pip's isolated build in an empty environment
+        (None, "cuda", "no torch with CUDA is installed)"),  # an isolated build by pip for an empty environment
     ],
 )
 def test_auto_goes_without_cuda_operators_and_says_why_in_one_line(tmp_path, site_packages, installed, on_path, why):

@@ -1,4 +1,4 @@
-"""Tasks learned side by side are those of one process, whatever happens to workers and to who started them."""
+"""Tasks learned by parallel workers equal those of one process, even if workers or their parent are killed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = ("farm", "sea", "sky", "city")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone, files of tasks of unlike sizes, and a store that one process made of them."""
+    """A backbone, task files of different sizes, and the store `one` that a single process learned from them."""
     folder = tmp_path_factory.mktemp("jobs")
     tasks_as_files(folder, NAMES)
     done = slm_fast(*call(folder, "one"))
@@ -45,7 +45,7 @@ def call(folder: Path, store: str, *more: object, names: tuple[str, ...] = NAMES
 
 
 def workers_of(parent: int) -> list[int]:
-    """The workers that a process has now, whichever of its threads started them; it may have other children."""
+    """PIDs of the workers among a process's children, whichever of its threads started them."""
     found: list[int] = []
     for thread in Path(f"/proc/{parent}/task").glob("*"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -70,8 +70,8 @@ def wait_for(what: str, holds, seconds: float = 120) -> None:
 
 
 def quick_worker(folder: Path, monkeypatch: pytest.MonkeyPatch, *, dies: str = "", sticks: str = "") -> None:
-    """Workers that begin at once: they have the model of the store `one`, and answer with its files. One task kills
-    them, another one they never learn."""
+    """Replace workers by stubs that are ready at once and send the task files of the store `one`. Task `dies` kills its
+    worker; task `sticks` never finishes."""
     slm = ScalableLM.from_pretrained(folder / "one")
     ready = json.dumps({"ready": slm.model.about, "version": __version__})
     code = f"""

@@ -1,4 +1,4 @@
-"""What routing computes of all tasks, kept beside the manifest: the same bits as without it, and of no other tasks."""
+"""Routing keys cached beside the manifest: same bits as without them, and no keys of tasks that the store lacks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = ("city", "farm", "sea")
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of three tasks with their keys, over random features."""
+    """A store of three tasks with cached keys, for a router with random features."""
     slm, path = make_slm("bert", features=32), tmp_path_factory.mktemp("large") / "store"
     slm.save_pretrained(path)
     slm.add([random_task(slm, name) for name in NAMES])
@@ -53,7 +53,7 @@ def file_of(store: Store) -> KeysFile:
 
 
 def keys_of(path: Path) -> bool:
-    """Whether a store's keys are kept and are those of its tasks."""
+    """Whether a store's keys are cached and are exactly those of its tasks."""
     store = Store.open(path)
     found = file_of(store).read()
     return found is not None and found.rows.keys() == set(store.files.values()) and not is_stale(store)
@@ -84,7 +84,7 @@ def test_a_store_opened_with_its_keys_is_to_the_bit_the_one_opened_without(path:
 
 def test_what_is_learned_and_forgotten_after_opening_with_keys_is_as_without(path: Path, tmp_path: Path) -> None:
     slm, other = reopened(path), without_keys(path, tmp_path / "without")
-    Store.open(path).commit(remove=["sea"])  # so that what was kept when it was opened is no longer there
+    Store.open(path).commit(remove=["sea"])  # removes the keys file that `slm` was opened with
     assert not (path / ".keys").exists()
     for each in (slm, other):
         each.add(random_task(each, "word"))
@@ -156,7 +156,7 @@ def test_opening_with_the_keys_reads_no_tasks_file(path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [".keys", ".sum"])
 def test_a_header_that_is_damaged_anywhere_is_a_damaged_file(path: Path, kept: str, monkeypatch) -> None:
-    """A comma of it that becomes a point leaves JSON that says something else."""
+    """Replaces one comma at a time by a point, which may still leave valid JSON."""
     monkeypatch.setattr(Store, "unsummed", 1)
     reopened(path)
     (path / ({".keys", ".sum"} - {kept}).pop()).unlink()
@@ -226,7 +226,7 @@ def test_the_papers_router_keeps_no_keys(tmp_path: Path) -> None:
 
 @pytest.fixture
 def begin(large: Path) -> Iterator[Path]:
-    """The store in memory where there is some: what is tried many times is the order of calls, not the disk."""
+    """A copy of the store, on tmpfs if possible: the test repeats commits many times, and the disk does not matter."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         shutil.copytree(large, Path(folder) / "begin")
         yield Path(folder) / "begin"
@@ -243,12 +243,12 @@ def test_a_commit_broken_anywhere_leaves_no_keys_of_other_tasks(begin: Path, act
     assert seen == {(True, True), (False, True), (False, False)}
 
 
-# Of tasks outside the sample
+# Tasks outside the sample
 
 
 @pytest.fixture
 def of_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Covariance and centre are those of city, whose name has the lowest SHA-256 but for sky's."""
+    """Sample one task for covariance and centre: city, whose name has the lowest SHA-256 except for sky's."""
     monkeypatch.setattr(slm_fast.sketch, "SAMPLED", 1)
     monkeypatch.setattr(slm_fast.sketch, "ALL", 1)
 
@@ -273,7 +273,7 @@ def test_learning_outside_the_sample_leaves_the_keys_and_opening_computes_what_t
     means = kind.means
     monkeypatch.setattr(kind, "means", lambda self, part: computed.append(len(part["mean"])) or means(self, part))
     opened = reopened(sample_of_one)
-    assert len(computed) == 2  # city's for the centre, and word's
+    assert len(computed) == 2  # means of city, for the centre, and of word
     assert_same_bits(opened, slm)
     assert_same_bits(opened, without_keys(sample_of_one, tmp_path / "without"))
     assert keys_of(sample_of_one)
@@ -344,11 +344,11 @@ def test_a_commit_outside_the_sample_broken_anywhere_leaves_keys_of_the_stores_t
     assert seen >= {(True, True, True), (True, False, True), (True, False, False)}
 
 
-# Of an earlier version
+# Files of earlier versions
 
 
 def of_all_tasks(centre: Tensor, keys: Tensor, bias: Tensor, files: list[str]) -> bytes:
-    """In a covariance of all tasks: SHA-256 of what follows and of the tasks, N, M, D, a table, and numbers."""
+    """Format with a covariance of all tasks: SHA-256 of what follows and of the tasks, N, M, D, a table, and floats."""
     head = struct.pack("<32sQQQ", b"\7" * 32, len(NAMES), *keys.shape).ljust(96, b"\0")
     rest = head + b"".join(3 * bytes.fromhex(file) for file in files)
     rest += b"".join(part.numpy().tobytes() for part in (2 * bias, centre, keys))
@@ -356,7 +356,7 @@ def of_all_tasks(centre: Tensor, keys: Tensor, bias: Tensor, files: list[str]) -
 
 
 def without_openings(centre: Tensor, keys: Tensor, bias: Tensor, files: list[str]) -> bytes:
-    """As today's but for its version, a table of four digests and a count, and nothing after the keys."""
+    """Today's format, except for version 2, table rows of four digests and a count, and nothing after the keys."""
     head = struct.pack("<32sQQQQ", b"\7" * 32, len(NAMES), *keys.shape, 2).ljust(96, b"\0")
     table = b"".join(4 * bytes.fromhex(file) + struct.pack("<Q", len(keys) // len(files)) for file in files)
     content = head + table + centre.numpy().tobytes()

@@ -1,4 +1,4 @@
-"""The sum of tasks kept beside the manifest: the same bits as without it, no trace of what was forgotten."""
+"""The tasks' sum, cached beside the manifest: same bits as without it, and no trace of forgotten tasks."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_sum_of_another_kind_of_model_is_none(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of four tasks with their sum, over random features."""
+    """A store of four tasks with their cached sum, for a router with random features."""
     slm, path = make_slm("bert", features=32), tmp_path_factory.mktemp("large") / "store"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Store, "unsummed", 2)
@@ -120,7 +120,7 @@ def path(large: Path, tmp_path: Path) -> Path:
 
 
 def assert_as_without_a_sum(path: Path, *slms: ScalableLM) -> None:
-    """These models, and a store opened with what it keeps, are to the bit what opening without it gives."""
+    """Assert that these models, and the store opened with its caches, equal bit for bit the store opened without."""
     opened = reopened(path)
     for name in (".sum", ".keys"):
         (path / name).unlink(missing_ok=True)
@@ -149,7 +149,7 @@ def test_opening_keeps_a_sum_where_there_is_none_and_adds_what_is_newer(path: Pa
     assert found is not None
     assert found.opening.keys() == set(Store.open(path).files.values())
     slm = reopened(path)
-    slm.add(random_task(slm, "word"))  # one more is not many
+    slm.add(random_task(slm, "word"))  # one new task is below `Store.unsummed`: the sum stays as it is
     again = kept(path)
     assert again is not None
     assert again.opening == found.opening
@@ -216,12 +216,12 @@ def test_a_sum_that_names_a_task_that_the_manifest_does_not_is_neither_used_nor_
     assert not (tmp_path / ".sum").exists()
 
 
-# Of sampled tasks
+# Sampled tasks
 
 
 @pytest.fixture
 def of_two_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Covariance and centre are those of sky and city, whose names have the lowest SHA-256; sea's is next."""
+    """Sample two tasks for covariance and centre: sky and city, whose names have the lowest SHA-256; sea's is next."""
     monkeypatch.setattr(slm_fast.sketch, "SAMPLED", 2)
     monkeypatch.setattr(slm_fast.sketch, "ALL", 2)
 
@@ -250,7 +250,7 @@ def test_what_enters_and_leaves_the_sample_alone_changes_the_sum(path: Path, of_
     assert slm.model.router.scatter is before
     assert (path / ".sum").read_bytes() == data
     slm.forget("sky")
-    assert names_in_sum(path) == {"city", "sea"}  # sky's is gone at once
+    assert names_in_sum(path) == {"city", "sea"}  # sky is removed from it at once
     assert Store.open(path).verify() == []
     assert_as_without_a_sum(path, slm)
 
@@ -261,7 +261,7 @@ def test_a_task_that_left_the_sample_is_in_the_sum_until_it_is_forgotten(
     monkeypatch.setattr(Store, "unsummed", 3)
     slm = reopened(path)
     slm.forget("sky")
-    slm.add(random_task(slm, "sky"))  # sea leaves the sample again; one is not many
+    slm.add(random_task(slm, "sky"))  # sea leaves the sample again, but two changed tasks are below `Store.unsummed`
     assert names_in_sum(path) == {"city", "sea"}
     other = reopened(path)
     assert other.model.router.sketch.parts.keys() == {"city", "sky"}
@@ -273,7 +273,7 @@ def test_a_task_that_left_the_sample_is_in_the_sum_until_it_is_forgotten(
     assert_as_without_a_sum(path, slm, other)
 
 
-# What is read when it is used first
+# Data read on first use
 
 
 def test_what_answering_needs_not_is_checked_when_it_is_used_first(path: Path) -> None:
@@ -294,7 +294,7 @@ def test_what_answering_needs_not_is_checked_when_it_is_used_first(path: Path) -
         assert (answer.distance == float("inf")) == (answer.task == "farm")
     [line] = Store.open(path).verify()
     assert str(file) in line
-    slm.forget("farm")  # what it added is found from the others
+    slm.forget("farm")  # its contribution to the sum is found from the other tasks
     assert_as_without_a_sum(path, slm)
 
 

@@ -1,4 +1,4 @@
-"""A commit that is killed, or in which a call fails, leaves no sum of a task that the manifest does not name."""
+"""A commit that is killed or fails at any file-system call leaves no sum that includes a task not in the manifest."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CHANGES: dict[str, tuple[Callable[[Store], None], tuple[LearnedTask, ...]]] = {
 
 @pytest.fixture
 def begin() -> Iterator[Path]:
-    """A store in memory where there is some: what is tried many times is the order of calls, not the disk."""
+    """A store with a sum, on tmpfs if possible: the test repeats commits many times, and the disk does not matter."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         summed_store(Path(folder) / "begin", A, B)
         yield Path(folder) / "begin"
@@ -75,6 +75,6 @@ def test_a_commit_broken_anywhere_leaves_no_sum_of_a_task_that_the_manifest_does
         assert not (path / ".sum.part").exists()
     assert outcomes == {False, True}
     assert frozenset("ab") in sums
-    if change != "add":  # there it is the last call that puts the new sum in place
+    if change != "add":  # in `add` only the last call puts the new sum in place
         assert len(sums) > 1
     assert n > 10

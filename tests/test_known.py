@@ -1,4 +1,4 @@
-"""Tasks changed beside those in use, and a thread that answers with tasks of its own."""
+"""`Known`: changing tasks without affecting those in use, and pinning other tasks in one thread."""
 
 from __future__ import annotations
 

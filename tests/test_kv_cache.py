@@ -1,4 +1,4 @@
-"""Steps of rounded shapes, as a GPU has them captured: the same texts, and nothing baked in that changes later."""
+"""Generation steps as CUDA graphs, with rounded shapes: same texts as without, also after rows and columns change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from slm_fast.windows import windows_of
 
 @pytest.fixture
 def recorder(monkeypatch) -> Recorder:
-    """Steps have rounded shapes, many of them, and are recorded, as a GPU's are captured."""
+    """Record steps of rounded shapes as a GPU captures them; rounding is fine, so that there are many shapes."""
     found = Recorder()
     monkeypatch.setattr(kv_cache, "graphs_on", lambda device: found)
     monkeypatch.setattr(kv_cache, "COLUMNS", 8)
@@ -37,7 +37,7 @@ def recorder(monkeypatch) -> Recorder:
 
 
 def exactly(name: str, write: Callable[[ScalableLM], list[Any]]) -> list[Any]:
-    """What `write` gives when steps are neither rounded nor captured."""
+    """Result of `write` without rounding or capturing of steps."""
     slm = make_slm(name)
     farm_and_sea(slm)
     with pytest.MonkeyPatch.context() as patch:
@@ -72,8 +72,8 @@ def test_captured_steps_sample_the_same_texts(name, recorder):
 
 
 def columns_move(monkeypatch) -> list[str]:
-    """Texts of which short ones are prefilled first, so that longer ones join later and columns move to the right; and
-    back, when that reads less or the buffer is full."""
+    """Let short texts be prefilled first; returns texts of which longer ones join later. Columns then move right, and
+    left again when that reads less or the buffer is full."""
     monkeypatch.setattr(generate, "sorted", lambda rows, key=int: sorted(rows, key=lambda i: -key(i)), raising=False)
     rng = random.Random(3)
     return [sentence("sea", rng, words=n) for n in (1, 2, 1, 2, *(28 + i % 4 for i in range(20)))]
@@ -114,15 +114,15 @@ def test_where_a_step_cannot_be_captured_texts_are_written_all_the_same(name, wh
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_row_that_is_no_longer_a_number_spoils_no_row_that_takes_its_place(captured, request):
-    """Keys and values of an ended row are masked for the next in its place, but zero times NaN is NaN."""
+    """Keys and values of an ended row are masked for the next row in its place, but zero times NaN is NaN."""
     if captured:
         request.getfixturevalue("recorder")
-    slm, texts = make_slm("llama"), mixed_texts(40)  # the longest begin, so that short ones come where much is masked
+    slm, texts = make_slm("llama"), mixed_texts(40)  # longest first: short ones join where many columns are masked
     farm_and_sea(slm)
     options = {"batch_size": 3, "max_new_tokens": 12}
     before = slm.predict(texts, **options)
     vocabulary = slm.model.backbone.tokenizer.get_vocab()
-    # A word that some rows write and others do not, and none reads.
+    # A word that some rows generate and others do not, and that is in no prompt.
     written = Counter(word for answer in before for word in set(answer.text.split()))
     read = {word for text in texts for word in text.split()}
     word, rows = next((w, n) for w, n in written.most_common() if w not in read and n < len(texts) - 5)
@@ -164,6 +164,6 @@ def test_a_gpu_that_cannot_capture_a_step_is_left_as_it_was():
     slm, texts = on_gpu("llama"), mixed_texts(8)
     stream = torch.cuda.current_stream()
     with ops.use_backend("reference"), pytest.warns(UserWarning, match="writing without CUDA graphs"):
-        assert all(a.text for a in slm.predict(texts, max_new_tokens=6))  # the reference looks at ids, and so waits
+        assert all(a.text for a in slm.predict(texts, max_new_tokens=6))  # the reference backend waits
     torch.cuda.empty_cache()
     assert torch.cuda.current_stream() == stream

@@ -1,4 +1,4 @@
-"""Answers are compared as the tokenizer writes them, and what it cannot write is refused or said."""
+"""Labels are compared as the tokenizer writes them; labels it cannot write are refused, such answers cause warnings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slm_fast.errors import SlmWarning
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A Unigram tokenizer as sentencepiece makes them for T5."""
+    """A Unigram tokenizer like T5's sentencepiece tokenizer."""
     made = Tokenizer(models.Unigram())
     made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()

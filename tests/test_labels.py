@@ -1,4 +1,4 @@
-"""Labels from anywhere are the same words, and lists of words name numbers only where that is plain."""
+"""Labels of any type and format become the same words; lists of label words name numbers only if unambiguous."""
 
 from __future__ import annotations
 
@@ -141,10 +141,10 @@ def test_labels_that_look_alike_are_two_and_said(pair: tuple[str, str]) -> None:
     assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        labels_of([*pair, "other"], training=False)  # to evaluate: it was said when they were learned
+        labels_of([*pair, "other"], training=False)  # for evaluation: the warning came when they were learned
 
 
-# Names of numbers
+# Names for numeric labels
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_words_that_are_no_list_of_words_are_one_line(tmp_path: Path, labels: ob
 
 
 class ClassLabel:
-    """What a class column of the `datasets` library is to a caller."""
+    """Stand-in for datasets.ClassLabel."""
 
     def __init__(self, *names: str) -> None:
         self.names = list(names)
@@ -200,7 +200,7 @@ class ClassLabel:
 
 
 class Dataset(list):
-    """What a datasets.Dataset is to a caller: rows of numbers, and features that name them."""
+    """Stand-in for datasets.Dataset: rows with class numbers, and features that name the classes."""
 
     def __init__(self, *rows: dict, **features: object) -> None:
         super().__init__(rows)
@@ -247,7 +247,7 @@ def test_a_few_rows_spell_their_labels_as_the_learned_task_does() -> None:
         assert [row.target for row in few.rows] == words
         assert few.labels == sorted(set(words))
     few = Task("x", [("a", "1"), ("b", "x")], training=False)
-    assert few.spelled_as(["1.0", "1.00", "x"]) is few  # nothing tells which
+    assert few.spelled_as(["1.0", "1.00", "x"]) is few  # 1.0 or 1.00: ambiguous
     assert few.spelled_as(["1", "1.0", "x"]) is few
 
 
@@ -260,10 +260,10 @@ def test_labels_json_names_a_part_of_a_learned_tasks_rows_if_it_holds_the_tasks_
         warnings.simplefilter("error", SlmWarning)
         assert Task.from_file("x", path, known=["bad", "good"], training=False).labels == ["bad", "good"]
         assert words_beside(path, ["2", "0"], {"good", "so so"}) == ["bad", "so so", "good"]
-        assert words_beside(path, ["good"], {"good"}) is None  # named already
-    for known in (["0", "1", "2"], ["bad", "grand"]):  # the numbers themselves; another list
+        assert words_beside(path, ["good"], {"good"}) is None  # labels are words already
+    for known in (["0", "1", "2"], ["bad", "grand"]):  # labels that are numbers; words of another list
         with pytest.warns(SlmWarning, match="not named by labels.json"):
             assert Task.from_file("x", path, known=known, training=False).labels == ["0", "2"]
     write_csv(path, ("a", "3"))
     with pytest.warns(SlmWarning, match="not named by labels.json"):
-        assert words_beside(path, ["3"], {"bad", "good"}) is None  # there is no fourth word
+        assert words_beside(path, ["3"], {"bad", "good"}) is None  # the list has no fourth word

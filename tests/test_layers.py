@@ -1,4 +1,4 @@
-"""AdaptedLinear may write its increments over its base's output, and must not when somebody else has it."""
+"""AdaptedLinear may add increments to its base's output in place, but not if something else holds that output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slm_fast.layers import Adaptation, AdaptedLinear, OneDnnLinear
 
 
 class Keeps(nn.Linear):
-    """A base that remembers what it returned."""
+    """A base that keeps a reference to its last output."""
 
     def forward(self, x):
         self.kept = super().forward(x)

@@ -1,4 +1,4 @@
-"""Learning a task: what it changes, what it must not, that it repeats bit for bit, and that it learns."""
+"""Learning a task: what changes and what must not, bitwise reproducibility, joint routes, accuracy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# What it changes and what it does not
+# What changes and what does not
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -41,7 +41,7 @@ def test_only_the_new_tasks_slots_and_head_change(name, joint):
     slm.learn(toy_task("sea"), epochs=1)
     slm.learn(toy_task("farm"), epochs=1)
     frozen, before = backbone_bits(slm), {task: saved(slm, task) for task in slm.tasks}
-    slm.learn(toy_task("city", topic="sea", seed=5), epochs=2, joint=joint)  # of the same topic: its routes reach sea's
+    slm.learn(toy_task("city", topic="sea", seed=5), epochs=2, joint=joint)  # same topic: routes reach sea's
     assert same_bits(backbone_bits(slm), frozen)
     assert all(parameter.grad is None for parameter in slm.model.backbone.model.parameters())
     assert {task: saved(slm, task) for task in ("farm", "sea")} == before
@@ -51,7 +51,7 @@ def test_only_the_new_tasks_slots_and_head_change(name, joint):
         features_in, features_out = slm.model.widths[module]
         assert lora_a.shape == (1, 8, features_in)
         assert lora_b.shape == (1, 8, features_out)
-        assert lora_b.abs().max() > 0  # it began as zero
+        assert lora_b.abs().max() > 0  # it started at zero
     assert (new.head is not None) == (name == "bert")
 
 
@@ -102,7 +102,7 @@ def test_learning_repeats_bit_for_bit(name, threads):
     torch.set_num_threads(threads)
     runs = []
     for seed in (1, 2):
-        torch.manual_seed(seed)  # what happens to be in the global generator plays no part
+        torch.manual_seed(seed)  # the state of the global generator has no effect
         slm = make_slm(name)
         slm.learn(toy_task("sea", rows=12), epochs=1)
         runs.append(saved(slm, "sea"))
@@ -137,7 +137,7 @@ def test_two_names_draw_different_slots_from_the_same_rows():
 def test_joint_training_runs_through_the_other_tasks_slots_and_own_routes_do_not(name, router):
     def learn(scale: float, joint: bool) -> bytes:
         slm = make_slm(name, router=router, groups=8)
-        # On both sides of "sea" in the order of names, with another rank, and one whose topic no row is near.
+        # Names that sort before and after "sea", different ranks, and a topic (farm) that is far from all rows.
         others = [("city", "sea", 4), ("sky", "sea", 3), ("word", "farm", 4)]
         knows(slm, *[random_task(slm, n, topic=t, rank=r, scale=scale, labels=("no", "yes")) for n, t, r in others])
         slm.learn(toy_task("sea"), epochs=1, joint=joint)
@@ -149,9 +149,9 @@ def test_joint_training_runs_through_the_other_tasks_slots_and_own_routes_do_not
 
 @pytest.mark.parametrize("router", ["gaussian", "dtkr"])
 def test_a_joint_step_follows_the_gradient_through_the_whole_pool(router):
-    """One AdamW step from zero moves lora_b by -learning_rate * sign(gradient), and lora_a not at all."""
+    """AdamW's first step moves lora_b from zero by -learning_rate * sign(gradient), and leaves lora_a unchanged."""
     slm = make_slm("llama", router=router, groups=8, k=3)
-    # Names on both sides of "sea", several ranks, and a task ("word") that no route of three slots need reach.
+    # Names that sort before and after "sea", different ranks, and a task ("word") that routes of three slots may miss.
     others = [("city", "sea", 4), ("farm", "farm", 2), ("sky", "sea", 3), ("word", "word", 4)]
     slots = 1 if router == "gaussian" else 2
     knows(slm, *[random_task(slm, name, topic=topic, rank=rank, slots=slots) for name, topic, rank in others])
@@ -163,7 +163,7 @@ def test_a_joint_step_follows_the_gradient_through_the_whole_pool(router):
     model, backbone = slm.model, slm.model.backbone
     route = model.route(model.queries(task.rows))
     own = model.pool.slots_of("sea")
-    assert set(route.slot_ids.flatten().tolist()) - set(own.nonzero().flatten().tolist())  # foreign slots are reached
+    assert set(route.slot_ids.flatten().tolist()) - set(own.nonzero().flatten().tolist())  # other tasks' slots
     values = {name: (a, b.clone().requires_grad_(True)) for name, (a, b) in model.pool.values.items()}
     for _, lora_b in values.values():
         lora_b.data[own] = 0.0  # as it was before the step
@@ -189,12 +189,12 @@ def test_the_first_task_is_the_same_joint_or_not():
     assert runs[0] == runs[1]
 
 
-# It learns
+# Accuracy
 
 
 @pytest.mark.parametrize(
     ("name", "taps"),
-    [("bert", (0, 1)), ("t5", (0, 1)), ("llama", (0,))],  # LLaMA's last token needs all three layers to find the cue
+    [("bert", (0, 1)), ("t5", (0, 1)), ("llama", (0,))],  # LLaMA's last token finds the cue only if all layers adapt
 )
 def test_two_tasks_are_learned_above_chance_on_new_rows(name, taps):
     slm = make_slm(name, taps=taps)
@@ -211,7 +211,7 @@ def test_two_tasks_are_learned_above_chance_on_new_rows(name, taps):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_more_epochs_lower_the_training_loss(name):
-    """The probability of the right answers, by the model's own score, rises with training."""
+    """The mean score of correct answers rises with the number of epochs."""
 
     def confidence(epochs: int) -> float:
         slm = make_slm(name, taps=(0,))

@@ -1,4 +1,4 @@
-"""Options of learning: validation, shapes, refusals."""
+"""Learning options: validation rows, effects on shapes and steps, and errors."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_validation_keeps_the_epoch_that_did_best_on_it():
     worst.learn(task, valid=inverted, **options)
 
     def accuracy(slm: ScalableLM) -> float:
-        answers = slm.predict([row.text for row in valid.rows], task="sea")  # the values' own
+        answers = slm.predict([row.text for row in valid.rows], task="sea")  # routed to the task
         return sum(a.label == row.target for a, row in zip(answers, valid.rows, strict=True)) / len(valid.rows)
 
     assert accuracy(kept) >= accuracy(plain) > 0.8
-    assert accuracy(worst) < 0.75  # labels turned round: an early epoch, which knew nothing yet, did best
+    assert accuracy(worst) < 0.75  # inverted labels: an early, untrained epoch scored best
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -120,7 +120,7 @@ def test_a_heads_first_step_is_three_times_as_long_as_the_values(monkeypatch):
     monkeypatch.setattr(Trainer, "fine_tune", watched)
     slm.learn(toy_task("sea"), epochs=1, batch_size=32, weight_decay=0.0, learning_rate=1e-3)
     task = learned(slm, "sea")
-    # AdamW's first step is as long as the rate, whatever the gradient; lora_b begins at zero.
+    # AdamW's first step has the length of the learning rate for any gradient; lora_b starts at zero.
     assert (task.head[0] - before[0]).abs().median() == pytest.approx(3e-3, rel=0.01)
     assert all(lora_b.abs().median() == pytest.approx(1e-3, rel=0.01) for _, lora_b in task.values.values())
 
@@ -136,7 +136,7 @@ def test_a_smaller_rank_beside_a_larger_one_answers_as_it_did_alone():
 
 def test_max_length_limits_the_tokens_learned_from():
     runs = []
-    for tail in ("good1", "bad2"):  # beyond the limit, so it cannot matter
+    for tail in ("good1", "bad2"):  # beyond max_length, so it has no effect
         slm = make_slm("bert")
         rows = [(f"sea{i % 20} word{i} word1 word2 {tail}", ("yes", "no")[i % 2]) for i in range(16)]
         slm.learn(Task("sea", rows), epochs=1, max_length=6)
@@ -167,7 +167,7 @@ def test_rows_that_are_all_alike_are_learned_without_complaint():
     assert math.isfinite(slm.predict(["sea1 sea2"])[0].score)
 
 
-# Refusals
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_an_encoder_refuses_free_text_before_it_does_anything():
     assert passes == []
 
 
-@pytest.mark.parametrize("rows", [8, 64])  # one step, after which no loss is computed, and several
+@pytest.mark.parametrize("rows", [8, 64])  # a single step, after which no loss is computed; several steps
 @pytest.mark.parametrize(("name", "rate"), [*((name, 1.0) for name in FAMILIES), ("bert", 1e4), ("bert", 1e39)])
 def test_an_absurd_learning_rate_is_refused_or_leaves_a_task_that_answers(name, rate, rows):
     slm = make_slm(name)

@@ -1,4 +1,4 @@
-"""Queries are found on the way up or alone; all four pairs of query and router work for every family."""
+"""Queries, from the main pass or a separate one, and all pairs of query and router for each kind of backbone."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def rows_of(topics=("farm", "sea"), each=4) -> list[Row]:
 
 
 def count_layers(slm: ScalableLM) -> Counter:
-    """How often each trunk layer has been entered and has been left, from now on."""
+    """A counter of how often each trunk layer is entered and completes, from now on."""
     counts: Counter = Counter()
     for i, layer in enumerate(slm.model.backbone.layers):
         layer.register_forward_pre_hook(lambda *_, i=i: counts.update([("in", i)]))
@@ -89,7 +89,7 @@ def test_a_batch_of_texts_passes_each_trunk_layer_once(name):
     slm = make_slm(name)
     knows(slm, *[random_task(slm, topic) for topic in ("farm", "sea")])
     counts = count_layers(slm)
-    slm.predict(rows_of(), max_new_tokens=1)  # the first token comes out of the first pass
+    slm.predict(rows_of(), max_new_tokens=1)  # the first pass yields the first token
     assert counts == {(way, i): 1 for way in ("in", "out") for i in range(LAYERS)}
 
 
@@ -176,7 +176,7 @@ def test_a_query_that_is_not_finite_is_named_by_its_row():
     assert slm.tasks == ["sea"]
 
 
-# All pairs
+# All pairs of query and router
 
 
 @pytest.mark.parametrize("router", ["gaussian", "dtkr"])
@@ -235,8 +235,8 @@ def test_both_aggregations_of_dtkr_route(aggregate):
 
 def test_the_number_of_groups_follows_from_the_width_of_the_query():
     encoder = {"query": "sentence", "encoder": "minilm", "router": "dtkr"}
-    assert make_slm("bert", **encoder).model.config.groups == 6  # of 384
-    assert make_slm("bert", router="dtkr").model.config.groups == 4  # of 64, which 6 and 5 do not divide
+    assert make_slm("bert", **encoder).model.config.groups == 6  # query width 384
+    assert make_slm("bert", router="dtkr").model.config.groups == 4  # query width 64, which 6 and 5 do not divide
 
 
 def test_the_configuration_records_every_choice_made():

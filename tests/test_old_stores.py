@@ -1,4 +1,4 @@
-"""Stores that earlier versions wrote: they open and answer as they did when they were written."""
+"""Stores written by earlier versions open, and answer as they did when they were written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OLD = sorted(path.parent for path in DATA.glob("store_*/*/answers.json"))
 
 @pytest.fixture(params=OLD, ids=lambda path: f"{path.parent.name}-{path.name}")
 def old(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy, since whoever opens a store may keep there what spares the next one work."""
+    """A copy of an old store, because opening a store may write caches to it."""
     shutil.copytree(request.param, tmp_path / "old")
     return tmp_path / "old"
 
@@ -83,19 +83,19 @@ def test_an_old_store_that_forgets_a_task_still_answers(old: Path, tmp_path: Pat
     assert {found.task for found in again.predict(["sea1 sea2 good1"])} == set(slm.tasks)
 
 
-# Fields that are new
+# New configuration fields
 
 
 @pytest.fixture
 def new_field(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A field of the configuration that stores written before it do not have; it meant "old" then."""
+    """Adds a configuration field that older stores lack; for them it defaults to "old"."""
     monkeypatch.setitem(schema.CONFIG, "pooling", word("old", "new"))
     monkeypatch.setitem(schema.WHEN_ABSENT, "pooling", "old")
     return "pooling"
 
 
 def now(value: str) -> dict:
-    """What this version's models say of themselves."""
+    """The `about` of this version's models, with this value of the new field."""
     return {**ABOUT, "config": {**CONFIG, "pooling": value}}
 
 

@@ -1,4 +1,4 @@
-"""OneDnnLinear is nn.Linear: same weights, same results, same gradients."""
+"""OneDnnLinear behaves as nn.Linear: same weights, results and gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 @pytest.fixture(autouse=True)
 def small_products_too(monkeypatch):
-    """Products as small as those of these tests would be left to torch."""
+    """Use oneDNN even for the small products of these tests, which would otherwise go to torch."""
     monkeypatch.setattr(layers, "_SMALLEST", 0)
 
 
@@ -40,7 +40,7 @@ def test_the_result_is_that_of_linear(shape, bias):
 
 def test_a_strided_input_is_read_as_it_lies():
     plain, quick = pair()
-    last = torch.randn(3, 5, 24)[:, -1:]  # of each prompt its last token
+    last = torch.randn(3, 5, 24)[:, -1:]  # each prompt's last token
     for x in (torch.randn(32, 48)[:, ::2], last):
         torch.testing.assert_close(quick(x), plain(x), rtol=1e-5, atol=1e-6)
     y, expected = quick.bfloat16()(last.bfloat16()), plain.bfloat16()(last.bfloat16().contiguous())

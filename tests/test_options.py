@@ -1,4 +1,4 @@
-"""Options are visible: in signatures, in help, to type checkers; and one that does not fit is a wrong call."""
+"""Options: they show in signatures and to type checkers, and invalid ones raise InputError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of more tasks than there is room for: the same answers, to the bit, from pages that come and go."""
+"""Paged pools, which hold the values of only some tasks on the device: predictions must equal those of a full pool."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def slot_bytes(slm: ScalableLM, rank: int = 4) -> int:
 
 
 def with_room(name: str, slots: int, tasks: Sequence[LearnedTask], rank: int = 4, **config: object) -> ScalableLM:
-    """A model of these tasks with room for the values of so many slots."""
+    """A model that knows `tasks`, with device memory for the values of `slots` slots of rank `rank`."""
     slm = make_slm(name, **config)
     slm.model._device_memory = slots * slot_bytes(slm, rank)
     slm._set(tasks)
@@ -91,7 +91,7 @@ def test_the_pages_used_last_stay() -> None:
     first = ask(0, 1, 2)
     assert sorted(first) == [0, 1, 2]
     assert ask(0, 2, -1) == [first[0], first[2], -1]
-    assert ask(3) == [first[1]]  # in the place of the one that was not used for longest
+    assert ask(3) == [first[1]]  # evicts the least recently used page
     assert ask(0, 2, 3) == [first[0], first[2], first[1]]
     assert ask(1) == [first[0]]
     assert (pool.counts.hits, pool.counts.misses) == (5, 5)
@@ -111,7 +111,7 @@ def test_a_batch_of_more_tasks_than_there_is_room_for_passes_in_parts(name: str)
         here, there = (slm.predict(rows, max_new_tokens=3, **options) for slm in (paged, whole))
         assert [(a.task, a.label, a.text) for a in here] == [(a.task, a.label, a.text) for a in there]
         assert [a.route.tasks for a in here] == [a.route.tasks for a in there]
-        if name == "bert":  # which does not find them for fewer rows at a time
+        if name == "bert":  # generators compute routes in smaller batches, so theirs may differ in the last bits
             assert [a.route for a in here] == [a.route for a in there]
         for one, other in zip(here, there, strict=True):
             assert one.score == pytest.approx(other.score, abs=1e-5)
@@ -131,7 +131,7 @@ def test_a_batch_in_parts_reads_each_slot_once_and_passes_the_lower_layers_once(
     assert passed.count(lower.stop) > 2
     assert len(used) > 6
     hits, misses = counts.hits, counts.misses
-    paged.predict(rows)  # what is there from the first time is used before it has to go
+    paged.predict(rows)  # values that are still present are used before they are evicted
     assert counts.hits > 2 * hits
     assert counts.misses - misses < misses
 
@@ -170,14 +170,14 @@ def test_tasks_that_come_and_go_leave_what_a_fresh_model_has() -> None:
     pool = paged.model.pool
     paged.add(tasks[0])
     paged.forget(tasks[-1].name)
-    assert paged.model.pool._pages is pool._pages  # what was there stays there
+    assert paged.model.pool._pages is pool._pages  # present pages are kept
     assert_same(paged.predict(rows, batch_size=2), whole.predict(rows, batch_size=2))
     for slm in (paged, whole):
-        slm.add(random_task(whole, "wide", rank=8))  # all are laid out anew, in half as many rows
+        slm.add(random_task(whole, "wide", rank=8))  # the buffers are rebuilt with half as many rows
     assert paged.model.known.most_rows == 1
     assert_same(paged.predict(rows, batch_size=1), whole.predict(rows, batch_size=1))
     for slm in (paged, whole):
-        slm.add(random_task(whole, "wider", rank=16))  # of which a row's route takes more than was given
+        slm.add(random_task(whole, "wider", rank=16))  # the slots of one row now exceed the budget
     assert paged.model.known.most_rows == 1
     assert_same(paged.predict(rows, batch_size=1), whole.predict(rows, batch_size=1))
     with pytest.raises(InputError, match="the pool has it already"):
@@ -209,7 +209,7 @@ def test_joint_learning_needs_all_values() -> None:
 
 @pytest.fixture
 def stored(tmp_path: Path) -> ScalableLM:
-    """A model whose tasks lie in a store with its keys, so that opening it reads no values."""
+    """A model whose tasks are saved in a store with `.keys`, so that opening the store reads no values."""
     slm = make_slm("bert")
     slm.save_pretrained(tmp_path / "store")
     slm.add(some_tasks(slm))
@@ -218,7 +218,7 @@ def stored(tmp_path: Path) -> ScalableLM:
 
 
 def damage(slm: ScalableLM, name: str) -> Path:
-    """Change a byte of a task's values where they lie; its file."""
+    """Overwrite one byte of a task's values in its file. Returns the file's path."""
     assert slm.store is not None
     file = slm.store.file(name)
     begin = file.read_bytes().index(next(iter(slm.learned[name].values.values()))[0].numpy().tobytes())
@@ -249,12 +249,12 @@ def test_rows_of_a_task_whose_file_is_damaged_are_errors_and_the_rest_go_on(
     assert str(file) in line
     with pytest.raises(WorkError, match=f"row 1: task {gone!r}: {file}: damaged"):
         paged.predict(rows)
-    with pytest.raises(WorkError, match=f"{file}: damaged"):  # where there is room for all, all are read
+    with pytest.raises(WorkError, match=f"{file}: damaged"):  # if all values fit, opening reads them
         reopened(tmp_path / "store")
 
 
 def answered(slm: ScalableLM, rows: Sequence[str], folder: Path, batch_size: int) -> list[dict]:
-    """The records that `predict_file` writes."""
+    """The records that `predict_file` writes for these texts."""
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     slm.predict_file(folder / "in.jsonl", folder / "out.jsonl", batch_size=batch_size)
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Answers as a Parquet file: those of JSON Lines, whole or not at all."""
+"""Predictions written as a Parquet file: the same content as JSON Lines, written atomically."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def slm() -> ScalableLM:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Rows with ids of several kinds, one of which is bad and one empty."""
+    """Rows without an ID and with string, integer and list IDs; the row with ID 7 has no text and fails."""
     rows = [{"text": text} for text in mixed(3)] + [
         {"text": "sea1", "id": "käse"},
         {"id": 7},

@@ -1,4 +1,4 @@
-"""Tasks as adapters: PEFT loads them and gives what the routed model gives."""
+"""Tasks exported as PEFT adapters: loaded by PEFT, they give the outputs of the routed model."""
 
 from __future__ import annotations
 

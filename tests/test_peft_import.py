@@ -1,4 +1,4 @@
-"""Adapters that PEFT made, imported: the outputs are PEFT's, alone and in mixed batches."""
+"""PEFT adapters imported as tasks: outputs equal PEFT's, one at a time and in mixed batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from slm_fast import InputError, ScalableLM, SlmError
 from slm_fast.errors import SlmWarning
 from slm_fast.scheduler import Generated, Request, Scheduler
 
-# Every kind of what may differ from adapter to adapter, in odd sizes.
+# Every setting that may differ between adapters, with odd sizes.
 CONFIGS = {
     "plain": {},
     "rank 1": {"r": 1, "lora_alpha": 3},
@@ -48,7 +48,7 @@ def configured(name: str, config: str) -> dict:
 
 
 def difference(slm: ScalableLM, model: torch.nn.Module, name: str, task: str = "sky") -> float:
-    """The largest of PEFT's and our outputs on texts of the task."""
+    """Maximum absolute difference between PEFT's and our outputs on texts of the task."""
     rows = texts("sky", 4, seed=1)
     theirs = [logits_of(model, name, row) for row in rows]
     if slm.model.backbone.kind == "encoder":
@@ -59,7 +59,7 @@ def difference(slm: ScalableLM, model: torch.nn.Module, name: str, task: str = "
 
 GRID = [(name, config) for name in ("bert", "llama", "t5") for config in CONFIGS]
 GRID += [(name, config) for name in ("roberta", "qwen2") for config in ("rank over a page", "patterns")]
-GRID += [("phi3", "patterns"), ("gpt2", "rslora")]  # whose query, key and value are one module
+GRID += [("phi3", "patterns"), ("gpt2", "rslora")]  # query, key and value are a single module
 
 
 @pytest.mark.parametrize(("name", "config"), GRID)
@@ -70,10 +70,10 @@ def test_an_imported_adapter_gives_what_peft_gives(tmp_path: Path, name: str, co
     slm.import_adapter(tmp_path, "sky", texts("sky"))
     assert difference(slm, model, name) < 1e-4
     with model.disable_adapter():
-        assert difference(slm, model, name) > 1e-3  # it does something
+        assert difference(slm, model, name) > 1e-3  # the adapter has an effect
 
 
-# PEFT saves `classifier` and whatever ends so; what else a head has it saves where it is told to.
+# PEFT saves modules named `classifier` by default, and other modules of a head only if `modules_to_save` lists them.
 HEADS = [
     ("mpnet", None),
     ("camembert", None),
@@ -216,7 +216,7 @@ def test_twelve_adapters_of_unlike_ranks_and_layers_answer_a_mixed_batch_as_one_
         assert one.route.tasks == (name,)
         theirs = logits_of(models[name], "bert", row)[0].softmax(0).tolist()
         assert [one.probabilities[f"LABEL_{j}"] for j in range(len(theirs))] == pytest.approx(theirs, abs=1e-4)
-    for row, one in zip(rows, slm.predict(rows, top_k=None), strict=True):  # as they are routed
+    for row, one in zip(rows, slm.predict(rows, top_k=None), strict=True):  # without task IDs
         assert one.route.weights == (1.0,)
         theirs = logits_of(models[one.task], "bert", row)[0].softmax(0)
         assert one.score == pytest.approx(float(theirs.max()), abs=1e-4)
@@ -231,11 +231,11 @@ def test_a_store_keeps_what_was_imported_and_forgets_it_exactly(tmp_path: Path) 
     before = slm.predict(rows)
     slm.import_adapter(tmp_path / "adapter", "sky", texts("sky"))
     kept = saved(slm, "sky")
-    assert str(tmp_path).encode() not in kept  # where the adapter lay is not part of the task
+    assert str(tmp_path).encode() not in kept  # the adapter's path is not stored with the task
     again = reopened(tmp_path / "store")
     assert saved(again, "sky") == kept
     assert again.predict(rows) == slm.predict(rows)
-    # What the router knows of labels, which counts for learned tasks, changes nothing of PEFT's answers.
+    # The router's label statistics, which are added to the heads of learned tasks, do not change imported heads.
     routed = [
         (row, one) for row, one in zip(rows, again.predict(rows, distance=True), strict=True) if one.task == "sky"
     ]
@@ -283,7 +283,7 @@ def test_an_adapters_chat_template_and_end_tokens_come_along(tmp_path: Path) -> 
     slm = make_slm("llama")
     slm.import_adapter(tmp_path, "sky", texts("sky"))
     rows = texts("sky", 3, seed=4)
-    # The template writes no <s> before it, which the tokenizer would add.
+    # Rendered templates are tokenized without special tokens: this one writes no <s>, and none is added.
     tokenizer = slm.model.backbone.tokenizer
     expected = []
     for row in rows:
@@ -323,7 +323,7 @@ def test_ranks_lie_in_pages_so_that_a_large_one_does_not_widen_the_others(tmp_pa
         slm.import_adapter(tmp_path / "small", f"small{i}", texts("sky"))
     slm.import_adapter(tmp_path / "large", "large", texts("sea"))
     lora_a, lora_b = slm.model.pool.values["model.layers.0.self_attn.q_proj"]
-    assert (lora_a.shape[:2], lora_b.shape[:2]) == ((6, 8), (6, 8))  # three rows, and three pages of one slot
+    assert (lora_a.shape[:2], lora_b.shape[:2]) == ((6, 8), (6, 8))  # 3 slots of one page, 1 slot of 3 pages
     assert difference(slm, loaded(tmp_path / "large", "llama"), "llama", "large") < 1e-4
     edit(tmp_path / "small", lambda config: config.update(lora_alpha=5))
     slm.import_adapter(tmp_path / "small", "other", texts("sky"))

@@ -1,4 +1,4 @@
-"""Adapters that cannot be imported: one line each, with the field and what to do; nothing is lost."""
+"""Adapters that cannot be imported: a one-line error names the field and a remedy, and the model is unchanged."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def slm() -> ScalableLM:
 
 @pytest.fixture
 def adapter(llama: Path, tmp_path: Path) -> Path:
-    """An adapter that a test may damage."""
+    """A copy of the adapter, for a test to modify."""
     return Path(shutil.copytree(llama, tmp_path / "adapter"))
 
 
 def refused(
     slm: ScalableLM, adapter: Path | str, *parts: str, status: int = 2, examples: list[str] | None = None
 ) -> None:
-    """The import fails with one line that has these parts, and the model knows nothing more."""
+    """Check that the import fails with a one-line error that contains `parts`, and that no task is added."""
     with pytest.raises(SlmError) as caught:
         slm.import_adapter(adapter, "sky", texts("sky") if examples is None else examples)
     said = str(caught.value)
@@ -219,7 +219,7 @@ def test_a_head_that_reads_a_pooler_which_the_checkpoint_lacks_is_refused(tmp_pa
 
 
 def test_a_head_that_lacks_a_layer_which_no_checkpoint_has_is_refused(tmp_path: Path) -> None:
-    write_adapter(tmp_path, "deberta-v2")  # whose pooler PEFT does not save of itself
+    write_adapter(tmp_path, "deberta-v2")  # PEFT does not save its pooler by default
     said = ("its head reads pooler.dense, which it was saved without", "modules_to_save: classifier, pooler")
     refused(make_slm("deberta-v2"), tmp_path, *said)
 

@@ -1,4 +1,4 @@
-"""The pool: slots numbered through the tasks in name order, and heads that answer for all tasks at once."""
+"""The pool of tasks: slot numbering in name order, and heads that classify over the labels of all tasks at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pool_of(*tasks: LearnedTask, dtype: torch.dtype = torch.float32) -> Pool:
     return Pool(tasks, CPU, dtype)
 
 
-# Two tasks share the word "bad", one has a label more than the others, and they differ in slots.
+# Two tasks share the label "bad", one has one more label than the others, and the numbers of slots differ.
 ZEBRA = make_task("zebra", slots=2, labels=("bad", "good"))
 APPLE = make_task("apple", slots=1, labels=("bad", "fair", "ripe"))
 MANGO = make_task("mango", slots=3, labels=("hot", "cold"))
@@ -128,7 +128,7 @@ def test_the_answer_mixes_every_tasks_own_distribution_and_shared_words_add_up(d
     assert answer.dtype == torch.float32
     torch.testing.assert_close(answer, expected.float(), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(answer.sum(1), ROUTE.weights.sum(1))
-    assert not answer[3].any()  # routed nowhere
+    assert not answer[3].any()  # no slots in its route
 
 
 def test_a_row_is_answered_in_the_words_of_the_tasks_it_is_routed_to() -> None:
@@ -145,7 +145,7 @@ def test_of_many_labels_those_of_the_routes_tasks_alone_answer_the_same(monkeypa
     random = torch.Generator().manual_seed(0)
     features = torch.randn(40, HIDDEN, generator=random)
     route = Route(torch.randint(-1, 6, (40, 2), generator=random), torch.rand(40, 2, generator=random))
-    label = torch.arange(90) % 6 - 1  # of some of which a task has none
+    label = torch.arange(90) % 6 - 1  # -1 is no label; some label numbers do not exist in their task
     seen = torch.randn(40, 90, generator=random), torch.arange(90) % len(pool.tasks), label
     heads = pool.heads
     assert heads is not None
@@ -207,10 +207,10 @@ def test_words_that_many_tasks_share_keep_their_order_and_the_lower_one_wins_a_t
 def test_what_a_router_says_of_labels_is_put_to_the_heads() -> None:
     heads = pool_of(APPLE, MANGO, ZEBRA).heads
     assert heads is not None
-    # Means of apple's labels 0 and 2, of a slot without one, of mango's two, and two of zebra's label 1.
+    # Means of: apple's labels 0 and 2, a slot without a label, mango's labels 0 and 1, and zebra's label 1 twice.
     task, label = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 2, -1, 0, 1, 1, 1])
     scores = torch.tensor([[4.0, -2.0, 99.0, 6.0, 8.0, 1.0, 3.0]])
-    lowest = -2.0  # of labels without a mean: apple's 1, zebra's 0
+    lowest = -2.0  # for labels without a mean: apple's 1, zebra's 0
     expected = torch.tensor([[4.0, lowest, -2.0, 6.0, 8.0, lowest, 3.0]])
     torch.testing.assert_close(heads.prior(scores, task, label), expected)
 

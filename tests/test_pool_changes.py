@@ -1,4 +1,4 @@
-"""A pool of any history is bit for bit a freshly loaded one."""
+"""A pool after any sequence of changes is bit-identical to one freshly loaded with the same tasks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from slm_fast.ops import Route
 from slm_fast.pool import Pool
 from slm_fast.tasks import LearnedTask
 
-# Tasks come and go
+# Adding and removing tasks
 
 
-# Of unlike slots, ranks and labels. Only "f" has the largest rank, and "a" and "d" the next.
+# Different numbers of slots, ranks and labels. Only "f" has the largest rank, and only "a" and "d" the second largest.
 COMING = [
     make_task("a", slots=2, rank=3, labels=("no", "yes")),
     make_task("b", slots=1, rank=1, labels=("yes", "maybe", "never")),
@@ -33,7 +33,7 @@ BY_NAME = {task.name: task for task in COMING}
 
 
 def in_slot_order(pool: Pool, module: str) -> tuple[Tensor, Tensor]:
-    """The values of slots 0, 1, ..., gathered from the rows in which they lie."""
+    """Values of slots 0, 1, ... of a module, gathered from their rows in the buffers: (lora_a, lora_b)."""
     ids = torch.arange(pool.slots)[:, None]
     rows = pool.rows(Route(ids, torch.ones(pool.slots, 1))).slot_ids[:, 0]
     lora_a, lora_b = pool.values[module]
@@ -41,7 +41,7 @@ def in_slot_order(pool: Pool, module: str) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(pool: Pool, fresh: Pool) -> None:
-    """All that routes and answers are made of is the same, bit for bit."""
+    """Check that everything which determines routes and predictions is bit-identical."""
     assert pool.names == fresh.names
     assert pool.slot_names == fresh.slot_names
     assert pool.slots == fresh.slots
@@ -51,7 +51,7 @@ def assert_same(pool: Pool, fresh: Pool) -> None:
     for module in fresh.values:
         for mine, theirs in zip(in_slot_order(pool, module), in_slot_order(fresh, module), strict=True):
             assert mine.dtype == theirs.dtype
-            assert torch.equal(mine, theirs)  # their ranks too
+            assert torch.equal(mine, theirs)  # this compares shapes, and thus ranks, too
     assert (pool.heads is None) == (fresh.heads is None)
     if pool.heads is not None and fresh.heads is not None:
         assert pool.heads.words == fresh.heads.words
@@ -60,7 +60,7 @@ def assert_same(pool: Pool, fresh: Pool) -> None:
 
 
 def assert_adapts_the_same(pool: Pool, fresh: Pool) -> None:
-    """Routes through all slots, some of them none, change a layer's output by the same bits."""
+    """Check that random routes over all slots, including unused entries (-1), give bit-identical layer outputs."""
     generator = torch.Generator().manual_seed(0)
     for tokens in (1, 9):
         x = torch.randn(12, tokens, IN, generator=generator)
@@ -74,7 +74,7 @@ def assert_adapts_the_same(pool: Pool, fresh: Pool) -> None:
             assert torch.equal(mine, theirs)
 
 
-changes = st.lists(st.sampled_from(sorted(BY_NAME)), max_size=24)  # a name that is there goes, another comes
+changes = st.lists(st.sampled_from(sorted(BY_NAME)), max_size=24)  # each name toggles: removed if present, else added
 
 
 @settings(deadline=None, max_examples=100)
@@ -86,7 +86,7 @@ def test_a_pool_with_any_history_is_that_of_its_tasks_alone(
     older = []
     for i, name in enumerate(names):
         pool = pool.without(name) if name in pool.names else pool.with_task(BY_NAME[name])
-        if i in remembered:  # somebody still reads this one
+        if i in remembered:  # a reader still holds this version
             older.append(pool)
         fresh = pool_of(*(BY_NAME[name] for name in pool.names), dtype=dtype)
         assert_same(pool, fresh)
@@ -97,7 +97,7 @@ def test_a_pool_with_any_history_is_that_of_its_tasks_alone(
 
 
 def test_slot_ids_become_rows_and_none_stays_none() -> None:
-    pool = pool_of(ZEBRA).with_task(APPLE).with_task(MANGO)  # the first one has slots 4 and 5 now
+    pool = pool_of(ZEBRA).with_task(APPLE).with_task(MANGO)  # zebra's slots are now 4 and 5
     route = Route(torch.tensor([[4, -1, 0], [5, 3, -1]]), torch.rand(2, 3))
     rows = pool.rows(route)
     assert torch.equal(rows.weights, route.weights)
@@ -116,7 +116,7 @@ def addresses(pool: Pool) -> list[int]:
 
 
 def names_of(count: int) -> list[str]:
-    return [f"task{(7 * i) % count:03d}" for i in range(count)]  # not in order
+    return [f"task{(7 * i) % count:03d}" for i in range(count)]  # not sorted
 
 
 def test_the_200th_task_is_written_beside_the_others_which_stay_where_they_are() -> None:
@@ -128,14 +128,14 @@ def test_the_200th_task_is_written_beside_the_others_which_stay_where_they_are()
         pool = pool.with_task(task)
         if addresses(pool) != before:
             moved.append(i + 1)
-    # Room is doubled: 2, 6, 14, 30, ... rows; seven times for 199 tasks.
+    # Capacity doubles: 2, 6, 14, 30, ... rows; seven reallocations for 199 tasks.
     assert moved == [1, 3, 7, 15, 31, 63, 127]
     versions = {name: [tensor._version for tensor in pair] for name, pair in pool.values.items()}
     rows = pool.row_of_slot.tolist()
     grown = pool.with_task(last)
     assert addresses(grown) == addresses(pool)
     assert sorted(set(grown.row_of_slot.tolist()) - set(rows)) == [199]
-    # One write to each buffer, into the new row, is all there was.
+    # Each buffer was written exactly once, to the new row.
     assert {name: [tensor._version - 1 for tensor in pair] for name, pair in grown.values.items()} == versions
     assert_same(grown, pool_of(*first, last))
 
@@ -171,7 +171,7 @@ def test_rows_are_used_again_once_nobody_reads_them() -> None:
     reader = pool
     pool = pool.without("b")
     pool = pool.with_task(tasks[4])
-    assert held_by_b not in pool.row_of_slot.tolist()  # the reader may still be on its way to them
+    assert held_by_b not in pool.row_of_slot.tolist()  # the reader may still use that row
     assert_same(reader, pool_of(*tasks[:4]))
     del reader
     pool = pool.with_task(tasks[5])
@@ -239,7 +239,7 @@ def test_a_change_broken_off_anywhere_leaves_the_pool_and_its_room_as_they_were(
         assert addresses(pool) == start
     assert breaks > 15
     assert_same(pool, pool_of(*tasks))
-    # No row was lost: the next task takes the first one that is free.
+    # No row leaked: the next task gets the first free one.
     after = pool.with_task(make_task("after"))
     assert addresses(after) == start
     assert after.row_of_slot[0].item() == next_row
@@ -250,7 +250,7 @@ def test_what_a_failed_copy_leaves_is_never_seen() -> None:
     pool = pool_of(APPLE).with_task(ZEBRA)
     torn = make_task("torn", labels=("x", "y"))
     bad = LearnedTask("torn", torn.labels, {**torn.values, MODULES[1]: (torch.zeros(1, 2, IN + 1),) * 2}, {}, torn.head)
-    with pytest.raises((RuntimeError, IndexError)):  # after the first module was written
+    with pytest.raises((RuntimeError, IndexError)):  # fails after the first module was written
         pool.with_task(bad)
     assert_same(pool, pool_of(APPLE, ZEBRA))
     assert_same(pool.with_task(torn), pool_of(APPLE, ZEBRA, torn))

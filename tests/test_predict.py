@@ -1,4 +1,4 @@
-"""Answering: mixed rows in any order, heads, task-IDs, abstaining, streams, and the scores that come with answers."""
+"""`predict`: row order, batching, failed rows, heads and task IDs."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_a_row_that_fails_does_not_take_its_batch_with_it():
 
 
 def probabilities(slm: ScalableLM, tasks: list[LearnedTask], text: str, route: RouteTaken) -> list[torch.Tensor]:
-    """softmax(head_t(h)) of each task, h being the mean last hidden state of the merged model."""
+    """softmax(head_t(h)) of each task, where h is the mean last hidden state of the merged model."""
     model = merge(make_model("bert"), tasks, route)
     with torch.inference_mode():
         hidden = model(**make_tokenizer("bert")(text, return_tensors="pt", return_token_type_ids=False))
@@ -203,7 +203,7 @@ def test_the_answer_is_the_route_weighted_mixture_of_the_heads_over_united_label
 
 
 def test_the_winners_head_alone_answers_when_asked():
-    slm = make_slm("bert", temperature=40.0)  # so that both tasks weigh in
+    slm = make_slm("bert", temperature=40.0)  # both tasks get substantial weight
     tasks = two_tasks(slm)
     knows(slm, *tasks)
     texts = mixed(16)
@@ -218,7 +218,7 @@ def test_the_winners_head_alone_answers_when_asked():
     assert any(a.score != pytest.approx(b.score, abs=0.01) for a, b in zip(winner, blend, strict=True))
 
 
-# Task-ID
+# Task IDs
 
 
 @pytest.mark.parametrize("router", ["gaussian", "dtkr"])

@@ -1,4 +1,4 @@
-"""Files and streams answered: what is read, what is written, what is refused, and what is said of cut texts."""
+"""`predict_file`: inputs, outputs, resuming, refusals, `finish_reason` and NaN scores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def answers(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-# Sources
+# Inputs
 
 
 def test_every_format_that_is_learned_from_is_answered_too(slm: ScalableLM, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_pipe_is_a_source(slm: ScalableLM, tmp_path: Path, name: str) -> None:
 
 
 class Waits(io.StringIO):
-    """A sink that lets others wait for its lines."""
+    """A text sink that releases a semaphore whenever it is flushed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ def test_an_interrupted_run_is_not_taken_up_with_another_way_of_reading(slm: Sca
         slm.predict_file(tmp_path / "in.csv", tmp_path / "out", delimiter=",")
 
 
-# Sinks
+# Outputs
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_full_disk_names_the_file(slm: ScalableLM, tmp_path: Path) -> None:
         sink.close()
 
 
-# Cut texts
+# Texts cut at max_new_tokens
 
 
 @pytest.mark.parametrize("options", [{}, {"sample": True, "temperature": 0.3}])
@@ -263,7 +263,7 @@ def test_a_label_of_a_head_has_no_finish_reason(slm: ScalableLM) -> None:
     assert slm.predict(["sea1"])[0].finish_reason is None
 
 
-# Scores that are no numbers
+# NaN scores
 
 
 @pytest.mark.parametrize("options", [{}, {"sample": True}, {"beams": 2}, {"beams": 2, "sample": True}])
@@ -272,7 +272,7 @@ def test_a_score_that_is_not_a_number_is_an_error_of_its_row(name: str, options:
     slm = ScalableLM.from_backbone(make_model(name), tokenizer=make_tokenizer(name))
     knows(slm, *two_tasks(slm))
     model = slm.model.backbone.model
-    # The layers above the taps overflow: queries are still numbers, and what is said of them is not.
+    # NaN in a layer above the taps: queries remain finite, but scores become NaN.
     last = {"bert": "encoder.layer.2.output.dense", "t5": "decoder.block.1.layer.2.DenseReluDense.wo"}
     module = model.get_submodule(last.get(name, "model.layers.2.mlp.down_proj"))
     getattr(module, "base", module).weight.fill_(torch.nan)
@@ -285,7 +285,7 @@ def test_a_score_that_is_not_a_number_is_an_error_of_its_row(name: str, options:
         slm.predict(["sea1"], max_new_tokens=2, **options)
 
 
-# One version of the tasks
+# One snapshot of the tasks
 
 
 def test_a_file_is_answered_by_the_tasks_there_were_when_the_call_began(slm: ScalableLM) -> None:
@@ -295,7 +295,7 @@ def test_a_file_is_answered_by_the_tasks_there_were_when_the_call_began(slm: Sca
     slm.predict_file(io.BytesIO(data.encode()), expected)
 
     class Changes(io.StringIO):
-        """After the first window another thread forgets a task and learns another."""
+        """A sink at whose first flush another thread removes one task and adds another."""
 
         def flush(self) -> None:
             if "sea" in slm.tasks and not sink.getvalue():

@@ -1,4 +1,4 @@
-"""Probabilities as scikit-learn has them, and torch's dtypes as words."""
+"""`predict_proba`: the conventions of scikit-learn, and torch dtypes given as strings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_columns_are_all_tasks_labels_and_hold_what_predict_gives(slm):
         known = answer.probabilities or {}
         assert row == pytest.approx([known.get(label, 0) for label in slm.classes_], abs=1e-7)
     targets = [slm.classes_[i % 3] for i in range(len(texts))]
-    least = np.finfo(np.float32).eps  # where scikit-learn cuts
+    least = np.finfo(np.float32).eps  # scikit-learn clips probabilities to [eps, 1 - eps]
     said = -np.log(
         [row[slm.classes_.index(target)] for row, target in zip(found.clip(least, 1 - least), targets, strict=True)]
     ).mean()

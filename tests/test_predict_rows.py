@@ -1,4 +1,4 @@
-"""Rows on the way in: cut, streamed, refused."""
+"""Input rows: truncation, streams and invalid rows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_stream_reads_no_more_than_two_windows_ahead():
             yield f"sea{i} sea{(i * 3) % 20}"
 
     stream = slm.predict_stream(endless(), batch_size=256)
-    assert next(read) == 0  # nothing is read before the first answer is asked for
+    assert next(read) == 0  # nothing is read before the first prediction is requested
     first = [next(stream) for _ in range(5)]
     assert next(read) <= 2 * WINDOW + 1
     expected = slm.predict([f"sea{i} sea{(i * 3) % 20}" for i in range(5)])
@@ -73,7 +73,7 @@ def test_an_unknown_option_of_a_stream_is_refused_when_it_is_made():
         slm.predict_stream(["sea1"], beam=3)
 
 
-# Refusals
+# Invalid rows and options
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Texts as answers: labels, what ends them, and the scores that come with them."""
+"""Generated texts: labels, end tokens and scores."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_no_more_than_the_tokens_asked_for_are_generated(name):
 def test_samples_come_from_the_whole_vocabulary():
     slm = make_slm("llama")
     answers = slm.predict(["sea1 sea2"] * 300, batch_size=300, sample=True, temperature=1000.0, max_new_tokens=1)
-    assert len({answer.text for answer in answers}) > 80  # of 191 all but equally likely
+    assert len({answer.text for answer in answers}) > 80  # of 191 almost equally likely tokens
 
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_a_text_may_end_with_any_of_the_backbones_end_tokens(name):
-    """Instruction-tuned checkpoints list several; a row that has ended is filled up in a batch and not when alone."""
+    """Instruction-tuned checkpoints list several end tokens. Finished rows are padded in batches, not when alone."""
     slm = make_slm(name)
     knows(slm, *two_tasks(slm))
     written = [answer.text.split(" ") for answer in slm.predict(mixed(8), max_new_tokens=8)]
@@ -89,9 +89,9 @@ def test_a_text_may_end_with_any_of_the_backbones_end_tokens(name):
 
 @torch.inference_mode()
 def token_probabilities(name: str, model: nn.Module, text: str, steps: int) -> list[float]:
-    """Greedy decoding by hand, one forward pass a token and no cache."""
+    """Probability of each token under greedy decoding, with one forward pass per token and no KV cache."""
     ids, found = prompt_ids(name, text), []
-    answer = torch.tensor([[0]])  # T5's start
+    answer = torch.tensor([[0]])  # T5's decoder start token
     end = make_tokenizer(name).eos_token_id
     for _ in range(steps):
         logits = model(ids).logits if name == "llama" else model(input_ids=ids, decoder_input_ids=answer).logits
@@ -117,7 +117,7 @@ def test_the_score_of_a_greedy_text_is_its_tokens_mean_probability(name):
         assert answer.score == pytest.approx(sum(tokens) / len(tokens), abs=1e-4)
         assert 0 < answer.score < 1
         lengths.add(len(tokens))
-    assert len(lengths) > 1  # some ended early, in a batch where others went on
+    assert len(lengths) > 1  # some rows ended early while others in the batch continued
 
 
 @pytest.mark.parametrize("options", [{"beams": 3}, {"sample": True}, {"sample": True, "top_p": 0.5}])
@@ -129,7 +129,7 @@ def test_scores_of_beams_and_samples_are_the_probability_of_the_text_returned(na
     vocabulary = make_tokenizer(name).get_vocab()
     for text, answer in zip(mixed(), slm.predict(mixed(), max_new_tokens=4, **options), strict=True):
         words = answer.text.split(" ")
-        if len(words) < 4 or "" in words:  # it ended early, or has line breaks: the words do not tell all tokens
+        if len(words) < 4 or "" in words:  # ended early or has line breaks: the words do not determine the tokens
             assert 0 <= answer.score <= 1
             continue
         tokens = torch.tensor([[vocabulary[word] for word in words]])

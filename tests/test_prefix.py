@@ -1,4 +1,4 @@
-"""A shortened text has the first tokens of the whole one, whatever the tokenizer makes of what is cut."""
+"""`PrefixReader.shorten`: a shortened text starts with the same tokens as the whole one, for any kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SPLITS = {
     "each space": pre_tokenizers.Split(" ", "isolated"),
     "none": None,
 }
-# Name -> the model, its words, and how a text is normalised.
+# Name -> model, key of the pre-tokenizer in SPLITS, and normalizer.
 KINDS = {
     "wordpiece": ("WordPiece", "bert", normalizers.BertNormalizer()),
     "wordpiece cased": ("WordPiece", "bert", normalizers.BertNormalizer(lowercase=False, strip_accents=False)),
@@ -92,7 +92,7 @@ def make(kind: str) -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything happens within a hundred characters, as it else does within thousands."""
+    """Lower the thresholds, so that texts of a hundred characters exercise what otherwise needs thousands."""
     monkeypatch.setattr(prefix, "LEAST", 64)
     monkeypatch.setattr(prefix, "LETTERS", 2)
     monkeypatch.setattr(prefix, "ENDS", 48)

@@ -1,4 +1,4 @@
-"""Quantised backbones: their layers are called unopened, whoever quantised them, and increments come on top."""
+"""Quantised backbones: base layers of any quantisation library are called as they are, and LoRA updates are added."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from torch import nn
 from slm_fast import ScalableLM
 
 WAYS = ("torchao", "bitsandbytes-8", "bitsandbytes-4")
-pytestmark = pytest.mark.filterwarnings("ignore")  # these libraries say much
+pytestmark = pytest.mark.filterwarnings("ignore")  # these libraries emit many warnings
 
 
 def quantised_folder(name: str, way: str, path) -> str:
-    """A folder with a quantised model and its tokenizer, as transformers quantises, saves and loads it."""
+    """A folder with a quantised model, as saved by transformers, and its tokenizer."""
     library, _, bits = way.partition("-")
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed: pip install 'slm-fast[quantised]'")

@@ -1,4 +1,4 @@
-"""The trunk's pooling: a mean over real tokens, wherever the padding is and whatever it holds."""
+"""Pooling of the trunk's hidden states: a mean over real tokens, independent of the position and values of padding."""
 
 from __future__ import annotations
 

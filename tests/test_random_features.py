@@ -37,7 +37,7 @@ def new_router(k: int = 2) -> RandomFeatureRouter:
 
 
 def draw(labels: Tensor, seed: int, *, centre: float = 0.0) -> Tensor:
-    """Queries [N, WIDTH], each near the centre of its label."""
+    """Queries [N, WIDTH], each drawn around the centre of its label."""
     generator = torch.Generator().manual_seed(seed)
     centres = centre + torch.randn(int(labels.max()) + 1, WIDTH, generator=generator)
     return centres[labels] + 0.6 * torch.randn(len(labels), WIDTH, generator=generator)
@@ -63,13 +63,13 @@ def test_features_are_the_query_and_rectified_signed_sums_of_its_first_numbers()
 
 
 def drawn(mean: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Means [M, D] of a task's labels, drawn towards the mean of all its rows."""
+    """Means [M, D] of a task's labels, shrunk towards the mean of all its rows."""
     whole = (count[:, None] * mean).sum(0) / count.sum()
     return whole + (KEPT * count / (count + PRIOR_ROWS))[:, None] * (mean - whole)
 
 
 def discriminant(router: RandomFeatureRouter, asked: Tensor) -> np.ndarray:
-    """Scores [B, M] in numpy float64 of what the router's parts hold, up to what all of a row share."""
+    """Reference scores [B, M] in numpy float64, computed from the router's parts, up to a constant per row."""
     parts = router.parts
     mean = np.concatenate([drawn(part["mean"].double().numpy(), part["count"].double().numpy()) for part in parts])
     scatter = sum(unpack(expand(part["factor"], part["exponent"], part["diagonal"])).numpy() for part in parts)
@@ -109,7 +109,7 @@ def test_of_many_means_those_of_the_routes_tasks_alone_are_scored(monkeypatch: p
     everything, task, _ = router.label_scores(asked)
     monkeypatch.setattr(slm_fast.random_features, "MANY_MEANS", 5)
     scores, own, label = router.label_scores(asked, torch.tensor([[2, 1], [1, -1]]))
-    assert (own.tolist(), label.tolist()) == ([0, 0, 0, 1, 1, 2], [0, 1, 2, 0, 1, 0])  # -1 is slot 0, of no weight
+    assert (own.tolist(), label.tolist()) == ([0, 0, 0, 1, 1, 2], [0, 1, 2, 0, 1, 0])  # -1 becomes slot 0 with weight 0
     scores, own, label = router.label_scores(asked, torch.tensor([[2, 1], [1, 2]]))
     assert (own.tolist(), label.tolist()) == ([1, 1, 2], [0, 1, 0])
     torch.testing.assert_close(scores, everything[:, task > 0])
@@ -159,7 +159,7 @@ def test_rows_of_the_sample_are_measured_as_if_they_had_been_left_out(task: int)
         fewer, left_out = counts.copy(), mean.clone()
         fewer[own] -= 1
         left_out[own] -= apart / (count - 1)
-        others = whole.clone()  # its share in the other labels' means stays
+        others = whole.clone()  # leaving the row out changes only its own label's mean
         others[own] = torch.from_numpy(drawn(left_out.numpy(), fewer))[own]
         share = router.pooled.of_a_row * count / (count - 1)
         inverse = torch.linalg.inv(sigma - share * apart.outer(apart))

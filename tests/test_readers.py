@@ -1,4 +1,4 @@
-"""Records from files and streams: one after another, the bad ones marked, the rest as they stand."""
+"""Readers of files and streams: records come one at a time, and bad ones are marked without affecting the rest."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from slm_fast.readers import BATCH, Record, read_records
 
 
 def found(source: object, **options: str) -> list[tuple[int, object]]:
-    """Place and fields of each record, or what is wrong with it."""
+    """Place of each record, with its fields or its error message."""
     records = read_records(source, **options)
     return [(record.place, dict(record.fields) if record.error is None else str(record.error)) for record in records]
 
 
 class Endless(io.RawIOBase):
-    """A stream that repeats a line for ever and counts the bytes it gave."""
+    """A stream that repeats a line endlessly and counts the bytes it returned."""
 
     def __init__(self, head: bytes, line: bytes) -> None:
         self.given, self.buffer, self.line = 0, head, line
@@ -43,7 +43,7 @@ class Endless(io.RawIOBase):
 
 
 class Broken(io.RawIOBase):
-    """A stream that gives its bytes and then an error."""
+    """A stream that returns its bytes and then raises OSError."""
 
     def __init__(self, data: bytes) -> None:
         self.data = io.BytesIO(data)
@@ -97,7 +97,7 @@ def test_csv_records_begin_on_their_line_and_the_rest_go_on_after_a_bad_one(tmp_
         b"4,caf\xe9,x",
         b'5,"two',
         b'caf\xe9",x',
-        "6,gööd".encode(),  # so the file is UTF-8
+        "6,gööd".encode(),  # so the file's encoding is taken to be UTF-8
         b'7,"never closed',
         b"8,swallowed,x",
     ]
@@ -171,7 +171,7 @@ def test_a_stream_is_read_as_far_as_its_records_are_asked_for(format: str, head:
 
 
 def reading(records: Iterator[Record]) -> tuple[int, str]:
-    """How many records there are before the error, and what it says."""
+    """Number of records before the error, and the error's message."""
     given = []
     with pytest.raises(WorkError) as caught:
         given.extend(records)

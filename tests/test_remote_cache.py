@@ -1,4 +1,4 @@
-"""The cache of a store at a URL: what it has lost, or has other bytes of, is downloaded again."""
+"""The local cache of a store at a URL: missing or damaged files are downloaded again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_manifest_that_is_damaged_in_the_cache_is_brought_again(manifest, shel
 
 
 def spoiled(file: Path) -> bytes:
-    """A file's last byte is another one; what it was."""
+    """Flip a bit of the file's last byte. Returns the original content."""
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     return data
@@ -70,7 +70,7 @@ def test_damage_that_is_found_when_a_part_is_used_is_mended_by_the_next_opening(
     slm = make_slm("bert", features=32)
     slm.save_pretrained(shelf)
     slm.add([random_task(slm, name) for name in ("city", "sea")])
-    reopened(URL)  # which keeps the openings of all tasks
+    reopened(URL)  # saves the headers of all tasks' files in .keys
     lost = path_of("sea", shelf)
     data = spoiled(cache / lost)
     other = reopened(URL)
@@ -79,7 +79,7 @@ def test_damage_that_is_found_when_a_part_is_used_is_mended_by_the_next_opening(
     assert not (cache / lost).exists()
     reopened(URL)
     with pytest.raises(WorkError, match="damaged"):
-        other.model.router.parts[1]["factor"]  # a process that has the damaged file leaves the new one alone
+        other.model.router.parts[1]["factor"]  # a process that opened the damaged file does not delete its replacement
     assert (cache / lost).read_bytes() == data
 
 

@@ -1,4 +1,4 @@
-"""Models of a store at a URL: they answer as those of the store itself, follow it, and never write to it."""
+"""Models of a store at a URL: they predict as models of the store itself, follow its changes and never write to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("few_features")
 
 @pytest.fixture
 def slm(shelf: Path) -> ScalableLM:
-    """The model of the store at `URL`, who writes it."""
+    """The model that writes the store at `URL`."""
     slm = make_slm("bert", features=32)
     knows(slm, *two_tasks(slm))
     slm.save_pretrained(shelf)
@@ -51,7 +51,7 @@ def test_it_answers_bit_for_bit_as_the_store_itself(slm, shelf, cache):
     assert alike(found, reopened(shelf))
     assert (found.store, found.tasks) == (None, ["farm", "sea"])
     assert "store='shelf://store'" in repr(found)
-    assert (cache / ".keys").exists()  # as beside any store that was opened
+    assert (cache / ".keys").exists()  # written on opening, as for a local store
     assert reopened(URL).model.router.is_kept
     assert found.predict_proba(mixed()).tolist() == reopened(URL).predict_proba(mixed()).tolist()
 
@@ -70,7 +70,7 @@ def test_refresh_takes_over_what_was_committed_at_the_url(slm, shelf, cache):
     assert alike(found, slm)
     assert not gone.exists()
     assert tree(cache) == tree(shelf)
-    assert Store.open(cache).verify() == []  # nothing of it is kept in .keys
+    assert Store.open(cache).verify() == []  # `.keys` contains nothing of the removed task
 
 
 def test_a_source_that_is_gone_or_damaged_leaves_the_model_as_it_is(slm, shelf, cache):
@@ -105,7 +105,7 @@ def test_what_is_learned_and_forgotten_is_in_memory_until_it_is_saved(slm, shelf
         found.forget("farm")
     assert asked() == []
     found.refresh()
-    assert found.tasks == ["city", "sea"]  # the source has not changed
+    assert found.tasks == ["city", "sea"]  # the source has not changed, so local changes stay
     assert (tree(shelf), tree(cache)) == (source, there)
     with pytest.raises(InputError, match=r"^shelf://store: expected the path of a folder; .* is only read"):
         found.save_pretrained(URL)
@@ -114,7 +114,7 @@ def test_what_is_learned_and_forgotten_is_in_memory_until_it_is_saved(slm, shelf
     found.save_pretrained(tmp_path / "mine")
     shutil.rmtree(shelf)
     found.refresh()
-    found.forget("city")  # and committed, as it belongs to a folder now
+    found.forget("city")  # written to disk, since the model now belongs to a folder
     assert reopened(tmp_path / "mine").tasks == ["sea"]
     assert "mine" in repr(found)
 
@@ -122,13 +122,13 @@ def test_what_is_learned_and_forgotten_is_in_memory_until_it_is_saved(slm, shelf
 def test_of_a_task_of_both_the_one_that_is_new_at_the_url_counts(slm):
     found = reopened(URL)
     found.forget("farm")
-    found.add(random_task(slm, "farm", rank=2))  # learned anew, in memory
+    found.add(random_task(slm, "farm", rank=2))  # replaced, in memory only
     found.add(random_task(slm, "sky", rank=2))
     found.refresh()
     assert [found.learned[name].rank for name in found.tasks] == [2, 4, 2]
     slm.forget("farm")
     found.refresh()
-    assert found.tasks == ["farm", "sea", "sky"]  # that which was learned here
+    assert found.tasks == ["farm", "sea", "sky"]  # farm and sky are those added locally
     slm.add(random_task(slm, "sky"))
     slm.add(random_task(slm, "farm", rank=3))
     with pytest.warns(SlmWarning, match=r"shelf://store has another since; what was not committed here is dropped"):

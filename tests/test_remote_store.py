@@ -1,4 +1,4 @@
-"""Stores at a URL: brought into the cache whole or not at all, whatever the source and other processes do."""
+"""Stores at a URL: the cache is updated atomically, whatever the source and other processes do."""
 
 from __future__ import annotations
 
@@ -113,11 +113,11 @@ def test_a_store_of_another_model_takes_the_place_of_the_one_before(shelf, cache
     assert tree(cache) == tree(shelf)
 
 
-# What goes wrong
+# Failures
 
 
 def refused(kind: type[Exception], *said: str) -> None:
-    """The store cannot be brought, which is said in one line."""
+    """Check that opening the store at the URL fails with a one-line error that contains `said`."""
     with pytest.raises(kind) as error:
         RemoteStore.open(URL)
     assert "\n" not in str(error.value)
@@ -138,7 +138,7 @@ def test_damaged_bytes_are_not_put_in_place(before, shelf, cache):
         refused(WorkError, f"shelf://store/{path_of('d', shelf)}: damaged: SHA-256 is")
         assert not (cache / "tasks" / "d").exists()
         assert version(cache) == contents(before)
-    assert [path for path in asked() if path != "manifest.json"] == [path_of("d", shelf)]  # the others are there
+    assert [path for path in asked() if path != "manifest.json"] == [path_of("d", shelf)]  # the others are cached
     Store.open(shelf).commit(remove=["c", "d"])
     assert brought() == contents([A, B])
     assert tree(cache) == tree(shelf)
@@ -268,7 +268,7 @@ def test_it_is_only_read(shelf, cache):
     assert tree(shelf) == tree(store.path)
 
 
-# Other processes
+# Concurrent processes
 
 
 def test_a_reader_beside_finds_the_generation_before_until_all_is_there(shelf, cache):
@@ -316,7 +316,7 @@ def test_a_kill_anywhere_leaves_a_whole_store_that_the_next_completes(before, sh
 
 
 def held_until(cache: Path, true: Callable[[], bool]) -> tuple[int, int]:
-    """A process that holds the cache's lock until something is so."""
+    """Start a process that holds the cache's lock until `true()` holds. Returns once the lock is held."""
     cache.mkdir(parents=True, exist_ok=True)
 
     def hold() -> None:
@@ -341,7 +341,7 @@ def test_two_processes_that_open_it_at_once_bring_each_file_once(shelf, cache, t
             file.write(f"{path}\n")
 
     whenever(noted)
-    holder = held_until(cache, lambda: log.read_text().count("manifest") == 2)  # both see that there is work
+    holder = held_until(cache, lambda: log.read_text().count("manifest") == 2)  # both have found the cache out of date
     children = [start(lambda: sorted(brought())) for _ in range(2)]
     assert finish(holder) == (0, "done: None")
     assert [finish(child) for child in children] == [(0, "done: ['a', 'b', 'c']")] * 2

@@ -1,4 +1,4 @@
-"""An interrupted `slm-fast predict`: the same call again gives, byte for byte, what an undisturbed one does."""
+"""Resuming an interrupted `slm-fast predict`: a repeated call gives the bytes of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def source(store: Path) -> Path:
-    """Lines of all lengths, blank ones and bad ones among them."""
+    """Rows of various lengths, with some blank and some invalid lines."""
     rng = random.Random(0)
     lines = []
     for i in range(ROWS):
@@ -72,7 +72,7 @@ def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(stor
         enough = (0, 1, len(whole) // 3, len(whole) // 2)[point // 2 % 4]
         while process.is_alive() and not (run_file(output).exists() and output.stat().st_size >= enough):
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.2) if point % 2 else 0)  # not only when a window has just been written
+        time.sleep(rng.uniform(0, 0.2) if point % 2 else 0)  # not only just after a window was written
         process.kill()
         process.join()
         sizes.add(output.stat().st_size)

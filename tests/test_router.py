@@ -1,4 +1,4 @@
-"""Routers against closed forms, and against histories that must leave no trace."""
+"""Routers: routes and distances compared with closed forms, exact removal of tasks, and degenerate or invalid input."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_several_slots_a_task_are_its_clusters_under_one_covariance() -> None:
     route = router.route(asked)
     expected = softmax(closed_form(clusters, asked) / 3.0)
     np.testing.assert_allclose(route.weights.numpy(), np.sort(expected)[:, ::-1], atol=2e-5)
-    slot_of_cluster = route.slot_ids[:, 0].view(6, 20).mode(1).values  # clusters come in any order
+    slot_of_cluster = route.slot_ids[:, 0].view(6, 20).mode(1).values  # clusters may come in any order
     assert slot_of_cluster[:3].sort().values.tolist() == [0, 1, 2]
     assert slot_of_cluster[3:].sort().values.tolist() == [3, 4, 5]
 
@@ -156,7 +156,7 @@ def test_more_slots_than_rows_is_a_wrong_call(rows: int) -> None:
 
 def test_queries_of_the_task_lie_within_its_distances_and_others_beyond() -> None:
     router = gaussian(draw(400, 1), draw(300, 2))
-    unseen = draw(800, 1)[400:]  # of the same task
+    unseen = draw(800, 1)[400:]  # rows of the same task, not used in fitting
     slot = torch.zeros(400, dtype=torch.int64)
     distance = router.distance(unseen, slot)
     assert (distance > 0.99).float().mean() < 0.05
@@ -182,7 +182,7 @@ def test_a_share_is_where_a_distance_lies_among_percentiles() -> None:
     found = share_below(given, limits)
     np.testing.assert_allclose(found[:-1], [0.0, 0.0, 0.005, 0.5, 1.0, 1.5], atol=1e-6)
     assert found[-1] == torch.inf
-    steps = torch.cat([torch.zeros(51), torch.ones(50)])  # a half of the rows alike, and the other
+    steps = torch.cat([torch.zeros(51), torch.ones(50)])  # half of the values are 0, the other half 1
     assert share_below(torch.tensor([0.0, 1e-6, 1.0, 1.1]), steps).tolist()[:1] == [0.0]
     assert (share_below(torch.tensor([0.0, 1e-6, 1.0, 1.1]), steps) > 0.5).tolist() == [False, True, True, True]
     assert (share_below(torch.tensor([0.0, 1e-6, 1.0, 1.1]), steps) > 1.0).tolist() == [False, False, False, True]
@@ -210,7 +210,7 @@ def test_the_distances_kept_of_a_task_are_those_of_each_half_of_its_rows_from_th
     found = GaussianRouter().fit(query, 1, seed=0)["distance"]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     own = np.sqrt(-2 * closed_form([query], query)[:, 0])
-    assert found[50] > np.median(own)  # a fit to the rows themselves would call new ones far
+    assert found[50] > np.median(own)  # in-sample distances are smaller, so new rows would seem far
 
 
 def test_percentiles_are_those_of_numpy() -> None:
@@ -218,7 +218,7 @@ def test_percentiles_are_those_of_numpy() -> None:
     np.testing.assert_allclose(percentiles(values), np.percentile(values, np.arange(101)), rtol=1e-6)
 
 
-# Dynamic task-related knowledge retrieval
+# Dynamic task-related knowledge retrieval (dtkr)
 
 
 @pytest.mark.parametrize(("slots", "groups"), [(1, 1), (4, 3), (4, 1), (3, 6), (12, 1)])
@@ -284,7 +284,7 @@ def test_groups_that_do_not_divide_the_width_are_a_wrong_call() -> None:
         dtkr(groups=5).fit(draw(9, 1), 2, seed=0)
 
 
-# Both
+# Both routers
 
 
 def loaded(kind: str) -> GaussianRouter | DtkrRouter:

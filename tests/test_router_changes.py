@@ -1,4 +1,4 @@
-"""A router of any history is bit for bit a freshly loaded one."""
+"""A router after any sequence of changes is bit-identical to one freshly loaded with the same tasks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from slm_fast.ops import Route
 from slm_fast.random_features import RandomFeatureRouter, feature_matrix
 from slm_fast.router import GaussianRouter, Part, Router
 
-# Tasks come and go
+# Adding and removing tasks
 
 
-SLOTS = {"a": 1, "b": 3, "c": 2, "d": 1, "e": 2}  # by task, each of which has queries of its own size
+SLOTS = {"a": 1, "b": 3, "c": 2, "d": 1, "e": 2}  # slots by task; the tasks have different numbers of queries
 
 
 KINDS = ("gaussian", "features", "dtkr")
@@ -52,12 +52,12 @@ def fresh_router(kind: str, names: list[str]) -> Router:
 
 
 def bits(router: Router) -> dict[str, Tensor]:
-    """All that a route is made of."""
+    """The tensors that determine routes."""
     if isinstance(router, GaussianRouter):
         sums = {"coarse": router.scatter.coarse, "fine": router.scatter.fine}
         return {"keys": router.keys, "bias": router.bias, "centre": router.centre, **sums}
     assert isinstance(router, DtkrRouter)
-    return {"keys": router.keys.keys}  # what is prepared of them is the backend's own, with gaps that hold anything
+    return {"keys": router.keys.keys}  # not `prepared`: its format is the backend's, and gaps in it are uninitialised
 
 
 def assert_same(router: Router, fresh: Router) -> None:
@@ -83,7 +83,7 @@ def assert_same(router: Router, fresh: Router) -> None:
 def test_a_router_with_any_history_is_that_of_its_tasks_alone(kind: str, history: list[tuple[str, bool]]) -> None:
     router = fresh_router(kind, [])
     older = []
-    for name, looked_at in history:  # a name that is there goes, another comes
+    for name, looked_at in history:  # each name toggles its task: removed if present, else added
         router = router.without(name) if name in router.names else router.with_part(name, PARTS[kind][name])
         if looked_at:
             assert_same(router, fresh_router(kind, router.names))
@@ -94,7 +94,7 @@ def test_a_router_with_any_history_is_that_of_its_tasks_alone(kind: str, history
 
 
 def plain_route(parts: list[Part], asked: Tensor) -> Route:
-    """The gaussian route with scatters summed in float64, in their order."""
+    """The route of a gaussian router whose scatters are summed in float64, in order."""
     scatter = sum((part["scatter"].double() for part in parts), torch.zeros(()))
     count = torch.cat([part["count"] for part in parts]).double()
     mean_PD = torch.cat([part["mean"] for part in parts]).double()
@@ -135,7 +135,7 @@ def test_slots_are_numbered_by_name_however_parts_are_given() -> None:
 
 
 class Counted(dict[str, Tensor]):
-    """A part that counts how often its scatter is asked for."""
+    """A router's part that counts how often its scatter is read."""
 
     asked = 0
 

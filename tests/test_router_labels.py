@@ -1,4 +1,4 @@
-"""The gaussian router's means of labels: against the closed form, and on tasks that nothing else tells apart."""
+"""Label means of the gaussian router: compared with the closed form, and on tasks that differ only in label means."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def labelled(rows: int, seed: int, labels: int) -> tuple[Tensor, Tensor]:
-    """Queries of one task and the numbers of their labels, each label with a mean of its own."""
+    """Queries of one task, each label with a different mean, and their label numbers: ([rows, WIDTH], [rows])."""
     number = torch.arange(rows) % labels
     return torch.cat([draw(1, 1000 * seed + i)[:, :] for i in range(labels)])[number] + draw(
         rows, seed, mean=0.0
@@ -100,7 +100,7 @@ def test_labels_of_few_or_equal_rows_give_numbers(rows: str) -> None:
 
 
 def test_held_out_distances_are_to_the_rows_own_label_in_whatever_order_labels_stand() -> None:
-    query, number = labelled(200, 5, 2)  # one label after the other, in turns
+    query, number = labelled(200, 5, 2)  # labels alternate row by row
     query = query + 30.0 * number[:, None]
     in_blocks = number.argsort(stable=True)
     turns, blocks = (

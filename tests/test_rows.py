@@ -1,4 +1,4 @@
-"""Tasks from rows in memory, and rows to answer."""
+"""Tasks from rows in memory, and rows to predict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slm_fast.readers import Record
 
 
 class DataFrame:
-    """What a pandas.DataFrame is to a caller: iterating over it gives column names."""
+    """Behaves like pandas.DataFrame: iteration yields column names."""
 
     def __init__(self, **columns: list) -> None:
         self.columns = columns
@@ -34,7 +34,7 @@ class DataFrame:
 
 
 class Dataset:
-    """What a datasets.Dataset is to a caller: iterating over it gives rows, and to_dict gives columns."""
+    """Behaves like datasets.Dataset: iteration yields rows, and to_dict returns columns."""
 
     def __init__(self, rows: list[dict]) -> None:
         self.rows = rows
@@ -137,7 +137,7 @@ def test_an_integer_label_of_instructed_rows_is_not_their_answer(tmp_path: Path)
     assert len(Task.from_file("x", path).rows) == 2
 
 
-# Rows to answer
+# Rows to predict
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Scatter matrices in few bytes."""
+"""Compressed scatter matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slm_fast.scatter import RANK, compress, expand
 
 
 def scatter_of(rows: int, width: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    """Of rows whose spread falls from direction to direction, as that of hidden states does."""
+    """Scatter [width, width] float64 of rows whose variance falls across directions, as that of hidden states does."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.logspace(0, -2, width, dtype=torch.float64)
     mix = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
@@ -44,7 +44,7 @@ def test_of_many_rows_the_strongest_directions_are_kept() -> None:
 def test_what_comes_back_is_exact_whatever_the_order_of_sums() -> None:
     generator = torch.Generator().manual_seed(3)
     factor = torch.randint(-127, 128, (RANK, 33), generator=generator).to(torch.int8)
-    factor[:, :2] = 127  # the largest sums there are
+    factor[:, :2] = 127  # the largest possible sums
     exponent = torch.randint(-40, 13, (33,), generator=generator).to(torch.int8)
     found = unpack(expand(factor, exponent, torch.zeros(33)))
     whole = factor.numpy().astype(np.int64)

@@ -1,4 +1,4 @@
-"""The open queue: requests come, run, are cancelled and end, and what one says does not depend on the others."""
+"""Continuous batching: requests are added, run, cancelled and finished without affecting one another's output."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def slm(request: pytest.FixtureRequest) -> ScalableLM:
 def test_requests_that_come_while_others_run_are_answered_as_predict_does(slm: ScalableLM) -> None:
     texts = mixed_texts(11)
     scheduler, ended = scheduler_of(slm), {}
-    for ids in prompts_of(slm, texts):  # one more after each step
+    for ids in prompts_of(slm, texts):  # one request is added before each step
         scheduler.add_request(Request(ids, max_new_tokens=9))
         ended |= scheduler.step()
     ended |= run(scheduler)
@@ -85,7 +85,7 @@ def test_each_token_is_told_as_soon_as_it_is_known(slm: ScalableLM) -> None:
     (ids,) = prompts_of(slm, ["sea1 sea2"])
     number = scheduler.add_request(Request(ids, max_new_tokens=6, on_token=lambda t, p: told.append((t, p))))
     ended = scheduler.step()
-    assert len(told) == 1  # the prefill gives the first
+    assert len(told) == 1  # the prefill yields the first token
     ended |= run(scheduler)
     assert [token for token, _ in told] == ended[number].tokens
     assert sum(p for _, p in told) == pytest.approx(ended[number].probability)
@@ -181,7 +181,7 @@ def test_what_fails_in_a_callback_or_a_prefill_loses_nothing(slm: ScalableLM, mo
     assert scheduler.unfinished == 4
     with pytest.raises(RuntimeError, match="nobody listens"):
         scheduler.step()
-    ended = scheduler.step()  # what had ended all the same
+    ended = scheduler.step()  # returns the requests that finished in the step that raised
     assert texts_of(slm, ended) == [answer.text for answer in expected]
 
 

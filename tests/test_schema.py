@@ -1,4 +1,4 @@
-"""What a manifest and a task's file must say, and the one line for what does not."""
+"""Required content of manifests and task files, and the one-line errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
 
 
 def changed(content: dict, path: str, value: Any) -> Any:
-    """A copy in which the field at `path` is `value`, or gone."""
+    """A copy in which the field at `path` is set to `value`, or deleted if that is GONE."""
     content = copy.deepcopy(content)
     *parents, last = path.split("/")
     place = content
@@ -193,7 +193,7 @@ def parts(task: LearnedTask) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def with_keys(task: LearnedTask) -> LearnedTask:
-    """The same task for a dtkr router."""
+    """The same task with the tensors of a dtkr router."""
     return dataclasses.replace(task, router={"keys": task.router["mean"], "distance": task.router["distance"]})
 
 
@@ -236,7 +236,7 @@ def test_a_wrong_field_of_a_tasks_metadata_is_named(field: str, value: Any, said
 
 
 def with_start(start: Any) -> tuple[str, dict[str, torch.Tensor]]:
-    """Metadata and tensors of a task whose file says that its values began there."""
+    """Metadata and tensors of a task's file whose `warm_start` option is `start`."""
     about, tensors = parts(TASK)
     return json.dumps({**about, "options": {**about["options"], "warm_start": start}}), tensors
 
@@ -304,7 +304,7 @@ LORA_A, LORA_B = "values.layer.1.query.lora_a", "values.layer.0.value.lora_b"
 )
 def test_a_wrong_tensor_of_a_task_is_named(name: str, tensor: Any, said: str) -> None:
     about, tensors = parts(TASK)
-    # The field's name holds dots, so it is changed by hand.
+    # Replace, add or remove the named tensor.
     tensors = {key: t for key, t in tensors.items() if key != name} | ({} if tensor is GONE else {name: tensor})
     message = refusal(check_task, json.dumps(about), tensors, FILE)
     assert message.removeprefix("not a task file: ").startswith(said)
@@ -331,7 +331,7 @@ def test_a_task_has_increments_of_at_least_one_module() -> None:
     assert refusal(check_task, json.dumps(about), tensors, FILE).startswith("not a task file: values: expected")
 
 
-# A task and the model it is for
+# Compatibility of a task with a model
 
 MODULES = {"layer.0.value": (4, 3), "layer.1.query": (4, 3)}
 SHAPES = {"layers": MODULES, "hidden": 3, "query": 4}

@@ -1,4 +1,4 @@
-"""The file of an imported task: it is checked whole, and says how the task answers."""
+"""Files of imported tasks: all fields and tensors are checked, including how the task reads its input and answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HIDDEN = 3
 
 
 def imported(**changes: Any) -> LearnedTask:
-    """A task whose modules have ranks of their own, with a head that reads through a dense layer."""
+    """A task whose modules have different ranks, with a head that includes a dense layer."""
     values = {
         "layer.0.value": (torch.ones(1, 2, 4), torch.ones(1, 2, 3)),
         "other": (torch.ones(1, 9, 5), torch.ones(1, 9, 7)),
@@ -95,7 +95,7 @@ def test_modules_that_the_store_knows_have_to_fit_and_others_may_be_there() -> N
     shapes = {"layers": layers, "hidden": HIDDEN, "query": 4}
     config = {"router": "gaussian", "features": 0}
     check_fits(imported(), shapes, config)
-    check_fits(imported(), {**shapes, "hidden": None}, config)  # its own head, where others write
+    check_fits(imported(), {**shapes, "hidden": None}, config)  # has its own head, where learned tasks generate
     with pytest.raises(WorkError, match=r"values\.layer\.0\.value\.lora_a: expected \[1, r, 5\]"):
         check_fits(imported(), {**shapes, "layers": {"layer.0.value": (5, 3)}}, config)
     with pytest.raises(WorkError, match=r"values\.layer\.1\.query: missing"):

@@ -1,4 +1,4 @@
-"""What a task's file keeps for the router over random features is checked, each tensor by name."""
+"""Task files for the router over random features: each tensor is checked by name."""
 
 from __future__ import annotations
 

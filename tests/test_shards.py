@@ -1,4 +1,4 @@
-"""`slm-fast predict --shard i/n`: the parts' outputs, one behind the other, are the whole file's to the byte."""
+"""`slm-fast predict --shard i/n`: the concatenated outputs of all shards are the whole file's, byte for byte."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models import beside_its_backbone, make_model, make_tokenizer, one_thread, 
 
 from slm_fast import windows
 
-WINDOW = 40  # rows: a file of five windows is answered in a moment
+WINDOW = 40  # rows; small, so that a file of five windows takes little time
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines(rows: int) -> list[str]:
-    """Rows of all lengths, with ids or without, blank lines and bad ones among them."""
+    """Rows of various lengths, with and without IDs, and some blank and some invalid lines."""
     rng, found = random.Random(0), []
     for i in range(rows):
         text = sentence(rng.choice(("sea", "farm")), rng, words=rng.randint(1, 20))
@@ -63,7 +63,7 @@ def test_the_parts_joined_are_the_whole(store: Path, tmp_path: Path, rows: int, 
     joined = b"".join((tmp_path / f"{part}{suffix}").read_bytes() for part in range(1, parts + 1))
     assert joined == (tmp_path / f"whole{suffix}").read_bytes()
     assert sum(sizes) == rows
-    assert max(sizes) - min(sizes) <= WINDOW + 7  # work is shared out evenly
+    assert max(sizes) - min(sizes) <= WINDOW + 7  # rows are distributed evenly
 
 
 def test_long_texts_end_windows_of_parts_as_they_do_of_the_whole(store: Path, tmp_path: Path, monkeypatch) -> None:
@@ -96,7 +96,7 @@ def test_where_a_file_breaks_off_the_last_part_says_so(store: Path, tmp_path: Pa
     said = predict(store, source, tmp_path / "whole.jsonl").stderr
     assert "in.jsonl.gz" in said
     first, last = (predict(store, source, tmp_path / f"{i}.jsonl", "--shard", f"{i}/2") for i in (1, 2))
-    assert first.returncode == 1  # of its bad rows
+    assert first.returncode == 1  # because of invalid rows, not of the truncated input
     assert "in.jsonl.gz" not in first.stderr
     assert last.stderr == said
     joined = (tmp_path / "1.jsonl").read_bytes() + (tmp_path / "2.jsonl").read_bytes()

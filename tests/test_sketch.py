@@ -1,4 +1,4 @@
-"""Covariance and centre are of a sample of tasks that follows from their names, and the keys of others stay."""
+"""The sampled tasks, chosen by name, define covariance and centre; other tasks leave existing keys unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slm_fast.sketch import SAMPLED, sampled
 CPU = torch.device("cpu")
 NAMES = "abcdefghij"
 KINDS = ("gaussian", "features")
-BY_HASH = "jdfcbehagi"  # the first three are the sample, then the others come in
+BY_HASH = "jdfcbehagi"  # the first three are sampled; the others follow in this order
 INSIDE = BY_HASH[:3]
 
 
@@ -39,7 +39,7 @@ def new_router(kind: str, width: int) -> GaussianRouter:
 
 
 def parts_of(kind: str, width: int) -> dict[str, Part]:
-    """Of tasks with one to four labels."""
+    """Router parts of tasks with one to four labels, by name."""
     found = {}
     for i, name in enumerate(NAMES):
         labels = torch.arange(30 + 7 * i) % (1 + i % 4)
@@ -54,7 +54,7 @@ def loaded(kind: str, width: int, parts: dict[str, Part], names: Iterator[str] |
 
 
 def answers(router: GaussianRouter, asked: Tensor) -> list[Tensor]:
-    """All that routing, labels and distances are made of, and they themselves."""
+    """Tensors that determine routing, label scores and distances, and their results."""
     route = router.route(asked)
     found = [*router.discriminant, router.scatter.coarse, router.scatter.fine, *route]
     if isinstance(router, RandomFeatureRouter):
@@ -71,7 +71,7 @@ def assert_same(router: GaussianRouter, fresh: GaussianRouter, asked: Tensor) ->
         assert torch.equal(mine, theirs)
 
 
-# Which tasks
+# Which tasks are sampled
 
 
 def test_the_sample_is_the_names_of_lowest_sha256_in_order_whatever_order_they_come_in() -> None:
@@ -91,7 +91,7 @@ def test_a_name_more_changes_at_most_one_that_is_in_the_sample_for_another() -> 
         before, after = set(sampled(names[:i])), set(sampled(names[: i + 1]))
         assert (len(after - before), after - before) in ((0, set()), (1, {names[i]}))
         changed += before != after
-    assert 1 <= changed <= 20  # of the n-th 3 / n
+    assert 1 <= changed <= 20  # the n-th name changes the sample with probability 3 / n
 
 
 def test_up_to_all_tasks_are_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,18 +129,18 @@ def test_a_task_learned_anew_under_its_name_has_its_new_keys(kind: str) -> None:
     parts, asked = parts_of(kind, 9), draw(5, 3, width=9)
     router = loaded(kind, 9, parts, NAMES)
     answers(router, asked)
-    for name in ("a", "d"):  # outside the sample, and in it
+    for name in ("a", "d"):  # outside and inside the sample
         changed = {**parts, name: parts["f"]}
         again = router.without(name).with_part(name, parts["f"])
         assert_same(again, loaded(kind, 9, changed, NAMES), asked)
 
 
-# What a change costs
+# Cost of a change
 
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, object]]:
-    """Says what was done since it was asked last: tasks expanded, covariances inverted, tasks whose means were read."""
+    """Returns a function that counts, since its last call: tasks expanded, covariances inverted, tasks' means read."""
     done: dict[str, list[int]] = {"expanded": [], "inverted": [], "means": []}
 
     def count(owner: object, attribute: str, kind: str) -> None:
@@ -167,7 +167,7 @@ def test_a_task_outside_the_sample_costs_its_own_keys_alone(kind: str, work: Cal
     router = loaded(kind, 9, parts, "abdefgj")
     router.route(asked)
     assert work() == {"expanded": 3, "inverted": 1, "means": 3 + 7}
-    assert router.sketch.inverse is None  # who never learns does not hold it
+    assert router.sketch.inverse is None  # kept only once a task is learned
     router = router.with_part("c", parts["c"])
     router.route(asked)
     assert work() == {"expanded": 0, "inverted": 1, "means": 1}
@@ -177,7 +177,7 @@ def test_a_task_outside_the_sample_costs_its_own_keys_alone(kind: str, work: Cal
     router = router.without("b").without("h")
     router.route(asked)
     assert work() == {"expanded": 0, "inverted": 0, "means": 0}
-    router = router.without("j")  # another takes its place
+    router = router.without("j")  # another task replaces it in the sample
     assert work() == {"expanded": 2, "inverted": 0, "means": 0}
     router.route(asked)
     assert work() == {"expanded": 0, "inverted": 1, "means": 3 + 6}
@@ -214,10 +214,10 @@ def test_a_sum_that_was_kept_of_other_tasks_is_brought_up_to_date(work: Callable
         router.load({name: parts[name] for name in NAMES}, CPU, kept)
 
     load(frozenset("cdj"))
-    assert work()["expanded"] == 2  # c goes, f comes
+    assert work()["expanded"] == 2  # c is subtracted, f is added
     assert_same(router, fresh, asked)
     work()
-    load(frozenset("cdz"))  # of a task that nobody knows
+    load(frozenset("cdz"))  # z is unknown, so the sum is computed from scratch
     assert work()["expanded"] == 3
     assert_same(router, fresh, asked)
 
@@ -252,7 +252,7 @@ def test_a_task_in_the_sample_that_is_damaged_is_forgotten_and_one_that_would_en
 
 @pytest.mark.parametrize("name", ["d", "b"])
 def test_rows_are_left_out_of_the_covariance_where_they_are_in_it(name: str) -> None:
-    """The squared distance of a sample's rows from their mean, each left out of what it is part of."""
+    """Squared distances leave each row out of its task's mean and, if the task is sampled, out of the covariance."""
     width = 6
     router, queries = RandomFeatureRouter(k=2, matrix=feature_matrix(4, 3, CPU)), {}
     for i, task in enumerate(NAMES):
@@ -283,6 +283,6 @@ def test_scores_are_gaussian_log_densities_in_the_covariance_of_the_sample() -> 
     means = torch.stack([queries[name].double().mean(0) for name in inside])
     torch.testing.assert_close(centre, means.mean(0), rtol=1e-5, atol=1e-6)
     precision = torch.linalg.inv(router._lower() @ router._lower().T)
-    for place, name in enumerate(router.names):  # of all others in the same covariance
+    for place, name in enumerate(router.names):  # keys of all tasks use the same covariance
         apart = queries[name].double().mean(0) - centre
         torch.testing.assert_close(keys[place], precision @ apart, rtol=1e-4, atol=1e-4)

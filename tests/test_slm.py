@@ -1,4 +1,4 @@
-"""ScalableLM: tasks taken in, changes whole or not at all, several threads, files, probabilities."""
+"""`ScalableLM`: adding tasks, atomic changes, threads, probabilities and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The store on disk: the same bytes from the same tasks, and the old store or the new one whatever happens."""
+"""The store on disk: deterministic bytes, atomic commits, concurrent readers and merging."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from slm_fast.files import write
 from slm_fast.store import Store, task_to_bytes
 from slm_fast.tasks import LearnedTask
 
-# The bytes
+# Deterministic bytes
 
 
 def test_the_same_task_gives_the_same_bytes_every_time() -> None:
@@ -133,7 +133,7 @@ def test_a_commit_removes_nothing_that_no_store_wrote(tmp_path: Path) -> None:
     for name, text in mine.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    with suppress(InputError):  # to refuse such a folder would be as good
+    with suppress(InputError):  # refusing such a folder would be fine, too
         store_of(tmp_path, A, B).commit(remove=["a"])
     assert {name for name in mine if not (tmp_path / name).exists()} == set()
 
@@ -159,7 +159,7 @@ def test_a_second_writer_is_refused_while_the_first_is_in_its_commit(tmp_path: P
     assert version(tmp_path) == contents([A, B, C])
 
 
-# Readers beside a writer
+# Concurrent readers
 
 
 def test_a_reader_beside_a_writer_always_finds_one_whole_version(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_reader_finds_a_task_that_was_forgotten_and_learned_again_while_it_rea
 
     def read() -> list[str]:
         reader, other = Store.open(tmp_path), Store.open(tmp_path)
-        # Just before the reader opens a, b is forgotten. When it comes back for the manifest, b is learned again.
+        # Just before the reader opens a, b is removed. When the reader rereads the manifest, b is added again.
         turns = [
             (file, lambda: other.commit(remove=["b"])),
             (tmp_path / "manifest.json", lambda: other.commit(add=[B])),
@@ -199,7 +199,7 @@ def test_a_reader_finds_a_task_that_was_forgotten_and_learned_again_while_it_rea
         def hook(event: str, args: tuple) -> None:
             if event == "open" and turns and str(args[0]) == str(turns[0][0]):
                 (_, act), rest = turns[0], turns[1:]
-                turns.clear()  # what the other does is not the reader's doing
+                turns.clear()  # so that the other writer's own file accesses do not trigger the hook
                 act()
                 turns.extend(rest)
 
@@ -311,11 +311,11 @@ def test_a_commit_looks_everywhere_for_leftovers_where_the_writer_before_it_may_
     stray = store.file("b").with_name("0" * 64 + ".safetensors")
     stray.write_bytes(b"")
     store.commit(add=[C])
-    assert store.leftovers() == [stray]  # nobody died here, so only the folder of "c" was looked at
+    assert store.leftovers() == [stray]  # the previous commit completed, so only the folder of "c" was searched
     shutil.copytree(store.path, tmp_path / "copy")
     copy = Store.open(tmp_path / "copy")
     copy.commit(remove=["c"])
     assert copy.leftovers() == []
-    (store.path / ".lock").write_bytes(b"")  # as a writer leaves it that is killed
+    (store.path / ".lock").write_bytes(b"")  # as left by a killed writer
     store.commit(remove=["c"])
     assert store.leftovers() == []

@@ -1,4 +1,4 @@
-"""Damaged stores: each is one line that names the file, and verify finds what load refuses."""
+"""Damaged stores: a one-line error names the file, and `verify` finds everything that `load` refuses."""
 
 from __future__ import annotations
 
@@ -140,14 +140,14 @@ def test_a_file_in_the_place_of_a_tasks_folder_is_damage_and_not_a_crash(tmp_pat
     assert list(Store.open(tmp_path).files) == ["a"]
 
 
-# Not damage
+# Valid files of other writers
 
 
 @pytest.mark.parametrize("separators", [(",", ":"), (", ", ": "), (" ,\n", " :\t")], ids=repr)
 @pytest.mark.parametrize("spaces", range(4))
 @pytest.mark.parametrize("first", [True, False])
 def test_a_header_is_read_however_another_program_writes_it(tmp_path, separators, spaces, first) -> None:
-    """Wherever tensors then begin: numbers that lie athwart cannot be mapped."""
+    """The header's length determines where tensors begin. Unaligned ones cannot be memory-mapped."""
     store, data = store_of(tmp_path / "s", A, B), task_to_bytes(A)
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:begin])

@@ -1,4 +1,4 @@
-"""A store whose writer is killed, runs out of space or may not write is the old one or the new one."""
+"""A store whose writer is killed, runs out of space or lacks permission has either the old or the new content."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from slm_fast.errors import WorkError
 from slm_fast.store import Store
 from slm_fast.tasks import LearnedTask
 
-# Killed, out of space, or not allowed
+# Killed, out of space, or without permission
 
 COMMITS: dict[str, tuple[tuple[LearnedTask, ...], Callable[[Store], None], tuple[LearnedTask, ...]]] = {
     "first": ((), lambda store: store.commit(add=[A]), (A,)),
@@ -50,13 +50,13 @@ COMMITS: dict[str, tuple[tuple[LearnedTask, ...], Callable[[Store], None], tuple
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """A folder in memory where there is one: what these tests try many times is the order of calls, not the disk."""
+    """A temporary folder, in memory if possible: these tests depend on the order of calls, not on the disk."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         yield Path(folder)
 
 
 class Stage:
-    """A store before and after one commit, and how a commit that follows leaves it."""
+    """A store before and after a commit, and the files expected after one more commit."""
 
     def __init__(self, folder: Path, commit: str) -> None:
         before, self.act, after = COMMITS[commit]
@@ -67,7 +67,7 @@ class Stage:
         self.following = [
             tree(store_of(folder / name, *tasks, D).path) for name, tasks in (("old", before), ("new", after))
         ]
-        self.act(self.reset())  # whatever is imported late is imported now
+        self.act(self.reset())  # trigger lazy imports here, before processes are forked
 
     def reset(self) -> Store:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -76,7 +76,7 @@ class Stage:
         return writer(self.path)
 
     def run(self, n: int, act: Callable[[], object]) -> tuple[int, str]:
-        """The commit in a process of its own, with `act` before its n-th file-system call."""
+        """Run the commit in a subprocess that calls `act` before its n-th file-system call: (exit status, output)."""
 
         def work() -> int:
             calls = before_call(n, act)
@@ -87,13 +87,13 @@ class Stage:
         return finish(start(work))
 
     def calls(self) -> range:
-        """The numbers of the commit's file-system calls."""
+        """Numbers of the commit's file-system calls, from 1."""
         code, answer = self.run(0, die)
         assert (code, answer[:6]) == (0, "done: ")
         return range(1, int(answer[6:]) + 1)
 
     def outcome(self) -> bool:
-        """Whether the store is the new one; it must be that or the old one, and the next commit must leave it clean."""
+        """Whether the store is the new one. Checks that it is the old or new one and that the next commit cleans up."""
         found = version(self.path)
         assert found in (self.old, self.new)
         is_new = found == self.new
@@ -111,7 +111,7 @@ def test_a_commit_killed_before_any_of_its_file_system_calls_leaves_the_old_stor
     for n in stage.calls():
         assert stage.run(n, die)[0] == -signal.SIGKILL
         outcomes.append(stage.outcome())
-    assert outcomes == sorted(outcomes)  # once it is the new one it stays the new one
+    assert outcomes == sorted(outcomes)  # once a kill leaves the new content, all later ones do
     assert set(outcomes) == {False, True}
     assert len(outcomes) > 10
 
@@ -125,7 +125,7 @@ def test_a_commit_killed_in_the_middle_of_a_write_leaves_the_old_store(memory: P
         stage.reset()
 
         def work(size: int = size) -> None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the process as a file grows beyond `size`
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills the process if a file would exceed `size`
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
             stage.act(writer(stage.path))
@@ -176,7 +176,7 @@ def test_a_file_is_on_disk_before_it_takes_its_place_and_the_manifest_takes_it_l
 
 def test_what_a_killed_commit_leaves_is_no_damage_and_the_next_commit_clears_it(tmp_path: Path) -> None:
     def work() -> None:
-        before_call(2, die, only="os.rename")  # the manifest's; the task's file is in its place
+        before_call(2, die, only="os.rename")  # of the manifest; the task's file has been renamed
         Store.open(tmp_path).commit(add=[B])
 
     store = store_of(tmp_path, A)
@@ -207,7 +207,7 @@ def test_a_file_that_cannot_grow_is_one_line_and_changes_nothing(memory: Path) -
 
 
 def _own_disk(path: Path, kilobytes: int) -> bool:
-    """Give this process, and no other, a small disk at `path`. False where the kernel does not allow that."""
+    """Mount a small tmpfs at `path`, visible to this process only. False if the kernel does not permit that."""
     libc = ctypes.CDLL(None, use_errno=True)
     user, group = os.getuid(), os.getgid()
     new_user, new_mounts = 0x10000000, 0x00020000
@@ -229,7 +229,7 @@ def test_a_full_disk_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
         old, new = contents([A, B]), contents([A, B, C])
         ballast = tmp_path / "ballast"
         answers = []
-        for free in range(12):  # pages of 4 KiB left
+        for free in range(12):  # number of free 4 KiB pages
             with suppress(OSError), open(ballast, "wb", buffering=0) as file:
                 while file.write(bytes(4096)):
                     pass

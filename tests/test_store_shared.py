@@ -1,4 +1,4 @@
-"""A store that others change meanwhile: joined, kept up with, read beside writers, written on a full disk."""
+"""A store with several users: shared by models, read during writes, merged, and written without space or permission."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_task_that_somebody_else_has_just_committed_is_added_once(slm: Scalabl
     other = reopened(tmp_path / "store")
     other.learn(easy("city", rows=8), epochs=1)
     city = other.learned["city"]
-    slm.add(city)  # which it does not know of yet
+    slm.add(city)  # this model has not seen that commit yet
     assert slm.tasks == sorted(Store.open(tmp_path / "store").files) == ["city", "farm", "sea"]
     with pytest.raises(InputError, match="has it already"):
         slm.add(city)
@@ -155,12 +155,12 @@ def test_a_store_that_cannot_be_written_is_said_to_be_so_before_anything_is_lear
         slm.learn(easy("sky", rows=8), epochs=1)
 
 
-# Writers and readers
+# Concurrent writers and readers
 
 
 def moving(path: Path, monkeypatch: pytest.MonkeyPatch, *, rest: int | None) -> list[str]:
-    """A store of "a" and "x0" whose "x" is another one each time somebody has read the manifest, `rest` times (None: as
-    long as it may be written). The names that came and went."""
+    """Create a store of "a" and "x0" that changes after each read of its manifest: "x<n>" is replaced by "x<n+1>", at
+    most `rest` times (None: whenever the lock is free). Returns the list to which removed names are appended."""
     store_of(path, A, replace(B, name="x0"))
     writer, looking, gone = Store.open(path), Store._look_anew, []
 
@@ -172,7 +172,7 @@ def moving(path: Path, monkeypatch: pytest.MonkeyPatch, *, rest: int | None) -> 
             try:
                 writer.commit(add=[replace(B, name=f"x{len(gone) + 1}")], remove=[f"x{len(gone)}"])
                 gone.append(f"x{len(gone)}")
-            except WorkError:  # a reader keeps the lock
+            except WorkError:  # a reader holds the lock
                 pass
             monkeypatch.setattr(Store, "patience", 1.0)
             monkeypatch.setattr(Store, "_look_anew", looked)
@@ -213,7 +213,7 @@ def test_what_is_damaged_is_found_beside_a_writer_too(tmp_path: Path, monkeypatc
     assert str(file) in line
 
 
-# Tasks of one origin
+# Tasks with the same origin
 
 
 @pytest.mark.parametrize("prefer", [None, "one", "two"])
@@ -237,7 +237,7 @@ def test_different_tasks_of_a_name_are_merged_if_it_is_said_whose_to_prefer(tmp_
         one.merge([two], prefer=tmp_path / "three")
     one.merge([two], prefer=two.path)
     assert one.files["a"] == two.files["a"]
-    assert len(tree(one.path)) == 4  # what it held before is gone
+    assert len(tree(one.path)) == 4  # the replaced file is deleted
 
 
 def test_a_task_made_from_the_same_elsewhere_is_saved_once(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_the_room_in_reserve_grows_with_the_manifest(tmp_path: Path) -> None:
 def test_a_store_of_another_users_is_read_and_not_written() -> None:
     if os.getuid():
         pytest.skip("only root can become another user")
-    with tempfile.TemporaryDirectory() as folder:  # not where only root may look
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which only root can read
         store = store_of(Path(folder) / "store", A)
         for path in (Path(folder), *Path(folder).rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)

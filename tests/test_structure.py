@@ -1,4 +1,4 @@
-"""A model of no family in the table is adapted by its structure and says so, or is refused in one line."""
+"""Model types outside the table of families: adapted by their structure with a warning, or refused in one line."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_targets_of_what_is_found_are_the_names_of_its_layers():
 
 
 def test_a_model_whose_experts_are_linear_layers_keeps_them_as_they_are():
-    """A list of experts is no list of layers, and what it sees is not [B, T, I]."""
+    """A ModuleList of experts is not the list of layers, and the experts' inputs are not [B, T, I]."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a caller has set for torch shows neither in what is learned nor in what is answered."""
+"""The caller's global torch settings affect neither learning nor predictions, and are restored."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TEXTS = ["sea1 sea2 good0", "sea3 sea4 bad0", "sea5"]
 
 
 def outcome(name, around, *, train=False, **config):
-    """The bytes of a task that was learned in these surroundings, and answers to some texts."""
+    """Bytes of a task that was learned under these settings, and predictions for TEXTS."""
     model = make_model(name)
     slm = ScalableLM.from_backbone(model, tokenizer=make_tokenizer(name), **config)
     if train:

@@ -1,4 +1,4 @@
-"""Texts become tokens as the tokenizer says, cut and ended."""
+"""Tokenization: special tokens, padding, truncation and end tokens."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_answers_end_with_the_token_that_ends_them(name):
 
 def test_roberta_reads_no_more_than_its_positions_allow():
     backbone = make_backbone("roberta")
-    assert backbone.max_positions() == 127  # position 0 is the padding's
+    assert backbone.max_positions() == 127  # padding takes position 0
     slm = make_slm("roberta", max_length=127)
     slm.learn(toy_task("sea"), epochs=1)
     assert slm.predict([" ".join(["sea1"] * 300)])[0].truncated

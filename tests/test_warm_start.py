@@ -1,4 +1,4 @@
-"""A task that begins at another's values: at whose, at which of its slots, what its file says, what stays as it was."""
+"""Warm starts: which task and slots new values start from, what the task's file records, and what stays unchanged."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from slm_fast.task_file import digest_of
 from slm_fast.tasks import LearnedTask
 from slm_fast.warm_start import Start, nearest_of_rank, slot_weights
 
-STILL = {"epochs": 1, "learning_rate": 1e-38, "weight_decay": 0.0}  # steps that float32 does not see
+STILL = {"epochs": 1, "learning_rate": 1e-38, "weight_decay": 0.0}  # updates too small for float32
 
 
 def three_known(slm: ScalableLM, **options) -> dict[str, LearnedTask]:
-    """Tasks before and behind "city" in the order of names, each with a topic of its own."""
+    """Tasks with different topics, whose names sort before and after "city"."""
     tasks = [
         random_task(slm, name, topic=topic, **options) for name, topic in (("a", "farm"), ("b", "sky"), ("z", "sea"))
     ]
@@ -52,7 +52,7 @@ def like(task: LearnedTask) -> dict[str, str]:
     return {"task": task.name, "sha256": digest_of(task)}
 
 
-# Whose values
+# Which task is the start
 
 
 @pytest.mark.parametrize(("name", "router"), [*((name, "gaussian") for name in FAMILIES), ("bert", "dtkr")])
@@ -61,7 +61,7 @@ def test_a_task_begins_at_the_values_of_the_one_most_of_its_rows_are_routed_to(n
     slm = make_slm(name, router=router, groups=8)
     known, task = three_known(slm, rank=8), toy_task("city", topic=topic)
     votes = Counter(answer.task for answer in slm.predict(texts_of(task), max_new_tokens=1))
-    if router == "gaussian":  # the other is seldom right about words without sense
+    if router == "gaussian":  # the dtkr router is rarely right on meaningless words
         assert votes[nearest] > len(task.rows) / 2
     nearest = votes.most_common(1)[0][0]
     slm.learn(task, warm_start=True, slots=1, **STILL)
@@ -151,7 +151,7 @@ def test_of_a_smaller_rank_all_is_taken_and_the_rest_begins_anew(name):
         assert torch.equal(lora_a[:, :3], task.values[module][0])
         assert torch.equal(lora_b[:, :3], task.values[module][1])
         assert torch.equal(lora_a[:, 3:], learned(anew, "city").values[module][0][:, 3:])
-        assert lora_a[:, 3:].abs().amin(2).max() > 0  # a row of zeros beside one of zeros would never learn
+        assert lora_a[:, 3:].abs().amin(2).max() > 0  # with lora_a and lora_b both zero, there would be no gradient
         assert lora_b[:, 3:].abs().max() < 1e-30
 
 
@@ -165,7 +165,7 @@ def test_of_a_larger_rank_the_nearest_increments_are_taken():
         u, s, v = torch.linalg.svd(whole, full_matrices=False)
         nearest = u[:, :2] * s[:2] @ v[:2]
         assert torch.allclose(lora_a[0].T @ lora_b[0], nearest, atol=1e-5 * float(s[0]))
-        assert (whole - nearest).norm() > 0.1 * whole.norm()  # something was left out
+        assert (whole - nearest).norm() > 0.1 * whole.norm()  # the smaller rank loses something
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_each_new_slot_begins_at_the_slot_that_weighs_most_for_its_rows():
     task = random_task(make_slm("bert"), "sea", slots=3)
     theirs = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0], [0.0, 0.4, 0.6], [0.0, 0.1, 0.9]], dtype=torch.float64)
     own = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.7, 0.3, 0.0]], dtype=torch.float64)
-    # In all 1.1, 1.4, 1.5: a slot without rows goes by all of them. The second has 1.1, 0.93, 0.27 for its rows.
+    # Total weights 1.1, 1.4, 1.5, used for a slot without rows. Weighted by the second slot's rows: 1.1, 0.93, 0.27.
     assert Start(task, theirs).slots_for(own).tolist() == [2, 0, 2]
     values = {"layer": (torch.zeros(3, 4, 2), torch.zeros(3, 4, 3))}
     parts = {"layer": (torch.randn(3, 4, 2), torch.randn(3, 4, 3))}
@@ -216,7 +216,7 @@ def test_tasks_of_several_slots_begin_at_slots_of_the_other(router, joint):
     assert all(choice == chosen[0] for choice in chosen)
 
 
-# What the file says, and what comes after
+# What the file records, and its consequences
 
 
 def test_the_file_tells_what_it_was_started_from_and_others_say_nothing(tmp_path: Path):
@@ -276,14 +276,14 @@ def test_another_start_is_another_task():
         with pytest.raises(InputError, match="task 'city': already learned; forget it first"):
             slm.knows(task, asked[start])
     with pytest.raises(InputError, match="task 'sea': already learned; forget it first"):
-        slm.knows(easy("sea", rows=16), asked[True])  # it was learned before there was anything to start from or not
+        slm.knows(easy("sea", rows=16), asked[True])  # sea was learned without warm_start
     slm.forget("city")
     assert not slm.knows(task, asked["farm"])
 
 
 def test_what_a_task_began_at_decides_its_origin():
     origins = []
-    for others in ({"seed": 0}, {"seed": 1}):  # of one name
+    for others in ({"seed": 0}, {"seed": 1}):  # different tasks with the same name
         slm = make_slm("bert")
         slm.learn(easy("sea", rows=16), epochs=1, **others)
         slm.learn(easy("city", rows=16), epochs=1, warm_start="sea")
@@ -294,7 +294,7 @@ def test_what_a_task_began_at_decides_its_origin():
 
 
 def test_the_values_begun_at_answer_before_a_step_is_made():
-    """The same rows under another name: with the head alone to learn it gets there in fewer steps."""
+    """The same rows under another name: with a warm start only the head must be learned, which takes fewer steps."""
 
     def confidence(start: bool) -> float:
         slm = make_slm("bert")

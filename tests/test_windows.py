@@ -1,4 +1,4 @@
-"""Windows of rows: bounded by rows and by text, whole when reading fails, and given early when a live input pauses."""
+"""Windows of rows: limited by rows and text, kept when reading fails, and returned early when a live input pauses."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_what_was_read_is_given_when_the_input_pauses_and_none_where_nothing_is_
         for i in range(3):
             sink.write(f"row {i}\n".encode())
             window = next(windows)
-            if window is None:  # it had paused before the line came
+            if window is None:  # the input had paused before this line was read
                 window = next(windows)
             assert (texts(window), window.first, window.task) == ([f"row {i}"], i, "sea")
             assert next(windows) is None

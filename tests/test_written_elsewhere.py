@@ -1,4 +1,4 @@
-"""Files as other programs write them: pandas, datasets, SetFit, alpaca, ShareGPT, OpenAI, TRL, Label Studio."""
+"""Files written by other programs: pandas, datasets, SetFit, alpaca, ShareGPT, OpenAI, TRL and Label Studio."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def quiet() -> object:
 @pytest.mark.parametrize(
     ("name", "save"),
     [
-        ("t.csv", FRAME.to_csv),  # with the index, a column without a name
+        ("t.csv", FRAME.to_csv),  # with the index, as a column without a name
         ("t.csv.gz", lambda path: FRAME.to_csv(path, index=False)),
         ("t.tsv", lambda path: FRAME.to_csv(path, sep="\t")),
-        ("t.csv", lambda path: FRAME.to_csv(path, sep=";", encoding="utf-8-sig")),  # for a spreadsheet
+        ("t.csv", lambda path: FRAME.to_csv(path, sep=";", encoding="utf-8-sig")),  # as for a spreadsheet
         ("t.json", FRAME.to_json),
         ("t.json", lambda path: FRAME.to_json(path, orient="records", indent=2)),
         ("t.json", lambda path: FRAME.to_json(path, orient="split")),
@@ -55,7 +55,7 @@ def test_pandas_categories_numbers_and_missing_values(tmp_path: Path) -> None:
     with pytest.raises(WorkError, match=r"^x: row 3: no 'label'"):
         Task.from_rows("x", frame, text="text", label="stars")
     stars = Task.from_rows("x", frame[:2], text="text", label="stars")
-    assert stars.labels == ["1", "5"]  # floats, because a value is missing
+    assert stars.labels == ["1", "5"]  # pandas made them floats, because a value is missing
 
 
 def classes() -> datasets.Dataset:
@@ -153,7 +153,7 @@ def test_openai_fine_tuning(tmp_path: Path) -> None:
     assert task.rows == [Row("Hi", "Hello", "Be brief."), Row("Hi", "Yo")]
 
 
-# TRL: prompt and completion, texts or lists of messages
+# TRL: prompt and completion, as texts or lists of messages
 
 
 def said(role: str, content: str) -> dict[str, str]:
@@ -189,7 +189,7 @@ def test_trl_messages_in_files_and_tables(tmp_path: Path) -> None:
         Task.from_file("x", tmp_path / "t.parquet"),
         Task.from_file("x", tmp_path / "t.jsonl"),
         Task.from_rows("x", dataset),
-        Task.from_rows("x", pandas.read_parquet(tmp_path / "t.parquet")),  # whose lists are arrays
+        Task.from_rows("x", pandas.read_parquet(tmp_path / "t.parquet")),  # in which lists are arrays
         Task.from_rows("x", [{**row, "completion": row["completion"][0]["content"]} for row in TRL]),
     ):
         assert task.rows == EXPECTED
@@ -221,7 +221,7 @@ def test_a_trl_row_that_is_not_understood_is_one_line(row: dict, words: str) -> 
 
 
 def test_label_studio(tmp_path: Path) -> None:
-    """Its JSON-MIN and CSV exports of a text classification, whose control is called "sentiment"."""
+    """JSON-MIN and CSV exports of a text classification project whose control is called "sentiment"."""
     times = {"created_at": "2024-05-01T10:00:00.0Z", "updated_at": "2024-05-01T10:00:00.0Z", "lead_time": 4.2}
     rows = [
         {"text": row.text, "id": i, "sentiment": row.target, "annotator": 1, "annotation_id": i, **times}

@@ -1,4 +1,4 @@
-"""What the tests of rivals with prompts share: tiny backbones in the place of real ones, tasks for them, states."""
+"""Shared helpers for tests of prompt-based rivals: tiny backbones, tasks for them, and state comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELS = ("no", "yes")
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """Backbones are tiny random models, named by their type. A test module imports this to have it."""
+    """Make `Backbone.load` return tiny random models, named by type. Active in each test module that imports it."""
     monkeypatch.setattr(Backbone, "load", lambda name: Backbone(make_model(name), make_tokenizer(name), name))
 
 
@@ -27,7 +27,7 @@ def setup_of(name: str, **options) -> Setup:
 
 
 def task_of(backbone: str, topic: str, rows: int = 12) -> Task:
-    """Of labels, or of text to write where the backbone writes."""
+    """A task with labels for encoders, or with free-text outputs for backbones that generate."""
     task = easy(topic, rows)
     if BACKBONES[backbone][0] == "encoder":
         return task
@@ -35,7 +35,7 @@ def task_of(backbone: str, topic: str, rows: int = 12) -> Task:
 
 
 def ragged(each: int = 3) -> list[Row]:
-    """Rows of two topics and many lengths."""
+    """Rows of varied length, `each` per topic."""
     return [row for topic in ("sea", "farm") for row in toy_task(topic, rows=each).rows]
 
 
@@ -47,7 +47,7 @@ def saved_and_loaded(state):
 
 
 def assert_same(one, other) -> None:
-    """States with the same bits."""
+    """Assert that two nested states are equal, with equal tensors."""
     if isinstance(one, torch.Tensor):
         assert torch.equal(one, other)
     elif isinstance(one, dict):
@@ -63,13 +63,13 @@ def assert_same(one, other) -> None:
 
 
 def assert_resumes(make, tasks) -> None:
-    """A run resumed from its state after the first task ends as one that was never interrupted."""
+    """Assert that a run resumed from its state after the first task ends exactly like an uninterrupted one."""
     whole, resumed = make(), make()
     whole.learn(tasks[0], False)
     state = saved_and_loaded(whole.state())
     resumed.restore(state)
     for seed, learner in enumerate((whole, resumed)):
-        torch.manual_seed(seed)  # which nothing may depend on
+        torch.manual_seed(seed)  # results must not depend on the global generator
         for task in tasks[1:]:
             learner.learn(task, False)
     rows, told = [row for task in tasks for row in task.rows], [task.name for task in tasks for _ in task.rows]

@@ -1,4 +1,4 @@
-"""What not being told the task costs: the pairing, and a run from files to a table."""
+"""Tests of the routing-cost benchmark: paired differences, and a full run from data files to the result table."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_table_has_each_task_all_rows_and_what_is_out_of_scope():
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_features) -> Path:
-    """Two of the demo's tasks as a stream of files, with rows out of scope."""
+    """Data folder with a stream of two demo tasks and out-of-scope rows."""
     names = ("news_desk", "recipe_steps")
     monkeypatch.setitem(STREAMS, "clinc", Stream("tiny", names, 40, out_of_scope="strangers"))
     for split in ("train", "test"):
@@ -106,7 +106,7 @@ def test_a_run_answers_each_row_told_and_not_told_and_goes_on_where_it_was(data,
     assert capsys.readouterr().err.count("separate learned") == 2
     lines = {line["task"]: line for line in read_csv(data / "both.csv")}
     assert list(lines) == ["news_desk", "recipe_steps", "all rows", "out of scope"]
-    assert float(lines["all rows"]["told"]) > 50  # chance is 25
+    assert float(lines["all rows"]["told"]) > 50  # percent; chance is 25
     assert float(lines["all rows"]["separate"]) > 50
     assert float(lines["all rows"]["right_task"]) > 90
     assert lines["all rows"]["gap_se_seeds"] == "nan"

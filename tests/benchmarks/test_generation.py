@@ -1,4 +1,4 @@
-"""The ways to write answers that are timed beside each other write what they should."""
+"""Tests of the generation benchmark: each way generates the expected text and number of tokens."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_papers_way_adds_increments_to_the_attention_outputs_alone(name: str
     assert adapted == outputs & set(model.modules)
     assert adapted
     assert adapted < set(model.modules)
-    # Where no layer adds anything it writes what the bare model writes, and a batch of one changes nothing.
+    # With base_only in every layer, slm_fast generates what the bare model does.
     replace_layers(writers.slm, dict.fromkeys(writers.slm.model.modules, base_only))
     assert writers.slm_fast(9) == writers.bare(9)
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark goes through all its steps on a CPU, where each way's result is held against the others'."""
+"""Tests of the GPU operator benchmark on a CPU: a dry run, correctness checks, verdicts and the backend order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rivals' ways to name a task: their formulas, computed in another way."""
+"""Tests of the task identifiers of EPI and Any-SSR against independent computations of their formulas."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 from benchmarks.continual.methods.any_ssr import AnySsr
 from benchmarks.continual.methods.epi import Epi
 
-Taught = dict[str, tuple[Tensor, Tensor | None]]  # by task: queries and labels
+Taught = dict[str, tuple[Tensor, Tensor | None]]  # task name -> queries [N, 6], labels [N]
 
 
 @pytest.fixture
 def taught() -> Taught:
-    """Three tasks of overlapping queries, one of which has no labels and one a label of a single row."""
+    """Three tasks with overlapping queries: one has no labels, another has a label with a single row."""
     random = torch.Generator().manual_seed(0)
     mix = torch.randn(6, 6, generator=random)
 
@@ -71,7 +71,7 @@ def test_epi_finds_the_task_where_directions_were_never_seen() -> None:
 
 
 def targets(taught: Taught) -> Tensor:
-    """One-hot tasks of all rows [N, T]."""
+    """One-hot task targets of all rows, [N, T]."""
     place = [torch.full((len(query),), i) for i, (query, _) in enumerate(taught.values())]
     return torch.nn.functional.one_hot(torch.cat(place)).double()
 

@@ -1,4 +1,4 @@
-"""The inference benchmark compares ways that compute the same, and keeps the lines of earlier runs."""
+"""Tests of the inference benchmark: all ways compute equal states, and a run keeps the results of earlier runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-4}, torch.bfloat16: {"rtol": 0
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
-    """A second, tiny model on disk."""
+    """Path of a second tiny model, which serves as the sentence encoder."""
     folder = tmp_path_factory.mktemp("encoder")
     make_model("bert", seed=1).save_pretrained(folder)
     make_tokenizer("bert").save_pretrained(folder)
@@ -60,7 +60,7 @@ def make_ways(name: str, encoder: str, dtype: torch.dtype = torch.float32) -> Wa
 
 
 def own_route(ways: Ways, tasks: list[str]) -> Route:
-    """Each row on its own task's slot alone."""
+    """A route that sends each row to its own task's slot only, with weight 1."""
     names = sorted(ways.train)
     return route_of([[names.index(task)] for task in tasks], [[1.0]] * len(tasks))
 
@@ -90,7 +90,7 @@ def check_mixed(ways: Ways, steps: dict[str, Step], batch: Batch, close: dict[st
     oracle = answer(ways.slm, batch.encoded, own_route(ways, batch.tasks))
     torch.testing.assert_close(hidden[PEFT], oracle, **close)
     torch.testing.assert_close(hidden[PER_SAMPLE], hidden[OURS], **close)
-    if bare.dtype == torch.float32:  # in which the increments can be told from rounding
+    if bare.dtype == torch.float32:  # precise enough to tell increments from rounding errors
         assert (oracle - bare).abs().max() > 10 * (hidden[PEFT] - oracle).abs().max()
     query = ways.paper.model.query.encode_tokens(batch.encoded)
     assert torch.equal(hidden[SENTENCE], answer(ways.paper, batch.encoded, ways.paper.model.route(query)))

@@ -1,4 +1,4 @@
-"""The rivals train what they say they train."""
+"""Tests of Finetune, Separate and the shared Writer: which weights they train, losses and batched answers."""
 
 from __future__ import annotations
 

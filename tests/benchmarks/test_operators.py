@@ -1,4 +1,4 @@
-"""The operators' benchmarks compare ways that compute the same thing, on the cases they say."""
+"""Tests of the operator benchmarks: all ways compute the same result, and the command runs the selected shapes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FEW = bench_retrieve.Shape(B=5, P=30, D=48, G=6, K=3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("slots", ["uniform", "zipf", "same", "distinct"])
 def test_every_way_to_add_increments_gives_the_same_output(slots: str, dtype: torch.dtype) -> None:
-    # One slot a sample, of weight 1: PEFT's mixed batch knows no weights. Arrow weighs by a routing of its own.
+    # One slot per sample, with weight 1: PEFT's mixed batch has no weights. Arrow is left out: it does its own routing.
     shape = replace(SMALL, slots=slots, dtype=dtype, K=1)
     with torch.inference_mode():
         expected = bench_multi_lora.candidates(shape, compiled=False)["native new"]()
         names = set(bench_multi_lora.candidates(shape, compiled=False)) - {"linear", "arrow"}
         assert names == {"native", "native new", "gather bmm", "gather bmm new", "materialised", "peft mixed", "dense"}
         for name in names:
-            y = bench_multi_lora.candidates(shape, compiled=False)[name]()  # each from a fresh base output
+            y = bench_multi_lora.candidates(shape, compiled=False)[name]()  # rebuilt: some ways modify the base output
             torch.testing.assert_close(y, expected, msg=lambda m, name=name: f"{name}: {m}")
 
 

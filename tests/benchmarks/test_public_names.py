@@ -1,4 +1,4 @@
-"""The benchmarks measure what users have: they call nothing of slm_fast that begins with an underscore."""
+"""Tests that the benchmarks use only slm_fast's public names (no leading underscore)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def is_private(name: str) -> bool:
 
 
 def defined_in(source: str) -> set[str]:
-    """The private names that a module gives to functions, classes, variables and attributes."""
+    """Private names of the functions, classes, variables and attributes that a module defines."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -28,8 +28,8 @@ def defined_in(source: str) -> set[str]:
 
 
 def uses_of_private_names(source: str, private: set[str]) -> list[str]:
-    """Imports from slm_fast of private names, attributes of these names on anything but `self`, the same names in
-    strings that getattr and its like are given, and classes changed or methods put on objects from outside."""
+    """Code that imports a private name from slm_fast, or accesses an attribute in `private` on an object other than
+    self or cls, also through getattr and the like; and every assignment to `__class__` or call of MethodType."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []

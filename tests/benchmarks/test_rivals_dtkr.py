@@ -1,4 +1,4 @@
-"""DTKR with prompts and with gated prefixes as values: what is retrieved, in which order, and what it does."""
+"""Tests of DTKR with prompts and with gated prefixes as values: which slots it retrieves and how they are used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drawn(word: str) -> torch.Tensor:
 
 
 def query(texts):
-    """Fixed random vectors of a text's words and, more of them, of what these begin with: [B, 12]."""
+    """Queries [B, 12]: each word adds a fixed random vector of its stem and a quarter of one of the whole word."""
     return torch.stack([sum(drawn(word.rstrip("0123456789")) + drawn(word) / 4 for word in t.split()) for t in texts])
 
 
@@ -37,7 +37,7 @@ def made(method, name: str, **options):
 
 @pytest.fixture(scope="module")
 def learned():
-    """Both methods over a tiny encoder, with two tasks learned."""
+    """DtkrPrompt and DtkrAdapter with a tiny BERT, after learning two tasks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Backbone, "load", lambda name: Backbone(make_model(name), make_tokenizer(name), name))
         methods = [made(method, "bert", epochs=8) for method in (DtkrPrompt, DtkrAdapter)]
@@ -220,5 +220,5 @@ def test_each_task_adds_as_many_numbers_and_bytes(method, name):
     groups = 2 if name == "llama" else 4
     slot = 2 * width if method is DtkrPrompt else layers * (2 * 2 * groups * 8 + 4)
     assert [b - a for a, b in pairwise(sizes)] == [4 * slot + head] * 3
-    keys = 4 * 12 + 101  # and percentiles of distances
+    keys = 4 * 12 + 101  # 4 keys of 12 numbers, and 101 percentiles of distances
     assert [b - a for a, b in pairwise(kept)] == [4 * (4 * slot + head + keys)] * 3

@@ -1,4 +1,4 @@
-"""LFPT5 over a tiny T5 that has learned to write samples: what it generates, keeps, and holds its new prompt to."""
+"""Tests of LFPT5, with a tiny T5 trained to generate samples: pseudo samples, losses, state and memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOPICS = ("sea", "farm")
 
 @functools.cache
 def trained():
-    """A tiny T5 that writes "sea3 sea7 good0 answer yes" and the like, from nothing."""
+    """A tiny T5 trained to generate samples like "sea3 sea7 good0 answer yes" from random input embeddings."""
     backbone = Backbone(make_model("t5"), make_tokenizer("t5"), "t5")
     rows = [row for topic in TOPICS for row in task_of("bert", topic, 32).rows]
     texts = [f"{row.text} answer {row.target}" for row in rows]
@@ -41,7 +41,7 @@ def trained():
 
 @pytest.fixture(autouse=True)
 def writing(monkeypatch):
-    """The only backbone is that T5."""
+    """Make `Backbone.load` return a copy of that T5."""
     monkeypatch.setattr(Backbone, "load", lambda name: Backbone(copy.deepcopy(trained()), make_tokenizer("t5"), name))
 
 
@@ -91,7 +91,7 @@ def test_a_text_without_one_separator_or_with_a_label_of_another_task_is_no_samp
 def test_a_long_text_is_cut_so_that_what_is_generated_still_has_its_answer():
     (row,) = made().generative([Row(" ".join(["sea1"] * 100), "yes")])
     assert row.prompt == ""
-    assert row.target.split() == ["sea1"] * 29 + ["answer", "yes"]  # with the end, 32 tokens
+    assert row.target.split() == ["sea1"] * 29 + ["answer", "yes"]  # 32 tokens with the end token
 
 
 def test_kl_is_nothing_until_the_prompt_changes_and_then_that_of_each_answers_tokens():

@@ -1,4 +1,4 @@
-"""MbPA++, O-LoRA and IDBR do what defines them."""
+"""Tests of the defining parts of MbPA++, O-LoRA and IDBR."""
 
 from __future__ import annotations
 
@@ -117,11 +117,11 @@ def test_mbpa_replays_a_batch_of_what_it_has_seen_after_every_so_many(folder, mo
     method, (first, second) = Mbpa(make_setup(folder), every=4), make_tasks()
     seen = watch(method, monkeypatch)
     taught(method, (first, second))
-    assert len(seen) == 24 + 24 // 4  # six batches in each of two epochs of two tasks
+    assert len(seen) == 24 + 24 // 4  # 6 batches x 2 epochs x 2 tasks, and a replay after every 4
     own = {row.text for row in first.rows}
-    assert set(seen[4]) <= {text for batch in seen[:4] for text in batch}  # only what was seen by then
+    assert set(seen[4]) <= {text for batch in seen[:4] for text in batch}  # replays only rows seen so far
     replayed = [text for batch in seen[19::5] for text in batch]
-    assert own & set(replayed)  # of the first task, while the second is learned
+    assert own & set(replayed)  # rows of the first task are replayed while the second is learned
     assert method.batches == 24
     assert len(method.memory.rows) == len(method.keys) == 96
 
@@ -259,7 +259,7 @@ def test_idbr_learns_the_order_of_halves_always_and_tasks_only_of_replayed_batch
     asked.clear()
     method.learn(second, progress=False)
     replayed = [(texts, tasks) for texts, tasks in asked if tasks is not None]
-    assert len(replayed) == 2 * 2  # two of 26 batches; nine rows in batches of eight
+    assert len(replayed) == 2 * 2  # two replays in 26 batches, each of nine rows in batches of eight
     named = Counter(
         (text == kept.text, task) for texts, tasks in replayed for text, task in zip(texts, tasks, strict=True)
     )

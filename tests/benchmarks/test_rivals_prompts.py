@@ -1,4 +1,4 @@
-"""Rivals that learn soft prompts: what stands before a text, who reads it, and what never changes."""
+"""Tests of the rivals that learn soft prompts: how prompts are read, which task reads which, and what is frozen."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_each_task_is_answered_with_its_own_prompt_before_those_of_earlier_tasks
     model, rows, whole = method.models["city"], tasks[2].rows, torch.cat([method.prompts["city"], farm, sea])
     by_hand = make_prompted(method.backbone, method.setup, (), 0, lambda rows: whole)
     assert torch.equal(model.losses(rows), by_hand.losses(rows))
-    method.prompts["sea"] = torch.randn_like(sea)  # which city reads, too
+    method.prompts["sea"] = torch.randn_like(sea)  # city reads this prompt too
     assert not torch.equal(model.losses(rows), by_hand.losses(rows))
 
 

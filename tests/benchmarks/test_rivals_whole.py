@@ -1,4 +1,4 @@
-"""Joint, Replay and EWC do what defines them, and every rival goes on from its state as if never interrupted."""
+"""Tests of the defining parts of Joint, Replay and EWC, and of resuming rivals from a saved state."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_run_that_goes_on_from_a_state_ends_as_one_that_was_never_interrupted(
     file = io.BytesIO()
     torch.save(begun.state(), file)
     file.seek(0)
-    torch.manual_seed(17)  # what else was drawn in the meantime must not matter
+    torch.manual_seed(17)  # random draws in between must not matter
     resumed.restore(torch.load(file, weights_only=True))
     assert (resumed.parameters, resumed.kept) == (begun.parameters, begun.kept)
     for each in (whole, resumed):
@@ -88,7 +88,7 @@ def test_mix_adds_a_batch_of_each_earlier_task_to_every_tenth_and_loses_no_row()
     batches = list(torch.arange(84).split(4))  # 21 batches
     kept = [torch.arange(100, 110), torch.arange(200, 202)]
     found, mixed = mix(batches, kept, 4, 10, torch.Generator().manual_seed(0))
-    assert sum(mixed) == 2 * 3  # 4 + 4 + 2 rows in batches of 4
+    assert sum(mixed) == 2 * 3  # two replays, each of 4 + 4 + 2 rows in batches of 4
     assert [len(batch) for batch, replays in zip(found, mixed, strict=True) if replays] == [4, 4, 2] * 2
     assert [b.tolist() for b, replays in zip(found, mixed, strict=True) if not replays] == [
         batch.tolist() for i, batch in enumerate(batches, 1) if i % 10
@@ -109,7 +109,7 @@ def test_replay_learns_a_task_from_its_rows_and_those_kept_of_earlier_ones(folde
     seen = watch(method, monkeypatch)
     method.learn(second, progress=False)
     counts = Counter(text for batch in seen for text in batch)
-    assert len(seen) == 2 * 6 + 4  # every third of twelve batches brings one more
+    assert len(seen) == 2 * 6 + 4  # one extra batch after every third of twelve
     assert {counts[row.text] for row in second.rows} == {OPTIONS.epochs}
     assert sum(counts[text] for text in kept) == 4 * 8
     assert counts.keys() == kept | {row.text for row in second.rows}
@@ -118,7 +118,7 @@ def test_replay_learns_a_task_from_its_rows_and_those_kept_of_earlier_ones(folde
 
 
 class Logistic(nn.Module):
-    """A model whose logit of the second label is w x, x being the number that a row's text is."""
+    """Logistic regression: the logit of the second label is weight * x, where x is the row's text as a float."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Logistic(nn.Module):
 def test_ewcs_fisher_is_that_of_logistic_regression(weight, tolerance, folder):
     method = Ewc(make_setup(folder))
     method.model = Logistic(weight)
-    x = torch.linspace(-3, 3, 2001)  # where w is 0 the drawn label does not matter, elsewhere it averages out
+    x = torch.linspace(-3, 3, 2001)  # at w = 0 the sampled label does not matter; elsewhere it averages out
     (fisher,) = method.fisher_of([Row(f"{value}") for value in x.tolist()], torch.Generator().manual_seed(0))
     p = torch.sigmoid(weight * x)
     assert float(fisher) == pytest.approx(float((p * (1 - p) * x.square()).mean()), rel=tolerance)
@@ -167,7 +167,7 @@ def test_ewcs_one_quadratic_pulls_as_the_penalties_of_all_tasks_together():
     penalties = []
     for _ in range(3):
         fisher = [torch.rand_like(weight) for weight in model.weights]
-        fisher[0][0] = 0  # weights that no task needs are free
+        fisher[0][0] = 0  # weights that no task needs are not penalised
         penalties.append(([f.clone() for f in fisher], [w.detach().clone() for w in model.weights]))
         method.hold(fisher)
         for weight in model.weights:

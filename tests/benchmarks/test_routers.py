@@ -1,4 +1,4 @@
-"""The comparison of routers: on training rows held out, and on test rows."""
+"""Tests of the router comparison, on held-out training rows and on test rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stream "toy" of two tasks with labels, one of instructions in another folder, and one of multiple choice."""
+    """Data folder with a stream "toy": two labelled tasks and, in other folders, an instruction and a choice task."""
     for split, count in (("train", 20), ("test", 6)):
         for name, words in WORDS.items():
             rows = [{"text": f"{words[i % 2]} {split} {i}", "label": "ab"[i % 2]} for i in range(count)]
@@ -46,7 +46,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def variants(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of variants of each kind, with fewer features, which take less memory and time."""
+    """Keep only some router variants of each kind, with fewer random features to save memory and time; their names."""
     chosen = (
         *(variant for variant in routers.VARIANTS if variant.name in ("a mean a task", "a mean a label")),
         routers.Variant("features", "query", lambda: SlmRouter(64)),
@@ -134,7 +134,7 @@ def test_each_variant_has_a_line_and_what_it_gains_over_the_first(data: Path, va
     assert float(lines[0]["gain"]) == 0
     for line in lines:
         assert int(line["bytes_a_task"]) > 0
-        assert 60 <= float(line["mean_over_tasks"]) <= 100  # chance is 25
+        assert 60 <= float(line["mean_over_tasks"]) <= 100  # percent; chance is 25
         assert 60 <= float(line["right_task"]) <= 100
         assert float(line["gain"]) == pytest.approx(float(line["right_task"]) - float(lines[0]["right_task"]), abs=0.02)
     assert read_head(output)["setup"].startswith("test rows;" if test else "training rows, 2 folds;")

@@ -1,4 +1,4 @@
-"""What is said of a task's answers beside their accuracy."""
+"""Tests of the measures of a task's answers other than accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_heads_see_the_labels_that_leak_so_much_of_the_task():
     tasks = {"own": Task("own", rows), "other": Task("other", [Row("d", "one"), Row("e", "two")])}
     answers = [
         Answer("yes", "own", (), {"yes": 0.5, "one": 0.3, "no": 0.2}),
-        Answer("one", "other", (), {"one": 0.6, "yes": 0.3, "two": 0.1}),  # the wrong task; its own head would be right
+        Answer("one", "other", (), {"one": 0.6, "yes": 0.3, "two": 0.1}),  # wrong task; its own labels alone give "yes"
         Answer("yes", "own", (), {"one": 0.5, "yes": 0.3, "no": 0.2}),
     ]
     found = Also(tasks).measures("own", answers)

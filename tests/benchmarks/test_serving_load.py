@@ -1,4 +1,4 @@
-"""The serving benchmark asks every server for the same rows, counts what was answered, and fails for a wrong answer."""
+"""Tests of the serving benchmark: equal requests to all servers, counts and times, and failure on a wrong answer."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_clients_count_rows_and_refusals_and_stop_at_a_wrong_answer(tmp_path: Pa
         assert len(found.seconds) < found.rows <= 3 * len(found.seconds)
         assert (found.refused, 0.2 <= found.elapsed < 20) == (0, True)
         sent = arrive(client.port, requests_of(OURS, TEXTS, 3), 100.0, 0.5)
-        assert (len(sent.seconds), sent.refused) == (50, 0)  # as many as were due, whenever they were answered
+        assert (len(sent.seconds), sent.refused) == (50, 0)  # all that were due, however late the answers
         assert sent.elapsed > 0.4
         with pytest.raises(RuntimeError, match="/nothing: 404"):
             load(client.port, [("/nothing", {}, 1)], 1, 0.1)
-        served.engine.room.most_rows = 0  # it refuses everything
+        served.engine.room.most_rows = 0  # refuse every request
         found = load(client.port, requests_of(OURS, TEXTS, 3), 2, 0.1)
         assert (found.rows, found.refused) == (0, len(found.late))
         assert found.refused > 0
@@ -50,7 +50,7 @@ def test_percentiles_are_of_the_answers() -> None:
     assert Load(answered=[3.0, 1.0, 1.5]).gap == 1500.0
     both = Load.of([Load(4.0, 6, 1, [0.5], [0.1], [11.0, 13.5]), Load(), Load(1.0, 4, 0, [0.25], [], [30.0, 30.5])])
     assert (both.rows_per_second, both.refused, both.seconds, both.late) == (2.0, 1, [0.5, 0.25], [0.1])
-    assert both.gap == 2500.0  # not what lies between two rounds
+    assert both.gap == 2500.0  # the time between two rounds does not count
 
 
 def test_streamed_texts_are_those_of_predict_with_the_times_of_their_parts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The simulator of many tasks agrees with what is known exactly, and with caches that are played through."""
+"""Tests of the many-task simulator against exact results and against a simulated LRU cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_full_batch_costs_its_parts() -> None:
     )
     alike = Setting(tasks=1000, exponent=0.0, device=2, host=500, rows=10, keys=0)
     pages = 10 * missed(shares(1000, 0.0), 2)
-    # ten tasks at a time in five parts of two
+    # ten tasks per batch, in five parts of two
     assert rate(costs, alike) == pytest.approx(10 / (2 + 4 * 0.5 + 0.01 * pages + 0.02 * 5), rel=0.002)
 
 

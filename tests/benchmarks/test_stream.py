@@ -1,4 +1,4 @@
-"""A run's stages hold what its methods answered; it goes on where it was stopped, and refuses what is not its own."""
+"""Tests of continual-learning runs: recorded stages, resuming after interruption, refused input, result tables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NAMES = ("first", "second", "third")
 
 
 class Forgetful:
-    """Answers the task learned last without a mistake, and half of the rows of all others."""
+    """Answers all rows of the last learned task correctly, and every second row of the others."""
 
     parameters, kept = 7, 28
 
@@ -83,14 +83,14 @@ def forgetful(monkeypatch) -> None:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> str:
-    """A backbone with random weights, where it does not matter what is learned."""
+    """Path of a tiny BERT with random weights, for tests that do not depend on what is learned."""
     make_model("bert").save_pretrained(tmp_path / "bert")
     make_tokenizer("bert").save_pretrained(tmp_path / "bert")
     return str(tmp_path / "bert")
 
 
 def go(stream: Path, folder: Path, method: str = "forgetful", *more: str) -> int:
-    """One method with one seed, in this process."""
+    """Run one method with seed 0 in this process; return the exit status."""
     return run.main([str(folder), "--stream", str(stream), "--methods", method, "--seeds", "0", *more, "--cell"])
 
 
@@ -125,7 +125,7 @@ def test_a_stopped_run_goes_on_and_learns_nothing_twice(stream, forgetful, tmp_p
         save(*given)
         saves.append(given[2])
         if given[2] == 2:
-            raise KeyboardInterrupt  # learned and kept, not answered yet
+            raise KeyboardInterrupt  # the second task is learned and saved, but not answered yet
 
     monkeypatch.setattr(cell, "_save", stop_after_the_second)
     with pytest.raises(KeyboardInterrupt):
@@ -210,7 +210,7 @@ def test_in_a_miniature_stream_finetune_forgets_and_slm_does_not(few_features, t
         assert go(tmp_path / "own.yaml", tmp_path / "run", method, "--max-length", "16") == 0
         stages = cell.stages_of(run.cell_folder(tmp_path / "run", method, 0))
         matrix = [{name: own["accuracy"] for name, own in stage["tasks"].items()} for stage in stages]
-        assert min(row[name] for row, name in zip(matrix, names, strict=True)) > 0.6  # each is learned
+        assert min(row[name] for row, name in zip(matrix, names, strict=True)) > 0.6  # each task is learned
         lost[method.partition(":")[0]] = final_forgetting(matrix, names)
     assert lost["slm"] <= 0.05
     assert lost["finetune"] > 0.4

@@ -1,4 +1,4 @@
-"""The ways to learn that are timed beside each other learn, and what was measured of other shapes is kept."""
+"""Tests of the training benchmark: what rivals train, their loss and layer, and kept results of other shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stream learned anew and from what was learned before: the pairing, and a run from files to a table."""
+"""Tests of the warm-start benchmark: paired gains, and a full run from data files to the result table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_table_has_each_task_all_rows_and_what_tasks_started_from():
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_features) -> Path:
-    """Two of the demo's tasks as a stream of files with two drawings."""
+    """Data folder with two demo tasks as two streams: "few" with a sample per seed (two), and "clinc" with just one."""
     names = ("news_desk", "recipe_steps")
     monkeypatch.setitem(STREAMS, "few", Stream("tiny", names, 24, seeds=2))
     monkeypatch.setitem(STREAMS, "clinc", Stream("tiny/plain", names, 24))
@@ -51,7 +51,7 @@ def test_a_run_learns_each_way_once_and_answers_both_with_the_same_rows(data, ca
     call = ["--data", str(data), "--stream", "few", "--seeds", "0", "--rows", "12", "--max-length", "32"]
     call += ["--work", str(data / "work"), "--output", str(data / "out.csv")]
     assert warm_start.main(call) == 0
-    assert capsys.readouterr().err.count("learned") == 3  # the first task once
+    assert capsys.readouterr().err.count("learned") == 3  # the first task is shared
     lines = {line["task"]: line for line in read_csv(data / "out.csv")}
     assert [(name, line["rows"], line["started_from"]) for name, line in lines.items()] == [
         ("news_desk", "12", ""),
@@ -59,7 +59,7 @@ def test_a_run_learns_each_way_once_and_answers_both_with_the_same_rows(data, ca
         ("all rows", "24", ""),
     ]
     assert lines["news_desk"]["told_gain"] == "0.00"
-    assert float(lines["all rows"]["told_anew"]) > 40  # chance is 25
+    assert float(lines["all rows"]["told_anew"]) > 40  # percent; chance is 25
     assert "test rows, 12 a task at most; at most 24 training rows" in read_head(data / "out.csv")["setup"]
     anew, warm = (ScalableLM.from_pretrained(data / "work" / "few-24-32-0" / way).learned for way in ("anew", "warm"))
     assert warm["recipe_steps"].options["warm_start"]["task"] == "news_desk"

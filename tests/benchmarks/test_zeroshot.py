@@ -1,4 +1,4 @@
-"""Zero-shot benchmarks of what a run's methods have become: the prompts are lm-eval's, the weights those learned."""
+"""Tests of the zero-shot benchmark of a run's final models: lm-eval's prompts, learned weights and result rows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
-    """A run of two tasks that a tiny LLaMA learned with two methods and a third that was stopped."""
+    """A run of two tasks with a tiny LLaMA: three methods are done, a fourth was stopped after the first task."""
     folder = tmp_path_factory.mktemp("run")
     make_model("llama").save_pretrained(folder / "llama")
     make_tokenizer("llama").save_pretrained(folder / "llama")
@@ -123,7 +123,7 @@ def test_the_two_ways_to_ask_a_bare_backbone_agree(done, data):
 
 
 def official(name: str) -> dict:
-    """The task as lm-eval has it."""
+    """lm-eval's own configuration of the task."""
     folder = Path(lm_eval.__file__).parent / "tasks"
     if name != "winogrande":
         return yaml.safe_load((folder / {"piqa": "piqa/piqa.yaml"}.get(name, "arc/arc_easy.yaml")).read_text())
@@ -137,7 +137,7 @@ def official(name: str) -> dict:
 
 
 def their_row(name: str, question: str, choices: list[str], answer: int) -> dict:
-    """A row as in the data sets of lm-eval's tasks."""
+    """A row in the format of the data set that lm-eval's task reads."""
     if name.startswith("arc"):
         return {"question": question, "choices": {"text": choices, "label": list("ABCD")[: len(choices)]}} | {
             "answerKey": "ABCD"[answer]

@@ -1,4 +1,4 @@
-"""Stores made by the command line's tests are small ones."""
+"""Makes the stores of all command-line tests small."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def few_features() -> Iterator[None]:
-    """64 random features rather than 2,048, whose statistics take seconds of every call that opens a store."""
+    """Use 64 random features instead of 2,048, whose statistics add seconds to every call that opens a store."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slm_fast.configure.MAX_FEATURES", 64)
         yield

@@ -1,4 +1,4 @@
-"""`slm-fast import` and `slm-fast export`."""
+"""Tests of `slm-fast import` and `slm-fast export` with PEFT adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LABELS = ["blue", "grey", "red"]
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone on disk, an adapter of it, example texts and labels."""
+    """Folder with a tiny BERT backbone, a PEFT adapter for it, example texts and labels."""
     folder = tmp_path_factory.mktemp("bert")
     make_model("bert").save_pretrained(folder / "backbone")
     make_tokenizer("bert").save_pretrained(folder / "backbone")

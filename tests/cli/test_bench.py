@@ -1,4 +1,4 @@
-"""`slm-fast bench` runs what the repository has, and says what to do where there is no repository."""
+"""Tests of `slm-fast bench` and `slm-fast repro`, with a clone of the repository and without one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_an_unknown_benchmark_is_a_wrong_call():
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_is_here_and_says_how_it_is_called(name, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", [name, "--help"])
-    with pytest.raises(SystemExit) as stop:  # in this process, which has most of what they import
+    with pytest.raises(SystemExit) as stop:  # in this process, where most imports are already loaded
         runpy.run_module(BENCHMARKS[name][0], run_name="__main__", alter_sys=True)
     assert not stop.value.code
     assert "usage:" in capsys.readouterr().out

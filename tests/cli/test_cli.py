@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real files and the packaged MiniLM."""
+"""End-to-end tests of the command line with real files and the packaged MiniLM."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tree(store: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two of the demo's tasks, learned by the command line."""
+    """A store of two demo tasks, learned with `slm-fast learn`."""
     path = tmp_path_factory.mktemp("cli") / "store"
     files = [f"--task={name}={demo_file(name, 'train')}" for name in TASKS]
     done = slm_fast("learn", path, "--backbone", "minilm", "--epochs", 6, "--max-length", 24, *files)

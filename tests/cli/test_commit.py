@@ -1,4 +1,4 @@
-"""What the command line does about commits that fail, damaged tasks and tasks of one name, and the README's example."""
+"""Tests of the command line on failing commits, damaged tasks and merge conflicts, and of the README's example."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_damaged_task_is_skipped_if_asked_and_the_others_answer(bert: Path, tm
     done = slm_fast("predict", store, "--skip-damaged", stdin=line)
     one_line(done, 0, "warning", file.name)
     assert json.loads(done.stdout)["task"] == "sea"
-    assert tasks(store) == ["farm", "sea"]  # nothing is thrown away
+    assert tasks(store) == ["farm", "sea"]  # the damaged task is not removed
 
 
 def test_merge_takes_the_preferred_stores_task_where_two_have_one_name(bert: Path, tmp_path: Path) -> None:

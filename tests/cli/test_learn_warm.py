@@ -1,4 +1,4 @@
-"""`slm-fast learn --warm-start`, and where a store's tasks are listed with what they began at."""
+"""Tests of `slm-fast learn --warm-start`, and of how `slm-fast tasks` lists what each task started from."""
 
 from __future__ import annotations
 

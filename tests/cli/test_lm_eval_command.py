@@ -1,4 +1,4 @@
-"""`slm-fast lm-eval`: a store of a small LLaMA on a task file of one's own."""
+"""Tests of `slm-fast lm-eval` with the store of a tiny LLaMA and a custom task file."""
 
 from __future__ import annotations
 

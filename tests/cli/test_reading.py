@@ -1,4 +1,4 @@
-"""Files on the command line: the options that say how they are read, and pipes."""
+"""Tests of reading files on the command line: options for columns, encoding, delimiter and labels, and pipes."""
 
 from __future__ import annotations
 

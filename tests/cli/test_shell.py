@@ -1,4 +1,4 @@
-"""The command line among other programs: closed and broken streams, encodings, interrupts, memory, long lists."""
+"""Tests of the command line in a shell: closed or full streams, encodings, interrupts, out of memory, long lists."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def store(folder: Path) -> Path:
     return folder / "store"
 
 
-# Streams
+# Standard streams
 
 
 def test_a_program_that_waits_for_its_answer_gets_it_and_an_interrupt_ends_the_wait_in_one_line(
@@ -90,7 +90,7 @@ def test_without_standard_streams_each_verb_still_says_what_it_can(
 
 def test_standard_output_that_is_full_is_one_line(store: Path, tmp_path: Path, monkeypatch, capsys):
     class Full(io.FileIO):
-        """A file of a full disk, until its descriptor is another's."""
+        """A file on a full disk: writes fail with ENOSPC until its file descriptor is redirected to a device."""
 
         def write(self, data: Any) -> int | None:
             if stat.S_ISREG(os.fstat(self.fileno()).st_mode):
@@ -128,7 +128,7 @@ def test_a_line_of_standard_error_never_fails_to_be_encoded(monkeypatch: pytest.
     assert raw.getvalue().startswith("slm-fast: error: störe\\udcff: not a store".encode())
 
 
-# What ends a call
+# Errors and interrupts
 
 
 def raising(error: BaseException) -> Callable[[object], NoReturn]:
@@ -144,7 +144,7 @@ def caused(error: BaseException, cause: BaseException) -> BaseException:
 
 
 class PanicException(BaseException):
-    """As pyo3 names what a Rust library dies of."""
+    """Named like pyo3's exception for a panic in Rust code."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How long the tests of this folder go on: a little in `make test`, in earnest with `make fuzz`."""
+"""The extent of the fuzz tests: short in `make test`, long in `make fuzz`, which sets SLM_FAST_FUZZ."""
 
 from __future__ import annotations
 

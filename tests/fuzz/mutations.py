@@ -1,5 +1,5 @@
-"""Stores as somebody else might have made them: a manifest or a task's file changed at random, its hashes made right
-again, so that what reads them has to tell by what they say."""
+"""Random mutations of a store: its manifest, or one task file whose hash in the manifest is updated, so that only
+checks of the content can find the change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8,
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where each part of JSON stands."""
+    """The path (keys and indices) of every nested part of a JSON value."""
     found = [path] if path else []
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts:
@@ -34,7 +34,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def mutate_json(content: Any, rng: random.Random) -> Any:
-    """One to three parts removed, replaced, renamed, doubled or moved."""
+    """A copy with one to three mutations: parts are removed, renamed, repeated or replaced, or numbers changed."""
     content = copy.deepcopy(content)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         places = _places(content)
@@ -74,7 +74,7 @@ def _dump(content: Any, rng: random.Random) -> bytes:
 
 
 def _mutate_tensor(tensor: Tensor, rng: random.Random) -> Tensor:
-    if not tensor.is_floating_point():  # changed once already
+    if not tensor.is_floating_point():  # already cast by an earlier mutation
         return tensor
     how = rng.randrange(9)
     tensor = tensor.clone()
@@ -98,16 +98,16 @@ def _mutate_tensor(tensor: Tensor, rng: random.Random) -> Tensor:
 
 
 def mutate_task(data: bytes, rng: random.Random) -> bytes:
-    """A task's file with other metadata, tensors or header."""
+    """A task file with mutated metadata, tensors, header or raw bytes."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     how = rng.randrange(10)
-    if how == 0:  # anything, anywhere
+    if how == 0:  # random bytes anywhere
         changed = bytearray(data)
         for _ in range(rng.choice((1, 4, 40))):
             changed[rng.randrange(min(len(changed), rng.choice((16, size + 8, len(changed)))))] = rng.randrange(256)
         return bytes(changed)
-    if how == 1:  # a header that lies
+    if how == 1:  # a header that does not match the data
         text = _dump(mutate_json(header, rng), rng)
         return len(text).to_bytes(8, "little") + text + data[8 + size :]
     metadata = header["__metadata__"]["slm_fast"]
@@ -130,7 +130,7 @@ def mutate_task(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_store(path: Path, rng: random.Random) -> str:
-    """Change a store at random: the name of the task whose file was changed, or "" for the manifest."""
+    """Mutate a store on disk. Returns the name of the task whose file was changed, or "" for the manifest."""
     file = path / "manifest.json"
     manifest = json.loads(file.read_text())
     if rng.random() < 0.3:

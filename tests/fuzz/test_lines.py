@@ -1,4 +1,4 @@
-"""Random lines to `predict`: each is answered or marked with its error, in order. 300 in `make test`,
+"""Fuzz test of `predict_file`: each random input line gets an answer or an error. 300 lines in `make test`,
 5,000 in `make fuzz`."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slm_fast import ScalableLM
 
 LINES, TOGETHER = times(300, 5000), 25
 
-text = st.text(st.characters(codec=None), max_size=40)  # half characters too
+text = st.text(st.characters(codec=None), max_size=40)  # including lone surrogates
 value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | text,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),

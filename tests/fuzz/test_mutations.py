@@ -1,6 +1,6 @@
-"""Damaged and hostile stores: one line that names the file and the field, or the answers they should give.
+"""Fuzz tests of damaged and hostile stores: a one-line error, or the unchanged tasks answer as before.
 
-300 of them in `make test`, 10,000 in `make fuzz`.
+300 stores in `make test`, 10,000 in `make fuzz`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def answers(slm: ScalableLM, task: str | None = None) -> list[tuple[str | None, 
 
 
 def opened(path: Path, backbone: str, **options: bool) -> ScalableLM | SlmError:
-    """The model of a store, or the one line that refuses it."""
+    """The model of a store, or the error that refuses it, whose message must be one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -55,16 +55,18 @@ def verified(path: Path) -> list[str]:
 
 
 def outcome(path: Path, name: str, backbone: str, own: dict[str, list]) -> str:
-    """What becomes of a store whose task `name` (or whose manifest) was changed. Raises AssertionError for what should
-    not be."""
+    """How a store with a changed file of task `name` (or a changed manifest, if "") is handled, as a short label.
+
+    `own` holds the answers of the sound store, by task. Raises AssertionError where the store is handled wrongly.
+    """
     wrong, slm = verified(path), opened(path, backbone)
     assert not any("\n" in line for line in wrong)
     if isinstance(slm, InputError):
-        assert not name  # what the manifest says of the model is for the caller to put right
+        assert not name  # only for a manifest that names another model, which the caller can supply
         return "another model"
     if isinstance(slm, WorkError):
         assert wrong, f"load refuses what verify does not find: {slm}"
-        if name:  # a bad task costs that task
+        if name:  # a damaged task affects only itself
             slm = opened(path, backbone, skip_damaged=True)
             assert isinstance(slm, ScalableLM), slm
             assert slm.tasks == sorted(own.keys() - {name})
@@ -85,7 +87,7 @@ def outcome(path: Path, name: str, backbone: str, own: dict[str, list]) -> str:
 
 @pytest.fixture
 def in_time() -> Iterator[None]:
-    """What takes longer than its alarm fails, rather than hang."""
+    """Handle SIGALRM with a TimeoutError, so that a test that hangs fails once its alarm rings."""
 
     def late(*_: object) -> None:
         raise TimeoutError("it hangs")
@@ -117,5 +119,5 @@ def test_a_changed_store_is_refused_in_one_line_or_answers(backbone: str, router
             raise AssertionError(f"mutation {seed!r}, task {name!r}: {type(error).__name__}: {error}") from error
         finally:
             signal.alarm(0)
-    assert seen["refused"] > seen.total() / 3  # most changes are of consequence, and none of them broke anything
+    assert seen["refused"] > seen.total() / 3  # many changes have an effect, and all are handled
     assert seen["answers"]

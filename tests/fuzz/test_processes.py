@@ -1,6 +1,6 @@
-"""Processes that are killed, write beside each other, read beside a writer; threads and interrupts in one process.
+"""Fuzz tests: killed processes, concurrent writers and readers of one store, threads and interrupts in one process.
 
-A little of each in `make test`; 500 kills, two minutes of writers and readers, 200 calls, 40 interrupts in `make fuzz`.
+A few of each in `make test`; 500 kills, two minutes of writers and readers, 200 calls, 40 interrupts in `make fuzz`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from slm_fast.store import Store
 
 
 def changes(path: Path, source: Path, report: int, rng: random.Random) -> None:
-    """Learn, forget and merge without end; each change is told before it begins and once it is done."""
+    """Add, remove and merge tasks at random. Writes "+name" or "-name" to `report` before each change, "!" after it."""
     held = sorted(Store.open(path).files)
     for number in range(10_000):
         store = Store.open(path)

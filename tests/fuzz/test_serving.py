@@ -1,6 +1,6 @@
-"""A server under load: every reply is its own, none is lost, memory stays flat.
+"""Server under load: each request gets its own answer, none is lost, and memory stays flat.
 
-A minute with `make fuzz`, or as long as SLM_FAST_SOAK says.
+Takes about a minute with `make fuzz`; SLM_FAST_SOAK sets another duration in seconds.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ NAMES = ("auto", "auto", "sea", "farm")
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 class Load:
-    """Clients that ask for what is known beforehand. kind: "classify" or "write"."""
+    """Concurrent clients whose answers are computed in advance. writes: generate text instead of classifying."""
 
     def __init__(self, port: int, slm: Any, *, writes: bool) -> None:
         self.port, self.writes = port, writes
@@ -112,6 +112,6 @@ def test_beyond_what_it_can_take_requests_are_refused_and_what_was_admitted_is_a
         assert load.refused > 0
         assert load.rows > 0
         assert max(load.admitted) < deadline
-        if EARNEST:  # the clients, too, run on this machine: a loose bound of 50 ms at the 99th percentile
+        if EARNEST:  # a loose bound on the 99th percentile: the clients run on this machine too
             assert sorted(load.late)[int(0.99 * len(load.late))] < 1.0
         assert (served.engine.room.rows, served.engine.room.tokens) == (0, 0)

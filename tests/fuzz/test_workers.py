@@ -1,4 +1,4 @@
-"""Workers of `slm-fast learn --jobs` that are killed at any moment: once in `make test`, 20 times in `make fuzz`."""
+"""`slm-fast learn --jobs` with workers killed at random: one kill in `make test`, up to 20 in `make fuzz`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_tasks_learned_side_by_side_make_the_store_of_one_process_though_workers
     rng, killed, done = random.Random(f"jobs {SEED} {round_}"), [], threading.Event()
 
     def kill() -> None:
-        for _ in range(times(1, 2)):  # a task may be killed twice: the third try is its last
+        for _ in range(times(1, 2)):  # a task gets three attempts, so its worker may be killed twice
             wait_for("no worker", lambda: done.is_set() or workers_of(os.getpid()))
             time.sleep(rng.uniform(0, 8))
             for pid in workers_of(os.getpid())[:1]:

@@ -1,4 +1,4 @@
-"""A store as a model of lm-eval: its `hf` class says the same of a bare model, merged weights of a routed request."""
+"""StoreLM scores as lm-eval's `hf` class does on the bare model, or on the route's merged weights when routed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.models import (  # noqa: F401
 TEMPLATE = (
     "{% for m in messages %}question : {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}answer :{% endif %}"
 )
-CLOSE = {"rtol": 1e-5, "atol": 1e-4}  # of log-probabilities summed over up to a hundred tokens, in float32
+CLOSE = {"rtol": 1e-5, "atol": 1e-4}  # for float32 log-probabilities summed over up to about 100 tokens
 
 
 def asked(kind: str, *arguments: tuple, task: str = "task") -> list[Instance]:
@@ -43,7 +43,7 @@ def words(count: int, rng: random.Random) -> str:
 
 
 def pairs(seed: int = 0) -> list[tuple[str, str]]:
-    """Contexts and continuations of many lengths: none, one token, one choice of several, more than fits."""
+    """(context, continuation) pairs: empty, one token, several for one context, longer than the model can read."""
     rng = random.Random(seed)
     found = [(words(rng.choice((1, 2, 5, 13, 40)), rng), f" {words(rng.choice((1, 1, 3, 9)), rng)}") for _ in range(24)]
     context = words(7, rng)
@@ -157,7 +157,7 @@ def test_a_batch_size_changes_no_decision_and_no_number_beyond_rounding():
 
 
 def test_a_request_is_answered_on_the_route_that_predict_finds_for_its_context():
-    """Scores and texts are those of lm-eval's own class on weights that this route's increments are merged into."""
+    """The reference is lm-eval's own class on a model with the route's increments merged into its weights."""
     lm = routed(batch_size=3)
     tasks = list(lm.slm.learned.values())
     rng = random.Random(9)

@@ -1,4 +1,4 @@
-"""Ray Data: a dataset answered keeps its columns and has the answers of one process."""
+"""Ray Data: `predict` keeps a dataset's columns and adds the same answers as a single process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def in_order(cluster: str):
 
 
 def rows(count: int) -> list[dict]:
-    """Rows with an empty text here and there."""
+    """`count` rows, one in 500 with an empty text."""
     rng = random.Random(0)
     texts = [sentence(rng.choice(("sea", "farm")), rng, words=rng.randint(1, 20)) for _ in range(count)]
     return [{"text": "" if i % 500 == 7 else text, "label": "no", "number": i} for i, text in enumerate(texts)]

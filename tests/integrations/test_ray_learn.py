@@ -1,4 +1,4 @@
-"""`slm-fast learn --ray`: the store that one process makes, whatever dies on the way."""
+"""`slm-fast learn --ray` makes the same store as a single process, even if an actor dies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = ("farm", "sea", "sky", "city")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone, files of tasks, and a store that one process made of them."""
+    """A folder with a backbone, one CSV file per task, and `one`, the store that a single process learned from them."""
     folder = tmp_path_factory.mktemp("learn")
     tasks_as_files(folder, NAMES)
     done = slm_fast(*call(folder, "one"))
@@ -57,7 +57,7 @@ def test_a_task_whose_actor_always_dies_is_named_and_the_others_land(cluster: st
     ready = {"ready": one.about, "version": __version__}
     found = {name: one.file(name).read_bytes() for name in NAMES}
 
-    class Quick:  # sent to workers as it stands here
+    class Quick:  # a local class: Ray pickles it by value
         def ask(self, message: dict, data: bytes) -> tuple[dict, bytes, list[str]]:
             if "task" not in message:
                 return ready, b"", []

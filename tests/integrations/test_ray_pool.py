@@ -1,4 +1,4 @@
-"""`slm-fast predict --ray`: the bytes of one process, whatever dies on the way."""
+"""`slm-fast predict --ray` writes the same bytes as a single process, even if an actor or the driver dies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.models import one_thread, sentence  # noqa: F401
 from tests.rays import actors
 from tests.served import until
 
-WINDOW, ROWS = 64, 3000  # rows: many windows
+WINDOW, ROWS = 64, 3000  # in rows: 47 windows
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of all lengths, with ids or without, bad ones among them."""
+    """A JSONL file of texts of many lengths, with and without IDs; one line in 500 is not JSON."""
     rng, path = random.Random(0), tmp_path_factory.mktemp("rows") / "in.jsonl"
     texts = [sentence(rng.choice(("sea", "farm")), rng, words=rng.randint(1, 20)) for _ in range(ROWS)]
     lines = [json.dumps({"id": f"r{i}", "text": text} if i % 3 else text) for i, text in enumerate(texts)]
@@ -178,11 +178,11 @@ def test_a_store_that_changed_is_told_from_the_one_that_the_call_began_with(
         shutil.copytree(kept, store)
 
 
-# What goes wrong
+# Errors
 
 
 def test_an_actor_that_dies_again_and_again_ends_the_call(cluster: str, store: Path, source: Path, monkeypatch) -> None:
-    class Dies:  # sent to workers as it stands here
+    class Dies:  # a local class: Ray pickles it by value
         def __init__(self, opening) -> None:
             pass
 

@@ -1,4 +1,4 @@
-"""Ray Serve: replicas answer over HTTP as `slm-fast serve` does, with its limits, keys and reload."""
+"""Ray Serve: replicas answer over HTTP as `slm-fast serve` does, with the same limits, API key and reload."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def client(cluster: str, store: Path) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ScalableLM]:
-    """A store of a model that writes."""
+    """Path of a store with a generative backbone, and its model."""
     path = tmp_path_factory.mktemp("writer") / "store"
     return path, store_with(path, "llama")
 
@@ -122,7 +122,7 @@ def test_a_client_that_goes_frees_its_place_behind_the_proxy(client: Client, wri
         assert raw.recv(1)
     until(lambda: float(figures()["slm_fast_queue_rows"]) == 0)
     written = "slm_fast_generation_tokens_total"
-    assert figures()[written] == before[written]  # it was not written to its end
+    assert figures()[written] == before[written]  # tokens are counted when a text is finished: none was
     assert client.post("/v1/completions", {"prompt": "sea1", "max_tokens": 3})["choices"]
 
 

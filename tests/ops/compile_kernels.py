@@ -1,10 +1,10 @@
-"""What the GPU kernels take of a GPU, on a machine without one: registers, stack and shared memory of each.
+"""Compile all GPU kernels, without a GPU, and tabulate the registers, stack and shared memory of each.
 
     python tests/ops/compile_kernels.py BUILD TABLE.csv [float32 bfloat16 ...]
 
-BUILD: where CMake compiled the CUDA kernels. Triton's are compiled here, as the operators would launch them; the
-interpreter, which the tests use, knows nothing of all this. Fails where a kernel does not compile or needs more shared
-memory than a block may have. Takes some minutes.
+BUILD: the folder where CMake compiled the CUDA kernels. The Triton kernels are compiled here, as the operators would
+launch them; the interpreter that the tests use does not show any of this. Fails if a kernel does not compile or needs
+more shared memory than a block may use. Takes a few minutes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from triton.runtime.jit import JITFunction
 from benchmarks.tables import write_csv
 from slm_fast.ops.triton import adapted_linear, increments, key_loss, multi_lora, retrieve, search
 
-SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may have
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes per block, by sm version
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class Compiler:
-    """Stands where the driver would: `architecture` is the GPU there is, a launch compiles and no more."""
+    """Replaces Triton's driver: a launch only compiles the kernel for `architecture` and adds its usage to `rows`."""
 
     def __init__(self) -> None:
         self.architecture, self.seen, self.rows = 0, set(), []
@@ -60,7 +60,7 @@ class Compiler:
 
 
 def usage(file):
-    """A row for each kernel in a file of machine code, or an object file that has some."""
+    """Resource usage of each kernel in a cubin or object file, as table rows."""
     text = subprocess.run([TOOL, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
     arch, kernel, rows = "", "", []
     for line in text.splitlines():
@@ -80,7 +80,7 @@ def demangled(names):
 
 
 def launch_all(dtype: torch.dtype) -> None:
-    """Each kernel in each of its forms. Nothing runs, so that what comes back means nothing."""
+    """Launch every variant of every kernel, so that it is compiled. Nothing runs: results are meaningless."""
 
     def lora(B, T, H, P, K, r):
         x, a, b = (torch.zeros(shape, dtype=dtype) for shape in ((B, T, H), (P, r, H), (P, r, H)))
@@ -94,7 +94,7 @@ def launch_all(dtype: torch.dtype) -> None:
     lora(32, 128, 768, 20, 4, 12)  # prefill
     lora(8, 512, 4096, 20, 4, 8)
     lora(8, 512, 4096, 20, 4, 32)  # as many columns as fit at once
-    lora(1, 1, 1, 1, 1, 1)  # Triton makes constants of ones
+    lora(1, 1, 1, 1, 1, 1)  # Triton specialises on arguments equal to 1
     lora(2, 128, 4096, 20, 4, 64)  # more columns than fit at once
     lora(4, 1, 4096, 100, 2, 8)  # decode
     lora(64, 1, 4096, 16, 2, 4 if dtype == torch.float64 else 8)  # decode with all slots
@@ -125,7 +125,7 @@ if __name__ == "__main__":
     rows = sorted(rows + compiler.rows, key=lambda row: [row[column] for column in order])
     rows = [
         dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)
-    ]  # of several forms that take the same
+    ]  # variants with equal usage: one row
     write_csv(
         Path(out), rows, {"shared": "bytes; of CUDA kernels what is static, beside what the device's limit allows"}
     )

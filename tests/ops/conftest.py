@@ -1,5 +1,5 @@
-"""In every operator test, memory that nobody has written reads as NaN, or as an id that no slot has, so that an element
-which a kernel forgets to write, or reads too early, cannot pass. test_poison.py shows that it does, in each backend."""
+"""Poisons unwritten memory in every operator test: it reads as NaN, or as an out-of-range slot ID, so a test fails if a
+kernel forgets to write an element or reads it too early. test_poison.py checks this for each backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slm_fast.ops import dispatch
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch):
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch then fills what it allocates
+    torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch fill the memory it allocates
     if dispatch.NATIVE_MISSING is None:
         from slm_fast import _C
 
@@ -26,7 +26,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch):
 
 
 def poison_masked_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a mask leaves out of a load is undefined on a GPU; Triton's interpreter makes it zero."""
+    """Poison the masked-out elements of loads without `other`: undefined on a GPU, zero in Triton's interpreter."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
     load = InterpreterBuilder.create_masked_load

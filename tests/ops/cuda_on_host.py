@@ -1,4 +1,4 @@
-"""Compiles CUDA code for the host: cuda_on_host.h for CUDA's headers, launches and shared variables rewritten."""
+"""Compiles CUDA code for the CPU, with cuda_on_host.h as CUDA's headers and launches and shared variables rewritten."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ no_gpu = pytest.mark.skipif(
 
 
 def compile_for_host(source: str, entry: str, folder: Path):
-    """The C function `run` of `entry`, which may call what `source` defines."""
+    """Compile CUDA `source` followed by `entry` and return the C function `run` that `entry` defines."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
@@ -36,7 +36,7 @@ def compile_for_host(source: str, entry: str, folder: Path):
     source = source.replace('#include "kernels.h"', '#include "cuda/kernels.h"')
     (folder / "kernels.cpp").write_text(source + "using namespace slm_fast;" + entry)
     include = [f"-I{path}" for path in (folder, ROOT / "tests/ops", ROOT / "csrc/cuda", ROOT / "csrc")]
-    # Each library has thread-local memory of its own, whatever other libraries of this header are loaded.
+    # -fno-gnu-unique: loaded libraries that include this header must not share its thread-local variables.
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-fno-gnu-unique", "-shared", "-pthread", "-w", *include]
     subprocess.run([*command, str(folder / "kernels.cpp"), "-o", str(folder / "kernels.so")], check=True)
     return ctypes.CDLL(str(folder / "kernels.so")).run

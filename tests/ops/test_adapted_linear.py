@@ -1,4 +1,4 @@
-"""adapted_linear against each sample's own materialised matrix in float64, and against the reference backend."""
+"""adapted_linear against each sample's materialised weight matrix in float64, and against the reference backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def example(device="cpu", dtype=torch.float32, *, B=3, T=5, K=2, P=4, r=3, I=21, O=37):
-    """Keyword arguments of one call. Where there is room: a slot twice in row 0, a -1 in the last row."""
+    """Keyword arguments of one call. Sizes permitting, row 0 has a slot twice and the last row has a -1."""
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -33,7 +33,7 @@ def example(device="cpu", dtype=torch.float32, *, B=3, T=5, K=2, P=4, r=3, I=21,
 
 
 def closed_form(x, weight, bias, lora_a, lora_b, slot_ids, weights):
-    """Each sample's x times its own matrix, W^T + sum_k w A^T B, formed whole in float64."""
+    """Each sample's x times its own materialised matrix, W^T + sum_k w A^T B, in float64."""
     x, weight, lora_a, lora_b, weights = (t.double() for t in (x, weight, lora_a, lora_b, weights))
     rows = []
     for x_TI, ids, ws in zip(x, slot_ids.tolist(), weights, strict=True):
@@ -87,7 +87,7 @@ def test_in_float64_it_is_exact_to_float64():
 
 
 def test_the_base_is_not_rounded_before_the_increments(device):
-    """255 + 1.5 - 255 in bfloat16, which has no 256.5."""
+    """Computes 255 + 1.5 - 255; bfloat16 cannot represent 256.5."""
     sizes = {"x": (1, 2, 16), "weight": (8, 16), "bias": (8,), "lora_a": (1, 1, 16), "lora_b": (1, 1, 8)}
     ones = {name: torch.ones(size, dtype=torch.bfloat16, device=device) for name, size in sizes.items()}
     ones["weight"] *= 255 / 16
@@ -187,13 +187,13 @@ def test_an_adapted_layer_takes_the_kernel_with_the_base_only_where_it_was_measu
 
     with torch.no_grad():
         expected = run()
-        assert passed  # nothing was measured
+        assert passed  # no measurement, so the base layer runs
         monkeypatch.setattr(dispatch, "MEASURED", {(device, "adapted_linear", "narrow"): ("triton", "reference")})
         run()
-        assert passed  # a hook wants to see the base called
+        assert passed  # its hook needs the base layer to be called
         layer.base._forward_hooks.clear()
         assert (run() - expected).norm() <= 1e-5 * expected.norm()
         assert not passed
     layer.base.register_forward_hook(lambda *_: passed.append(True))
     run()
-    assert passed  # a gradient is wanted
+    assert passed  # the kernel computes no gradients

@@ -1,5 +1,5 @@
-"""The CUDA operators: how launches cut the work and what the kernels' code computes, anywhere (cuda_on_host.h runs it
-on a CPU); their results, where there is a GPU. There the operator tests of this folder run on them too, as "preferred".
+"""CUDA operators: how launches divide the work, and the kernels' results, on the CPU (through cuda_on_host.h) and on a
+GPU if there is one. On a GPU, the other operator tests also run these kernels, as backend "preferred".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def test_decode_blocks_share_out_every_feature_once_in_whole_pieces(rows, featur
 
     for processors in (1, 108, 132):
         spans_in, spans_out = _C.decode_cut(rows, features_in, features_out, processors)
-        assert len(spans_in) == len(spans_out) in (1, 2, 4, 8)  # a cluster on any card
+        assert len(spans_in) == len(spans_out) in (1, 2, 4, 8)  # cluster sizes that every GPU allows
         assert len(spans_in) == 1 or rows * len(spans_in) < 4 * processors
         for spans, features in ((spans_in, features_in), (spans_out, features_out)):
             covered = [feature for begin, end in spans for feature in range(begin, end)]
@@ -98,7 +98,7 @@ LIBTORCH_CUDA = {
 
 @pytest.fixture(scope="module")
 def look_up(tmp_path_factory):
-    """A program that asks for the stream of cuda:3, with the library in its argument loaded as torch would have."""
+    """A program that prints the stream of cuda:3, after loading the library in its argument in place of torch's."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     folder = tmp_path_factory.mktemp("look_up")
@@ -148,7 +148,7 @@ extern "C" int run(int type, int clusters, const int64_t* n, const void** in, co
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory):
-    """The kernels compiled for the host."""
+    """The kernels compiled for the CPU, by source file."""
     return {
         stem: compile_for_host((ROOT / f"csrc/cuda/{stem}.cu").read_text(), entry, tmp_path_factory.mktemp(stem))
         for stem, entry in ENTRIES.items()
@@ -172,7 +172,7 @@ def test_the_decode_kernels_code_equals_the_specification(on_host, clusters, dty
         torch.randn(shape, generator=random).to(dtype) for shape in ((B, 1, I), (P, r, I), (P, r, O), (B, 1, O))
     )
     ids, weights = torch.randint(-1, P + 1, (B, K), generator=random), torch.rand(B, K, generator=random)
-    known = torch.where(ids < P, ids, -1)  # an id that is no slot's adds nothing
+    known = torch.where(ids < P, ids, -1)  # an ID without a slot adds nothing
     for given in (base, None):
         y, partial = torch.empty_like(base), torch.empty(B * blocks * K * r)
         tensors = (ctypes.c_void_p * 4)(*(pointer(t) for t in (x, a, b, given)))
@@ -223,7 +223,7 @@ def test_the_code_for_many_tokens_equals_the_specification(on_host, clusters, dt
 
 
 def on_gpu(dtype, B, T, P, K, r, I, O):
-    """Arguments of multi_lora on a GPU, and what the specification makes of them in float64."""
+    """multi_lora arguments on a GPU, and the reference result in float64."""
     random = torch.Generator().manual_seed(0)
     x, a, b, base = (
         torch.randn(shape, generator=random).to("cuda", dtype) for shape in ((B, T, I), (P, r, I), (P, r, O), (B, T, O))

@@ -1,5 +1,5 @@
-"""retrieve in CUDA: how launches cut the work and what the kernels' code computes, anywhere (cuda_on_host.h runs it on
-a CPU); its results, where there is a GPU.
+"""retrieve in CUDA: how launches divide the work, and the kernels' results, on the CPU (through cuda_on_host.h) and on
+a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cuda_on_host import ROOT, TYPES, compile_for_host, no_extension, no_gpu, nu
 from slm_fast import ops
 from slm_fast.ops.retrieve import size_of
 
-CARDS = [(1, 227 << 10), (108, 163 << 10), (132, 227 << 10), (84, 99 << 10)]  # multiprocessors, shared bytes a block
+CARDS = [(1, 227 << 10), (108, 163 << 10), (132, 227 << 10), (84, 99 << 10)]  # multiprocessors, shared bytes per block
 
 
 @no_extension
@@ -43,7 +43,7 @@ def test_retrieve_gives_every_multiprocessor_a_block_before_a_block_gets_more_qu
     cuts = [_C.retrieve_cut(32, slots, 384, 6, 4, True, 132, 227 << 10)[:4] for slots in (512, 1024, 4096, 100_000)]
     assert cuts == [(True, 8, 32, 16), (True, 16, 64, 16), (True, 32, 256, 16), (False, 32, 131, 768)]
     assert _C.retrieve_cut(32, 100_000, 768, 6, 4, True, 132, 227 << 10)[:2] == (False, 32)
-    for width, memory in ((1536, 227 << 10), (3072, 227 << 10), (768, 99 << 10)):  # queries too wide to be held
+    for width, memory in ((1536, 227 << 10), (3072, 227 << 10), (768, 99 << 10)):  # queries too wide for shared memory
         assert _C.retrieve_cut(32, 100_000, width, 1, 2, True, 132, memory)[:5] == (True, 32, 6250, 16, 32)
 
 
@@ -65,13 +65,13 @@ extern "C" int run(int type, const int64_t* n, const void* query, const void* ke
 
 @pytest.fixture(scope="module")
 def on_host(tmp_path_factory):
-    """The kernels compiled for the host."""
+    """The kernels compiled for the CPU."""
     source = (ROOT / "csrc/cuda/retrieve.cu").read_text()
     return compile_for_host(source, ENTRY, tmp_path_factory.mktemp("retrieve"))
 
 
 def route_on_host(on_host, query, keys, k, cut, groups=1, bias=None, mask=None, key_slot=None, **options):
-    """The route of the kernels' own code; `cut` as _C.retrieve_cut gives it."""
+    """IDs and weights from the kernels on the CPU. `cut`: how to divide the work, as returned by _C.retrieve_cut."""
     (B, D), P = query.shape, len(keys)
     few, _, parts, _, slab, _, _ = cut
     ids, weights = torch.full((B, k), 99), torch.full((B, k), torch.nan)
@@ -90,7 +90,7 @@ def route_on_host(on_host, query, keys, k, cut, groups=1, bias=None, mask=None, 
 
 
 def cut_of(query, keys, k, groups, kind):
-    """How a call is cut: as on a card with 132 multiprocessors, or, for "many", on one with a single one."""
+    """How a GPU divides this call: with 132 multiprocessors for kind "few", with one for "many"."""
     from slm_fast import _C
 
     whole = query.shape[1] // groups % 4 == 0
@@ -127,8 +127,8 @@ def test_the_retrieve_kernels_code_gives_the_route_of_the_specification(
 ):
     random = torch.Generator().manual_seed(0)
     query, keys = torch.randn(B, D, generator=random).to(dtype), torch.randn(P, D, generator=random).to(dtype)
-    keys[-1:] = keys[:1]  # equal keys: the lower id first
-    if P > 30:  # and some that are nearly the first, by falling score
+    keys[-1:] = keys[:1]  # equal keys: the lower ID comes first
+    if P > 30:  # near-duplicates of the first key, less and less similar
         keys[10:20] = keys[0] + (torch.arange(1, 11)[:, None] * torch.randn(10, D, generator=random) / 100).to(dtype)
         keys[P // 2 :: 7] = keys[9]
         query[0] = keys[0]
@@ -157,7 +157,7 @@ def test_the_retrieve_kernels_code_returns_each_slot_once_with_its_best_keys_sha
     counts = torch.randint(1, most + 1, (20 if most < 90 else 6,), generator=random)
     key_slot = (torch.arange(len(counts)) * 2).repeat_interleave(counts)  # every second slot has no key
     query, keys = torch.randn(5, 24, generator=random), torch.randn(len(key_slot), 24, generator=random)
-    keys[key_slot == 4] = keys[0].clone()  # slot 2 and all its keys are as good as a key of slot 0
+    keys[key_slot == 4] = keys[0].clone()  # all keys of slot 4 tie with a key of slot 0
     cut = cut_of(query, keys, k, 1, kind)
     masks = torch.rand(5, int(key_slot[-1]) + 3, generator=random) > 0.3
     for options in ({"mask": masks[0]}, {"mask": masks}, {"metric": "dot", "weighting": "softmax"}):
@@ -165,7 +165,7 @@ def test_the_retrieve_kernels_code_returns_each_slot_once_with_its_best_keys_sha
             expected = ops.retrieve(query, keys, k, key_slot=key_slot, **options)
         assert_route(route_on_host(on_host, query, keys, k, cut, key_slot=key_slot, **options), expected)
     odd = key_slot.clone()
-    odd[0], odd[-1] = -5, masks.shape[1] + 3  # nobody's, wherever they are
+    odd[0], odd[-1] = -5, masks.shape[1] + 3  # keys of out-of-range slots are ignored
     within = (odd >= 0) & (odd < masks.shape[1])
     with ops.use_backend("reference"):
         expected = ops.retrieve(query, keys[within], k, key_slot=odd[within], mask=masks)
@@ -178,7 +178,7 @@ def test_the_retrieve_kernels_code_joins_many_parts_and_slabs(on_host, kind):
     random = torch.Generator().manual_seed(0)
     query, keys = torch.randn(19, 20, generator=random), torch.randn(330, 20, generator=random)
     keys[300:310] = keys[5:15]
-    cut = {"few": (True, 8, 21, 16, 8, 0, 3), "many": (False, 16, 3, 128, 19, 96 << 10, 2)}[kind]  # few: three slabs
+    cut = {"few": (True, 8, 21, 16, 8, 0, 3), "many": (False, 16, 3, 128, 19, 96 << 10, 2)}[kind]  # few: 3 query slabs
     with ops.use_backend("reference"):
         expected = ops.retrieve(query, keys, 12)
     assert_route(route_on_host(on_host, query, keys, 12, cut), expected)
@@ -186,7 +186,7 @@ def test_the_retrieve_kernels_code_joins_many_parts_and_slabs(on_host, kind):
 
 @no_extension
 def test_the_retrieve_kernels_code_takes_wide_rows_of_slots_with_several_keys(on_host):
-    """As the router with random features asks: long rows of one group, a bias, dozens of keys a slot."""
+    """A call like those of the router with random features: one wide group, a bias, and 20 keys per slot."""
     random = torch.Generator().manual_seed(0)
     query, keys = torch.randn(3, 3072, generator=random), torch.randn(40, 3072, generator=random)
     key_slot, bias = torch.arange(2).repeat_interleave(20), 10 * torch.randn(40, generator=random)

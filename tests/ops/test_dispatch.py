@@ -1,4 +1,4 @@
-"""Which backend runs: the preference table, and `use_backend` over it."""
+"""Backend selection: the preference table, and `use_backend`, which overrides it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFERENCE = torch.ops.slm_fast.retrieve_reference
 
 @pytest.fixture
 def probe(monkeypatch: pytest.MonkeyPatch):
-    """A table with two more rows: "probe" is preferred and serves retrieve only; "absent" cannot be used here."""
+    """Operator of "probe", a new preferred backend with retrieve only; "absent", an unusable one, is also added."""
     library = torch.library.Library("slm_fast", "FRAGMENT")
     library.define("retrieve_probe() -> ()")
     absent = ops.Backend("absent", ("retrieve", "key_loss"), lambda: "no compiler was found")

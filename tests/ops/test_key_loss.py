@@ -1,4 +1,4 @@
-"""key_loss against its definition written as Python loops with its own splitmix64, and against the reference."""
+"""key_loss against its definition as Python loops, with a separate splitmix64, and against the reference backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slm_fast.errors import InputError
 
 
 def splitmix64(seed, count):
-    """The first outputs of the standard generator (Steele, Lea & Flood 2014)."""
+    """The first `count` outputs of the standard generator (Steele, Lea & Flood 2014)."""
     wrap, outputs = 2**64 - 1, []
     for i in range(1, count + 1):
         z = (seed + i * 0x9E3779B97F4A7C15) & wrap
@@ -24,7 +24,7 @@ def splitmix64(seed, count):
 
 
 def loops(query, keys, k, *, groups, mask_prob, seed):
-    """The loss, differentiable in keys, in float64, and what it selected: a set of (slot, group)."""
+    """The float64 loss, differentiable with respect to keys, and the set of (slot, group) that it selected."""
     B, P = len(query), len(keys)
     h = splitmix64(seed, B * groups * P)
     query, keys = query.double().unflatten(1, (groups, -1)), keys.double().unflatten(1, (groups, -1))

@@ -1,4 +1,4 @@
-"""multi_lora against each sample's own materialised increment in float64, and against the reference backend."""
+"""multi_lora against each sample's materialised increment in float64, and against the reference backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = ("x", "lora_a", "lora_b", "weights", "base")
 
 
 def closed_form(x, lora_a, lora_b, slot_ids, weights, base=None):
-    """Row i of x times the sum of its route's w * A^T B, formed whole; differentiable, in float64."""
+    """Each row of x times its route's materialised sum of w * A^T B, in float64; differentiable."""
     x, lora_a, lora_b, weights = (t.double() for t in (x, lora_a, lora_b, weights))
     zero = x.new_zeros(x.shape[-1], lora_b.shape[2])
     beams, rows = len(x) // max(len(slot_ids), 1), []
@@ -25,7 +25,7 @@ def closed_form(x, lora_a, lora_b, slot_ids, weights, base=None):
 
 
 def example(device="cpu", dtype=torch.float32, *, B=3, beams=1, T=5, K=3, P=7, r=3, I=13, O=11, seed=0):
-    """Keyword arguments of one call. Where there is room: a slot twice in row 0, a -1 in the last row."""
+    """Keyword arguments of one call. Sizes permitting, row 0 has a slot twice and the last row has a -1."""
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -48,7 +48,7 @@ def example(device="cpu", dtype=torch.float32, *, B=3, beams=1, T=5, K=3, P=7, r
 
 
 def gradients(function, call, wanted=NAMES):
-    """y of one call, and the gradient of a fixed projection of it for each wanted argument."""
+    """The output y of one call, and the gradient of a fixed projection of y for each argument in `wanted`."""
     call = call | {name: call[name].detach().clone().requires_grad_() for name in wanted if call[name] is not None}
     y = function(**call)
     random = torch.Generator().manual_seed(99)
@@ -93,7 +93,7 @@ def test_result_and_gradients_equal_the_specification(device, dtype, has_base, s
         like = call["x"] if name == "y" else call[name]
         assert got[name].dtype == like.dtype
         assert name == "y" or got[name].shape == like.shape
-        # Where no slot is used autograd leaves None, the operator gives zeros.
+        # If no slot is used, autograd of the closed form gives None and the operator zeros.
         expected = torch.zeros(got[name].shape) if expected is None else expected
         assert_near(got[name].cpu(), expected, TOLERANCE[dtype])
         assert_near(got[name], reference[name], TOLERANCE[dtype])
@@ -146,7 +146,7 @@ def test_non_contiguous_arguments_equal_contiguous_ones(device):
 
 
 def test_bfloat16_sums_over_features_and_tokens_are_accumulated_in_float32(device):
-    """Every number is 1: a bfloat16 sum of ones stops growing at 256."""
+    """All values are 1: a sum of ones in bfloat16 stops growing at 256."""
     sizes = {"x": (4, 256, 1024), "lora_a": (1, 1, 1024), "lora_b": (1, 1, 512), "base": (4, 256, 512)}
     call = {name: torch.ones(size, dtype=torch.bfloat16, device=device) for name, size in sizes.items()}
     call |= {"slot_ids": torch.zeros(4, 1, dtype=torch.int64, device=device), "weights": torch.ones(4, 1).to(device)}
@@ -286,7 +286,7 @@ def test_a_slot_id_out_of_range_is_an_error_that_gives_the_range(device, slot):
     call = {name: tensor.clone().to(device) for name, tensor in CALL.items()}
     call["slot_ids"][1, 1] = slot
     if device == "cuda" and dispatch.operator("multi_lora", device) is not torch.ops.slm_fast.multi_lora_reference:
-        # Seeing the id would wait for the device: it adds nothing, and nothing outside the slots is read.
+        # Checking the ID would wait for the device. It adds nothing, and no memory outside the slots is read.
         call["base"] = torch.ones_like(call["base"])
         assert torch.equal(ops.multi_lora(**call), call["base"])
         return

@@ -1,4 +1,4 @@
-"""What only the native CPU backend promises: threads, strides, odd sizes, its in-place form, its instruction sets."""
+"""Native CPU backend only: threads, strides, odd sizes, the in-place form and the instruction sets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _native():
 
 @st.composite
 def calls(draw, most_tokens=70):
-    """A call of multi_lora with sizes around every tile's edge, -1 slots and a slot twice in a row."""
+    """multi_lora arguments with sizes around tile edges, -1 slots and repeated slots."""
     size = st.one_of(st.integers(1, 20), st.sampled_from([31, 47, 48, 49, 63, 64, 65, 97, 130]))
     B, T, I, O = draw(st.integers(0, 5)), draw(st.integers(0, most_tokens)), draw(size), draw(size)
     P, K, r = draw(st.integers(1, 6)), draw(st.integers(0, 5)), draw(st.integers(0, 9))
@@ -43,7 +43,7 @@ def calls(draw, most_tokens=70):
     call["slot_ids"] = torch.randint(-1, P, (B, K), generator=random)
     call["weights"] = torch.rand(B, K, generator=random)
     call["base"] = normal(B, T, O) if draw(st.booleans()) else None
-    if draw(st.booleans()):  # rows that are not neighbours in memory
+    if draw(st.booleans()):  # rows that are not adjacent in memory
         call["x"] = call["x"].transpose(0, 1).contiguous().transpose(0, 1)
         if call["base"] is not None:
             call["base"] = torch.cat([call["base"]] * 2, -1)[..., :O]
@@ -55,7 +55,7 @@ def doubled(call, of=lambda number: number):
 
 
 def assert_near(got, expected, magnitude, tolerance):
-    """`magnitude` is the same result of the numbers' absolute values: a sum may cancel, its rounding does not."""
+    """`magnitude`: the result from absolute values. A sum may cancel out, but its rounding error does not."""
     assert got.shape == expected.shape
     tolerance = max(tolerance, TOLERANCE[got.dtype])
     assert (got.double() - expected).norm() <= tolerance * magnitude.norm()
@@ -163,7 +163,7 @@ def test_every_instruction_set_this_processor_has_passes_the_operator_tests(name
     if run(show, SLM_FAST_CPU=name).stdout.strip() != name:
         pytest.skip("this processor does not have it")
     if name == _C.build_info()["instruction_set"]:
-        return  # that is what the other tests run
+        return  # the other tests already run this one
     here = os.path.dirname(__file__)
     files = [os.path.join(here, f"test_{stem}.py") for stem in ("multi_lora", "retrieve", "key_loss", "poison")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native and not compile", *files]
@@ -202,7 +202,7 @@ def test_the_operator_itself_checks_dtypes_and_shapes(name):
 
 
 def assert_routes_equal_the_specification(query, keys, k, **options):
-    """Also of keys that are prepared, to the bit."""
+    """Also checks that prepared keys give the same bits."""
     got = ops.retrieve(query, keys, k, **options)
     prepared = ops.retrieve(query, ops.prepare_keys(keys, groups=options.get("groups", 1)), k, **options)
     with ops.use_backend("reference"):
@@ -216,7 +216,7 @@ def assert_routes_equal_the_specification(query, keys, k, **options):
 @given(st.integers(1, 60), st.integers(1, 300), st.integers(1, 9), st.integers(0, 2**32))
 @SETTINGS
 def test_retrieved_routes_equal_the_specification_among_near_and_exact_ties(B, P, k, seed):
-    """Keys that repeat, that are multiples of each other, and that differ by one unit in the last place."""
+    """Keys that repeat, that are multiples of one another, or that differ by one unit in the last place."""
     random = torch.Generator().manual_seed(seed)
     query, kinds = torch.randn(B, 24, generator=random), torch.randn(4, 24, generator=random)
     keys = kinds[torch.randint(4, (P,), generator=random)]
@@ -228,11 +228,11 @@ def test_retrieved_routes_equal_the_specification_among_near_and_exact_ties(B, P
 
 
 def joined(query, keys, k, key_slot, mask=None, **options):
-    """The k best slots [B, k] from all keys ranked one by one, which takes them all to float64."""
+    """The k best slots [B, k] from a ranking of every key: with k = all keys, each is scored in float64."""
     of_keys = None if mask is None else mask[..., key_slot]
     ids = torch.full((len(query), k), -1)
     for row, order in zip(ids, ops.retrieve(query, keys, len(keys), mask=of_keys, **options).slot_ids, strict=True):
-        slots = list(dict.fromkeys(key_slot[order[order >= 0]].tolist()))[:k]  # in the order of their best keys
+        slots = list(dict.fromkeys(key_slot[order[order >= 0]].tolist()))[:k]  # ordered by their best keys
         row[: len(slots)] = torch.tensor(slots, dtype=torch.int64)
     return ids
 
@@ -249,7 +249,7 @@ def assert_slots_are_ranked_by_their_best_keys(query, keys, k, key_slot, **optio
 @given(st.integers(1, 60), st.integers(1, 300), st.integers(1, 60), st.integers(1, 9), st.integers(0, 2**32))
 @SETTINGS
 def test_slots_of_several_keys_are_ranked_among_near_and_exact_ties_within_and_across_them(B, N, P, k, seed):
-    """Also slots without a key, masks, and a key that is not a number."""
+    """Includes slots without a key, masks, and a NaN key."""
     random = torch.Generator().manual_seed(seed)
     query, kinds = torch.randn(B, 24, generator=random), torch.randn(4, 24, generator=random)
     keys = kinds[torch.randint(4, (N,), generator=random)]
@@ -285,7 +285,7 @@ def test_slots_that_no_chunk_of_keys_and_no_thread_has_to_itself_are_ranked_by_a
 @pytest.mark.parametrize("B", [1, 5, 33, 200])
 @pytest.mark.parametrize("most", [1, 3, 20, 200])
 def test_of_many_slots_of_which_each_query_may_be_given_few_those_few_are_ranked(B, most):
-    """So that of most chunks of keys nothing is asked, whether a slot ends with them or not."""
+    """Most chunks of keys are fully masked and skipped, whether or not a slot's keys end with the chunk."""
     random = torch.Generator().manual_seed(most)
     counts = torch.randint(1, most + 1, (4000 // most,), generator=random)
     key_slot = torch.arange(len(counts)).repeat_interleave(counts)
@@ -305,7 +305,7 @@ def test_of_many_slots_of_which_each_query_may_be_given_few_those_few_are_ranked
 
 @pytest.mark.parametrize("B", [1, 30])
 def test_a_score_that_is_far_less_exact_than_those_before_it_is_ranked_all_the_same(B):
-    """48 keys, and then one a million times as long whose product with the first query is slightly the largest."""
+    """A chunk of 48 keys, then a key with about a million times their norm that narrowly has query 0's best score."""
     found = []
     for seed in range(20):
         random = torch.Generator().manual_seed(seed)
@@ -378,11 +378,11 @@ def test_build_info_names_the_compiler_and_the_instruction_set_in_use():
 @pytest.mark.parametrize("B", [1, 30])
 @pytest.mark.parametrize("exponent", range(-21, -15))
 def test_a_score_that_every_addition_makes_smaller_is_ranked_by_what_it_is(B, exponent):
-    """The last of 61 keys is the best by two units in its score's last place. The others lose nothing to rounding."""
+    """The last of 61 keys scores best by two float32 units, but its sum alone is rounded down at every addition."""
     query, best = torch.ones(B, 3200), torch.ones(3200)
     best[1:] += 0.49 * 2.0**exponent
     others = torch.ones(60, 3200)
-    # A score of 3,200 has units of 2^-12. No two others tie, which alone would have all of them ranked.
+    # A float32 unit is 2^-12 at 3,200. The other scores differ, as ties alone would rank all keys in float64.
     others[:, 0] += (best.double() - 1).sum() - 2**-11 - torch.arange(60.0) * 2**-9
     keys = torch.cat([others, best[None]])
     product = query[:1].double() @ keys.double().T

@@ -1,5 +1,5 @@
-"""What only a GPU can show: captured calls replay on new inputs, nothing waits for the device, and offsets beyond 32
-bits are right."""
+"""GPU only: CUDA graphs of the operators replay on new inputs, no operator synchronises with the device, and offsets
+beyond 32 bits are right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def lora(B, T, P, K, r, I, O, dtype=torch.bfloat16):
-    """A function that fills new numbers in, and the arguments."""
+    """multi_lora arguments, uninitialised, and a function that fills them with random values."""
     x, a, b, base = (torch.empty(s, dtype=dtype, device="cuda") for s in ((B, T, I), (P, r, I), (P, r, O), (B, T, O)))
     ids, weights = torch.empty(B, K, dtype=torch.int64, device="cuda"), torch.empty(B, K, device="cuda")
 
@@ -44,7 +44,7 @@ def key_loss(B, P, D, k, groups):
 
 
 def calls():
-    """(name, fill, call) for every operator of every backend that has kernels."""
+    """Test parameters (make, sizes, op) for every operator of every backend that has kernels."""
     shapes = {
         "multi_lora_triton": [(3, 1, 5, 2, 8, 64, 72), (33, 1, 4, 2, 8, 64, 72), (2, 70, 5, 4, 12, 128, 200)],
         "multi_lora_cuda": [(3, 1, 5, 2, 8, 4096, 1032), (300, 1, 5, 2, 8, 64, 72), (2, 70, 5, 4, 12, 128, 200)],
@@ -66,7 +66,7 @@ def results(call, arguments):
 
 
 def assert_a_graph_replays(fill, call):
-    """Captured once, replayed on new numbers, it gives the bits of a call on them; and it never waits."""
+    """A captured graph replayed on new inputs gives the same bits as a call, and the call never synchronises."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         fill()
@@ -113,7 +113,7 @@ def test_numbers_on_odd_addresses_give_the_same_result(make, sizes, op):
 
     expected = results(op, arguments)
     got = results(op, tuple(moved(value) for value in arguments))
-    for a, b in zip(got, expected, strict=True):  # other instructions read them, which may add in another order
+    for a, b in zip(got, expected, strict=True):  # unaligned loads may sum in another order
         assert (a.double() - b.double()).norm() <= 1e-2 * b.double().norm()
 
 
@@ -141,7 +141,7 @@ def enough_memory():
 def test_numbers_beyond_the_reach_of_32_bits_are_found(backend):
     if backend == "cuda" and dispatch.CUDA_MISSING is not None:
         pytest.skip(dispatch.CUDA_MISSING)
-    # More than 2^31 numbers in x: many tokens, or many rows of one.
+    # More than 2^31 elements in x: one sample of many tokens, or many samples of one token.
     B, T, I = (1, 600_000, 4096) if backend == "triton" else (60_000, 1, 40_000)
     fill, (_, a, b, *_) = lora(1, 1, 2, 1, 2, I, 8)
     fill()

@@ -1,6 +1,6 @@
-"""Memory that a backend gets and nobody has written reads as NaN, or as an id that no slot has: see conftest.py.
+"""Unwritten memory of each backend reads as NaN or as an out-of-range slot ID: see conftest.py.
 
-Without this, memory that happens to hold zeros would hide an element that a kernel forgets."""
+Otherwise, memory that happens to hold zeros could hide an element that a kernel forgets to write."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_reference_tensors_are_poisoned(dtype):
 def test_native_tensors_are_poisoned(dtype):
     prepared = torch.ops.slm_fast.prepare_keys_native(torch.ones(1, 2), 1)
     assert prepared[:8].view(torch.float64) == 2**0.5
-    assert_poisoned(prepared[8:64].view(dtype))  # a part begins on a cache line, so these are left out
+    assert_poisoned(prepared[8:64].view(dtype))  # padding up to the next cache line
 
 
 @no_native
@@ -64,7 +64,7 @@ def test_native_scratch_memory_is_poisoned():
 def test_native_memory_is_not_touched_when_nobody_asks():
     from slm_fast import _C
 
-    poison = b"\xff\x7f" * (20 << 20)  # so much memory is new from the system, not what an earlier call has left
+    poison = b"\xff\x7f" * (20 << 20)  # so large that it comes fresh from the OS, not from a reused allocation
     _C.poison_memory(False)
     assert _C.read_scratch(len(poison)) != poison
     _C.poison_memory(True)
@@ -133,6 +133,6 @@ def test_shared_memory_and_stacks_of_cuda_code_on_the_host_are_poisoned(tmp_path
         assert_poisoned(place[:1].view(torch.float32)[:1])
         assert_poisoned(place[1:2].view(torch.float64))
         assert_poisoned(place[2:])
-    # What is written stays, and variables of one type are two.
+    # Written values stay, and two variables of one type are distinct.
     assert kept[4, :1].view(torch.float32)[0] == 1
     assert kept[4, 2] == 1

@@ -1,4 +1,4 @@
-"""Every operator that this process has is well formed, and all backends of an operator are alike."""
+"""Every registered operator is well formed, and all backends of an operator have compatible schemas."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def normal(*shape, seed=0):
 
 
 def lora(tokens, I, O):
-    """x, lora_a, lora_b, slot_ids, weights, and a base: two slots a sample, of four."""
+    """(x, lora_a, lora_b, slot_ids, weights, base) for 3 samples, each with 2 of 4 slots."""
     ids, weights = torch.tensor([[0, 3], [1, -1], [3, 3]]), torch.rand(3, 2)
     return normal(3, tokens, I), normal(4, 3, I), normal(4, 3, O), ids, weights, normal(3, tokens, O)
 
 
 def learning(*values):
-    """The same, each tensor of floats a leaf that wants a gradient."""
+    """The values, with each floating-point tensor as a leaf that requires a gradient."""
     return tuple(v if v is None or not v.is_floating_point() else v.clone().requires_grad_() for v in values)
 
 

@@ -1,4 +1,4 @@
-"""retrieve against its definition (help(ops.retrieve)) written as Python loops, and against the reference backend."""
+"""retrieve against its definition (help(ops.retrieve)) as Python loops, and against the reference backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cosine(u, v):
 
 def loops(query, keys, k, *, groups=1, bias=None, mask=None, metric="cosine", aggregate="mean", weighting="ratio",
           temperature=1.0, key_slot=None):  # fmt: skip
-    """The specification with Python numbers: one query, one group, one slot at a time."""
+    """The specification in plain Python: one query, group and slot at a time. Returns slot IDs and weights [B, k]."""
     if key_slot is not None:
         return loops_over_keys(query, keys, k, key_slot, mask, groups=groups, bias=bias, metric=metric,
                                weighting=weighting, temperature=temperature)  # fmt: skip
@@ -61,7 +61,7 @@ def loops(query, keys, k, *, groups=1, bias=None, mask=None, metric="cosine", ag
 
 
 def loops_over_keys(query, keys, k, key_slot, mask, *, groups, bias, metric, weighting, temperature):
-    """The same where slots have several keys: each slot by its best key's score."""
+    """`loops` for slots with several keys: a slot has the score of its best key."""
     ids, weights, d = [], [], query.shape[1] // groups
     for b, q in enumerate(query.tolist()):
         score = {}
@@ -94,7 +94,7 @@ def assert_same_route(route, expected, device, tolerance=2e-5):
 
 
 def check(query, keys, k, device, **options):
-    """One call equals the loops and the reference backend; with prepared keys it gives the same bits."""
+    """Compare a call with the loops, the reference backend and (bit for bit) prepared keys; returns its route."""
     moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
     args = (query.to(device), keys.to(device), k)
     route = ops.retrieve(*args, **moved)
@@ -155,7 +155,7 @@ SEVERAL = {name: options for name, options in OPTIONS.items() if "vote" not in n
 @pytest.mark.parametrize("mask", [None, normal(7, seed=3) > -0.5, normal(5, 7, seed=4) > 0.0], ids=["", "P", "BP"])
 @pytest.mark.parametrize("k", [1, 3, 6, 9])
 def test_a_slot_of_several_keys_has_its_best_keys_score(device, options, mask, k):
-    """Of seven slots the third has four keys, others one to three, the fifth none."""
+    """Of seven slots, the third has four keys, the fifth none, the others one or two."""
     key_slot = torch.tensor([0, 1, 1, 2, 2, 2, 2, 3, 5, 6, 6])
     check(normal(5, 42), normal(11, 42, seed=1), k, device, mask=mask, key_slot=key_slot, **options)
 
@@ -169,9 +169,9 @@ def test_many_keys_a_slot_empty_batch_and_pool_equal_the_specification(device, B
 
 def test_a_backend_that_takes_key_slot_is_chosen_by_k_and_nobody_counts_the_keys_of_a_slot(monkeypatch):
     module, sizes = sys.modules["slm_fast.ops.retrieve"], []
-    key_slot = torch.arange(3).repeat_interleave(40)  # k = 2 slots are among 41 keys, more than a warp keeps
+    key_slot = torch.arange(3).repeat_interleave(40)  # the best 2 slots may span 41 keys, more than a warp keeps
     query, keys, chosen = normal(2, 3072), normal(120, 3072, seed=1), dispatch.chosen
-    monkeypatch.setattr(dispatch, "INTERPRETED", True)  # so that a CPU chooses by size too
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)  # makes the CPU choose by size too
     monkeypatch.setattr(module.dispatch, "chosen", lambda *asked: (sizes.append(asked[2]), chosen(*asked))[1])
     counted = module.most_keys
     monkeypatch.setattr(module, "most_keys", lambda key_slot: pytest.fail("counted"))
@@ -214,7 +214,7 @@ def test_of_slots_with_equal_best_keys_the_lower_comes_first(device):
 
 
 def test_any_shape_full_of_exact_ties_equals_the_specification(device, interpreted):
-    """Entries -1 and 1, and some zero rows: every score is exact in float32, so ties are ties in any arithmetic."""
+    """Entries are -1 or 1, and some keys zero: scores are exact in float32, so ties hold in any arithmetic."""
 
     @settings(deadline=None, derandomize=True, max_examples=25 if interpreted else 120)
     @given(data=st.data())

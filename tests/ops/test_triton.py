@@ -1,6 +1,6 @@
-"""What only the Triton backend has: several ways to run one operator, chosen by size.
+"""Triton backend only: the alternative kernels of an operator, chosen by size, equal the specification.
 
-Runs on a GPU, and on a CPU under Triton's interpreter (see tests/conftest.py)."""
+Runs on a GPU, or on a CPU with Triton's interpreter (see tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -85,15 +85,14 @@ def test_gradients_of_more_columns_than_fit_at_once_equal_the_specification():
     "needed", [[True] * 4, [True, False, False, False], [False, True, True, True], [False, False, True, False]]
 )
 def test_gradients_of_many_tokens_in_several_spans_equal_the_specification(dtype, rank, needed, monkeypatch):
-    """A slot that two samples share and one has twice, places without a slot whose weights are not finite, and tokens
-    that do not lie together."""
+    """Two samples share a slot, one has it twice, -1 slots have NaN weights, and x is not contiguous."""
     from slm_fast.ops.triton import multi_lora_backward
 
     monkeypatch.setattr(multi_lora_backward, "processors", lambda device: 30)
     call = example(dtype, B=3, T=531, K=3, r=rank, I=70, O=24)
     call["slot_ids"] = torch.tensor([[1, 1, 0], [3, -1, 1], [2, -1, -1]], device=DEVICE)
     call["weights"][call["slot_ids"] < 0] = torch.nan
-    x = call["x"].repeat(1, 1, 2)[..., :70]  # every other row's length apart
+    x = call["x"].repeat(1, 1, 2)[..., :70]  # rows with a stride of twice their length
     tiles = multi_lora_backward.blocks(70, 64) + multi_lora_backward.blocks(24, 64)
     assert multi_lora_backward.spans_of(3, 531, tiles, 64, x.device)[0] > 1
     assert multi_lora_backward.serves(x, 3, rank, 24)

@@ -1,4 +1,4 @@
-"""Run folders of the continual-learning benchmark, with numbers that follow from their names."""
+"""Synthetic run folders of the continual-learning benchmark, with numbers seeded by the method names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 TASKS = ("ag_news", "yelp", "amazon", "yahoo", "dbpedia")
 ROWS = 40
-METHODS: dict[str, tuple[str, bool, float, float]] = {  # title, told, accuracy, what a task loses by each after it
+METHODS: dict[str, tuple[str, bool, float, float]] = {  # title, oracle task ID, accuracy, its loss per later task
     "slm": ("SLM (ours)", False, 0.93, 0.002),
     "slm_told": ("SLM-TI", True, 0.95, 0.0),
     "finetune": ("Sequential fine-tuning", False, 0.92, 0.3),
@@ -22,7 +22,7 @@ METHODS: dict[str, tuple[str, bool, float, float]] = {  # title, told, accuracy,
 def stage_of(
     done: int, accuracy: Mapping[str, float], *, tasks: Sequence[str] = TASKS, named: bool = True
 ) -> dict[str, Any]:
-    """The line after `done` tasks."""
+    """The line of stages.jsonl after `done` tasks have been learned."""
     own = {
         name: {"rows": ROWS, "accuracy": share, "routed": 0.95 if named else None, "retrieved": 0.9 if named else None}
         for name, share in accuracy.items()
@@ -54,7 +54,7 @@ def write_answers(seed: Path, done: int, named: Sequence[tuple[str, str]]) -> No
 
 
 def write_run(path: Path, *, tasks: Sequence[str] = TASKS, stream: str = "order4", **more: Any) -> Path:
-    """A run without methods."""
+    """Write the run.json of a run, which has no methods yet; `more` overrides its fields."""
     path.mkdir(parents=True, exist_ok=True)
     about = {
         "format": 1,
@@ -69,7 +69,7 @@ def write_run(path: Path, *, tasks: Sequence[str] = TASKS, stream: str = "order4
 
 
 def write_method(path: Path, name: str, *, seeds: int = 1, stages: int = len(TASKS)) -> None:
-    """One of METHODS, as far as so many tasks."""
+    """Write the files of one of METHODS, with the first `stages` tasks learned."""
     title, told, accuracy, lost = METHODS[name]
     folder = path / name
     folder.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def write_method(path: Path, name: str, *, seeds: int = 1, stages: int = len(TAS
 
 
 def make_run(path: Path, *, seeds: int = 2) -> Path:
-    """A finished run of all METHODS."""
+    """Write a finished run of all METHODS."""
     write_run(path)
     for name in METHODS:
         write_method(path, name, seeds=seeds)

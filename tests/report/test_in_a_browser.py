@@ -1,4 +1,4 @@
-"""The pages in a real browser: they fit a phone and a wide screen, and ask nothing of the network."""
+"""Report pages in a real browser: they fit a phone and a wide screen, and make no network requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 WIDTHS = (390, 1280)
 
-# Beside the page stands a frame of each width; what each comes to is written into the outer page.
+# An outer page with one iframe per width. It measures each iframe and writes the results into itself as JSON.
 PROBE = """<!DOCTYPE html><meta charset="utf-8"><body>%s<pre id="found"></pre><script>
 addEventListener("load", () => {
   const found = [...document.querySelectorAll("iframe")].map((frame) => {
@@ -68,7 +68,7 @@ def fits(page: str, folder: Path) -> None:
         assert seen["scroll"] <= width
         assert seen["requests"] == []
         assert seen["height"] > 800
-        assert seen["style"] == "680"  # its style sheet is in force
+        assert seen["style"] == "680"  # its style sheet is applied
 
 
 def test_a_stores_page_fits_whatever_its_texts_are(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The report of benchmark runs: its numbers are those of the measures, and what is damaged or undone is named."""
+"""Report of benchmark runs: its numbers equal the measures, and damaged or unfinished parts are named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def figures(report: Report) -> dict:
 
 
 def columns(table) -> dict[str, dict]:
-    """A table's rows by their first value, as {heading: value}."""
+    """Table rows as {heading: value}, keyed by their first value."""
     return {row[0]: dict(zip([c.name for c in table.columns], row, strict=True)) for row in table.rows}
 
 
@@ -233,7 +233,7 @@ def test_the_same_run_is_the_same_bytes(run: Path, tmp_path: Path):
     assert {"methods.csv", "average.png", "forgetting.png", "accuracy-slm.png", "numbers.json"} <= set(one)
 
 
-# What is wrong
+# The command line and errors
 
 
 def test_the_command_writes_into_the_run_unless_told_where(run: Path, tmp_path: Path):
@@ -244,7 +244,7 @@ def test_the_command_writes_into_the_run_unless_told_where(run: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page_files" / "numbers.json").exists()
     assert "slm-fast report" in (tmp_path / "page.html").read_text()
-    assert slm_fast("report", copy, "--no-files").returncode == 0  # what it wrote there is no method
+    assert slm_fast("report", copy, "--no-files").returncode == 0  # the report is not taken for a method
 
 
 def test_a_folder_that_is_no_run_is_a_wrong_call(tmp_path: Path):

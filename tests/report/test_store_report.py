@@ -1,4 +1,4 @@
-"""The report of a store says what evaluate says, whatever its labels and texts are made of."""
+"""Report of a store: it has the numbers of `evaluate`, and labels and texts of any characters are escaped."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_when_every_answer_is_right_it_says_so():
 
 
 def nasty(slm: ScalableLM) -> list[Marked]:
-    """Wrong answers of texts and labels that try to leave their place."""
+    """Wrong answers whose texts and labels try to break out of their HTML element."""
     one = mark(slm.model, given(), PredictOptions())[0]
     return [
         replace(one, row=Row(text, text[::-1]), prediction=replace(one.prediction, label=text), right=False)
@@ -232,7 +232,7 @@ def test_keys_that_are_one_point_have_a_map():
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store whose backbone the command line can find."""
+    """A store whose backbone the command line can find, with a CSV file per task beside it."""
     path = tmp_path_factory.mktemp("report")
     beside_its_backbone(path, lambda slm: [random_task(slm, topic) for topic in ("farm", "sea")])
     for name, task in given().items():

@@ -1,4 +1,4 @@
-"""What is answered: the same as `predict` says, in the shapes that clients of other servers know."""
+"""The server gives the answers of `predict`, in the formats of OpenAI, vLLM and Text Embeddings Inference."""
 
 from __future__ import annotations
 

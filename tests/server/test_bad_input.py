@@ -1,4 +1,4 @@
-"""What cannot be right is refused in one line that names the field, and never with a 500."""
+"""Invalid requests are refused with a one-line error that names the field, never with a 500."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_bad_request_is_refused_in_a_line_that_names_the_field(
     assert said in found["error"]["message"]
     assert "\n" not in found["error"]["message"]
     assert len(found["error"]["message"]) < 400
-    assert client.post(CLASSIFY, {"input": "sea1"})["data"][0]["task"] == "sea"  # and the server goes on
+    assert client.post(CLASSIFY, {"input": "sea1"})["data"][0]["task"] == "sea"  # the server still works
 
 
 def test_odd_texts_are_answered(client: Client) -> None:

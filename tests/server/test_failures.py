@@ -1,4 +1,4 @@
-"""A batch, a text or the engine itself fails: whoever asked is told, and the rest goes on as far as it can."""
+"""If a batch, a row or generation fails, its client gets an error and the server goes on; a failed engine ends it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_an_engine_that_fails_refuses_what_waits_and_ends_the_server(tmp_path: P
             raise RuntimeError("a bug")
 
         monkeypatch.setattr(served.engine, "_turn", fails)
-        client.call("POST", "/v1/classify", {"input": TEXTS})  # ends the turn that waits
+        client.call("POST", "/v1/classify", {"input": TEXTS})  # wakes the engine, whose next turn fails
         until(lambda: served.engine.failed is not None)
         assert str(served.engine.failed) == "a bug"
         assert not served.ready

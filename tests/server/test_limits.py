@@ -1,4 +1,4 @@
-"""Keys, sizes, and clients that are slow, vanish or come in masses: the rest is served."""
+"""API keys, size and queue limits, and clients that are slow, disconnect or overload the server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_all_but_the_page_and_the_state_asks_for_the_key(store) -> None:
             if name != "other":
                 assert stranger.call("POST", "/v1/tasks", {"name": "a"})[0] == 401
                 assert stranger.call("DELETE", "/v1/tasks/sea")[0] == 401
-        assert client.call("DELETE", "/v1/tasks/sea")[0] == 401  # the first key does not do for the second
+        assert client.call("DELETE", "/v1/tasks/sea")[0] == 401  # the API key is not an admin key
         assert client.call("POST", CLASSIFY, {"input": "a"}, authorization="bearer secret")[0] == 200
         assert client.call("POST", CLASSIFY, {"input": "a"}, authorization="Basic secret")[0] == 401
 
@@ -56,7 +56,7 @@ def test_without_an_admin_key_there_are_no_admin_paths(store) -> None:
 def test_a_body_that_is_too_large_is_refused_however_it_is_sent(store) -> None:
     with serving(store, body=1000) as (client, _):
         assert client.call("POST", CLASSIFY, b"x" * 1001)[0] == 413
-        with client.raw() as raw:  # in chunks, without saying how many
+        with client.raw() as raw:  # chunked, without a content-length
             raw.sendall(b"POST /v1/classify HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
             raw.sendall((b"1f4\r\n" + b"x" * 500 + b"\r\n") * 3)
             assert raw.recv(4096).startswith(b"HTTP/1.1 413")
@@ -126,7 +126,7 @@ def test_a_client_that_goes_frees_its_place_whether_its_rows_wait_or_are_written
 
 
 class Held:
-    """Keeps the engine from running, as a long batch would."""
+    """Blocks the engine by holding the model's lock, as a long batch would."""
 
     def __init__(self, served: Served) -> None:
         self.lock = served.engine.model.lock
@@ -155,7 +155,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(store) -> None
             expected = store.predict(some)
             assert [row["label"] for row in answered.result()] == [answer.label for answer in expected]
         assert client.classify(["sea1"])
-        assert client.call("POST", CLASSIFY, {"input": ["a"] * 9})[0] == 413  # it would never fit
+        assert client.call("POST", CLASSIFY, {"input": ["a"] * 9})[0] == 413  # larger than the queue
 
 
 def test_so_many_requests_at_once_and_no_more(store) -> None:

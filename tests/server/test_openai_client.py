@@ -54,7 +54,7 @@ def test_a_chat_that_is_streamed(served, sampled: dict[str, float]) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + [expected.finish_reason]
     assert chunks[0].choices[0].delta.role == "assistant"
-    for chunk in (chunks[0], chunks[-1]):  # the route is known before the first word, and said again at the end
+    for chunk in (chunks[0], chunks[-1]):  # the first and the last chunk name the route
         assert [part["task"] for part in chunk.choices[0].route] == list(expected.route.tasks)
         assert chunk.choices[0].task == expected.task
     assert chunks[-1].choices[0].score == pytest.approx(expected.score, abs=1e-4)

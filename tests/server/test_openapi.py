@@ -1,4 +1,4 @@
-"""Requests made from the served OpenAPI, odd ones too: none is answered with a 500."""
+"""Requests generated from the OpenAPI schema, valid and invalid: none is answered with a 500."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_of(bearer: str, seen: list[int]) -> Callable[[schemathesis.Case], None
     return check
 
 
-@pytest.mark.parametrize("name", ["llama", *(["bert"] if EARNEST else [])])  # a writer has all that there is
+@pytest.mark.parametrize("name", ["llama", *(["bert"] if EARNEST else [])])  # a generative model has all paths
 def test_no_request_that_follows_from_the_schema_or_breaks_it_is_answered_with_a_500(name: str, tmp_path) -> None:
     slm, seen = store_with(tmp_path / "store", name), list[int]()
     with serving(slm, max_new_tokens=3, admin="admin", key="key") as (client, _):

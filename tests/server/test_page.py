@@ -1,4 +1,4 @@
-"""The page at /, in a real browser: on a phone and on a wide screen, asking nothing of anywhere else."""
+"""The page at / in a real browser: it fits a phone and a wide screen, and makes requests to its own server only."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def look(url: str, folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def probed(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Servers have a page more, which shows theirs at each width and says what stands there."""
+    """Adds a page to servers that loads / at each width and reports what it shows. Returns the path with TEXTS."""
     path = "/#" + urlencode({"text": TEXTS}, doseq=True)
     style = "border:0;height:800px;width:"
     frames = [f'<iframe src="{markup.escape(path)}" style="{style}{width}px"></iframe>' for width in WIDTHS]
@@ -102,7 +102,7 @@ def test_texts_typed_on_a_phone_and_a_wide_screen_show_task_label_and_weights(pr
             assert card["answer"] == ("no matching task" if answer.task is None else f"{answer.label} · {answer.task}")
         assert frame["cards"][0]["lists"] == ["probability", "routing weights"]
         assert frame["cards"][0]["shares"][0] == "sea"
-        assert frame["cards"][2]["bold"] == 0  # what is typed is text, not markup
+        assert frame["cards"][2]["bold"] == 0  # input is shown as text, not markup
         assert frame["cards"][3]["answer"] == "no matching task"
         assert re.match(r"4 texts in \d+ ms", frame["time"])
         assert frame["state"].startswith("ready, 2 tasks, generation ")

@@ -1,4 +1,4 @@
-"""`slm-fast serve` as a process: signals, a port in use, keys, and what standard error says."""
+"""`slm-fast serve` as a process: signals, a port in use, keys, and messages on standard error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_process_that_is_told_to_stop_answers_or_refuses_all_it_was_asked(stor
             try:
                 status, body, headers = client.call("POST", "/v1/classify", {"input": texts})
             except ConnectionRefusedError:
-                return  # it listens no more
+                return  # it no longer listens
             except OSError as error:
                 refused.append(repr(error))
                 return
@@ -64,7 +64,7 @@ def test_a_process_that_is_told_to_stop_answers_or_refuses_all_it_was_asked(stor
             one.result()
     assert process.wait() == 0, process.said()
     assert {200} <= set(statuses) <= {200, 503}
-    # A connection that was made as the socket closed is refused by the system.
+    # A connection made while the socket was closing is refused or reset by the OS.
     assert all("reset" in one.lower() or "refused" in one.lower() for one in refused), refused
     lines = process.said().splitlines()
     assert "serving 2 tasks on http://127.0.0.1:" in lines[0]
@@ -89,7 +89,7 @@ def test_who_was_connected_when_listening_ended_is_refused_when_asking_and_not_w
         assert "shutting_down" in said
     began = time.monotonic()
     assert process.wait() == 0, process.said()
-    assert time.monotonic() - began < 10  # patience is twenty seconds
+    assert time.monotonic() - began < 10  # it did not wait for `patience`, 20 s
     with mute:
         assert mute.recv(1) == b""
 
@@ -162,7 +162,7 @@ def test_the_examples_start_a_server_as_the_command_line_knows_it(tmp_path: Path
     (entry,) = [line for line in docker.splitlines() if line.startswith("ENTRYPOINT ")]
     for words in (shlex.split(line)[1:], json.loads(entry.removeprefix("ENTRYPOINT "))[1:]):
         words = [str(tmp_path / "none") if word.endswith("store") else word for word in words]
-        one_line(slm_fast(*words), 2, "not a store")  # all else about the call is right
+        one_line(slm_fast(*words), 2, "not a store")  # the rest of the call is valid
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")

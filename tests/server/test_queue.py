@@ -1,4 +1,4 @@
-"""Which rows share a batch, how many may wait, and what of a text that is being written is sure."""
+"""Which rows share a batch, how many may wait, and which part of an unfinished text is final and can be streamed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_who_would_wait_beyond_the_deadline_is_refused_and_told_when_to_come_aga
         room.reserve(1, 1)
     assert (refused.value.status, refused.value.retry_after) == (429, 6)
     for _ in range(50):
-        room.note(2000, 1.0)  # it has become faster
+        room.note(2000, 1.0)  # throughput has risen
     room.reserve(1, 1)
 
 

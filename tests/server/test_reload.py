@@ -1,4 +1,4 @@
-"""Another process learns and forgets: the server takes it over between batches, and says of which tasks answers are."""
+"""Hot reload: the server adopts another process's changes between batches; each answer names its generation."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_tasks_learned_forgotten_and_replaced_elsewhere_are_served(store: Path) 
         assert served_files(served) == files
         assert headers["x-store-generation"] == generation_number(files) == client.get("/ready")["generation"]
         Store.open(store).commit(remove=["sky"])
-        until(lambda: served.engine.generation.number == first)  # equal stores have equal generations
+        until(lambda: served.engine.generation.number == first)  # equal stores have the same generation
         Store.open(store).commit(remove=["sea"])
         Store.open(store).commit(add=[replace(other, name="sea")])
         until(lambda: served_files(served) == Store.open(store).files)
@@ -87,7 +87,7 @@ def test_a_text_that_is_being_written_keeps_its_generation(store: Path) -> None:
         (expected,) = slm.predict([prompt], task="sea", max_new_tokens=100, sample=True, **drawn)
         before = served.engine.generation
         body = {"prompt": prompt, "model": "sea", "max_tokens": 100, "stream": True, **drawn}
-        with served.engine.model.lock:  # nothing is written before the store has changed
+        with served.engine.model.lock:  # no text is generated before the store has changed
             raw = client.sent("/v1/completions", body)
             until(lambda: served.engine.room.rows == 1)
             Store.open(store).commit(remove=["sea"])
@@ -167,7 +167,7 @@ def test_tasks_are_taken_in_and_forgotten_over_http(store: Path) -> None:
         assert (status, found["task_sha256"]) == (201, source.files["sky"])
         assert found["generation"] == served.engine.generation.number
         assert client.classify(["sky1 sky2"])[0]["task"] == "sky"
-        assert admin.call("POST", "/v1/tasks", {"name": "sky"})[0] == 201  # as it is already
+        assert admin.call("POST", "/v1/tasks", {"name": "sky"})[0] == 201  # already up to date
         assert admin.call("DELETE", "/v1/tasks/sky")[0] == 200
         assert "sky" not in Store.open(store).files
         assert client.classify(["sky1 sky2"])[0]["task"] != "sky"
@@ -181,7 +181,7 @@ def test_tasks_are_taken_in_and_forgotten_over_http(store: Path) -> None:
 
 
 def changes(store: Path, tasks: list[LearnedTask], known: dict[str, dict[str, str]], stop: threading.Event) -> None:
-    """Learn and forget at random. known: the files of every generation there ever was."""
+    """Add and remove random tasks until `stop` is set. known: gets the files of each generation, by its number."""
     rng = random.Random(1)
     while not stop.wait(0.01):
         now = Store.open(store)
@@ -213,7 +213,7 @@ def test_clients_beside_a_writer_are_answered_by_one_generation_each(store: Path
                 continue
             number = headers["x-store-generation"]
             for row in body["data"]:
-                if number not in known:  # the writer notes it after it has committed
+                if number not in known:  # an added task is recorded after its commit
                     time.sleep(0.05)
                 if known[number].get(row["task"]) != row["task_sha256"]:
                     wrong.append((number, row))

@@ -1,4 +1,4 @@
-"""A server of a store at a URL: it follows the URL beside its requests, and stays as it is where that is gone."""
+"""A server of a store at a URL polls it while serving, and keeps its last good generation if the URL fails."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slm_fast.store import Store
 
 @pytest.fixture
 def slm(shelf: Path) -> ScalableLM:
-    """The model of the store at `URL`, who writes it."""
+    """A model that writes to the store at `URL`."""
     return store_with(shelf)
 
 
@@ -40,7 +40,7 @@ def test_what_is_committed_at_the_url_is_served(slm: ScalableLM, shelf: Path, ca
         assert client.get("/ready")["generation"] == generation_number(slm.store.files)
         assert tree(cache) == tree(shelf)
         files = [path for path in asked() if path != "manifest.json"]
-        assert len(files) == len(set(files)) == 3  # each once, though it was looked at often
+        assert len(files) == len(set(files)) == 3  # each fetched once, despite frequent polls
 
 
 def test_requests_are_answered_while_it_is_brought(slm: ScalableLM) -> None:
