@@ -6,6 +6,7 @@ import gzip
 import json
 import multiprocessing
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,24 @@ def predict(store: Path, source: Path, output: Path, *more: object):
     return slm_fast(*arguments(store, source, output, *more))
 
 
+def run_command(words: list[str]) -> None:
+    sys.exit(cli.main(words))
+
+
 def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(store, source, whole, tmp_path):
     context = multiprocessing.get_context("forkserver")
     slow_imports = ["transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert"]
     context.set_forkserver_preload(["slm_fast.slm", "slm_fast.cli.shell", *slow_imports])
     rng, sizes = random.Random(1), set()
+
+    def started(output: Path) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=run_command, args=(arguments(store, source, output),))
+        process.start()
+        return process
+
     for point in range(20):
         output = tmp_path / f"{point}.jsonl"
-        process = context.Process(target=cli.main, args=(arguments(store, source, output),))
-        process.start()
+        process = started(output)
         enough = (0, 1, len(whole) // 3, len(whole) // 2)[point // 2 % 4]
         while process.is_alive() and not (run_file(output).exists() and output.stat().st_size >= enough):
             time.sleep(0.002)
@@ -76,7 +86,9 @@ def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(stor
         process.kill()
         process.join()
         sizes.add(output.stat().st_size)
-        assert predict(store, source, output).returncode == 1
+        again = started(output)
+        again.join()
+        assert again.exitcode == 1
         assert output.read_bytes() == whole
     assert len(sizes - {0, len(whole)}) >= 2
 
