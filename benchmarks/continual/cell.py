@@ -70,7 +70,7 @@ def run_cell(
     Args:
         spec: a method's name, with options for an ablation (`method_of`).
         unseen: also answer tasks that are not learned yet, and all tasks before the first is, to measure forward
-            transfer.
+            transfer; ignored for methods that need oracle task IDs.
         bertscore: folder of the encoder that compares free-text answers with those of the rows (`Also`).
 
     Raises:
@@ -81,6 +81,7 @@ def run_cell(
     if len(stages) == len(stream.tasks):
         return stages
     entry, make = method_of(spec)
+    unseen = unseen and not entry.told
     method = make(setup)
     learned, spent = restore(folder, method)
     if not len(stages) <= learned <= len(stages) + 1:

@@ -12,27 +12,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.continual.cell import run_cell, stages_of
 from benchmarks.continual.methods import METHODS, method_of
 from benchmarks.continual.methods.method import Setup
+from benchmarks.continual.run_file import described, digest_of, opened
 from benchmarks.continual.stream_file import read_stream
 from benchmarks.continual.streams import STREAMS, Stream
 from benchmarks.continual.summary import show
-from benchmarks.machine import describe
-from slm_fast import InputError, SlmError, Task, WorkError
+from slm_fast import InputError, SlmError, Task
 from slm_fast.backbone import Backbone
+from slm_fast.cli.shell import one_line_warnings
 from slm_fast.files import write
 from slm_fast.options import LearnOptions
 from slm_fast.tables import console
-
-FORMAT = 1
 
 
 def stream_of(name: str) -> Stream:
@@ -49,47 +48,9 @@ def cell_folder(run: Path, spec: str, seed: int) -> Path:
     return run / spec.replace(":", ",") / f"seed{seed}"
 
 
-def described(options: argparse.Namespace, stream: Stream) -> dict[str, Any]:
-    """The settings of a RUN, shared by all its methods and seeds."""
-    settings = ("train", "test", "epochs", "max_length", "max_new_tokens", "unseen", "bertscore")
-    return {
-        "format": FORMAT,
-        "stream": {"name": Path(options.stream).stem, "tasks": list(stream.tasks)},
-        "backbone": options.backbone,
-        "settings": {name: getattr(options, name) for name in settings},
-    }
-
-
-def opened(run: Path, about: Mapping[str, Any]) -> None:
-    """Create the RUN, or check that it has the same stream and settings.
-
-    Raises InputError if they differ, WorkError if it cannot be read.
-    """
-    path = run / "run.json"
-    if not path.exists():
-        if run.exists() and any(run.iterdir()):
-            raise InputError(f"{run}: not empty, and no run of this benchmark; name another folder")
-        run.mkdir(parents=True, exist_ok=True)
-        measured = {"machine": describe(), "date": time.strftime("%Y-%m-%d")}
-        write(path, (json.dumps({**about, **measured}, indent=1) + "\n").encode())
-        return
-    try:
-        known = json.loads(path.read_text())
-        version = known["format"]
-    except (ValueError, KeyError, TypeError):
-        raise WorkError(f"{path}: damaged; name another folder, or delete this one to start again") from None
-    if version != FORMAT:
-        raise WorkError(f"{path}: of format {version!r}, this version reads {FORMAT}; name another folder")
-    for key, value in about.items():
-        if known.get(key) != value:
-            raise InputError(f"{run}: a run of {key} {known.get(key)}, not {value}; name another folder")
-
-
 def check_methods(specs: Sequence[str], backbone: str) -> None:
-    """Raise InputError for an unknown method, or one that this backbone cannot run."""
+    """Raise InputError for an unknown method or backbone, or a method that the backbone cannot run."""
     entries = {spec: method_of(spec)[0] for spec in specs}
-    if all(len(entry.kinds) == 3 for entry in entries.values()):
-        return
     kind = Backbone.load(backbone).kind
     for spec, entry in entries.items():
         if kind not in entry.kinds:
@@ -125,6 +86,12 @@ def work(options: argparse.Namespace, stream: Stream) -> int:
     return 0
 
 
+def rows_of(options: argparse.Namespace, stream: Stream) -> dict[str, str]:
+    """The SHA-256 of the rows of each drawing that the seeds use. Raises InputError or WorkError for unusable data."""
+    by_drawing = dict(zip(stream.drawings(options.seeds), options.seeds, strict=True))
+    return {str(drawing): digest_of(*tasks_of(options, stream, seed)) for drawing, seed in by_drawing.items()}
+
+
 def all_cells(options: argparse.Namespace, stream: Stream, arguments: Sequence[str]) -> int:
     """Run each unfinished cell in its own process, `jobs` at a time; return the first failure's status at the end."""
     cells = [(spec, seed) for seed in options.seeds for spec in options.methods]
@@ -133,20 +100,44 @@ def all_cells(options: argparse.Namespace, stream: Stream, arguments: Sequence[s
     running: dict[subprocess.Popen[bytes], tuple[str, int, float]] = {}
     if done:
         print(f"{done} of {len(cells)} already done", file=sys.stderr)
-    while waiting or running:
-        while waiting and len(running) < options.jobs:
-            spec, seed = waiting.pop(0)
-            own = [*arguments, "--methods", spec, "--seeds", str(seed), "--cell"]
-            process = subprocess.Popen([sys.executable, "-m", "benchmarks.continual.run", *own])
-            running[process] = spec, seed, time.monotonic()
-        time.sleep(0.2)
-        for process in [each for each in running if each.poll() is not None]:
-            spec, seed, started = running.pop(process)
-            done += 1
-            ended = f"{time.monotonic() - started:.0f} s" if not process.returncode else f"status {process.returncode}"
-            print(f"[{done}/{len(cells)}] {spec}, seed {seed}: {ended}", file=sys.stderr)
-            status = status or process.returncode
+    try:
+        while waiting or running:
+            while waiting and len(running) < options.jobs:
+                spec, seed = waiting.pop(0)
+                process = started([*arguments, "--methods", spec, "--seeds", str(seed), "--cell"])
+                running[process] = spec, seed, time.monotonic()
+            time.sleep(0.2)
+            for process in [each for each in running if each.poll() is not None]:
+                spec, seed, begun = running.pop(process)
+                done += 1
+                ended = f"status {process.returncode}" if process.returncode else f"{time.monotonic() - begun:.0f} s"
+                print(f"[{done}/{len(cells)}] {spec}, seed {seed}: {ended}", file=sys.stderr)
+                status = status or process.returncode
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
     return status
+
+
+def started(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A process that runs one cell and ignores Ctrl-C, on which this one stops it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return subprocess.Popen([sys.executable, "-m", "benchmarks.continual.run", *arguments])
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.strip().lstrip("+-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+        return int(text)
+
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -158,34 +149,47 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--stream", default="order4", help=f"{', '.join(STREAMS)}, or a YAML file of your own")
     about = f"{', '.join(METHODS)}; options after a colon make an ablation"
     found.add_argument("--methods", nargs="+", default=["slm", "separate", "finetune"], help=about)
-    found.add_argument("--seeds", type=int, nargs="+", default=[0])
+    found.add_argument("--seeds", type=at_least(0), nargs="+", default=[0])
     found.add_argument("--backbone", default="minilm", help="a name or a folder")
-    found.add_argument("--train", type=int, help="training rows per task, at most; default: the stream's")
-    found.add_argument("--test", type=int, help="test rows per task, at most; default: all")
-    found.add_argument("--epochs", type=int, help="default: slm_fast's")
-    found.add_argument("--max-length", type=int, default=128, help="tokens read per text")
-    found.add_argument("--max-new-tokens", type=int, default=32, help="tokens generated per answer")
-    found.add_argument("--unseen", action="store_true", help="also answer tasks not learned yet (forward transfer)")
+    found.add_argument("--train", type=at_least(1), help="training rows per task, at most; default: the stream's")
+    found.add_argument("--test", type=at_least(1), help="test rows per task, at most; default: all")
+    found.add_argument("--epochs", type=at_least(1), help="default: slm_fast's")
+    found.add_argument("--max-length", type=at_least(1), default=128, help="tokens read per text")
+    found.add_argument("--max-new-tokens", type=at_least(1), default=32, help="tokens generated per answer")
+    found.add_argument(
+        "--unseen",
+        action="store_true",
+        help="also answer tasks not learned yet, without oracle task IDs (forward transfer)",
+    )
     found.add_argument("--bertscore", metavar="MODEL", help="also score free text by BERTScore with this encoder")
-    found.add_argument("--jobs", type=int, default=1, help="processes to run at a time")
+    found.add_argument("--jobs", type=at_least(1), default=1, help="processes to run at a time")
     found.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)
     return found
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
+    options.methods, options.seeds = list(dict.fromkeys(options.methods)), list(dict.fromkeys(options.seeds))
     try:
-        stream = stream_of(options.stream)
-        if options.cell:
-            return work(options, stream)
-        check_methods(options.methods, options.backbone)
-        tasks_of(options, stream, options.seeds[0])  # report errors in the data before anything runs
-        opened(options.run, described(options, stream))
-        status = all_cells(options, stream, arguments)
-        show(options.run, console())
+        with one_line_warnings():
+            stream = stream_of(options.stream)
+            if options.cell:
+                return work(options, stream)
+            check_methods(options.methods, options.backbone)
+            opened(options.run, described(options, stream, rows_of(options, stream)))
+            status = all_cells(options, stream, arguments)
+            show(options.run, console())
     except SlmError as error:
         print(f"repro: error: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:
+        print(f"repro: error: {error.filename or options.run}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if options.cell:
+            raise
+        print("repro: interrupted; the same command resumes", file=sys.stderr)
+        return 130
     if not status:
         print(f"done; `slm-fast report {options.run}` writes an HTML report")
     return status

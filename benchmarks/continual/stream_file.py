@@ -75,12 +75,14 @@ def read_stream(path: Path) -> FileStream:
         raise WorkError(
             f"{path}: 'tasks': expected names with their files, such as tickets: {{train: a.csv, test: b.csv}}"
         )
-    if unknown := sorted(set(about) - {"tasks", "rows"}):
+    if unknown := [key for key in about if key not in ("tasks", "rows")]:
         raise WorkError(f"{path}: {unknown[0]!r}: unknown; a stream has 'tasks' and 'rows'")
     rows = about.get("rows", 1500)
-    if not isinstance(rows, int) or rows < 1:
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise WorkError(f"{path}: 'rows': expected a whole number from 1 on, got {rows!r}")
     for name, own in tasks.items():
+        if not isinstance(name, str):
+            raise WorkError(f"{path}: task {name!r}: expected a text; put the name in quotes")
         if not isinstance(own, dict) or not {"train", "test"} <= set(own) or not set(own) <= KEYS:
             raise WorkError(
                 f"{path}: task {name!r}: expected train and test, and of {', '.join(sorted(KEYS))} no other"
@@ -93,7 +95,7 @@ def read_stream(path: Path) -> FileStream:
                 raise InputError(f"{path}: task {name!r}: {path.parent / file}: no such file")
     if twice := _repeated(path):
         raise WorkError(f"{path}: task {twice!r} is there twice")
-    return FileStream(str(path.parent), tuple(map(str, tasks)), rows, described=tasks, path=path)
+    return FileStream(str(path.parent), tuple(tasks), rows, described=tasks, path=path)
 
 
 def _repeated(path: Path) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.continual.cell import stages_of
+from slm_fast import WorkError
 from slm_fast.measures import average_accuracy, backward_transfer, final_forgetting
 
 UNDEFINED = "n/a"
@@ -29,8 +30,8 @@ def show(run: Path, console: Console) -> None:
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right")
-    for folder in sorted(path.parent for path in run.glob("*/about.json")):
-        title = json.loads((folder / "about.json").read_text())["title"]
+    for folder in sorted({path.parent for path in run.glob("*/seed*")}):
+        title = title_of(folder)
         seeds = [stages_of(path) for path in sorted(folder.glob("seed*"))]
         whole = [stages for stages in seeds if len(stages) == len(tasks)]
         if not whole:
@@ -41,19 +42,35 @@ def show(run: Path, console: Console) -> None:
     console.print(table)
 
 
+def title_of(folder: Path) -> str:
+    """A method's title, or its folder's name if it has none. Raises WorkError if its about.json is damaged."""
+    file = folder / "about.json"
+    try:
+        return str(json.loads(file.read_text())["title"]) if file.exists() else folder.name
+    except (ValueError, KeyError, TypeError):
+        raise WorkError(f"{file}: damaged; delete it, it only holds the method's title") from None
+
+
 def line(seeds: Sequence[Sequence[dict[str, Any]]], tasks: Sequence[str]) -> list[str]:
     """The table cells of a method, from the stages of its seeds."""
     matrices = [[{name: own["accuracy"] for name, own in s["tasks"].items()} for s in stages] for stages in seeds]
     last = [stages[-1]["tasks"] for stages in seeds]
-    routed = [[own["routed"] for own in tasks_.values()] for tasks_ in last]
+    routed = [[own.get("routed") for own in tasks_.values()] for tasks_ in last]
     return [
         spread([100 * average_accuracy(matrix, tasks) for matrix in matrices]),
         spread([_percent(final_forgetting(matrix, tasks)) for matrix in matrices]),
         spread([_percent(backward_transfer(matrix, tasks)) for matrix in matrices]),
         spread([None if None in own else 100 * mean(own) for own in routed]),
-        f"{mean(stage.get('learn_cpu_seconds', stage['learn_seconds']) for stages in seeds for stage in stages):.0f}",
-        f"{max(stage['peak_mib'] for stages in seeds for stage in stages):.0f}",
+        _cost(seeds, mean, "learn_cpu_seconds", "learn_seconds"),
+        _cost(seeds, max, "peak_mib"),
     ]
+
+
+def _cost(seeds: Sequence[Sequence[dict[str, Any]]], over: Callable[[list[float]], float], *names: str) -> str:
+    """A cost over all stages, by the first of its names that a stage has."""
+    found = [next((stage[name] for name in names if name in stage), None) for stages in seeds for stage in stages]
+    known = [value for value in found if value is not None]
+    return f"{over(known):.0f}" if known and len(known) == len(found) else UNDEFINED
 
 
 def _percent(share: float | None) -> float | None:

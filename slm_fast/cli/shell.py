@@ -24,21 +24,21 @@ def run(argv: Sequence[str]) -> int:
     """Run a command and return its exit status. An error is one line on standard error; a bug is a traceback."""
     _open_closed_streams()
     _speak_utf8()
-    with _one_line_warnings():
+    with one_line_warnings():
         try:
             arguments = _parser().parse_args(with_share(argv))
             arguments.command = shlex.join(["slm-fast", *argv])
-            status = _run(arguments)
+            status = _run(arguments, argv)
         except SystemExit as stop:  # argparse has printed its message
             status = int(stop.code or 0)
         return _flush(status)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     try:
         return arguments.run(arguments)
     except SlmError as error:
-        return complain(str(error), error.status)
+        return complain(_as_typed(str(error), argv), error.status)
     except BrokenPipeError:
         _discard_output()  # the reader is gone
         return 1
@@ -54,6 +54,13 @@ def _run(arguments: argparse.Namespace) -> int:
             where = error.filename or "standard output"
             return _flush(0) or complain(f"{where}: {error.strerror or error}", 1)
         raise
+
+
+def _as_typed(message: str, argv: Sequence[str]) -> str:
+    """A message that begins with the Python name of an option, with the option as it was typed instead."""
+    name, colon, rest = message.partition(":")
+    flag = f"--{name.replace('_', '-')}"
+    return f"{flag}{colon}{rest}" if any(word.partition("=")[0] == flag for word in argv) else message
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -129,7 +136,7 @@ def _speak_utf8() -> None:
 
 
 @contextmanager
-def _one_line_warnings() -> Iterator[None]:
+def one_line_warnings() -> Iterator[None]:
     """Print each warning of this package as one line, every time."""
 
     others = warnings.showwarning

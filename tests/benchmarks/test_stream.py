@@ -20,6 +20,7 @@ from rich.console import Console
 from benchmarks.continual import cell, run, summary
 from benchmarks.continual.methods import METHODS, method_of
 from benchmarks.continual.methods.method import Answer, Entry, Setup
+from benchmarks.continual.run_file import described
 from benchmarks.continual.scoring import scores
 from benchmarks.continual.stream_file import read_stream
 from slm_fast import InputError, ScalableLM, Task, WorkError, demo
@@ -192,8 +193,6 @@ def test_a_run_in_processes_of_their_own_ends_in_a_table(stream, tiny, tmp_path,
     assert "Separate, one LoRA per task, oracle" in said.out
     assert run.main(call) == 0
     assert "1 of 1 already done" in capsys.readouterr().err
-    assert run.main([*call, "--test", "3"]) == 2
-    assert "a run of settings" in capsys.readouterr().err
 
 
 def test_in_a_miniature_stream_finetune_forgets_and_slm_does_not(few_features, tmp_path):
@@ -224,7 +223,7 @@ def test_the_table_has_means_over_seeds_and_says_what_is_not_done(stream, forget
             where.mkdir(parents=True)
             (where.parent / "about.json").write_text(json.dumps({"title": method, "told": False}))
     options = run.parser().parse_args([str(folder), "--stream", str(stream)])
-    (folder / "run.json").write_text(json.dumps(run.described(options, read_stream(stream))))
+    (folder / "run.json").write_text(json.dumps(described(options, read_stream(stream), {})))
     for seed, last in ((0, 1.0), (1, 0.8)):
         accuracies = [{"first": 1.0}, {"first": 0.5, "second": 1.0}, {"first": 0.5, "second": 0.5, "third": last}]
         stages = [
@@ -298,6 +297,10 @@ def test_an_ablation_names_options_of_learning_and_of_the_model():
     ("text", "said"),
     [
         ("tasks: [", "not YAML"),
+        ("tasks: {1: {train: x.csv, test: y.csv}}", "task 1: expected a text"),
+        ("tasks: {no: {train: x.csv, test: y.csv}}", "task False: expected a text"),
+        ("tasks: {a: {train: first.train.jsonl, test: first.test.jsonl}}\n3: 4", "3: unknown"),
+        ("tasks: {a: {train: first.train.jsonl, test: first.test.jsonl}}\nrows: true", "got True"),
         ("rows: 4", "'tasks': expected names"),
         ("tasks: {}", "'tasks': expected names"),
         ("tasks: {a: {train: x.csv}}", "task 'a': expected train and test"),
