@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 from models import make_model, make_tokenizer, one_thread, toy_task  # noqa: F401
 
 from benchmarks.continual import run, zeroshot
+from benchmarks.continual.run_file import described, opened
 from benchmarks.tables import read_csv
 from slm_fast import InputError, ScalableLM, WorkError
 from slm_fast.backbone import Backbone
@@ -62,8 +63,7 @@ def done(tmp_path_factory) -> Path:
     options = ["--stream", str(stream), "--backbone", str(folder / "llama"), "--seeds", "1", "--epochs", "2"]
     options += ["--max-new-tokens", "2"]
     path = folder / "run"
-    about = run.described(run.parser().parse_args([str(path), *options]), run.stream_of(str(stream)))
-    run.opened(path, about)
+    opened(path, described(run.parser().parse_args([str(path), *options]), run.stream_of(str(stream)), {}))
     for method in ("slm", "finetune", "prompt"):
         assert run.main([str(path), *options, "--methods", method, "--cell"]) == 0
     stopped = path / "replay" / "seed1"
