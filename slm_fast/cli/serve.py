@@ -24,7 +24,7 @@ LIMITS = {
     "queue_tokens": "tokens in the queue (default: 64 batches)",
     "batch_tokens": "tokens per batch, including padding (default: depends on the device)",
     "batch_rows": "texts generated concurrently",
-    "max_new_tokens": "upper limit and default of a request's max_tokens",
+    "max_new_tokens": "the most max_tokens that a request may ask for, and its value if not given",
     "deadline": "seconds until an unanswered request gets 504",
     "requests": "concurrent requests; further ones get 429",
     "inputs": "texts per request",
@@ -70,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     limits = ServeOptions(**fields_of(arguments, ServeOptions))
     key, admin = _key(arguments.key_file, KEY), _key(arguments.admin_key_file, ADMIN_KEY)
     if admin is not None and admin == key:
-        raise InputError(f"${ADMIN_KEY}: expected another key than ${KEY}")
+        own = f"${ADMIN_KEY}" if arguments.admin_key_file is None else f"--admin-key-file {arguments.admin_key_file}"
+        other = f"${KEY}" if arguments.key_file is None else f"--key-file {arguments.key_file}"
+        raise InputError(f"{own}: expected another key than {other}")
     if arguments.tasks_from is not None and admin is None:
         raise InputError("--tasks-from: goes with --admin-key-file")
     source = None if arguments.tasks_from is None else Store.open(arguments.tasks_from)

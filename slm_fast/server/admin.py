@@ -13,6 +13,7 @@ from slm_fast.errors import InputError, SlmError
 from slm_fast.schema import check_same
 from slm_fast.server.generation import Watcher
 from slm_fast.server.jobs import Refused
+from slm_fast.server.rows import AUTO
 from slm_fast.server.schemas import AddTask
 from slm_fast.store import Store
 
@@ -28,6 +29,9 @@ def add(app: FastAPI, watcher: Watcher, source: Store | None) -> None:
         return JSONResponse({"id": name, "task_sha256": digest, "generation": watcher.current.number}, status)
 
     def take(name: str) -> JSONResponse:
+        if name == AUTO:
+            message = f"name {name!r}: reserved, since model auto routes by the text; learn the task under another name"
+            raise Refused(400, message, param="name")
         if source is None:
             raise Refused(404, "this server was started without --tasks-from")
         there = Store.open(source.path)

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 import slm_fast
+from slm_fast.errors import one_line
 from slm_fast.server import admin, openai, rows, schemas
 from slm_fast.server.engine import Engine
 from slm_fast.server.generation import Watcher
@@ -97,7 +98,7 @@ def create_app(served: Served) -> FastAPI:
         admin.add(app, served.watcher, served.source)
 
     def ask(given: Any, field: str, model: str, labels: int | None, truncate: bool) -> Ask:
-        task, bare = rows.model_of(model, served.backbone)
+        task, bare = rows.model_of(model, served.backbone, engine.generation.files)
         writing = Writing(min(rows.NEW_TOKENS, serve.max_new_tokens)) if engine.writes else None
         parsed = rows.rows_of(given, serve.inputs, field)
         return Ask(parsed, "answer", task, bare, labels, writing, truncate)
@@ -156,7 +157,11 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSON:
-        return JSON(error_body(Refused(error.status_code, str(error.detail))), error.status_code, headers=error.headers)
+        said, cause = str(error.detail), error.__cause__
+        # FastAPI names invalid JSON, but not a body that cannot be parsed for another reason.
+        if error.status_code == 400 and cause is not None:
+            said = f"the body: expected JSON in UTF-8: {one_line(cause)}"
+        return JSON(error_body(Refused(error.status_code, said)), error.status_code, headers=error.headers)
 
 
 def understood(errors: Any) -> Refused:
@@ -165,6 +170,8 @@ def understood(errors: Any) -> Refused:
     if first["type"] == "json_invalid":
         return Refused(400, f"the body: expected JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     place = [str(part) for part in first["loc"] if part != "body"]
+    if not place and isinstance(first["input"], bytes):  # left unparsed because of its content type
+        return Refused(400, "the body: expected the header content-type: application/json")
     if not place:
         return Refused(400, "the body: expected a JSON object")
     if first["type"] == "extra_forbidden":
@@ -184,7 +191,7 @@ def _add_state(app: FastAPI, served: Served) -> None:
 
     @app.get("/health")
     async def health() -> Any:
-        """Whether the process works, or has to be restarted."""
+        """Whether the engine works. A process whose engine has failed ends by itself."""
         return JSON({"status": "ok"}) if engine.failed is None else JSON({"status": "failed"}, 503)
 
     @app.get("/ready", responses={503: {"description": "not warm, or draining"}})

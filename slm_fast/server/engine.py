@@ -126,7 +126,8 @@ class Engine:
         """Raise Refused for a request that this model cannot serve."""
         names = self._current.files
         if ask.task is not None and ask.task not in names:
-            message = f"model {ask.task!r}: expected auto, base or a task; tasks: {some_of(names)}"
+            others = "auto, base" if self.writes else "auto"
+            message = f"model {ask.task!r}: expected {others} or a task; tasks: {some_of(names)}"
             raise Refused(404, message, code="model_not_found", param="model")
         if not self.writes and ask.bare:
             raise Refused(400, "model 'base': an encoder-only backbone has no answer of its own", param="model")

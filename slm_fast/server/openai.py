@@ -60,14 +60,13 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
         shape: Shape,
         body: schemas.Writing,
         parsed: Sequence[Row],
-        asked: int | None,
         request: Request,
         turns: Sequence[Mapping[str, str]] | None = None,
     ) -> Response:
         if not engine.writes:
             raise Refused(400, "an encoder-only backbone writes no text; POST /v1/classify answers with labels")
-        task, bare = rows.model_of(body.model, backbone)
-        writing = rows.writing_of(body, asked, engine.serve)
+        task, bare = rows.model_of(body.model, backbone, engine.generation.files)
+        writing = rows.writing_of(body, engine.serve)
         ask = Ask(parsed, "answer", task, bare, 1, writing, True, body.stream, turns if bare else None)
         head = {"id": f"{shape.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
         if not body.stream:
@@ -101,25 +100,25 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
         """OpenAI's completions. `model`: auto routes by the text, a task's name forces that task, base is the bare
         backbone."""
         parsed = rows.rows_of(body.prompt, engine.serve.inputs, "prompt")
-        return await write(COMPLETION, body, parsed, body.max_tokens, request)
+        return await write(COMPLETION, body, parsed, request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: schemas.Chat, request: Request) -> Any:
         """OpenAI's chat completions. The system message is the instruction; tasks read chats as they do in training."""
-        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        return await write(CHAT, body, [rows.chat_row(body.messages)], asked, request, rows.turns(body.messages))
+        return await write(CHAT, body, [rows.chat_row(body.messages)], request, rows.turns(body.messages))
 
     def models() -> list[dict[str, Any]]:
         model = {"object": "model", "created": started, "owned_by": "slm_fast"}
-        known = [{**model, "id": rows.AUTO, "root": backbone, "parent": None}]
-        if engine.writes:
-            known.append({**model, "id": rows.BASE, "root": backbone, "parent": None})
-        own = engine.generation.files.items()
-        return known + [{**model, "id": n, "root": n, "parent": rows.BASE, "task_sha256": sha} for n, sha in own]
+        files = engine.generation.files
+        base = rows.base_of(backbone, files) if engine.writes else None
+        bare = [rows.AUTO] if base is None else [rows.AUTO, base]
+        known = [{**model, "id": name, "root": backbone, "parent": None} for name in bare]
+        own = [(name, sha) for name, sha in files.items() if name != rows.AUTO]
+        return known + [{**model, "id": n, "root": n, "parent": base, "task_sha256": sha} for n, sha in own]
 
     @app.get("/v1/models")
     async def list_models() -> Any:
-        """The values of `model`: auto, base, and each task with the SHA-256 of its file."""
+        """The values of `model`: auto, base if the backbone generates text, and each task with its file's SHA-256."""
         number = engine.generation.number
         whole = {"object": "list", "data": models(), "generation": number}
         return JSONResponse(whole, headers={"x-store-generation": number})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -22,11 +22,19 @@ COLDEST = 1e-4  # temperatures below this mean greedy decoding
 NEW_TOKENS = 64  # of a text generated for /v1/classify, as in `predict`
 
 
-def model_of(name: str, backbone: str) -> tuple[str | None, bool]:
-    """The task that a request's `model` forces, if any, and whether it is the bare backbone."""
+def model_of(name: str, backbone: str, tasks: Collection[str]) -> tuple[str | None, bool]:
+    """The task that a request's `model` forces, if any, and whether it is the bare backbone.
+
+    A task of this name goes before the names of the backbone. `AUTO` is reserved.
+    """
     if name == AUTO:
         return None, False
-    return (None, True) if name in (BASE, backbone) else (name, False)
+    return (None, True) if name in (BASE, backbone) and name not in tasks else (name, False)
+
+
+def base_of(backbone: str, tasks: Collection[str]) -> str | None:
+    """The `model` that is the bare backbone; None if its names are names of tasks."""
+    return next((name for name in (BASE, backbone) if name not in tasks), None)
 
 
 def rows_of(given: Any, most: int, field: str) -> list[Row]:
@@ -69,11 +77,11 @@ def turns(given: Sequence[schemas.Turn]) -> list[dict[str, str]]:
     ]
 
 
-def writing_of(body: schemas.Writing, asked: int | None, serve: ServeOptions) -> Writing:
+def writing_of(body: schemas.Writing, serve: ServeOptions) -> Writing:
     """How to generate a request's text. Without a temperature decoding is greedy, as in `predict`."""
-    most = serve.max_new_tokens
+    most, (field, asked) = serve.max_new_tokens, body.length
     if asked is not None and asked > most:
-        raise Refused(400, f"max_tokens: expected at most {most}, got {asked}", param="max_tokens")
+        raise Refused(400, f"{field}: expected at most {most}, got {asked}", param=field)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if any(not one for one in stop):
         raise Refused(400, "stop: expected texts that are not empty", param="stop")

@@ -7,7 +7,7 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from types import FrameType
 from typing import Any, cast
@@ -23,6 +23,7 @@ from slm_fast.server.engine import Engine
 from slm_fast.server.generation import Generation, Watcher
 from slm_fast.server.metrics import Metrics
 from slm_fast.server.options import ServeOptions
+from slm_fast.server.rows import AUTO
 from slm_fast.slm import ScalableLM
 from slm_fast.store import Store
 
@@ -101,17 +102,30 @@ def made(
     model, metrics = slm.model, Metrics()
     generation = Generation.of(model.known, store.files)
     engine = Engine(model, generation, options, limits, metrics.note_batch)
+    warn_of_auto(generation.files)
+
+    def publish(new: Generation) -> None:
+        warn_of_auto(new.files, engine.generation.files)
+        engine.publish(new)
+
     watcher = Watcher(
         model,
         store,
         generation,
-        engine.publish,
+        publish,
         poll=limits.poll or store.poll,
         distances=options.measures,
         skip_damaged=skip_damaged,
     )
     metrics.watch(engine, watcher)
     return Served(engine, watcher, model.backbone.name, metrics, key, admin, source)
+
+
+def warn_of_auto(tasks: Collection[str], before: Collection[str] = ()) -> None:
+    """Warn if there is a task, new since `before`, whose name is reserved in requests."""
+    if AUTO in tasks and AUTO not in before:
+        about = "requests cannot name it, since model auto routes by the text; it is reached by routing only"
+        log.warning("task %r: %s; to name it, learn it under another name", AUTO, about)
 
 
 class Lingering:

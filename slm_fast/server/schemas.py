@@ -28,13 +28,14 @@ class Instruction(Body):
 
 
 Text = str | Instruction
+Texts = Text | Annotated[list[Text], Field(min_length=1)]
 
 
 class Classify(Body):
     """A classification request in vLLM's format."""
 
     model: Model = "auto"
-    input: str | Annotated[list[Text], Field(min_length=1)]
+    input: Texts
     labels: int | None = Field(None, ge=1, description="how many labels to tell the probabilities of; all that are > 0")
     truncate: bool = Field(True, description="false refuses texts that are longer than the model reads")
     user: str | None = None
@@ -42,7 +43,7 @@ class Classify(Body):
 
 class Route(Body):
     model: Literal["auto"] = "auto"
-    input: str | Annotated[list[Text], Field(min_length=1)]
+    input: Texts
     truncate: bool = True
     user: str | None = None
 
@@ -76,6 +77,11 @@ class Writing(Body):
     presence_penalty: Zero | None = None
     user: str | None = None
 
+    @property
+    def length(self) -> tuple[str, int | None]:
+        """The field that limits the tokens of a text, and its value."""
+        return "max_tokens", self.max_tokens
+
 
 class Completion(Writing):
     prompt: str | Annotated[list[str], Field(min_length=1)]
@@ -98,6 +104,11 @@ class Chat(Writing):
     messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Literal[False] | None = None
+
+    @property
+    def length(self) -> tuple[str, int | None]:
+        given = self.max_completion_tokens
+        return super().length if given is None else ("max_completion_tokens", given)
 
 
 class AddTask(Body):

@@ -65,5 +65,5 @@ def test_a_task_named_is_the_start_and_one_that_is_not_learned_a_wrong_call(bert
 
 def test_a_start_that_no_new_store_can_have_leaves_no_store(bert: Path, tmp_path: Path) -> None:
     done = learn(tmp_path / "store", bert, "sea", start=("--warm-start", "farm"))
-    one_line(done, 2, "warm_start: task 'farm' is not learned; tasks: none")
+    one_line(done, 2, "error: --warm-start: task 'farm' is not learned; tasks: none")
     assert not Store.exists(tmp_path / "store")

@@ -233,6 +233,11 @@ def test_options_that_change_nothing_are_said(store: Path):
     ]
 
 
+def test_an_invalid_option_is_named_as_it_was_typed(store: Path):
+    one_line(slm_fast("predict", store, "--batch-tokens", 0, stdin=LINE), 2, "error: --batch-tokens: expected at least")
+    one_line(slm_fast("predict", store, "--top-p=2", stdin=LINE), 2, "error: --top-p: expected")
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

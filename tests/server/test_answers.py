@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_model, make_tokenizer, mixed, mixed_texts, sentence
+from models import FAR, knows, make_model, make_tokenizer, mixed, mixed_texts, random_task, sentence
 from served import Client, serving, store_with
 
 from slm_fast import ScalableLM
@@ -20,6 +20,7 @@ from slm_fast.server import run
 from slm_fast.server.app import Served
 from slm_fast.server.generation import generation_number
 from slm_fast.server.options import ServeOptions
+from slm_fast.server.rows import base_of, model_of
 from slm_fast.tokenization import Tokenization
 
 TEXTS = mixed_texts(24, seed=3)
@@ -120,6 +121,39 @@ def test_a_named_task_and_the_bare_backbone_write(writer) -> None:
         assert (choice["text"], choice["task"]) == (expected.text, expected.task)
 
 
+def test_a_task_named_like_the_backbone_goes_before_it(tmp_path) -> None:
+    slm = store_with(tmp_path / "store", "llama")
+    (bare,) = slm.predict([TEXTS[0]], max_new_tokens=9, bare=True)
+    knows(slm, *(random_task(slm, name, labels=None) for name in ("base", "sea")))
+    slm.save_pretrained(tmp_path / "base")
+    with serving(slm) as (client, served):
+        found = {model["id"]: model["parent"] for model in client.get("/v1/models")["data"]}
+        assert found == {"auto": None, served.backbone: None, "base": served.backbone, "sea": served.backbone}
+        for model, task in (("base", "base"), (served.backbone, None)):
+            body = {"prompt": TEXTS[0], "max_tokens": 9, "model": model}
+            (choice,) = client.post("/v1/completions", body)["choices"]
+            assert (choice["task"], choice["text"] == bare.text) == (task, task is None)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "forced", "base"),
+    [((), (None, None), "base"), (("base",), ("base", None), "gpt2"), (("base", "gpt2"), ("base", "gpt2"), None)],
+)
+def test_the_names_of_the_backbone_are_those_that_no_task_has(tasks, forced, base) -> None:
+    found = [model_of(name, "gpt2", tasks) for name in ("base", "gpt2")]
+    assert found == [(task, task is None) for task in forced]
+    assert base_of("gpt2", tasks) == base
+    assert model_of("auto", "gpt2", ("auto",)) == (None, False)
+
+
+def test_a_text_of_no_task_has_none_even_where_one_is_named(tmp_path) -> None:
+    with serving(store_with(tmp_path / "store"), options=PredictOptions(abstain=True)) as (client, _):
+        (row,) = client.classify([FAR], model="sea")
+        assert (row["task"], row["label"], row["probs"]) == (None, None, [])
+        assert client.post("/predict", {"inputs": FAR}) == []
+        assert client.post("/predict", {"inputs": [[FAR]]}) == [[]]
+
+
 def test_sampled_texts_follow_from_their_seed(writer) -> None:
     client, slm, _ = writer
     body = {"prompt": TEXTS[:3], "max_tokens": 9, "temperature": 0.9, "top_p": 0.8, "seed": 11}
@@ -135,8 +169,11 @@ def test_an_instruction_and_a_chat_are_read_as_the_rows_they_are(writer) -> None
     (choice,) = client.post("/v1/chat/completions", {"messages": turns, "max_tokens": 6})["choices"]
     assert choice["message"]["content"] == expected.text
     assert choice["task"] == expected.task
-    (found,) = client.classify([row])
-    agrees(found, slm.predict([row], max_new_tokens=24)[0], served)
+    (expected,) = slm.predict([row], max_new_tokens=24)
+    for given in ([row], row):  # a row alone, too
+        (found,) = client.post("/v1/classify", {"input": given})["data"]
+        agrees(found, expected, served)
+        assert client.post("/v1/route", {"input": given})["data"][0]["task"] == expected.task
 
 
 def test_a_stop_text_ends_a_text_before_it(writer) -> None:

@@ -21,10 +21,13 @@ def client(tmp_path_factory: pytest.TempPathFactory):
 BAD: list[tuple[str, Any, int, str]] = [
     (CLASSIFY, b'{"input": ', 400, "expected JSON"),
     (CLASSIFY, b"\xff\xfe", 400, ""),
+    (CLASSIFY, b'{"input": "\xff"}', 400, "the body: expected JSON in UTF-8: 'utf-8' codec can't decode byte 0xff"),
     (CLASSIFY, b"", 400, "the body"),
     (CLASSIFY, b"[1]", 400, "the body"),
     (CLASSIFY, b"null", 400, "the body"),
     (CLASSIFY, b'{"input": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400, ""),
+    (CLASSIFY, b'{"input": ' + b"1" * 5000 + b"}", 400, "the body: expected JSON"),
+    (CLASSIFY, b'"abc"', 400, "the body: expected a JSON object"),
     (CLASSIFY, {}, 400, "input: "),
     (CLASSIFY, {"input": 5}, 400, "input: "),
     (CLASSIFY, {"input": []}, 400, "input: "),
@@ -33,6 +36,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     (CLASSIFY, {"input": ["a", None]}, 400, "input: "),
     (CLASSIFY, {"input": "a", "colour": 1}, 400, "colour: unknown field"),
     (CLASSIFY, {"input": [{"text": "a"}]}, 400, "text: unknown field"),
+    (CLASSIFY, {"input": {"text": "a"}}, 400, "text: unknown field"),
     (CLASSIFY, {"input": "a", "labels": 0}, 400, "labels: "),
     (CLASSIFY, {"input": "a", "model": "land"}, 404, "model 'land': expected auto, base or a task; tasks: farm, sea"),
     (CLASSIFY, {"input": "a", "model": "../../etc/passwd"}, 404, "model"),
@@ -57,6 +61,12 @@ BAD: list[tuple[str, Any, int, str]] = [
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "n": 2}, 400, "n: "),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "stop": ""}, 400, "stop: "),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 25}, 400, "max_tokens: expected at most 24"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "max_completion_tokens": 25},
+        400,
+        "max_completion_tokens: expected at most 24, got 25",
+    ),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 0}, 400, "max_tokens: "),
 ]
 
@@ -78,10 +88,14 @@ def test_odd_texts_are_answered(client: Client) -> None:
     assert [row["index"] for row in client.classify(texts)] == list(range(len(texts)))
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/xml", ""])
-def test_json_of_another_content_type_is_no_failure_of_the_server(client: Client, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["text/plain", "application/xml", "application/x-www-form-urlencoded", ""])
+def test_a_body_of_another_content_type_is_refused_with_the_header_to_send(client: Client, kind: str) -> None:
     body = json.dumps({"input": "sea1"}).encode()
-    assert client.call("POST", CLASSIFY, body, **{"content-type": kind})[0] in (200, 400)
+    status, found, _ = client.call("POST", CLASSIFY, body, **{"content-type": kind})
+    assert (status, found["error"]["message"]) == (
+        400,
+        "the body: expected the header content-type: application/json",
+    )
 
 
 @pytest.mark.parametrize("path", ["/v1/models/..%2f..%2fetc", "/v1/models/%00", "/v1/tasks/a", "//", "/v1/classify/"])

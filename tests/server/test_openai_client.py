@@ -121,3 +121,7 @@ def test_an_encoder_says_what_it_can_do_instead(tmp_path) -> None:
         with pytest.raises(openai.BadRequestError, match="/v1/classify"):
             openai_client.completions.create(model="auto", prompt="a")
         assert client.call("POST", "/v1/classify", {"input": "a", "model": "base"})[0] == 400
+        parents = {model.id: model.parent for model in openai_client.models.list()}
+        assert parents == {"auto": None, "farm": None, "sea": None}
+        with pytest.raises(openai.NotFoundError, match="expected auto or a task"):
+            openai_client.post("/classify", cast_to=object, body={"input": "a", "model": "land"})

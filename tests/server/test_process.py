@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from command import one_line, slm_fast
 from models import mixed_texts, random_task
 from served import Client, Process, store_with, until
 
+from slm_fast.server.options import ServeOptions
 from slm_fast.store import Store
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "serving"
@@ -125,14 +127,23 @@ def test_a_port_in_use_is_one_line(store: Path) -> None:
         (("--port", 70000), "--port 70000"),
         (("--host", "no.such.host.invalid"), "no.such.host.invalid"),
         (("--key-file", "missing"), "missing: cannot be read"),
-        (("--inputs", 0), "inputs: expected at least 1"),
-        (("--deadline", 0), "deadline: expected at least"),
+        (("--inputs", 0), "error: --inputs: expected at least 1"),
+        (("--queue-rows=0",), "error: --queue-rows: expected at least 1"),
+        (("--deadline", 0), "error: --deadline: expected at least"),
         (("--tasks-from", "other"), "--admin-key-file"),
         (("--abstain", 2), "abstain"),
     ],
 )
 def test_a_call_that_cannot_be_right_is_one_line(store: Path, arguments: tuple[object, ...], said: str) -> None:
     one_line(slm_fast("serve", store, *arguments), 2, said)
+
+
+def test_the_help_shows_the_default_of_each_limit() -> None:
+    words = " ".join(slm_fast("serve", "--help").stdout.split())
+    for field in fields(ServeOptions):
+        said = words.rpartition(f"--{field.name.replace('_', '-')} N ")[2].partition(" --")[0]
+        assert "(default: " in said, field.name
+        assert field.default is None or f"(default: {field.default})" in said, field.name
 
 
 def test_what_is_not_installed_is_named_with_what_to_do(store: Path, monkeypatch) -> None:
@@ -152,7 +163,13 @@ def test_keys_stand_in_files_or_in_the_environment(store: Path, tmp_path: Path, 
     one_line(slm_fast("serve", store, "--key-file", empty), 2, "expected a key in its first line")
     monkeypatch.setenv("SLM_FAST_API_KEY", "one")
     monkeypatch.setenv("SLM_FAST_ADMIN_KEY", "one")
-    one_line(slm_fast("serve", store), 2, "expected another key")
+    one_line(slm_fast("serve", store), 2, "$SLM_FAST_ADMIN_KEY: expected another key than $SLM_FAST_API_KEY")
+    both = tmp_path / "both"
+    both.write_text("one\n")
+    said = f"--admin-key-file {both}: expected another key than"
+    one_line(slm_fast("serve", store, "--admin-key-file", both), 2, f"{said} $SLM_FAST_API_KEY")
+    given = ("--admin-key-file", both, "--key-file", both)
+    one_line(slm_fast("serve", store, *given), 2, f"{said} --key-file {both}")
 
 
 def test_the_examples_start_a_server_as_the_command_line_knows_it(tmp_path: Path) -> None:

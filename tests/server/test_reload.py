@@ -19,8 +19,11 @@ from peft_adapters import write_adapter
 from served import Client, serving, store_with, until
 
 from slm_fast import ScalableLM
+from slm_fast.options import PredictOptions
+from slm_fast.server import run
 from slm_fast.server.app import Served
 from slm_fast.server.generation import generation_number
+from slm_fast.server.options import ServeOptions
 from slm_fast.store import Store
 from slm_fast.tasks import LearnedTask
 
@@ -105,6 +108,23 @@ def test_a_text_that_is_being_written_keeps_its_generation(store: Path) -> None:
         until(lambda: served.engine.running_rows == 0)
 
 
+def test_a_task_named_auto_is_reached_by_routing_only_and_warned_of_once(store: Path, caplog) -> None:
+    slm, said = store_with(store, "llama"), "task 'auto': requests cannot name it"
+    with serving(slm) as (client, served):
+        assert said not in caplog.text
+        Store.open(store).commit(add=[random_task(slm, "auto", topic="sky", labels=None)])
+        until(lambda: "auto" in served_files(served))
+        Store.open(store).commit(remove=["farm"])
+        until(lambda: "farm" not in served_files(served))
+        assert caplog.text.count(said) == 1
+        assert [model["id"] for model in client.get("/v1/models")["data"]] == ["auto", "base", "sea"]
+        rows = client.classify(["sky1 sky2 sky3", "sea1 sea2 sea3"], model="auto")
+        assert [row["task"] for row in rows] == ["auto", "sea"]
+    caplog.clear()
+    run.made(reopened(store, "llama"), PredictOptions(), ServeOptions())
+    assert caplog.text.count(said) == 1
+
+
 def damage_manifest(store: Path) -> None:
     (store / "manifest.json").write_text("{")
 
@@ -160,7 +180,7 @@ def test_the_server_ends_after_a_reload_that_is_under_way(store: Path, monkeypat
 def test_tasks_are_taken_in_and_forgotten_over_http(store: Path) -> None:
     slm = store_with(store)
     source = Store(store.parent / "source", slm.store.about, {})
-    source.commit(add=[random_task(slm, "sky")])
+    source.commit(add=[random_task(slm, "sky"), random_task(slm, "auto")])
     with serving(slm, admin="admin", source=source) as (client, served):
         admin = Client(client.port, "admin")
         status, found, _ = admin.call("POST", "/v1/tasks", {"name": "sky"})
@@ -177,6 +197,9 @@ def test_tasks_are_taken_in_and_forgotten_over_http(store: Path) -> None:
         for name in ("..%2f..%2fsource", "%2e%2e", "a%00"):
             assert admin.call("DELETE", f"/v1/tasks/{name}")[0] in (400, 404, 405), name
         assert admin.call("POST", "/v1/tasks", {"name": "land"})[0] == 404
+        status, found, _ = admin.call("POST", "/v1/tasks", {"name": "auto"})
+        assert (status, found["error"]["param"]) == (400, "name")
+        assert found["error"]["message"].startswith("name 'auto': reserved")
         assert sorted(Store.open(store).files) == ["farm", "sea"]
 
 
