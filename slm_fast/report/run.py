@@ -87,7 +87,7 @@ def run_report(paths: Sequence[str | Path], *, command: str = "") -> Report:
 
 def _made(run: Run) -> list[tuple[str, str]]:
     found = [("run", str(run.path))]
-    for what in ("backbone", "machine", "settings", "versions"):
+    for what in ("backbone", "machine", "settings", "date"):
         value = run.about.get(what)
         if isinstance(value, dict):
             value = ", ".join(

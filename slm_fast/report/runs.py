@@ -126,7 +126,8 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     file = path / "run.json"
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; expected one that a run of the benchmark made")
+        wrong = "is a file, expected a folder" if path.exists() else "no such folder; expected one"
+        raise InputError(f"{path}: {wrong} that a run of the benchmark made")
     if not file.is_file():
         raise InputError(f"{path}: not a run of the benchmark (no run.json)")
     about = _read_json(file)

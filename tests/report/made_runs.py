@@ -61,8 +61,8 @@ def write_run(path: Path, *, tasks: Sequence[str] = TASKS, stream: str = "order4
         "stream": {"name": stream, "tasks": list(tasks)},
         "backbone": "minilm",
         "settings": {"train": 1500, "test": None, "epochs": None, "max_length": 128},
-        "machine": "a processor of two cores",
-        "versions": {"slm-fast": "0.1.0", "torch": "2.11.0"},
+        "machine": {"cpu": "a processor of two cores", "torch": "2.11.0"},
+        "date": "2026-11-28",
     }
     (path / "run.json").write_text(json.dumps(about | more))
     return path

@@ -255,18 +255,18 @@ def test_a_folder_that_is_no_run_is_a_wrong_call(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_in_no_folder_is_a_wrong_call_and_nothing_is_written(run: Path, tmp_path: Path):
-    one_line(slm_fast("report", run, "--output", tmp_path / "none" / "p.html"), 2, "does not exist")
-    assert list(tmp_path.iterdir()) == []
+def test_a_file_instead_of_a_folder_is_said_to_be_one(run: Path, tmp_path: Path):
+    file = tmp_path / "file"
+    file.write_text("precious\n")
+    one_line(slm_fast("report", file), 2, f"{file}: is a file, expected a folder")
+    one_line(slm_fast("report", run, "--output", file / "p.html"), 2, f"folder {file} is a file, expected a folder")
+    assert file.read_text() == "precious\n"
 
 
-def test_without_matplotlib_it_says_what_to_install(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("slm_fast.report.writing.find_spec", lambda name: None)
-    one_line(
-        slm_fast("report", run, "--output", tmp_path / "p.html"), 2, "matplotlib", "slm-fast[report]", "--no-files"
-    )
-    assert list(tmp_path.iterdir()) == []
-    assert slm_fast("report", run, "--output", tmp_path / "p.html", "--no-files").returncode == 0
+def test_the_page_says_what_the_run_was_made_with(run: Path):
+    about = dict(run_report([run]).about)
+    assert about["machine"] == "cpu a processor of two cores, torch 2.11.0"
+    assert about["date"] == "2026-11-28"
 
 
 @pytest.mark.parametrize(

@@ -263,9 +263,22 @@ def test_an_output_that_cannot_be_is_refused_before_any_work(store: Path, tmp_pa
     one_line(slm_fast(*call, "--report", tmp_path / "none" / "page.html"), 2, "does not exist")
     one_line(slm_fast(*call, "--report", tmp_path), 2, "is a folder")
     one_line(slm_fast(*call, "--files"), 2, "--report")
+    monkeypatch.chdir(tmp_path)
+    one_line(slm_fast(*call, "--report", "-"), 2, "-: a report is not written to standard output")
     monkeypatch.setattr("slm_fast.report.writing.find_spec", lambda name: None)
     one_line(slm_fast(*call, "--report", tmp_path / "page.html", "--files"), 2, "matplotlib", "pip install", "report")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_labelled_rows_are_not_replaced_by_a_page(store: Path, tmp_path: Path):
+    (tmp_path / "page_files").mkdir()
+    rows = tmp_path / "page_files" / "tasks.csv"
+    rows.write_bytes((store.parent / "sea.csv").read_bytes())
+    call = ["evaluate", store, f"--task=sea={rows}", "--report"]
+    one_line(slm_fast(*call, rows), 2, str(rows), "not an HTML page")
+    one_line(slm_fast(*call, tmp_path / "page.html", "--files"), 2, "page_files", "not a report's folder")
+    assert rows.read_bytes() == (store.parent / "sea.csv").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["page_files"]
 
 
 def test_tasks_that_are_not_named_are_refused():
