@@ -56,7 +56,8 @@ def kind_of(path: Path, *, missing: str | None = None) -> Kind:
         if missing:
             raise InputError(f"{path}: {missing}") from None
         if not path.parent.is_dir():
-            raise InputError(f"{path}: no such folder") from None
+            wrong = f"{path.parent} is a file, expected a folder" if path.parent.exists() else "no such folder"
+            raise InputError(f"{path}: {wrong}") from None
         return Kind.MISSING
     except ValueError as error:  # a NUL, or a lone surrogate
         raise InputError(f"{str(path)!a}: not a path: {error}") from None
@@ -105,6 +106,18 @@ def named(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise WorkError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def is_foreign(path: Path, start: bytes) -> bool:
+    """Whether an existing file is not empty and does not begin like the files that are written to its place.
+
+    Raises InputError if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(len(start)) not in (start, b"")
+    except OSError as error:
+        raise InputError(f"{path}: already exists, and cannot be read: {error.strerror}") from None
 
 
 def line_of(record: Mapping[str, Any]) -> str:
