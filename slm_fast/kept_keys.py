@@ -26,7 +26,7 @@ from torch import Tensor
 
 from slm_fast.covariance import Discriminant, KnownKeys
 from slm_fast.files import flush_directory, write
-from slm_fast.kept_sum import model_digest
+from slm_fast.kept_sum import UNUSABLE, model_digest
 from slm_fast.mapped_task import Opening
 from slm_fast.sketch import sampled
 
@@ -218,7 +218,7 @@ class KeysFile:
             made = MADE
         if made != MADE or (is_right and not self.is_stale(files)):
             return []
-        return [f"{self.path}: not of the store's tasks; delete it, it is made again where it is needed"]
+        return [f"{self.path}: {UNUSABLE}"]
 
 
 def _entries(table: memoryview) -> list[Entry]:

@@ -34,6 +34,7 @@ from slm_fast.scatter import scatter_of
 
 NUMBERS = 8192  # elements of a plane that share a unit and a width
 HEAD = struct.Struct("<32s32sQQ")
+UNUSABLE = "a cache that is damaged or not of the store's tasks; delete it, it is made again where it is needed"
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,7 @@ class SumProof:
             right = self._file.tasks() == set()
         else:
             right = not self._left and not kept.total.coarse.any() and not kept.total.fine.any()
-        says = "not the sum of the store's tasks; delete it, it is made again where it is needed"
-        return [] if right else [f"{self._file.path}: {says}"]
+        return [] if right else [f"{self._file.path}: {UNUSABLE}"]
 
 
 def model_digest(about: Mapping[str, Any]) -> bytes:

@@ -21,7 +21,7 @@ from slm_fast.errors import InputError, SlmError, WorkError, one_line, warn
 from slm_fast.files import locked, shown
 from slm_fast.schema import check_manifest, check_same, task_path
 from slm_fast.store import Store
-from slm_fast.store_view import LOCK, MANIFEST
+from slm_fast.store_view import LEAVE_OUT, LOCK, MANIFEST
 from slm_fast.task_file import check_digest
 
 CACHE = "SLM_FAST_CACHE"
@@ -216,7 +216,13 @@ class RemoteStore(Store):
                 raise WorkError(f"{self.where}/{path}: cannot be read: {one_line(data)}")
         return found
 
+    def _remedy(self, name: str) -> str:
+        return LEAVE_OUT
+
     # Writing the cache
+
+    def _check_free(self) -> None:
+        """The cache may have lost its manifest: files that are in place are used again, or removed."""
 
     @contextmanager
     def _writing(self, patience: float | None = None) -> Iterator[None]:

@@ -225,8 +225,10 @@ class Store(StoreView):
         )
 
     def check_writable(self) -> None:
-        """Raise WorkError unless this process can commit to the store, as far as that is known before learning."""
+        """Raise WorkError unless this process can commit to the store, as far as that is known before learning, or
+        InputError as `exists` does."""
         with self._named_errors():
+            self._exists()
             self.path.mkdir(parents=True, exist_ok=True)
             with locked(self.path / LOCK, 0):
                 pass
@@ -244,20 +246,21 @@ class Store(StoreView):
 
     @contextmanager
     def _writing(self, patience: float | None = None) -> Iterator[None]:
-        """Hold the store's lock, and read the store anew under it."""
+        """Hold the store's lock, and read the store anew under it. Raises InputError as `exists` does."""
         with self._named_errors():
+            self._exists()
             self.path.mkdir(parents=True, exist_ok=True)
             with locked(self.path / LOCK, self.patience if patience is None else patience) as held:
                 if not held:
                     raise WorkError(f"{self.path}: another process is writing to this store; try again later")
-                if Store.exists(self.path):
+                if self._exists():
                     self.about = self._joined(self._look_anew())
                 self._clean = self._mark(clean=False)
                 try:
                     yield
                 except BaseException:
                     with suppress(SlmError):  # an interrupt may come after the new manifest is in place
-                        self.files = Store.open(self.path).files if Store.exists(self.path) else {}
+                        self.files = Store.open(self.path).files if self._exists() else {}
                         self._clear()
                     raise
                 with suppress(OSError):
@@ -270,8 +273,11 @@ class Store(StoreView):
 
     def _mark(self, *, clean: bool) -> bool:
         """Record in the lock file whether there are no leftovers besides this manifest. Returns whether it said so
-        before."""
-        version = "{} {}".format(*self._version()).encode()
+        before. Without a manifest, the lock file keeps what `_announce` wrote."""
+        found = self._version()
+        if not any(found):
+            return False
+        version = "{} {}".format(*found).encode()
         with (self.path / LOCK).open("r+b") as file:
             said = file.read(100) == version
             file.seek(0)
@@ -281,6 +287,8 @@ class Store(StoreView):
 
     def _place(self, name: str, digest: str, data: bytes) -> None:
         file = self.path / task_path(name, digest)
+        if not any(self._version()):
+            self._announce(digest)
         folder = file.parent
         if not folder.is_dir():
             folder.mkdir(parents=True)
@@ -288,6 +296,14 @@ class Store(StoreView):
                 flush_directory(made)
         write(file, data)
         flush_directory(folder)
+
+    def _announce(self, digest: str) -> None:
+        """Add a file of a first commit to the lock file. If the commit is interrupted, this tells the file from those
+        of a store that has lost its manifest, which are not leftovers."""
+        with (self.path / LOCK).open("ab") as file:
+            file.write(f"\n{digest}\n".encode())  # a write before this one may have been cut short
+            file.flush()
+            os.fsync(file.fileno())
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """Commit the manifest, then remove what it no longer names."""

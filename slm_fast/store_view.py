@@ -2,7 +2,8 @@
 
 manifest.json                           description of the store, and the SHA-256 of each task's file
 tasks/<name>/<digest>.safetensors       one task
-.lock, .reserve                         held by writers; space for a manifest on a full disk
+.lock                                   held by writers; says whether one was interrupted (`Store._mark`, `_announce`)
+.reserve                                space for a manifest on a full disk
 .sum                                    sum over tasks (`slm_fast.kept_sum`), if there are many
 .keys                                   what routing computes from tasks (`slm_fast.kept_keys`), once opened
 """
@@ -26,7 +27,7 @@ from slm_fast.kept_keys import KeysFile
 from slm_fast.kept_sum import KeptSum, SumFile, SumProof
 from slm_fast.mapped_task import Opening, map_task, opening_of, read_opening
 from slm_fast.schema import check_fits, check_manifest, check_scatter, task_path
-from slm_fast.task_file import read_file, task_from_bytes
+from slm_fast.task_file import DamagedFile, read_file, task_from_bytes
 from slm_fast.tasks import LearnedTask
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 LOCK, RESERVE, SUM, KEYS = ".lock", ".reserve", ".sum", ".keys"
 PATIENT_READS, MOST_READS = 3, 100  # attempts of a reader beside a busy writer before it takes the lock, and in all
+CACHES = (SUM, KEYS)
+LEAVE_OUT = "; --skip-damaged (skip_damaged=True) opens the store without it"
 TASK_FILE = re.compile(r"[0-9a-f]{64}\.safetensors(\.part)?")
 
 
@@ -70,7 +73,33 @@ class StoreView:
 
     @classmethod
     def exists(cls, path: str | Path) -> bool:
-        return os.path.exists(path_of(path) / MANIFEST)
+        """Whether there is a store. If not, one can be made there: raises InputError for a file, and for a folder that
+        has task files but no manifest."""
+        return cls(path, {}, {})._exists()
+
+    def _exists(self) -> bool:
+        if not os.path.exists(self.path / MANIFEST):
+            self._check_free()
+        return os.path.exists(self.path / MANIFEST)
+
+    def _check_free(self) -> None:
+        """Raise InputError if the path is a file, or has task files that no manifest names (an incomplete copy of a
+        store), except those of an interrupted first commit."""
+        there = next((path for path in (self.path, *self.path.parents) if os.path.exists(path)), Path())
+        if not there.is_dir():
+            says = "is a file, expected a folder"
+            raise InputError(f"{self.path}: {says if there == self.path else f'{there} {says}'}")
+        if not os.path.isdir(self.path / "tasks"):
+            return
+        try:
+            found = {file.stem for file in self.path.glob("tasks/*/*.safetensors") if TASK_FILE.fullmatch(file.name)}
+            lock = self.path / LOCK
+            begun = lock.read_bytes().decode(errors="replace").split() if found and lock.exists() else []
+        except OSError as error:
+            raise WorkError(f"{self.path}: cannot be read: {error.strerror}") from None
+        if found - set(begun) and not os.path.exists(self.path / MANIFEST):  # no other process has made it meanwhile
+            says = f"restore {MANIFEST}, or name another folder"
+            raise InputError(f"{self.path}: has task files but no {MANIFEST}; {says}")
 
     def again(self) -> Self:
         """The same store, as this object knows it, for another thread."""
@@ -114,13 +143,16 @@ class StoreView:
         file = self.file(name)
         with memory_for(str(file)):
             data = self._bytes(name)
-            task = task_from_bytes(data, file)
-            if task.name != name:
-                raise WorkError(f"{file}: holds task {task.name!r}, the manifest says {name!r}")
-            if "shapes" in self.about:
-                check_fits(task, self.about["shapes"], self.about["config"], file=file)
-            if thorough:
-                check_scatter(task, file)
+            try:
+                task = task_from_bytes(data, file)
+                if task.name != name:
+                    raise WorkError(f"{file}: holds task {task.name!r}, the manifest says {name!r}")
+                if "shapes" in self.about:
+                    check_fits(task, self.about["shapes"], self.about["config"], file=file)
+                if thorough:
+                    check_scatter(task, file)
+            except WorkError as error:
+                raise DamagedFile(str(error)) from None
         return task, data
 
     def _bytes(self, name: str) -> bytes:
@@ -131,7 +163,14 @@ class StoreView:
     def on_damage(file: Path) -> str:
         """Called with a file that proves damaged when a part of it is used; returns an addition to the error
         message."""
-        return ""
+        return remedy(file)
+
+    def _with_remedy(self, name: str, error: WorkError) -> WorkError:
+        """A task's error that, if its file is damaged, says what to do."""
+        return WorkError(f"{error}{self._remedy(name)}") if isinstance(error, DamagedFile) else error
+
+    def _remedy(self, name: str) -> str:
+        return remedy(self.file(name))
 
     def let_go(self) -> None:
         """Free the results of `load` that are needed only for keeping them."""
@@ -188,9 +227,9 @@ class StoreView:
 
         with without_collection():
             wrong = self.look_at(look, known or {})
-        for error in wrong.values():
+        for name, error in wrong.items():
             if not skip_damaged:
-                raise error
+                raise self._with_remedy(name, error)
             warn(f"{error}; left out")
         self.kept = Kept(
             None if later is None else partial(_summed, later, dict(self.files)),
@@ -211,7 +250,7 @@ class StoreView:
             if digest in openings:
                 own[digest] = openings[digest] == opening
 
-        wrong = [str(error) for error in self.look_at(look).values()]
+        wrong = [str(self._with_remedy(name, error)) for name, error in self.look_at(look).items()]
         is_right = kept is not None and all(own.values())
         return wrong or [*proof.wrong(), *self._keys.wrong(self.files, is_right=is_right)]
 
@@ -245,6 +284,7 @@ class StoreView:
         try:
             data = manifest.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
+            self._check_free()
             hint = f"`slm-fast learn {self.path} ...` makes one"
             raise InputError(f"{self.path}: not a store (no {MANIFEST}); {hint}") from None
         except OSError as error:
@@ -275,8 +315,8 @@ class StoreView:
             yield waiting
 
     def leftovers(self, names: Iterable[str] | None = None) -> list[Path]:
-        """What an interrupted commit left in the store, which the manifest does not name. names: tasks to look at.
-        Default: all."""
+        """What is to be removed: what an interrupted commit left in the store, which the manifest does not name, and
+        caches that are damaged or not of its tasks. names: tasks to look at. Default: all."""
         tasks = self.path / "tasks"
         parts = (self.path / f"{name}.part" for name in (MANIFEST, RESERVE, SUM, KEYS))
         found = [part for part in parts if part.exists()]
@@ -293,6 +333,12 @@ class StoreView:
                 if folder.name not in self.files and ours == files:
                     found.append(folder)
         return found
+
+
+def remedy(file: Path) -> str:
+    """What to do about the damaged file of a task: an addition to the error message."""
+    forget = f"`slm-fast forget {file.parents[2]} {file.parent.name}`"
+    return f"{LEAVE_OUT}, {forget} removes it"
 
 
 def _summed(later: Callable[[], KeptSum | None], files: Mapping[str, str]) -> tuple[frozenset[str], ExactSum] | None:

@@ -16,6 +16,10 @@ from slm_fast.schema import check_task
 from slm_fast.tasks import TANH, LearnedTask
 
 
+class DamagedFile(WorkError):
+    """A task's file is missing, or not what the manifest says: reading it again will not help."""
+
+
 def task_to_bytes(task: LearnedTask) -> bytes:
     """A task as a safetensors file. The same task always gives the same bytes."""
     tensors = dict(task.router)
@@ -58,7 +62,8 @@ def read_file(path: Path, digest: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise WorkError(f"{path}: cannot be read: {error.strerror}") from None
+        is_lost = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+        raise (DamagedFile if is_lost else WorkError)(f"{path}: cannot be read: {error.strerror}") from None
     check_digest(data, digest, path)
     return data
 
@@ -70,8 +75,8 @@ def check_digest(data: bytes, digest: str, path: Path | str) -> None:
         raise damaged(path, found, digest)
 
 
-def damaged(path: Path | str, found: str, digest: str) -> WorkError:
-    return WorkError(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
+def damaged(path: Path | str, found: str, digest: str) -> DamagedFile:
+    return DamagedFile(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
 
 
 def task_from_bytes(data: bytes, path: Path) -> LearnedTask:

@@ -130,7 +130,7 @@ def test_keys_that_are_damaged_anywhere_or_cut_short_are_not_used(path: Path) ->
         (path / ".keys").write_bytes(data[:size])
         assert file_of(store).read() is None
     [line] = store.verify()
-    assert line.startswith(f"{path / '.keys'}: not of the store's tasks")
+    assert line.startswith(f"{path / '.keys'}: a cache that is damaged or not of the store's tasks")
     store.load()
     assert store.kept.keys is None
     reopened(path)
@@ -198,7 +198,7 @@ def test_verify_finds_keys_with_the_opening_of_another_task(path: Path) -> None:
     file_of(store).write(store.files, openings, known)
     assert keys_of(path)
     [line] = Store.open(path).verify()
-    assert line.startswith(f"{path / '.keys'}: not of the store's tasks")
+    assert line.startswith(f"{path / '.keys'}: a cache that is damaged or not of the store's tasks")
 
 
 def test_keys_of_other_tasks_are_not_used_and_cleared_away(path: Path, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_keys_of_other_tasks_are_not_used_and_cleared_away(path: Path, tmp_path:
     assert store.kept.keys is None
     assert tmp_path / "other" / ".keys" in store.leftovers()
     [line] = store.verify()
-    assert ".keys: not of the store's tasks" in line
+    assert ".keys: a cache that is damaged or not of the store's tasks" in line
     store.commit(remove=["word"])
     assert not (tmp_path / "other" / ".keys").exists()
 

@@ -365,7 +365,7 @@ def test_verify_finds_a_sum_that_is_another(tmp_path: Path) -> None:
     for forged in (KeptSum(right.opening, wrong), KeptSum(names, right.total), KeptSum(other, right.total)):
         SumFile(tmp_path / ".sum", ABOUT).write(forged)
         [line] = store.verify()
-        assert line.startswith(f"{tmp_path / '.sum'}: not the sum")
+        assert line.startswith(f"{tmp_path / '.sum'}: a cache that is damaged or not of")
     (tmp_path / ".sum").unlink()
     assert store.verify() == []
 

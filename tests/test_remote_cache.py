@@ -62,8 +62,9 @@ def test_a_damaged_file_is_said_to_be_so_where_the_url_has_none_either(shelf, ca
     spoiled(cache / lost)
     for spoil in (spoiled, Path.unlink):
         spoil(shelf / lost)
-        with pytest.raises(WorkError, match=rf"^{cache / lost}: damaged: SHA-256 is"):
+        with pytest.raises(WorkError, match=rf"^{cache / lost}: damaged: SHA-256 is") as caught:
             store.load()
+        assert str(caught.value).endswith("; --skip-damaged (skip_damaged=True) opens the store without it")
 
 
 def test_damage_that_is_found_when_a_part_is_used_is_mended_by_the_next_opening(shelf, cache):

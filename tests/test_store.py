@@ -128,6 +128,13 @@ def test_a_model_of_another_fingerprint_cannot_write_and_both_are_named(tmp_path
     assert tree(tmp_path) == before
 
 
+def test_two_backbones_are_named_where_their_names_differ(tmp_path: Path) -> None:
+    store_of(tmp_path, A)
+    large = {**ABOUT, "backbone": "large", "fingerprint": "beef", "tokens": "0" * 64}
+    with pytest.raises(InputError, match=f"^{tmp_path}: its backbone is 'tiny', that of this model is 'large'$"):
+        Store(tmp_path, large, {}).commit(add=[B])
+
+
 def test_a_commit_removes_nothing_that_no_store_wrote(tmp_path: Path) -> None:
     mine = {"notes.txt": "n", "film.mkv.part": "f", "tasks/todo.md": "t", "tasks/mine/data.csv": "d"}
     for name, text in mine.items():

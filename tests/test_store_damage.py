@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from models import make_slm
 from stores import (
     ABOUT,
     A,
@@ -18,9 +19,10 @@ from stores import (
     contents,
     edit_manifest,
     store_of,
+    tree,
 )
 
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, SlmWarning, WorkError
 from slm_fast.schema import task_path
 from slm_fast.store import Store, task_from_file
 from slm_fast.task_file import task_to_bytes
@@ -32,6 +34,65 @@ def test_a_folder_without_a_manifest_is_not_a_store(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(InputError, match=f"{path}: not a store"):
             Store.open(path)
+
+
+def _opened_while_complete(path: Path) -> Store:
+    """A store that was opened before its manifest was lost."""
+    shutil.copy(path.parent / "manifest.json", path)
+    store = Store.open(path)
+    (path / "manifest.json").unlink()
+    return store
+
+
+@pytest.mark.parametrize("lock", [True, False], ids=["with its lock file", "without its lock file"])
+@pytest.mark.parametrize(
+    "act",
+    [
+        Store.open,
+        Store.exists,
+        lambda path: Store(path, ABOUT, {}).check_writable(),
+        lambda path: Store(path, ABOUT, {}).commit(add=[C]),
+        lambda path: Store(path, ABOUT, {}).save([C]),
+        lambda path: Store(path, ABOUT, {}).merge([Store.open(path.parent / "other")]),
+        lambda path: _opened_while_complete(path).commit(add=[C]),
+        lambda path: make_slm("bert").save_pretrained(path),
+    ],
+    ids=["open", "exists", "check", "commit", "save", "merge", "commit of an open store", "save_pretrained"],
+)
+def test_a_folder_of_tasks_that_has_lost_its_manifest_is_refused_and_kept(tmp_path: Path, act, lock: bool) -> None:
+    store_of(tmp_path / "other", C)
+    path = store_of(tmp_path / "store", A, B).path
+    shutil.move(path / "manifest.json", tmp_path / "manifest.json")
+    if not lock:
+        (path / ".lock").unlink()
+    before = tree(path)
+    says = "has task files but no manifest.json; restore manifest.json, or name another folder"
+    with pytest.raises(InputError, match=f"^{path}: {says}$"):
+        act(path)
+    assert tree(path) == before
+    shutil.move(tmp_path / "manifest.json", path)
+    assert contents(Store.open(path).load()) == contents([A, B])
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        Store.open,
+        Store.exists,
+        lambda path: Store(path, ABOUT, {}).check_writable(),
+        lambda path: Store(path, ABOUT, {}).commit(add=[C]),
+        lambda path: make_slm("bert").save_pretrained(path),
+    ],
+    ids=["open", "exists", "check", "commit", "save_pretrained"],
+)
+def test_a_file_is_not_a_store(tmp_path: Path, act) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n")
+    with pytest.raises(InputError, match=f"^{file}: is a file, expected a folder$"):
+        act(file)
+    with pytest.raises(InputError, match=f"^{file / 'a' / 'b'}: {file} is a file, expected a folder$"):
+        act(file / "a" / "b")
+    assert file.read_text() == "text,label\n"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +139,29 @@ def test_a_damaged_task_file_is_named(tmp_path: Path, damage: str) -> None:
     [line] = Store.open(tmp_path).verify()
     assert str(file) in line
     assert "\n" not in str(caught.value) + line
+    says = "; --skip-damaged (skip_damaged=True) opens the store without it, "
+    for said in (str(caught.value), line):
+        assert said.endswith(f"{says}`slm-fast forget {tmp_path} b` removes it")
+    with pytest.warns(SlmWarning, match=f"{file}: .*; left out$") as warned:
+        assert contents(Store.open(tmp_path).load(skip_damaged=True)) == contents([A])
+    assert "--skip-damaged" not in str(warned[0].message)
+    Store.open(tmp_path).commit(remove=["b"])
+    assert contents(Store.open(tmp_path).load()) == contents([A])
+
+
+@pytest.mark.parametrize("cause", [OSError(5, "Input/output error"), MemoryError()], ids=["disk", "memory"])
+def test_a_task_that_cannot_be_read_now_is_not_said_to_be_damaged(tmp_path: Path, cause, monkeypatch) -> None:
+    store = store_of(tmp_path, A)
+
+    def fail(path: Path) -> bytes:
+        raise cause
+
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: fail(path) if path == store.file("a") else path.open("rb").read()
+    )
+    with pytest.raises(WorkError, match=f"^{store.file('a')}: ") as caught:
+        store.load()
+    assert "forget" not in str(caught.value) + store.verify()[0]
 
 
 def test_one_flipped_bit_anywhere_in_a_task_file_is_found(tmp_path: Path) -> None:

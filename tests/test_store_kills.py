@@ -33,7 +33,7 @@ from stores import (
     writer,
 )
 
-from slm_fast.errors import WorkError
+from slm_fast.errors import InputError, WorkError
 from slm_fast.store import Store
 from slm_fast.tasks import LearnedTask
 
@@ -41,6 +41,7 @@ from slm_fast.tasks import LearnedTask
 
 COMMITS: dict[str, tuple[tuple[LearnedTask, ...], Callable[[Store], None], tuple[LearnedTask, ...]]] = {
     "first": ((), lambda store: store.commit(add=[A]), (A,)),
+    "first merge": ((), lambda store: store.merge([Store.open(store.path.parent / "other")]), (B, C)),
     "add": ((A, B), lambda store: store.commit(add=[C]), (A, B, C)),
     "remove": ((A, B), lambda store: store.commit(remove=["b"]), (A,)),
     "add and remove": ((A, B), lambda store: store.commit(add=[C], remove=["a"]), (B, C)),
@@ -172,6 +173,30 @@ def test_a_file_is_on_disk_before_it_takes_its_place_and_the_manifest_takes_it_l
 
     files = len(set(stage.new) - set(stage.old))
     assert finish(start(work)) == (0, "done: " + " ".join([".safetensors"] * files + [".json"]))
+
+
+def test_a_first_commit_that_was_killed_twice_is_no_store_without_its_manifest(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    for task in (A, B):
+
+        def work(task: LearnedTask = task) -> None:
+            before_call(2, die, only="os.rename")  # of the manifest; the task's file has been renamed
+            writer(path).commit(add=[task])
+
+        assert finish(start(work))[0] == -signal.SIGKILL
+    assert {file.parent.name for file in path.glob("tasks/*/*.safetensors")} == {"a", "b"}
+    shutil.copytree(store_of(tmp_path / "other", D).path / "tasks", path / "tasks", dirs_exist_ok=True)
+    before = tree(path)
+    with pytest.raises(InputError, match="has task files but no manifest"):
+        writer(path)
+    assert tree(path) == before
+    shutil.rmtree(path / "tasks" / "d")
+    writer(path).commit(add=[C])
+    assert version(path) == contents([C])
+    assert tree(path) == tree(store_of(tmp_path / "same", C).path)
+    (path / "manifest.json").unlink()  # the lock file no longer lists files
+    with pytest.raises(InputError, match="has task files but no manifest"):
+        writer(path)
 
 
 def test_what_a_killed_commit_leaves_is_no_damage_and_the_next_commit_clears_it(tmp_path: Path) -> None:

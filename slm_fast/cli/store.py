@@ -125,11 +125,15 @@ def _accuracy(file: Path) -> dict[str, float]:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     from slm_fast.hub import find_store
+    from slm_fast.store_view import CACHES
 
     store = find_store(arguments.store)
-    for path in store.leftovers():
-        print(f"{path}: left over from an interrupted commit; the next commit removes it", file=sys.stderr)
     wrong = store.verify()
+    for path in store.leftovers():
+        if path.name not in CACHES:
+            print(f"{path}: left over from an interrupted commit; the next commit removes it", file=sys.stderr)
+        elif not any(line.startswith(f"{path}: ") for line in wrong):
+            print(f"{path}: a cache that is not used here; it is made again where it is needed", file=sys.stderr)
     for line in wrong:
         print(f"slm-fast: error: {line}", file=sys.stderr)
     if not wrong:

@@ -96,11 +96,68 @@ def test_a_damaged_task_is_skipped_if_asked_and_the_others_answer(bert: Path, tm
     (file,) = (store / "tasks" / "farm").iterdir()
     file.write_bytes(file.read_bytes()[:-8])
     line = json.dumps({"text": "sea1 good0"})
-    one_line(slm_fast("predict", store, stdin=line), 1, file.name)
+    remedies = ("--skip-damaged", f"`slm-fast forget {store} farm`")
+    one_line(slm_fast("predict", store, stdin=line), 1, file.name, *remedies)
+    one_line(slm_fast("tasks", store), 1, file.name, *remedies)
     done = slm_fast("predict", store, "--skip-damaged", stdin=line)
     one_line(done, 0, "warning", file.name)
     assert json.loads(done.stdout)["task"] == "sea"
     assert tasks(store) == ["farm", "sea"]  # the damaged task is not removed
+
+
+def test_a_store_that_has_lost_its_manifest_is_refused_by_every_verb_and_kept(bert: Path, tmp_path: Path) -> None:
+    store, other, file = tmp_path / "store", tmp_path / "other", rows(tmp_path / "s.csv")
+    learned(store, bert, sea=file)
+    learned(other, bert, farm=rows(tmp_path / "f.csv", "farm"))
+    (store / "manifest.json").unlink()
+    before = sorted(store.rglob("*.safetensors"))
+    for done in (
+        learned(store, bert, farm=tmp_path / "f.csv"),
+        slm_fast("import", store, "--adapter", tmp_path, "--name", "a", "--examples", file, "--backbone", bert),
+        slm_fast("merge", store, other),
+        *(slm_fast(verb, store) for verb in ("verify", "tasks", "serve", "predict")),
+        slm_fast("forget", store, "sea"),
+    ):
+        one_line(done, 2, f"{store}: has task files but no manifest.json; restore manifest.json")
+    assert sorted(store.rglob("*.safetensors")) == before
+    assert before
+
+
+def test_a_file_in_the_place_of_a_store_is_refused_by_every_verb(bert: Path, tmp_path: Path) -> None:
+    file, other = rows(tmp_path / "s.csv"), tmp_path / "other"
+    learned(other, bert, sea=file)
+    before = file.read_bytes()
+    for done in (
+        learned(file, bert, sea=file),
+        slm_fast("merge", file, other),
+        *(slm_fast(verb, file) for verb in ("verify", "tasks", "serve", "predict")),
+    ):
+        one_line(done, 2, f"{file}: is a file, expected a folder")
+    assert file.read_bytes() == before
+
+
+def test_another_backbone_than_the_stores_is_named_with_what_to_do(bert: Path, tmp_path: Path) -> None:
+    store, other = tmp_path / "store", tmp_path / "other"
+    learned(store, bert, sea=rows(tmp_path / "s.csv"))
+    make_model("bert", seed=1).save_pretrained(other)
+    make_tokenizer("bert").save_pretrained(other)
+    done = learned(store, other, farm=rows(tmp_path / "f.csv", "farm"))
+    one_line(done, 2, f"store {store} was made with {str(bert)!r}; leave out backbone= (--backbone)")
+    assert re.search("[0-9a-f]{16}", done.stderr) is None
+
+
+def test_verify_says_what_a_damaged_cache_is(bert: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    learned(store, bert, sea=rows(tmp_path / "s.csv"), farm=rows(tmp_path / "f.csv", "farm"))
+    assert slm_fast("predict", store, stdin="").returncode == 0  # writes .keys
+    data = (store / ".keys").read_bytes()
+    for at in (40, len(data) - 1):  # in the head, where a commit also sees it, and at the end
+        (store / ".keys").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        one_line(slm_fast("verify", store), 1, f"{store / '.keys'}: a cache that is damaged")
+    (store / ".keys").write_bytes(data[:88] + bytes(8) + data[96:])
+    done = slm_fast("verify", store)
+    assert done.stderr == f"{store / '.keys'}: a cache that is not used here; it is made again where it is needed\n"
+    assert done.returncode == 0
 
 
 def test_merge_takes_the_preferred_stores_task_where_two_have_one_name(bert: Path, tmp_path: Path) -> None:
