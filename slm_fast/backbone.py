@@ -347,7 +347,7 @@ def load_backbone(backbone: Any, tokenizer: Any, dtype: str | torch.dtype, devic
             raise InputError(f"{error}{hint if str(error).startswith('backbone') else ''}") from None
     backbone = unwrapped(backbone)
     if tokenizer is None:
-        raise InputError("tokenizer: needed beside a backbone that is given as a model")
+        raise InputError("tokenizer: required with a backbone given as a model; pass its transformers tokenizer")
     if dtype_word(dtype) != "float32" or device != "auto":
         raise InputError("dtype, device: a backbone given as a model keeps its own")
     return Backbone(backbone, tokenizer, getattr(backbone, "name_or_path", ""))

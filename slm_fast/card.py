@@ -10,7 +10,10 @@ from typing import Any
 from slm_fast.errors import some_of
 from slm_fast.tasks import LearnedTask
 
-PACKAGED = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}  # hub names of packaged backbones
+PACKAGED = {  # hub names of packaged backbones
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
 LISTED = 8  # maximum number of labels listed per task
 CARD = """---
 {head}

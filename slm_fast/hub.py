@@ -14,11 +14,22 @@ from slm_fast.errors import InputError, WorkError, one_line, some_of, warn
 from slm_fast.files import is_url, path_of, shown, write
 from slm_fast.remote_store import RemoteStore
 from slm_fast.store import Store
-from slm_fast.store_view import LOCK, MANIFEST, RESERVE
+from slm_fast.store_view import LEAVE_OUT, LOCK, MANIFEST, RESERVE
 from slm_fast.tasks import LearnedTask
 
 CARD = "README.md"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class HubStore(Store):
+    """A store in the hub's cache, where nothing is changed: no error advises to forget a damaged task."""
+
+    @staticmethod
+    def on_damage(file: Path) -> str:
+        return LEAVE_OUT
+
+    def _remedy(self, name: str) -> str:
+        return LEAVE_OUT
 
 
 def chosen(tasks: Sequence[LearnedTask], names: str | Collection[str] | None) -> list[LearnedTask]:
@@ -56,7 +67,7 @@ def write_shared(
     """
     path, base = path_of(folder), base_model_of(about, base_model)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: is there already; expected a folder that is empty or not there")
+        raise InputError(f"{path}: already exists; expected an empty folder, or a path that does not exist")
     name = str(base_model or about["backbone"])
     if base is None:  # a path would reveal details of this machine and be useless elsewhere
         name = Path(name).name
@@ -133,7 +144,9 @@ def find_store(path: str | Path, revision: str | None = None) -> Store:
     try:
         folder = snapshot_download(str(path), revision=revision, allow_patterns=[MANIFEST, "tasks/*"])
     except Exception as error:  # whatever the hub's client raises for a name, a network, a permission
-        raise InputError(f"store {path}: no such folder, and cannot be had from the hub: {one_line(error)}") from None
-    if not Store.exists(folder):
+        raise InputError(
+            f"store {path}: no such folder, and cannot be downloaded from the hub: {one_line(error)}"
+        ) from None
+    if not (Path(folder) / MANIFEST).exists():
         raise InputError(f"store {path}: the hub's repository of this name holds no store (no {MANIFEST})")
-    return Store.open(folder)
+    return HubStore.open(folder)

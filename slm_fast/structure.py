@@ -22,6 +22,8 @@ from slm_fast.layers import AdaptedLinear
 LENGTHS, ANSWER = (9, 4), 3  # tokens of the two rows, and of a decoder's input
 ALIKE = 0.02  # maximum change by padding, relative to a row's largest value (five times as much in 16 bits)
 
+ADVICE = "use a model of the table (docs/families.md)"
+
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]  # shapes of a module's input and output
 
 
@@ -46,20 +48,20 @@ def find_family(model: Any, kind: str, auto_class: str) -> Family:
             padded += [_pass(model, kind, LENGTHS, left=True)] if kind == "causal" else []
         roots = [model.get_encoder(), model.get_decoder()] if kind == "seq2seq" else [model]
     except Exception as error:
-        raise InputError(f"{where}, and it does not pass a batch as those do: {one_line(error)}") from None
+        raise InputError(f"{where}, and a pass of a small batch fails: {one_line(error)}; {ADVICE}") from None
     stacks = [_stack(model, root, seen) for root in roots]
     found = [stack for stack in stacks if stack is not None]
     if len(found) < len(stacks):
-        raise InputError(f"{where}, and its structure does not tell which its layers are")
+        raise InputError(f"{where}, and its layers do not each run once and in order; {ADVICE}")
     limit = ALIKE if model.dtype == torch.float32 else 5 * ALIKE
     for i, row in enumerate(alone):
         for left, hidden in enumerate(padded):
             one = hidden[i, -len(row) :] if left else hidden[i, : len(row)]
             if not (one - row).abs().max() <= limit * row.abs().max():
-                raise InputError(f"{where}, and padding changes what it says of a row")
+                raise InputError(f"{where}, and padding changes a row's output; {ADVICE}")
     words, others = _words(model, found, seen)
     if not words:
-        raise InputError(f"{where}, and its layers have no linear layers that see [B, T, I]")
+        raise InputError(f"{where}, and its layers have no linear layers with inputs [B, T, I]; {ADVICE}")
     warn(
         f"{where}. By its structure these linear layers of {' and '.join(found)} are adapted: {', '.join(words)}"
         + (f" (and these are not: {', '.join(others)})" if others else "")

@@ -196,7 +196,7 @@ def test_a_target_that_this_model_lacks_is_named():
 
 
 def test_a_model_without_its_tokenizer_is_a_wrong_call():
-    with pytest.raises(InputError, match="tokenizer: needed beside"):
+    with pytest.raises(InputError, match="tokenizer: required with a backbone given as a model"):
         ScalableLM.from_backbone(make_model("bert"))
 
 

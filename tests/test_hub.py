@@ -175,7 +175,9 @@ def test_what_cannot_be_shared_is_said_and_nothing_is_written(slm, tmp_path):
     assert not (tmp_path / "shared").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("")
-    with pytest.raises(InputError, match=r"full: is there already; expected a folder that is empty or not there"):
+    with pytest.raises(
+        InputError, match=r"full: already exists; expected an empty folder, or a path that does not exist"
+    ):
         slm.share(tmp_path / "full")
     with pytest.raises(InputError, match=r"^repo_id: expected a name such as user/store, got '../x'"):
         slm.push_to_hub("../x")
@@ -218,9 +220,20 @@ def test_tasks_of_a_store_on_the_hub_are_listed_verified_and_merged(hub, tmp_pat
     assert Store.open(tmp_path / "mine").verify() == []
 
 
+def test_a_damaged_file_in_the_hubs_cache_is_not_to_be_forgotten_there(hub):
+    file = find_store(hub).file("farm")
+    file.write_bytes(file.read_bytes()[:-1])
+    for verb in ("tasks", "verify"):
+        done = slm_fast(verb, hub)
+        one_line(done, 1, f"{file}: damaged", "--skip-damaged")
+        assert "forget" not in done.stderr
+
+
 def test_what_is_not_there_is_one_line(hub, tmp_path, monkeypatch):
-    one_line(slm_fast("tasks", "user/nothing"), 2, "store user/nothing: no such folder, and cannot be had from")
-    one_line(slm_fast("predict", "user/nothing"), 2, "store user/nothing: no such folder, and cannot be had from")
+    one_line(slm_fast("tasks", "user/nothing"), 2, "store user/nothing: no such folder, and cannot be downloaded from")
+    one_line(
+        slm_fast("predict", "user/nothing"), 2, "store user/nothing: no such folder, and cannot be downloaded from"
+    )
     with pytest.raises(InputError, match=r"^revision: goes with a store on the hub"):
         ScalableLM.from_pretrained(tmp_path, revision="main")
     snapshot = Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--user--animals" / "snapshots" / COMMIT

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from models import knows, learned, make_slm, one_thread, random_task  # noqa: F401
 from peft_adapters import base_of, loaded, logits_of, our_logits, probabilities, texts, write_adapter
 from safetensors.torch import load_file
 
-from slm_fast import InputError, ScalableLM
+from slm_fast import InputError, ScalableLM, card, loading
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask
 
@@ -97,13 +100,15 @@ def test_a_learned_task_that_comes_back_reads_the_prompt_it_was_learned_on(tmp_p
 
 def test_several_slots_need_fixed_weights_and_are_then_concatenated(tmp_path: Path) -> None:
     slm = with_a_task("llama", slots=3, rank=2)
-    with pytest.raises(InputError, match=r"its 3 slots are weighed by the input, which an adapter cannot; weights"):
+    with pytest.raises(InputError, match="its 3 slots are weighted by the input, which an adapter cannot do") as caught:
         slm.export_adapter("farm", tmp_path)
+    suggested = [float(weight) for weight in str(caught.value).rpartition(" ")[2].split(",")]
+    slm.export_adapter("farm", tmp_path / "suggested", weights=suggested)
     with pytest.raises(InputError, match="weights: expected 3, one for each slot of task 'farm', got 2"):
-        slm.export_adapter("farm", tmp_path, weights=[0.5, 0.5])
+        slm.export_adapter("farm", tmp_path / "out", weights=[0.5, 0.5])
     weights = [0.5, 0.3, 0.2]
-    slm.export_adapter("farm", tmp_path, weights=weights)
-    merged = loaded(tmp_path, "llama").merge_and_unload()
+    slm.export_adapter("farm", tmp_path / "out", weights=weights)
+    merged = loaded(tmp_path / "out", "llama").merge_and_unload()
     text = texts("farm", 1)[0]
     ids = torch.tensor([slm.model.backbone.tokenizer(text)["input_ids"]])
     route = Route(torch.tensor([[0, 1, 2]]), torch.tensor([weights]))
@@ -112,11 +117,70 @@ def test_several_slots_need_fixed_weights_and_are_then_concatenated(tmp_path: Pa
     torch.testing.assert_close(out.logits, logits_of(merged, "llama", text), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ([-0.2, 1.2], r"at least 0 with a sum of 1, got \[-0.2, 1.2\]"),
+        ([0.5, 0.4], "a sum of 1"),
+        ([1e30, 0.0], "a sum of 1"),
+        ([float("nan"), 1.0], "a sum of 1"),
+        ([0.5, "b"], "weights: expected 2 numbers"),
+        (0.5, "weights: expected 2 numbers, got 0.5"),
+    ],
+)
+def test_weights_are_convex(tmp_path: Path, weights: Any, said: str) -> None:
+    slm = with_a_task("llama", slots=2, rank=2)
+    with pytest.raises(InputError, match=said):
+        slm.export_adapter("farm", tmp_path / "out", weights=weights)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_with_one_slot_takes_no_weights(tmp_path: Path) -> None:
+    slm = with_a_task("llama")
+    for weights in ([0.5], [1.0]):
+        with pytest.raises(InputError, match="weights: task 'farm' has one slot, which is exported exactly"):
+            slm.export_adapter("farm", tmp_path / "out", weights=weights)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "base", "call"),
+    [
+        ("bert", "minilm", "sentence-transformers/all-MiniLM-L6-v2", "'sentence-transformers/all-MiniLM-L6-v2'"),
+        ("llama", "smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "'HuggingFaceTB/SmolLM2-135M-Instruct'"),
+        ("llama", "org/model", "org/model", "'org/model'"),
+        ("llama", "org/model/x.gguf", "org/model", "'org/model', gguf_file='x.gguf'"),
+        ("llama", "/models/x.gguf", "/models", "'/models', gguf_file='x.gguf'"),
+        ("llama", "", None, "'path of the backbone'"),
+    ],
+)
+def test_the_base_is_named_as_transformers_loads_it(
+    tmp_path: Path, name: str, backbone: str, base: str | None, call: str
+) -> None:
+    slm = with_a_task(name)
+    slm.model.backbone.name = backbone
+    slm.export_adapter("farm", tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    readme = (tmp_path / "README.md").read_text()
+    assert f".from_pretrained({call})" in readme
+    header = yaml.safe_load(readme.split("---\n")[1])
+    assert header.get("base_model") == (None if backbone in ("", "/models/x.gguf") else base)
+    assert ("not quantised" in readme) == (backbone == "smollm2")
+    slm.import_adapter(tmp_path, "again", texts("farm"))
+    assert same(learned(slm, "farm"), learned(slm, "again"))
+
+
+def test_every_packaged_backbone_has_a_name_on_the_hub() -> None:
+    assert card.PACKAGED.keys() == loading.PACKAGED.keys()
+
+
 def test_nothing_is_overwritten_and_a_task_has_to_be_there(tmp_path: Path) -> None:
     slm = with_a_task("t5")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="is there already; expected a folder that is empty or not there"):
+    with pytest.raises(InputError, match="already exists; expected an empty folder, or a path that does not exist"):
         slm.export_adapter("farm", tmp_path)
     with pytest.raises(InputError, match="task 'sea': not learned; tasks: farm"):
         slm.export_adapter("sea", tmp_path / "sea")
+    with pytest.raises(InputError, match="folder: empty path"):
+        slm.export_adapter("farm", "")
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]

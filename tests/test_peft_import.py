@@ -269,7 +269,7 @@ def test_the_same_import_twice_is_one_and_another_of_its_name_is_refused(tmp_pat
     slm.import_adapter(tmp_path, "sky", texts("sky"))
     with pytest.warns(SlmWarning, match="already imported from the same adapter"):
         slm.import_adapter(tmp_path, "sky", texts("sky"))
-    with pytest.raises(InputError, match="task 'sky': is there already"):
+    with pytest.raises(InputError, match="task 'sky': already exists"):
         slm.import_adapter(tmp_path, "sky", texts("sea"))
     assert slm.tasks == ["sky"]
 

@@ -271,19 +271,19 @@ def test_a_checkpoint_that_is_gone_has_nothing_for_a_head(tmp_path: Path) -> Non
 
 
 def test_labels_have_to_be_those_of_the_head(slm: ScalableLM, llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"labels: .* has no head"):
+    with pytest.raises(InputError, match=r"labels: .* has no classification head; leave labels out"):
         slm.import_adapter(llama, "sky", texts("sky"), labels=["a", "b"])
     write_adapter(tmp_path, "bert", labels=3)
     bert = make_slm("bert")
     with pytest.raises(InputError, match="labels: expected 3 words, as the adapter's head has, got 2"):
         bert.import_adapter(tmp_path, "sky", texts("sky"), labels=["a", "b"])
-    with pytest.raises(InputError, match="labels: 'a' stands there twice"):
+    with pytest.raises(InputError, match="labels: 'a' is listed twice"):
         bert.import_adapter(tmp_path, "sky", texts("sky"), labels=["a", "b", "a"])
 
 
 def test_examples_are_needed_and_few_are_warned_of(slm: ScalableLM, llama: Path) -> None:
-    refused(slm, llama, "examples: expected some texts", examples=[])
-    with pytest.warns(SlmWarning, match="examples: 3 texts; about 50"):
+    refused(slm, llama, "examples: expected texts of the task", examples=[], status=1)
+    with pytest.warns(SlmWarning, match="examples: got 3; about 50 texts of the task are recommended"):
         slm.import_adapter(llama, "few", texts("sky", 3))
     slm.forget("few")
 
@@ -294,7 +294,7 @@ def test_a_folder_that_is_not_there_is_said(slm: ScalableLM, name: str) -> None:
 
 
 def test_a_name_of_the_hub_that_cannot_be_had_is_said(slm: ScalableLM) -> None:
-    refused(slm, "nobody/nothing", "cannot be had from the hub")
+    refused(slm, "nobody/nothing", "cannot be downloaded from the hub")
 
 
 def test_a_task_whose_layers_the_backbone_does_not_have_is_refused_when_it_comes(llama: Path) -> None:

@@ -46,12 +46,15 @@ def test_what_is_adapted_is_said_once_when_the_model_is_given(name, said):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("albert", "its structure does not tell which its layers are"),
-        ("fnet", "padding changes what it says of a row"),
+        ("albert", "its layers do not each run once and in order"),
+        ("fnet", "padding changes a row's output"),
     ],
 )
 def test_what_cannot_be_adapted_safely_is_refused_in_one_line(name, why):
-    with pytest.raises(InputError, match=f"model type '{name}' is not in the table of families, and {why}$") as caught:
+    said = (
+        f"model type '{name}' is not in the table of families, and {why}; use a model of the table .docs/families.md.$"
+    )
+    with pytest.raises(InputError, match=said) as caught:
         make_slm(name)
     assert "\n" not in str(caught.value)
 
@@ -59,7 +62,7 @@ def test_what_cannot_be_adapted_safely_is_refused_in_one_line(name, why):
 def test_a_model_without_the_layers_that_it_calls_is_refused_in_one_line():
     model = make_model("gpt_neox")
     model.gpt_neox.layers[1].attention.dense = nn.Linear(7, 32)
-    with pytest.raises(InputError, match="and it does not pass a batch as those do: mat1 and mat2") as caught:
+    with pytest.raises(InputError, match=r"and a pass of a small batch fails: mat1 and mat2.*; use a model") as caught:
         ScalableLM.from_backbone(model, tokenizer=make_tokenizer("gpt_neox"))
     assert "\n" not in str(caught.value)
 

@@ -25,7 +25,7 @@ def add(verbs: Verbs) -> None:
     export = verbs.add("export", run_export, "export a task as a PEFT LoRA adapter")
     export.add_argument("name", metavar="TASK")
     export.add_argument("folder", metavar="DIR", help="output folder; must be empty or not exist")
-    about = "fixed weights of the task's slots, for a task with several"
+    about = "fixed weights of the slots of a task with several, one per slot; their sum is 1"
     export.add_argument("--weights", type=_weights, metavar="W,W", help=about)
     add_device_options(export, "float32")
 

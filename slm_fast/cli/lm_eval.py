@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from importlib.util import find_spec
 from typing import Any
 
@@ -55,10 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     metadata = _pairs(arguments.metadata)
     tasks = [task for task in (part.strip() for part in arguments.tasks.split(",")) if task]
     batch_size = _rows(arguments.batch_size)
-    for name, least in (("shots", 0), ("limit", 0)):
-        value = getattr(arguments, name)
-        if value is not None and not value >= least:
-            raise InputError(f"--{name}: expected at least {least}, got {value}")
+    if arguments.shots is not None and arguments.shots < 0:
+        raise InputError(f"--shots: expected at least 0, got {arguments.shots}")
+    if arguments.limit is not None and not 0 < arguments.limit < math.inf:
+        raise InputError(f"--limit: expected a number above 0 (of rows, or a fraction), got {arguments.limit:g}")
     if arguments.samples and not arguments.json:
         raise InputError("--samples: goes with --json")
     if arguments.system is not None and not arguments.chat:

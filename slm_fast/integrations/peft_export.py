@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +14,16 @@ import torch
 from torch import Tensor
 
 from slm_fast.backbone import Backbone
+from slm_fast.card import base_model_of
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.integrations.peft_files import CONFIG, OWN, OWN_HEAD, PREFIX, WEIGHTS
 from slm_fast.integrations.peft_heads import Written, written
+from slm_fast.loading import GGUF, PACKAGED
 from slm_fast.model import AdaptedModel
 from slm_fast.tasks import LearnedTask
 
 README = """---
-library_name: peft
-base_model: {base}
+library_name: peft{base_model}
 ---
 
 # {name}
@@ -36,11 +38,11 @@ base = {auto_class}.from_pretrained({base!r}{more})
 model = PeftModel.from_pretrained(base, "path of this folder")
 ```
 {notes}
-PEFT applies it to whatever it is given: routing, and the distance of a row from its task, stay behind.
+PEFT applies the adapter to every input: routing, and distances of rows from the task, are not exported.
 """
 BESIDE = """
-The head is not one of a transformers class: it reads the mean of the last hidden states over real tokens, and stands in
-`{head}` as `head.weight` [C, H] and `head.bias` [C], its labels in `{own}`.
+The head is not one of a transformers class: it reads the mean of the last hidden states over real tokens. It is
+saved in `{head}` as `head.weight` [C, H] and `head.bias` [C], and its labels in `{own}`.
 `logits = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) @ weight.T + bias`
 """
 SEPARATED = """
@@ -52,24 +54,33 @@ The task was learned on prompts in the chat template of `chat_template.jinja`: t
 as the system's, and the beginning of the assistant's.
 """
 
+QUANTISED = """
+The task was learned on quantised weights: the file `{file}` of the Python package `{package}`.
+Those of `{base}` are not quantised, so the outputs differ from those of slm_fast.
+For the same outputs, load that file as the base:
+`{auto_class}.from_pretrained("folder of the file", gguf_file={file!r})`
+"""
+
 
 def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: Sequence[float] | None = None) -> None:
     """Export a task as an adapter with which PEFT gives the same outputs on the same backbone.
 
     Args:
         folder: folder to create; it must be empty or not exist.
-        weights: weights of the task's slots, if it has several. Here they depend on the input; in the adapter they are
-            fixed.
+        weights: weights of the task's slots, if it has several: at least 0, with a sum of 1. Here they depend on the
+            input; in the adapter they are fixed.
 
     Raises:
-        InputError: there is no such task, the folder is not empty, or several slots have no weights.
+        InputError: there is no such task, the folder is not empty, or the weights do not fit the slots.
         WorkError: the adapter cannot be written.
     """
     if name not in model.pool.place:
         raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
+    if not str(folder):
+        raise InputError("folder: empty path; name a folder that is empty or does not exist")
     task, path = model.pool.tasks[model.pool.place[name]], Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: is there already; expected a folder that is empty or not there")
+        raise InputError(f"{path}: already exists; expected an empty folder, or a path that does not exist")
     backbone, shares = model.backbone, _shares(task, weights)
     head = written(task, backbone)
     prefix = f"{backbone.model.base_model_prefix}." if head.saved and backbone.kind == "encoder" else ""
@@ -123,18 +134,31 @@ def _by_module(task: LearnedTask, shares: Tensor, backbone: Backbone) -> dict[st
 
 
 def _shares(task: LearnedTask, weights: Sequence[float] | None) -> Tensor:
-    """The weight of each of the task's slots, [S]."""
-    if weights is None and task.slots > 1:
+    """The weight of each of the task's slots, [S]. Those of several slots are convex weights, as a router's are."""
+    if task.slots == 1:
+        if weights is not None:
+            raise InputError(f"weights: task {task.name!r} has one slot, which is exported exactly; leave weights out")
+        return torch.ones(1)
+    if weights is None:
         raise InputError(
-            f"task {task.name!r}: its {task.slots} slots are weighed by the input, which an adapter cannot; weights "
-            "(--weights) fixes them, such as " + ",".join(["%g" % (1 / task.slots)] * task.slots)
+            f"task {task.name!r}: its {task.slots} slots are weighted by the input, which an adapter cannot do; give "
+            "fixed weights (--weights), such as " + ",".join(["%.9g" % (1 / task.slots)] * task.slots)
         )
-    if weights is not None and len(weights) != task.slots:
-        raise InputError(f"weights: expected {task.slots}, one for each slot of task {task.name!r}, got {len(weights)}")
-    shares = torch.ones(task.slots) if weights is None else torch.tensor(weights, dtype=torch.float32)
-    if not shares.isfinite().all():
-        raise InputError(f"weights: expected finite numbers, got {list(weights or ())}")
-    return shares
+    try:
+        shares = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise InputError(f"weights: expected {task.slots} numbers, got {weights!r}") from None
+    if len(shares) != task.slots:
+        raise InputError(f"weights: expected {task.slots}, one for each slot of task {task.name!r}, got {len(shares)}")
+    if not (all(share >= 0 for share in shares) and abs(sum(shares) - 1) <= 1e-6):
+        raise InputError(f"weights: expected numbers of at least 0 with a sum of 1, got {shares}")
+    return torch.tensor(shares, dtype=torch.float32)
+
+
+def _base(backbone: Backbone) -> tuple[str, str]:
+    """What transformers loads the backbone from: a folder or hub name, and in it a GGUF file, if it is one."""
+    folder, file = os.path.split(backbone.name) if backbone.name.endswith(GGUF) else (backbone.name, "")
+    return base_model_of({"backbone": folder}) or folder, file
 
 
 def _config(ranks: Mapping[str, int], head: Written, backbone: Backbone) -> dict[str, Any]:
@@ -145,7 +169,7 @@ def _config(ranks: Mapping[str, int], head: Written, backbone: Backbone) -> dict
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if head.saved else kinds[backbone.kind],
-        "base_model_name_or_path": backbone.name or None,
+        "base_model_name_or_path": _base(backbone)[0] or None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -164,13 +188,20 @@ def _config(ranks: Mapping[str, int], head: Written, backbone: Backbone) -> dict
 
 def _readme(task: LearnedTask, head: Written, backbone: Backbone, prompt: str) -> str:
     classifies = bool(head.saved)
+    base, gguf = _base(backbone)
+    hub_name = base_model_of({"backbone": base})
     notes = BESIDE.format(head=OWN_HEAD, own=OWN) if head.beside else ""
     notes += prompt if backbone.kind == "causal" and task.adapter is None else ""
+    packaged, auto_class = PACKAGED.get(backbone.name), backbone.family.auto_class
+    if packaged is not None and packaged.weights.endswith(GGUF):
+        notes += QUANTISED.format(base=base, file=packaged.weights, package=packaged.package, auto_class=auto_class)
+    more = f", gguf_file={gguf!r}" if gguf else ""
     return README.format(
         name=task.name,
-        base=backbone.name,
-        auto_class="AutoModelForSequenceClassification" if classifies else backbone.family.auto_class,
-        more=f", num_labels={len(task.labels or ())}" if classifies else "",
+        base_model=f"\nbase_model: {hub_name}" if hub_name else "",
+        base=base or "path of the backbone",
+        auto_class="AutoModelForSequenceClassification" if classifies else auto_class,
+        more=more + (f", num_labels={len(task.labels or ())}" if classifies else ""),
         notes=notes,
     )
 

@@ -33,15 +33,15 @@ USED = {
 }
 # What PEFT writes for unused fields, unless it is null, false or empty.
 DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
-MERGE = "merge it into its base with PEFT's merge_and_unload, or train it without"
+MERGE = "merge the adapter into its base model with PEFT's merge_and_unload, or train it without this option"
 REASONS = {
     "use_dora": f"DoRA scales the columns of the weight, too; {MERGE}",
     "use_qalora": f"QALoRA pools the inputs; {MERGE}",
     "use_bdlora": f"its matrices are block-diagonal; {MERGE}",
     "lora_bias": f"its increments have biases; {MERGE}",
-    "alora_invocation_tokens": "it acts on some tokens only, those after its invocation; train it without",
+    "alora_invocation_tokens": "it acts on some tokens only, those after its invocation; train it without this option",
     "layer_replication": "it repeats layers of its base; there is no such base here",
-    "trainable_token_indices": "it trains embeddings; train it without",
+    "trainable_token_indices": "it trains embeddings; train the adapter without them",
     "target_parameters": f"it adapts parameters that are no linear layers; {MERGE}",
     "arrow_config": "it routes among adapters of its own; import those one by one",
     "kasa_config": f"KaSA changes the formula; {MERGE}",
@@ -138,9 +138,11 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
     """Raise InputError for the first field of an adapter's configuration that requires more than LoRA."""
     kind = config.get("peft_type")
     if kind in VIRTUAL:
-        raise InputError(f"{file}: peft_type {kind}: it trains virtual tokens, no layers; train LoRA in its place")
+        raise InputError(
+            f"{file}: peft_type {kind}: it trains virtual tokens, not layers; train a LoRA adapter instead"
+        )
     if kind != "LORA":
-        raise InputError(f"{file}: peft_type: expected LORA, got {kind!r}; train LoRA in its place")
+        raise InputError(f"{file}: peft_type: expected LORA, got {kind!r}; train a LoRA adapter instead")
     if config.get("bias", "none") != "none":
         raise InputError(f"{file}: bias: expected 'none', got {config['bias']!r}: it trains biases; {MERGE}")
     init = config.get("init_lora_weights", True)
@@ -177,7 +179,7 @@ def _folder(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=[*FILES[:2], OWN, OWN_HEAD, *FILES_BESIDE]))
     except Exception as error:  # whatever the hub's client raises for a name, a network, a permission
-        raise InputError(f"adapter {source!r}: cannot be had from the hub: {one_line(error)}") from None
+        raise InputError(f"adapter {source!r}: cannot be downloaded from the hub: {one_line(error)}") from None
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -215,7 +217,7 @@ def _sorted_out(
         name = re.sub(r"\.modules_to_save(\.default)?\.", ".", name)
         for pattern, what in OTHERS:
             if re.search(pattern, name, re.IGNORECASE if what == "trained norms" else 0):
-                raise InputError(f"{file}: {key}: {what}, which cannot be imported; train the adapter without")
+                raise InputError(f"{file}: {key}: {what}, which cannot be imported; train the adapter without that")
         saved[name] = tensor
     lora = {}
     for module, found in sorted(halves.items()):

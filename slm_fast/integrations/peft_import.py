@@ -47,13 +47,13 @@ def import_task(
 
     Raises:
         InputError: the adapter is for another backbone, or this family does not support its head.
-        WorkError: a query is not finite, or a number is too large for a store.
+        WorkError: there are no examples, a query is not finite, or a number is too large for a store.
     """
     check_name(name)
     if not rows:
-        raise InputError("examples: expected some texts of the task, about 50, got none")
+        raise WorkError("examples: expected texts of the task, about 50, got none")
     if len(rows) < FEW:
-        warn(f"examples: {len(rows)} texts; about 50 tell the task from others better")
+        warn(f"examples: got {len(rows)}; about 50 texts of the task are recommended for routing")
     backbone = model.backbone
     check_vocabulary(adapter.folder, backbone.tokenizer.get_vocab())
     values = values_of(adapter, backbone)
@@ -67,7 +67,7 @@ def import_task(
     own_words = tuple(adapter.own.get("labels") or ()) or None  # an exported task may generate its labels
     words = own_words if head is None else _labels(adapter, len(head.top[0]), labels)
     if labels is not None and head is None:
-        raise InputError(f"labels: adapter {adapter.source!r} has no head that they could be of")
+        raise InputError(f"labels: adapter {adapter.source!r} has no classification head; leave labels out")
     query = model.queries(rows)
     try:
         part = model.new_router().fit(query, 1, name_seed(name, 0))
@@ -110,7 +110,7 @@ def _ends(settings: Mapping[str, Any]) -> tuple[int, ...]:
     """End tokens in an adapter's generation settings. Warns about settings that are not applied."""
     idle = sorted(name for name, value in settings.items() if name not in OVERRULED and value not in (None, False))
     if idle:
-        warn(f"generation_config.json: {some_of(idle)}: not applied; a mixed batch is written with one way of drawing")
+        warn(f"generation_config.json: {some_of(idle)}: not applied; prediction options set how text is decoded")
     ends = settings.get("eos_token_id")
     found = ends if isinstance(ends, list) else [ends]
     return tuple(sorted({end for end in found if isinstance(end, int)}))
@@ -194,5 +194,5 @@ def _labels(adapter: PeftAdapter, count: int, given: Sequence[str] | None) -> tu
     if len(names) != count or not all(isinstance(name, str) and name for name in names):
         raise InputError(f"labels: expected {count} words, as the adapter's head has, got {len(names)}")
     if (twice := repeated(names)) is not None:
-        raise InputError(f"labels: {twice!r} stands there twice")
+        raise InputError(f"labels: {twice!r} is listed twice")
     return tuple(names)

@@ -95,7 +95,7 @@ def _check_free(names: list[str], prefix: str) -> None:
     """Raise InputError if an answer's column exists already."""
     for name in _columns(prefix).values():
         if name in names:
-            raise InputError(f"column {name!r}: is there already; rename it, or give another prefix=")
+            raise InputError(f"column {name!r}: already exists; rename it, or give another prefix=")
 
 
 def _columns(prefix: str) -> dict[str, str]:

@@ -51,7 +51,8 @@ def test_an_adapter_becomes_a_task_that_answers_and_goes_out_again(bert: Path, t
     again = loaded(tmp_path / "out", "bert", labels=3)
     for row in rows:
         assert float((logits_of(again, "bert", row) - logits_of(model, "bert", row)).abs().max()) < 1e-4
-    one_line(slm_fast("export", store, "sky", tmp_path / "out"), 2, "is there already")
+    one_line(slm_fast("export", store, "sky", tmp_path / "out"), 2, "already exists")
+    one_line(slm_fast("export", store, "sky", tmp_path / "one", "--weights", "0.5"), 2, "one slot")
     twice = imported(bert, store, "--labels", bert / "labels.json")
     assert twice.returncode == 0
     assert "already imported" in twice.stderr
@@ -73,5 +74,16 @@ def test_what_is_wrong_is_one_line_and_no_store_is_made(bert: Path, tmp_path: Pa
     (tmp_path / "bad.jsonl").write_text('{"text": "sky1"}\n{"nothing": 1}\n')
     call = ("import", store, "--adapter", bert / "adapter", "--name", "sky", "--examples", tmp_path / "bad.jsonl")
     one_line(slm_fast(*call, *backbone), 1, "bad.jsonl: line 2")
+    (tmp_path / "t.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "header.csv").write_text("text,label\n")
+    (tmp_path / "empty.csv").write_text("")
+    for file, status, said, more in (
+        ("t.csv", 2, "t.csv: line 2: no column 'nope'", ("--text-column", "nope")),
+        ("header.csv", 1, "header.csv: ", ()),
+        ("empty.csv", 1, "empty.csv: ", ()),
+    ):
+        one_line(slm_fast(*call[:-1], tmp_path / file, *backbone, *more), status, said)
+        learn = ("learn", store, "--task", f"t={tmp_path / file}")
+        one_line(slm_fast(*learn, *backbone, *more), status, said)
     one_line(slm_fast("export", store, "sky", tmp_path / "out", "--weights", "a,b"), 2, "--weights", "0.5,0.5")
     assert not store.exists()

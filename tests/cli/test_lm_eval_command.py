@@ -97,14 +97,48 @@ def test_batch_sizes_chats_the_bare_model_and_written_answers(place):
         (("--batch-size", "0"), ("--batch-size", "expected auto, or a number from 1 on")),
         (("--shots", "-1"), ("--shots", "at least 0")),
         (("--metadata", "data"), ("--metadata 'data'", "KEY=VALUE")),
+        *((("--limit", limit), ("--limit", "above 0", limit)) for limit in ("0", "-1", "nan", "inf")),
         (("--samples",), ("--samples", "--json")),
         (("--system", "x"), ("--system", "--chat")),
         (("--given-task", "sky"), ("task 'sky'", "farm, sea")),
         (("--task-folder", "/nowhere"), ("/nowhere", "no such folder")),
+        (("--task-folder", __file__), (__file__, "is a file, expected a folder")),
     ],
 )
 def test_a_call_that_cannot_be_right_is_one_line(place, more, parts):
     one_line(call(place, *more), 2, *parts)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "parts"),
+    [
+        ("rows.jsonl", "none.jsonl", ("cannot be loaded: its data has no rows",)),
+        ("metric: acc", "metric: nope", ("cannot be loaded: nope not found",)),
+        ("['yes', 'no']", "'{{text}}'", ("cannot be loaded: doc_to_choice: ", "a list such as ['yes', 'no']")),
+        ("['yes', 'no']", "'{{label}}'", ("doc_to_choice: ", "malformed node", "a list such as")),
+        ("{{text}}", "{{nope}}", ("cannot be loaded: doc_to_text: UndefinedError: 'nope' is undefined",)),
+        ("{{text}}", "{{['a', 'b'][n]}}", ("cannot be evaluated: doc_to_text: UndefinedError",)),
+    ],
+)
+def test_a_broken_task_file_is_named_with_its_reason(place, tmp_path, before, after, parts):
+    rows = [{"text": "the sea1", "label": "yes", "n": n} for n in (0, 1, 2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "none.jsonl").write_text("")
+    text = TASK.format(rows=tmp_path / "rows.jsonl", cache=tmp_path / "cache", kind="multiple_choice") + CHOICE
+    assert before in text
+    (tmp_path / "own.yaml").write_text(text.replace(before, after))
+    done = slm_fast("lm-eval", place / "store", "--tasks", f"{place / 'multiple_choice.yaml'},{tmp_path / 'own.yaml'}")
+    *bar, last = done.stderr.strip().splitlines()
+    assert (done.returncode, [line for line in bar if "it/s" not in line]) == (1, [])
+    assert "own.yaml' cannot be" in last
+    assert all(part in last for part in parts), last
+    assert " at 0x" not in last
+
+
+def test_more_shots_than_rows_are_one_line(place):
+    done = call(place, "--shots", 99)
+    assert done.returncode == 1
+    assert "yaml' cannot be evaluated: ValueError: Sample larger than population" in done.stderr.splitlines()[-1]
 
 
 def test_damaged_files_and_missing_packages_are_one_line(place, tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def test_a_dataset_has_its_columns_and_the_answers_of_a_file(cluster: str, store
 
 def test_what_cannot_be_is_said_before_anything_is_computed(cluster: str, store: Path, tmp_path: Path) -> None:
     dataset = ray.data.from_items([{"text": "sea1", "predicted_label": "x"}])
-    with pytest.raises(InputError, match="column 'predicted_label': is there already"):
+    with pytest.raises(InputError, match="column 'predicted_label': already exists"):
         predict(dataset, store)
     with pytest.raises(InputError, match="task 'lake': not learned by"):
         predict(dataset, store, task="lake")
