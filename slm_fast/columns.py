@@ -173,5 +173,6 @@ def _label(names: Sequence[str], label: str | None) -> str | None:
 def _advised(names: Sequence[str], what: str) -> str:
     """The existing names and the options that help, for a message."""
     option = "text" if what == "text" else "label"
-    split = ", delimiter=CHAR (--delimiter) what separates columns" if len(names) == 1 and what == "text" else ""
+    joined = what == "text" and len(names) == 1 and re.search(r"[^\w-]", names[0])  # perhaps several, not split
+    split = ", delimiter=CHAR (--delimiter) what separates columns" if joined else ""
     return f"{listed(names)}; {option}=NAME (--{option}-column) says which holds it{split}"

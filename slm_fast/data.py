@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from slm_fast.columns import LABELLED, Unclear, id_column
-from slm_fast.errors import InputError, WorkError, one_line, some_of
+from slm_fast.errors import InputError, SlmError, WorkError, one_line, some_of
 from slm_fast.inputs import read_fields, table_of
 from slm_fast.labels import (
     are_words,
     as_text,
     check_label,
+    foreign_label,
     name_label,
     read_words,
     same_words,
@@ -158,7 +159,8 @@ class Task:
             labels: names of integer labels, indexed from 0: a list, or a JSON file with one. Default: `labels.json`
                 beside the file, if the labels are exactly 0 to n - 1 for its n names. A warning says whether it is
                 used.
-            known: labels of the learned task that the rows belong to. `labels.json` is then used if it contains them.
+            known: labels of the learned task that the rows belong to, which may have no others. `labels.json` is then
+                used if it contains them.
 
         Raises:
             InputError: there is no such file or column, or its format or encoding is unknown.
@@ -178,6 +180,8 @@ class Task:
         rows, free_text = _answered(source, placed, text, label)
         if not free_text:
             rows = _named(source, file, rows, records, labels, known)
+        if known:
+            _check_known(source, rows, records, known)
         try:
             return cls(name, rows, free_text=free_text, training=training)
         except WorkError as error:
@@ -203,8 +207,11 @@ def rows_to_answer(rows: Iterable[Any], *, text: str | None = None) -> Iterator[
 
     Answers, such as the label of a (text, label) pair, are ignored.
 
+    Args:
+        text: name of the input column, if not one of the usual names.
+
     Raises:
-        InputError: `rows` is a single text or row.
+        InputError: `rows` is a single text or row or, when iteration reaches it, the first row lacks the column `text`.
         WorkError: when iteration reaches a row that cannot be read. The message gives its number, counted from 1.
     """
     return (_numbered(number, value, text) for number, value in enumerate(table_of(rows), 1))
@@ -214,7 +221,7 @@ def _numbered(number: int, value: Any, text: str | None) -> Row:
     try:
         return Row.parse(value, text=text)
     except WorkError as error:
-        raise WorkError(f"row {number}: {error}") from None
+        raise _kind_of(error, first=number == 1, named=text is not None)(f"row {number}: {error}") from None
 
 
 def rows_of_file(
@@ -224,15 +231,17 @@ def rows_of_file(
 
     Raises:
         InputError: as for `Task.from_file`.
-        WorkError: a row cannot be read. The message names file and line.
+        WorkError: there are no rows, or one cannot be read. The message names file and line.
     """
     columns = [] if text is None else [text]
-    rows = []
+    rows: list[Row] = []
     for record in read_records(path, delimiter=delimiter, encoding=encoding, columns=columns):
         row = identified(record, text=text)[1]
         if isinstance(row, WorkError):
-            raise WorkError(f"{path}: {record.where}: {row}")
+            raise _kind_of(row, first=not rows, named=text is not None)(f"{path}: {record.where}: {row}")
         rows.append(row)
+    if not rows:
+        raise WorkError(f"{path}: the file has no rows")
     return rows
 
 
@@ -256,6 +265,11 @@ def identified(record: Record, *, text: str | None = None) -> tuple[Any, Row | W
         return name, record.error or Row.parse(record.fields, text=text)
     except WorkError as error:
         return name, error
+
+
+def _kind_of(error: WorkError, *, first: bool, named: bool) -> type[SlmError]:
+    """The class of a row's error: InputError if the caller named a column that even the first row lacks."""
+    return InputError if first and named and isinstance(error, Unclear) else WorkError
 
 
 def _answered(
@@ -286,8 +300,8 @@ def _answered(
             if not free_text:
                 row = replace(row, target=check_label(row.target))
         except WorkError as error:
-            wrong = InputError if isinstance(error, Unclear) and not rows and (text or label) is not None else WorkError
-            raise wrong(f"{source}: {where}: {error}") from None
+            kind_of = _kind_of(error, first=not rows, named=(text or label) is not None)
+            raise kind_of(f"{source}: {where}: {error}") from None
         rows.append(row)
     if not free_text:
         try:
@@ -324,3 +338,12 @@ def _named(
         except WorkError as error:
             raise WorkError(f"{source}: {record.where}: {error}") from None
     return named
+
+
+def _check_known(source: str, rows: list[Row], records: Sequence[Record], known: Collection[str]) -> None:
+    """Raise WorkError if a row's label is not one of a learned task's, however that spells it."""
+    foreign = {row.target or "" for row in rows} - set(known)
+    foreign -= spellings(foreign, known).keys()
+    for record, row in zip(records, rows, strict=True):
+        if row.target in foreign:
+            raise WorkError(f"{source}: {record.where}: {foreign_label(row.target or '', known)}")

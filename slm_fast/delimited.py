@@ -120,8 +120,13 @@ def _next_row(reader: Any, delimiter: str) -> tuple[list[str] | None, WorkError 
     try:
         return next(reader, None), None
     except csv.Error as error:
-        if delimiter == NONE and "expected after" in str(error):
-            return None, WorkError("a text that begins with '\"' must be quoted whole")
-        return None, WorkError(str(error))
+        said = str(error)
+        if "unexpected end" in said:
+            said = "a quotation mark is opened and never closed"
+        elif "expected after" in said and delimiter == NONE:
+            said = "a text that begins with '\"' must be quoted whole"
+        elif "expected after" in said:
+            said = "text follows a closing quotation mark; inside a quoted text, double each quotation mark"
+        return None, WorkError(said)
     finally:
         csv.field_size_limit(limit)

@@ -10,6 +10,7 @@ from typing import Any
 
 from slm_fast.data import Row, Task
 from slm_fast.errors import InputError, WorkError, some_of
+from slm_fast.labels import foreign_label
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
 from slm_fast.predict import Prediction, predict
@@ -90,7 +91,7 @@ def mark(
         words = set(labels or ())
         for i, row in enumerate(task.rows, 1):
             if labels is not None and row.target not in words:
-                raise WorkError(f"{name}: row {i}: label {row.target!r} is not one of {some_of(labels)}")
+                raise WorkError(f"{name}: row {i}: {foreign_label(row.target or '', labels)}")
         rows += task.rows
         names += [name] * len(task.rows)
     predictions = predict(model, rows, options, task=names if with_task_id else None, progress=progress)

@@ -45,7 +45,7 @@ def refuse_constant(constant: str) -> None:
 def without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"field {repeated(name for name, _ in pairs)!a} stands there twice")
+        raise ValueError(f"field {repeated(name for name, _ in pairs)!a} occurs twice")
     return found
 
 

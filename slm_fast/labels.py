@@ -12,13 +12,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from slm_fast.errors import WorkError, one_line, warn
-from slm_fast.fields import TEXT, Unfit, check, list_of, read_json
+from slm_fast.errors import WorkError, one_line, some_of, warn
+from slm_fast.fields import TEXT, Unfit, check, list_of, read_json, repeated
+from slm_fast.streams import kind_of
 
 LONGEST = 1000  # maximum characters of a label
+SHORT = 40  # characters of a label in a list of them
 NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))(\.0+)?\Z")
 INDEX = re.compile(r"[0-9]{1,9}\Z")
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # but tabs and line ends
+UNSEEN = ("Cf", "Zs", "Zl", "Zp")  # categories of invisible characters
 
 
 def as_text(value: Any, key: str) -> str | None:
@@ -79,10 +82,14 @@ def shown(value: Any) -> str:
 def check_label(label: str) -> str:
     """A label in Unicode's composed form (NFC). Raises WorkError if it cannot be a word."""
     if len(label) > LONGEST:
-        raise WorkError(f"'label': expected at most {LONGEST} letters, got {len(label)}; is it free text?")
+        raise WorkError(f"'label': expected at most {LONGEST:,} characters, got {len(label):,}; is it free text?")
     if CONTROL.search(label):
         raise WorkError(f"'label': holds a control character, got {label[:60]!a}")
-    return label if label.isascii() else unicodedata.normalize("NFC", label)
+    if label.isascii():
+        return label
+    if all(letter.isspace() or unicodedata.category(letter) in UNSEEN for letter in label):
+        raise WorkError(f"'label': holds no visible character, got {label[:60]!a}")
+    return unicodedata.normalize("NFC", label)
 
 
 def same_words(labels: Sequence[str]) -> list[str]:
@@ -123,6 +130,12 @@ def _value(label: str) -> str:
     return label.capitalize() if label.lower() in ("true", "false") else label
 
 
+def foreign_label(label: str, labels: Collection[str]) -> str:
+    """What to say of a label that is not one of the task's."""
+    listed = some_of((word if len(word) <= SHORT else f"{word[:SHORT]}..." for word in sorted(labels)), 5)
+    return f"label {label[:60]!r} is not one of {listed}"
+
+
 def warn_of_alike(name: str, labels: Collection[str]) -> None:
     """Warn of labels that a reader would take for the same."""
     alike: dict[str, list[str]] = {}
@@ -147,18 +160,33 @@ def _likeness(label: str) -> str:
 
 
 def read_words(labels: str | Path | Sequence[str]) -> list[str]:
-    """A list of label words, given as such or as a JSON file. Raises WorkError."""
+    """A list of label words, given as such or as a JSON file, normalised like the labels of rows.
+
+    Raises:
+        InputError: there is no such file.
+        WorkError: it is not a list of words that are all different.
+    """
     words: Any = labels
     where = "labels"
+    if isinstance(labels, (str, Path)):
+        where = str(labels)
+        kind_of(Path(labels), missing="no such file")
     try:
         if isinstance(labels, (str, Path)):
-            where = str(labels)
             words = read_json(Path(labels).read_bytes().removeprefix(b"\xef\xbb\xbf"))
-        words = list(words) if isinstance(words, (list, tuple)) else words
+        if isinstance(words, (list, tuple)):
+            words = [word.strip() if isinstance(word, str) else word for word in words]
         check(words, "labels", list_of(TEXT))
     except (OSError, ValueError, Unfit) as error:
         raise WorkError(f"{where}: not a JSON list of words: {one_line(error)}") from None
-    return [str(word) for word in words]
+    try:
+        words = [check_label(str(word)) for word in words]
+        twice = repeated(same_words(words))
+    except WorkError as error:
+        raise WorkError(f"{where}: {error}") from None
+    if twice is not None:
+        raise WorkError(f"{where}: {twice[:60]!r} occurs twice; each label number needs a word of its own")
+    return words
 
 
 def name_label(label: str, words: Sequence[str]) -> str:

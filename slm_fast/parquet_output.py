@@ -26,7 +26,7 @@ def check_parquet(path: Path, *, overwrite: bool) -> None:
     except ImportError:
         raise InputError(f"{path}: writing parquet needs pyarrow: pip install 'slm-fast[parquet]'") from None
     if not overwrite and path.exists():
-        raise InputError(f"{path}: is there already, and a Parquet file cannot be resumed; --overwrite replaces it")
+        raise InputError(f"{path}: already exists, and a Parquet file cannot be resumed; --overwrite replaces it")
 
 
 def answer_columns() -> dict[str, Any]:

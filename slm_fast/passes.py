@@ -124,7 +124,10 @@ def pass_batch(
     if model.backbone.kind != "encoder":
         return _pass_to_write(model, window, batch, route, slot_mask, options, report)
     if pool.heads is None:
-        raise InputError("no task is learned yet: an encoder-only backbone has no answer of its own")
+        raise InputError(
+            "no task is learned yet: an encoder-only backbone has no answer of its own; learn a task first "
+            "(slm.learn, slm-fast learn)"
+        )
     query = None
     if route is None and (batch.encoded.query_inputs or model.ahead or not isinstance(model.query, TrunkQuery)):
         query = model.find_queries(batch.encoded)

@@ -10,12 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice
 from math import isfinite
 from pathlib import Path
 from typing import IO, Any
 
 from slm_fast import __version__
+from slm_fast.columns import Unclear
 from slm_fast.data import Row, identified
 from slm_fast.errors import InputError, SlmWarning, WorkError, some_of
 from slm_fast.model import AdaptedModel, Report
@@ -25,10 +26,10 @@ from slm_fast.passes import tokens_of_a_batch
 from slm_fast.predict import Answer, Prediction, answer
 from slm_fast.progress import bar, is_shown
 from slm_fast.readers import Record, read_records
-from slm_fast.resume import Output, check_resumable, digest_of
+from slm_fast.resume import Output, check_resumable, check_run_file, digest_of
 from slm_fast.schema import WHEN_KNOWN
 from slm_fast.streams import Kind, kind_of, line_of, named, open_stream, write_all, wrong_name
-from slm_fast.windows import Feed, Window, is_live, windows_of
+from slm_fast.windows import WINDOW, Feed, Window, is_live, windows_of
 
 Source = Path | IO[bytes]
 Sink = Path | IO[str]
@@ -36,11 +37,15 @@ Sink = Path | IO[str]
 
 @dataclass(frozen=True)
 class FileAnswered:
-    """Row counts: answered before (by an interrupted run), answered now, and failed in either."""
+    """Row counts: answered before (by an interrupted run), answered now, and failed in either.
+
+    `first_error` names the first failed row and says why.
+    """
 
     before: int
     answered: int
     failed: int
+    first_error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,8 @@ def check_paths(
     reading: Reading | None = None,
     shard: tuple[int, int] | None = None,
 ) -> None:
-    """Raise InputError if `source` cannot be read or `sink` cannot be written. Opens nothing for writing."""
+    """Raise InputError if `source` cannot be read (as `reading` says) or `sink` cannot be written. Opens nothing for
+    writing."""
     if isinstance(source, io.TextIOBase):
         raise InputError("source: expected a binary stream, got one of text")
     for name, given, method in (("source", source, "readline"), ("sink", sink, "write")):
@@ -74,7 +80,7 @@ def check_paths(
     if isinstance(sink, (io.RawIOBase, io.BufferedIOBase)):
         raise InputError("sink: expected a text stream, got a binary one")
     if isinstance(source, Path) and kind_of(source, missing="no such file") is Kind.FILE:
-        (reading or Reading()).records(source)
+        _check_columns(source, reading or Reading())
     if shard is not None and not 1 <= shard[0] <= shard[1]:
         raise InputError("shard: expected i/n with i from 1 to n, got {}/{}".format(*shard))
     if shard is not None and not _is_file(source):
@@ -87,13 +93,34 @@ def check_paths(
         raise InputError(f"{sink}: {wrong}")
     if kind is not Kind.STREAM and is_parquet(sink):
         check_parquet(sink, overwrite=overwrite)
+    elif kind is not Kind.STREAM:
+        check_run_file(sink)
     if kind is Kind.FILE:
         if isinstance(source, Path) and sink.samefile(source):
             raise InputError(f"{sink}: is the input")
         if not overwrite and sink.stat().st_size and not is_parquet(sink):
             if not _is_file(source):
-                raise InputError(f"{sink}: is there already; --overwrite replaces it")
+                raise InputError(f"{sink}: already exists; --overwrite replaces it")
             check_resumable(sink)
+
+
+def _check_columns(source: Path, reading: Reading) -> None:
+    """Raise InputError if options for reading a file are invalid, or its columns are named, or separated, as no row at
+    its beginning has them."""
+    records = reading.records(source)
+    if reading.text is None and reading.delimiter is None:
+        return
+    wrong = None
+    with warnings.catch_warnings(), suppress(WorkError):  # answering the rows warns, and answers those before an error
+        warnings.simplefilter("ignore", SlmWarning)
+        for record in islice(records, WINDOW):
+            row = identified(record, text=reading.text)[1]
+            if isinstance(row, Unclear):
+                wrong = wrong or f"{source}: {record.where}: {row}"
+            elif record.error is None:
+                return
+    if wrong:
+        raise InputError(wrong)
 
 
 @dataclass(frozen=True)
@@ -181,8 +208,9 @@ def predict_file(
         else:
             stream = stack.enter_context(open_stream(sink, "wb")) if isinstance(sink, Path) else sink
         before, failed = (output.rows, output.failed) if output else (0, 0)
-        if output and output.bad and strict:
-            raise _bad_row(source, output.bad)
+        first_bad = output.bad if output else None
+        if first_bad and strict:
+            raise _bad_row(source, first_bad)
         ids: deque[Any] = deque()  # of rows read but not answered yet
         windows = _windows(source, reading, task, ids, stack)
         if shard is not None and mine is not None:
@@ -200,10 +228,12 @@ def predict_file(
                 output.write(records)
             elif stream:
                 _write(stream, sink, "".join(map(line_of, records)))
-            if bad and strict:
-                raise _bad_row(source, records[bad[0]])
+            if bad:
+                first_bad = first_bad or records[bad[0]]
+                if strict:
+                    raise _bad_row(source, records[bad[0]])
             answered, failed = answered + len(records), failed + len(bad)
-    return FileAnswered(before, answered, failed)
+    return FileAnswered(before, answered, failed, str(_bad_row(source, first_bad)) if first_bad else None)
 
 
 def _is_file(source: Source) -> bool:

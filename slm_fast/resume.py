@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from slm_fast.errors import InputError, WorkError
-from slm_fast.streams import line_of, named, write_all
+from slm_fast.streams import is_foreign, line_of, named, write_all
 
 
 def digest_of(path: Path) -> str:
@@ -71,7 +71,7 @@ class Output:
             self._file.truncate(0)
         if self.path.stat().st_size:
             if about is None:
-                raise InputError(f"{self.path}: is there already; --overwrite replaces it")
+                raise InputError(f"{self.path}: already exists; --overwrite replaces it")
             check_resumable(self.path, about)
             self._keep_whole_rows()
         elif about is None:
@@ -115,6 +115,15 @@ def run_file(path: Path) -> Path:
     return path.with_name(path.name + ".run")
 
 
+def check_run_file(path: Path) -> None:
+    """Raise InputError if another file is where the description of the run that writes `path` goes."""
+    run = run_file(path)
+    with named(run):
+        wrong = run.exists() and (not run.is_file() or is_foreign(run, b'{\n "input": '))
+    if wrong:
+        raise InputError(f"{run}: is in the way of the description of this run; name another output, or move it")
+
+
 def check_resumable(path: Path, about: Mapping[str, Any] | None = None) -> None:
     """Raise InputError unless the rows in `path` were made by a run like this; without `about`, by any resumable
     one."""
@@ -123,12 +132,21 @@ def check_resumable(path: Path, about: Mapping[str, Any] | None = None) -> None:
     except (OSError, ValueError):
         begun = None
     if not isinstance(begun, dict):
-        raise InputError(f"{path}: is there already; --overwrite replaces it")
+        raise InputError(f"{path}: already exists; --overwrite replaces it")
     for name in sorted({*begun, *about} if about else ()):
         then, now = begun.get(name), (about or {}).get(name)
         if then != now:
-            what = f"another {name}" if name in ("input", "store") else f"{name} {then!r}, not {now!r}"
-            raise InputError(f"{path}: was begun with {what}; --overwrite starts afresh")
+            raise InputError(f"{path}: was begun {_differing(name, then, now)}; --overwrite starts afresh")
+
+
+def _differing(name: str, then: Any, now: Any) -> str:
+    if name in ("input", "store"):
+        return f"with another {name}"
+    if name == "top_k":  # where None is a value
+        then, now = (("all" if value is None else value) for value in (then, now))
+    if then is None:
+        return f"without {name}, not with {name} {now!r}"
+    return f"with {name} {then!r}, not " + ("without" if now is None else repr(now))
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, list[bytes]]]:

@@ -128,7 +128,7 @@ def _model(model: Any) -> dict[str, Any]:
         check(config[field], f"model.config.{field}", CONFIG[field])
     for field in ("taps", "targets"):
         if repeated(config[field] or ()) is not None:
-            raise Unfit(f"model.config.{field}", f"{repeated(config[field])!r} stands there twice")
+            raise Unfit(f"model.config.{field}", f"{repeated(config[field])!r} is listed twice")
     for field in ("settings", "encoder_settings"):
         fields(model.get(field, {}), f"model.{field}", others=True)
     if "shapes" in model:
@@ -185,6 +185,9 @@ def check_same(got: Mapping[str, Any], expected: Mapping[str, Any], got_from: st
 
     Fields of `WHEN_KNOWN` are compared if both have them.
     """
+    ours, theirs = expected.get("backbone"), got.get("backbone")
+    if ours and theirs and ours != theirs and got.get("fingerprint") != expected.get("fingerprint"):
+        raise InputError(f"{got_from}: its backbone is {theirs!r}, that of {expected_by} is {ours!r}")
     both = got.keys() & expected.keys()
     for name in sorted(both & {"tokens", "encoder_tokens"}):
         if got[name] != expected[name]:
@@ -220,7 +223,7 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
         check(about["labels"], "labels", or_null(list_of(TEXT)))
         labels = about["labels"]
         if repeated(labels or ()) is not None:
-            raise Unfit("labels", f"{repeated(labels)!r} stands there twice")
+            raise Unfit("labels", f"{repeated(labels)!r} is listed twice")
         for field, value in fields(about["options"], "options", others=True).items():
             check(value, f"options.{field}", PLAIN)
         if "warm_start" in about["options"]:
@@ -270,6 +273,18 @@ def adapter_of(task: Mapping[str, Any]) -> Adapter | None:
     for field, value in about.items():
         check(value, f"adapter.{field}", ADAPTER[field])
     return Adapter(**{**about, "ends": tuple(about["ends"])})
+
+
+def check_backbone(name: str, fingerprint: str, about: Mapping[str, Any], where: str) -> None:
+    """Raise InputError unless a backbone is the one that the store at `where` was made with."""
+    made_with, expected = about["backbone"], about["fingerprint"]
+    if fingerprint == expected:
+        return
+    if made_with and name != made_with:
+        says = f"store {where} was made with {made_with!r}; leave out backbone= (--backbone)"
+    else:
+        says = f"changed since store {where} was made: its fingerprint is {fingerprint[:12]}..., was {expected[:12]}..."
+    raise InputError(f"backbone {name!r}: {says}")
 
 
 def _check_start(start: Any) -> None:

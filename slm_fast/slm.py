@@ -33,7 +33,7 @@ from slm_fast.options import (
 from slm_fast.origin import is_same
 from slm_fast.predict import Prediction, predict, predict_stream, probabilities
 from slm_fast.predict_file import Answering, FileAnswered, Reading, predict_file
-from slm_fast.schema import check_same
+from slm_fast.schema import check_backbone, check_same
 from slm_fast.warm_start import check_start
 
 if TYPE_CHECKING:
@@ -126,11 +126,7 @@ class ScalableLM(TaskKeeper):
         loaded = load_backbone(
             store.about["backbone"] if backbone is None else backbone, tokenizer, dtype, device, hint=moved
         )
-        expected = store.about["fingerprint"]
-        if loaded.fingerprint != expected:
-            raise InputError(
-                f"backbone {loaded.name!r}: its fingerprint is {loaded.fingerprint}, store {where} has {expected}"
-            )
+        check_backbone(loaded.name, loaded.fingerprint, store.about, where)
         with memory_for(f"backbone {loaded.name!r}"):
             slm = cls(loaded, ModelConfig(**config), device_memory=device_memory)
         check_same(slm.model.about, store.about, f"backbone {slm.model.backbone.name!r}", f"store {where}")
@@ -231,7 +227,7 @@ class ScalableLM(TaskKeeper):
                 self.add(task)
                 return difference
         if known is None or known.origin != task.origin:
-            raise InputError(f"task {name!r}: is there already; forget it first, or import under another name")
+            raise InputError(f"task {name!r}: already exists; forget it first, or import under another name")
         warn(f"task {name!r}: already imported from the same adapter and examples; kept as it is")
         return None
 
@@ -268,6 +264,7 @@ class ScalableLM(TaskKeeper):
         rows: Iterable[Any],
         options: PredictOptions | None = None,
         *,
+        text: str | None = None,
         task: str | Sequence[str] | None = None,
         progress: bool | None = False,
         **changes: Unpack[PredictKeywords],
@@ -277,14 +274,16 @@ class ScalableLM(TaskKeeper):
         Args:
             rows: strings or {"instruction": ..., "input": ...}, as a list, DataFrame or Dataset.
             options, **changes: prediction options; changes override their fields, such as max_new_tokens=20.
+            text: name of the input column, if not one of the usual names.
             task: oracle task ID, one for all rows or one per row.
 
         Raises:
-            InputError: an option is invalid, a task is not known, or none is learned yet.
+            InputError: an option is invalid, the first row lacks the column `text`, a task is not known, or none is
+                learned yet.
             WorkError: a row cannot be read or answered. The message gives its number, counted from 1.
         """
-        parsed = list(rows_to_answer(rows))
-        return predict(self.model, parsed, combine(PredictOptions, options, changes), task=task, progress=progress)
+        chosen = combine(PredictOptions, options, changes)
+        return predict(self.model, list(rows_to_answer(rows, text=text)), chosen, task=task, progress=progress)
 
     @shows(PredictOptions)
     def predict_proba(
@@ -292,6 +291,7 @@ class ScalableLM(TaskKeeper):
         rows: Iterable[Any],
         options: PredictOptions | None = None,
         *,
+        text: str | None = None,
         task: str | None = None,
         progress: bool | None = False,
         **changes: Unpack[PredictKeywords],
@@ -301,7 +301,7 @@ class ScalableLM(TaskKeeper):
 
         Args:
             task: oracle task ID for all rows. The columns are then its labels, sorted (`slm.learned[task].labels`).
-            rows, options, progress, **changes: as for `predict`; `top_k` has no effect.
+            rows, options, text, progress, **changes: as for `predict`; `top_k` has no effect.
 
         Raises:
             InputError: as for `predict`, or the backbone generates its answers and has no label probabilities.
@@ -310,7 +310,7 @@ class ScalableLM(TaskKeeper):
         if self.model.backbone.kind != "encoder" and (known is None or known.head is None):
             raise InputError("predict_proba: this backbone writes its answers and weighs no labels; predict has .score")
         changes["top_k"] = None
-        answers = self.predict(rows, options, task=task, progress=progress, **changes)
+        answers = self.predict(rows, options, text=text, task=task, progress=progress, **changes)
         return probabilities(answers, self.classes_ if known is None else known.labels or ())
 
     @shows(PredictOptions)
@@ -319,12 +319,13 @@ class ScalableLM(TaskKeeper):
         rows: Iterable[Any],
         options: PredictOptions | None = None,
         *,
+        text: str | None = None,
         task: str | None = None,
         **changes: Unpack[PredictKeywords],
     ) -> Iterator[Prediction]:
         """Like `predict`, for any iterable of rows: yields answers in order, with bounded memory."""
-        parsed = rows_to_answer(rows)
-        return predict_stream(self.model, parsed, combine(PredictOptions, options, changes), task=task)
+        chosen = combine(PredictOptions, options, changes)
+        return predict_stream(self.model, rows_to_answer(rows, text=text), chosen, task=task)
 
     @shows(PredictOptions)
     def predict_file(

@@ -55,7 +55,7 @@ def test_the_usual_name_wins_over_its_synonyms_and_its_exact_spelling_over_other
         ({"prompt": "a", "answer": "b", "completion": "c"}, "columns 'answer', 'completion' may each be the output"),
         ({"Frage": "a", "Thema": "x"}, "fields: 'Frage', 'Thema'; text=NAME (--text-column) says which holds it"),
         ({"text": "a", "Thema": "x"}, "fields: 'text', 'Thema'; label=NAME (--label-column) says which holds it"),
-        ({"text;label": "a;x"}, "delimiter=CHAR (--delimiter)"),
+        ({"text;label": "a;x"}, "; text=NAME (--text-column) says which holds it, delimiter=CHAR (--delimiter)"),
         ({"TEXT": "a", "Text": "b", "label": "x"}, "columns 'TEXT', 'Text' may each be the text"),
     ],
     ids=range(7),
@@ -65,6 +65,11 @@ def test_where_two_columns_could_be_meant_or_none_the_options_are_named(row: dic
         rows_of(row)
     assert str(caught.value).startswith("x: row 1: ")
     assert said in str(caught.value)
+
+
+def test_a_delimiter_is_not_advised_for_a_single_column_whose_name_is_one_word() -> None:
+    with pytest.raises(WorkError, match=r"says which holds it$"):
+        rows_of({"Frage": "a"})
 
 
 def test_to_answer_a_row_its_label_need_not_be_clear() -> None:

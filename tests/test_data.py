@@ -258,8 +258,8 @@ def test_a_bad_jsonl_row_is_named_with_its_line(tmp_path: Path, line: str, said:
         ("text,label\na,x\nb\n", 3, "no 'label'"),
         ("text,label\na,x\nhello, world,y\n", 3, "column"),  # a comma that should have been quoted
         ('text,label\n"two\nlines",x\n,y\n', 4, "empty text"),
-        ('text,label\na,x\nb,y\n"c,x\nd,y\ne,x\n', 4, ""),  # a quote that is never closed
-        ('text,label\na,x\nb,"y\nc,x\nd,y\n', 3, ""),
+        ('text,label\na,x\nb,y\n"c,x\nd,y\ne,x\n', 4, "a quotation mark is opened and never closed"),
+        ('text,label\na,x\nb,"y\nc,x\nd,y\n', 3, "a quotation mark is opened and never closed"),
         ("words,label\na,x\n", 2, "'words', 'label'; text=NAME (--text-column)"),
         ("a,x\nb,y\n", 2, "no 'text'"),
         ('"te\nxt",label\na,x\n', 3, "no 'text'"),

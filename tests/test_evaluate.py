@@ -97,9 +97,19 @@ def test_an_unknown_label_is_named_with_its_row_and_the_labels_known():
 
 def test_an_unknown_label_in_a_file_is_named_with_the_file(tmp_path):
     file = tmp_path / "test.csv"
-    file.write_text("text,label\nsea1,yes\nsea2,maybe\n")
-    with pytest.raises(WorkError, match="label 'maybe' is not one of no, yes"):
+    file.write_text("text,label\nsea1,yes\n\nsea2,maybe\n")
+    with pytest.raises(WorkError, match=r"test\.csv: line 4: label 'maybe' is not one of no, yes$"):
         two_tasks("bert").evaluate({"sea": file})
+
+
+def test_of_many_or_long_labels_only_the_first_are_listed_and_other_spellings_are_known(tmp_path):
+    file = tmp_path / "test.csv"
+    file.write_text("text,label\na,1\nb,True\nc,x\n")
+    known = ["1.0", "true", "w" * 100, *(f"z{i}" for i in range(50))]
+    with pytest.raises(WorkError) as caught:
+        Task.from_file("sea", file, known=known, training=False)
+    listed = f"1.0, true, {'w' * 40}..., z0, z1 and 48 more"
+    assert str(caught.value) == f"{file}: line 4: label 'x' is not one of {listed}"
 
 
 def test_a_row_without_its_answer_is_named():

@@ -307,7 +307,7 @@ def test_what_spreadsheets_add_to_delimited_text_is_no_part_of_it(tmp_path: Path
 
 def test_a_field_that_stands_in_a_row_twice_is_refused_wherever_it_is(tmp_path: Path) -> None:
     twice = '{"text": "a", "text": "b", "label": "x"}'
-    error = "not JSON: field 'text' stands there twice"
+    error = "not JSON: field 'text' occurs twice"
     assert found(io.BytesIO(f'{twice}\n{{"text": "c"}}\n'.encode())) == [(1, error), (2, {"text": "c"})]
     for name, content in (("t.json", f"[{twice}]"), ("t.jsonl", twice)):
         with pytest.raises(WorkError, match=error):

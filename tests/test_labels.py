@@ -17,7 +17,7 @@ import torch
 from test_data import jsonl, write, write_csv
 
 from slm_fast.data import Row, Task
-from slm_fast.errors import SlmWarning, WorkError
+from slm_fast.errors import InputError, SlmWarning, WorkError
 from slm_fast.labels import words_beside
 
 
@@ -111,11 +111,13 @@ def test_what_says_that_nothing_is_there_is_no_label(missing: object) -> None:
         (np.array([1]), "expected a word or an integer"),
         (np.datetime64("2020-01-01"), "expected a word or an integer"),
         (10**5000, "expected a word or an integer"),
-        ("x" * 1001, "expected at most 1000 letters, got 1001"),
+        ("x" * 1001, "expected at most 1,000 characters, got 1,001"),
         ("\x1b[31mred", "control character"),
         ("a\0b", "control character"),
+        ("\u200b", "no visible character, got '\\u200b'"),
+        ("\u200b \ufeff", "no visible character"),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_what_cannot_be_a_label_is_one_line_that_names_the_row(value: object, said: str) -> None:
     with pytest.raises(WorkError) as caught:
@@ -123,6 +125,10 @@ def test_what_cannot_be_a_label_is_one_line_that_names_the_row(value: object, sa
     assert str(caught.value).startswith("x: row 2: 'label': ")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_label_may_hold_tabs_and_line_breaks() -> None:
+    assert labels_of(["a\tb", "two\nlines"]) == ["a\tb", "two\nlines"]
 
 
 def test_labels_that_unicode_writes_in_two_ways_are_one_and_free_text_is_left_alone() -> None:
@@ -182,11 +188,40 @@ def test_words_that_are_given_take_labels_that_are_words_already(tmp_path: Path)
         Task.from_file("x", path, labels=["cat", "dog"])
 
 
-@pytest.mark.parametrize("labels", [[], [1], ["a", ""], {"0": "a"}, "missing.json"])
+@pytest.mark.parametrize("labels", [[], [1], ["a", ""], ["a", " "], {"0": "a"}])
 def test_words_that_are_no_list_of_words_are_one_line(tmp_path: Path, labels: object) -> None:
     path = write_csv(tmp_path / "t.csv", ("a", "1"), ("b", "0"))
     with pytest.raises(WorkError, match="not a JSON list of words"):
         Task.from_file("x", path, labels=labels)
+
+
+def test_a_list_of_words_that_is_not_there_is_a_wrong_call(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", ("a", "1"), ("b", "0"))
+    for labels, said in ((tmp_path / "missing.json", "missing.json: no such file"), (tmp_path, "is a folder")):
+        with pytest.raises(InputError, match=said):
+            Task.from_file("x", path, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pos", "neg", "pos"], "'pos' occurs twice"),
+        (["pos", "neg", " pos"], "'pos' occurs twice"),
+        (["caf\u00e9", "tea", "cafe\u0301"], "'caf\u00e9' occurs twice"),
+        (["1", "2", "1.0"], "'1' occurs twice"),
+        (["pos", "\u200b", "neg"], "no visible character"),
+    ],
+    ids=range(5),
+)
+def test_words_that_would_merge_classes_are_refused_and_beside_a_file_not_used(
+    tmp_path: Path, words: list[str], said: str
+) -> None:
+    path = write_csv(tmp_path / "t.csv", ("a", "0"), ("b", "1"), ("c", "2"))
+    with pytest.raises(WorkError, match=f"^labels: .*{said}"):
+        Task.from_file("x", path, labels=words)
+    write(tmp_path / "labels.json", json.dumps(words))
+    with pytest.warns(SlmWarning, match=f"labels are not named: .*labels.json: .*{said}"):
+        assert Task.from_file("x", path).labels == ["0", "1", "2"]
 
 
 class ClassLabel:
@@ -261,9 +296,10 @@ def test_labels_json_names_a_part_of_a_learned_tasks_rows_if_it_holds_the_tasks_
         assert Task.from_file("x", path, known=["bad", "good"], training=False).labels == ["bad", "good"]
         assert words_beside(path, ["2", "0"], {"good", "so so"}) == ["bad", "so so", "good"]
         assert words_beside(path, ["good"], {"good"}) is None  # labels are words already
-    for known in (["0", "1", "2"], ["bad", "grand"]):  # labels that are numbers; words of another list
-        with pytest.warns(SlmWarning, match="not named by labels.json"):
-            assert Task.from_file("x", path, known=known, training=False).labels == ["0", "2"]
+    with pytest.warns(SlmWarning, match="not named by labels.json"):  # labels that are numbers
+        assert Task.from_file("x", path, known=["0", "1", "2"], training=False).labels == ["0", "2"]
+    with pytest.warns(SlmWarning, match="not named by labels.json"):  # words of another list
+        assert words_beside(path, ["2", "0"], ["bad", "grand"]) is None
     write_csv(path, ("a", "3"))
     with pytest.warns(SlmWarning, match="not named by labels.json"):
         assert words_beside(path, ["3"], {"bad", "good"}) is None  # the list has no fourth word

@@ -63,8 +63,11 @@ def test_validation_may_be_a_file_and_have_one_label_only(tmp_path):
     assert slm.tasks == ["sea"]
 
 
-def test_a_validation_label_that_training_lacks_is_named():
-    slm = make_slm("bert")
+def test_a_validation_label_that_training_lacks_is_named(tmp_path):
+    slm, file = make_slm("bert"), tmp_path / "valid.csv"
+    file.write_text("text,label\nsea1,yes\nsea2,maybe\n")
+    with pytest.raises(WorkError, match=r"valid\.csv: line 3: label 'maybe' is not one of no, yes"):
+        slm.learn(easy("sea"), valid=file, epochs=1)
     valid = Task("sea", [("sea1", "maybe"), ("sea2", "yes")])
     with pytest.raises(WorkError, match="validation label 'maybe' is not in the training rows"):
         slm.learn(easy("sea"), valid=valid, epochs=1)

@@ -81,7 +81,7 @@ def test_texts_and_runs_without_rows_have_the_same_columns(name, tmp_path):
 
 def test_a_file_that_is_there_is_not_gone_on_with(slm, source, tmp_path):
     (tmp_path / "out.parquet").write_bytes(b"")
-    with pytest.raises(InputError, match=r"out.parquet: is there already, and a Parquet file cannot be resumed"):
+    with pytest.raises(InputError, match=r"out.parquet: already exists, and a Parquet file cannot be resumed"):
         slm.predict_file(source, tmp_path / "out.parquet")
     slm.predict_file(source, tmp_path / "out.parquet", overwrite=True)
     assert pyarrow.parquet.read_table(tmp_path / "out.parquet").num_rows == 9

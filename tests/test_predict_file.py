@@ -153,8 +153,34 @@ def test_an_interrupted_run_is_not_taken_up_with_another_way_of_reading(slm: Sca
     (tmp_path / "in.csv").write_text("text\nsea1\n")
     slm.predict_file(tmp_path / "in.csv", tmp_path / "out")
     slm.predict_file(tmp_path / "in.csv", tmp_path / "out")
-    with pytest.raises(InputError, match="delimiter None, not ','"):
+    with pytest.raises(InputError, match="was begun without delimiter, not with delimiter ','"):
         slm.predict_file(tmp_path / "in.csv", tmp_path / "out", delimiter=",")
+
+
+@pytest.mark.parametrize("name", ["in.csv", "in.jsonl", "in.json"])
+def test_a_named_column_that_no_row_has_is_a_wrong_call_and_nothing_is_written(
+    slm: ScalableLM, tmp_path: Path, name: str
+) -> None:
+    source, sink = tmp_path / name, tmp_path / "out"
+    rows = [{"q": "sea1", "n": i} for i in range(1500)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    source.write_text({".csv": "q,n\nsea1,2\nfarm1,3\n", ".jsonl": lines, ".json": json.dumps(rows)}[source.suffix])
+    for how, said in (({"text": "nope"}, "no column 'nope'; columns: 'q', 'n'"), ({"delimiter": ","}, "no 'text'")):
+        with pytest.raises(InputError, match=rf"{name}: (line|row) [12]: {said}"):
+            slm.predict_file(source, sink, **how)
+    assert list(tmp_path.iterdir()) == [source]
+    assert slm.predict_file(source, sink, text="q").failed == 0
+
+
+def test_rows_that_lack_a_named_column_where_others_have_it_are_bad_rows(slm: ScalableLM, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('no json\n{"text": "sea1"}\n{"q": "sea1"}\n')
+    done = slm.predict_file(source, tmp_path / "out", text="q")
+    assert (done.answered, done.failed) == (3, 2)
+    assert done.first_error is not None
+    assert done.first_error.startswith(f"{source}: row 1: not JSON")
+    assert slm.predict_file(source, io.StringIO(), text="q") == done
+    assert slm.predict_file(io.BytesIO(b'"sea1"\n'), io.StringIO(), text="q").failed == 1
 
 
 # Outputs
@@ -183,6 +209,7 @@ def test_folders_and_streams_of_the_other_kind_are_refused_in_one_line(slm: Scal
         (tmp_path, tmp_path / "o", "is a folder"),
         (tmp_path / "in.jsonl", tmp_path, "is a folder"),
         (tmp_path / "in.jsonl", tmp_path / "no" / "o", "no such folder"),
+        (tmp_path / "in.jsonl", tmp_path / "in.jsonl" / "o", "in.jsonl is a file, expected a folder"),
         (tmp_path / "no", tmp_path / "o", "no such file"),
         (tmp_path / "in.jsonl", tmp_path / "o\0", "not a path"),
         (io.StringIO('"sea1"'), tmp_path / "o", "source: expected a binary stream"),

@@ -80,7 +80,7 @@ def test_a_backbone_that_writes_has_no_probabilities_of_labels(name):
 def test_without_tasks_there_are_no_classes():
     slm = make_slm("bert", features=32)
     assert slm.classes_ == []
-    with pytest.raises(InputError, match="no task is learned yet"):
+    with pytest.raises(InputError, match=r"no task is learned yet: .*; learn a task first"):
         slm.predict_proba(["sea1"])
 
 

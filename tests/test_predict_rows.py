@@ -73,6 +73,37 @@ def test_an_unknown_option_of_a_stream_is_refused_when_it_is_made():
         slm.predict_stream(["sea1"], beam=3)
 
 
+# Named columns
+
+
+def test_the_input_column_may_be_named():
+    slm = make_slm("bert")
+    knows(slm, *two_tasks(slm))
+    expected = slm.predict(mixed())
+    rows = [{"body": text, "other": "x"} for text in mixed()]
+    assert slm.predict(rows, text="Body") == expected
+    assert list(slm.predict_stream(iter(rows), text="body")) == expected
+    assert slm.predict_proba(rows, text="body").tolist() == slm.predict_proba(mixed()).tolist()
+
+
+def test_a_named_column_that_the_first_row_lacks_is_a_wrong_call_and_one_that_another_lacks_a_bad_row():
+    slm = make_slm("bert")
+    knows(slm, *two_tasks(slm))
+    for answer in (slm.predict, slm.predict_proba, lambda rows, text: list(slm.predict_stream(rows, text=text))):
+        with pytest.raises(InputError, match="row 1: no column 'nope'; columns: 'body'"):
+            answer([{"body": "sea1"}], text="nope")
+        with pytest.raises(WorkError, match="row 2: no column 'body'; columns: 'text'"):
+            answer([{"body": "sea1"}, {"text": "sea2"}], text="body")
+
+
+def test_an_unknown_option_is_reported_before_a_bad_row():
+    slm = make_slm("bert")
+    knows(slm, *two_tasks(slm))
+    for answer in (slm.predict, slm.predict_proba, slm.predict_stream):
+        with pytest.raises(InputError, match="label: unknown option"):
+            answer([{"body": "sea1"}], label="queue")
+
+
 # Invalid rows and options
 
 

@@ -117,7 +117,7 @@ def test_a_finished_run_is_left_as_it_is(store, source, whole, tmp_path):
     output = tmp_path / "out.jsonl"
     predict(store, source, output)
     before = output.stat().st_mtime_ns
-    one_line(predict(store, source, output), 1, "5 rows failed")
+    one_line(predict(store, source, output), 1, "5 rows failed", f"; first: {source}: row 72: not JSON")
     assert (output.stat().st_mtime_ns, output.read_bytes()) == (before, whole)
 
 
@@ -128,7 +128,8 @@ def test_another_call_is_refused_and_says_what_differs_and_overwrite_starts_afre
     one_line(predict(store, other, output), 2, "out.jsonl", "another input", "--overwrite")
     one_line(predict(store, source, output, "--head", "winner"), 2, "head 'mixed', not 'winner'")
     one_line(predict(store, source, output, "--batch-tokens", 99), 2, "batch_tokens 2048, not 99")
-    one_line(predict(store, source, output, "--task", "sea"), 2, "task None, not 'sea'")
+    one_line(predict(store, source, output, "--task", "sea"), 2, "was begun without task, not with task 'sea'")
+    one_line(predict(store, source, output, "--top-k", "all"), 2, "was begun with top_k 1, not 'all'")
     assert slm_fast("merge", tmp_path / "fewer", store).returncode == 0
     assert slm_fast("forget", tmp_path / "fewer", "sea").returncode == 0
     one_line(predict(tmp_path / "fewer", source, output), 2, "another store")
@@ -143,6 +144,16 @@ def test_an_output_that_is_no_runs_is_not_touched(store, source, tmp_path):
     output.write_text('{"precious": 1}\n')
     one_line(predict(store, source, output), 2, "out.jsonl", "--overwrite")
     assert output.read_text() == '{"precious": 1}\n'
+
+
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_another_file_where_the_run_is_described_is_not_touched(store, source, tmp_path, more):
+    output = tmp_path / "out.jsonl"
+    run_file(output).write_bytes(source.read_bytes())
+    one_line(predict(store, source, output, *more), 2, "out.jsonl.run: is in the way")
+    one_line(slm_fast("predict", store, "--output", output, *more, stdin='"sea1"\n'), 2, "out.jsonl.run")
+    assert run_file(output).read_bytes() == source.read_bytes()
+    assert not output.exists()
 
 
 def test_two_at_once_do_not_write_one_output(store, source, tmp_path):

@@ -210,7 +210,7 @@ def test_a_model_without_a_store_does_not_go_on_with_anybodys_output(slm: Scalab
     before = (tmp_path / "out.jsonl").read_bytes()
     other = make_slm("bert")
     knows(other, *two_tasks(other))
-    with pytest.raises(InputError, match=r"out\.jsonl: is there already; --overwrite replaces it"):
+    with pytest.raises(InputError, match=r"out\.jsonl: already exists; --overwrite replaces it"):
         other.predict_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == before
 

@@ -156,7 +156,7 @@ def add_routing_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         ABSTAIN,
-        type=float,
+        type=_share,
         nargs="?",
         const=SHARE,
         default=False,
@@ -167,6 +167,12 @@ def add_routing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distance", action="store_true", help="report each row's distance from its task (--abstain does, too)"
     )
+
+
+def _share(text: str) -> float:
+    if _is_number(text) and 0 <= float(text) <= 1:
+        return float(text)
+    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
 
 
 def add_memory_option(parser: argparse.ArgumentParser) -> None:

@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         done = open_store(arguments).predict_file(source, sink, options, **columns, **how)
     if done.failed:
         rows = f"{done.failed} row{'s' * (done.failed > 1)}"
-        return complain(f"{rows} failed; each is marked with its error in the output", 1)
+        return complain(f"{rows} failed; each is marked with its error in the output; first: {done.first_error}", 1)
     return 0
 
 

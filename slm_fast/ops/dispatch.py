@@ -90,6 +90,9 @@ class Backend:
     prepares_keys: bool = False
     takes_key_slot: bool = False
 
+    def __repr__(self) -> str:
+        return f"Backend({self.name!r}, {'available' if self.available else 'not available'})"
+
     def serves(self, stem: str, size: str = "") -> bool:
         sized = f"{stem}:{size}"
         return (stem in self.operators and sized not in self.leaves_out) or sized in self.operators

@@ -178,7 +178,7 @@ def test_verify_names_a_damaged_file_and_nothing_opens_it(store: Path, tmp_path:
         (("learn", "NEW", "--task", "a=NO_LABEL", "--backbone", "minilm"), 1, ("line 3", "label")),
         (("learn", "STORE", "--task", "help_desk=FILE"), 2, ("help_desk", "already")),
         (("learn", "STORE", "--task", "a=FILE", "--router", "dtkr"), 2, ("--router", "gaussian")),
-        (("evaluate", "STORE", "--task", "help_desk=OTHER_LABELS"), 1, ("help_desk", "row 1", "'x'")),
+        (("evaluate", "STORE", "--task", "help_desk=OTHER_LABELS"), 1, (".csv: line 2: label 'x' is not one of",)),
         (("evaluate", "STORE", "--task", "nonesuch=FILE"), 2, ("nonesuch", "help_desk")),
         (("predict", "STORE", "--input", "missing.jsonl"), 2, ("missing.jsonl",)),
         (("predict", "NEW"), 2, ("not a store",)),

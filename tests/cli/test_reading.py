@@ -44,6 +44,8 @@ def test_columns_of_unknown_names_are_listed_with_the_options(tmp_path: Path) ->
     one_line(done, 1, f"{path}: line 2: no 'text'", "'Nachricht', 'Ziel'", "--text-column")
     done = slm_fast("learn", tmp_path / "store", "--task", f"t={path}", *LEARN, "--text-column", "Nachrichten")
     one_line(done, 2, "no column 'Nachrichten'")
+    done = slm_fast("predict", tmp_path / "store", "--input", path, "--text-column", "nope")
+    one_line(done, 2, f"{path}: line 2: no column 'nope'; columns: 'Nachricht', 'Ziel'")  # before a model is looked for
     for wrong, said in ((("--encoding", "utf-9"), "encoding"), (("--delimiter", ";;"), "delimiter")):
         one_line(slm_fast("learn", tmp_path / "store", "--task", f"t={path}", *LEARN, *wrong), 2, said)
 
@@ -68,6 +70,7 @@ def test_words_for_integer_labels_are_given_by_task(tmp_path: Path) -> None:
     words.write_text('["low", "middle", "high"]')
     run = ("learn", store, "--task", f"t={path}", *LEARN)
     one_line(slm_fast(*run, "--labels", f"u={words}"), 2, "--labels 'u': no --task of that name")
+    one_line(slm_fast(*run, "--labels", f"t={tmp_path / 'no.json'}"), 2, "no.json: no such file")
     assert slm_fast(*run, "--labels", f"t={words}").returncode == 0
     assert labels(store) == {"t": ["high", "low"]}
     assert slm_fast("evaluate", store, "--task", f"t={path}", "--labels", f"t={words}").returncode == 0

@@ -224,6 +224,12 @@ def test_abstain_before_the_store_opens_it(store: Path):
     assert before.stdout == after.stdout != ""
 
 
+def test_a_share_to_abstain_beyond_one_is_refused_in_the_words_of_the_command_line(store: Path):
+    for share in ("95", "-0.1", "nan"):
+        done = slm_fast("predict", store, f"--abstain={share}", stdin=LINE)
+        one_line(done, 2, f"--abstain: expected a number from 0 to 1, got '{share}'")
+
+
 def test_options_that_change_nothing_are_said(store: Path):
     done = slm_fast("predict", store, "--top-p", 0.5, "--max-new-tokens", 3, "--top-k", 2, stdin=LINE)
     assert done.returncode == 0

@@ -35,6 +35,10 @@ def test_the_first_usable_backend_that_serves_the_operator_runs_it(probe):
     assert dispatch.operator("key_loss", "cpu") is torch.ops.slm_fast.key_loss_reference
 
 
+def test_the_list_of_backends_says_in_short_which_are_available(probe):
+    assert repr(ops.backends()[-2:]) == "(Backend('probe', available), Backend('absent', not available))"
+
+
 def test_a_forced_backend_overrides_the_preference_in_all_threads(probe):
     seen = []
     with ops.use_backend("reference"):
