@@ -124,6 +124,8 @@ class Store(StoreView):
         for name in sorted(tasks or ()):
             if name not in there:
                 raise InputError(f"task {name!r}: in none of the stores to copy from; tasks: {some_of(there)}")
+        for source in sources:  # before a new store's folder is made
+            check_same(source.about, self.about, source.where, self.where)
         with self._writing():
             files, holder = dict(self.files), dict.fromkeys(self.files, self)
             for source in sources:

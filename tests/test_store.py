@@ -267,6 +267,9 @@ def test_a_store_of_another_configuration_is_not_merged(tmp_path: Path) -> None:
         store_of(tmp_path / "into", A).merge([other])
     assert str(tmp_path / "other") in str(caught.value)
     assert version(tmp_path / "into") == contents([A])
+    with pytest.raises(InputError, match=r"config\.k"):
+        Store(tmp_path / "new", ABOUT, {}).merge([store_of(tmp_path / "x", B), other])
+    assert not (tmp_path / "new").exists()
 
 
 def test_stores_of_one_backbone_loaded_from_different_places_are_merged(tmp_path: Path) -> None:
