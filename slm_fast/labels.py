@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from slm_fast.errors import WorkError, one_line, some_of, warn
+from slm_fast.errors import InputError, WorkError, one_line, some_of, warn
 from slm_fast.fields import TEXT, Unfit, check, list_of, read_json, repeated
 from slm_fast.streams import kind_of
 
@@ -163,8 +163,8 @@ def read_words(labels: str | Path | Sequence[str]) -> list[str]:
     """A list of label words, given as such or as a JSON file, normalised like the labels of rows.
 
     Raises:
-        InputError: there is no such file.
-        WorkError: it is not a list of words that are all different.
+        InputError: there is no such file, or a word that is given is no label or is given twice.
+        WorkError: it is not a list of words, or a word of the file is no label or is there twice.
     """
     words: Any = labels
     where = "labels"
@@ -179,13 +179,14 @@ def read_words(labels: str | Path | Sequence[str]) -> list[str]:
         check(words, "labels", list_of(TEXT))
     except (OSError, ValueError, Unfit) as error:
         raise WorkError(f"{where}: not a JSON list of words: {one_line(error)}") from None
+    wrong = WorkError if isinstance(labels, (str, Path)) else InputError
     try:
         words = [check_label(str(word)) for word in words]
         twice = repeated(same_words(words))
     except WorkError as error:
-        raise WorkError(f"{where}: {error}") from None
+        raise wrong(f"{where}: {error}") from None
     if twice is not None:
-        raise WorkError(f"{where}: {twice[:60]!r} occurs twice; each label number needs a word of its own")
+        raise wrong(f"{where}: {twice[:60]!r} occurs twice; each label number needs a word of its own")
     return words
 
 

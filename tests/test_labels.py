@@ -217,7 +217,7 @@ def test_words_that_would_merge_classes_are_refused_and_beside_a_file_not_used(
     tmp_path: Path, words: list[str], said: str
 ) -> None:
     path = write_csv(tmp_path / "t.csv", ("a", "0"), ("b", "1"), ("c", "2"))
-    with pytest.raises(WorkError, match=f"^labels: .*{said}"):
+    with pytest.raises(InputError, match=f"^labels: .*{said}"):
         Task.from_file("x", path, labels=words)
     write(tmp_path / "labels.json", json.dumps(words))
     with pytest.warns(SlmWarning, match=f"labels are not named: .*labels.json: .*{said}"):

@@ -277,7 +277,7 @@ def test_labels_have_to_be_those_of_the_head(slm: ScalableLM, llama: Path, tmp_p
     bert = make_slm("bert")
     with pytest.raises(InputError, match="labels: expected 3 words, as the adapter's head has, got 2"):
         bert.import_adapter(tmp_path, "sky", texts("sky"), labels=["a", "b"])
-    with pytest.raises(InputError, match="labels: 'a' is listed twice"):
+    with pytest.raises(InputError, match="labels: 'a' occurs twice"):
         bert.import_adapter(tmp_path, "sky", texts("sky"), labels=["a", "b", "a"])
 
 
