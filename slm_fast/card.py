@@ -10,7 +10,7 @@ from typing import Any
 from slm_fast.errors import some_of
 from slm_fast.tasks import LearnedTask
 
-PACKAGED = {  # hub names of packaged backbones
+HUB_NAMES = {  # of packaged backbones
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
 }
@@ -50,7 +50,7 @@ SHOWN = ("query", "router", "k", "route_on", "max_length")  # configuration fiel
 
 def base_model_of(about: Mapping[str, Any], base_model: str | None = None) -> str | None:
     """The backbone's hub name: `base_model`, else its own name. None if that is a path or empty."""
-    name = base_model or PACKAGED.get(about["backbone"], about["backbone"])
+    name = base_model or HUB_NAMES.get(about["backbone"], about["backbone"])
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
 
 

@@ -221,7 +221,7 @@ def _numbered(number: int, value: Any, text: str | None) -> Row:
     try:
         return Row.parse(value, text=text)
     except WorkError as error:
-        raise _kind_of(error, first=number == 1, named=text is not None)(f"row {number}: {error}") from None
+        raise _error_class(error, first=number == 1, named=text is not None)(f"row {number}: {error}") from None
 
 
 def rows_of_file(
@@ -238,7 +238,7 @@ def rows_of_file(
     for record in read_records(path, delimiter=delimiter, encoding=encoding, columns=columns):
         row = identified(record, text=text)[1]
         if isinstance(row, WorkError):
-            raise _kind_of(row, first=not rows, named=text is not None)(f"{path}: {record.where}: {row}")
+            raise _error_class(row, first=not rows, named=text is not None)(f"{path}: {record.where}: {row}")
         rows.append(row)
     if not rows:
         raise WorkError(f"{path}: the file has no rows")
@@ -267,7 +267,7 @@ def identified(record: Record, *, text: str | None = None) -> tuple[Any, Row | W
         return name, error
 
 
-def _kind_of(error: WorkError, *, first: bool, named: bool) -> type[SlmError]:
+def _error_class(error: WorkError, *, first: bool, named: bool) -> type[SlmError]:
     """The class of a row's error: InputError if the caller named a column that even the first row lacks."""
     return InputError if first and named and isinstance(error, Unclear) else WorkError
 
@@ -300,8 +300,8 @@ def _answered(
             if not free_text:
                 row = replace(row, target=check_label(row.target))
         except WorkError as error:
-            kind_of = _kind_of(error, first=not rows, named=(text or label) is not None)
-            raise kind_of(f"{source}: {where}: {error}") from None
+            error_class = _error_class(error, first=not rows, named=(text or label) is not None)
+            raise error_class(f"{source}: {where}: {error}") from None
         rows.append(row)
     if not free_text:
         try:

@@ -25,10 +25,7 @@ class HubStore(Store):
     """A store in the hub's cache, where nothing is changed: no error advises to forget a damaged task."""
 
     @staticmethod
-    def on_damage(file: Path) -> str:
-        return LEAVE_OUT
-
-    def _remedy(self, name: str) -> str:
+    def remedy(file: Path) -> str:
         return LEAVE_OUT
 
 

@@ -114,7 +114,11 @@ class RemoteStore(Store):
             return data
 
     @staticmethod
-    def on_damage(file: Path) -> str:
+    def remedy(file: Path) -> str:
+        return LEAVE_OUT
+
+    @classmethod
+    def on_damage(cls, file: Path) -> str:
         """Delete a damaged file from the cache: the next opening downloads it again."""
         with suppress(OSError):
             file.unlink()
@@ -215,9 +219,6 @@ class RemoteStore(Store):
             if isinstance(data, BaseException):  # whatever a driver raises for network or permission errors
                 raise WorkError(f"{self.where}/{path}: cannot be read: {one_line(data)}")
         return found
-
-    def _remedy(self, name: str) -> str:
-        return LEAVE_OUT
 
     # Writing the cache
 

@@ -160,17 +160,19 @@ class StoreView:
         return read_file(self.file(name), self.files[name])
 
     @staticmethod
-    def on_damage(file: Path) -> str:
+    def remedy(file: Path) -> str:
+        """What to do about the damaged file of a task: an addition to the error message."""
+        return f"{LEAVE_OUT}, `slm-fast forget {file.parents[2]} {file.parent.name}` removes it"
+
+    @classmethod
+    def on_damage(cls, file: Path) -> str:
         """Called with a file that proves damaged when a part of it is used; returns an addition to the error
         message."""
-        return remedy(file)
+        return cls.remedy(file)
 
     def _with_remedy(self, name: str, error: WorkError) -> WorkError:
         """A task's error that, if its file is damaged, says what to do."""
-        return WorkError(f"{error}{self._remedy(name)}") if isinstance(error, DamagedFile) else error
-
-    def _remedy(self, name: str) -> str:
-        return remedy(self.file(name))
+        return WorkError(f"{error}{self.remedy(self.file(name))}") if isinstance(error, DamagedFile) else error
 
     def let_go(self) -> None:
         """Free the results of `load` that are needed only for keeping them."""
@@ -333,12 +335,6 @@ class StoreView:
                 if folder.name not in self.files and ours == files:
                     found.append(folder)
         return found
-
-
-def remedy(file: Path) -> str:
-    """What to do about the damaged file of a task: an addition to the error message."""
-    forget = f"`slm-fast forget {file.parents[2]} {file.parent.name}`"
-    return f"{LEAVE_OUT}, {forget} removes it"
 
 
 def _summed(later: Callable[[], KeptSum | None], files: Mapping[str, str]) -> tuple[frozenset[str], ExactSum] | None:

@@ -1,8 +1,9 @@
-"""Tiny saved backbones and toy tasks for the tests of rival methods."""
+"""Tiny saved backbones, toy tasks and a stub method for the tests of rival methods."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from models import make_model, make_tokenizer, toy_task
@@ -12,6 +13,24 @@ from slm_fast.data import Task
 from slm_fast.options import LearnOptions
 
 OPTIONS = LearnOptions(epochs=2, batch_size=8)
+
+
+class Listing:
+    """What every stub of a method shares: it learns only the names of its tasks."""
+
+    parameters, kept = 7, 28
+
+    def __init__(self, setup: Setup) -> None:
+        self.learned: list[str] = []
+
+    def learn(self, task: Task, progress: bool | None = None) -> None:
+        self.learned.append(task.name)
+
+    def state(self) -> dict[str, Any]:
+        return {"learned": self.learned, "random": torch.ones(2)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.learned = state["learned"]
 
 
 def make_setup(folder: Path, name: str = "bert", options: LearnOptions = OPTIONS) -> Setup:

@@ -171,7 +171,7 @@ def test_the_base_is_named_as_transformers_loads_it(
 
 
 def test_every_packaged_backbone_has_a_name_on_the_hub() -> None:
-    assert card.PACKAGED.keys() == loading.PACKAGED.keys()
+    assert card.HUB_NAMES.keys() == loading.PACKAGED.keys()
 
 
 def test_nothing_is_overwritten_and_a_task_has_to_be_there(tmp_path: Path) -> None:

@@ -36,6 +36,15 @@ def test_a_folder_without_a_manifest_is_not_a_store(tmp_path: Path) -> None:
             Store.open(path)
 
 
+USES = [  # calls that open or create a store
+    pytest.param(Store.open, id="open"),
+    pytest.param(Store.exists, id="exists"),
+    pytest.param(lambda path: Store(path, ABOUT, {}).check_writable(), id="check"),
+    pytest.param(lambda path: Store(path, ABOUT, {}).commit(add=[C]), id="commit"),
+    pytest.param(lambda path: make_slm("bert").save_pretrained(path), id="save_pretrained"),
+]
+
+
 def _opened_while_complete(path: Path) -> Store:
     """A store that was opened before its manifest was lost."""
     shutil.copy(path.parent / "manifest.json", path)
@@ -48,16 +57,11 @@ def _opened_while_complete(path: Path) -> Store:
 @pytest.mark.parametrize(
     "act",
     [
-        Store.open,
-        Store.exists,
-        lambda path: Store(path, ABOUT, {}).check_writable(),
-        lambda path: Store(path, ABOUT, {}).commit(add=[C]),
-        lambda path: Store(path, ABOUT, {}).save([C]),
-        lambda path: Store(path, ABOUT, {}).merge([Store.open(path.parent / "other")]),
-        lambda path: _opened_while_complete(path).commit(add=[C]),
-        lambda path: make_slm("bert").save_pretrained(path),
+        *USES,
+        pytest.param(lambda path: Store(path, ABOUT, {}).save([C]), id="save"),
+        pytest.param(lambda path: Store(path, ABOUT, {}).merge([Store.open(path.parent / "other")]), id="merge"),
+        pytest.param(lambda path: _opened_while_complete(path).commit(add=[C]), id="commit of an open store"),
     ],
-    ids=["open", "exists", "check", "commit", "save", "merge", "commit of an open store", "save_pretrained"],
 )
 def test_a_folder_of_tasks_that_has_lost_its_manifest_is_refused_and_kept(tmp_path: Path, act, lock: bool) -> None:
     store_of(tmp_path / "other", C)
@@ -74,17 +78,7 @@ def test_a_folder_of_tasks_that_has_lost_its_manifest_is_refused_and_kept(tmp_pa
     assert contents(Store.open(path).load()) == contents([A, B])
 
 
-@pytest.mark.parametrize(
-    "act",
-    [
-        Store.open,
-        Store.exists,
-        lambda path: Store(path, ABOUT, {}).check_writable(),
-        lambda path: Store(path, ABOUT, {}).commit(add=[C]),
-        lambda path: make_slm("bert").save_pretrained(path),
-    ],
-    ids=["open", "exists", "check", "commit", "save_pretrained"],
-)
+@pytest.mark.parametrize("act", USES)
 def test_a_file_is_not_a_store(tmp_path: Path, act) -> None:
     file = tmp_path / "rows.csv"
     file.write_text("text,label\n")

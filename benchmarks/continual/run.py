@@ -26,6 +26,7 @@ from benchmarks.continual.run_file import described, digest_of, opened
 from benchmarks.continual.stream_file import read_stream
 from benchmarks.continual.streams import STREAMS, Stream
 from benchmarks.continual.summary import show
+from benchmarks.processes import sigterm_as_exit
 from slm_fast import InputError, SlmError, Task
 from slm_fast.backbone import Backbone
 from slm_fast.cli.shell import one_line_warnings
@@ -101,18 +102,20 @@ def all_cells(options: argparse.Namespace, stream: Stream, arguments: Sequence[s
     if done:
         print(f"{done} of {len(cells)} already done", file=sys.stderr)
     try:
-        while waiting or running:
-            while waiting and len(running) < options.jobs:
-                spec, seed = waiting.pop(0)
-                process = started([*arguments, "--methods", spec, "--seeds", str(seed), "--cell"])
-                running[process] = spec, seed, time.monotonic()
-            time.sleep(0.2)
-            for process in [each for each in running if each.poll() is not None]:
-                spec, seed, begun = running.pop(process)
-                done += 1
-                ended = f"status {process.returncode}" if process.returncode else f"{time.monotonic() - begun:.0f} s"
-                print(f"[{done}/{len(cells)}] {spec}, seed {seed}: {ended}", file=sys.stderr)
-                status = status or process.returncode
+        with sigterm_as_exit():
+            while waiting or running:
+                while waiting and len(running) < options.jobs:
+                    spec, seed = waiting.pop(0)
+                    process = started([*arguments, "--methods", spec, "--seeds", str(seed), "--cell"])
+                    running[process] = spec, seed, time.monotonic()
+                time.sleep(0.2)
+                for process in [each for each in running if each.poll() is not None]:
+                    spec, seed, begun = running.pop(process)
+                    done += 1
+                    failed = process.returncode
+                    ended = f"status {failed}" if failed else f"{time.monotonic() - begun:.0f} s"
+                    print(f"[{done}/{len(cells)}] {spec}, seed {seed}: {ended}", file=sys.stderr)
+                    status = status or failed
     finally:
         for process in running:
             process.terminate()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from slm_fast.cli.arguments import Verbs
 from slm_fast.errors import InputError
@@ -32,6 +33,7 @@ BENCHMARKS = MappingProxyType(
     }
 )
 REPRO = "benchmarks.continual.run"
+PATIENCE = 60  # seconds that an interrupted benchmark has to stop its own processes
 
 
 def add(verbs: Verbs) -> None:
@@ -65,7 +67,7 @@ def repro(arguments: Sequence[str], root: Path | None = None) -> int:
     root = root or Path(__file__).parents[2]
     _check(root, REPRO, "repro")
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, "-m", REPRO, *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
+    return _wait_for([REPRO, *arguments], env=os.environ | {"PYTHONPATH": path})
 
 
 def run(name: str, arguments: Sequence[str], root: Path | None = None) -> int:
@@ -76,7 +78,21 @@ def run(name: str, arguments: Sequence[str], root: Path | None = None) -> int:
     root = root or Path(__file__).parents[2]
     module = BENCHMARKS[name][0]
     _check(root, module, f"bench {name}")
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=root).returncode
+    return _wait_for([module, *arguments], cwd=root)
+
+
+def _wait_for(words: Sequence[str], **how: Any) -> int:
+    """Run a module in a process of its own and return its exit status. On Ctrl-C, which stops the process as well, wait
+    until it has stopped its own processes."""
+    with subprocess.Popen([sys.executable, "-m", *words], **how) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def _check(root: Path, module: str, verb: str) -> None:

@@ -46,12 +46,13 @@ def import_task(
             config.json beside the adapter names, else LABEL_0, LABEL_1, ... as in transformers.
 
     Raises:
-        InputError: the adapter is for another backbone, or this family does not support its head.
-        WorkError: there are no examples, a query is not finite, or a number is too large for a store.
+        InputError: there are no examples, the adapter is for another backbone, or this family does not support its
+            head.
+        WorkError: a query is not finite, or a number is too large for a store.
     """
     check_name(name)
     if not rows:
-        raise WorkError("examples: expected texts of the task, about 50, got none")
+        raise InputError("examples: expected texts of the task, about 50, got none")
     if len(rows) < FEW:
         warn(f"examples: got {len(rows)}; about 50 texts of the task are recommended for routing")
     backbone = model.backbone

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from models import make_model, make_tokenizer
 from rich.console import Console
+from rivals import Listing
 
 from benchmarks.continual import cell, run, summary
 from benchmarks.continual.methods import METHODS
-from benchmarks.continual.methods.method import Answer, Entry, Setup
-from slm_fast import Task, WorkError
+from benchmarks.continual.methods.method import Answer, Entry
+from slm_fast import WorkError
 from slm_fast.data import Row
 from slm_fast.report.results import results
 from slm_fast.report.runs import read_run
@@ -25,26 +26,12 @@ from slm_fast.report.runs import read_run
 NAMES = ("first", "second")
 
 
-class Right:
+class Right(Listing):
     """Answers every row correctly, if it has learned the row's task."""
-
-    parameters, kept = 7, 28
-
-    def __init__(self, setup: Setup) -> None:
-        self.learned: list[str] = []
-
-    def learn(self, task: Task, progress: bool | None = None) -> None:
-        self.learned.append(task.name)
 
     def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
         assert tasks is None or set(tasks) <= set(self.learned)
         return [Answer(row.target or "") for row in rows]
-
-    def state(self):
-        return {"learned": self.learned}
-
-    def restore(self, state) -> None:
-        self.learned = state["learned"]
 
 
 @pytest.fixture(autouse=True)
@@ -167,16 +154,21 @@ def test_the_table_of_incomplete_and_damaged_files(call, tmp_path):
         summary.show(tmp_path / "run", console)
 
 
-def test_an_interrupt_ends_the_call_and_its_cells_in_one_line(call, tmp_path):
-    command = [sys.executable, "-m", "benchmarks.continual.run", *call[:-1], "finetune:epochs=10000"]
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_call_stops_its_cells(call, tmp_path, stop):
+    module = ["slm_fast.cli", "repro"] if stop == signal.SIGINT else ["benchmarks.continual.run"]
+    command = [sys.executable, "-m", *module, *call[:-1], "finetune:epochs=10000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         about = tmp_path / "run" / "finetune,epochs=10000" / "about.json"
         while not about.exists():
             assert process.poll() is None
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+        if stop == signal.SIGINT:
+            os.killpg(process.pid, stop)  # as a terminal does on Ctrl-C
+        else:
+            process.terminate()
         said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130
+    assert process.returncode == 128 + stop
     assert "Traceback" not in said
-    assert said.splitlines()[-1] == "repro: interrupted; the same command resumes"
+    assert ("repro: interrupted; the same command resumes\n" in said) == (stop == signal.SIGINT)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no process is left

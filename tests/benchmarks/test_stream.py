@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-import torch
 from models import make_model, make_tokenizer
 from rich.console import Console
+from rivals import Listing
 
 from benchmarks.continual import cell, run, summary
 from benchmarks.continual.methods import METHODS, method_of
@@ -23,7 +23,7 @@ from benchmarks.continual.methods.method import Answer, Entry, Setup
 from benchmarks.continual.run_file import described
 from benchmarks.continual.scoring import scores
 from benchmarks.continual.stream_file import read_stream
-from slm_fast import InputError, ScalableLM, Task, WorkError, demo
+from slm_fast import InputError, ScalableLM, WorkError, demo
 from slm_fast.data import Row
 from slm_fast.measures import (
     average_accuracy,
@@ -39,16 +39,8 @@ from slm_fast.report.runs import read_run
 NAMES = ("first", "second", "third")
 
 
-class Forgetful:
+class Forgetful(Listing):
     """Answers all rows of the last learned task correctly, and every second row of the others."""
-
-    parameters, kept = 7, 28
-
-    def __init__(self, setup: Setup) -> None:
-        self.learned: list[str] = []
-
-    def learn(self, task: Task, progress: bool | None = None) -> None:
-        self.learned.append(task.name)
 
     def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
         assert tasks is None
@@ -57,12 +49,6 @@ class Forgetful:
             Answer(row.target if last in row.text or i % 2 else "wrong", last, (last, last, NAMES[0]))
             for i, row in enumerate(rows)
         ]
-
-    def state(self):
-        return {"learned": self.learned, "random": torch.ones(2)}
-
-    def restore(self, state) -> None:
-        self.learned = state["learned"]
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.processes import sigterm_as_exit
+
 Request = tuple[str, Any, int]  # path, body, rows
 
 
@@ -166,8 +168,9 @@ def served(words: Sequence[str], ready: str) -> Iterator[Running]:
     command = [sys.executable, "-m", *(str(port) if word == "PORT" else word for word in words)]
     process = subprocess.Popen(command, start_new_session=True)
     try:
-        _until_ready(port, ready, lambda: process.poll() is None)
-        yield Running(port, process.pid)
+        with sigterm_as_exit():
+            _until_ready(port, ready, lambda: process.poll() is None)
+            yield Running(port, process.pid)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGCONT)  # if it is paused
