@@ -131,6 +131,10 @@ def add_device_options(parser: argparse.ArgumentParser, dtype: str) -> None:
         help="float32, bfloat16, float16, or auto (bfloat16 if the hardware supports it)",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: chosen by torch)")
+    add_skip_damaged(parser)
+
+
+def add_skip_damaged(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-damaged", action="store_true", help="ignore damaged tasks in the store")
 
 

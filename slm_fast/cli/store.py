@@ -8,13 +8,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from slm_fast.cli.arguments import Verbs
+from slm_fast.cli.arguments import Verbs, add_skip_damaged
 from slm_fast.errors import InputError, WorkError, one_line, some_of
 
 
 def add(verbs: Verbs) -> None:
     tasks = verbs.add("tasks", run_tasks, "list the tasks of a store")
     tasks.add_argument("--json", action="store_true", help="print JSON")
+    add_skip_damaged(tasks)
     forget = verbs.add("forget", run_forget, "remove a task, as if it had never been learned")
     forget.add_argument("name", metavar="NAME")
     merge = verbs.add("merge", run_merge, "copy tasks from other stores into one", store=False)
@@ -33,6 +34,7 @@ def add(verbs: Verbs) -> None:
     pushed.add_argument("--private", action="store_true", default=None, help="create the repository as private")
     for parser in (share, pushed):
         _add_names(parser, "share only this task (may be repeated)")
+        add_skip_damaged(parser)
         about = "hub name of the backbone, if it is a local folder"
         parser.add_argument("--base-model", metavar="USER/NAME", help=about)
         about = "output of `slm-fast evaluate --json`, for the accuracies on the card"
@@ -48,7 +50,7 @@ def run_tasks(arguments: argparse.Namespace) -> int:
     from slm_fast.hub import find_store
     from slm_fast.tables import console, tasks_table
 
-    tasks = find_store(arguments.store).load()
+    tasks = find_store(arguments.store).load(skip_damaged=arguments.skip_damaged)
     if arguments.json:
         labels = {task.name: {"labels": task.labels, "slots": task.slots, "options": task.options} for task in tasks}
         print(json.dumps(labels, allow_nan=False))
@@ -101,7 +103,7 @@ def _write_shared(arguments: argparse.Namespace, folder: Path, repo_id: str | No
 
     accuracy = None if arguments.evaluation is None else _accuracy(Path(arguments.evaluation))
     store = find_store(arguments.store)
-    tasks = chosen(store.load(), arguments.names)
+    tasks = chosen(store.load(skip_damaged=arguments.skip_damaged), arguments.names)
     write_shared(folder, store.about, tasks, accuracy=accuracy, base_model=arguments.base_model, repo_id=repo_id)
     return [task.name for task in tasks]
 

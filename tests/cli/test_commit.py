@@ -102,6 +102,11 @@ def test_a_damaged_task_is_skipped_if_asked_and_the_others_answer(bert: Path, tm
     done = slm_fast("predict", store, "--skip-damaged", stdin=line)
     one_line(done, 0, "warning", file.name)
     assert json.loads(done.stdout)["task"] == "sea"
+    listed = slm_fast("tasks", store, "--json", "--skip-damaged")
+    assert list(json.loads(listed.stdout)) == ["sea"]
+    shared = slm_fast("share", store, tmp_path / "shared", "--skip-damaged")
+    assert shared.returncode == 0, shared.stderr
+    assert tasks(tmp_path / "shared") == ["sea"]
     assert tasks(store) == ["farm", "sea"]  # the damaged task is not removed
 
 
