@@ -50,12 +50,17 @@ def cell_folder(run: Path, spec: str, seed: int) -> Path:
 
 
 def check_methods(specs: Sequence[str], backbone: str) -> None:
-    """Raise InputError for an unknown method or backbone, or a method that the backbone cannot run."""
-    entries = {spec: method_of(spec)[0] for spec in specs}
+    """Raise InputError for an unknown method or backbone, a method that the backbone cannot run, or a bad option."""
+    found = {spec: method_of(spec) for spec in specs}
     kind = Backbone.load(backbone).kind
-    for spec, entry in entries.items():
+    for spec, (entry, make) in found.items():
         if kind not in entry.kinds:
             raise InputError(f"method {spec!r}: runs on {' and '.join(entry.kinds)} backbones, {backbone!r} is {kind}")
+        if ":" in spec:
+            try:
+                make(Setup(backbone, ("a", "b"), 16, LearnOptions()))
+            except SlmError as error:
+                raise InputError(f"method {spec!r}: {error}") from None
 
 
 def tasks_of(options: argparse.Namespace, stream: Stream, seed: int) -> tuple[dict[str, Task], dict[str, Task]]:

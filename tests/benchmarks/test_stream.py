@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 from models import make_model, make_tokenizer
 from rich.console import Console
 from rivals import Listing
@@ -23,7 +24,7 @@ from benchmarks.continual.methods.method import Answer, Entry, Setup
 from benchmarks.continual.run_file import described
 from benchmarks.continual.scoring import scores
 from benchmarks.continual.stream_file import read_stream
-from slm_fast import InputError, ScalableLM, WorkError, demo
+from slm_fast import InputError, ScalableLM, Task, WorkError, demo
 from slm_fast.data import Row
 from slm_fast.measures import (
     average_accuracy,
@@ -264,19 +265,60 @@ def test_free_text_is_right_by_its_first_words_and_a_label_as_it_is():
     assert scores(texts, rows, [True] * 4 + [False]) == [1, 0, 1, 1, 0]
 
 
+def test_the_papers_method_has_the_papers_settings():
+    method = method_of("slm-paper")[1](Setup("minilm", (), 16, LearnOptions()))
+    config, options = method.slm.model.config, method.setup.options
+    assert (config.query, config.router, config.targets, config.first_layer) == ("sentence", "dtkr", ("out",), 0)
+    assert (config.groups, config.k, method.slm.model.new_router().mask_prob) == (6, 4, 0.2)
+    assert (options.rank, options.slots, options.joint) == (12, 4, True)
+    assert options.learning_rate == LearnOptions().learning_rate
+
+
+def test_the_papers_random_keys_mask_can_be_turned_off(tiny):
+    rows = [Row(f"{topic}{i} good{i % 2}", "ab"[i % 2]) for i in range(20) for topic in ("sea", "farm")]
+    keys = []
+    for mask in ("", ",mask=0"):
+        spec = f"slm-paper:query=trunk,encoder=none,first_layer=none,groups=4{mask}"
+        method = method_of(spec)[1](Setup(tiny, ("a", "b"), 16, LearnOptions()))
+        method.learn(Task("sea", rows), progress=False)
+        keys.append(method.slm.learned["sea"].router["keys"])
+    assert not torch.equal(*keys)
+
+
 def test_an_ablation_names_options_of_learning_and_of_the_model():
-    entry, make = method_of("slm-paper:k=2,groups=3,rank=4,taps=1+3")
-    assert entry is METHODS["slm-paper"]
+    assert method_of("slm-paper:k=2,groups=3,rank=4")[0] is METHODS["slm-paper"]
     setup = Setup("minilm", (), 16, LearnOptions())
-    with pytest.raises(InputError, match="taps: go with query='trunk'"):
-        make(setup)
     method = method_of("slm-paper:k=2,groups=3,rank=4")[1](setup)
     assert (method.slm.model.config.k, method.slm.model.config.groups, method.setup.options.rank) == (2, 3, 4)
+    method = method_of("slm-paper:slots=2,targets=out+query")[1](setup)
+    assert method.setup.options.slots == 2
+    assert method.slm.model.config.targets == ("out", "query")
+    assert method_of("slm:taps=1,targets=value")[1](setup).slm.model.config.targets == ("value",)
     for spec, said in (("nonesuch", "not known; methods: slm"), ("slm:depth=2", "'depth=2' is no option of it")):
         with pytest.raises(InputError, match=said):
             method_of(spec)
     with pytest.raises(InputError, match="no option"):
         method_of("finetune:k=2")
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("slm:rank=0", "rank: expected at least 1, got 0"),
+        ("slm:taps=two", "taps: expected a layer's number"),
+        ("slm-paper:taps=1+3", "taps: go with query='trunk'"),
+        ("slm:mask=0", "mask: goes with router='dtkr'"),
+        ("slm-paper:mask=2", "mask: expected a number from 0 to 1, got 2"),
+        ("slm:targets=nonesuch", "nonesuch"),
+    ],
+)
+def test_an_ablation_that_cannot_be_is_refused_before_a_run_begins(stream, tiny, tmp_path, capsys, spec, said):
+    assert run.main([str(tmp_path / "run"), "--stream", str(stream), "--backbone", tiny, "--methods", spec]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"repro: error: method {spec!r}: ")
+    assert said in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -26,16 +26,14 @@ from benchmarks.continual.methods.progressive_prompts import ProgressivePrompts
 from benchmarks.continual.methods.prompt_tuning import PromptTuning
 from benchmarks.continual.methods.replay import Replay
 from benchmarks.continual.methods.separate import Separate
-from benchmarks.continual.methods.slm import Slm
+from benchmarks.continual.methods.slm import PAPER_CONFIG, PAPER_OPTIONS, Slm
 from slm_fast import InputError
 from slm_fast.options import LearnOptions, ModelConfig
 
 METHODS = {
     "slm": Entry("SLM, trunk + gaussian (the default)", Slm),
     "slm-ti": Entry("SLM, oracle", partial(Slm, told=True), told=True),
-    "slm-paper": Entry(
-        "SLM, sentence + dtkr (as in the paper)", partial(Slm, query="sentence", router="dtkr", encoder="minilm")
-    ),
+    "slm-paper": Entry("SLM as in the paper", partial(Slm, **PAPER_CONFIG), options=PAPER_OPTIONS),
     "separate": Entry("Separate, one LoRA per task, oracle", Separate, told=True),
     "joint": Entry("Joint training on all tasks so far", Joint),
     "finetune": Entry("Sequential finetuning", Finetune),
@@ -51,12 +49,14 @@ METHODS = {
     "dtkr-adapter": Entry("DTKR + Adapter", DtkrAdapter, ("encoder", "causal")),
 }
 
+LISTS = ("targets", "taps")  # options with several values
+
 
 def method_of(spec: str) -> tuple[Entry, Callable[[Setup], Method]]:
     """The entry and the constructor of a method such as "finetune" or "slm-paper:k=2,rank=4".
 
     Options after the colon are fields of LearnOptions, keywords of the method's class or, for slm_fast, fields of
-    ModelConfig. Targets and taps are joined with "+".
+    ModelConfig. Several targets or taps are joined with "+".
 
     Raises InputError for an unknown name or option.
     """
@@ -73,22 +73,24 @@ def method_of(spec: str) -> tuple[Entry, Callable[[Setup], Method]]:
     for part in filter(None, given.split(",")):
         option, equals, value = part.partition("=")
         if equals and option in own:
-            config[option] = _value(value)
+            config[option] = _values(value) if option in LISTS else _value(value)
         elif equals and option in {field.name for field in fields(LearnOptions)}:
             learning[option] = _value(value)
         else:
             raise InputError(f"method {spec!r}: {part!r} is no option of it, as k=2 or rank=4 may be")
 
     def make(setup: Setup) -> Method:
-        return entry.make(replace(setup, options=replace(setup.options, **learning)), **config)
+        return entry.make(replace(setup, options=replace(setup.options, **{**entry.options, **learning})), **config)
 
     return entry, make
 
 
+def _values(text: str) -> tuple[object, ...]:
+    return tuple(_value(part) for part in text.split("+"))
+
+
 def _value(text: str) -> object:
-    """A number, a boolean, None, a string, or a list of these joined with "+"."""
-    if "+" in text:
-        return tuple(_value(part) for part in text.split("+"))
+    """A number, a boolean, None or a string."""
     for kind in (int, float):
         try:
             return kind(text)

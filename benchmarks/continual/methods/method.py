@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from slm_fast.data import Row, Task
@@ -80,9 +81,11 @@ class Entry(NamedTuple):
     Attributes:
         kinds: of backbones that it runs on.
         told: whether it needs each row's task to answer.
+        options: fields of LearnOptions that differ from slm_fast's defaults.
     """
 
     title: str
     make: Callable[..., Method]  # takes a setup and, for slm_fast, fields of its configuration
     kinds: tuple[str, ...] = ("encoder", "seq2seq", "causal")
     told: bool = False
+    options: Mapping[str, Any] = MappingProxyType({})
