@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from slm_fast.errors import WorkError
 
@@ -22,11 +22,26 @@ SPEAKERS = {
 }
 
 
-def read_chat(value: Any, column: str) -> tuple[str, str, str | None]:
-    """Return (instruction, text, answer) of a list of turns, or of a JSON string with one.
+class Chat(NamedTuple):
+    """A chat as a row.
 
-    The instruction is the leading system turns. The answer is the last turn if it is the assistant's, else None. The
-    text is everything between: a single user turn as it is, several turns as lines "User: ..." and "Assistant: ...".
+    Attributes:
+        instruction: the leading system turns.
+        text: everything between these and the answer: a single user turn as it is, several turns as lines "User: ..."
+            and "Assistant: ...".
+        answer: the last turn if it is the assistant's, else None.
+        turns: the speaker ("user" or "assistant") and text of each of several turns, the last one the user's; empty for
+            a single turn.
+    """
+
+    instruction: str
+    text: str
+    answer: str | None
+    turns: tuple[tuple[str, str], ...]
+
+
+def read_chat(value: Any, column: str) -> Chat:
+    """Read a list of turns, or a JSON string with one.
 
     Raises:
         WorkError: it is not such a list, or has other roles, tool calls, images or no user turn.
@@ -42,9 +57,11 @@ def read_chat(value: Any, column: str) -> tuple[str, str, str | None]:
         raise WorkError(f"{column!r}: expected a turn of the user's before the answer")
     if any(speaker == "system" for speaker, _ in turns):
         raise WorkError(f"{column!r}: a turn of the system's stands after others")
+    instruction = "\n".join(system)
     if len(turns) == 1:
-        return "\n".join(system), turns[0][1], answer
-    return "\n".join(system), "\n".join(f"{speaker.capitalize()}: {said}" for speaker, said in turns), answer
+        return Chat(instruction, turns[0][1], answer, ())
+    text = "\n".join(f"{speaker.capitalize()}: {said}" for speaker, said in turns)
+    return Chat(instruction, text, answer, tuple(turns))
 
 
 def _list(value: Any, column: str) -> list[Any]:

@@ -60,7 +60,7 @@ def _chat_template(wanted: bool | str | None, backbone: Backbone) -> bool | str:
     if template is None:
         raise InputError("chat_template: the tokenizer has none; set tokenizer.chat_template, or give one for True")
     try:
-        backbone.tokenization.tokenize_chat("", "a", template, LARGEST["max_length"])
+        backbone.tokenization.tokenize_chat("", [("user", "a")], template, LARGEST["max_length"])
     except WorkError as error:
         raise InputError(str(error)) from None
     return template

@@ -32,11 +32,19 @@ NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 @dataclass(frozen=True)
 class Row:
-    """An input with its answer, if known. `instruction` is the part of the prompt that a task's rows share, if any."""
+    """An input with its answer, if known.
+
+    Attributes:
+        text: the input; a chat of several turns as lines "User: ..." and "Assistant: ...".
+        instruction: the part of the prompt that a task's rows share, if any.
+        turns: the speaker ("user" or "assistant") and text of each turn of a chat of several, the last one the user's.
+            A chat template formats these instead of `text`.
+    """
 
     text: str
     target: str | None = None
     instruction: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -64,7 +72,7 @@ class Row:
             target = fields.target()
         except WorkError:  # answers are optional here
             target = None
-        return Row(fields.text, target, fields.instruction)
+        return Row(fields.text, target, fields.instruction, fields.turns)
 
 
 class Task:
@@ -288,7 +296,7 @@ def _answered(
                 row, found, missing = replace(value, target=as_text(value.target, "label")), None, "no 'label'"
             else:
                 fields = read_fields(value, text, label)
-                row = Row(fields.text, fields.target(), fields.instruction)
+                row = Row(fields.text, fields.target(), fields.instruction, fields.turns)
                 found, missing = fields.kind, fields.missing
             if row.target is None:
                 raise WorkError(missing)

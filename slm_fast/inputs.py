@@ -26,6 +26,7 @@ class Fields:
         answer: as it was given.
         key: column of the answer.
         missing: what is wrong if there is no answer.
+        turns: of a chat of several turns, as in `Row`.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Fields:
     answer: Any
     key: str
     missing: str
+    turns: tuple[tuple[str, str], ...] = ()
 
     def target(self) -> str | None:
         """The answer as text. Raises WorkError if it is not a text, whole number or truth value."""
@@ -62,14 +64,15 @@ def read_fields(value: Any, text: str | None = None, label: str | None = None) -
     answer = fields[columns.answer] if columns.answer else None
     turns = _turns(fields, columns)
     if columns.kind == CHATTED or turns is not None:
-        system, said, answer = read_chat(turns, columns.text[0])
+        chat = read_chat(turns, columns.text[0])
         return Fields(
             CHATTED,
-            said,
-            "\n".join(filter(None, (instruction, system))),
-            answer,
+            chat.text,
+            "\n".join(filter(None, (instruction, chat.instruction))),
+            chat.answer,
             columns.text[0],
             f"{columns.text[0]!r}: the last turn is not the assistant's",
+            chat.turns,
         )
     said = "\n".join(filter(None, (_string(fields, name) for name in columns.text)))
     if columns.ready:

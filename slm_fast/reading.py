@@ -72,12 +72,24 @@ def prompts_of(
 
 
 def _chat(row: Row, tokenization: Tokenization, template: str, max_length: int) -> tuple[list[int], bool]:
-    """A row as a user turn. Its instruction is the system turn, or part of the user turn if there is no text or the
-    template has no system turn."""
+    """A row as the turns of a chat: those that it has, or one of the user's. Its instruction is the system turn.
+
+    If there is no text or the template has no system turn, the instruction is part of the first user turn. If the
+    template refuses the turns, such as two of one speaker in succession, they are lines of one user turn.
+    """
+    ways: list[tuple[str, Sequence[tuple[str, str]]]] = [("", [("user", row.prompt)])]
     if row.instruction and row.text:
+        ways.insert(0, (row.instruction, [("user", row.text)]))
+    if row.turns:
+        first, turns = next(i for i, (speaker, _) in enumerate(row.turns) if speaker == "user"), [*row.turns]
+        turns[first] = "user", "\n".join(filter(None, (row.instruction, turns[first][1])))
+        ways.insert(0, ("", turns))
+        if row.instruction:
+            ways.insert(0, (row.instruction, row.turns))
+    for system, turns in ways[:-1]:
         with suppress(WorkError):
-            return tokenization.tokenize_chat(row.instruction, row.text, template, max_length)
-    return tokenization.tokenize_chat("", row.prompt, template, max_length)
+            return tokenization.tokenize_chat(system, turns, template, max_length)
+    return tokenization.tokenize_chat(*ways[-1], template, max_length)
 
 
 def collated(readings: Sequence[Reading], tokenization: Tokenization) -> Encoded:
@@ -113,6 +125,6 @@ def reread(
 def prompt_of(row: Row, adapter: Adapter, tokenization: Tokenization, max_length: int) -> tuple[list[int], bool]:
     """Tokens that an imported task's adapter reads of a row, and whether they were cut to fit."""
     if adapter.chat_template is not None:
-        return tokenization.tokenize_chat(row.instruction, row.text, adapter.chat_template, max_length)
+        return _chat(row, tokenization, adapter.chat_template, max_length)
     ids, cut = tokenization.tokenize([row.prompt], max_length, separator=adapter.prompt == "separator")
     return ids[0], cut[0]

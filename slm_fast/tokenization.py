@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,32 +126,44 @@ class Tokenization:
         found = found.get("default") if isinstance(found, dict) else found
         return found or None
 
-    def tokenize_chat(self, system: str, user: str, template: str, max_length: int) -> tuple[list[int], bool]:
-        """Tokens of a user turn (after a system turn, if given) in a chat template, up to the beginning of the
-        assistant turn, and whether the user's text was cut to fit into `max_length` tokens.
+    def tokenize_chat(
+        self, system: str, turns: Sequence[tuple[str, str]], template: str, max_length: int
+    ) -> tuple[list[int], bool]:
+        """Tokens of a chat in a chat template, up to the beginning of the assistant's next turn, and whether something
+        was left out to fit into `max_length` tokens: turns from the beginning on, up to one of the user's, and if the
+        last turn alone does not fit, the end of its text.
+
+        Args:
+            system: text of the system turn; none if empty.
+            turns: speaker ("user" or "assistant") and text of each turn. The last one is the user's.
 
         Raises:
             WorkError: the template cannot format the turns.
         """
-        turns = [{"role": "system", "content": system}] if system else []
+        before = [{"role": "system", "content": system}] if system else []
 
-        def written(text: str) -> list[int]:
-            turn = {"role": "user", "content": text}
+        def written(turns: Sequence[tuple[str, str]]) -> list[int]:
+            said = [{"role": speaker, "content": text} for speaker, text in turns]
             try:
                 whole = self._reader.apply_chat_template(
-                    [*turns, turn], chat_template=template, tokenize=False, add_generation_prompt=True
+                    [*before, *said], chat_template=template, tokenize=False, add_generation_prompt=True
                 )
             except Exception as error:  # templates may raise anything, also to refuse a system turn
                 raise WorkError(f"chat_template: cannot write the turns: {one_line(error)}") from None
             return list(self._reader(whole, add_special_tokens=False, verbose=False)["input_ids"])
 
         with self._reading:
-            ids = written(user)
+            ids = written(turns)
             if len(ids) <= max_length:
                 return ids, False
-            room = max(0, max_length - len(written("")))
-            kept = self._reader(user, add_special_tokens=False, verbose=False)["input_ids"][:room]
-            return written(self._reader.decode(kept))[:max_length], True
+            starts = [i for i, (speaker, _) in enumerate(turns) if speaker == "user"]
+            place = bisect(starts, False, key=lambda start: len(written(turns[start:])) <= max_length)
+            if place < len(starts):
+                return written(turns[starts[place] :]), True
+            text = turns[-1][1]
+            room = max(0, max_length - len(written([("user", "")])))
+            kept = self._reader(text, add_special_tokens=False, verbose=False)["input_ids"][:room]
+            return written([("user", self._reader.decode(kept))])[:max_length], True
 
     def shorten_text(self, text: str, tokens: int) -> str:
         """A text with the same first tokens as this one, and more if this one has more."""

@@ -47,14 +47,14 @@ def receive(stream: IO[bytes]) -> tuple[Message, bytes]:
 
 def task_message(task: Task) -> Message:
     """A task as part of a message."""
-    rows = [[row.text, row.target, row.instruction] for row in task.rows]
+    rows = [[row.text, row.target, row.instruction, row.turns] for row in task.rows]
     return {"name": task.name, "free_text": task.labels is None, "rows": rows}
 
 
 def task_of(message: Message) -> Task:
     from slm_fast.data import Row, Task
 
-    rows = [Row(text, target, instruction) for text, target, instruction in message["rows"]]
+    rows = [Row(*row, tuple(map(tuple, turns))) for *row, turns in message["rows"]]
     return Task(message["name"], rows, free_text=message["free_text"], training=False)
 
 

@@ -21,6 +21,7 @@ from models import (
 
 from slm_fast import InputError, ScalableLM, Task
 from slm_fast.data import Row
+from slm_fast.worker import task_message, task_of
 
 pytestmark = pytest.mark.usefixtures("few_features")
 TEMPLATE = (
@@ -57,6 +58,77 @@ def test_the_prompt_is_what_transformers_renders(template):
     two = [("user", "the question\nsea3")] if template == WITHOUT_SYSTEM else two
     turns = [[("user", "sea1 sea2")], two, [("user", "the question")]]
     assert ids == [rendered(each, whole) for each in turns]
+
+
+SAID = [("user", "sea1 sea2"), ("assistant", "good1"), ("user", "sea3"), ("assistant", "bad1"), ("user", "sea4")]
+TURNS = [{"role": role, "content": said} for role, said in SAID]
+SYSTEM = {"role": "system", "content": "the question"}
+ALTERNATING = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + TEMPLATE
+)
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        {"messages": TURNS},
+        {"messages": json.dumps(TURNS)},
+        {"conversations": [{"from": {"user": "human"}.get(role, "gpt"), "value": said} for role, said in SAID]},
+        {"prompt": TURNS, "completion": [{"role": "assistant", "content": "good2"}]},
+    ],
+)
+def test_a_chat_of_several_turns_is_what_transformers_renders(chat):
+    [reading] = chatting().model.tokenize([Row.parse(chat)])
+    assert reading.ids == rendered(SAID)
+
+
+def test_the_prompt_of_a_row_to_learn_ends_before_the_answer():
+    task = Task("chat", [{"messages": [*TURNS, {"role": "assistant", "content": "good2"}]}])
+    assert [reading.ids for reading in chatting().model.tokenize(task.rows)] == [rendered(SAID)]
+    assert task.rows[0].target == "good2"
+
+
+def test_a_template_without_a_system_turn_has_the_instruction_in_the_first_user_turn():
+    chat = Row.parse({"messages": [SYSTEM, *TURNS]})
+    assert [reading.ids for reading in chatting().model.tokenize([chat])] == [
+        rendered([("system", "the question"), *SAID])
+    ]
+    merged = [("user", "the question\nsea1 sea2"), *SAID[1:]]
+    assert [reading.ids for reading in chatting(WITHOUT_SYSTEM).model.tokenize([chat])] == [rendered(merged)]
+
+
+def test_turns_that_a_template_refuses_are_lines_of_one_user_turn():
+    twice = Row.parse({"messages": [TURNS[0], TURNS[0], *TURNS[1:]]})
+    slm = chatting(ALTERNATING)
+    [refused, taken] = slm.model.tokenize([twice, Row.parse({"messages": TURNS})])
+    assert refused.ids == rendered([("user", twice.text)])
+    assert twice.text.startswith("User: sea1 sea2\nUser: sea1 sea2\nAssistant: good1\n")
+    assert taken.ids == rendered(SAID)
+
+
+@pytest.mark.parametrize("first", [2, 4])
+def test_of_a_long_chat_the_first_turns_are_left_out(first):
+    kept = rendered([("system", "the question"), *SAID[first:]])
+    slm = chatting(max_length=len(kept) + 1)
+    [whole, long] = slm.model.tokenize([Row("sea1"), Row.parse({"messages": [SYSTEM, *TURNS]})])
+    assert (whole.truncated, long.truncated) == (False, True)
+    assert long.ids == kept
+
+
+def test_of_a_chat_whose_last_turn_is_too_long_that_is_cut():
+    slm = chatting(max_length=16)
+    long = [*TURNS[:2], {"role": "user", "content": "sea1 " * 40}]
+    [row, alone] = slm.model.tokenize([Row.parse({"messages": long}), Row("sea1 " * 40)])
+    assert row.ids == alone.ids
+    assert row.truncated
+
+
+def test_a_chat_of_several_turns_reaches_another_process_alike():
+    task = Task("chat", [{"messages": [*TURNS, {"role": "assistant", "content": f"good{i}"}]} for i in range(3)])
+    again = task_of(json.loads(json.dumps(task_message(task))))
+    assert again.rows == task.rows
+    assert [row.turns for row in again.rows] == [tuple(SAID)] * 3
 
 
 @pytest.mark.parametrize("query", [{}, {"route_on": "prompt"}, {"taps": (0,)}])
@@ -101,6 +173,7 @@ def test_a_task_is_learned_on_the_prompt_that_it_is_answered_with(tmp_path):
     other = make_slm("llama", features=32)
     other.import_adapter(tmp_path / "lora", "sea", [row.text for row in task.rows])
     asked = [row.text for row in task.rows[:6]]
+    asked += [{"messages": [SYSTEM, *TURNS]}, {"messages": TURNS}]
     assert [a.text for a in other.predict(asked, task="sea")] == [a.text for a in slm.predict(asked, task="sea")]
 
 

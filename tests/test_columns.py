@@ -187,7 +187,8 @@ def test_the_last_turn_of_a_chat_is_the_answer_and_what_precedes_it_the_input(st
 
     short = chat((human, "Hi?"), (robot, "Hello."))
     long = chat(("system", "Be kind."), (human, "Hi?"), (robot, "Hello."), (human, "And?"), (robot, "Fine."))
-    expected = [Row("Hi?", "Hello."), Row("User: Hi?\nAssistant: Hello.\nUser: And?", "Fine.", "Be kind.")]
+    turns = (("user", "Hi?"), ("assistant", "Hello."), ("user", "And?"))
+    expected = [Row("Hi?", "Hello."), Row("User: Hi?\nAssistant: Hello.\nUser: And?", "Fine.", "Be kind.", turns)]
     task = Task("x", [short, long])
     assert (task.rows, task.labels) == (expected, None)
     assert list(rows_to_answer([short, chat((human, "Hi?"))])) == [expected[0], Row("Hi?")]

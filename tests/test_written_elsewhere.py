@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -140,7 +141,8 @@ def test_sharegpt(tmp_path: Path) -> None:
         {"id": "b_0", "conversations": [*more, {"from": "gpt", "value": "So."}]},
     ]
     task = Task.from_file("x", written(tmp_path / "sharegpt.json", rows, lines=False))
-    assert task.rows == [Row("Hi", "Hello"), Row("User: Hi\nAssistant: Hello\nUser: Why?", "So.", "Be brief.")]
+    several = (("user", "Hi"), ("assistant", "Hello"), ("user", "Why?"))
+    assert task.rows == [Row("Hi", "Hello"), Row("User: Hi\nAssistant: Hello\nUser: Why?", "So.", "Be brief.", several)]
 
 
 def test_openai_fine_tuning(tmp_path: Path) -> None:
@@ -172,7 +174,9 @@ TRL = [
 ]
 EXPECTED = [
     Row("What colour is the sky?", "Blue.", "Be brief."),
-    Row("User: Hi\nAssistant: Yes?\nUser: Bye", "So long."),
+    Row(
+        "User: Hi\nAssistant: Yes?\nUser: Bye", "So long.", "", (("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye"))
+    ),
 ]
 
 
@@ -198,7 +202,7 @@ def test_trl_messages_in_files_and_tables(tmp_path: Path) -> None:
 
 def test_trl_prompts_alone_are_rows_to_answer(tmp_path: Path) -> None:
     path = written(tmp_path / "t.jsonl", [{"prompt": row["prompt"]} for row in TRL], lines=True)
-    assert rows_of_file(path) == [Row(row.text, None, row.instruction) for row in EXPECTED]
+    assert rows_of_file(path) == [replace(row, target=None) for row in EXPECTED]
 
 
 @pytest.mark.parametrize(

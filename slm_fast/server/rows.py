@@ -58,12 +58,12 @@ def chat_row(turns: Sequence[schemas.Turn]) -> Row:
     """A chat as a row, read as in training: the system message is the instruction."""
     given = [turn.model_dump(exclude={"name"}) for turn in turns]
     try:
-        system, text, answer = read_chat(given, "messages")
+        chat = read_chat(given, "messages")
     except SlmError as error:
         raise Refused(400, str(error), param="messages") from None
-    if answer is not None:
+    if chat.answer is not None:
         raise Refused(400, "messages: expected a turn of the user's at the end", param="messages")
-    return Row(text, None, system)
+    return Row(chat.text, None, chat.instruction, chat.turns)
 
 
 def turns(given: Sequence[schemas.Turn]) -> list[dict[str, str]]:
