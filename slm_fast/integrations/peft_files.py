@@ -21,8 +21,9 @@ CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "
 OWN, OWN_HEAD = "slm_fast.json", "slm_fast_head.safetensors"  # files that our exports add to PEFT's
 PREFIX = "base_model.model."
 MODELS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-FILES = (CONFIG, WEIGHTS, PICKLED, *MODELS, OWN, OWN_HEAD)
-FILES_BESIDE = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+FILES_BESIDE = ("config.json", *TOKENIZER, "generation_config.json")
+AGAIN = "save the adapter again, or download it again"
 
 # Fields that are used, or only say how the adapter was trained. Modules and their ranks are taken from the weights.
 USED = {
@@ -108,9 +109,9 @@ def read_adapter(source: str | Path) -> PeftAdapter:
         WorkError: its files are damaged, or hold numbers that are not finite.
     """
     source = str(source)
-    folder = _folder(source)
+    folder, names = _folder(source)
     file = folder / CONFIG
-    models = [name for name in MODELS if (folder / name).exists()]
+    models = [name for name in MODELS if name in names]
     if not file.exists():
         what = f"; {models[0]} there is a full model, which is a backbone" if models else ""
         raise InputError(f"adapter {source!r}: no {CONFIG}{what}; expected a folder that PEFT's save_pretrained wrote")
@@ -121,7 +122,7 @@ def read_adapter(source: str | Path) -> PeftAdapter:
     config = _json(file)
     check_config(config, file)
     if not (folder / WEIGHTS).exists():
-        pickled = f"; {PICKLED} is pickled: load it with PEFT and save it again" if (folder / PICKLED).exists() else ""
+        pickled = f"; {PICKLED} is pickled: load it with PEFT and save it again" if PICKLED in names else ""
         raise InputError(f"adapter {source!r}: no {WEIGHTS}{pickled}")
     lora, saved = _sorted_out(_tensors(folder / WEIGHTS), folder / WEIGHTS)
     own = _json(folder / OWN) if (folder / OWN).exists() else {}
@@ -166,29 +167,34 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
             raise InputError(f"{file}: alpha_pattern: {pattern!r} is no regular expression: {error}") from None
 
 
-def _folder(source: str) -> Path:
+def _folder(source: str) -> tuple[Path, set[str]]:
+    """The folder of an adapter's files, and the names of all files that the adapter has there or on the hub."""
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        return path
+        return path, {file.name for file in path.iterdir()}
     if path.exists():
         raise InputError(f"adapter {source!r}: is a file, expected a folder with {CONFIG}")
     if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.parent.is_dir():
         raise InputError(f"adapter {source!r}: no such folder")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=[*FILES[:2], OWN, OWN_HEAD, *FILES_BESIDE]))
+        folder = Path(snapshot_download(source, allow_patterns=[CONFIG, WEIGHTS, OWN, OWN_HEAD, *FILES_BESIDE]))
     except Exception as error:  # whatever the hub's client raises for a name, a network, a permission
         raise InputError(f"adapter {source!r}: cannot be downloaded from the hub: {one_line(error)}") from None
+    try:
+        return folder, set(list_repo_files(source))
+    except Exception:  # offline, with the files in the client's cache
+        return folder, {file.name for file in folder.iterdir()}
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = read_json(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise WorkError(f"{file}: cannot be read: {one_line(error)}") from None
+        raise WorkError(f"{file}: cannot be read: {one_line(error)}; {AGAIN}") from None
     if not isinstance(content, dict):
-        raise WorkError(f"{file}: expected a JSON object, got {type(content).__name__}")
+        raise WorkError(f"{file}: expected a JSON object, got {type(content).__name__}; {AGAIN}")
     return content
 
 
@@ -198,7 +204,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # the library raises various errors for a corrupt header
         if lacks_memory(error):
             raise
-        raise WorkError(f"{file}: damaged: {one_line(error)}") from None
+        raise WorkError(f"{file}: damaged: {one_line(error)}; {AGAIN}") from None
 
 
 def _sorted_out(
@@ -209,7 +215,7 @@ def _sorted_out(
     saved: dict[str, Tensor] = {}
     for key, tensor in sorted(tensors.items()):
         if not tensor.isfinite().all():
-            raise WorkError(f"{file}: {key}: holds a number that is not finite")
+            raise WorkError(f"{file}: {key}: holds a number that is not finite; {AGAIN}")
         name = key.removeprefix(PREFIX)
         if match := HALF.fullmatch(name):
             halves.setdefault(match["module"], {})[match["half"]] = tensor
@@ -222,13 +228,13 @@ def _sorted_out(
     lora = {}
     for module, found in sorted(halves.items()):
         if found.keys() != {"A", "B"}:
-            raise WorkError(f"{file}: {module}: has lora_{next(iter(found))} alone, expected lora_A and lora_B")
+            raise WorkError(f"{file}: {module}: has lora_{next(iter(found))} alone, expected lora_A and lora_B; {AGAIN}")
         lora_a, lora_b = found["A"], found["B"]
         if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
             shapes = f"{list(lora_a.shape)} and {list(lora_b.shape)}"
-            raise WorkError(f"{file}: {module}: expected lora_A [r, I] and lora_B [O, r], got {shapes}")
+            raise WorkError(f"{file}: {module}: expected lora_A [r, I] and lora_B [O, r], got {shapes}; {AGAIN}")
         if lora_a.shape[0] == 0:
-            raise WorkError(f"{file}: {module}: rank 0, expected at least 1")
+            raise WorkError(f"{file}: {module}: rank 0, expected at least 1; {AGAIN}")
         lora[module] = lora_a, lora_b
     if not lora:
         raise InputError(f"{file}: no increments (lora_A and lora_B) in it; expected a LoRA adapter")
