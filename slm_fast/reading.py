@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -77,19 +77,24 @@ def _chat(row: Row, tokenization: Tokenization, template: str, max_length: int) 
     If there is no text or the template has no system turn, the instruction is part of the first user turn. If the
     template refuses the turns, such as two of one speaker in succession, they are lines of one user turn.
     """
-    ways: list[tuple[str, Sequence[tuple[str, str]]]] = [("", [("user", row.prompt)])]
-    if row.instruction and row.text:
-        ways.insert(0, (row.instruction, [("user", row.text)]))
-    if row.turns:
-        first, turns = next(i for i, (speaker, _) in enumerate(row.turns) if speaker == "user"), [*row.turns]
-        turns[first] = "user", "\n".join(filter(None, (row.instruction, turns[first][1])))
-        ways.insert(0, ("", turns))
-        if row.instruction:
-            ways.insert(0, (row.instruction, row.turns))
-    for system, turns in ways[:-1]:
+    *others, last = _ways(row)
+    for system, turns in others:
         with suppress(WorkError):
             return tokenization.tokenize_chat(system, turns, template, max_length)
-    return tokenization.tokenize_chat(*ways[-1], template, max_length)
+    return tokenization.tokenize_chat(*last, template, max_length)
+
+
+def _ways(row: Row) -> Iterator[tuple[str, Sequence[tuple[str, str]]]]:
+    """Ways to write a row as a chat, best first: the text of a system turn ("" for none), and the other turns."""
+    if row.turns and row.instruction:
+        yield row.instruction, row.turns
+    if row.turns:
+        first = [speaker for speaker, _ in row.turns].index("user")
+        merged = "\n".join(filter(None, (row.instruction, row.turns[first][1])))
+        yield "", [*row.turns[:first], ("user", merged), *row.turns[first + 1 :]]
+    if row.instruction and row.text:
+        yield row.instruction, [("user", row.text)]
+    yield "", [("user", row.prompt)]
 
 
 def collated(readings: Sequence[Reading], tokenization: Tokenization) -> Encoded:

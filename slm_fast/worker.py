@@ -54,7 +54,10 @@ def task_message(task: Task) -> Message:
 def task_of(message: Message) -> Task:
     from slm_fast.data import Row, Task
 
-    rows = [Row(*row, tuple(map(tuple, turns))) for *row, turns in message["rows"]]
+    rows = [
+        Row(text, target, instruction, tuple((speaker, said) for speaker, said in turns))
+        for text, target, instruction, turns in message["rows"]
+    ]
     return Task(message["name"], rows, free_text=message["free_text"], training=False)
 
 
