@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -81,6 +82,31 @@ def test_an_old_store_that_forgets_a_task_still_answers(old: Path, tmp_path: Pat
     again = ScalableLM.from_pretrained(tmp_path / "copy", backbone=str(old / "backbone"))
     assert again.tasks == slm.tasks
     assert {found.task for found in again.predict(["sea1 sea2 good1"])} == set(slm.tasks)
+
+
+def test_an_old_store_of_two_hundred_tasks_opens_and_answers_as_it_did(old: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(old / "store", tmp_path / "many"))
+    texts = [row["text"] for row in json.loads((old / "answers.json").read_text("utf-8"))]
+    expected = ScalableLM.from_pretrained(old / "store", backbone=str(old / "backbone")).predict(texts, task="sea")
+    manifest = json.loads((store / "manifest.json").read_text("utf-8"))
+    (sea,) = (store / "tasks" / "sea").iterdir()
+    names = [f"{letter}{number:02}" for letter in "xy" for number in range(99)]
+    for name in names:  # as long as "sea", so that the file stays as it was written
+        data = sea.read_bytes().replace(b"sea", name.encode())
+        digest = hashlib.sha256(data).hexdigest()
+        file = store / "tasks" / name / f"{digest}.safetensors"
+        file.parent.mkdir()
+        file.write_bytes(data)
+        manifest["tasks"][name] = {"file": str(file.relative_to(store)), "sha256": digest}
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    assert Store.open(store).verify() == []
+    slm = ScalableLM.from_pretrained(store, backbone=str(old / "backbone"))
+    assert slm.tasks == sorted(["farm", "sea", *names])
+    for name in ("sea", names[0], names[-1]):
+        found = slm.predict(texts, task=name)
+        assert [answer.task for answer in found] == [name] * len(texts)
+        assert [(a.label, a.text) for a in found] == [(a.label, a.text) for a in expected]
+        assert [a.score for a in found] == pytest.approx([a.score for a in expected], abs=1e-5)
 
 
 # New configuration fields
