@@ -24,8 +24,8 @@ class LearnStep:
         epoch: number of the epoch, from 1.
         loss: mean over the step's rows, or over the tokens of their answers for generated text.
         learning_rate: of the LoRA increments in this step. A head's is higher (`LearnOptions.head_rate`).
-        valid_accuracy: accuracy on `valid` at the end of an epoch, for a task with a head. Otherwise None.
-        valid_loss: mean loss per token on `valid` at the end of an epoch, for a generating backbone. Otherwise None.
+        valid_accuracy, valid_loss: on `valid`, at the end of an epoch (otherwise None): means over rows, or over the
+            tokens of their answers, each after the right ones before it, for generated text.
     """
 
     task: str

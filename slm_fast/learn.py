@@ -147,6 +147,10 @@ def _join(mine: Tensor, theirs: Tensor) -> Tensor:
     return torch.cat([nn.functional.pad(part, (0, 0, 0, rank - part.shape[1])) for part in (mine, theirs)])
 
 
+def _summed_loss(logits: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+
+
 class Trainer:
     """The values, head and training loop of one task. `learn_task` calls, in order: `allocate`, `routed`, `warm_start`,
     `fine_tune`, `learned`."""
@@ -269,24 +273,23 @@ class Trainer:
                         if step < len(plan):
                             self._tell(now)
                     advance(len(rows), note=note)
-                score = None if valid_examples is None else self._score(valid_examples)
-                if score is not None:
-                    self._check_finite(score, f"the validation score is {score} in epoch {epoch}")
-                self._tell(now, score)
-                if best is not None and score is not None and best.is_enough(score):
+                if best is None or valid_examples is None:
+                    self._tell(now)
+                    continue
+                loss, accuracy = self._validated(valid_examples)
+                score = -loss if self.head is None else accuracy
+                self._check_finite(score, f"the validation score is {score} in epoch {epoch}")
+                self._tell(replace(now, valid_loss=loss, valid_accuracy=accuracy))
+                if best.is_enough(score):
                     break
         for parameter in self.parameters():
             self._check_finite(float(parameter.detach().sum()), "the values are no longer numbers")
         if best is not None:
             best.restore()
 
-    def _tell(self, step: LearnStep, score: float | None = None) -> None:
-        """Report a step to `on_step`; the last one of an epoch with its validation `score`."""
-        if self.on_step is None:
-            return
-        if score is not None:
-            step = replace(step, valid_loss=-score) if self.head is None else replace(step, valid_accuracy=score)
-        self.on_step(step)
+    def _tell(self, step: LearnStep) -> None:
+        if self.on_step is not None:
+            self.on_step(step)
 
     def _rounded(self, examples: Examples) -> AbstractContextManager[None]:
         """With autocast, round the weights that these rows pass through once, rather than in every pass."""
@@ -325,19 +328,17 @@ class Trainer:
         return replace(examples, route=Route(route.slot_ids.cpu(), route.weights.cpu()))
 
     @torch.no_grad()
-    def _score(self, examples: Examples) -> float:
-        """Accuracy with a head; without one, minus the mean loss."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+    def _validated(self, examples: Examples) -> tuple[float, float]:
+        """Mean loss and accuracy over the rows' labels, or over the tokens of their answers."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in examples.lengths.argsort(stable=True).split(2 * self.options.batch_size):
             rows, count = self.processes.share(batch.tolist())
-            if self.head is None:
-                score = -self.loss(examples, rows)
-            else:
-                answers = torch.tensor([examples.answers[i][0] for i in rows], device=self.device)
-                score = (self._logits(examples, rows).argmax(1) == answers).sum()
-            total += score if count else 0
+            logits, target = self._predictions(examples, rows)
+            found = torch.stack([_summed_loss(logits, target), (logits.argmax(1) == target).sum()])
+            total += found if count else 0
         self.processes.all_reduce([total])
-        return float(total) / sum(map(len, examples.answers))
+        loss, accuracy = (total / sum(map(len, examples.answers))).tolist()
+        return loss, accuracy
 
     def _passes(self, examples: Examples, rows: list[int]) -> tuple[Encoded, dict[str, Any]]:
         """A batch of these rows, and the options of its pass: routes, this task's values, and cached states."""
@@ -349,22 +350,21 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.autocast)
 
-    def _logits(self, examples: Examples, rows: list[int]) -> Tensor:
-        """The head's logits [B, C]."""
-        assert self.head is not None
-        encoded, options = self._passes(examples, rows)
-        with self._autocast():
-            hidden = self.model.forward(encoded, **options).hidden
-            features = TrunkQuery.pool(hidden, encoded.attention_mask)
-        return features @ self.head[0].T + self.head[1]
-
     def loss(self, examples: Examples, rows: list[int]) -> Tensor:
         """Summed loss of the rows' labels, or of the tokens of their answers."""
+        return _summed_loss(*self._predictions(examples, rows))
+
+    def _predictions(self, examples: Examples, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Logits [N, C] float32 of the rows' labels, or of the tokens of their answers, and these [N] (or IGNORE)."""
         answers = [examples.answers[i] for i in rows]
         target = torch.tensor([token for answer in answers for token in answer], device=self.device)
+        encoded, options = self._passes(examples, rows)
         if self.head is not None:
-            return cross_entropy(self._logits(examples, rows), target, reduction="sum")
-        lm, (encoded, options) = self.model.backbone.model, self._passes(examples, rows)
+            with self._autocast():
+                hidden = self.model.forward(encoded, **options).hidden
+                features = TrunkQuery.pool(hidden, encoded.attention_mask)
+            return features @ self.head[0].T + self.head[1], target
+        lm = self.model.backbone.model
         with self._autocast():
             if self.model.backbone.kind == "causal":
                 # The output layer is only applied to the tokens before those of the answer.
@@ -380,7 +380,7 @@ class Trainer:
                 inputs["decoder_input_ids"] = lm.prepare_decoder_input_ids_from_labels(labels)
                 out, _, _ = self.model.call(lambda: lm(**inputs), encoded.attention_mask, **options)
                 logits, target = out.logits.flatten(0, 1), labels.flatten()
-        return cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
+        return logits.float(), target
 
     def learned(self) -> LearnedTask:
         def kept(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -41,9 +41,8 @@ def test_a_callback_is_told_of_each_step_and_changes_nothing(name):
     assert all(math.isfinite(at.loss) and at.loss > 0 for at in seen)
     # Closed form of the schedule: one step of warm-up, then linear decay that reaches 0 after the last step.
     assert [at.learning_rate for at in seen] == pytest.approx([2e-2 * min(s + 1, (6 - s) / 5) for s in range(6)])
-    key = "valid_accuracy" if name == "bert" else "valid_loss"
     assert [set(at.metrics) - {"loss", "learning_rate", "epoch"} for at in seen] == [
-        *([set()] * 2), {key}, *([set()] * 2), {key},
+        *([set()] * 2), {"valid_accuracy", "valid_loss"}, *([set()] * 2), {"valid_accuracy", "valid_loss"},
     ]  # fmt: skip
 
 
@@ -53,6 +52,18 @@ def test_validation_accuracy_is_that_of_the_kept_values():
     answers = slm.predict([row.text for row in valid.rows], task="sea")
     right = sum(a.label == row.target for a, row in zip(answers, valid.rows, strict=True)) / len(valid.rows)
     assert max(at.valid_accuracy for at in seen if at.valid_accuracy is not None) == right
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_the_accuracy_of_generated_text_is_that_of_its_tokens(name):
+    slm, seen = make_slm(name), []
+    task = Task("sea", easy("sea", rows=20).rows, free_text=True)
+    slm.learn(task, valid=task, epochs=20, on_step=seen.append, **SHORT)
+    found = [at for at in seen if at.valid_accuracy is not None]
+    kept = min(found, key=lambda at: at.valid_loss)
+    answers = slm.predict([row.text for row in task.rows], task="sea")
+    assert [answer.text for answer in answers] == [row.target for row in task.rows]
+    assert found[0].valid_accuracy < kept.valid_accuracy == 1  # right answers have no wrong token
 
 
 def test_logging_is_one_line(caplog):
