@@ -6,12 +6,15 @@ name. Undefined values are None.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import mean
+from collections.abc import Hashable, Mapping, Sequence
+from math import fsum
+from statistics import fmean, mean
+from typing import TypeVar
 
 from slm_fast.evaluate import forgetting
 
 Matrix = Sequence[Mapping[str, float]]
+Row = TypeVar("Row", bound=Hashable)
 
 
 def average_accuracy(matrix: Matrix, learned: Sequence[str]) -> float:
@@ -27,8 +30,13 @@ def average_incremental_accuracy(matrix: Matrix, learned: Sequence[str]) -> floa
 def final_forgetting(matrix: Matrix, learned: Sequence[str]) -> float | None:
     """F_k after the last task k: mean, over the tasks before it, of the best earlier accuracy minus the current one
     (Chaudhry et al. 2018). None for one task."""
+    return forgetting_by_step(matrix, learned)[-1]
+
+
+def forgetting_by_step(matrix: Matrix, learned: Sequence[str]) -> list[float | None]:
+    """F_k after each task k (see `final_forgetting`); None after the first."""
     seen = [{name: row[name] for name in learned[: n + 1]} for n, row in enumerate(matrix)]
-    return forgetting(seen)[-1] if len(seen) > 1 else None
+    return [None, *forgetting(seen)[1:]]
 
 
 def backward_transfer(matrix: Matrix, learned: Sequence[str]) -> float | None:
@@ -48,6 +56,35 @@ def forward_transfer(matrix: Matrix, learned: Sequence[str], untrained: Mapping[
         if n and name in matrix[n - 1] and name in untrained
     ]
     return mean(gains) if gains and len(gains) == len(matrix) - 1 else None
+
+
+def paired_difference(differences: Mapping[str, Sequence[Mapping[Row, float]]]) -> tuple[float, float | None]:
+    """Difference in average accuracy between two methods that answered the same rows, and its standard error.
+
+    The standard error is that of the rows drawn: sqrt(sum over tasks of s_t^2 / n_t) / tasks, with s_t^2 the sample
+    variance of the n_t differences of task t. Seeds that answered the same rows of a task are averaged row by row
+    first; seeds with other rows count as drawn independently.
+
+    Args:
+        differences: for each task, for each seed, the score of one method minus that of the other, by row.
+
+    Returns:
+        The difference, and the standard error; None if a task has only one row.
+    """
+    value, variance = 0.0, 0.0
+    known = True
+    for seeds in differences.values():
+        value += fmean(fmean(own.values()) for own in seeds) / len(differences)
+        alike: dict[frozenset[Row], list[Mapping[Row, float]]] = {}
+        for own in seeds:
+            alike.setdefault(frozenset(own), []).append(own)
+        for same in alike.values():
+            by_row = [fmean(own[row] for own in same) for row in same[0]]
+            known = known and len(by_row) > 1
+            middle = fmean(by_row)
+            squares = fsum((each - middle) ** 2 for each in by_row)
+            variance += (len(same) / len(seeds)) ** 2 * squares / max(1, len(by_row) - 1) / len(by_row)
+    return value, variance**0.5 / len(differences) if known else None
 
 
 def retrieval_accuracy(slots: Sequence[Sequence[str]], tasks: Sequence[str]) -> float:

@@ -18,14 +18,14 @@ import csv
 import gzip
 import io
 import json
-import resource
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.continual.clock import Clock, Peak
+from benchmarks.continual.last_stage import routed_by, times
 from benchmarks.continual.methods import method_of
 from benchmarks.continual.methods.method import Answer, Method, Setup
 from benchmarks.continual.methods.slm import Slm
@@ -88,26 +88,26 @@ def run_cell(
         raise WorkError(
             f"{folder}: state.pt is of {learned} tasks and stages.jsonl of {len(stages)}; delete the folder"
         )
-    also = Also(test, bertscore)
+    also, peak = Also(test, bertscore), Peak()
     for number, name in enumerate(stream.tasks[len(stages) :], len(stages) + 1):
         asked = stream.tasks if unseen else stream.tasks[:number]
         if unseen and not learned and not (folder / "untrained.json").exists():
-            before = _answered(folder / "answers-0.csv.gz", method, entry.told, test, also, progress)
+            before = _answered(folder / "answers-0.csv.gz", method, entry.told, test, also, peak, progress)
             accuracies = {known: own["accuracy"] for known, own in before["tasks"].items()}
             write(folder / "untrained.json", json.dumps(accuracies).encode())
         if learned < number:
+            peak.start()
             clock = Clock()
             method.learn(train[name], progress)
-            spent = clock.spent("learn")
+            spent = clock.spent("learn") | peak.reached("learn")
             _save(folder, method, number, spent)
         rows = {known: test[known] for known in asked}
-        stage = _answered(folder / f"answers-{number}.csv.gz", method, entry.told, rows, also, progress)
+        stage = _answered(folder / f"answers-{number}.csv.gz", method, entry.told, rows, also, peak, progress)
         if isinstance(method, Slm) and not entry.told and number == len(stream.tasks):
-            clock = Clock()
-            method.find_routes([row for task in rows.values() for row in task.rows])
-            stage |= clock.spent("route")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        stage = {"after": name, **stage, **spent, "peak_mib": round(peak)}
+            for known, task in rows.items():
+                stage["tasks"][known]["routed_by"] = routed_by(method, task)
+            stage |= times(method, rows)
+        stage = {"after": name, **stage, **spent, "peak_mib": round(peak.of_process())}
         stage |= {"parameters": method.parameters, "kept_bytes": method.kept}
         if isinstance(method, Slm):
             stage["sha256"] = {known: method.digest(known) for known in stream.tasks[:number]}
@@ -116,17 +116,6 @@ def run_cell(
     if isinstance(method, Slm) and not (folder / "store").exists():
         method.slm.save_pretrained(folder / "store")
     return stages
-
-
-class Clock:
-    """Wall and CPU seconds of this process since creation. CPU seconds hardly depend on what else runs."""
-
-    def __init__(self) -> None:
-        self.wall, self.processor = time.perf_counter(), time.process_time()
-
-    def spent(self, what: str) -> dict[str, float]:
-        wall, processor = time.perf_counter() - self.wall, time.process_time() - self.processor
-        return {f"{what}_seconds": round(wall, 2), f"{what}_cpu_seconds": round(processor, 2)}
 
 
 def _save(folder: Path, method: Method, learned: int, spent: Mapping[str, float]) -> None:
@@ -149,16 +138,17 @@ def restore(folder: Path, method: Method) -> tuple[int, dict[str, float]]:
 
 
 def _answered(
-    path: Path, method: Method, told: bool, tasks: Mapping[str, Task], also: Also, progress: bool | None
+    path: Path, method: Method, told: bool, tasks: Mapping[str, Task], also: Also, peak: Peak, progress: bool | None
 ) -> dict[str, Any]:
     """Answer all rows of these tasks, mixed, write the answers to `path` and summarise them."""
     rows = [row for task in tasks.values() for row in task.rows]
     names = [name for name, task in tasks.items() for _ in task.rows]
+    peak.start()
     clock = Clock()
     with bar("answering", len(rows), progress) as advance:
         answers = method.answers(rows, names if told else None)
         advance(len(rows))
-    spent = clock.spent("answer")
+    spent = clock.spent("answer") | peak.reached("answer")
     right = scores([answer.text for answer in answers], rows, [tasks[name].labels is None for name in names])
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")

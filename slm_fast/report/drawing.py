@@ -4,61 +4,71 @@ from __future__ import annotations
 
 import math
 
-from slm_fast.report.figures import Lines, Points
+from slm_fast.report.figures import Lines, Points, written
 from slm_fast.report.markup import bdi, cut, escape
 
 WIDTH, HEIGHT = 460, 300
 COLOURS = 10  # --c0 ... --c9 of page.css
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
+GREY = "var(--soft)"
 NAMED = 30  # with more points than this, names appear in tooltips only
 
 
 def lines(figure: Lines) -> str:
-    """Accuracy over learned tasks. The axis starts at a multiple of 10 %, below the lowest value."""
+    """Values over learned tasks, with those from elsewhere in grey behind them."""
     left, right, top, bottom = 40, WIDTH - 12, 12, HEIGHT - 40
-    known = [value for _, values, _ in figure.series for value in values if value is not None]
-    low = max(0, min(90, 10 * math.floor(10 * min(known, default=0.0) - 0.2)))
-    count = len(figure.across)
+    (low, high, ticks), count = figure.axis, len(figure.across)
 
     def x(i: int) -> float:
         return left + 10 + (right - left - 20) * (i / (count - 1) if count > 1 else 0.5)
 
     def y(share: float) -> float:
-        return bottom - (bottom - top) * (100 * share - low) / (100 - low)
+        return bottom - (bottom - top) * (share - low) / (high - low)
 
-    step = 10 if low >= 50 else 20
+    unit = " %" if figure.kind == "percent" else " points"
     drawn = []
-    for tick in range(100, low - 1, -step):
-        at = y(tick / 100)
+    for tick in ticks:
+        at, said = y(tick), f"{100 * tick:.3g}".replace("-", "\u2212")
         drawn.append(f'<line class="rule" x1="{left}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        drawn.append(f'<text x="{left - 7}" y="{at + 4:.1f}" text-anchor="end">{tick}</text>')
+        drawn.append(f'<text x="{left - 7}" y="{at + 4:.1f}" text-anchor="end">{said}</text>')
     every = math.ceil(count / 12)
     for i in range(0, count, every):
         drawn.append(f'<text x="{x(i):.1f}" y="{bottom + 18}" text-anchor="middle">{i + 1}</text>')
     drawn.append(f'<text x="{(left + right) / 2}" y="{HEIGHT - 2}" text-anchor="middle">tasks learned</text>')
-    for number, (name, values, strong) in reversed(list(enumerate(figure.series))):
-        style = _stroke(number, strong)
+    shown = [
+        (name, values, _colour(i), _stroke(i, strong), strong) for i, (name, values, strong) in enumerate(figure.series)
+    ]
+    shown += [(name, values, GREY, _grey(i), False) for i, (name, values) in enumerate(figure.grey)]
+    for name, values, colour, style, strong in reversed(shown):
         spots = [(x(i), y(value), value) for i, value in enumerate(values) if value is not None]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b, _ in spots)
         drawn.append(f'<g><title>{escape(name)}</title><polyline points="{path}" {style}/>')
         radius = 3.4 if strong else 2.4
         drawn += [
-            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" fill="var(--c{number % COLOURS})">'
-            f"<title>{escape(name)}: {100 * value:.1f} %</title></circle>"
+            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" fill="{colour}">'
+            f"<title>{escape(name)}: {written(value, figure.kind)}{unit}</title></circle>"
             for a, b, value in spots
         ]
         drawn.append("</g>")
     keys = [
-        f'<svg viewBox="0 0 32 16" aria-hidden="true"><line x1="1" x2="31" y1="9" y2="9" {_stroke(i, strong)}/></svg>'
-        for i, (_, _, strong) in enumerate(figure.series)
+        f'<svg viewBox="0 0 32 16" aria-hidden="true"><line x1="1" x2="31" y1="9" y2="9" {style}/></svg>'
+        for _, _, _, style, _ in shown
     ]
-    return _svg(figure.title, drawn) + legend(keys, [name for name, _, _ in figure.series])
+    return _svg(figure.title, drawn) + legend(keys, [name for name, *_ in shown])
+
+
+def _colour(number: int) -> str:
+    return f"var(--c{number % COLOURS})"
+
+
+def _grey(number: int) -> str:
+    return f'stroke="{GREY}" stroke-width="1.6" stroke-dasharray="{DASHES[1 + number % (len(DASHES) - 1)]}"'
 
 
 def _stroke(number: int, strong: bool) -> str:
     dash = DASHES[number // COLOURS % len(DASHES)]
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    return f'stroke="var(--c{number % COLOURS})" stroke-width="{3 if strong else 1.6}"{dashed}'
+    return f'stroke="{_colour(number)}" stroke-width="{3 if strong else 1.6}"{dashed}'
 
 
 def points(figure: Points) -> str:

@@ -16,7 +16,7 @@ NOT_DEFINED = "n/a"
 
 
 class Spread(NamedTuple):
-    """Mean and standard deviation over seeds (None for one seed)."""
+    """Mean and standard deviation over seeds (None for one seed); or a difference and its standard error."""
 
     mean: float
     deviation: float | None
@@ -27,11 +27,13 @@ Value = str | float | int | Spread | None
 
 @dataclass(frozen=True)
 class Column:
-    """name: the heading. kind: the format of the values (see `written`). about: a short explanation, as a tooltip."""
+    """name: the heading. kind: the format of the values (see `written`). about: a short explanation, as a tooltip.
+    spread: what a Spread's deviation is in this column."""
 
     name: str
     kind: str = "text"
     about: str = ""
+    spread: str = "standard deviation"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Table:
         spread = [any(isinstance(row[i], Spread) for row in self.rows) for i in range(len(self.columns))]
         heading: list[Any] = []
         for column, two in zip(self.columns, spread, strict=True):
-            heading += [column.name, f"{column.name}, standard deviation"] if two else [column.name]
+            heading += [column.name, f"{column.name}, {column.spread}"] if two else [column.name]
         found = [heading]
         for row in self.rows:
             values: list[Any] = []
@@ -95,19 +97,37 @@ class Grid:
 
 @dataclass(frozen=True)
 class Lines:
-    """Fractions from 0 to 1 over learned tasks. series: (name, values, whether it is highlighted)."""
+    """Values over learned tasks. series: (name, values, whether it is highlighted). kind: "percent", fractions from 0
+    to 1, or "points", differences of fractions. grey: (name, values) from elsewhere, drawn in grey."""
 
     stem: str
     title: str
     across: Sequence[str]
     series: Sequence[tuple[str, Sequence[float | None], bool]]
     note: str = ""
+    kind: str = "percent"
+    grey: Sequence[tuple[str, Sequence[float | None]]] = ()
 
     def records(self) -> list[list[Any]]:
-        return [["after learning", *(name for name, _, _ in self.series)]] + [
-            [name, *(values[i] if i < len(values) else None for _, values, _ in self.series)]
+        shown = [*((name, values) for name, values, _ in self.series), *self.grey]
+        return [["after learning", *(name for name, _ in shown)]] + [
+            [name, *(values[i] if i < len(values) else None for _, values in shown)]
             for i, name in enumerate(self.across)
         ]
+
+    @property
+    def axis(self) -> tuple[float, float, list[float]]:
+        """Its lowest and highest value, and the ticks. In percent it ends at 100 and starts at a multiple of 10 below
+        all values; in points it has round numbers around all values and zero."""
+        every = [*(values for _, values, _ in self.series), *(values for _, values in self.grey)]
+        known = [100 * value for values in every for value in values if value is not None]
+        if self.kind == "percent":
+            low = max(0, min(90, 10 * math.floor((min(known, default=0.0) - 2) / 10)))
+            return low / 100, 1.0, [tick / 100 for tick in range(100, low - 1, -10 if low >= 50 else -20)]
+        least, most = min([0.0, *known]), max([0.0, *known]) or 1.0
+        step = next(s for s in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if (most - least) / s <= 6)
+        ticks = [i * step / 100 for i in range(math.floor(least / step), math.ceil(most / step) + 1)]
+        return ticks[0], ticks[-1], ticks[::-1]
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _size(figure: Grid | Lines | Bars | Points) -> tuple[float, float]:
     if isinstance(figure, Grid):
         return 2.6 + 0.45 * min(MOST, len(figure.columns)), 1.8 + 0.34 * min(MOST, len(figure.rows))
     if isinstance(figure, Lines):
-        return 6.4, 4.2 + 0.12 * len(figure.series)
+        return 6.4, 4.2 + 0.12 * (len(figure.series) + len(figure.grey))
     if isinstance(figure, Bars):
         return 6.4, 1.0 + 0.3 * len(figure.bars)
     return 6.4, 4.6 + 0.06 * len(figure.groups)
@@ -89,7 +89,19 @@ def _grid(axes: Any, grid: Grid) -> None:
 
 
 def _lines(axes: Any, figure: Lines) -> None:
-    places = range(1, len(figure.across) + 1)
+    places, (low, high, _) = range(1, len(figure.across) + 1), figure.axis
+    for i, (name, values) in enumerate(figure.grey):
+        axes.plot(
+            places[: len(values)],
+            [float("nan") if value is None else 100 * value for value in values],
+            color="#8a93a2",
+            linestyle=DASHES[1 + i % (len(DASHES) - 1)],
+            linewidth=1.2,
+            marker="o",
+            markersize=3,
+            label=_text(name),
+            zorder=1,
+        )
     for i, (name, values, strong) in enumerate(figure.series):
         shares = [float("nan") if value is None else 100 * value for value in values]
         axes.plot(
@@ -107,7 +119,9 @@ def _lines(axes: Any, figure: Lines) -> None:
         places,
         [f"{i}\n{_text(name, 12)}" if len(places) < 8 else i for i, name in zip(places, figure.across, strict=True)],
     )
-    axes.set(ylabel="accuracy, %", xlabel="after learning")
+    axes.set(ylabel="accuracy, %" if figure.kind == "percent" else "percentage points", xlabel="after learning")
+    if figure.kind == "points":
+        axes.set_ylim(100 * low, 100 * high)
     axes.grid(color=LINE, axis="y")
     axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
 

@@ -12,9 +12,11 @@ from slm_fast.measures import (
     average_incremental_accuracy,
     backward_transfer,
     final_forgetting,
+    forgetting_by_step,
     forward_transfer,
 )
 from slm_fast.report.figures import Spread
+from slm_fast.report.markup import isolated
 from slm_fast.report.runs import Method, Run, Stage
 
 
@@ -39,6 +41,11 @@ class Result:
         return spread([of([stage.accuracy for stage in seed.stages], self.learned) for seed in self.method.farthest])
 
     @property
+    def title(self) -> str:
+        """The method's title, for use within a sentence."""
+        return isolated(self.method.title)
+
+    @property
     def average(self) -> Spread:
         found = self.measure(average_accuracy)
         assert found is not None
@@ -47,6 +54,13 @@ class Result:
     @property
     def forgetting(self) -> Spread | None:
         return self.measure(final_forgetting)
+
+    def forgetting_by_step(self) -> list[float | None]:
+        """F_k after each task, mean over seeds; None after the first."""
+        matrices = [[stage.accuracy for stage in seed.stages] for seed in self.method.farthest]
+        by_seed = [forgetting_by_step(matrix, self.learned) for matrix in matrices]
+        found = [spread(values) for values in zip(*by_seed, strict=True)]
+        return [None if value is None else value.mean for value in found]
 
     @property
     def backward(self) -> Spread | None:
@@ -148,3 +162,14 @@ def results(run: Run) -> list[Result]:
     return sorted(
         found, key=lambda result: (-result.method.stages, result.method.told, -result.average.mean, result.method.name)
     )
+
+
+def leads(ranked: Sequence[Result]) -> list[Result]:
+    """The methods that have learned the most tasks, without oracle task IDs if there are any such, best first."""
+    far = [result for result in ranked if len(result.learned) == len(ranked[0].learned)]
+    return [result for result in far if not result.method.told] or far
+
+
+def many(count: int, what: str) -> str:
+    """A number of things: "1 task", "2 tasks"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

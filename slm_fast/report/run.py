@@ -9,24 +9,12 @@ from statistics import mean
 
 from slm_fast.errors import InputError, SlmError, warn
 from slm_fast.report import keys, paper
-from slm_fast.report.figures import (
-    Bars,
-    Column,
-    Figure,
-    Grid,
-    Lines,
-    Note,
-    Part,
-    Report,
-    Section,
-    Spread,
-    Table,
-    Value,
-    written,
-)
+from slm_fast.report.ablations import ablations
+from slm_fast.report.figures import Bars, Figure, Grid, Lines, Note, Part, Report, Section, Spread, written
 from slm_fast.report.made import versions
 from slm_fast.report.markup import isolated
-from slm_fast.report.results import Result, results
+from slm_fast.report.results import Result, leads, many, results
+from slm_fast.report.run_tables import also, by_task, costs, ranking, routed_by, timed
 from slm_fast.report.runs import Run, read_run
 from slm_fast.report.store import confusion
 from slm_fast.store import Store
@@ -62,7 +50,13 @@ READING = (
         "Oracle task ID",
         "The method is given each row's task, which other methods have to infer. The two groups are not comparable.",
     ),
-    ("±", "Standard deviation over seeds."),
+    (
+        "Difference, paired by row",
+        "Average accuracy minus that of the other method on the same rows and seeds. The ± is its standard error over "
+        "rows, paired: an effect of about twice that much would rarely come from the choice of rows. It does not "
+        "include what other seeds would change.",
+    ),
+    ("±", "Standard deviation over seeds; for differences paired by row, their standard error."),
 )
 
 
@@ -102,16 +96,18 @@ def _part(run: Run, stem: str) -> Part:
     ranked = results(run)
     backbone = run.about.get("backbone")
     on = f" on {isolated(backbone)}" if isinstance(backbone, str) else ""
-    title = f"{isolated(run.stream)}{on}: {_many(len(ranked), 'method')}, {_many(len(run.tasks), 'task')}"
+    title = f"{isolated(run.stream)}{on}: {many(len(ranked), 'method')}, {many(len(run.tasks), 'task')}"
     own = next((result for result in ranked if any(seed.store for seed in result.method.farthest)), None)
-    theirs = paper.table(run.stream, f"{stem}paper")
     sections = [
-        Section("Methods", [_ranking(run, ranked, stem), *([theirs] if theirs else []), _lost(ranked, stem)]),
+        Section("Methods", [ranking(run, ranked, stem), *paper.tables(run.stream, stem), _lost(ranked, stem)]),
+        *ablations(ranked, stem),
         Section("Accuracy over the task stream", _over_tasks(run, ranked, stem)),
-        Section("Time and memory", [_costs(ranked, stem)]),
+        Section("Time and memory", [costs(ranked, stem)]),
         Section("Accuracy matrix R", [_matrix(run, result, stem) for result in ranked]),
-        *([Section("Results per task", [_by_task(own, stem)])] if own else []),
-        *_also(ranked, stem),
+        *([Section("Results per task", [by_task(own, stem)])] if own else []),
+        *also(ranked, stem),
+        *routed_by(ranked, stem),
+        *timed(ranked, stem),
         Section(
             "Routing confusion matrix",
             _told_apart(ranked, stem),
@@ -123,33 +119,33 @@ def _part(run: Run, stem: str) -> Part:
     return Part(title, _answer(run, ranked), _headline(run, ranked), sections, _unfinished(run, ranked))
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def _title(result: Result) -> str:
-    return isolated(result.method.title)
-
-
-def _leads(ranked: Sequence[Result]) -> list[Result]:
-    """The methods that have learned the most tasks, without oracle task IDs if there are any such, best first."""
-    far = [result for result in ranked if len(result.learned) == len(ranked[0].learned)]
-    return [result for result in far if not result.method.told] or far
-
-
 def _answer(run: Run, ranked: Sequence[Result]) -> str:
-    best, *others = _leads(ranked)
+    best, *others = leads(ranked)
     learned = len(best.learned)
-    when = f"all {_many(learned, 'task')}" if best.complete else f"{learned} of {len(run.tasks)} tasks"
+    when = f"all {many(learned, 'task')}" if best.complete else f"{learned} of {len(run.tasks)} tasks"
     told = "with oracle task IDs" if best.method.told else "without oracle task IDs"
-    said = f"{_title(best)} has the highest average accuracy {told}: {_percent(best.average)} after {when}"
+    said = f"{best.title} has the highest average accuracy {told}: {_percent(best.average)} after {when}"
     lost = best.forgetting
     said += "" if lost is None else f", with forgetting of {written(lost.mean, 'points')} points"
-    said += f". {_title(others[0])} follows with {_percent(others[0].average)}." if others else "."
+    said += f". {others[0].title} follows with {_percent(others[0].average)}." if others else "."
     helped = [r for r in ranked if r.method.told and len(r.learned) == learned and r is not best]
     if helped:
-        said += f" With oracle task IDs, {_title(helped[0])} reaches {_percent(helped[0].average)}."
-    return said
+        said += f" With oracle task IDs, {helped[0].title} reaches {_percent(helped[0].average)}."
+    return f"{said} {_cost(best)}".strip()
+
+
+def _cost(result: Result) -> str:
+    """What a method costs per task, in a sentence; empty if nothing was measured."""
+    processor = result.cost("learn_cpu_seconds", mean)
+    seconds, unit = (result.seconds("learn", mean), "seconds" if processor is None else "CPU seconds")
+    totals = [result.last_cost(name) for name in ("parameters", "kept_bytes")]
+    if seconds is None and totals == [None, None]:
+        return ""
+    parameters, kept = (None if total is None else total / len(result.learned) for total in totals)
+    return (
+        f"{result.title} takes {written(seconds, 'seconds')} {unit} to learn a task, trains "
+        f"{written(parameters, 'short')} parameters for it and stores {written(kept, 'bytes')}."
+    )
 
 
 def _percent(value: Spread) -> str:
@@ -157,11 +153,11 @@ def _percent(value: Spread) -> str:
 
 
 def _headline(run: Run, ranked: Sequence[Result]) -> list[tuple[str, str]]:
-    best = _leads(ranked)[0]
+    best = leads(ranked)[0]
     lost, routing = best.forgetting, best.routing
     seeds = max(len(result.method.farthest) for result in ranked)
     return [
-        (f"{written(best.average.mean, 'percent')} %", f"average accuracy of {_title(best)}"),
+        (f"{written(best.average.mean, 'percent')} %", f"average accuracy of {best.title}"),
         (written(lost.mean if lost else None, "points"), "forgetting, points"),
         (written(routing.mean, "percent") + " %" if routing else written(None, ""), "routing accuracy"),
         (f"{len(ranked[0].learned)} of {len(run.tasks)}", "tasks learned"),
@@ -171,106 +167,44 @@ def _headline(run: Run, ranked: Sequence[Result]) -> list[tuple[str, str]]:
 
 def _unfinished(run: Run, ranked: Sequence[Result]) -> str:
     said = [
-        f"{_title(result)} has learned {len(result.learned)} of {_many(len(run.tasks), 'task')}"
+        f"{result.title} has learned {len(result.learned)} of {many(len(run.tasks), 'task')}"
         for result in ranked
         if not result.complete
     ]
     for result in ranked:
         behind = len(result.method.seeds) - len(result.method.farthest)
         if behind:
-            said.append(f"{_many(behind, 'seed')} of {_title(result)} excluded (fewer tasks learned)")
+            said.append(f"{many(behind, 'seed')} of {result.title} excluded (fewer tasks learned)")
     said += [f"{isolated(title)} has not learned any task yet" for title in run.waiting]
     return f"This run is unfinished. Results so far: {'; '.join(said)}." if said else ""
 
 
-def _ranking(run: Run, ranked: Sequence[Result], stem: str) -> Table:
-    forward = any(result.forward is not None for result in ranked)
-    columns = [
-        Column("method"),
-        Column("oracle task ID"),
-        Column("average accuracy, %", "percent"),
-        Column("forgetting, points", "points"),
-        Column("backward transfer, points", "points"),
-        *([Column("forward transfer, points", "points")] if forward else []),
-        Column("average incremental accuracy, %", "percent"),
-        Column("routing accuracy, %", "percent"),
-        Column("parameters", "short", "trained parameters of all learned tasks"),
-        Column("storage", "bytes", "parameters, statistics and replayed rows of all learned tasks"),
-        Column("training time per task, s", "seconds", "CPU time where measured"),
-        Column("peak memory", "mib"),
-        Column("seeds", "count"),
-        *([] if all(result.complete for result in ranked) else [Column("tasks", "count", "learned so far")]),
-    ]
-    rows: list[list[Value]] = [
-        [
-            result.method.title,
-            "yes" if result.method.told else "no",
-            result.average,
-            result.forgetting,
-            result.backward,
-            *([result.forward] if forward else []),
-            result.incremental,
-            result.routing,
-            result.last_cost("parameters"),
-            result.last_cost("kept_bytes"),
-            result.seconds("learn", mean),
-            result.cost("peak_mib", max),
-            len(result.method.farthest),
-            len(result.learned),
-        ][: len(columns)]
-        for result in ranked
-    ]
-    note = (
-        f"Ranked by average accuracy after all {_many(len(run.tasks), 'task')}. Methods with oracle task IDs are below "
-        "those without, and incomplete methods come last."
-    )
-    return Table(f"{stem}methods", "Method ranking", columns, rows, note=note)
-
-
-def _costs(ranked: Sequence[Result], stem: str) -> Table:
-    columns = [
-        Column("method"),
-        Column("training time per task, s", "seconds"),
-        Column("total training time, s", "seconds"),
-        Column("inference time per row, ms", "number", "including routing"),
-        Column("routing time per row, ms", "number", "routing alone, a part of the inference time"),
-        Column("parameters per task", "short"),
-        Column("storage per task", "bytes"),
-        Column("peak memory", "mib", "of the process that trained and evaluated the method"),
-    ]
-    rows: list[list[Value]] = []
-    for result in ranked:
-        many, seeds = len(result.learned), len(result.method.farthest)
-        total = result.seconds("learn", sum)
-        parameters, kept = result.last_cost("parameters"), result.last_cost("kept_bytes")
-        rows.append(
-            [
-                result.method.title,
-                result.seconds("learn", mean),
-                None if total is None else total / seeds,
-                result.milliseconds_a_row("answer"),
-                result.milliseconds_a_row("route"),
-                None if parameters is None else parameters / many,
-                None if kept is None else kept / many,
-                result.cost("peak_mib", max),
-            ]
-        )
-    note = "Times are CPU time where measured, so that other load on the machine hardly affects them."
-    return Table(f"{stem}costs", "Time and memory", columns, rows, note=note)
-
-
 def _over_tasks(run: Run, ranked: Sequence[Result], stem: str) -> list[Figure | Note]:
-    best = _leads(ranked)[0]
+    best = leads(ranked)[0]
     averages = [(r.method.title, r.averages(), r is best) for r in ranked]
     first = [(r.method.title, [row[0] for row in r.matrix(run.tasks)], r is best) for r in ranked]
     return [
         Lines(f"{stem}average", "Average accuracy on the tasks learned so far, %", run.tasks, averages),
         Lines(f"{stem}first", f"Accuracy on the first task ({isolated(run.tasks[0])}), %", run.tasks, first),
+        _forgotten(run, ranked, stem),
     ]
 
 
+def _forgotten(run: Run, ranked: Sequence[Result], stem: str) -> Lines | Note:
+    """Forgetting F_k after each task."""
+    heading, best = "Forgetting on the tasks learned so far, points", leads(ranked)[0]
+    series = [(r.method.title, r.forgetting_by_step(), r is best) for r in ranked]
+    if all(value is None for _, values, _ in series for value in values):
+        return Note("Forgetting is defined from the second task on.", heading)
+    theirs = [(name, values[: len(run.tasks)]) for name, values in paper.forgetting(run.stream)]
+    note = "F_k after each task k from the second on; lower is better."
+    if theirs:
+        note += " In grey the paper's, mean over its orders 4 to 6, with another backbone (BERT-base) and other rows."
+    return Lines(f"{stem}forgetting-by-task", heading, run.tasks, series, note=note, kind="points", grey=theirs)
+
+
 def _lost(ranked: Sequence[Result], stem: str) -> Bars:
-    best = _leads(ranked)[0]
+    best = leads(ranked)[0]
     bars = [(r.method.title, None if r.forgetting is None else r.forgetting.mean, r is best) for r in ranked]
     return Bars(f"{stem}forgetting", "Forgetting, points", bars, note="After the last learned task; lower is better.")
 
@@ -281,58 +215,6 @@ def _matrix(run: Run, result: Result, stem: str) -> Grid:
     note = "" if result.complete else f"{len(result.learned)} of {len(run.tasks)} tasks learned."
     name = f"{stem}accuracy-{result.method.name}"
     return Grid(name, result.method.title, rows, run.tasks, values, "after learning", "accuracy on", note=note)
-
-
-def _by_task(result: Result, stem: str) -> Table:
-    columns = [
-        Column("task"),
-        Column("rows", "count"),
-        Column("accuracy, %", "percent"),
-        Column("routing accuracy, %", "percent", "share of the task's rows routed to it"),
-        Column("retrieval accuracy, %", "percent", "share of rows with most retrieved slots from their task (Eq. 13)"),
-    ]
-    rows: list[list[Value]] = []
-    for name in result.learned:
-        told = result.method.told
-        rows.append(
-            [
-                name,
-                result.method.farthest[0].stages[-1].rows[name],
-                result.by_task(lambda stage: stage.accuracy, name),
-                None if told else result.by_task(lambda stage: stage.routed, name),
-                None if told else result.by_task(lambda stage: stage.retrieved, name),
-            ]
-        )
-    title = f"{_title(result)} after the last learned task"
-    note = "Retrieval accuracy (Eq. 13 of the paper): more than half of a row's retrieved slots belong to its task."
-    return Table(f"{stem}by-task", title, columns, rows, note=note)
-
-
-ALSO = {
-    "retrieved": Column("labels of the predicted task, %", "percent"),
-    "unified": Column("labels of all tasks, %", "percent"),
-    "oracle": Column("labels of the true task, %", "percent", "leaks the task ID to the head"),
-    "BERTScore": Column("BERTScore F1, %", "percent", "of free-text answers; an empty answer scores 0"),
-}
-
-
-def _also(ranked: Sequence[Result], stem: str) -> list[Section]:
-    """Other metrics of the answers, mean over tasks."""
-    known = {what: [result.also(what) for result in ranked] for what in ALSO}
-    chosen = [what for what, values in known.items() if any(value is not None for value in values)]
-    rows: list[list[Value]] = [
-        [result.method.title, *(known[what][i] for what in chosen)]
-        for i, result in enumerate(ranked)
-        if any(known[what][i] is not None for what in chosen)
-    ]
-    if not rows:
-        return []
-    note = "Accuracy with answers restricted to these labels: the fewer labels, the more of the task ID leaks."
-    columns = [Column("method"), *(ALSO[what] for what in chosen)]
-    table = Table(
-        f"{stem}also", "Further metrics, mean over tasks", columns, rows, note=note if "oracle" in chosen else ""
-    )
-    return [Section("Further metrics", [table])]
 
 
 def _told_apart(ranked: Sequence[Result], stem: str) -> list[Figure | Note]:
@@ -356,5 +238,5 @@ def _keys(own: Result | None, stem: str) -> Section:
         shown = keys.figures(keys.keys_of(keys.router_of(tasks, store.about["config"]), tasks), stem)
     except SlmError as error:
         warn(f"{place}: its keys cannot be shown: {error}")
-        shown = [Note(f"The keys of {_title(own)} cannot be shown: {error}")]
-    return Section(title, shown, f"Keys of {_title(own)}, {place.parent.name}.")
+        shown = [Note(f"The keys of {own.title} cannot be shown: {error}")]
+    return Section(title, shown, f"Keys of {own.title}, {place.parent.name}.")

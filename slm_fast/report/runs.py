@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slm_fast.errors import InputError, WorkError
 
@@ -29,7 +29,18 @@ SECONDS = ("learn", "answer", "route")  # each as wall-clock time and as CPU tim
 COSTS = (
     *(f"{what}{by}_seconds" for what in SECONDS for by in ("", "_cpu")),
     *("rows_answered", "peak_mib", "parameters", "kept_bytes"),
+    *(f"{what}_peak{where}_mib" for what in ("learn", "answer") for where in ("", "_gpu")),
 )
+TIMED = ("rows", *(f"{what}{by}_seconds" for what in ("route", "answer") for by in ("", "_cpu")))
+
+
+class Answered(NamedTuple):
+    """A line of an answers file."""
+
+    task: str
+    row: str
+    right: float
+    named: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,9 @@ class Stage:
     """Measurements after a task was learned.
 
     rows, accuracy, routed, retrieved: by evaluated task; None if the method does not report it. also: other metrics of
-    a task's answers, as fractions by name. costs: those of `COSTS`, None if unknown.
+    a task's answers, as fractions by name. costs: those of `COSTS`, None if unknown. routed_by: for each task, the
+    share of its rows with instructions that is routed to it by the "input" alone and by the whole "prompt", if known.
+    timed: for each task, the times of `TIMED` for some of its rows, if known.
     """
 
     after: str
@@ -47,6 +60,8 @@ class Stage:
     retrieved: Mapping[str, float | None]
     also: Mapping[str, Mapping[str, float]]
     costs: Mapping[str, float | None]
+    routed_by: Mapping[str, Mapping[str, float | None]]
+    timed: Mapping[str, Mapping[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -63,21 +78,41 @@ class Seed:
 
         Raises WorkError for a damaged file.
         """
-        path = self.folder / f"answers-{len(self.stages)}.csv.gz"
+        learned = {stage.after for stage in self.stages}
+        rows = self._rows(len(self.stages))
+        found = None if rows is None else Counter((row.task, row.named) for row in rows if row.task in learned)
+        return found if found and any(named for _, named in found) else None
+
+    def scores(self, done: int) -> dict[str, dict[str, float]] | None:
+        """After `done` tasks, the score of each row from 0 to 1, by task and the row's number; None if not saved.
+
+        Raises WorkError for a damaged file.
+        """
+        rows = self._rows(done)
+        found: dict[str, dict[str, float]] = {}
+        for row in rows or ():
+            found.setdefault(row.task, {})[row.row] = row.right
+        return None if rows is None else found
+
+    def _rows(self, done: int) -> list[Answered] | None:
+        path = self.folder / f"answers-{done}.csv.gz"
         if not path.exists():
             return None
-        found: Counter[tuple[str, str]] = Counter()
-        learned = {stage.after for stage in self.stages}
+        found: list[Answered] = []
         try:
             with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
                 for row in csv.DictReader(file, strict=True):
                     if None in row.values():
                         raise ValueError("a line has too few fields")
-                    if row["task"] in learned:
-                        found[row["task"], row["named"]] += 1
+                    right = float(row["right"])
+                    if not 0 <= right <= 1:
+                        raise ValueError(f"right: expected a score of 0 to 1, got {row['right']}")
+                    found.append(Answered(row["task"], row["row"], right, row["named"]))
         except (OSError, EOFError, csv.Error, KeyError, zlib.error, ValueError) as error:
             raise WorkError(f"{path}: damaged answers: {type(error).__name__}: {error}") from None
-        return found if any(named for _, named in found) else None
+        if len({(row.task, row.row) for row in found}) < len(found):
+            raise WorkError(f"{path}: damaged answers: a row is there twice")
+        return found
 
     @property
     def store(self) -> Path | None:
@@ -225,7 +260,7 @@ def _stage(line: Any, tasks: Sequence[str], done: int) -> Stage:
     strange = [name for name in line["tasks"] if name not in tasks]
     if strange:
         raise ValueError(f"task {strange[0]!r} is not in the stream")
-    rows, accuracy, routed, retrieved, also = {}, {}, {}, {}, {}
+    rows, accuracy, routed, retrieved, also, routed_by, timed = {}, {}, {}, {}, {}, {}, {}
     for name, own in line["tasks"].items():
         if not isinstance(own, dict):
             raise ValueError(f"{name}: expected an object, got {_short(own)}")
@@ -237,12 +272,23 @@ def _stage(line: Any, tasks: Sequence[str], done: int) -> Stage:
             raise ValueError(f"{name}: expected a number of rows, got {_short(count)}")
         rows[name], accuracy[name] = count, share
         routed[name], retrieved[name] = _share(own, "routed", name), _share(own, "retrieved", name)
-        more = own.get("also", {})
-        if not isinstance(more, dict):
-            raise ValueError(f"{name}: also: expected an object, got {_short(more)}")
+        more = _object(own, "also", name)
         also[name] = {what: value for what in more if (value := _share(more, what, name)) is not None}
+        more = _object(own, "routed_by", name)
+        routed_by[name] = {what: _share(more, what, name) for what in ("input", "prompt")}
+        more = _object(_object(line, "timed", "stage"), name, "timed")
+        timed[name] = {what: _cost(more, what) for what in TIMED}
     costs = {cost: _cost(line, cost) for cost in COSTS}
-    return Stage(line["after"], rows, accuracy, routed, retrieved, also, costs)
+    return Stage(line["after"], rows, accuracy, routed, retrieved, also, costs, routed_by, timed)
+
+
+def _object(own: Mapping[str, Any], what: str, name: str) -> Mapping[str, Any]:
+    found = own.get(what)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: {what}: expected an object, got {_short(found)}")
+    return found
 
 
 def _share(own: Mapping[str, Any], what: str, name: str) -> float | None:

@@ -24,7 +24,7 @@ from benchmarks.continual.methods.method import Answer, Entry, Setup
 from benchmarks.continual.run_file import described
 from benchmarks.continual.scoring import scores
 from benchmarks.continual.stream_file import read_stream
-from slm_fast import InputError, ScalableLM, Task, WorkError, demo
+from slm_fast import InputError, ScalableLM, Task, demo
 from slm_fast.data import Row
 from slm_fast.measures import (
     average_accuracy,
@@ -319,38 +319,6 @@ def test_an_ablation_that_cannot_be_is_refused_before_a_run_begins(stream, tiny,
     assert said in line
     assert line.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("tasks: [", "not YAML"),
-        ("tasks: {1: {train: x.csv, test: y.csv}}", "task 1: expected a text"),
-        ("tasks: {no: {train: x.csv, test: y.csv}}", "task False: expected a text"),
-        ("tasks: {a: {train: first.train.jsonl, test: first.test.jsonl}}\n3: 4", "3: unknown"),
-        ("tasks: {a: {train: first.train.jsonl, test: first.test.jsonl}}\nrows: true", "got True"),
-        ("rows: 4", "'tasks': expected names"),
-        ("tasks: {}", "'tasks': expected names"),
-        ("tasks: {a: {train: x.csv}}", "task 'a': expected train and test"),
-        ("tasks: {a: {train: x.csv, test: 3}}", "'test': expected a word, got 3"),
-        ("tasks: {a: {train: x.csv, test: y.csv, file: z}}", "and of config"),
-        ("tasks: {a: {train: x.csv, test: y.csv}}", "x.csv: no such file"),
-        ("tasks: {a: {train: first.train.jsonl, test: first.test.jsonl}}\nrow: 4", "'row': unknown"),
-        ("tasks: {a: {train: first.train.jsonl, test: first.test.jsonl}}\nrows: none", "'rows': expected a whole"),
-        (
-            "tasks:\n  a: {train: first.train.jsonl, test: first.test.jsonl}\n"
-            "  a: {train: first.train.jsonl, test: first.test.jsonl}",
-            "task 'a' is there twice",
-        ),
-    ],
-)
-def test_a_stream_file_that_says_something_else_is_refused_in_one_line(stream, text, said):
-    stream.write_text(text)
-    with pytest.raises((InputError, WorkError)) as caught:
-        read_stream(stream)
-    assert said in str(caught.value)
-    assert str(stream) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def test_what_cannot_run_is_said_before_anything_is_made(stream, forgetful, tmp_path, capsys, monkeypatch):

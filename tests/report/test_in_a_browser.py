@@ -10,13 +10,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from chrome import Chrome
 from made_runs import make_run, write_run
 from models import knows, make_slm, random_task, toy_task
 
 from slm_fast.data import Row
 from slm_fast.evaluate import mark
 from slm_fast.options import PredictOptions
-from slm_fast.report import html, report_on, run_report
+from slm_fast.report import html, report_on, run_report, save
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
@@ -90,3 +91,43 @@ def test_a_runs_page_fits_with_long_titles(tmp_path: Path):
     write_run(run, machine="m" * 500)
     (run / "slm" / "about.json").write_text(json.dumps({"title": "t" * 200, "told": False}))
     fits(html(run_report([run])), tmp_path)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """The file of a run's report, with long titles and an ablation."""
+    run = make_run(tmp_path / "run", seeds=2)
+    write_run(run, machine="m" * 500)
+    shutil.copytree(run / "slm", run / "slm,rank=4,slots=2")
+    (run / "slm" / "about.json").write_text(json.dumps({"title": "t" * 200, "told": False}))
+    save(run_report([run]), tmp_path / "page.html")
+    return tmp_path / "page.html"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_file_itself_fits_the_viewport_and_its_screenshot_is_as_wide(page: Path, tmp_path: Path, width: int):
+    assert CHROMIUM is not None
+    with Chrome(CHROMIUM, tmp_path) as chrome:
+        seen = chrome.look(page, width)
+    assert seen.viewport == width
+    assert seen.content <= width
+    assert seen.wide == []
+    assert seen.size[0] == width
+    assert seen.size[1] > 800
+    assert seen.messages == []
+    assert seen.requests == [page.as_uri()]
+
+
+def test_the_browser_sees_what_is_too_wide_and_what_is_requested(tmp_path: Path):
+    assert CHROMIUM is not None
+    body = '<main><p style="width:900px">wide</p><img src="other.png"></main><script>console.log("said")</script>'
+    page = tmp_path / "page.html"
+    page.write_text(f'<!DOCTYPE html><meta name="viewport" content="width=device-width">{body}')
+    with Chrome(CHROMIUM, tmp_path) as chrome:
+        narrow, wide = chrome.look(page, 390), chrome.look(page, 1280)
+    assert narrow.content > 900
+    assert len(narrow.wide) == 1
+    assert any("said" in message for message in narrow.messages)
+    assert (tmp_path / "other.png").as_uri() in narrow.requests
+    assert wide.content <= 1280
+    assert wide.wide == []

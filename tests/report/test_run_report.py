@@ -174,7 +174,7 @@ def test_the_papers_numbers_stand_beside_its_streams_only_and_say_whose_they_are
     page = html(run_report([run]))
     assert "Results reported in the paper" in page
     assert "another backbone" in page
-    for name, accuracy, _ in paper.METHODS:
+    for name, accuracy, _ in paper.BERT.methods:
         assert f"<bdi>{name}</bdi>" in page
         assert f"<bdi>{accuracy:.1f}</bdi>" in page
     other = make_run(tmp_path / "run", seeds=1)
@@ -311,7 +311,11 @@ GOOD = stage_of(2, {"ag_news": 0.9, "yelp": 0.8})
         (json.dumps(GOOD).replace(f'"rows": {ROWS}', '"rows": 0'), "expected a number of rows"),
         (json.dumps(GOOD).replace('"rows"', '"also": {"oracle": 3}, "rows"', 1), "oracle: expected a share"),
         (json.dumps(GOOD).replace('"rows"', '"also": [], "rows"', 1), "also: expected an object"),
+        (json.dumps(GOOD).replace('"rows"', '"routed_by": {"input": 3}, "rows"', 1), "input: expected a share"),
+        (json.dumps(GOOD | {"timed": {"yelp": []}}), "yelp: expected an object"),
+        (json.dumps(GOOD | {"timed": {"yelp": {"rows": -1}}}), "rows: expected a number from 0 up"),
         (json.dumps(GOOD | {"peak_mib": "much"}), "peak_mib: expected a number"),
+        (json.dumps(GOOD | {"learn_peak_mib": "much"}), "learn_peak_mib: expected a number"),
         ("[" * 100_000, "damaged"),
     ],
 )

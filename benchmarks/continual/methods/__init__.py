@@ -31,8 +31,8 @@ from slm_fast import InputError
 from slm_fast.options import LearnOptions, ModelConfig
 
 METHODS = {
-    "slm": Entry("SLM, trunk + gaussian (the default)", Slm),
-    "slm-ti": Entry("SLM, oracle", partial(Slm, told=True), told=True),
+    "slm": Entry("slm_fast", Slm),
+    "slm-ti": Entry("slm_fast, oracle", partial(Slm, told=True), told=True),
     "slm-paper": Entry("SLM as in the paper", partial(Slm, **PAPER_CONFIG), options=PAPER_OPTIONS),
     "separate": Entry("Separate, one LoRA per task, oracle", Separate, told=True),
     "joint": Entry("Joint training on all tasks so far", Joint),
