@@ -94,7 +94,10 @@ def resolve(name: str) -> str:
     path = Path(spec.origin).parent / packaged.weights
     digest = sha256_of(path)
     if digest != packaged.sha256:
-        raise WorkError(f"backbone {name!r}: weights have SHA-256 {digest}, expected {packaged.sha256}")
+        raise WorkError(
+            f"backbone {name!r}: weights have SHA-256 {digest}, expected {packaged.sha256}; "
+            f"install the package again: {packaged.install}"
+        )
     return str(path if path.suffix == GGUF else path.parent)
 
 

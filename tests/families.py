@@ -52,6 +52,7 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "electra": ("encoder", "ElectraModel", {"initializer_range": 0.2, "embedding_size": 16}),
     "mpnet": ("encoder", "MPNetModel", {"initializer_range": 0.2, "pad_token_id": 1}),
     "camembert": ("encoder", "CamembertModel", {"initializer_range": 0.2, "pad_token_id": 1}),
+    "xlm-roberta": ("encoder", "XLMRobertaModel", {"initializer_range": 0.2, "pad_token_id": 1}),
     "smollm3": ("causal", "SmolLM3ForCausalLM", {"initializer_range": 0.2}),
     "olmo2": ("causal", "Olmo2ForCausalLM", {"initializer_range": 0.2}),
     "granite": (

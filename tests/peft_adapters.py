@@ -32,6 +32,15 @@ TINY = {
     "distilbert": ("q_lin", "v_lin", "lin1"),
     "deberta-v2": ("query_proj", "value_proj"),
     "modernbert": ("Wqkv", "Wo", "Wi"),
+    "xlm-roberta": ("query", "value", "output.dense"),
+    **dict.fromkeys(("mistral", "qwen3", "gemma2"), ("q_proj", "v_proj", "up_proj")),
+    **dict.fromkeys(("gemma3_text", "smollm3", "olmo2", "granite"), ("k_proj", "o_proj", "gate_proj", "down_proj")),
+    "qwen3_moe": ("q_proj", "k_proj", "o_proj"),
+    "phi": ("q_proj", "dense", "fc2"),
+    **dict.fromkeys(("mt5", "umt5"), ("q", "o", "wi_1")),
+    "bart": ("q_proj", "out_proj", "fc1"),
+    "gpt_neox": ("query_key_value", "dense_h_to_4h"),
+    "opt": ("q_proj", "v_proj", "out_proj"),
 }
 
 
@@ -51,7 +60,7 @@ def write_adapter(
     """Let PEFT save a random adapter to a folder; returns the PEFT model."""
     encoder = KNOWN[name][0] == "encoder"
     labels = 3 if encoder and labels is None else labels
-    config = {"r": 4, "target_modules": list(TINY[name]), **config}
+    config = {"r": 4, "target_modules": list(TINY.get(name, ())), **config}
     if labels is not None:
         config["task_type"] = "SEQ_CLS"
     with warnings.catch_warnings():

@@ -26,6 +26,7 @@ from models import (
     route_of,
     saved,
     toy_task,
+    two_tasks,
 )
 from test_generate import count_passes, end_early
 from torch import Tensor, nn
@@ -100,6 +101,24 @@ def test_a_mixed_batch_says_what_merged_weights_say_of_each_row_alone(name):
                 torch.testing.assert_close(hidden[i, -len(rows[i]) :], states, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if KNOWN[name][0] == "encoder"])
+def test_a_mixed_batch_answers_as_heads_on_merged_weights_do_for_each_row_alone(name):
+    slm, tokenizer = make_slm(name, k=2), make_tokenizer(name)
+    tasks, texts = two_tasks(slm), mixed_texts(7)  # one slot each, no statistics of labels in the router
+    answers = knows(slm, *tasks).predict(texts, top_k=None, batch_size=7)
+    assert {len(answer.route.slots) for answer in answers} == {2}
+    for text, answer in zip(texts, answers, strict=True):
+        alone = merge(make_model(name), tasks, answer.route)
+        with torch.inference_mode():
+            [states] = alone(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state
+        wanted = dict.fromkeys(("maybe", "no", "yes"), 0.0)
+        for slot, share in zip(answer.route.slots, answer.route.weights, strict=True):
+            weight, bias = tasks[slot].head
+            for label, p in zip(tasks[slot].labels, (weight @ states.mean(0) + bias).softmax(0), strict=True):
+                wanted[label] += share * float(p)
+        assert answer.probabilities == pytest.approx(wanted, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", [name for name in OTHERS if "conv" not in name])
 def test_words_mean_all_linear_layers_of_a_layer_and_the_default_is_five_of_them(name):
     slm = make_slm(name, targets=all_words(name), first_layer=1)
@@ -158,7 +177,7 @@ def test_a_fused_layers_parts_are_phi3s_query_key_and_value_as_a_llama_has_them_
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*OTHERS, "opt", "bloom", "deberta"])
+@pytest.mark.parametrize("name", ["roberta", "mt5", "mistral", "qwen2", *OTHERS, "opt", "bloom", "deberta"])
 def test_every_family_learns_and_answers_and_is_saved_opened_and_forgets(name, tmp_path):
     slm = make_slm(name)
     slm.save_pretrained(tmp_path / "store")

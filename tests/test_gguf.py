@@ -11,7 +11,7 @@ import torch
 
 from slm_fast import InputError, ScalableLM, Task, WorkError
 from slm_fast.backbone import Backbone
-from slm_fast.loading import PACKAGED, located, resolve
+from slm_fast.loading import PACKAGED, Packaged, located, resolve
 from slm_fast.store import Store
 from tests.command import one_line, slm_fast
 from tests.gguf_file import write_gguf
@@ -109,6 +109,44 @@ def test_the_packaged_weights_are_checked(monkeypatch):
     monkeypatch.setattr("slm_fast.loading.PACKAGED", changed)
     with pytest.raises(WorkError, match=r"weights have SHA-256 b179c9523d0e.*, expected 0000"):
         resolve("smollm2")
+
+
+@pytest.fixture
+def stand_ins(written, tmp_path, monkeypatch):
+    """A Python package with a GGUF file and a checkpoint in place of those of `smollm2` and `minilm`."""
+    package = tmp_path / "stand_in_models"
+    weights = {"smollm2": "tiny.Q8_0.gguf", "minilm": "model/model.safetensors"}
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    shutil.copy(written[0], package / weights["smollm2"])
+    (package / weights["minilm"]).write_bytes(b"weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    made = {
+        name: Packaged("stand_in_models", file, hashlib.sha256((package / file).read_bytes()).hexdigest(), "pip ...")
+        for name, file in weights.items()
+    }
+    monkeypatch.setattr("slm_fast.loading.PACKAGED", made)
+    return {name: package / file for name, file in weights.items()}
+
+
+def test_a_packaged_gguf_file_is_a_backbone_by_its_name(stand_ins, backbone):
+    assert resolve("smollm2") == str(stand_ins["smollm2"])
+    assert resolve("minilm") == str(stand_ins["minilm"].parent)
+    found = Backbone.load("smollm2")
+    assert (found.name, found.fingerprint) == ("smollm2", backbone.fingerprint)
+    ids = torch.tensor([[1, 70, 80, 259]])
+    torch.testing.assert_close(found.model(ids).logits, backbone.model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "minilm"])
+def test_packaged_weights_that_are_not_those_of_the_release_are_refused(name, stand_ins):
+    data = stand_ins[name].read_bytes()
+    stand_ins[name].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    digests = [hashlib.sha256(each).hexdigest() for each in (stand_ins[name].read_bytes(), data)]
+    with pytest.raises(WorkError) as caught:
+        ScalableLM.from_backbone(name)
+    assert f"backbone {name!r}: weights have SHA-256 {digests[0]}, expected {digests[1]}" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_command_line_joins_a_folder_and_its_file(written, tmp_path):

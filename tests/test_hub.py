@@ -1,5 +1,5 @@
-"""Sharing stores: the folder to upload, its model card, and stores in the hub's cache. Without a network, the upload
-itself is not tested."""
+"""Sharing stores: the folder to upload, its model card, uploads, and stores on the hub. There is no network: the hub's
+client is replaced by a stand-in, or finds everything in its cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from models import (
 )
 from stores import tree
 
-from slm_fast import Evaluation, InputError, ScalableLM, WorkError
+from slm_fast import Evaluation, InputError, ScalableLM, WorkError, __version__
 from slm_fast.hub import find_store, is_on_hub
 from slm_fast.store import Store
 
@@ -181,6 +181,77 @@ def test_what_cannot_be_shared_is_said_and_nothing_is_written(slm, tmp_path):
         slm.share(tmp_path / "full")
     with pytest.raises(InputError, match=r"^repo_id: expected a name such as user/store, got '../x'"):
         slm.push_to_hub("../x")
+
+
+class FakeApi:
+    """Stands in for the hub's client: notes what it is asked, and what the folder to upload holds."""
+
+    asked: tuple[tuple[str, dict], ...] = ()
+    uploaded: dict[str, bytes]
+    error: Exception | None = None
+
+    def __init__(self, **options) -> None:
+        assert options == {"library_name": "slm-fast", "library_version": __version__}
+
+    def create_repo(self, repo_id: str, **options) -> huggingface_hub.RepoUrl:
+        self.note("create_repo", {"repo_id": repo_id, **options})
+        owner = "" if "/" in repo_id else "me/"
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{owner}{repo_id}")
+
+    def upload_folder(self, *, folder_path: Path, **options) -> None:
+        FakeApi.uploaded = tree(folder_path)
+        self.note("upload_folder", options)
+
+    def note(self, call: str, options: dict) -> None:
+        if FakeApi.error is not None and call == "upload_folder":
+            raise FakeApi.error
+        FakeApi.asked = (*FakeApi.asked, (call, options))
+
+
+@pytest.fixture
+def api(monkeypatch) -> type[FakeApi]:
+    monkeypatch.setattr(FakeApi, "asked", ())
+    monkeypatch.setattr(FakeApi, "error", None)
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+    return FakeApi
+
+
+@pytest.mark.parametrize("private", [None, True, False])
+def test_a_push_creates_the_repository_and_uploads_what_share_writes(slm, api, tmp_path, private):
+    evaluation = Evaluation({"farm": 0.975}, {"farm": 1.0})
+    how = {"evaluation": evaluation, "base_model": "user/tiny-bert"}
+    url = slm.push_to_hub("user/animals", private=private, commit_message="Two tasks", **how)
+    assert url == "https://huggingface.co/user/animals"
+    assert api.asked == (
+        ("create_repo", {"repo_id": "user/animals", "private": private, "exist_ok": True}),
+        (
+            "upload_folder",
+            {"repo_id": "user/animals", "delete_patterns": ["tasks/*"], "commit_message": "Two tasks"},
+        ),
+    )
+    slm.share(tmp_path / "shared", **how)
+    expected = tree(tmp_path / "shared")
+    readme = api.uploaded.pop("README.md").decode()
+    card = expected.pop("README.md").decode()
+    assert api.uploaded == expected
+    assert readme == card.replace("# farm, sea", "# user/animals").replace(
+        '"path of this folder"', '"user/animals"'
+    ).replace("my-store FOLDER", "my-store user/animals")
+
+
+def test_a_push_of_one_task_to_a_name_without_its_user(slm, api):
+    assert slm.push_to_hub("animals", tasks="sea", base_model="user/tiny-bert") == "https://huggingface.co/me/animals"
+    (_, created), (_, uploaded) = api.asked
+    assert (created["repo_id"], uploaded["repo_id"]) == ("animals", "me/animals")
+    assert uploaded["commit_message"] == "Upload a store of slm_fast"
+    assert json.loads(api.uploaded["manifest.json"])["tasks"].keys() == {"sea"}
+
+
+def test_what_the_hub_refuses_is_one_line(slm, api):
+    api.error = ValueError("403 Forbidden: no write token")
+    with pytest.raises(WorkError, match=r"^user/animals: cannot be pushed to the hub: 403 Forbidden: no write token$"):
+        slm.push_to_hub("user/animals", base_model="user/tiny-bert")
+    assert [call for call, _ in api.asked] == ["create_repo"]
 
 
 def test_without_a_network_a_push_is_one_line(slm, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,23 +11,29 @@ import pytest
 import torch
 import yaml
 from models import knows, learned, make_slm, one_thread, random_task  # noqa: F401
-from peft_adapters import base_of, loaded, logits_of, our_logits, probabilities, texts, write_adapter
-from safetensors.torch import load_file
+from peft_adapters import base_of, edit, loaded, logits_of, our_logits, probabilities, texts, write_adapter
+from safetensors.torch import load_file, save_file
 
-from slm_fast import InputError, ScalableLM, card, loading
+from slm_fast import InputError, ScalableLM, WorkError, card, loading
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask
 
-ENCODERS = ("bert", "roberta")
+pytestmark = pytest.mark.filterwarnings("ignore:backbone. model type", "ignore:examples")
+WRITERS = ("llama", "t5", "qwen2", "phi3", "gpt2", "mistral", "bart", "gemma2", "qwen3_moe", "gpt_neox")
+ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
+# Families whose adapters come back, with PEFT's modules_to_save that their heads need.
+BACK = dict.fromkeys(("bert", "distilbert", "t5", "llama", "mistral", "phi3", "gpt2"))
+BACK |= {"modernbert": ["classifier", "head"]}
 
 
 def with_a_task(name: str, **options: object) -> ScalableLM:
     slm = make_slm(name, router="dtkr", groups=4, k=4) if options.get("slots", 1) != 1 else make_slm(name)
-    knows(slm, random_task(slm, "farm", labels=("no", "yes") if name in ENCODERS else None, **options))
+    labels = ("no", "yes") if slm.model.backbone.kind == "encoder" else None
+    knows(slm, random_task(slm, "farm", labels=labels, **options))
     return slm
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "qwen2", "phi3", "gpt2"])
+@pytest.mark.parametrize("name", WRITERS)
 def test_peft_merges_an_exported_task_into_what_the_routed_model_is(tmp_path: Path, name: str) -> None:
     slm = with_a_task(name, rank=5)
     slm.export_adapter("farm", tmp_path)
@@ -53,7 +60,7 @@ def test_an_encoders_own_head_stands_beside_the_adapter(tmp_path: Path, name: st
     assert "slm_fast_head.safetensors" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", [*ENCODERS, "llama"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "llama"])  # other families: test_peft_import.py
 def test_an_imported_head_goes_out_as_the_familys_class_has_it(tmp_path: Path, name: str) -> None:
     model = write_adapter(tmp_path / "in", name, labels=3, r=3)
     slm = make_slm(name)
@@ -76,17 +83,86 @@ def same(one: LearnedTask, other: LearnedTask) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "llama", "phi3"])
+@pytest.mark.parametrize("name", BACK)
 def test_what_goes_out_comes_in_with_the_same_tensors(tmp_path: Path, name: str) -> None:
     slm = with_a_task(name)
-    write_adapter(tmp_path / "peft", name, r=11, rank_pattern={"value": 2, "v_proj": 2, "wo": 2}, use_rslora=True)
+    ranks = {"value": 2, "v_proj": 2, "wo": 2, "v_lin": 2, "Wi": 2, "c_fc": 2}
+    config = {"r": 11, "rank_pattern": ranks, "use_rslora": True, "modules_to_save": BACK[name]}
+    write_adapter(tmp_path / "peft", name, scale=0.1, **config)
     slm.import_adapter(tmp_path / "peft", "sky", texts("sky"))
     for task in ("farm", "sky"):
         slm.export_adapter(task, tmp_path / task)
-        found = slm.import_adapter(tmp_path / task, f"{task}-again", texts(task), check=True)
+        found = slm.import_adapter(tmp_path / task, f"{task}-again", texts(task, 4), check=True)
         assert found is not None
         assert found < 1e-4
         assert same(learned(slm, task), learned(slm, f"{task}-again"))
+
+
+@pytest.mark.parametrize(
+    ("name", "zero"),
+    [
+        *[("phi3", zero) for zero in ("a row", "a layer", "everything")],
+        *[("gpt2", "a layer"), ("modernbert", "a layer")],
+    ],
+)
+def test_a_fused_module_comes_back_whole_if_some_of_its_increments_are_zero(
+    tmp_path: Path, name: str, zero: str
+) -> None:
+    slm = with_a_task(name)
+    task = learned(slm, "farm")
+    values = {module: (a, b.clone()) for module, (a, b) in task.values.items()}
+    queries = [module for module in values if module.endswith("[query]")]
+    for module in values if zero == "everything" else queries:
+        values[module][1][:, slice(1, 2) if zero == "a row" else slice(None)] = 0
+    knows(slm, dataclasses.replace(task, values=values))
+    slm.export_adapter("farm", tmp_path)
+    found = slm.import_adapter(tmp_path, "again", texts("farm", 4), check=True)
+    assert found is not None
+    assert found < 1e-4
+    assert queries
+    assert same(learned(slm, "farm"), learned(slm, "again"))
+
+
+def test_an_adapter_that_does_nothing_yet_keeps_its_rows_in_and_out(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "in", "phi3", r=3)
+    file = tmp_path / "in" / "adapter_model.safetensors"
+    save_file({key: t * ("lora_A" in key) for key, t in load_file(file).items()}, file)
+    slm = make_slm("phi3")
+    slm.import_adapter(tmp_path / "in", "sky", texts("sky"))
+    assert {len(lora_a[0]) for lora_a, _ in learned(slm, "sky").values.values()} == {3}
+    slm.export_adapter("sky", tmp_path / "out")
+    slm.import_adapter(tmp_path / "out", "again", texts("sky"))
+    assert same(learned(slm, "sky"), learned(slm, "again"))
+
+
+def test_an_export_that_was_trained_further_comes_back_as_what_it_is_now(tmp_path: Path) -> None:
+    slm = with_a_task("phi3", rank=2)
+    slm.export_adapter("farm", tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = {"r": 3, "lora_alpha": 3, "rank_pattern": {}, "alpha_pattern": {}}
+    for rank in (None, 3):  # training fills the zeros in lora_B; a new configuration changes the rank
+        found = load_file(file)
+        for key, tensor in found.items():
+            shape = (
+                (rank or len(tensor), tensor.shape[1]) if "lora_A" in key else (len(tensor), rank or tensor.shape[1])
+            )
+            found[key] = torch.rand(shape) / 10
+        save_file(found, file)
+        edit(tmp_path, lambda config, rank=rank: config.update(whole if rank else {}))
+        difference = slm.import_adapter(tmp_path, f"again-{rank}", texts("farm", 4), check=True)
+        assert difference is not None
+        assert difference < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [[4], {"a": 4}, {"a": {"b": -1}}, {"a": {"b": "4"}}, {"a": {"b": 1e99}}, None])
+def test_ranks_of_an_export_that_are_none_are_named(tmp_path: Path, ranks: Any) -> None:
+    slm = with_a_task("phi3")
+    slm.export_adapter("farm", tmp_path)
+    file = tmp_path / "slm_fast.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "ranks": ranks}))
+    with pytest.raises(WorkError, match=r"slm_fast\.json: ranks: expected numbers by module and layer, got .*; save"):
+        slm.import_adapter(tmp_path, "again", texts("farm"))
+    assert slm.tasks == ["farm"]
 
 
 def test_a_learned_task_that_comes_back_reads_the_prompt_it_was_learned_on(tmp_path: Path) -> None:

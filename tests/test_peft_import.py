@@ -20,7 +20,7 @@ from models import (  # noqa: F401
     reopened,
     saved,
 )
-from peft_adapters import edit, loaded, logits_of, our_logits, probabilities, texts, write_adapter, written_by
+from peft_adapters import TINY, edit, loaded, logits_of, our_logits, probabilities, texts, write_adapter, written_by
 
 from slm_fast import InputError, ScalableLM, SlmError
 from slm_fast.errors import SlmWarning
@@ -47,9 +47,9 @@ def configured(name: str, config: str) -> dict:
     return made
 
 
-def difference(slm: ScalableLM, model: torch.nn.Module, name: str, task: str = "sky") -> float:
+def difference(slm: ScalableLM, model: torch.nn.Module, name: str, task: str = "sky", count: int = 4) -> float:
     """Maximum absolute difference between PEFT's and our outputs on texts of the task."""
-    rows = texts("sky", 4, seed=1)
+    rows = texts("sky", count, seed=1)
     theirs = [logits_of(model, name, row) for row in rows]
     if slm.model.backbone.kind == "encoder":
         return float((probabilities(slm, rows, task) - torch.cat(theirs).softmax(1)).abs().max())
@@ -100,6 +100,22 @@ def test_a_familys_own_head_gives_what_peft_gives(tmp_path: Path, name: str, sav
     assert difference(slm, again, name) < 1e-5
     slm.import_adapter(tmp_path / "out", "back", texts("sky"))
     assert difference(slm, model, name, "back") < 1e-5
+
+
+OTHERS = sorted(TINY.keys() - {name for name, _ in (*GRID, *HEADS)})
+
+
+@pytest.mark.filterwarnings("ignore:backbone. model type", "ignore:examples")
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_adapter_of_any_other_family_gives_what_peft_gives(tmp_path: Path, name: str) -> None:
+    model = write_adapter(tmp_path, name, r=3, scale=0.1)
+    slm = make_slm(name)
+    found = slm.import_adapter(tmp_path, "sky", texts("sky", 3), check=True)
+    assert found is not None
+    assert found < 1e-4
+    assert difference(slm, model, name, count=1) < 1e-4
+    with model.disable_adapter():
+        assert difference(slm, model, name, count=1) > 1e-3  # the adapter has an effect
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -199,6 +215,7 @@ def test_twelve_adapters_of_unlike_ranks_and_layers_answer_a_mixed_batch_as_one_
     tmp_path: Path, query: str
 ) -> None:
     slm = make_slm("bert", taps=(0,) if query == "embeddings" else None)
+    slm.save_pretrained(tmp_path / "store")
     topics = ("sea", "farm", "city", "sky")
     models = {}
     for i in range(12):
@@ -216,10 +233,38 @@ def test_twelve_adapters_of_unlike_ranks_and_layers_answer_a_mixed_batch_as_one_
         assert one.route.tasks == (name,)
         theirs = logits_of(models[name], "bert", row)[0].softmax(0).tolist()
         assert [one.probabilities[f"LABEL_{j}"] for j in range(len(theirs))] == pytest.approx(theirs, abs=1e-4)
-    for row, one in zip(rows, slm.predict(rows, top_k=None), strict=True):  # without task IDs
+    found = slm.predict(rows, top_k=None)
+    for row, one in zip(rows, found, strict=True):  # without task IDs
         assert one.route.weights == (1.0,)
         theirs = logits_of(models[one.task], "bert", row)[0].softmax(0)
         assert one.score == pytest.approx(float(theirs.max()), abs=1e-4)
+    again = reopened(tmp_path / "store")
+    assert again.tasks == sorted(models)
+    assert again.predict(rows, top_k=None) == found
+    assert again.predict(rows, top_k=None, task=names) == told
+
+
+def test_twelve_adapters_write_in_a_mixed_batch_and_after_the_store_is_reopened_as_one_by_one(tmp_path: Path) -> None:
+    slm = make_slm("llama")
+    slm.save_pretrained(tmp_path / "store")
+    topics, models = ("sea", "farm", "city", "sky"), {}
+    for i in range(12):
+        name, modules = f"task{i:02}", [["q_proj"], ["v_proj", "down_proj"], ["k_proj", "gate_proj", "o_proj"]][i % 3]
+        models[name] = write_adapter(
+            tmp_path / name, "llama", seed=i, r=1 + 2 * i, lora_alpha=4, target_modules=modules
+        )
+        slm.import_adapter(tmp_path / name, name, texts(topics[i % 4], seed=i))
+    rows = [row for i in range(12) for row in texts(topics[i % 4], 1, seed=90 + i)]
+    again = reopened(tmp_path / "store", "llama")
+    for names, some in ((list(models), rows), (None, rows[:6])):  # with task IDs and without
+        found = slm.predict(some, task=names, max_new_tokens=3)
+        assert names is None or [one.task for one in found] == names
+        assert {one.route.weights for one in found} == {(1.0,)}
+        theirs = [written_by(models[one.task], "llama", row, tokens=3) for row, one in zip(some, found, strict=True)]
+        assert [one.text for one in found] == theirs
+        assert again.predict(some, task=names, max_new_tokens=3) == found
+        bare = slm.predict(some, max_new_tokens=3, bare=True)
+        assert all(one.text != other.text for one, other in zip(found[:4], bare, strict=False))
 
 
 def test_a_store_keeps_what_was_imported_and_forgets_it_exactly(tmp_path: Path) -> None:

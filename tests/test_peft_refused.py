@@ -16,8 +16,13 @@ from safetensors.torch import load_file, save_file
 
 from slm_fast import InputError, ScalableLM, SlmError, WorkError
 from slm_fast.errors import SlmWarning
+from slm_fast.integrations import peft_files
 from slm_fast.integrations.peft_files import check_config, read_adapter
 
+MERGE = "merge the adapter into its base model with PEFT's merge_and_unload, or train it without this option"
+AGAIN = "; save the adapter again, or download it again"
+# PEFT's methods that train virtual tokens.
+VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
 QUERY = "base_model.model.model.layers.1.self_attn.q_proj"
 
 
@@ -56,8 +61,7 @@ def refused(
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("peft_type", "PREFIX_TUNING", "virtual tokens"),
-        ("peft_type", "PROMPT_TUNING", "virtual tokens"),
+        *[("peft_type", kind, "virtual tokens, not layers; train a LoRA adapter instead") for kind in VIRTUAL],
         ("peft_type", "IA3", "expected LORA, got 'IA3'"),
         ("use_dora", True, "DoRA scales the columns"),
         ("use_qalora", True, "QALoRA"),
@@ -72,6 +76,9 @@ def refused(
         ("init_lora_weights", "loftq", "changed the base's weights"),
         ("init_lora_weights", "lora_ga", "changed the base's weights"),
         ("loftq_config", {"loftq_bits": 4}, "LoftQ"),
+        ("kasa_config", {"beta": 1e-4}, f"KaSA changes the formula; {MERGE}"),
+        ("corda_config", {"corda_method": "ipm"}, f"CorDA changed the base's weights; {MERGE}"),
+        ("lora_ga_config", {"direction": "ArB2r"}, f"LoRA-GA changed the base's weights; {MERGE}"),
         ("layer_replication", [[0, 2]], "repeats layers"),
         ("trainable_token_indices", [1, 2], "embeddings"),
         ("target_parameters", ["mlp.experts"], "no linear layers"),
@@ -128,9 +135,10 @@ def more(name: str, *shape: int) -> Callable[[Path], None]:
     return tensors(lambda found: found.update({f"base_model.model.{name}": torch.ones(*shape)}))
 
 
-def rank_zero(found: dict[str, torch.Tensor]) -> None:
-    found[f"{QUERY}.lora_A.weight"] = torch.zeros(0, 32)
-    found[f"{QUERY}.lora_B.weight"] = torch.zeros(32, 0)
+def halves(a: tuple[int, ...], b: tuple[int, ...]) -> Callable[[Path], None]:
+    """Give one module halves of these shapes."""
+    shapes = {f"{QUERY}.lora_A.weight": torch.zeros(a), f"{QUERY}.lora_B.weight": torch.zeros(b)}
+    return tensors(lambda found: found.update(shapes))
 
 
 def rename(folder: Path) -> None:
@@ -140,10 +148,22 @@ def rename(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "status", "parts"),
     [
-        (tensors(rank_zero), 1, ("q_proj", "rank 0")),
-        (tensors(lambda f: f[f"{QUERY}.lora_B.weight"].__setitem__((0, 0), torch.nan)), 1, ("q_proj", "not finite")),
+        (halves((0, 32), (32, 0)), 1, ("q_proj", "rank 0, expected at least 1", AGAIN)),
+        (halves((4, 32), (32, 3)), 1, ("q_proj", "[r, I] and lora_B [O, r], got [4, 32] and [32, 3]", AGAIN)),
+        (halves((4, 32), (32,)), 1, ("q_proj", "expected lora_A [r, I] and lora_B", AGAIN)),
+        (halves((4, 32, 1), (32, 4)), 1, ("q_proj", "got [4, 32, 1] and [32, 4]", AGAIN)),
+        *[
+            (
+                tensors(lambda f, key=key, x=x: f[key].__setitem__((0, 0), x)),
+                1,
+                (key, "a number that is not finite", AGAIN),
+            )
+            for key in (f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight")
+            for x in (torch.nan, -torch.inf)
+        ],
         (tensors(lambda f: f[f"{QUERY}.lora_B.weight"].mul_(1e9)), 1, ("q_proj", "expected numbers from")),
-        (tensors(lambda f: f.pop(f"{QUERY}.lora_B.weight")), 1, ("q_proj", "lora_A alone")),
+        (tensors(lambda f: f.pop(f"{QUERY}.lora_B.weight")), 1, ("q_proj", "has lora_A alone", AGAIN)),
+        (tensors(lambda f: f.pop(f"{QUERY}.lora_A.weight")), 1, ("q_proj", "has lora_B alone", AGAIN)),
         (tensors(lambda f: f.clear()), 2, ("no increments",)),
         (more(f"{QUERY.removeprefix('base_model.model.')}.lora_magnitude_vector", 32), 2, ("DoRA",)),
         (more("model.embed_tokens.weight", 9, 32), 2, ("embed_tokens", "trained embeddings")),
@@ -156,9 +176,10 @@ def rename(folder: Path) -> None:
         (lambda f: (f / "adapter_model.safetensors").unlink(), 2, ("no adapter_model.safetensors",)),
         (lambda f: (f / "adapter_config.json").unlink(), 2, ("no adapter_config.json",)),
         (lambda f: (f / "model.safetensors").write_bytes(b""), 2, ("a full model (model.safetensors) and an adapter",)),
-        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"nonsense"), 1, ("damaged",)),
-        (lambda f: (f / "adapter_config.json").write_text("{"), 1, ("adapter_config.json", "cannot be read")),
-        (lambda f: (f / "adapter_config.json").write_text("[]"), 1, ("expected a JSON object",)),
+        (lambda f: (f / "adapter_model.safetensors").write_bytes(b"nonsense"), 1, ("damaged", AGAIN)),
+        (lambda f: (f / "adapter_config.json").write_text("{"), 1, ("adapter_config.json: cannot be read", AGAIN)),
+        (lambda f: (f / "adapter_config.json").write_text("[]"), 1, ("expected a JSON object, got list", AGAIN)),
+        (lambda f: (f / "slm_fast.json").write_text("3"), 1, ("slm_fast.json: expected a JSON object, got int", AGAIN)),
     ],
 )
 def test_a_damaged_adapter_or_one_of_more_than_lora_is_refused(
@@ -166,6 +187,24 @@ def test_a_damaged_adapter_or_one_of_more_than_lora_is_refused(
 ) -> None:
     damage(adapter)
     refused(slm, adapter, *parts, status=status)
+
+
+def test_every_method_of_peft_that_trains_virtual_tokens_is_refused_as_such() -> None:
+    assert VIRTUAL == peft_files.VIRTUAL
+    assert set(VIRTUAL) <= {kind.value for kind in peft.PeftType}
+
+
+def test_lora_on_layers_that_cannot_be_adapted_is_refused(tmp_path: Path) -> None:
+    """OPT flattens the batch before these layers; no head of a DeBERTa of the first version is known."""
+    write_adapter(tmp_path / "opt", "opt", target_modules=["q_proj", "fc1"])
+    write_adapter(tmp_path / "deberta", "deberta", target_modules=["in_proj"])
+    with pytest.warns(SlmWarning, match=r"is not in the table of families.*\(and these are not: fc1, fc2\)"):
+        slm = make_slm("opt")
+    refused(slm, tmp_path / "opt", "layers.0.fc1: increments of a layer that stays as it is here", "train the adapter")
+    with pytest.warns(SlmWarning, match="is not in the table of families"):
+        slm = make_slm("deberta")
+    said = ("classifier.bias, classifier.weight: not known as part of a head that deberta models answer with", "train")
+    refused(slm, tmp_path / "deberta", *said)
 
 
 def test_lora_on_the_output_layer_is_refused(slm: ScalableLM, tmp_path: Path) -> None:

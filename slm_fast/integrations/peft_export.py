@@ -93,6 +93,8 @@ def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: 
     own: dict[str, Any] = {"labels": None if task.labels is None else list(task.labels)}
     template = model.config.chat_template or None if task.adapter is None else task.adapter.chat_template
     own["prompt"] = task.adapter.prompt if task.adapter is not None else "plain" if template else "separator"
+    if parts := _ranks_of_parts(task, backbone):
+        own["ranks"] = parts
     if head.beside:
         own["pooling"] = "mean" if task.adapter is None else task.adapter.pooling
     files: dict[str, bytes] = {
@@ -131,6 +133,17 @@ def _by_module(task: LearnedTask, shares: Tensor, backbone: Backbone) -> dict[st
                 b[-1] = whole
         found[module] = torch.cat(a), torch.cat(b)
     return found
+
+
+def _ranks_of_parts(task: LearnedTask, backbone: Backbone) -> dict[str, dict[str, int]]:
+    """How many rows of each fused module's lora_a belong to each of its layers, in the order of `_by_module`. Zeros in
+    lora_b do not tell, since a layer's own part may be zero, too."""
+    parts = backbone.parts(sorted(task.values))
+    return {
+        module: {name: task.values[name][0].shape[:2].numel() for name in names if name in task.values}
+        for module, names in parts.items()
+        if names
+    }
 
 
 def _shares(task: LearnedTask, weights: Sequence[float] | None) -> Tensor:

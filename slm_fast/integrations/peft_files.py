@@ -126,6 +126,7 @@ def read_adapter(source: str | Path) -> PeftAdapter:
         raise InputError(f"adapter {source!r}: no {WEIGHTS}{pickled}")
     lora, saved = _sorted_out(_tensors(folder / WEIGHTS), folder / WEIGHTS)
     own = _json(folder / OWN) if (folder / OWN).exists() else {}
+    check_ranks(own.get("ranks", {}), folder / OWN)
     if (folder / OWN_HEAD).exists():
         saved |= _tensors(folder / OWN_HEAD)
     digest = hashlib.sha256()
@@ -165,6 +166,14 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
             re.compile(pattern)
         except re.error as error:
             raise InputError(f"{file}: alpha_pattern: {pattern!r} is no regular expression: {error}") from None
+
+
+def check_ranks(ranks: Any, file: Path) -> None:
+    """Raise WorkError unless `ranks` are numbers by the layers of fused modules, as our exports write them."""
+    modules = ranks.values() if isinstance(ranks, dict) else [None]
+    counts = [count for parts in modules for count in (parts.values() if isinstance(parts, dict) else [None])]
+    if not all(isinstance(count, int) and 0 <= count <= 2**20 for count in counts):
+        raise WorkError(f"{file}: ranks: expected numbers by module and layer, got {ranks!r:.80}; {AGAIN}")
 
 
 def _folder(source: str) -> tuple[Path, set[str]]:
@@ -228,7 +237,9 @@ def _sorted_out(
     lora = {}
     for module, found in sorted(halves.items()):
         if found.keys() != {"A", "B"}:
-            raise WorkError(f"{file}: {module}: has lora_{next(iter(found))} alone, expected lora_A and lora_B; {AGAIN}")
+            raise WorkError(
+                f"{file}: {module}: has lora_{next(iter(found))} alone, expected lora_A and lora_B; {AGAIN}"
+            )
         lora_a, lora_b = found["A"], found["B"]
         if lora_a.dim() != 2 or lora_b.dim() != 2 or lora_a.shape[0] != lora_b.shape[1]:
             shapes = f"{list(lora_a.shape)} and {list(lora_b.shape)}"

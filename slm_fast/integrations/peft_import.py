@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from slm_fast.backbone import Backbone
@@ -146,12 +146,29 @@ def values_of(adapter: PeftAdapter, backbone: Backbone) -> dict[str, tuple[Tenso
                     f"{list(found)}; {adapter.made_for}"
                 )
         lora_b = (lora_b * adapter.scaling(module)).T
-        for part, features in fused.get(name, {name: slice(None)}).items():
-            # All parts share lora_a; keep only the rows that affect this one.
-            chosen = lora_b[:, features].any(1) if name in fused and lora_b.any() else torch.ones(len(lora_a)).bool()
-            if chosen.any():
-                values[part] = lora_a[chosen][None].contiguous(), lora_b[chosen][:, features][None].contiguous()
+        if name not in fused:
+            values[name] = lora_a[None], lora_b[None].contiguous()
+            continue
+        for part, rows in _rows_of_parts(adapter, name, fused[name], lora_b).items():
+            if rows:  # all parts share lora_a; each keeps its own rows
+                values[part] = lora_a[rows][None], lora_b[rows][:, fused[name][part]][None].contiguous()
     return dict(sorted(values.items()))
+
+
+def _rows_of_parts(
+    adapter: PeftAdapter, module: str, parts: Mapping[str, slice], lora_b: Tensor
+) -> dict[str, list[int]]:
+    """The rows of lora_a that each layer of a fused module keeps: those that affect its output features of lora_b
+    [r, O], and those that were its own before an export of ours. Without such an export and with lora_b = 0, all."""
+    rank, own = len(lora_b), dict[str, range]()
+    counts = adapter.own.get("ranks", {}).get(module, {})
+    if sum(counts.values()) == rank:  # else PEFT has changed the rank since
+        ends = list(accumulate(counts.get(part, 0) for part in parts))
+        own = {part: range(end - counts.get(part, 0), end) for part, end in zip(parts, ends, strict=True)}
+    if not own and not lora_b.any():
+        return {part: list(range(rank)) for part in parts}
+    used = {part: lora_b[:, features].any(1).nonzero()[:, 0].tolist() for part, features in parts.items()}
+    return {part: sorted({*rows, *own.get(part, ())}) for part, rows in used.items()}
 
 
 def _fused(backbone: Backbone) -> dict[str, dict[str, slice]]:

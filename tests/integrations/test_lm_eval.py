@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import random
 
@@ -77,15 +78,16 @@ def assert_same(found: list[tuple[float, bool]], expected: list[tuple[float, boo
     torch.testing.assert_close(*scores, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2", "gemma2", "granite"])
 def test_a_model_that_knows_no_task_scores_as_lm_evals_own_class(name):
-    theirs, contexts = hf(name), ["the sea1", "farm2 answer"]
-    likeliest = theirs.generate_until(asked("generate_until", *((text, {"max_gen_toks": 3}) for text in contexts)))
-    more = [(context, f" {text}") for context, text in zip(contexts, likeliest, strict=True)]
+    # None of these contexts begins another request, whose scores lm-eval 0.4.13 may take for this one's.
+    theirs, contexts = hf(name), ["question sea3", "farm2 answer", "sky5", "city7 the"]
+    likeliest = theirs.generate_until(asked("generate_until", *((text, {"max_gen_toks": 2}) for text in contexts)))
+    more = [(context, f" {text}") for context, text in zip(contexts, likeliest, strict=True) if text]
     requests = asked("loglikelihood", *pairs(), *more)
     found = ours(name, batch_size=5).loglikelihood(requests)
     assert_same(found, theirs.loglikelihood(requests))
-    assert [best for _, best in found[-2:]] == [True, True]
+    assert sum(best for _, best in found[-len(more) :]) >= 2  # a text with a special token before a word is another
 
 
 def test_rolling_scores_are_those_of_lm_evals_own_class():
@@ -233,6 +235,13 @@ def test_a_continuation_longer_than_the_model_reads_is_named():
     with pytest.raises(WorkError, match=f"request 2: its continuation has {POSITIONS + 1} tokens, max_length is"):
         ours().loglikelihood(requests)
     assert ours().loglikelihood(asked("loglikelihood", ("the", ""))) == [(0.0, True)]
+
+
+def test_lm_eval_is_told_of_it_by_the_installed_package():
+    [entry] = importlib.metadata.entry_points(group="lm_eval.models", name="slm-fast")
+    assert entry.dist.name == "slm-fast"
+    assert entry.load() is StoreLM
+    assert get_model(entry.name) is StoreLM
 
 
 def test_the_harness_finds_it_by_name_and_its_numbers_are_those_of_hf(tmp_path):
