@@ -26,7 +26,9 @@ def add(app: FastAPI, watcher: Watcher, source: Store | None) -> None:
     def changed(name: str, digest: str | None, status: int = 200) -> JSONResponse:
         if not watcher.wait_for(name, digest, SECONDS):
             raise Refused(503, f"task {name!r}: the store has the change, the server not yet: {watcher.trouble}")
-        return JSONResponse({"id": name, "task_sha256": digest, "generation": watcher.current.number}, status)
+        number = watcher.current.number
+        content = {"id": name, "task_sha256": digest, "generation": number}
+        return JSONResponse(content, status, headers={"x-store-generation": number})
 
     def take(name: str) -> JSONResponse:
         if name == AUTO:

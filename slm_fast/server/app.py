@@ -83,8 +83,9 @@ class JSON(Response):
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
 
 
-def answered(content: Any, generation: str, status: int = 200) -> JSON:
-    return JSON(content, status, headers={"x-store-generation": generation})
+def stated(content: Mapping[str, Any], status: int = 200) -> JSON:
+    """A response about a generation, which its header names as well: the current one may be another by now."""
+    return JSON(content, status, headers={"x-store-generation": content["generation"]})
 
 
 def create_app(served: Served) -> FastAPI:
@@ -113,7 +114,7 @@ def create_app(served: Served) -> FastAPI:
         served.metrics.note_rows(job)
         shape = {"id": f"classify-{secrets.token_hex(12)}", "object": "list", "created": int(time.time())}
         shape |= {"model": body.model, "data": data, "usage": rows.usage(job)}
-        return answered(shape, job.generation.number)
+        return JSON(shape)
 
     @app.post("/predict", responses=ERRORS)
     async def predict(body: schemas.Predict, request: Request) -> Any:
@@ -127,7 +128,7 @@ def create_app(served: Served) -> FastAPI:
         job = await finished(engine, ask(parsed, "inputs", rows.AUTO, None, body.truncate), request)
         scores = [rows.scored(answer) for answer in rows.predictions(job)]
         served.metrics.note_rows(job)
-        return answered(scores if several else scores[0], job.generation.number)
+        return JSON(scores if several else scores[0])
 
     @app.post("/v1/route", responses=ERRORS)
     async def route(body: schemas.Route, request: Request) -> Any:
@@ -136,7 +137,7 @@ def create_app(served: Served) -> FastAPI:
         job = await finished(engine, Ask(parsed, "route", truncate=body.truncate), request)
         found = [piece.result for piece in job.pieces if isinstance(piece.result, Routed)]
         data = [rows.routed(place, row, job.generation) for place, row in enumerate(found)]
-        return answered({"object": "list", "data": data, "usage": rows.usage(job)}, job.generation.number)
+        return JSON({"object": "list", "data": data, "usage": rows.usage(job)})
 
     return app
 
@@ -196,7 +197,7 @@ def _add_state(app: FastAPI, served: Served) -> None:
 
     @app.get("/ready", responses={503: {"description": "not warm, or draining"}})
     async def ready() -> Any:
-        return answered(served.state(), engine.generation.number, 200 if served.ready else 503)
+        return stated(served.state(), 200 if served.ready else 503)
 
     @app.get("/metrics", responses={401: ERRORS[401]})
     async def metrics() -> Response:
@@ -222,7 +223,7 @@ def _add_state(app: FastAPI, served: Served) -> None:
             "version": slm_fast.__version__,
             **served.state(),
         }
-        return answered(about, engine.generation.number)
+        return stated(about)
 
 
 def guarded(app: FastAPI, served: Served) -> App:

@@ -78,6 +78,7 @@ class Engine:
         self._fresh: deque[Job] = deque()  # not tokenised yet
         self._waiting = Waiting(self.batch_tokens)
         self._groups: dict[Piece, Group] = {}  # of rows that wait for a batch
+        self._batch: Sequence[Piece] = ()  # that runs now
         self._to_write: deque[Piece] = deque()
         self._cancelled: list[Piece] = []
         self._jobs: set[Job] = set()
@@ -109,12 +110,18 @@ class Engine:
         return self._current
 
     @property
-    def waiting_rows(self) -> int:
-        return max(0, self.room.rows - self.running_rows)
-
-    @property
     def running_rows(self) -> int:
-        return self._writers.rows
+        return len(self.unanswered()[1])
+
+    def unanswered(self) -> tuple[list[Piece], list[Piece]]:
+        """The admitted rows without a result: those that wait, and those that run, in a batch or as a text begun."""
+        with self._changed:
+            rows = [piece for job in self._jobs for piece in job.pieces if piece.result is None]
+            batch = set(self._batch)
+        waiting, running = list[Piece](), list[Piece]()
+        for piece in rows:
+            (running if piece.tokens or piece in batch else waiting).append(piece)
+        return waiting, running
 
     def publish(self, generation: Generation) -> None:
         """Answer new requests with these tasks. Waits while too many generations are in use."""
@@ -269,8 +276,8 @@ class Engine:
                 return False
             gone, self._cancelled = self._cancelled, []
             begin, self._to_write = list(self._to_write), deque()
-            group, batch = self._waiting.take()
-            for piece in batch:
+            group, self._batch = self._waiting.take()
+            for piece in self._batch:
                 self._groups.pop(piece, None)
             # Only measure throughput while there is more work than can be done at once.
             is_full = self._waiting.rows > 0 or self._writers.rows + len(begin) > self.serve.batch_rows
@@ -278,7 +285,8 @@ class Engine:
         for piece in gone:
             self._writers.cancel(piece)
         self._begin(begin)
-        tokens = self._pass(group, batch) if isinstance(group, Group) else 0
+        tokens = self._pass(group, self._batch) if isinstance(group, Group) else 0
+        self._batch = ()
         tokens += self._step() if self._writers.rows else 0
         if is_full:
             with self._changed:

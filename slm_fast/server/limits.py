@@ -19,6 +19,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN = ("/", "/health", "/ready")  # no key needed: they reveal nothing about the tasks
 HELD = 256 << 20  # maximum bytes of all request bodies held at once
+ADMITTED = "slm_fast.generation"  # scope key: the generation under which the request was admitted
 
 
 def kind_of(status: int) -> str:
@@ -202,6 +203,7 @@ class Marks:
     """Adds the store's generation to each response, and closes connections while the server drains.
 
     Args:
+        generation: the current one, for responses that say no other and belong to no admitted request.
         note: called with path, status and seconds of each request.
     """
 
@@ -226,7 +228,8 @@ class Marks:
                 status = message["status"]
                 headers = list(message.get("headers", []))
                 if all(name != b"x-store-generation" for name, _ in headers):
-                    headers.append((b"x-store-generation", self.generation().encode()))
+                    number = scope.get(ADMITTED) or self.generation()
+                    headers.append((b"x-store-generation", number.encode()))
                 if self.draining() and all(name != b"connection" for name, _ in headers):
                     headers.append((b"connection", b"close"))
                 message = {**message, "headers": headers}

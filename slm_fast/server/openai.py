@@ -77,7 +77,7 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
                 for place, answer in enumerate(rows.predictions(job))
             ]
             whole = {**head, "object": shape.name, "choices": choices, "usage": rows.usage(job)}
-            return JSONResponse(whole, headers={"x-store-generation": job.generation.number})
+            return JSONResponse(whole)
         began = time.perf_counter()
         ticket = Ticket(engine, ask, request)
         try:
@@ -92,8 +92,7 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
         metrics.first.observe(time.perf_counter() - began)
         usage = body.stream_options is not None and body.stream_options.include_usage
         lines = _lines(ticket, shape, {**head, "object": shape.chunk}, _decoder(engine), usage, metrics)
-        headers = {"x-store-generation": ticket.job.generation.number, "cache-control": "no-cache"}
-        return _Events(ticket, lines, headers)
+        return _Events(ticket, lines)
 
     @app.post("/v1/completions")
     async def completions(body: schemas.Completion, request: Request) -> Any:
@@ -107,9 +106,8 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
         """OpenAI's chat completions. The system message is the instruction; tasks read chats as they do in training."""
         return await write(CHAT, body, [rows.chat_row(body.messages)], request, rows.turns(body.messages))
 
-    def models() -> list[dict[str, Any]]:
+    def models(files: Mapping[str, str]) -> list[dict[str, Any]]:
         model = {"object": "model", "created": started, "owned_by": "slm_fast"}
-        files = engine.generation.files
         base = rows.base_of(backbone, files) if engine.writes else None
         bare = [rows.AUTO] if base is None else [rows.AUTO, base]
         known = [{**model, "id": name, "root": backbone, "parent": None} for name in bare]
@@ -119,16 +117,17 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
     @app.get("/v1/models")
     async def list_models() -> Any:
         """The values of `model`: auto, base if the backbone generates text, and each task with its file's SHA-256."""
-        number = engine.generation.number
-        whole = {"object": "list", "data": models(), "generation": number}
-        return JSONResponse(whole, headers={"x-store-generation": number})
+        now = engine.generation
+        whole = {"object": "list", "data": models(now.files), "generation": now.number}
+        return JSONResponse(whole, headers={"x-store-generation": now.number})
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> Any:
-        found = next((model for model in models() if model["id"] == name), None)
+        now = engine.generation
+        found = next((model for model in models(now.files) if model["id"] == name), None)
         if found is None:
             raise Refused(404, f"model {name[:100]!r}: not here", code="model_not_found", param="model")
-        return JSONResponse(found)
+        return JSONResponse(found, headers={"x-store-generation": now.number})
 
 
 def _decoder(engine: Engine) -> Callable[[Sequence[int]], str]:
@@ -144,8 +143,8 @@ def _decoder(engine: Engine) -> Callable[[Sequence[int]], str]:
 class _Events(StreamingResponse):
     """Server-sent events. The job ends with them, however they end."""
 
-    def __init__(self, ticket: Ticket, lines: AsyncIterator[str], headers: Mapping[str, str]) -> None:
-        super().__init__(lines, media_type="text/event-stream", headers=headers)
+    def __init__(self, ticket: Ticket, lines: AsyncIterator[str]) -> None:
+        super().__init__(lines, media_type="text/event-stream", headers={"cache-control": "no-cache"})
         self._ticket = ticket
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

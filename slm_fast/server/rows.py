@@ -116,6 +116,15 @@ def predictions(job: Job) -> list[Prediction]:
     return [piece.result for piece in job.pieces if isinstance(piece.result, Prediction)]
 
 
+def classes(answer: Prediction, generation: Generation) -> int:
+    """How many labels the answer was chosen from: the distinct ones of the tasks in its route or, if it was generated,
+    those of its task."""
+    pool = generation.known.pool
+    own = [answer.task] if answer.text is not None else answer.route.tasks
+    tasks = [pool.tasks[pool.place[name]] for name in set(own) if name is not None]
+    return len({label for task in tasks for label in task.labels or ()})
+
+
 def classified(place: int, answer: Prediction, generation: Generation, most: int | None) -> dict[str, Any]:
     """A row in vLLM's classification format, plus our own fields."""
     known: Mapping[str, float] = answer.probabilities or {}
@@ -124,7 +133,7 @@ def classified(place: int, answer: Prediction, generation: Generation, most: int
         "index": place,
         "label": answer.label,
         "probs": [p for _, p in probabilities],
-        "num_classes": len(known),
+        "num_classes": classes(answer, generation),
         "labels": [label for label, _ in probabilities],
         "text": answer.text,
     }

@@ -132,10 +132,13 @@ class Lingering:
     """A transport that on close only ends its own side, and lets the peer end the other (RFC 9112, section 9.6).
 
     With bytes unread the system would reset the connection, and the client might not get to read its answer.
+
+    Args:
+        seconds: that the peer then has to read the rest, before the connection is cut.
     """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport, self.lingers = transport, False
+    def __init__(self, transport: asyncio.Transport, seconds: float) -> None:
+        self._transport, self._seconds, self.lingers = transport, seconds, False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -145,11 +148,17 @@ class Lingering:
 
     def close(self) -> None:
         if self.is_closing() or not self._transport.can_write_eof():
-            return self._transport.close()
+            return self._close()
         self.lingers = True
         self._transport.write_eof()
         self._transport.resume_reading()
-        asyncio.get_running_loop().call_later(LAST_CALL, self._transport.close)
+        asyncio.get_running_loop().call_later(LAST_CALL, self._close)
+
+    def _close(self) -> None:
+        rest = self._transport.get_write_buffer_size()
+        self._transport.close()  # once the rest is sent, which would never be if nobody reads
+        if rest:
+            asyncio.get_running_loop().call_later(self._seconds, self._transport.abort)
 
 
 def patient(seconds: float) -> type[HttpToolsProtocol]:
@@ -170,7 +179,7 @@ def patient(seconds: float) -> type[HttpToolsProtocol]:
                 self._timer = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(cast(asyncio.Transport, Lingering(transport)))
+            super().connection_made(cast(asyncio.Transport, Lingering(transport, seconds)))
             self._expect()
 
         def data_received(self, data: bytes) -> None:

@@ -1,12 +1,23 @@
-"""Request and response bodies. Unknown fields are refused by name."""
+"""Request and response bodies. Unknown fields are refused by name, and values of another type are not converted."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
+
+def _is_off(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("false", "Input should be false")
+    return value
+
+
+# Literal[1] would accept true and 1.0, and Literal[False] would accept 0.
 Zero = Annotated[float, Field(ge=0, le=0)]
+One = Annotated[int, Field(ge=1, le=1)]
+Off = Annotated[bool, AfterValidator(_is_off), Field(json_schema_extra={"const": False})]
 Model = Annotated[
     str, Field(description="auto finds the task; a task's name forces it; base is the bare backbone", max_length=512)
 ]
@@ -17,7 +28,7 @@ Stop = str | Annotated[list[str], Field(max_length=16)] | None
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Instruction(Body):
@@ -52,7 +63,7 @@ class Predict(Body):
     """A request in Text Embeddings Inference's format: a text, or a batch [[text], [text], ...]."""
 
     inputs: str | Annotated[list[str], Field(min_length=1)] | Annotated[list[list[str]], Field(min_length=1)]
-    raw_scores: Literal[False] = False
+    raw_scores: Off = False
     truncate: bool = False
     truncation_direction: Literal["right", "Right"] = "right"
 
@@ -72,7 +83,7 @@ class Writing(Body):
     stop: Stop = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
+    n: One | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     user: str | None = None
@@ -85,8 +96,8 @@ class Writing(Body):
 
 class Completion(Writing):
     prompt: str | Annotated[list[str], Field(min_length=1)]
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    echo: Off | None = None
+    best_of: One | None = None
 
 
 class Part(Body):
@@ -103,7 +114,7 @@ class Turn(Body):
 class Chat(Writing):
     messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: Literal[False] | None = None
+    logprobs: Off | None = None
 
     @property
     def length(self) -> tuple[str, int | None]:

@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from slm_fast.server.engine import Engine
 from slm_fast.server.jobs import Ask, Job, Refused
+from slm_fast.server.limits import ADMITTED
 
 
 class Ticket:
@@ -22,6 +23,7 @@ class Ticket:
         self._until = self._loop.time() + engine.serve.deadline
         self._gone: asyncio.Task[None] | None = None
         self.job: Job = engine.submit(ask, self._tell)
+        request.scope[ADMITTED] = self.job.generation.number  # of its errors, too
 
     def _tell(self) -> None:
         with suppress(RuntimeError):  # the loop is closed and nobody waits

@@ -5,11 +5,16 @@ Takes about a minute with `make fuzz`; SLM_FAST_SOAK sets another duration in se
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import resource
+import signal
 import threading
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,30 +25,47 @@ from models import (
     mixed_texts,
     one_thread,  # noqa: F401
 )
-from served import Client, serving, store_with
+from served import Client, Process, serving, store_with
 
 from slm_fast.predict import Prediction
 
 SECONDS = float(os.environ.get("SLM_FAST_SOAK", times(4, 60)))
 CLIENTS = 64
 NAMES = ("auto", "auto", "sea", "farm")
+WRITTEN = 6  # tokens of a text
+CLASSIFY, ROUTE, COMPLETE, CHAT = "/v1/classify", "/v1/route", "/v1/completions", "/v1/chat/completions"
 
 
-def resident() -> int:
-    """Resident memory of this process in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def resident(pid: int) -> int:
+    """Resident memory of a process in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def streamed(said: str) -> list[dict[str, Any]]:
+    """The choices of a stream, with the parts of each text joined."""
+    choices: dict[int, dict[str, Any]] = {}
+    *events, last = [line.removeprefix("data: ") for line in said.splitlines() if line]
+    assert last == "[DONE]"
+    for event in map(json.loads, events):
+        (choice,) = event["choices"]
+        before = choices.get(choice["index"], {})
+        part = choice.get("text") or choice.get("delta", {}).get("content") or ""
+        choices[choice["index"]] = {**before, **choice, "text": before.get("text", "") + part}
+    return [choices[place] for place in sorted(choices)]
 
 
 class Load:
-    """Concurrent clients whose answers are computed in advance. writes: generate text instead of classifying."""
+    """Concurrent clients whose answers are computed in advance. writes: all endpoints, else those of an encoder."""
 
     def __init__(self, port: int, slm: Any, *, writes: bool) -> None:
-        self.port, self.writes = port, writes
+        self.port = port
+        self.paths = (CLASSIFY, ROUTE, COMPLETE, CHAT) if writes else (CLASSIFY, CLASSIFY, ROUTE)
         self.texts = mixed_texts(48, seed=2)
-        options = {"max_new_tokens": 6} if writes else {}
         self.expected: dict[str, list[Prediction]] = {
-            name: slm.predict(self.texts, task=None if name == "auto" else name, **options) for name in set(NAMES)
+            name: slm.predict(self.texts, task=None if name == "auto" else name, max_new_tokens=WRITTEN)
+            for name in set(NAMES)
         }
+        self.asked = Counter[tuple[str, bool]]()
         self.replies = self.rows = self.refused = 0
         self.late: list[float] = []
         self.admitted: list[float] = []
@@ -59,14 +81,13 @@ class Load:
     def _client(self, seed: int, end: float) -> None:
         rng, client = random.Random(seed), Client(self.port)
         while time.monotonic() < end:
-            places = [rng.randrange(len(self.texts)) for _ in range(rng.randint(1, 8))]
-            name = rng.choice(NAMES)
-            body: dict[str, Any] = {"model": name}
-            asked = [self.texts[i] for i in places]
-            body |= {"prompt": asked, "max_tokens": 6} if self.writes else {"input": asked}
-            path = "/v1/completions" if self.writes else "/v1/classify"
+            path, name = rng.choice(self.paths), rng.choice(NAMES)
+            stream = path in (COMPLETE, CHAT) and rng.random() < 0.5
+            places = [rng.randrange(len(self.texts)) for _ in range(1 if path == CHAT else rng.randint(1, 8))]
+            if path == ROUTE:
+                name = "auto"
             began = time.monotonic()
-            status, found, headers = client.call("POST", path, body)
+            status, found, headers = client.call("POST", path, self._body(path, name, places, stream))
             took = time.monotonic() - began
             with self.lock:
                 self.replies += 1
@@ -76,30 +97,66 @@ class Load:
                     self.late.append(took)
                     continue
                 self.admitted.append(took)
-                rows = found.get("choices" if self.writes else "data", [])
+                self.asked[path, stream] += 1
+                if status != 200:
+                    self.wrong.append(found)
+                    continue
+                rows = streamed(found) if stream else found.get("choices") or found["data"]
                 self.rows += len(rows)
-                if status != 200 or len(rows) != len(places):
+                if len(rows) != len(places):
                     self.wrong.append(found)
                 for place, row in zip(places, rows, strict=False):
                     answer = self.expected[name][place]
-                    same = row["text"] == answer.text and row["label"] == answer.label and row["task"] == answer.task
-                    if not same or abs(row["score"] - answer.score) > 2e-4:
-                        self.wrong.append((name, self.texts[place], row, answer))
+                    if not (same_route(row, answer) if path == ROUTE else same(row, answer)):
+                        self.wrong.append((path, stream, name, self.texts[place], row, answer))
+
+    def _body(self, path: str, name: str, places: Sequence[int], stream: bool) -> dict[str, Any]:
+        texts = [self.texts[i] for i in places]
+        if path in (CLASSIFY, ROUTE):
+            return {"model": name, "input": texts}
+        body = {"model": name, "max_tokens": WRITTEN, "stream": stream}
+        return body | ({"messages": [{"role": "user", "content": texts[0]}]} if path == CHAT else {"prompt": texts})
+
+
+def same_route(row: Mapping[str, Any], answer: Prediction) -> bool:
+    found = [(part["task"], part["slot"]) for part in row["route"]]
+    route = answer.route
+    if row["task"] != answer.task or found != list(zip(route.tasks, route.slots, strict=True)):
+        return False
+    return all(abs(part["weight"] - w) < 2e-4 for part, w in zip(row["route"], route.weights, strict=True))
+
+
+def same(row: Mapping[str, Any], answer: Prediction) -> bool:
+    text = row["message"]["content"] if "message" in row else row["text"]
+    found = (text, row["label"], row["task"], row.get("finish_reason", answer.finish_reason))
+    expected = (answer.text, answer.label, answer.task, answer.finish_reason)
+    return found == expected and abs(row["score"] - answer.score) < 2e-4 and same_route(row, answer)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_sixty_four_clients_each_get_their_own_answers_and_memory_stays_flat(name: str, tmp_path: Path) -> None:
     slm = store_with(tmp_path / "store", name)
-    with serving(slm, batch_rows=16) as (client, served):
-        load = Load(client.port, slm, writes=served.engine.writes)
-        load.run(CLIENTS, SECONDS / 4)
-        before = resident()
-        load.run(CLIENTS, SECONDS / 4)
-        assert load.wrong == []
-        assert load.refused == 0
-        assert load.replies > 50
-        assert resident() - before < 64 << 20
-        assert (served.engine.room.rows, served.engine.room.tokens) == (0, 0)
+    # /v1/classify writes as many tokens as a request may.
+    process = Process(tmp_path / "store", "--max-new-tokens", WRITTEN, seconds=int(SECONDS) + 300)
+    process.client.until_ready()
+    load = Load(process.client.port, slm, writes=name == "llama")
+    load.run(CLIENTS, SECONDS / 4)
+    before = resident(process.pid)
+    load.run(CLIENTS, SECONDS / 4)
+    grown = resident(process.pid) - before
+    assert load.wrong == []
+    assert load.refused == 0
+    assert load.replies > 50
+    kinds = {
+        (path, stream) for path in load.paths for stream in (False, True) if path in (COMPLETE, CHAT) or not stream
+    }
+    assert load.asked.keys() == kinds
+    assert grown < (0.02 * before if SECONDS >= 60 else 64 << 20)
+    metrics = process.client.get("/metrics")
+    assert re.findall(r"^slm_fast_queue_(?:rows|tokens) (\S+)$", metrics, re.MULTILINE) == ["0.0", "0.0"]
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 0, process.said()
+    assert "Traceback" not in process.said()
 
 
 def test_beyond_what_it_can_take_requests_are_refused_and_what_was_admitted_is_answered(tmp_path: Path) -> None:

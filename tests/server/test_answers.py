@@ -24,6 +24,7 @@ from slm_fast.server.rows import base_of, model_of
 from slm_fast.tokenization import Tokenization
 
 TEXTS = mixed_texts(24, seed=3)
+LABELS = {"farm": ("no", "yes"), "sea": ("maybe", "no", "yes")}  # of an encoder's tasks
 
 
 @pytest.fixture(scope="module", params=["trunk", "sentence"])
@@ -52,6 +53,7 @@ def agrees(row: dict[str, Any], expected: Prediction, served: Served) -> None:
     assert [part["slot"] for part in row["route"]] == list(expected.route.slots)
     assert [part["weight"] for part in row["route"]] == pytest.approx(expected.route.weights, abs=2e-4)
     assert row["truncated"] == expected.truncated
+    assert row["distance"] == (None if expected.distance is None else pytest.approx(expected.distance, abs=1e-3))
     assert row["task_sha256"] == served.engine.generation.files[expected.task]
 
 
@@ -63,7 +65,7 @@ def test_rows_of_an_encoder_are_answered_as_predict_answers_them(encoder) -> Non
         assert dict(zip(row["labels"], row["probs"], strict=True)) == pytest.approx(
             dict(expected.probabilities), abs=2e-4
         )
-        assert row["num_classes"] == len(expected.probabilities)
+        assert row["num_classes"] == len({label for task in expected.route.tasks for label in LABELS[task]})
     assert [row["index"] for row in found] == list(range(len(TEXTS)))
 
 

@@ -38,6 +38,14 @@ BAD: list[tuple[str, Any, int, str]] = [
     (CLASSIFY, {"input": [{"text": "a"}]}, 400, "text: unknown field"),
     (CLASSIFY, {"input": {"text": "a"}}, 400, "text: unknown field"),
     (CLASSIFY, {"input": "a", "labels": 0}, 400, "labels: "),
+    (CLASSIFY, {"input": "a", "labels": True}, 400, "labels: Input should be a valid integer"),
+    (CLASSIFY, {"input": "a", "labels": "3"}, 400, "labels: Input should be a valid integer"),
+    (CLASSIFY, {"input": "a", "labels": 1.0}, 400, "labels: Input should be a valid integer"),
+    (CLASSIFY, {"input": "a", "truncate": "yes"}, 400, "truncate: Input should be a valid boolean"),
+    (CLASSIFY, {"input": "a", "truncate": 1}, 400, "truncate: Input should be a valid boolean"),
+    ("/v1/route", {"input": "a", "truncate": "on"}, 400, "truncate: Input should be a valid boolean"),
+    ("/predict", {"inputs": "a", "truncate": 0}, 400, "truncate: Input should be a valid boolean"),
+    ("/predict", {"inputs": "a", "raw_scores": 0}, 400, "raw_scores: Input should be a valid boolean"),
     (CLASSIFY, {"input": "a", "model": "land"}, 404, "model 'land': expected auto, base or a task; tasks: farm, sea"),
     (CLASSIFY, {"input": "a", "model": "../../etc/passwd"}, 404, "model"),
     (CLASSIFY, {"input": ["a"] * 33}, 413, "input: expected at most 32 texts, got 33"),
@@ -45,7 +53,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     (CLASSIFY, {"input": " ".join(WORDS * 2), "truncate": False}, 413, "input 0: longer than"),
     (CLASSIFY, b'{"input": "\\ud800"}', 400, "input"),
     ("/predict", {"inputs": [["a", "b"]]}, 400, "pairs"),
-    ("/predict", {"inputs": "a", "raw_scores": True}, 400, "raw_scores: "),
+    ("/predict", {"inputs": "a", "raw_scores": True}, 400, "raw_scores: Input should be false"),
     ("/v1/route", {"input": "a", "model": "sea"}, 400, "model: "),
     (CHAT, {"messages": []}, 400, "messages: "),
     (CHAT, {"messages": [{"role": "wizard", "content": "a"}]}, 400, "wizard"),
@@ -68,6 +76,30 @@ BAD: list[tuple[str, Any, int, str]] = [
         "max_completion_tokens: expected at most 24, got 25",
     ),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_tokens": 0}, 400, "max_tokens: "),
+    *(
+        (path, {**given, field: value}, 400, f"{field}: Input should be {expected}")
+        for path, given in (
+            (CHAT, {"messages": [{"role": "user", "content": "a"}]}),
+            ("/v1/completions", {"prompt": "a"}),
+        )
+        for field, value, expected in (
+            ("max_tokens", True, "a valid integer"),
+            ("max_tokens", "3", "a valid integer"),
+            ("max_tokens", 3.0, "a valid integer"),
+            ("stream", "on", "a valid boolean"),
+            ("stream", 1, "a valid boolean"),
+            ("stream_options", {"include_usage": "yes"}, "a valid boolean"),
+            ("temperature", "0.5", "a valid number"),
+            ("temperature", True, "a valid number"),
+            ("top_p", "1", "a valid number"),
+            ("seed", False, "a valid integer"),
+            ("n", True, "a valid integer"),
+            ("frequency_penalty", False, "a valid number"),
+        )
+    ),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": "2"}, 400, "valid integer"),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "logprobs": 0}, 400, "logprobs: Input should be a valid"),
+    ("/v1/completions", {"prompt": "a", "echo": 0}, 400, "echo: Input should be a valid boolean"),
 ]
 
 
@@ -81,6 +113,14 @@ def test_a_bad_request_is_refused_in_a_line_that_names_the_field(
     assert "\n" not in found["error"]["message"]
     assert len(found["error"]["message"]) < 400
     assert client.post(CLASSIFY, {"input": "sea1"})["data"][0]["task"] == "sea"  # the server still works
+
+
+def test_whole_numbers_may_be_given_where_floats_are_expected(client: Client) -> None:
+    body = {"messages": [{"role": "user", "content": "sea1"}], "max_tokens": 2}
+    whole = {"temperature": 1, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "n": 1, "seed": 3}
+    floats = {**whole, "temperature": 1.0, "top_p": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+    first, second = (client.post(CHAT, {**body, **given})["choices"] for given in (whole, floats))
+    assert first == second
 
 
 def test_odd_texts_are_answered(client: Client) -> None:

@@ -1,17 +1,23 @@
-"""If a batch, a row or generation fails, its client gets an error and the server goes on; a failed engine ends it."""
+"""If a batch, a row or generation fails, its client gets an error and the server goes on; a failed engine ends it.
+
+/ready and /health say in which state a server is.
+"""
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
+import uvicorn
 from models import mixed_texts
-from served import serving, store_with, until
+from served import Client, serving, store_with, until
 
 from slm_fast.errors import WorkError
 from slm_fast.predict import NOT_FINITE, answer_batch
 from slm_fast.scheduler import Scheduler
 from slm_fast.server import engine as engine_module
+from slm_fast.server import run
 
 TEXTS = mixed_texts(4)
 
@@ -65,7 +71,7 @@ def test_texts_that_cannot_be_written_on_are_a_500_and_the_next_are_written(tmp_
         assert (status, found["error"]["message"]) == (500, "writing failed: out of kernels")
         body = client.post("/v1/completions", {"prompt": TEXTS, "max_tokens": 5})
         assert [choice["text"] for choice in body["choices"]] == [answer.text for answer in expected]
-        assert (served.engine.room.rows, served.engine.room.tokens, served.engine.running_rows) == (0, 0, 0)
+        assert (served.engine.room.rows, served.engine.room.tokens, served.engine._writers.rows) == (0, 0, 0)
 
 
 def test_an_engine_that_fails_refuses_what_waits_and_ends_the_server(tmp_path: Path, monkeypatch) -> None:
@@ -82,3 +88,61 @@ def test_an_engine_that_fails_refuses_what_waits_and_ends_the_server(tmp_path: P
         assert served.state()["status"] == "failed"
         with pytest.raises(OSError, match=r"refused|reset|closed"):
             until(lambda: client.call("POST", "/v1/classify", {"input": TEXTS})[0] != 503)
+
+
+def test_a_server_is_not_ready_before_it_is_warm(tmp_path: Path, monkeypatch) -> None:
+    goes_on, prepare = threading.Event(), engine_module.prepare
+
+    def slow(*given: object, **options: object) -> None:
+        assert goes_on.wait(60)
+        prepare(*given, **options)
+
+    monkeypatch.setattr(engine_module, "prepare", slow)
+    with serving(store_with(tmp_path / "store"), warm=False) as (client, _):
+        try:
+            until(lambda: listens(client))
+            status, found, headers = client.call("GET", "/ready")
+            assert (status, found["status"], found["generation"]) == (503, "not warm", headers["x-store-generation"])
+            assert client.get("/health") == {"status": "ok"}
+            status, found, headers = client.call("POST", "/v1/classify", {"input": TEXTS})
+            assert (status, found["error"]["message"]) == (503, "the server is not warm yet")
+            assert headers["retry-after"] == "1"
+        finally:
+            goes_on.set()
+        assert client.until_ready()["status"] == "ready"
+        assert len(client.classify(TEXTS)) == len(TEXTS)
+
+
+def listens(client: Client) -> bool:
+    try:
+        client.raw().close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_a_server_is_not_ready_while_it_drains_and_refuses_what_is_new(tmp_path: Path) -> None:
+    with serving(store_with(tmp_path / "store"), drain=60.0) as (client, served):
+        served.draining = True
+        status, found, headers = client.call("GET", "/ready")
+        assert (status, found["status"], headers["connection"]) == (503, "draining", "close")
+        assert client.get("/health") == {"status": "ok"}  # to restart it would cut off what was admitted
+        status, found, _ = client.call("POST", "/v1/classify", {"input": TEXTS})
+        assert (status, found["error"]["code"]) == (503, "shutting_down")
+
+
+def test_a_server_whose_engine_has_failed_is_neither_ready_nor_healthy(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(run.Server, "on_tick", uvicorn.Server.on_tick)  # so that it does not end by itself
+    with serving(store_with(tmp_path / "store")) as (client, served):
+
+        def fails() -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(served.engine, "_turn", fails)
+        client.call("POST", "/v1/classify", {"input": TEXTS})  # wakes the engine, whose next turn fails
+        until(lambda: served.engine.failed is not None)
+        status, found, _ = client.call("POST", "/v1/classify", {"input": TEXTS})
+        assert (status, found["error"]["code"]) == (503, "shutting_down")
+        assert client.call("GET", "/health")[:2] == (503, {"status": "failed"})
+        status, found, _ = client.call("GET", "/ready")
+        assert (status, found["status"]) == (503, "failed")

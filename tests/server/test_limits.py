@@ -6,11 +6,16 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from models import mixed_texts
 from served import Client, serving, store_with, until
 
+from slm_fast.data import Row
+from slm_fast.predict import answer_batch
+from slm_fast.server import engine as engine_module
+from slm_fast.server import run
 from slm_fast.server.app import Served
 
 CLASSIFY = "/v1/classify"
@@ -119,10 +124,46 @@ def test_a_client_that_goes_frees_its_place_whether_its_rows_wait_or_are_written
             raw.close()
         until(lambda: served.engine.room.rows == 0)
         assert served.engine.room.tokens == 0
-        until(lambda: served.engine.running_rows == 0)
+        until(lambda: served.engine._writers.rows == 0)
         (expected,) = writer.predict(["sea1 sea2"], max_new_tokens=5)
         found = client.post("/v1/completions", {"prompt": "sea1 sea2", "max_tokens": 5})
         assert found["choices"][0]["text"] == expected.text
+
+
+def test_a_client_of_an_encoder_that_goes_frees_its_place_whether_its_rows_wait_or_are_in_a_batch(
+    store, monkeypatch
+) -> None:
+    batches, goes_on = list[int](), threading.Semaphore(0)
+
+    def held(model, rows, *others):
+        batches.append(len(rows))
+        assert goes_on.acquire(timeout=60)
+        return answer_batch(model, rows, *others)
+
+    with serving(store) as (client, served), ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(engine_module, "answer_batch", held)
+        engine, texts = served.engine, mixed_texts(2, seed=7)
+        first = pool.submit(client.classify, ["sea1"])
+        until(lambda: batches == [1])
+        gone = client.sent(CLASSIFY, {"input": mixed_texts(3)})
+        stays = pool.submit(client.classify, texts)
+        until(lambda: engine._waiting.rows == 5)
+        goes_on.release()
+        until(lambda: batches == [1, 5])
+        waits = client.sent(CLASSIFY, {"input": mixed_texts(4)})
+        until(lambda: engine._waiting.rows == 4)
+        for raw in (gone, waits):
+            raw.close()
+        until(lambda: engine.room.rows == 2)
+        assert engine.room.tokens == sum(len(read.ids) for read in store.model.tokenize([Row(text) for text in texts]))
+        assert (engine._waiting.rows, engine.running_rows) == (0, 2)
+        goes_on.release()
+        assert [row["label"] for row in stays.result()] == [answer.label for answer in store.predict(texts)]
+        assert len(first.result()) == 1
+        assert (engine.room.rows, engine.room.tokens) == (0, 0)
+        goes_on.release()
+        assert client.classify(["sea1"])
+        assert batches == [1, 5, 1]  # the rows that waited were never answered
 
 
 class Held:
@@ -144,13 +185,11 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(store) -> None
             texts = [mixed_texts(4, seed=i) for i in range(2)]
             waiting = [pool.submit(Client(client.port).classify, some) for some in texts]
             until(lambda: served.engine.room.rows == 8)
-            took = []
-            for _ in range(50):
-                began = time.monotonic()
+            for _ in range(50):  # the engine is held meanwhile: a refusal does not wait for it
                 status, found, headers = client.call("POST", CLASSIFY, {"input": "sea1"})
-                took.append(time.monotonic() - began)
                 assert (status, found["error"]["code"]) == (429, "rate_limit_exceeded")
                 assert 1 <= int(headers["retry-after"]) <= 60
+            assert served.engine.room.rows == 8
         for some, answered in zip(texts, waiting, strict=True):
             expected = store.predict(some)
             assert [row["label"] for row in answered.result()] == [answer.label for answer in expected]
@@ -177,14 +216,56 @@ def test_a_request_that_is_not_answered_by_its_deadline_is_given_up(store) -> No
         assert client.classify(["sea1"])
 
 
-def test_a_reader_of_a_byte_a_second_is_not_waited_for(writer) -> None:
+def test_who_does_not_read_an_answer_larger_than_the_buffers_is_cut_off(writer, monkeypatch) -> None:
+    servers, bound = list[run.Server](), run.bound
+
+    class Seen(run.Server):
+        def __init__(self, served: Served) -> None:
+            super().__init__(served)
+            servers.append(self)
+
+    def small(host: str, port: int) -> socket.socket:
+        sock = bound(host, port)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return sock
+
+    monkeypatch.setattr(run, "LAST_CALL", 0.1)
+    monkeypatch.setattr(run, "Server", Seen)
+    monkeypatch.setattr(run, "bound", small)
+    body = {"prompt": mixed_texts(20), "stream": True, "temperature": 2.0, "seed": 1}
     with serving(writer, max_new_tokens=100, patience=0.5) as (client, served):
-        raw = client.sent("/v1/completions", {"prompt": mixed_texts(20), "stream": True, "temperature": 2.0, "seed": 1})
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        assert raw.recv(1)
-        assert client.post("/v1/completions", {"prompt": "sea1", "max_tokens": 3})["choices"]
-        until(lambda: served.engine.room.rows == 0)
-        raw.close()
+        raw = socket.socket()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it connects, else without effect
+        client.raw = lambda: raw
+        raw.connect(("127.0.0.1", client.port))
+        client.sent("/v1/completions", body)
+        until(lambda: served.engine.room.rows > 0)
+        assert Client(client.port).post("/v1/completions", {"prompt": "sea1", "max_tokens": 3})["choices"]
+        until(lambda: not servers[0].server_state.connections)
+        assert served.engine.room.rows == 0
+        said = read_all(raw)
+        assert said.startswith(b"HTTP/1.1 200 ")
+        assert b"[DONE]" not in said
+
+
+def read_all(raw: socket.socket) -> bytes:
+    """What a connection still has, until its end."""
+    parts = []
+    with raw, suppress(ConnectionResetError):
+        while part := raw.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def test_a_row_longer_than_the_token_budget_is_refused_with_its_request(store) -> None:
+    with serving(store, batch_tokens=8) as (client, served):
+        fits, too_long = "sea1 sea2", " ".join(["sea1"] * 9)
+        tokens = len(store.model.tokenize([Row(too_long)])[0].ids)
+        status, found, _ = client.call("POST", CLASSIFY, {"input": [fits, too_long]})
+        assert (status, found["error"]["code"]) == (413, "context_length_exceeded")
+        assert found["error"]["message"] == f"input 1: {tokens} tokens, a batch has 8"
+        assert (served.engine.room.rows, served.engine.room.tokens) == (0, 0)
+        assert client.classify([fits])[0]["task"] == "sea"
 
 
 def test_stopping_threads_leaves_none_behind(store) -> None:
