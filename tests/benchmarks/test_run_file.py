@@ -155,7 +155,7 @@ def test_the_table_of_incomplete_and_damaged_files(call, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_call_stops_its_cells(call, tmp_path, stop):
+def test_a_stopped_call_stops_its_cells(interruptible, call, tmp_path, stop):
     module = ["slm_fast.cli", "repro"] if stop == signal.SIGINT else ["benchmarks.continual.run"]
     command = [sys.executable, "-m", *module, *call[:-1], "finetune:epochs=10000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
