@@ -18,6 +18,7 @@ from slm_fast.predict import NOT_FINITE, answer_batch
 from slm_fast.scheduler import Scheduler
 from slm_fast.server import engine as engine_module
 from slm_fast.server import run
+from slm_fast.server.app import Served
 
 TEXTS = mixed_texts(4)
 
@@ -74,15 +75,18 @@ def test_texts_that_cannot_be_written_on_are_a_500_and_the_next_are_written(tmp_
         assert (served.engine.room.rows, served.engine.room.tokens, served.engine._writers.rows) == (0, 0, 0)
 
 
+def break_engine(client: Client, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(served.engine, "_turn", fails)
+    client.call("POST", "/v1/classify", {"input": TEXTS})  # wakes the engine, whose next turn fails
+    until(lambda: served.engine.failed is not None)
+
+
 def test_an_engine_that_fails_refuses_what_waits_and_ends_the_server(tmp_path: Path, monkeypatch) -> None:
     with serving(store_with(tmp_path / "store")) as (client, served):
-
-        def fails() -> None:
-            raise RuntimeError("a bug")
-
-        monkeypatch.setattr(served.engine, "_turn", fails)
-        client.call("POST", "/v1/classify", {"input": TEXTS})  # wakes the engine, whose next turn fails
-        until(lambda: served.engine.failed is not None)
+        break_engine(client, served, monkeypatch)
         assert str(served.engine.failed) == "a bug"
         assert not served.ready
         assert served.state()["status"] == "failed"
@@ -134,13 +138,7 @@ def test_a_server_is_not_ready_while_it_drains_and_refuses_what_is_new(tmp_path:
 def test_a_server_whose_engine_has_failed_is_neither_ready_nor_healthy(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(run.Server, "on_tick", uvicorn.Server.on_tick)  # so that it does not end by itself
     with serving(store_with(tmp_path / "store")) as (client, served):
-
-        def fails() -> None:
-            raise RuntimeError("a bug")
-
-        monkeypatch.setattr(served.engine, "_turn", fails)
-        client.call("POST", "/v1/classify", {"input": TEXTS})  # wakes the engine, whose next turn fails
-        until(lambda: served.engine.failed is not None)
+        break_engine(client, served, monkeypatch)
         status, found, _ = client.call("POST", "/v1/classify", {"input": TEXTS})
         assert (status, found["error"]["code"]) == (503, "shutting_down")
         assert client.call("GET", "/health")[:2] == (503, {"status": "failed"})
