@@ -46,6 +46,11 @@ class Row:
     instruction: str = ""
     turns: tuple[tuple[str, str], ...] = ()
 
+    def __post_init__(self) -> None:
+        known = all(len(turn) == 2 and turn[0] in ("user", "assistant") for turn in self.turns)
+        if not known or (self.turns and self.turns[-1][0] != "user"):
+            raise InputError("turns: expected ('user' or 'assistant', text) pairs, the last one the user's")
+
     @property
     def prompt(self) -> str:
         """The text that the backbone reads: instruction and input, joined by a newline if there are both."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from slm_fast.data import Task
+from slm_fast.data import Row, Task
 from slm_fast.model import AdaptedModel
 from slm_fast.options import LearnOptions
 from slm_fast.schema import WHEN_KNOWN
@@ -22,7 +22,13 @@ def origin(model: AdaptedModel, task: Task, options: Mapping[str, Any], valid: T
         about["others"] = {known.name: digest_of(known) for known in model.pool.tasks if known.adapter is None}
     parts = [task.rows, [] if valid is None else valid.rows]
     about["rows"] = [len(rows) for rows in parts]
-    return origin_of(task.name, about, ([row.text, row.target, row.instruction] for rows in parts for row in rows))
+    return origin_of(task.name, about, (_read(row, model) for rows in parts for row in rows))
+
+
+def _read(row: Row, model: AdaptedModel) -> list[Any]:
+    """What the model reads of a row: turns only with a chat template, which formats them as such."""
+    turns = [row.turns] if row.turns and model.config.chat_template else []
+    return [row.text, row.target, row.instruction, *turns]
 
 
 def is_same(

@@ -21,6 +21,7 @@ from models import (
 
 from slm_fast import InputError, ScalableLM, Task
 from slm_fast.data import Row
+from slm_fast.origin import origin
 from slm_fast.worker import task_message, task_of
 
 pytestmark = pytest.mark.usefixtures("few_features")
@@ -122,6 +123,23 @@ def test_of_a_chat_whose_last_turn_is_too_long_that_is_cut():
     [row, alone] = slm.model.tokenize([Row.parse({"messages": long}), Row("sea1 " * 40)])
     assert row.ids == alone.ids
     assert row.truncated
+
+
+@pytest.mark.parametrize(
+    "turns", [(("assistant", "a"),), (("user", "a"), ("bot", "b")), ("user",), (("user", "a"), ())]
+)
+def test_turns_that_are_no_chat_are_refused(turns):
+    with pytest.raises(InputError, match="turns: expected"):
+        Row("a", turns=turns)
+
+
+def test_the_same_text_as_turns_and_as_one_text_is_another_task():
+    lines = "User: sea1\nAssistant: good1\nUser: sea2"
+    turns = (("user", "sea1"), ("assistant", "good1"), ("user", "sea2"))
+    texts, chats = (Task("sea", [Row(lines, "yes", turns=own)] * 4, free_text=True) for own in ((), turns))
+    for slm, same in ((chatting(), False), (make_slm("llama", features=32), True)):
+        origins = {origin(slm.model, task, {"joint": False}, None) for task in (texts, chats)}
+        assert (len(origins) == 1) == same
 
 
 def test_a_chat_of_several_turns_reaches_another_process_alike():
