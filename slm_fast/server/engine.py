@@ -109,10 +109,6 @@ class Engine:
     def generation(self) -> Generation:
         return self._current
 
-    @property
-    def running_rows(self) -> int:
-        return len(self.unanswered()[1])
-
     def unanswered(self) -> tuple[list[Piece], list[Piece]]:
         """The admitted rows without a result: those that wait, and those that run, in a batch or as a text begun."""
         with self._changed:

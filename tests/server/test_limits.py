@@ -119,7 +119,7 @@ def test_a_client_that_goes_frees_its_place_whether_its_rows_wait_or_are_written
             for raw in gone[:4]:
                 raw.close()
             until(lambda: served.engine.room.rows == 24)
-        until(lambda: served.engine.running_rows > 0)
+        until(lambda: served.engine.unanswered()[1])
         for raw in gone[4:]:
             raw.close()
         until(lambda: served.engine.room.rows == 0)
@@ -156,7 +156,7 @@ def test_a_client_of_an_encoder_that_goes_frees_its_place_whether_its_rows_wait_
             raw.close()
         until(lambda: engine.room.rows == 2)
         assert engine.room.tokens == sum(len(read.ids) for read in store.model.tokenize([Row(text) for text in texts]))
-        assert (engine._waiting.rows, engine.running_rows) == (0, 2)
+        assert (engine._waiting.rows, len(engine.unanswered()[1])) == (0, 2)
         goes_on.release()
         assert [row["label"] for row in stays.result()] == [answer.label for answer in store.predict(texts)]
         assert len(first.result()) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def adapters(client: Client) -> dict[str, str]:
     """The labels of vllm:lora_requests_info, of which there is one series."""
     (labels,) = re.findall(r"^vllm:lora_requests_info\{(.*)\} \S+$", client.get("/metrics"), re.MULTILINE)
     return dict(re.findall(r'(\w+)="([^"]*)"', labels))
+
+
+def all_answered(raws: list[socket.socket]) -> None:
+    for raw in raws:
+        with raw:
+            assert raw.recv(4096).startswith(b"HTTP/1.1 200 ")
 
 
 def test_the_number_of_tasks_is_that_after_a_reload(tmp_path: Path) -> None:
@@ -60,9 +67,7 @@ def test_rows_of_the_batch_that_runs_do_not_count_as_waiting(tmp_path: Path, mon
             assert adapters(client) == about
         finally:
             goes_on.set()
-        for raw in raws:
-            with raw:
-                assert raw.recv(4096).startswith(b"HTTP/1.1 200 ")
+        all_answered(raws)
         assert figure(client, "vllm:num_requests_running") == figure(client, "vllm:num_requests_waiting") == 0
         assert adapters(client)["running_lora_adapters"] == ""
 
@@ -92,6 +97,4 @@ def test_texts_that_are_being_written_run_with_the_tasks_of_their_routes(tmp_pat
             assert adapters(client) == about
         finally:
             goes_on.set()
-        for raw in raws:
-            with raw:
-                assert raw.recv(4096).startswith(b"HTTP/1.1 200 ")
+        all_answered(raws)
