@@ -293,6 +293,8 @@ def test_an_ablation_names_options_of_learning_and_of_the_model():
     method = method_of("slm-paper:slots=2,targets=out+query")[1](setup)
     assert method.setup.options.slots == 2
     assert method.slm.model.config.targets == ("out", "query")
+    default = method_of("slm")[1](setup).slm.model.config
+    assert method_of("slm:taps=none,targets=none")[1](setup).slm.model.config == default
     assert method_of("slm:taps=1,targets=value")[1](setup).slm.model.config.targets == ("value",)
     for spec, said in (("nonesuch", "not known; methods: slm"), ("slm:depth=2", "'depth=2' is no option of it")):
         with pytest.raises(InputError, match=said):

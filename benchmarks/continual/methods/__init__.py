@@ -85,8 +85,8 @@ def method_of(spec: str) -> tuple[Entry, Callable[[Setup], Method]]:
     return entry, make
 
 
-def _values(text: str) -> tuple[object, ...]:
-    return tuple(_value(part) for part in text.split("+"))
+def _values(text: str) -> tuple[object, ...] | None:
+    return None if text.lower() == "none" else tuple(_value(part) for part in text.split("+"))
 
 
 def _value(text: str) -> object:

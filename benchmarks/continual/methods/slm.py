@@ -6,7 +6,7 @@ layer adapted with rank 12, and routes over the slots of all tasks during traini
 sentence encoder is MiniLM instead of nli-mpnet-base-v2. Epochs, batches, optimiser and learning rates of the values are
 those of all methods here; the paper trains BERT for five epochs in batches of eight at 2e-4 to 3e-4. And the heads of
 the retrieved tasks answer, mixed by weight; the released code selects the head by the number of classes of the row's
-own task, which it is not told otherwise.
+own task, which gives the task away.
 """
 
 from __future__ import annotations
