@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 NO_MEMORY = (
@@ -44,6 +44,23 @@ class WorkError(SlmError, RuntimeError):
     """The call is valid but could not be carried out: damaged data, a full disk, a number that is not finite."""
 
     status = 1
+
+
+class RowsFailed(WorkError):
+    """Some rows of a pass cannot be answered; the others can, in a pass without them.
+
+    Args:
+        rows: indices of these rows, among the `of` rows of the pass.
+        reason: why each of them has no answer. Default: the message.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int], of: int, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.rows, self.of, self.reason = rows, of, reason or message
+
+    def among(self, count: int) -> list[int]:
+        """Ascending indices of the failed rows among `count` rows, each of which the pass may repeat for its beams."""
+        return sorted({row * count // self.of for row in self.rows})
 
 
 class SlmWarning(UserWarning):

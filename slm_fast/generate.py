@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, RowsFailed
 from slm_fast.identity import OVERRULED
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
-from slm_fast.router import NotFinite
 from slm_fast.scheduler import Generated, Request, Sampling, Scheduler
 from slm_fast.tokenization import Encoded
 
@@ -29,7 +28,7 @@ class Written:
         scores: mean probability of each row's tokens.
         finish_reasons: "stop" or "length" (see `Generated`), or "error", of each row.
         route: [N, K] that the rows were generated with.
-        failed: rows whose query is not finite. Their texts and routes are empty.
+        failed: rows without an answer, and why. Their texts and routes are empty.
     """
 
     texts: list[str]
@@ -37,7 +36,7 @@ class Written:
     scores: list[float]
     finish_reasons: list[str | None]
     route: Route
-    failed: list[int]
+    failed: dict[int, str]
 
 
 @torch.inference_mode()
@@ -91,7 +90,7 @@ def generate(
         [row.score for row in found],
         [row.finish_reason for row in found],
         _together(model, [row.route for row in found]),
-        [i for i, row in enumerate(found) if row.finish_reason == "error"],
+        {i: row.error for i, row in enumerate(found) if row.error is not None},
     )
 
 
@@ -191,12 +190,12 @@ def _with_transformers(
         try:
             own = [ends[i] for i in rows] if ends else [()] * len(rows)
             written = _generated(model, encoded, options, seeds[min(rows)], known, allowed, own)
-        except NotFinite as error:  # the others go back to the queue
-            beams = options.beams if causal else 1  # T5's encoder has no beams
-            failed = rows[error.row // beams]
-            found[failed].finish_reason = "error"
-            waiting.extendleft(row for row in reversed(rows) if row != failed)
-            report(1)
+        except RowsFailed as error:  # the others go back to the queue
+            failed = [rows[i] for i in error.among(len(rows))]
+            for i in failed:
+                found[i] = Generated(finish_reason="error", error=error.reason)
+            waiting.extendleft(row for row in reversed(rows) if row not in failed)
+            report(len(failed))
             continue
         for row, one in zip(rows, written, strict=True):
             found[row] = one

@@ -80,7 +80,7 @@ def learn_task(
         try:
             part = model.new_router().fit(query, slots, seed, label_numbers(task))
         except NotFinite as error:
-            raise WorkError(f"{task.name}: row {error.row + 1}: its query holds a number that is not finite") from None
+            raise WorkError(f"{task.name}: row {error.rows[0] + 1}: {error.reason}") from None
         trainer.allocate(slots, part, torch.Generator().manual_seed(seed))
         examples = trainer.routed(examples, query)
         trainer.warm_start(examples, query)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slm_fast.errors import InputError, WorkError, some_of
+from slm_fast.errors import InputError, RowsFailed, WorkError, some_of
 from slm_fast.ops import Route
 from slm_fast.pool import Buffers, Pool, page_rank, rows_of
 from slm_fast.tasks import LearnedTask, in_name_order
@@ -28,12 +28,8 @@ class TooManySlots(WorkError):
     """A pass requests the values of more slots than fit."""
 
 
-class Unreadable(WorkError):
-    """The values of a task, which some `rows` of a pass request, cannot be read."""
-
-    def __init__(self, message: str, rows: Sequence[int]) -> None:
-        super().__init__(message)
-        self.rows = rows
+class Unreadable(RowsFailed):
+    """The values of a task, which some rows of a pass request, cannot be read."""
 
 
 @dataclass
@@ -130,7 +126,7 @@ class PagedPool(Pool):
         except _Damaged as error:
             slot = known[error.number]
             asking = (route.slot_ids == slot).any(1).nonzero()[:, 0].tolist()
-            raise Unreadable(f"task {self.slot_names[slot]!r}: {error}", asking) from None
+            raise Unreadable(f"task {self.slot_names[slot]!r}: {error}", asking, len(route.weights)) from None
         found = [[-1] * self._page] * (len(slots) - len(known)) + [
             page + [-1] * (self._page - len(page)) for page in pages
         ]

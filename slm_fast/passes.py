@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,13 +12,12 @@ from torch import Tensor
 from slm_fast import encoder_graphs
 from slm_fast.batching import length_buckets, token_budget
 from slm_fast.data import Row
-from slm_fast.errors import InputError, WorkError, some_of
+from slm_fast.errors import InputError, RowsFailed, WorkError, some_of
 from slm_fast.generate import Written, generate
 from slm_fast.heads import Heads
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
-from slm_fast.paging import Unreadable
 from slm_fast.pool import emptied
 from slm_fast.query import TrunkQuery
 from slm_fast.reading import reread
@@ -107,7 +107,7 @@ class Passed:
     words: Tensor | None = None  # [B, W] indices in the heads' words
     texts: list[str] | None = None  # if the backbone generates text
     finish_reasons: list[str | None] | None = None  # of the texts
-    failed: Sequence[int] = ()  # rows whose query is not finite
+    failed: Mapping[int, str] = field(default_factory=dict)  # rows without an answer, and why
     finite: Tensor | None = None  # [B] which queries are, if not checked yet (that waits for a GPU)
     distance: Tensor | None = None  # [B], of the rows from their tasks
 
@@ -163,14 +163,21 @@ def _passed_in_parts(
     passed = []
     for rows in model.pool.parts(route):
         part, own = batch.some(rows), Route(route.slot_ids[rows], route.weights[rows])
-        try:
+        with _known_as(rows, len(route.weights)):
             hidden = model.forward(part.encoded, own, states=None if states is None else states[rows]).hidden
-        except Unreadable as error:
-            raise Unreadable(str(error), [rows[i] for i in error.rows]) from None
         read, found = (TrunkQuery.pool(hidden, mask[rows]), hidden), None if query is None else query[rows]
         names = task if task is None or isinstance(task, str) else [task[i] for i in rows]
         passed.append(_answered(model, part, read, found, own, names, options))
     return passed
+
+
+@contextmanager
+def _known_as(rows: Sequence[int], of: int) -> Iterator[None]:
+    """Name rows that fail inside the block, in a pass of `rows` alone, by their indices among the `of` rows of all."""
+    try:
+        yield
+    except RowsFailed as error:
+        raise RowsFailed(str(error), [rows[i] for i in error.rows], of, error.reason) from None
 
 
 def _answered(
@@ -269,11 +276,12 @@ def _pass_to_write(
     for start in range(0, len(marked), at_once):
         some = marked[start : start + at_once]
         part, own = batch.some(some), Route(route.slot_ids[some], route.weights[some])
-        hidden = model.forward(part.encoded, own).hidden
+        with _known_as(some, rows):
+            hidden = model.forward(part.encoded, own).hidden
         far = None if distance is None else distance[some]
         read = TrunkQuery.pool(hidden, part.encoded.attention_mask), hidden
         passed.append(_marked(model, part, read, own, options, distance=far))
-        report(len(some))
+    report(len(marked))
     if written:
         own, far = (
             Route(route.slot_ids[written], route.weights[written]),

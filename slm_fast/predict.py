@@ -15,15 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slm_fast.data import Row
-from slm_fast.errors import InputError, WorkError, some_of
+from slm_fast.errors import InputError, RowsFailed, WorkError, some_of
 from slm_fast.generate import Written
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.options import PredictOptions
-from slm_fast.paging import Unreadable
 from slm_fast.passes import Batch, Passed, Ready, made_ready, pass_batch, passed_texts
 from slm_fast.progress import bar
 from slm_fast.reading import Reading
-from slm_fast.router import NotFinite
+from slm_fast.router import NOT_FINITE
 from slm_fast.windows import TaskID, Window, windows_of
 
 
@@ -70,7 +69,6 @@ class Prediction:
 Answer = Prediction | WorkError
 Begun = TypeVar("Begun")
 Ended = TypeVar("Ended")
-NOT_FINITE = "its query holds a number that is not finite"
 NO_SCORE = "its score is not a number"
 
 
@@ -197,7 +195,7 @@ def answer_written(
 ) -> Answer:
     """The answer for one row whose text has been generated. `distance` is [1]."""
     passed = passed_texts(model, Batch([0], [row], model.collate([reading])), written, distance)
-    return WorkError(NOT_FINITE) if written.failed else next(_predictions(model, passed))
+    return WorkError(written.failed[0]) if written.failed else next(_predictions(model, passed))
 
 
 @torch.inference_mode()
@@ -214,18 +212,16 @@ def _answers(model: AdaptedModel, window: Ready, options: PredictOptions, report
                 continue
             try:
                 passed += pass_batch(model, window, batch, options, report)
-            except NotFinite as error:  # a failing row does not fail its batch
-                answers[batch.places[error.row]] = WorkError(NOT_FINITE)
-                waiting.append(batch.without(error.row))
-                report(1)
-            except Unreadable as error:
-                answers.update((batch.places[i], WorkError(str(error))) for i in error.rows)
+            except RowsFailed as error:  # they do not fail the others
+                answers.update((batch.places[i], WorkError(error.reason)) for i in error.rows)
                 waiting.append(batch.without(*error.rows))
                 report(len(error.rows))
         for one in passed:
             answers.update(zip(one.batch.places, _predictions(model, one), strict=True))
-            failed = one.failed if one.finite is None else (~one.finite).nonzero()[:, 0].tolist()
-            answers.update((one.batch.places[i], WorkError(NOT_FINITE)) for i in failed)
+            failed = one.failed
+            if one.finite is not None:
+                failed = dict.fromkeys((~one.finite).nonzero()[:, 0].tolist(), NOT_FINITE)
+            answers.update((one.batch.places[i], WorkError(reason)) for i, reason in failed.items())
     return [answers[i] for i in range(window.rows)]
 
 

@@ -34,7 +34,7 @@ from slm_fast.covariance import (
     unpack,
     whitener,
 )
-from slm_fast.errors import InputError, WorkError, some_of
+from slm_fast.errors import InputError, RowsFailed, WorkError, some_of
 from slm_fast.ops import Route
 from slm_fast.ops.retrieve import PreparedKeys
 from slm_fast.sketch import Sketch, sampled
@@ -42,21 +42,21 @@ from slm_fast.sketch import Sketch, sampled
 Part = Mapping[str, Tensor]  # a task's part of the router
 TASKS_AT_ONCE = 32  # tasks whose keys are computed in one block, each separately
 MEANS_AT_ONCE = 4096  # means whose keys are computed together
+NOT_FINITE = "its query holds a number that is not finite"
 WHITENER_BYTES = 256 << 20  # maximum bytes of covariances kept for distances
 
 
-class NotFinite(WorkError):
-    """A query is not finite; `row` is its index among those given."""
+class NotFinite(RowsFailed):
+    """The queries of some rows are not finite."""
 
-    def __init__(self, row: int) -> None:
-        super().__init__(f"query: row {row} holds a number that is not finite")
-        self.row = row
+    def __init__(self, rows: Sequence[int], of: int) -> None:
+        super().__init__(f"query: row {rows[0]} holds a number that is not finite", rows, of, NOT_FINITE)
 
 
 def check_finite(query: Tensor) -> None:
-    bad = (~query.isfinite().all(1)).nonzero()
-    if len(bad):
-        raise NotFinite(int(bad[0]))
+    bad = (~query.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise NotFinite(bad, len(query))
 
 
 AnyRouter = TypeVar("AnyRouter", bound="Router")

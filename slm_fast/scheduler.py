@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, RowsFailed
 from slm_fast.kv_cache import Decoder
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
-from slm_fast.router import NotFinite
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,16 @@ class Generated:
         tokens: token ids, including the one that ends the text.
         probability: sum of the tokens' probabilities.
         route: ([K], [K]) slot ids and weights; None before the prefill.
-        finish_reason: "stop" (the text ended), "length" (`max_new_tokens` reached), "error" (the query is not finite),
-            "cancelled", or None while the row waits or runs.
+        finish_reason: "stop" (the text ended), "length" (`max_new_tokens` reached), "error", "cancelled", or None while
+            the row waits or runs.
+        error: why the row has no text, if its query is not finite or its task cannot be read.
     """
 
     tokens: list[int] = field(default_factory=list)
     probability: float = 0.0
     route: Route | None = None
     finish_reason: str | None = None
+    error: str | None = None
 
     @property
     def score(self) -> float:
@@ -191,10 +192,12 @@ class Scheduler:
         """Pass the prompts of waiting rows through the backbone, and let the rows join those that run."""
         try:
             out, route, mask = self._first_pass(rows)
-        except NotFinite as error:  # the others go back to the queue
-            failed = rows.pop(error.row)
-            self._waiting.extendleft(reversed(rows))
-            return self._finish([(failed, "error")])
+        except RowsFailed as error:  # the others go back to the queue
+            failed = [rows[i] for i in error.rows]
+            self._waiting.extendleft(row for row in reversed(rows) if row not in failed)
+            for row in failed:
+                row.generated.error = error.reason
+            return self._finish([(row, "error") for row in failed])
         except BaseException:
             self._waiting.extendleft(reversed(rows))
             raise
@@ -285,7 +288,7 @@ class Scheduler:
         self._decoder.keep(order)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """A request with its number, its output so far and its random generator."""
 

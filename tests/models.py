@@ -231,10 +231,10 @@ def on_gpu(name: str) -> ScalableLM:
     return slm
 
 
-def mixed_texts(count: int, seed: int = 0) -> list[str]:
-    """Random texts of the topics sea and farm, of 1 to 30 words."""
+def mixed_texts(count: int, seed: int = 0, topics: Sequence[str] = ("sea", "farm")) -> list[str]:
+    """Random texts, each of one of the topics, of 1 to 30 words."""
     rng = random.Random(seed)
-    return [sentence(rng.choice(("sea", "farm")), rng, words=rng.choice((1, 2, 5, 9, 16, 30))) for _ in range(count)]
+    return [sentence(rng.choice(topics), rng, words=rng.choice((1, 2, 5, 9, 16, 30))) for _ in range(count)]
 
 
 def bits(slm: ScalableLM) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from slm_fast import ScalableLM
 from slm_fast.covariance import ExactSum, pack
 from slm_fast.errors import SlmError
 from slm_fast.kept_sum import KeptSum, SumFile
@@ -38,6 +39,17 @@ CONFIG = {
     "max_length": 128,
 }
 ABOUT = {"backbone": "tiny", "fingerprint": "f00d", "config": CONFIG}
+
+
+def damage_values(slm: ScalableLM, name: str) -> Path:
+    """Overwrite one byte of a task's values in its file in the model's store. Returns the file's path."""
+    assert slm.store is not None
+    file = slm.store.file(name)
+    begin = file.read_bytes().index(next(iter(slm.learned[name].values.values()))[0].numpy().tobytes())
+    with file.open("r+b") as opened:
+        opened.seek(begin)
+        opened.write(b"\xff")
+    return file
 
 
 def make_task(name: str, *, slots: int = 1, labels: tuple[str, ...] | None = ("né", "pos")) -> LearnedTask:

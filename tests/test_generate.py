@@ -26,6 +26,7 @@ from models import (
 from slm_fast import ScalableLM, WorkError, generate, kv_cache, passes
 from slm_fast.data import Row
 from slm_fast.options import PredictOptions
+from slm_fast.router import NOT_FINITE
 from slm_fast.tasks import LearnedTask
 
 
@@ -263,7 +264,7 @@ def test_rows_whose_query_is_not_finite_are_named_and_the_others_written(beams):
     written = generate.generate(slm.model, encoded, options, seeds=range(11), max_rows=4, report=ended.append)
     assert sum(ended) == 11  # every row is reported once, while the others are still being written
     assert len(ended) > 1
-    assert written.failed == [4, 10]
+    assert written.failed == dict.fromkeys([4, 10], NOT_FINITE)
     assert [written.texts[4], written.texts[10]] == ["", ""]
     assert [text for i, text in enumerate(written.texts) if i not in (4, 10)] == expected
     assert written.route.slot_ids[[4, 10]].tolist() == [[-1, -1]] * 2

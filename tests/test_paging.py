@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import FAMILIES, TOPICS, easy, make_slm, one_thread, random_task, reopened, sentence  # noqa: F401
+from stores import damage_values
 
 from slm_fast import ScalableLM
 from slm_fast.errors import InputError, WorkError
@@ -208,55 +209,48 @@ def test_joint_learning_needs_all_values() -> None:
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> ScalableLM:
+def stored(tmp_path: Path, request: pytest.FixtureRequest) -> ScalableLM:
     """A model whose tasks are saved in a store with `.keys`, so that opening the store reads no values."""
-    slm = make_slm("bert")
+    name = getattr(request, "param", "bert")
+    slm = make_slm(name)
     slm.save_pretrained(tmp_path / "store")
     slm.add(some_tasks(slm))
-    reopened(tmp_path / "store")
+    reopened(tmp_path / "store", name)
     return slm
 
 
-def damage(slm: ScalableLM, name: str) -> Path:
-    """Overwrite one byte of a task's values in its file. Returns the file's path."""
-    assert slm.store is not None
-    file = slm.store.file(name)
-    begin = file.read_bytes().index(next(iter(slm.learned[name].values.values()))[0].numpy().tobytes())
-    with file.open("r+b") as opened:
-        opened.seek(begin)
-        opened.write(b"\xff")
-    return file
-
-
-@pytest.mark.parametrize("batch_size", [2, 30])
+@pytest.mark.parametrize("options", [{"batch_size": 2}, {"batch_size": 30}, {"beams": 2}], ids=str)
+@pytest.mark.parametrize("stored", FAMILIES, indirect=True)
 def test_rows_of_a_task_whose_file_is_damaged_are_errors_and_the_rest_go_on(
-    stored: ScalableLM, tmp_path: Path, batch_size: int
+    stored: ScalableLM, tmp_path: Path, request: pytest.FixtureRequest, options: dict
 ) -> None:
-    rows = texts(30)
-    good = stored.predict(rows, batch_size=2)
+    name, rows = request.node.callspec.params["stored"], texts(30)
+    options = options if name == "bert" else options | {"max_new_tokens": 4}
+    good = stored.predict(rows, **(options | {"batch_size": 2}))
     gone = good[0].task
     assert gone is not None
-    file = damage(stored, gone)
-    paged = reopened(tmp_path / "store", device_memory=4 * slot_bytes(stored))
-    found = answered(paged, rows, tmp_path, batch_size)
+    file = damage_values(stored, gone)
+    paged = reopened(tmp_path / "store", name, device_memory=4 * slot_bytes(stored))
+    found = answered(paged, rows, tmp_path, **options)
     for answer, record in zip(good, found, strict=True):
         if gone in answer.route.tasks:
             assert record["error"].startswith(f"task {gone!r}: {file}: damaged: SHA-256")
         else:
-            assert (record["task"], record["label"]) == (answer.task, answer.label)
+            same = {"task": answer.task, "label": answer.label, "text": answer.text}
+            assert {key: record.get(key) for key in same} == same
     assert 0 < sum("error" in record for record in found) < len(rows)
     [line] = Store.open(tmp_path / "store").verify()
     assert str(file) in line
     with pytest.raises(WorkError, match=f"row 1: task {gone!r}: {file}: damaged"):
-        paged.predict(rows)
+        paged.predict(rows, **options)
     with pytest.raises(WorkError, match=f"{file}: damaged"):  # if all values fit, opening reads them
-        reopened(tmp_path / "store")
+        reopened(tmp_path / "store", name)
 
 
-def answered(slm: ScalableLM, rows: Sequence[str], folder: Path, batch_size: int) -> list[dict]:
+def answered(slm: ScalableLM, rows: Sequence[str], folder: Path, **options: int) -> list[dict]:
     """The records that `predict_file` writes for these texts."""
     (folder / "in.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    slm.predict_file(folder / "in.jsonl", folder / "out.jsonl", batch_size=batch_size)
+    slm.predict_file(folder / "in.jsonl", folder / "out.jsonl", **options)
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 

@@ -73,7 +73,7 @@ def import_task(
     try:
         part = model.new_router().fit(query, 1, name_seed(name, 0))
     except NotFinite as error:
-        raise WorkError(f"examples: row {error.row + 1}: its query holds a number that is not finite") from None
+        raise WorkError(f"examples: row {error.rows[0] + 1}: {error.reason}") from None
     task = LearnedTask(
         name=name,
         labels=words,

@@ -10,9 +10,9 @@ from slm_fast.errors import WorkError
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
 from slm_fast.passes import measured
-from slm_fast.predict import NOT_FINITE, taken
+from slm_fast.predict import taken
 from slm_fast.reading import Reading
-from slm_fast.router import NotFinite
+from slm_fast.router import NOT_FINITE, NotFinite
 from slm_fast.server.jobs import Ask, Result, Routed
 
 
@@ -44,7 +44,7 @@ def find_routes(model: AdaptedModel, readings: Sequence[Reading], options: Predi
                 query = model.find_queries(batch)
                 route, distance = measured(model, query, model.route(query), options)
             except NotFinite as error:
-                places.pop(error.row)
+                places = [place for i, place in enumerate(places) if i not in error.rows]
                 continue
             far = [None] * len(places) if distance is None else distance.tolist()
             rows = zip(places, route.slot_ids.tolist(), route.weights.tolist(), far, strict=True)

@@ -16,7 +16,7 @@ from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
 from slm_fast.passes import measured
-from slm_fast.predict import NOT_FINITE, Answer, answer_written
+from slm_fast.predict import Answer, answer_written
 from slm_fast.router import NotFinite
 from slm_fast.scheduler import Generated, Request, Scheduler
 from slm_fast.server.generation import Generation
@@ -101,7 +101,8 @@ class Writers:
                 query = self.model.find_queries(batch)
                 route = self.model.route(query, self._mask(pieces))
             except NotFinite as error:
-                failed[pieces.pop(error.row)] = WorkError(NOT_FINITE)
+                failed |= {pieces[i]: WorkError(error.reason) for i in error.rows}
+                pieces = [piece for piece in pieces if piece not in failed]
                 continue
             route, distance = measured(self.model, query, route, self.options)
             return {
@@ -194,7 +195,7 @@ class Writers:
         reason = "stop" if piece.stopped is not None else generated.finish_reason
         route = generated.route or self.model.empty_route(1)
         route = Route(route.slot_ids.view(1, -1), route.weights.view(1, -1))
-        failed = [0] if reason == "error" else []
+        failed = {} if generated.error is None else {0: generated.error}
         written = Written([text], [generated.tokens], [generated.score], [reason], route, failed)
         assert piece.reading is not None
         return answer_written(self.model, piece.row, piece.reading, written, distance)

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import uvicorn
-from models import mixed_texts
+from models import mixed_texts, random_task, reopened
 from served import Client, serving, store_with, until
+from stores import damage_values
 
 from slm_fast.errors import WorkError
-from slm_fast.predict import NOT_FINITE, answer_batch
+from slm_fast.predict import answer_batch
+from slm_fast.router import NOT_FINITE
 from slm_fast.scheduler import Scheduler
 from slm_fast.server import engine as engine_module
 from slm_fast.server import run
@@ -73,6 +76,28 @@ def test_texts_that_cannot_be_written_on_are_a_500_and_the_next_are_written(tmp_
         body = client.post("/v1/completions", {"prompt": TEXTS, "max_tokens": 5})
         assert [choice["text"] for choice in body["choices"]] == [answer.text for answer in expected]
         assert (served.engine.room.rows, served.engine.room.tokens, served.engine._writers.rows) == (0, 0, 0)
+
+
+def test_texts_of_a_task_that_cannot_be_read_are_refused_and_the_others_written(tmp_path: Path) -> None:
+    slm = store_with(tmp_path / "store", "llama", k=1)
+    slm.add([random_task(slm, "city", labels=None)])
+    texts = mixed_texts(12, topics=("farm", "sea", "city"))
+    expected = slm.predict(texts, max_new_tokens=5)
+    assert {answer.task for answer in expected} == {"farm", "sea", "city"}
+    size = sum(a.nbytes + b.nbytes for a, b in slm.learned["sea"].values.values())
+    reopened(tmp_path / "store", "llama")  # from now on the store opens without reading values
+    paged = reopened(tmp_path / "store", "llama", device_memory=2 * size)
+    file = damage_values(slm, "sea")
+    with serving(paged) as (client, served), ThreadPoolExecutor(len(texts)) as clients:
+        bodies = [{"prompt": text, "max_tokens": 5} for text in texts]
+        found = list(clients.map(lambda body: client.call("POST", "/v1/completions", body)[:2], bodies))
+        assert served.engine._writers.rows == 0
+    for (status, body), answer in zip(found, expected, strict=True):
+        if answer.task == "sea":
+            assert status == 422
+            assert body["error"]["message"].startswith(f"input 0: task 'sea': {file}: damaged: SHA-256")
+        else:
+            assert (status, body["choices"][0]["text"]) == (200, answer.text)
 
 
 def break_engine(client: Client, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
