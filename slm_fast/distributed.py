@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from slm_fast.backbone import Backbone
 from slm_fast.errors import InputError, SlmError, WorkError, one_line
@@ -157,6 +155,9 @@ def shard(backbone: Backbone, group: ProcessGroup) -> None:
     Each GPU then holds its share of all layers, one whole layer, and the embeddings. All processes must call this
     together, before the backbone is given to a model, and make all passes together from then on.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # takes a second to import
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(group.device.type, (group.world_size,))
     for layer in backbone.all_layers():
         fully_shard(layer, mesh=mesh)

@@ -129,20 +129,3 @@ def as_task(learned: LearnedTask | None, name: str, source: Any) -> Task:
         return Task.from_file(name, source, known=(learned and learned.labels) or (), training=False)
     free_text = None if learned is None else learned.labels is None
     return Task(name, source, free_text=free_text, training=False)
-
-
-def forgetting(history: Sequence[Mapping[str, float]]) -> list[float]:
-    """F_k = mean over j < k of (max over l < k of a[l, j]) - a[k, j], after each task k (Chaudhry et al. 2018).
-
-    Args:
-        history: accuracy by task, after each task was learned, in learning order.
-
-    Returns:
-        One value per task; 0.0 for the first.
-    """
-    result = [0.0]
-    for k in range(1, len(history)):
-        before = [name for name in history[k] if any(name in past for past in history[:k])]
-        drops = [max(past[name] for past in history[:k] if name in past) - history[k][name] for name in before]
-        result.append(sum(drops) / len(drops))
-    return result

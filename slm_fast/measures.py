@@ -11,10 +11,25 @@ from math import fsum
 from statistics import fmean, mean
 from typing import TypeVar
 
-from slm_fast.evaluate import forgetting
-
 Matrix = Sequence[Mapping[str, float]]
 Row = TypeVar("Row", bound=Hashable)
+
+
+def forgetting(history: Matrix) -> list[float]:
+    """F_k = mean over j < k of (max over l < k of a[l, j]) - a[k, j], after each task k (Chaudhry et al. 2018).
+
+    Args:
+        history: accuracy by task, after each task was learned, in learning order.
+
+    Returns:
+        One value per task; 0.0 for the first.
+    """
+    result = [0.0]
+    for k in range(1, len(history)):
+        before = [name for name in history[k] if any(name in past for past in history[:k])]
+        drops = [max(past[name] for past in history[:k] if name in past) - history[k][name] for name in before]
+        result.append(sum(drops) / len(drops))
+    return result
 
 
 def average_accuracy(matrix: Matrix, learned: Sequence[str]) -> float:

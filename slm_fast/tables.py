@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,9 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from slm_fast.errors import some_of
-from slm_fast.evaluate import Evaluation, forgetting
-from slm_fast.predict import Prediction
-from slm_fast.tasks import LearnedTask
+from slm_fast.measures import forgetting
+
+if TYPE_CHECKING:
+    from slm_fast.evaluate import Evaluation
+    from slm_fast.predict import Prediction
+    from slm_fast.tasks import LearnedTask
 
 LISTED = 20  # maximum labels listed per task
 

@@ -12,7 +12,8 @@ from models import (
 )
 
 from slm_fast import InputError, ScalableLM, Task, WorkError
-from slm_fast.evaluate import Evaluation, forgetting
+from slm_fast.evaluate import Evaluation
+from slm_fast.measures import forgetting
 
 
 def two_tasks(name: str, **config) -> ScalableLM:

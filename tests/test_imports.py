@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -156,11 +157,24 @@ def test_the_leaves_import_only_each_other() -> None:
         assert {part(name) for name in inside(f"slm_fast.{leaf}")} <= {*LEAVES}
 
 
+def loaded(modules: Sequence[str], of: Sequence[str]) -> list[str]:
+    """Which modules `of` these a fresh interpreter has after importing `modules`."""
+    code = f"import sys, {', '.join(modules)}; print(*[name for name in {list(of)} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
 def test_the_package_itself_brings_options_and_errors_only_and_no_torch() -> None:
     assert {part(name) for name in inside("slm_fast")} <= {"options", "errors"}
-    code = "import sys, slm_fast, slm_fast.options, slm_fast.errors; print('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (run.stdout, run.returncode) == ("False\n", 0), run.stderr
+    assert loaded(["slm_fast", "slm_fast.options", "slm_fast.errors"], ["torch"]) == []
+
+
+def test_what_takes_seconds_to_import_is_imported_when_it_is_used() -> None:
+    slow = ["torch._dynamo", "torch.distributed.fsdp", "transformers.modeling_utils", "scipy", "pandas"]
+    assert loaded(["slm_fast.slm"], slow) == []
+    of_stores = ["slm_fast.store", "slm_fast.hub", "slm_fast.tables", "slm_fast.card"]
+    assert loaded(of_stores, [*slow, "transformers"]) == []
 
 
 def test_the_server_and_the_integrations_import_neither_the_command_line_nor_each_other() -> None:

@@ -231,13 +231,16 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that tracing a graph warns too
 def _warn_that_native_is_missing() -> None:
     """Warn once per process, at the first call that would have run on them."""
     _warn_once(
         f"slm_fast: the C++ operators are not there ({NATIVE_MISSING}); the PyTorch reference runs instead, most of it "
         "several times slower; `slm-fast doctor` says more"
     )
+
+
+if NATIVE_MISSING is not None:  # so that tracing a graph warns too; elsewhere this import of 1.4 s is not needed
+    _warn_that_native_is_missing = torch.compiler.assume_constant_result(_warn_that_native_is_missing)
 
 
 def operator(stem: str, device: str, size: str = "") -> Any:
