@@ -18,7 +18,7 @@ test: lint
 
 # 10,000 damaged stores, 5,000 lines, 500 kills, two minutes of writers and readers: `make test` does a little of each.
 fuzz: $(VENV)/.ready
-	SLM_FAST_FUZZ=1 $(RUN) -m pytest tests/fuzz tests/server/test_reload.py tests/server/test_openapi.py
+	SLM_FAST_FUZZ=1 $(RUN) -m pytest tests/fuzz tests/test_resume.py tests/server/test_reload.py tests/server/test_openapi.py
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from command import one_line, slm_fast
+from effort import times
 from models import beside_its_backbone, make_model, make_tokenizer, one_thread, random_task, sentence  # noqa: F401
 
 from slm_fast import cli
@@ -76,7 +77,7 @@ def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(stor
         process.start()
         return process
 
-    for point in range(20):
+    for point in range(times(8, 40)):
         output = tmp_path / f"{point}.jsonl"
         process = started(output)
         enough = (0, 1, len(whole) // 3, len(whole) // 2)[point // 2 % 4]
