@@ -33,6 +33,9 @@ LETTERS = 3  # characters per token, assumed until a text is tokenised
 TOKENISED = 512  # rows that are tokenised together
 GENERATIONS = 4  # generations of tasks that may be in use at once
 BATCHES = 64  # default size of the queue in batches
+# While a batch runs nobody gets an answer. By default it has this fraction of the tokens that wait, or what takes
+# `PAUSE` seconds if that is more.
+PART, PAUSE = 1 / 8, 0.08
 USED = 0.8  # fraction of the deadline; requests that would wait longer are refused
 
 
@@ -272,6 +275,9 @@ class Engine:
                 return False
             gone, self._cancelled = self._cancelled, []
             begin, self._to_write = list(self._to_write), deque()
+            if self.serve.batch_tokens is None and self.room.rate:
+                tokens = round(max(PART * self.room.tokens, PAUSE * self.room.rate))
+                self._waiting.budget = max(self.model.config.max_length or 1, min(self.batch_tokens, tokens))
             group, self._batch = self._waiting.take()
             for piece in self._batch:
                 self._groups.pop(piece, None)

@@ -14,8 +14,8 @@ class ServeOptions:
     Attributes:
         queue_rows, queue_tokens: maximum rows admitted but not answered yet, and their tokens (prompts plus what may be
             generated). Requests beyond these are refused with 429. Default for queue_tokens: 64 batches.
-        batch_tokens: token budget per batch, including padding. Longer rows are refused. Default: depends on the
-            device.
+        batch_tokens: token budget per batch, including padding. Longer rows are refused. Default: an eighth of the
+            tokens that wait, or what takes 0.08 seconds if that is more; at most what suits the device.
         batch_rows: maximum texts generated at once.
         max_new_tokens: maximum that a request may ask for, and its default.
         deadline: seconds after which an unanswered request is given up with 504.

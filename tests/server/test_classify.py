@@ -14,9 +14,11 @@ from models import FAR, knows, learned, make_slm, mixed_texts, random_task
 from served import serving, store_with, until
 
 from slm_fast import ScalableLM
+from slm_fast.data import Row
 from slm_fast.options import PredictOptions
 from slm_fast.predict import Prediction
 from slm_fast.server import engine as engine_module
+from slm_fast.server.queue import Room
 
 TEXTS = mixed_texts(12, seed=4)
 
@@ -31,6 +33,30 @@ def with_a_label_of_probability_zero(path: Path) -> ScalableLM:
     knows(slm, learned(slm, "farm"), replace(sea, head=(weight, bias)))
     slm.save_pretrained(path.parent / "zero")
     return slm
+
+
+@pytest.mark.parametrize(
+    ("rate", "given", "rows", "tokens"),
+    [(1.0, None, 10, 20), (1000.0, None, 100, 80), (1.0, None, 100, 62), (1e9, None, 100, 2048), (1.0, 35, 100, 35)],
+)
+def test_a_batch_has_an_eighth_of_what_waits_or_takes_a_moment_unless_a_number_is_given(
+    rate: float, given: int | None, rows: int, tokens: int, tmp_path: Path, monkeypatch
+) -> None:
+    slm, texts = store_with(tmp_path / "store", max_length=20), ["sea1 sea2 sea3"] * rows
+    (length,) = {len(reading.ids) for reading in slm.model.tokenize([Row(text) for text in texts])}
+    batches, answer_batch = list[int](), engine_module.answer_batch
+
+    def noted(model, rows, *others):
+        batches.append(len(rows))
+        return answer_batch(model, rows, *others)
+
+    monkeypatch.setattr(Room, "rate", rate)
+    with serving(slm, batch_tokens=given, inputs=100) as (client, _):
+        monkeypatch.setattr(engine_module, "answer_batch", noted)
+        assert len(client.classify(texts)) == rows
+    assert length == 5
+    assert max(batches) == min(rows, tokens // length)
+    assert sum(batches) == rows
 
 
 @pytest.mark.parametrize("labels", [1, 2, 3, None])

@@ -13,8 +13,7 @@ overload: clients that fill the queue; then requests that arrive at four times t
           regardless of how many are waiting ("arriving"); then four times the clients, which ask again immediately when
           refused ("at once"): what is admitted, and how fast the rest is refused.
 reload:   the longest time without an answer to any of 32 clients with one text per request (gap_ms), while nothing
-          changes and while another process learns and forgets, with `--tasks` tasks in the store and batches of
-          `--reload-tokens`, because no answer comes while a batch runs.
+          changes and while another process learns and forgets, with `--tasks` tasks in the store.
 """
 
 from __future__ import annotations
@@ -185,7 +184,7 @@ class Bench:
     def reload(self) -> None:
         other = ScalableLM.from_backbone(self.chosen.backbone, dtype=self.chosen.dtype)
         many = self.stored(other, "many", max(1, self.chosen.tasks // len(self.train)))
-        with self.server(OURS, many, "--batch-tokens", str(self.chosen.reload_tokens)) as one:
+        with self.server(OURS, many) as one:
             self.loaded("reload, nothing changes", OURS, one.port, CHANGING, 1)
             with changed(many):
                 self.loaded("reload, every half second", OURS, one.port, CHANGING, 1)
@@ -205,7 +204,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server")
     parser.add_argument("--texts", type=int, default=200, help="texts per task")
     parser.add_argument("--tasks", type=int, default=1000, help="tasks in the store for reload")
-    parser.add_argument("--reload-tokens", type=int, default=256, help="tokens per batch for reload")
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.csv")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(chosen.threads)
