@@ -88,6 +88,28 @@ class KVCacheLayer:
             buffer[:live, :, used.start + by : used.stop + by] = buffer[:live, :, used].clone()
 
 
+def layers_of(past: Any, causal: bool) -> list[Any]:
+    """The layers of transformers' cache: those of what is written, then (T5) those of what was read."""
+    if causal:
+        return list(past.layers)
+    return [*past.self_attention_cache.layers, *past.cross_attention_cache.layers]
+
+
+def capacity_of(columns: int) -> int:
+    """Columns of the buffers for rows of at most `columns`, so many that they rarely have to be moved back."""
+    return columns + columns // 2
+
+
+def row_bytes(past: Any, causal: bool, columns: int, input_columns: int) -> int:
+    """Bytes of one row's buffers. Args: as for `Decoder`."""
+    layers, size = layers_of(past, causal), 0
+    for i, layer in enumerate(layers):
+        written = causal or i < len(layers) // 2
+        for x in (layer.keys, layer.values):
+            size += x.shape[1] * x.shape[3] * x.itemsize * (capacity_of(columns) if written else input_columns)
+    return size
+
+
 class Decoder:
     """Rows that run together, at most `places`.
 
@@ -106,7 +128,7 @@ class Decoder:
         """
         self.model, self.lm = model, model.backbone.model
         self.places, self.input_capacity, self.past = places, input_columns, past
-        self.capacity = columns + columns // 2  # so that columns rarely have to be moved back
+        self.capacity = capacity_of(columns)
         self.causal, self.device = model.backbone.kind == "causal", model.backbone.device
         # Paged values need Python in every step.
         self.graphs = graphs_on(self.device) if model.known.most_rows is None else None
@@ -125,7 +147,7 @@ class Decoder:
         self.mask = torch.zeros(places, 1, 1, self.capacity, dtype=dtype, device=self.device)
         self.input_mask = torch.full((places, 1, 1, input_columns), self.masked, dtype=dtype, device=self.device)
         self.route = Route(torch.empty(0), torch.empty(0))  # [places, K]; ids are -1 where no row runs
-        layers = self._layers(past)
+        layers = layers_of(past, self.causal)
         own = len(layers) if self.causal else len(layers) // 2
         self.layers = [KVCacheLayer(self, layer, self.capacity, written=True) for layer in layers[:own]]
         self.layers += [KVCacheLayer(self, layer, input_columns, written=False) for layer in layers[own:]]
@@ -139,12 +161,6 @@ class Decoder:
     @property
     def live(self) -> int:
         return len(self.starts)
-
-    def _layers(self, past: Any) -> list[Any]:
-        """The layers of transformers' cache: those of what is written, then (T5) those of what was read."""
-        if self.causal:
-            return list(past.layers)
-        return [*past.self_attention_cache.layers, *past.cross_attention_cache.layers]
 
     @property
     def rounded(self) -> bool:
@@ -171,7 +187,7 @@ class Decoder:
             self.end = width
         elif width > self.end:
             self._move(width - self.end)
-        for columns, layer in zip(self.layers, self._layers(past), strict=True):
+        for columns, layer in zip(self.layers, layers_of(past, self.causal), strict=True):
             columns.join(place, self.end - width if columns.written else 0, layer.keys, layer.values)
         if inputs is not None:
             mask = self.input_mask[place:live]
@@ -239,7 +255,7 @@ class Decoder:
     def _logits(self) -> Tensor:
         before, self.shape = self.shape, self._shape()
         if (self.shape.places, self.shape.inputs) != (before.places, before.inputs):
-            for columns, layer in zip(self.layers, self._layers(self.past), strict=True):
+            for columns, layer in zip(self.layers, layers_of(self.past, self.causal), strict=True):
                 columns.serve(layer, self.shape)
         step = functools.partial(self._forward, self.shape)
         if self.graphs is None:

@@ -1,8 +1,8 @@
 """Continuous batching: text generation with T5 and LLaMA, rows of all tasks together, each on its own route.
 
 Requests wait in a queue. Up to `max_rows` of them run together, one token per step (kv_cache.py). A row's first pass
-(its prefill) finds its route, which is kept for the whole text. When a row ends, the last row takes its place; once
-enough places are free, waiting rows are prefilled together and join.
+(its prefill) finds its route, which is kept for the whole text. When a row ends, the last row takes its place. Waiting
+rows are prefilled together and join once there are enough of them, or they have waited long enough.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.errors import InputError, RowsFailed
-from slm_fast.kv_cache import Decoder
+from slm_fast.kv_cache import Decoder, row_bytes
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 
@@ -88,12 +88,21 @@ class Scheduler:
     Args:
         max_rows: how many rows run together.
         max_prompt, max_new_tokens: maximum prompt tokens and new tokens of a request.
+        cache_bytes: maximum size of the KV cache; `max_rows` is lowered to what fits once a prompt has been read.
 
     Raises:
         InputError: a size is below 1, or the backbone does not generate text here.
     """
 
-    def __init__(self, model: AdaptedModel, *, max_rows: int, max_prompt: int, max_new_tokens: int) -> None:
+    def __init__(
+        self,
+        model: AdaptedModel,
+        *,
+        max_rows: int,
+        max_prompt: int,
+        max_new_tokens: int,
+        cache_bytes: int | None = None,
+    ) -> None:
         for name, size in (("max_rows", max_rows), ("max_prompt", max_prompt), ("max_new_tokens", max_new_tokens)):
             if size < 1:
                 raise InputError(f"{name}: expected at least 1, got {size}")
@@ -104,6 +113,8 @@ class Scheduler:
             raise InputError(f"model: rows of a {kind} backbone cannot take turns; `ScalableLM.predict` writes with it")
         self.model, self.lm, self.device = model, model.backbone.model, model.backbone.device
         self.max_rows, self.max_prompt, self.max_new_tokens = max_rows, max_prompt, max_new_tokens
+        self.cache_bytes = cache_bytes
+        self.cache_rows: int | None = None  # how many rows `cache_bytes` holds, once known
         self.causal = model.backbone.kind == "causal"
         self.ends = set(model.backbone.end_tokens().tolist())
         self.generated: dict[int, Generated] = {}  # of waiting and running requests
@@ -111,6 +122,7 @@ class Scheduler:
         self._running: list[_Row] = []
         self._ended: dict[int, Generated] = {}  # not returned yet because a callback failed
         self._next = 0
+        self._waited = 0  # steps, summed over the rows that wait
         self._decoder: Decoder | None = None
 
     @property
@@ -161,13 +173,22 @@ class Scheduler:
 
     def _advance(self) -> dict[int, Generated]:
         free = self.max_rows - len(self._running)
-        # Prefilling a few rows reads all weights, as a step of all rows does, so wait until it pays.
-        if self._waiting and (not self._running or 4 * free >= self.max_rows):
+        if self._pays(free):
+            self._waited = 0
             return self._prefill(self._take(free))
         if not self._running:
             return {}
         assert self._decoder is not None
+        self._waited += len(self._waiting)
         return self._note(self._decoder.step(), 0)
+
+    def _pays(self, free: int) -> bool:
+        """Whether to prefill now. That reads all weights, as a step does, and running rows wait meanwhile: so not until
+        there are many new rows, or they have together waited for as many steps as there are running rows."""
+        waiting, running = len(self._waiting), len(self._running)
+        if not waiting or not running:
+            return waiting > 0
+        return 4 * min(waiting, free) >= self.max_rows or (waiting <= free and self._waited >= running)
 
     def close(self) -> None:
         """Free the buffers and drop all waiting and running requests."""
@@ -203,6 +224,10 @@ class Scheduler:
             raise
         if self._decoder is None:
             columns = self.max_new_tokens + (self.max_prompt if self.causal else 1)
+            if self.cache_bytes is not None:
+                one = row_bytes(out.past_key_values, self.causal, columns, self.max_prompt)
+                self.cache_rows = max(1, self.cache_bytes // one)
+                self.max_rows = max(len(rows), min(self.max_rows, self.cache_rows))
             self._decoder = Decoder(self.model, self.max_rows, columns, self.max_prompt, out.past_key_values)
         lengths = [len(row.request.ids) if self.causal else 1 for row in rows]
         self._decoder.join(out.past_key_values, lengths, route, None if self.causal else mask)

@@ -91,6 +91,25 @@ def test_each_token_is_told_as_soon_as_it_is_known(slm: ScalableLM) -> None:
     assert sum(p for _, p in told) == pytest.approx(ended[number].probability)
 
 
+@pytest.mark.parametrize(("new", "steps"), [(1, 4), (2, 3), (3, 1)])
+def test_new_rows_are_prefilled_once_there_are_many_or_they_have_waited_long_enough(
+    slm: ScalableLM, new: int, steps: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(slm.model.backbone, "end_tokens", lambda: torch.tensor([-1]))  # all texts are long
+    scheduler = scheduler_of(slm, max_rows=12)
+    prompts = prompts_of(slm, mixed_texts(3 + new))
+    for ids in prompts[:3]:
+        scheduler.add_request(Request(ids, max_new_tokens=12))
+    scheduler.step()
+    numbers = [scheduler.add_request(Request(ids, max_new_tokens=12)) for ids in prompts[3:]]
+    taken = 0
+    while not any(scheduler.generated[number].tokens for number in numbers):
+        scheduler.step()
+        taken += 1
+    assert taken == steps
+    assert all(scheduler.generated[number].tokens for number in numbers)
+
+
 def test_requests_are_cancelled_while_they_wait_and_while_they_run(slm: ScalableLM) -> None:
     texts = mixed_texts(8)
     scheduler = scheduler_of(slm)
@@ -216,3 +235,24 @@ def test_a_scheduler_without_room_or_for_an_encoder_is_a_wrong_call(size: str) -
         scheduler_of(make_slm("llama"), **{size: 0})
     with pytest.raises(InputError, match="model: expected a backbone that writes texts"):
         scheduler_of(make_slm("bert"))
+
+
+def test_no_more_rows_run_than_the_memory_for_their_cache_holds(slm: ScalableLM) -> None:
+    texts = mixed_texts(7)
+    scheduler = scheduler_of(slm, max_rows=7)
+    for ids in prompts_of(slm, texts):
+        scheduler.add_request(Request(ids, max_new_tokens=6))
+    scheduler.step()
+    decoder = scheduler._decoder
+    assert decoder is not None
+    taken = sum(buffer.nbytes for layer in decoder.layers for buffer in layer.buffers)
+    small, most = scheduler_of(slm, max_rows=7, cache_bytes=taken * 3 // 7), 0
+    numbers = [small.add_request(Request(ids, max_new_tokens=6)) for ids in prompts_of(slm, texts[:1])]
+    ended = small.step()
+    assert (small.cache_rows, small.max_rows) == (3, 3)
+    numbers += [small.add_request(Request(ids, max_new_tokens=6)) for ids in prompts_of(slm, texts[1:])]
+    while small.unfinished:
+        ended |= small.step()
+        most = max(most, len(small._running))
+    assert most == 3
+    assert texts_of(slm, ended) == [answer.text for answer in slm.predict(texts, max_new_tokens=6)]

@@ -23,7 +23,7 @@ LIMITS = {
     "queue_rows": "rows in the queue; further requests get 429",
     "queue_tokens": "tokens in the queue (default: 64 batches)",
     "batch_tokens": "tokens per batch, including padding (default: 1/8 of what waits, at least what takes 0.08 s)",
-    "batch_rows": "texts generated concurrently",
+    "batch_rows": "texts generated concurrently (default: 64, or what an eighth of the free memory holds)",
     "max_new_tokens": "the most max_tokens that a request may ask for, and its value if not given",
     "deadline": "seconds until an unanswered request gets 504",
     "requests": "concurrent requests; further ones get 429",

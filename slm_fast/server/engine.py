@@ -282,7 +282,7 @@ class Engine:
             for piece in self._batch:
                 self._groups.pop(piece, None)
             # Only measure throughput while there is more work than can be done at once.
-            is_full = self._waiting.rows > 0 or self._writers.rows + len(begin) > self.serve.batch_rows
+            is_full = self._waiting.rows > 0 or self._writers.rows + len(begin) > self._writers.max_rows
         clock = time.perf_counter()
         for piece in gone:
             self._writers.cancel(piece)

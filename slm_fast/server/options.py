@@ -16,7 +16,8 @@ class ServeOptions:
             generated). Requests beyond these are refused with 429. Default for queue_tokens: 64 batches.
         batch_tokens: token budget per batch, including padding. Longer rows are refused. Default: an eighth of the
             tokens that wait, or what takes 0.08 seconds if that is more; at most what suits the device.
-        batch_rows: maximum texts generated at once.
+        batch_rows: maximum texts generated at once. Default: 64, or as many as have their KV cache in an eighth of the
+            free memory.
         max_new_tokens: maximum that a request may ask for, and its default.
         deadline: seconds after which an unanswered request is given up with 504.
         requests: maximum concurrent requests; more are refused with 429.
@@ -30,7 +31,7 @@ class ServeOptions:
     queue_rows: int = 2048
     queue_tokens: int | None = None
     batch_tokens: int | None = None
-    batch_rows: int = 16
+    batch_rows: int | None = None
     max_new_tokens: int = 256
     deadline: float = 60.0
     requests: int = 512

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slm_fast.errors import WorkError, one_line
 from slm_fast.generate import Written
+from slm_fast.memory import AMPLE, ample
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
@@ -24,7 +25,8 @@ from slm_fast.server.jobs import Piece, Refused, Result
 from slm_fast.server.text import cut_at
 
 log = logging.getLogger("slm_fast.server")
-
+ROWS = 64  # more rows hardly raise the throughput of a CPU
+CACHE = 0.125  # share of the free memory
 
 Ended = list[tuple[Piece, Result]]
 
@@ -43,13 +45,18 @@ class Writers:
 
     Args:
         options: for distances and abstention.
-        max_rows: maximum rows of a generation that run together.
+        max_rows: maximum rows of a generation that run together. None: `ROWS`, or as many as have their KV cache in
+            `CACHE` of the free memory, as the first text shows.
         max_new_tokens: maximum tokens of a text.
     """
 
-    def __init__(self, model: AdaptedModel, options: PredictOptions, *, max_rows: int, max_new_tokens: int) -> None:
+    def __init__(
+        self, model: AdaptedModel, options: PredictOptions, *, max_rows: int | None, max_new_tokens: int
+    ) -> None:
         self.model, self.options = model, options
-        self.max_rows, self.max_new_tokens = max_rows, max_new_tokens
+        free = ample(model.backbone.device) if max_rows is None else None
+        self.max_rows, self.max_new_tokens = max_rows or ROWS, max_new_tokens
+        self._cache_bytes = None if free is None else int(CACHE / AMPLE * free)
         self._schedulers: dict[Generation, Scheduler] = {}
         self._running: dict[Piece, Running] = {}
         self._stopped: list[Piece] = []  # by a stop string, in the current step
@@ -73,7 +80,11 @@ class Writers:
                 longest = self.model.config.max_length or 1
                 rows = min(self.max_rows, self.model.known.most_rows or self.max_rows)
                 scheduler = self._schedulers[generation] = Scheduler(
-                    self.model, max_rows=rows, max_prompt=longest, max_new_tokens=self.max_new_tokens
+                    self.model,
+                    max_rows=rows,
+                    max_prompt=longest,
+                    max_new_tokens=self.max_new_tokens,
+                    cache_bytes=self._cache_bytes,
                 )
             ahead = [piece for piece in pieces if self._is_found_ahead(piece)]
             found: dict[Piece, tuple[Route, Tensor | None]] = {}
@@ -165,6 +176,7 @@ class Writers:
             for piece, _ in ended:
                 self._running.pop(piece, None)
             if not scheduler.unfinished:
+                self.max_rows = min(self.max_rows, scheduler.cache_rows or self.max_rows)
                 scheduler.close()
                 del self._schedulers[generation]
         return ended

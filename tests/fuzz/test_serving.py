@@ -11,11 +11,13 @@ import random
 import re
 import resource
 import signal
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from models import (
     mixed_texts,
     one_thread,  # noqa: F401
 )
-from served import Client, Process, serving, store_with
+from served import Client, Process, serving, store_with, until
 
 from slm_fast.predict import Prediction
 
@@ -172,3 +174,53 @@ def test_beyond_what_it_can_take_requests_are_refused_and_what_was_admitted_is_a
         if EARNEST:  # a loose bound on the 99th percentile: the clients run on this machine too
             assert sorted(load.late)[int(0.99 * len(load.late))] < 1.0
         assert (served.engine.room.rows, served.engine.room.tokens) == (0, 0)
+
+
+def opened(client: Client, kind: int) -> socket.socket:
+    """A connection that sends nothing, the beginning of a header, or half a body."""
+    if kind == 2:
+        raw = client.begun(CLASSIFY, 500)
+        raw.sendall(b'{"input": "')
+        return raw
+    raw = client.raw()
+    raw.sendall(b"POST / HTTP/1.1\r\nx-a: " if kind else b"")
+    return raw
+
+
+def test_thousands_of_clients_that_never_end_a_request_are_cut_off_and_the_others_answered(tmp_path: Path) -> None:
+    slm, texts = store_with(tmp_path / "store"), mixed_texts(20, seed=7)
+    expected = [(answer.task, answer.label) for answer in slm.predict(texts)]
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    process = Process(tmp_path / "store", "--patience", times(3, 20), seconds=300)
+    client = process.client
+    client.until_ready()
+    files, before = Path(f"/proc/{process.pid}/fd"), resident(process.pid)
+    idle = len(list(files.iterdir()))
+
+    def answers() -> None:
+        assert [(row["task"], row["label"]) for row in client.classify(texts)] == expected
+
+    slow: list[socket.socket] = []
+    for number in range(min(times(600, 10_000), most - 200)):
+        slow.append(opened(client, number % 3))
+        if number % 100 == 0:
+            answers()
+    for _ in range(3):
+        for kind in (1, 2):  # a byte more, of a header or a body
+            for raw in slow[kind::3]:
+                with suppress(ConnectionError):  # cut off already
+                    raw.sendall(b"a")
+        answers()
+    refused = Counter(raw.recv(4096)[:12] for raw in slow[2::3])
+    assert refused.keys() <= {b"HTTP/1.1 408", b"HTTP/1.1 429"}
+    for raw in (*slow[0::3], *slow[1::3]):
+        with suppress(ConnectionResetError):
+            assert raw.recv(1) == b""
+    for raw in slow:
+        raw.close()
+    until(lambda: len(list(files.iterdir())) <= idle)
+    assert resident(process.pid) - before < (32 << 20) + len(slow) * (16 << 10)
+    answers()
+    process.kill(signal.SIGTERM)
+    assert process.wait() == 0, process.said()
