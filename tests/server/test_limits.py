@@ -15,7 +15,7 @@ from served import Client, serving, store_with, until
 from slm_fast.data import Row
 from slm_fast.predict import answer_batch
 from slm_fast.server import engine as engine_module
-from slm_fast.server import run
+from slm_fast.server import run, writing
 from slm_fast.server.app import Served
 
 CLASSIFY = "/v1/classify"
@@ -106,6 +106,17 @@ def is_closed(raw: socket.socket) -> bool:
         return raw.recv(1) == b""
     except ConnectionResetError:
         return True
+
+
+def test_by_default_as_many_texts_are_written_at_once_as_memory_holds(writer, monkeypatch) -> None:
+    texts = mixed_texts(4)
+    expected = [answer.text for answer in writer.predict(texts, max_new_tokens=5)]
+    for free, rows in ((None, 64), (1 << 40, 64), (1, 1)):
+        monkeypatch.setattr(writing, "ample", lambda device, free=free: free)
+        with serving(writer) as (client, served):
+            assert served.engine._writers.max_rows == rows
+            found = client.post("/v1/completions", {"prompt": texts, "max_tokens": 5})
+            assert [choice["text"] for choice in found["choices"]] == expected
 
 
 def test_a_client_that_goes_frees_its_place_whether_its_rows_wait_or_are_written(writer) -> None:
