@@ -23,6 +23,7 @@ from torch import Tensor
 from slm_fast.batching import rounded
 from slm_fast.cuda_graphs import Step, graphs_on
 from slm_fast.errors import one_line
+from slm_fast.memory import zeros
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 
@@ -49,7 +50,9 @@ class KVCacheLayer:
     def __init__(self, decoder: Decoder, layer: Any, columns: int, *, written: bool) -> None:
         self.decoder, self.written = decoder, written
         states = layer.keys, layer.values
-        self.buffers = [x.new_zeros(decoder.places, x.shape[1], columns, x.shape[3]) for x in states]
+        self.buffers = [
+            zeros(decoder.places, x.shape[1], columns, x.shape[3], device=x.device, dtype=x.dtype) for x in states
+        ]
         layer.update, layer.get_seq_length = self.update, decoder.columns_before
 
     def serve(self, layer: Any, shape: Shape) -> None:

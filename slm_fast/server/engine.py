@@ -105,6 +105,8 @@ class Engine:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(10.0)
+        if not any(thread.is_alive() for thread in self._threads):
+            self._writers.close()
 
     # Called by any thread
 

@@ -41,7 +41,7 @@ class Running(NamedTuple):
 
 
 class Writers:
-    """A scheduler for each generation that has unfinished texts. Not thread-safe.
+    """A scheduler for each generation that has unfinished texts; the last one keeps its buffers. Not thread-safe.
 
     Args:
         options: for distances and abstention.
@@ -77,6 +77,7 @@ class Writers:
         with self.model.pinned(generation.known), self.model.lock:
             scheduler = self._schedulers.get(generation)
             if scheduler is None:
+                self._drop_idle()
                 longest = self.model.config.max_length or 1
                 rows = min(self.max_rows, self.model.known.most_rows or self.max_rows)
                 scheduler = self._schedulers[generation] = Scheduler(
@@ -165,6 +166,8 @@ class Writers:
         """Run a step of each generation's texts. Returns those that have ended, with their results."""
         ended: Ended = []
         for generation, scheduler in list(self._schedulers.items()):
+            if not scheduler.unfinished:
+                continue
             with self.model.pinned(generation.known):
                 try:
                     ended += self._step(generation, scheduler)
@@ -175,11 +178,23 @@ class Writers:
                     scheduler.close()
             for piece, _ in ended:
                 self._running.pop(piece, None)
+            self.max_rows = min(self.max_rows, scheduler.cache_rows or self.max_rows)
+        if len(self._schedulers) > 1:
+            self._drop_idle()
+        return ended
+
+    def _drop_idle(self) -> None:
+        for generation, scheduler in list(self._schedulers.items()):
             if not scheduler.unfinished:
-                self.max_rows = min(self.max_rows, scheduler.cache_rows or self.max_rows)
                 scheduler.close()
                 del self._schedulers[generation]
-        return ended
+
+    def close(self) -> None:
+        """Free all buffers."""
+        for scheduler in self._schedulers.values():
+            scheduler.close()
+        self._schedulers.clear()
+        self._running.clear()
 
     def _step(self, generation: Generation, scheduler: Scheduler) -> Ended:
         pieces = self._of(generation)
