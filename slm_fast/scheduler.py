@@ -184,11 +184,11 @@ class Scheduler:
 
     def _pays(self, free: int) -> bool:
         """Whether to prefill now. That reads all weights, as a step does, and running rows wait meanwhile: so not until
-        there are many new rows, or they have together waited for as many steps as there are running rows."""
+        there are many new rows, or they have together waited for half as many steps as there are running rows."""
         waiting, running = len(self._waiting), len(self._running)
         if not waiting or not running:
             return waiting > 0
-        return 4 * min(waiting, free) >= self.max_rows or (waiting <= free and self._waited >= running)
+        return 4 * min(waiting, free) >= self.max_rows or (waiting <= free and 2 * self._waited >= running)
 
     def close(self) -> None:
         """Free the buffers and drop all waiting and running requests."""

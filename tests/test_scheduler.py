@@ -91,7 +91,7 @@ def test_each_token_is_told_as_soon_as_it_is_known(slm: ScalableLM) -> None:
     assert sum(p for _, p in told) == pytest.approx(ended[number].probability)
 
 
-@pytest.mark.parametrize(("new", "steps"), [(1, 4), (2, 3), (3, 1)])
+@pytest.mark.parametrize(("new", "steps"), [(1, 3), (2, 2), (3, 1)])
 def test_new_rows_are_prefilled_once_there_are_many_or_they_have_waited_long_enough(
     slm: ScalableLM, new: int, steps: int, monkeypatch
 ) -> None:

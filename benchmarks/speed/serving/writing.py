@@ -1,12 +1,12 @@
 """Texts streamed by our server, against `predict` on the same rows and transformers' own server with the bare model.
 
-    python -m benchmarks.speed.serving.writing [--clients 1 16] [--seconds 60] [--store DIR]
+    python -m benchmarks.speed.serving.writing [--clients 1 16 64] [--seconds 20] [--store DIR]
 
 SmolLM2-135M-Instruct with the three tasks of `slm-fast demo --backbone smollm2` (an existing --store has them
 already). Clients stream one chat after another, with rows of all three tasks mixed and no task named. Servers and
-clients share the CPU, one server at a time. auto: our server routes each row. base: our server with the bare model.
-transformers: `transformers serve` with the same weights and prompts, with continuous batching if its line says so.
-Every text of auto is compared with what `predict` generates for that row.
+clients share the CPU; the servers take turns, `--rounds` times, with the others paused. auto: our server routes each row.
+base: our server with the bare model. transformers: `transformers serve` with the same weights and prompts, with
+continuous batching if its line says so. Every text of auto is compared with what `predict` generates for that row.
 
 texts_per_second, tokens_per_second: over all clients. to_predict: tokens per second relative to `predict` (auto: with
 the tasks; base and transformers: with the bare model). first_ms: until the first word. between_ms: between two parts of
@@ -23,6 +23,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.serving.load import in_turns, percentile, served
+from benchmarks.speed.serving.load import Running, in_turns, percentile, served
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM
 from slm_fast.data import Row
@@ -48,6 +49,17 @@ class Streams:
     texts: list[tuple[int, str]] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     between: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, rounds: Sequence[Streams]) -> Streams:
+        """All rounds together."""
+        found = cls()
+        for one in rounds:
+            found.elapsed += one.elapsed
+            found.texts += one.texts
+            found.first += one.first
+            found.between += one.between
+        return found
 
 
 def stream_all(port: int, model: str, rows: Sequence[Row], clients: int, seconds: float) -> Streams:
@@ -110,51 +122,56 @@ def measured(chosen: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     tokenizer = slm.model.backbone.tokenizer
     rows = [row for task in load("test").values() for row in task.rows]
     random.Random(0).shuffle(rows)
+    prompts = [in_chat(tokenizer, row) for row in rows]
     slm.model.backbone.model.save_pretrained(folder / "bare")
     tokenizer.save_pretrained(folder / "bare")
-    found: list[dict[str, Any]] = []
-
-    def tokens(texts: Sequence[str]) -> int:
-        return sum(len(ids) for ids in tokenizer(list(texts))["input_ids"])
-
-    def add(server: str, clients: int, seen: Streams, base: float) -> None:
-        texts = [text for _, text in seen.texts]
-        rate = tokens(texts) / seen.elapsed
-        line = {"server": server, "clients": clients, "texts_per_second": f"{len(texts) / seen.elapsed:.2f}"}
-        line |= {"tokens_per_second": f"{rate:.1f}", "to_predict": f"{rate / base:.3f}"}
-        for name, times in (("first", seen.first), ("between", seen.between)):
-            line |= {f"{name}_ms_p{round(100 * p)}": f"{percentile(times, p):.0f}" for p in (0.5, 0.99)}
-        found.append(line)
-        print(table(found[-1:]), flush=True)
-
-    expected, took = predicted(slm, rows, bare=False)
-    of_tasks = tokens(expected) / took
-    add("predict", 1, Streams(took, list(enumerate(expected))), of_tasks)
-    prompts = [in_chat(tokenizer, row) for row in rows]
-    bare, took = predicted(slm, prompts, bare=True)
-    of_bare = tokens(bare) / took
-    add("predict, bare", 1, Streams(took, list(enumerate(bare))), of_bare)
-    del slm
+    expected, _ = predicted(slm, rows, bare=False)
     store = str(chosen.store or folder / "store")
     ours = ["slm_fast.cli", "serve", store, "--port", "PORT", "--dtype", chosen.dtype, "--threads", str(chosen.threads)]
     theirs = ["transformers.cli.transformers", "serve", str(folder / "bare"), "--port", "PORT", "--dtype", chosen.dtype]
-    servers = [("auto", ours, "auto", "/ready"), ("base", ours, "base", "/ready")]
-    servers += [
-        (f"transformers{word}", [*theirs, *more], str(folder / "bare"), "/health")
+    servers = {"auto": (ours, "auto", "/ready"), "base": (ours, "base", "/ready")}
+    servers |= {
+        f"transformers{word}": ([*theirs, *more], str(folder / "bare"), "/health")
         for word, more in (("", []), (", continuous batching", ["--continuous-batching"]))
-    ]
-    for name, words, model, ready in servers:
-        with served(words, ready) as server:
-            stream_all(server.port, model, rows, 2, 2.0)
-            for clients in chosen.clients:
-                seen = stream_all(server.port, model, rows, clients, chosen.seconds)
-                add(name, clients, seen, of_tasks if name == "auto" else of_bare)
-                if name == "auto":
-                    wrong = [place for place, text in seen.texts if text != expected[place].strip()]
-                    assert not wrong, f"{len(wrong)} of {len(seen.texts)} texts are not those of predict"
+    }
+    found: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        running: dict[str, Running] = {}
+        for name, (words, _, ready) in servers.items():
+            running[name] = stack.enter_context(served(words, ready))
+            running[name].pause()
+        for clients in chosen.clients:
+            rounds: dict[str, list[Streams]] = {}
+            for _ in range(chosen.rounds):
+                for name, one in running.items():
+                    one.resume()
+                    stream_all(one.port, servers[name][1], rows, min(2, clients), 1.0)
+                    rounds.setdefault(name, []).append(
+                        stream_all(one.port, servers[name][1], rows, clients, chosen.seconds)
+                    )
+                    one.pause()
+                for name, asked, bare in (("predict", rows, False), ("predict, bare", prompts, True)):
+                    texts, took = predicted(slm, asked, bare=bare)
+                    rounds.setdefault(name, []).append(Streams(took, list(enumerate(texts))))
+            wrong = [place for seen in rounds["auto"] for place, text in seen.texts if text != expected[place].strip()]
+            assert not wrong, f"{len(wrong)} texts are not those of predict"
+            lines = {name: figures(name, clients, Streams.of(each), tokenizer) for name, each in rounds.items()}
+            for name, line in lines.items():
+                base = lines["predict" if name in ("auto", "predict") else "predict, bare"]
+                line["to_predict"] = round(line["tokens_per_second"] / base["tokens_per_second"], 3)
+            found += lines.values()
+            print(table(list(lines.values())), flush=True)
     write_csv(chosen.output, found, {"dtype": chosen.dtype, "tokens of a text": f"at most {NEW_TOKENS}"})
-    print(table(found))
     return found
+
+
+def figures(server: str, clients: int, seen: Streams, tokenizer: Any) -> dict[str, Any]:
+    tokens = sum(len(ids) for ids in tokenizer([text for _, text in seen.texts])["input_ids"])
+    line = {"server": server, "clients": clients, "texts_per_second": round(len(seen.texts) / seen.elapsed, 2)}
+    line |= {"tokens_per_second": round(tokens / seen.elapsed, 1), "to_predict": 0.0}
+    for name, times in (("first", seen.first), ("between", seen.between)):
+        line |= {f"{name}_ms_p{round(100 * p)}": f"{percentile(times, p):.0f}" for p in (0.5, 0.99)}
+    return line
 
 
 def in_chat(tokenizer: Any, row: Row) -> str:
@@ -167,8 +184,9 @@ def in_chat(tokenizer: Any, row: Row) -> str:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, help="store to read, created if missing; default: a temporary one")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--seconds", type=float, default=60.0, help="seconds per server and number of clients")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds per round and number of clients")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each server")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS / "serving_writing.csv")
