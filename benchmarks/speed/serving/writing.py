@@ -2,11 +2,11 @@
 
     python -m benchmarks.speed.serving.writing [--clients 1 16 64] [--seconds 20] [--store DIR]
 
-SmolLM2-135M-Instruct with the three tasks of `slm-fast demo --backbone smollm2` (an existing --store has them
-already). Clients stream one chat after another, with rows of all three tasks mixed and no task named. Servers and
-clients share the CPU; the servers take turns, `--rounds` times, with the others paused. auto: our server routes each row.
-base: our server with the bare model. transformers: `transformers serve` with the same weights and prompts, with
-continuous batching if its line says so. Every text of auto is compared with what `predict` generates for that row.
+SmolLM2-135M-Instruct with the three tasks of `slm-fast demo --backbone smollm2` (an existing --store has them already).
+Clients stream one chat after another, with rows of all three tasks mixed and no task named. Servers and clients share
+the CPU; the servers take turns, `--rounds` times, with the others paused. auto: our server routes each row. base: our
+server with the bare model. transformers: `transformers serve` with the same weights and prompts, with continuous
+batching if its line says so. Every text of auto is compared with what `predict` generates for that row.
 
 texts_per_second, tokens_per_second: over all clients. to_predict: tokens per second relative to `predict` (auto: with
 the tasks; base and transformers: with the bare model). first_ms: until the first word. between_ms: between two parts of
