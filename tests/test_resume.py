@@ -77,7 +77,7 @@ def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(stor
         process.start()
         return process
 
-    for point in range(times(8, 40)):
+    for point in range(times(20, 40)):
         output = tmp_path / f"{point}.jsonl"
         process = started(output)
         enough = (0, 1, len(whole) // 3, len(whole) // 2)[point // 2 % 4]
