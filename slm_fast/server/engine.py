@@ -33,9 +33,6 @@ LETTERS = 3  # characters per token, assumed until a text is tokenised
 TOKENISED = 512  # rows that are tokenised together
 GENERATIONS = 4  # generations of tasks that may be in use at once
 BATCHES = 64  # default size of the queue in batches
-# While a batch runs nobody gets an answer. By default it has this fraction of the tokens that wait, or what takes
-# `PAUSE` seconds if that is more.
-PART, PAUSE = 1 / 8, 0.08
 USED = 0.8  # fraction of the deadline; requests that would wait longer are refused
 
 
@@ -86,6 +83,7 @@ class Engine:
         self._cancelled: list[Piece] = []
         self._jobs: set[Job] = set()
         self._number = 0
+        self._changes = False  # the generation has changed, which the engine's thread has not seen yet
         self._closed = False
         self._writers = Writers(model, options, max_rows=serve.batch_rows, max_new_tokens=serve.max_new_tokens)
         self._on_batch = on_batch or (lambda rows, tokens: None)
@@ -128,7 +126,8 @@ class Engine:
         """Answer new requests with these tasks. Waits while too many generations are in use."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._in_use) < GENERATIONS or self._closed)
-            self._current = generation
+            self._current, self._changes = generation, True
+            self._changed.notify_all()
 
     def check(self, ask: Ask) -> None:
         """Raise Refused for a request that this model cannot serve."""
@@ -275,11 +274,11 @@ class Engine:
             self._changed.wait_for(self._has_work)
             if self._closed:
                 return False
+            changes, self._changes = self._changes, False
             gone, self._cancelled = self._cancelled, []
             begin, self._to_write = list(self._to_write), deque()
-            if self.serve.batch_tokens is None and self.room.rate:
-                tokens = round(max(PART * self.room.tokens, PAUSE * self.room.rate))
-                self._waiting.budget = max(self.model.config.max_length or 1, min(self.batch_tokens, tokens))
+            if self.serve.batch_tokens is None:
+                self._waiting.budget = self.room.next_batch(self.model.config.max_length or 1, self.batch_tokens)
             group, self._batch = self._waiting.take()
             for piece in self._batch:
                 self._groups.pop(piece, None)
@@ -288,6 +287,8 @@ class Engine:
         clock = time.perf_counter()
         for piece in gone:
             self._writers.cancel(piece)
+        if changes:
+            self._writers.drop_idle()
         self._begin(begin)
         tokens = self._pass(group, self._batch) if isinstance(group, Group) else 0
         self._batch = ()
@@ -395,4 +396,5 @@ class Engine:
         job.on_change()
 
     def _has_work(self) -> bool:
-        return bool(self._closed or self._waiting.rows or self._to_write or self._cancelled or self._writers.rows)
+        work = self._waiting.rows or self._to_write or self._cancelled or self._writers.rows
+        return bool(self._closed or self._changes or work)

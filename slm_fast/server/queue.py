@@ -10,6 +10,7 @@ from collections.abc import Hashable
 from slm_fast.server.jobs import Piece, Refused
 
 PADDING = 256  # tokens of padding that cost about as much as a pass of their own
+PART, PAUSE = 1 / 8, 0.08  # of a batch: fraction of the tokens that wait, and seconds it may take in any case
 MEMORY = 10.0  # seconds of work over which the rate is averaged
 
 
@@ -48,6 +49,13 @@ class Room:
         after = min(60, max(1, math.ceil(self.wait / 2)))
         message = f"the queue is full ({self.rows} rows, {self.tokens} tokens wait); try again in {after} s"
         return Refused(429, message, code="rate_limit_exceeded", retry_after=after)
+
+    def next_batch(self, least: int, most: int) -> int:
+        """Tokens of the next batch: as many as take a moment or, where the queue is long, a fraction of it. While a
+        batch runs nobody gets an answer, but large ones have more throughput."""
+        if self.rate is None:
+            return most
+        return max(least, min(most, round(max(PART * self.tokens, PAUSE * self.rate))))
 
     def note(self, tokens: int, seconds: float) -> None:
         """Record that `tokens` took `seconds`."""

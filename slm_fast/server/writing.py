@@ -77,7 +77,7 @@ class Writers:
         with self.model.pinned(generation.known), self.model.lock:
             scheduler = self._schedulers.get(generation)
             if scheduler is None:
-                self._drop_idle()
+                self.drop_idle()
                 longest = self.model.config.max_length or 1
                 rows = min(self.max_rows, self.model.known.most_rows or self.max_rows)
                 scheduler = self._schedulers[generation] = Scheduler(
@@ -180,10 +180,11 @@ class Writers:
                 self._running.pop(piece, None)
             self.max_rows = min(self.max_rows, scheduler.cache_rows or self.max_rows)
         if len(self._schedulers) > 1:
-            self._drop_idle()
+            self.drop_idle()
         return ended
 
-    def _drop_idle(self) -> None:
+    def drop_idle(self) -> None:
+        """Free the buffers, and let go of the tasks, of generations without unfinished texts."""
         for generation, scheduler in list(self._schedulers.items()):
             if not scheduler.unfinished:
                 scheduler.close()

@@ -108,6 +108,22 @@ def test_a_text_that_is_being_written_keeps_its_generation(store: Path) -> None:
         until(lambda: served.engine._writers.rows == 0)
 
 
+def test_the_buffers_of_texts_stay_while_idle_and_go_with_the_generation(store: Path) -> None:
+    slm = store_with(store, "llama")
+    with serving(slm) as (client, served):
+        schedulers = served.engine._writers._schedulers
+        (one,) = schedulers.values()  # of the warm-up
+        first = served.engine.generation
+        client.post("/v1/completions", {"prompt": "sea1 sea2", "max_tokens": 5})
+        assert list(schedulers.items()) == [(first, one)]
+        reopened(store, "llama").forget("farm")
+        until(lambda: served.engine.generation is not first)
+        until(lambda: not schedulers)
+        answer = client.post("/v1/completions", {"prompt": "sea1 sea2", "max_tokens": 5})["choices"][0]
+        assert answer["task"] == "sea"
+        assert list(schedulers) == [served.engine.generation]
+
+
 def test_a_task_named_auto_is_reached_by_routing_only_and_warned_of_once(store: Path, caplog) -> None:
     slm, said = store_with(store, "llama"), "task 'auto': requests cannot name it"
     with serving(slm) as (client, served):
