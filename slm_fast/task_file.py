@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
+from torch import Tensor
 
 from slm_fast.errors import WorkError, lacks_memory, one_line
 from slm_fast.fields import read_json
+from slm_fast.memory import zeros
 from slm_fast.schema import check_task
 from slm_fast.tasks import TANH, LearnedTask
+
+SPARE = 16 << 20  # bytes
 
 
 class DamagedFile(WorkError):
@@ -79,10 +84,20 @@ def damaged(path: Path | str, found: str, digest: str) -> DamagedFile:
     return DamagedFile(f"{path}: damaged: SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
 
 
+def tensors_of(data: bytes) -> dict[str, Tensor]:
+    """The tensors in a safetensors file's bytes.
+
+    Raises an error of that library for a file that is none, and one that `lacks_memory` knows where memory is short:
+    without memory for its copy of the data, the library panics, and may hang in doing so.
+    """
+    zeros(2 * len(data) + SPARE, device=torch.device("cpu"), dtype=torch.uint8)  # freed at once, never touched
+    return dict(safetensors.torch.load(data))
+
+
 def task_from_bytes(data: bytes, path: Path) -> LearnedTask:
     """The task in a file's bytes. Raises WorkError, naming the file, if there is none."""
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = tensors_of(data)
         header = read_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = (header.get("__metadata__") or {}).get("slm_fast")
     except Exception as error:  # the library's error depends on how the header is wrong

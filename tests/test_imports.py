@@ -242,7 +242,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         ("lm_eval", {"slm_fast.integrations.lm_eval", "slm_fast.integrations.harness"}),
         (
             "safetensors",
-            {"slm_fast.task_file", "slm_fast.integrations.peft_files", "slm_fast.integrations.peft_export"},
+            {"slm_fast.task_file", "slm_fast.integrations.peft_export"},
         ),
         ("peft", {"slm_fast.integrations.peft_check"}),
         (

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from slm_fast.errors import InputError, WorkError, lacks_memory, one_line
 from slm_fast.fields import read_json
+from slm_fast.task_file import tensors_of
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OWN, OWN_HEAD = "slm_fast.json", "slm_fast_head.safetensors"  # files that our exports add to PEFT's
@@ -209,7 +209,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     try:
-        return dict(safetensors.torch.load(file.read_bytes()))
+        return tensors_of(file.read_bytes())
     except Exception as error:  # the library raises various errors for a corrupt header
         if lacks_memory(error):
             raise
