@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -239,3 +242,33 @@ def test_a_header_is_read_however_another_program_writes_it(tmp_path, separators
     edit_manifest(store.path, lambda manifest: manifest["tasks"]["a"].update(sha256=digest, file=file))
     assert contents(Store.open(store.path).load()) == contents([A, B])
     assert Store.open(store.path).verify() == []
+
+
+READ_WITH_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from slm_fast.errors import lacks_memory
+from slm_fast.task_file import task_from_file
+
+file, digest = sys.argv[1:]
+task_from_file(Path(file), digest)
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+for more in range(0, 160, 4):  # MiB
+    resource.setrlimit(resource.RLIMIT_AS, (held + (more << 20), resource.RLIM_INFINITY))
+    try:
+        task_from_file(Path(file), digest)
+        print("read")
+    except BaseException as error:
+        print("too little" if lacks_memory(error) and isinstance(error, Exception) else repr(error))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_too_little_memory_for_a_file_is_an_error_that_says_so(tmp_path: Path) -> None:
+    """The library that reads it panics without memory, and may hang in doing so."""
+    large = replace(A, values={"m": (torch.zeros(1, 8, 600_000), torch.zeros(1, 8, 100_000))})
+    (file := tmp_path / "large.safetensors").write_bytes(data := task_to_bytes(large))
+    command = [sys.executable, "-c", READ_WITH_LITTLE_MEMORY, file, hashlib.sha256(data).hexdigest()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert set(done.stdout.splitlines()) == {"too little", "read"}
+    assert done.stderr == ""
