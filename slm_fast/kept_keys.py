@@ -3,13 +3,14 @@ gaussian router computes from them.
 
     .keys   SHA-256 of what follows, up to and including the centre [32 bytes]; SHA-256 of the sampled tasks [32];
             numbers of tasks N, of means M and of elements of a query D, and MADE [8 each]; zeros up to byte 128; N
-            times SHA-256 of the task's file, of its opening and of all its data here [32 each], its number of means and
-            the bytes of its opening [8 each]; centre [D], bias [M] and keys [M, D] float32; the openings
-            (`mapped_task.Opening.start`)
+            times SHA-256 of the task's file, of its opening (`Opening.digest`), of its keys and biases here and of its
+            opening's bytes here [32 each], its number of means and the bytes of its opening [8 each]; centre [D], bias
+            [M] and keys [M, D] float32; the openings (`mapped_task.Opening.start`)
 
-It is derived from the tasks' files alone, and may be deleted at any time. It may lack tasks. It is not used if it is
-damaged, of other sampled tasks than the manifest's (`slm_fast.sketch`), or of a task that the manifest does not name; a
-change to the store that would make it so first removes it, or the forgotten task's part of it.
+It is derived from the tasks' files alone, and may be deleted at any time. It may lack tasks, and all keys (D = 0). It
+is not used if it is damaged or of a task that the manifest does not name, nor are its keys if they are of other sampled
+tasks than the manifest's (`slm_fast.sketch`). A commit that forgets a task first removes the task's part of it, and all
+keys if the task was sampled: nothing of a forgotten task is left.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from slm_fast.kept_sum import UNUSABLE, model_digest
 from slm_fast.mapped_task import Opening
 from slm_fast.sketch import sampled
 
-MADE = 3  # to be raised when the same tasks yield other keys. Files written before this field have 0
+MADE = 4  # to be raised when the same tasks yield other keys. Files written before this field have 0
 HEAD = struct.Struct("<32s32sQQQQ")
-ENTRY = struct.Struct("<32s32s32sQQ")
+ENTRY = struct.Struct("<32s32s32s32sQQ")
 BEGIN = 128
 
 
@@ -42,14 +43,16 @@ class Entry(NamedTuple):
     Attributes:
         file: SHA-256 of its file.
         opening: its `Opening.digest`.
-        whole: SHA-256 of all its data here.
-        means: rows of its means.
+        own_keys: SHA-256 of its biases and keys.
+        own_start: SHA-256 of `start`.
+        means: rows of its means; none without keys.
         start: bytes of its opening in `KeptKeys.starts`.
     """
 
     file: str
     opening: str
-    whole: str
+    own_keys: str
+    own_start: str
     means: slice
     start: slice
 
@@ -59,7 +62,7 @@ class KeptKeys:
     """Keys and openings of some tasks, as views of the file: the kernel reads it on use and may evict it.
 
     Attributes:
-        sample: see `KeysFile.sample_digest`.
+        sample: see `KeysFile.sample_digest`; zeros without keys.
         entries: in the order of the rows.
         starts: the openings, concatenated.
     """
@@ -79,10 +82,16 @@ class KeptKeys:
         """Rows of each task's means, by the SHA-256 of its file."""
         return {entry.file: entry.means for entry in self.entries}
 
-    def part(self, entry: Entry) -> list[memoryview]:
-        """All data of a task here."""
+    def digests(self, entry: Entry) -> tuple[str, str]:
+        """What the entry's `own_keys` and `own_start` are to be."""
         _, keys, bias = self.discriminant
-        return [_bytes(bias[entry.means]), _bytes(keys[entry.means]), self.starts[entry.start]]
+        return _digest([_bytes(bias[entry.means]), _bytes(keys[entry.means])]), _digest([self.starts[entry.start]])
+
+    def without_keys(self) -> KeptKeys:
+        """The openings alone."""
+        none, nothing = _digest([]), slice(0, 0)
+        entries = [entry._replace(own_keys=none, means=nothing) for entry in self.entries]
+        return KeptKeys(bytes(32), entries, (torch.empty(0), torch.empty(0, 0), torch.empty(0)), self.starts)
 
 
 @dataclass(frozen=True)
@@ -112,11 +121,12 @@ class KeysFile:
         entries, end = [], 0
         for first, last, file in own:
             size = len(openings[file].start)
-            entries.append(Entry(file, openings[file].digest, "", slice(first, last), slice(end, end + size)))
+            entries.append(Entry(file, openings[file].digest, "", "", slice(first, last), slice(end, end + size)))
             end += size
         starts = memoryview(b"".join(openings[file].start for _, _, file in own))
         kept = KeptKeys(self.sample_digest(files), entries, (centre, keys, bias), starts)
-        self._put(replace(kept, entries=[entry._replace(whole=_digest(kept.part(entry))) for entry in entries]))
+        digests = [(entry, *kept.digests(entry)) for entry in entries]
+        self._put(replace(kept, entries=[entry._replace(own_keys=of, own_start=at) for entry, of, at in digests]))
 
     def _put(self, kept: KeptKeys) -> None:
         """Write those parts of `kept` that its entries name."""
@@ -125,7 +135,7 @@ class KeysFile:
         head = HEAD.pack(b"", kept.sample, len(entries), means, len(centre), MADE)[32:].ljust(BEGIN - 32, b"\0")
         table = b"".join(
             ENTRY.pack(
-                *map(bytes.fromhex, (entry.file, entry.opening, entry.whole)),
+                *map(bytes.fromhex, (entry.file, entry.opening, entry.own_keys, entry.own_start)),
                 *(own.stop - own.start for own in (entry.means, entry.start)),
             )
             for entry in entries
@@ -141,7 +151,7 @@ class KeysFile:
         kept = self._mapped()
         if kept is None:
             return None
-        return kept if all(_digest(kept.part(entry)) == entry.whole for entry in kept.entries) else None
+        return kept if all(kept.digests(entry) == (entry.own_keys, entry.own_start) for entry in kept.entries) else None
 
     def _mapped(self) -> KeptKeys | None:
         """Like `read`, without checking the tasks' parts."""
@@ -151,11 +161,11 @@ class KeysFile:
             digest, sample, count, means, width, made = HEAD.unpack_from(data)
             numbers = BEGIN + ENTRY.size * count
             end = numbers + 4 * width
-            if made != MADE or width == 0 or digest != hashlib.sha256(data[32:end]).digest():
+            if made != MADE or digest != hashlib.sha256(data[32:end]).digest():
                 return None
             entries = _entries(data[BEGIN:numbers])
             starts = end + 4 * (means + means * width)
-            last = entries[-1] if entries else Entry("", "", "", slice(0, 0), slice(0, 0))
+            last = entries[-1] if entries else Entry("", "", "", "", slice(0, 0), slice(0, 0))
             if last.means.stop != means or len(data) != starts + last.start.stop:
                 return None
         except (OSError, RuntimeError, ValueError, struct.error):
@@ -164,23 +174,24 @@ class KeysFile:
         return KeptKeys(sample, entries, (centre, keys.view(means, width), bias), data[starts:])
 
     def known(self, kept: KeptKeys, files: Mapping[str, str]) -> KnownKeys | None:
-        """Known keys of these tasks; None if they were computed with another sample, or the file has other tasks,
-        too."""
+        """Known keys of these tasks; None if there are none, they were computed with another sample, or the file has
+        other tasks, too."""
         rows = kept.rows
         if kept.sample != self.sample_digest(files) or not rows.keys() <= set(files.values()):
             return None
         return KnownKeys({name: rows[digest] for name, digest in files.items() if digest in rows}, kept.discriminant)
 
     def take_out(self, files: Mapping[str, str]) -> None:
-        """Remove everything that is not of these tasks. If that fails, the file is deleted. Raises OSError if that
-        fails, too."""
+        """Remove what is of other tasks than these, and the keys if they are of another sample. If that fails, the file
+        is deleted. Raises OSError if that fails, too."""
         if not self.is_stale(files):
             return
         kept, there = self._mapped(), set(files.values())
         left = [] if kept is None else [entry for entry in kept.entries if entry.file in there]
-        if kept is not None and left and kept.sample == self.sample_digest(files):
+        if kept is not None and left:
+            kept = replace(kept, entries=left)
             try:
-                self._put(replace(kept, entries=left))
+                self._put(kept if kept.sample == self.sample_digest(files) else kept.without_keys())
             except OSError:  # a full disk
                 self.path.unlink()
         else:
@@ -188,17 +199,17 @@ class KeysFile:
         flush_directory(self.path.parent)
 
     def is_stale(self, files: Mapping[str, str]) -> bool:
-        """Whether it is of tasks other than these, of another sample or of another version, or cannot be read."""
+        """Whether it is of tasks other than these or of another version, or cannot be read."""
         try:
             with self.path.open("rb") as file:
-                _, sample, count, _, _, made = HEAD.unpack(file.read(HEAD.size))
+                _, _, count, _, _, made = HEAD.unpack(file.read(HEAD.size))
                 file.seek(BEGIN)
                 table = file.read(min(ENTRY.size * count, self.path.stat().st_size))
         except FileNotFoundError:
             return False
         except (OSError, struct.error):
             return True
-        if made != MADE or len(table) != ENTRY.size * count or sample != self.sample_digest(files):
+        if made != MADE or len(table) != ENTRY.size * count:
             return True
         return not {entry.file for entry in _entries(memoryview(table))} <= set(files.values())
 
@@ -223,9 +234,10 @@ class KeysFile:
 
 def _entries(table: memoryview) -> list[Entry]:
     found, mean, start = [], 0, 0
-    for file, opening, whole, means, size in ENTRY.iter_unpack(table):
+    for *digests, means, size in ENTRY.iter_unpack(table):
+        file, opening, own_keys, own_start = (digest.hex() for digest in digests)
         own = slice(mean, mean + means), slice(start, start + size)
-        found.append(Entry(file.hex(), opening.hex(), whole.hex(), *own))
+        found.append(Entry(file, opening, own_keys, own_start, *own))
         mean, start = mean + means, start + size
     return found
 
@@ -249,4 +261,4 @@ def _digest(parts: Iterable[memoryview]) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.flatten().numpy().data.cast("B")
+    return tensor.flatten().numpy().data.cast("B") if tensor.numel() else memoryview(b"")

@@ -184,7 +184,7 @@ class Store(StoreView):
         """Keep these tasks' openings and what routing computed from them, if they are the store's tasks and this is not
         kept yet. Failure is harmless, as for `keep_sum`."""
         kept = self._keys.read()
-        if kept is not None and kept.rows.keys() == set(files.values()) and not self._keys.is_stale(files):
+        if kept is not None and kept.rows.keys() == set(files.values()) and self._keys.known(kept, files) is not None:
             return
         with suppress(WorkError, InputError), self._writing(patience=0):
             if self.files == files:
