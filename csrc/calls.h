@@ -81,4 +81,12 @@ struct KeyLossBackward {
   void* grad_keys;  // [P, D]
 };
 
+// y = x weight^T
+struct InvariantLinear {
+  int64_t rows, width, features;  // M, D, N
+  const double* x;                // [M, D]
+  const double* weight;           // [N, D]
+  double* y;                      // [M, N]
+};
+
 }  // namespace slm_fast

@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   library.def("prepare_keys_native(Tensor keys, SymInt groups) -> Tensor");
   library.def("key_loss_native(Tensor query, Tensor keys, SymInt k, SymInt groups, float mask_prob, SymInt seed) -> (Tensor, Tensor)");
   library.def("key_loss_native_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected) -> Tensor");
+  library.def("invariant_linear_native(Tensor x, Tensor weight) -> Tensor");
 #if defined(SLM_FAST_CUDA)
   library.def(MULTI_LORA("cuda"));
   library.def(MULTI_LORA_("cuda"));
@@ -46,6 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL(slm_fast, CPU, library) {
   library.impl("prepare_keys_native", TORCH_BOX(&slm_fast::prepare_keys));
   library.impl("key_loss_native", TORCH_BOX(&slm_fast::key_loss));
   library.impl("key_loss_native_backward", TORCH_BOX(&slm_fast::key_loss_backward));
+  library.impl("invariant_linear_native", TORCH_BOX(&slm_fast::invariant_linear));
 }
 
 PYBIND11_MODULE(_C, module) {

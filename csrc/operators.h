@@ -26,6 +26,7 @@ Tensor prepare_keys(Tensor keys, int64_t groups);
 std::tuple<Tensor, Tensor> key_loss(
     Tensor query, Tensor keys, int64_t k, int64_t groups, double mask_prob, int64_t seed);
 Tensor key_loss_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected);
+Tensor invariant_linear(Tensor x, Tensor weight);
 
 // GPU versions: csrc/cuda/operators.cpp.
 namespace cuda {

@@ -17,7 +17,6 @@ PERCENTILES = 101
 ALIKE = 2.0**-18  # relative difference that rounding may cause between two float32 queries of one text
 COARSE, FINE = 2.0**10, 2.0**56  # reciprocal units of the two planes
 ROWS_AT_ONCE, NUMBERS_AT_ONCE = 4096, 1 << 15
-BLOCK = 256
 LARGEST_TERM, LARGEST_PLANE = 2.0**52, 2**62
 
 
@@ -268,20 +267,6 @@ def factorised(full: Tensor) -> Tensor:
         if not failed:
             return lower
     raise WorkError("scatter: expected a positive definite covariance, got one that is not")
-
-
-def products(rows: Sequence[Tensor], symmetric: Tensor) -> list[Tensor]:
-    """Multiply each of several matrices [M, D] by a symmetric one [D, D].
-
-    Each product is computed separately, so that its bits do not depend on the others, but all by one block of the
-    symmetric matrix at a time, which stays in the caches: this takes a third of the time.
-    """
-    found = [torch.empty_like(own) for own in rows]
-    for begin in range(0, len(symmetric), BLOCK):
-        block = symmetric[begin : begin + BLOCK].T
-        for own, product in zip(rows, found, strict=True):
-            product[:, begin : begin + BLOCK] = own @ block
-    return found
 
 
 def is_scatter(scatter: Tensor) -> bool:

@@ -29,18 +29,18 @@ from slm_fast.covariance import (
     moments,
     pack,
     percentiles,
-    products,
     share_below,
     unpack,
     whitener,
 )
 from slm_fast.errors import InputError, RowsFailed, WorkError, some_of
 from slm_fast.ops import Route
+from slm_fast.ops.invariant_linear import invariant_linear
 from slm_fast.ops.retrieve import PreparedKeys
 from slm_fast.sketch import Sketch, sampled
 
 Part = Mapping[str, Tensor]  # a task's part of the router
-TASKS_AT_ONCE = 32  # tasks whose keys are computed in one block, each separately
+TASKS_AT_ONCE = 64  # tasks whose keys are computed at once, with the bits that each has alone
 MEANS_AT_ONCE = 4096  # means whose keys are computed together
 NOT_FINITE = "its query holds a number that is not finite"
 WHITENER_BYTES = 256 << 20  # maximum bytes of covariances kept for distances
@@ -185,9 +185,8 @@ class GaussianRouter(Router):
 
     Covariance and centre are of all tasks up to 2,048, beyond that of 512 chosen by their names (`slm_fast.sketch`).
     One of these costs its scatter's D (D + 1) / 2 numbers and, at the next route, a Cholesky factor [D, D] and a
-    product [P, D] [D, D]. Any other task costs its own keys, a separate product [M, D] [D, D], so that their bits
-    depend on its means and those 512 alone. Scatters are summed exactly and means are in name order, so results do not
-    depend on history.
+    product [P, D] [D, D]. Any other task costs its own keys, an `invariant_linear` [M, D] [D, D]: their bits depend
+    on its means and those 512 alone. Scatters are summed exactly and means are in name order: history does not count.
     whiteners: task name -> factor [D, D] of its covariance, for tasks whose distance was last requested.
     """
 
@@ -301,7 +300,8 @@ class GaussianRouter(Router):
         for begin in range(0, len(tasks), TASKS_AT_ONCE):
             some = tasks[begin : begin + TASKS_AT_ONCE]
             centred = [self.means(self.parts[i]) - self._centre() for i in some]
-            for i, apart, keys in zip(some, centred, products(centred, inverse), strict=True):
+            found = invariant_linear(torch.cat(centred), inverse).split([len(apart) for apart in centred])
+            for i, apart, keys in zip(some, centred, found, strict=True):
                 yield i, keys.float(), (-0.5 * (keys * apart).sum(1)).float()
 
     @property

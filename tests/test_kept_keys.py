@@ -4,42 +4,38 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import pickle
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from models import bits, make_slm, random_task, reopened
+from keyed_stores import (
+    NAMES,
+    assert_same_bits,
+    file_of,
+    has_openings_alone,
+    in_memory,
+    keyed_store,
+    keys_of,
+    without_keys,
+)
+from models import make_slm, random_task, reopened
 from stores import broken_anywhere, die, fail
 from torch import Tensor
 
-import slm_fast.kept_keys
-import slm_fast.sketch
-from slm_fast import ScalableLM
 from slm_fast.errors import WorkError
 from slm_fast.files import locked
-from slm_fast.kept_keys import KeysFile
 from slm_fast.mapped_task import Opening
 from slm_fast.store import Store
-
-NAMES = ("city", "farm", "sea")
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of three tasks with cached keys, for a router with random features."""
-    slm, path = make_slm("bert", features=32), tmp_path_factory.mktemp("large") / "store"
-    slm.save_pretrained(path)
-    slm.add([random_task(slm, name) for name in NAMES])
-    reopened(path)
-    assert keys_of(path)
-    return path
+    return keyed_store(tmp_path_factory.mktemp("large") / "store")
 
 
 @pytest.fixture
@@ -48,40 +44,10 @@ def path(large: Path, tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def file_of(store: Store) -> KeysFile:
-    return KeysFile(store.path / ".keys", store.about)
-
-
-def keys_of(path: Path) -> bool:
-    """Whether a store's keys are cached and are exactly those of its tasks."""
-    store = Store.open(path)
-    found = file_of(store).read()
-    if found is None or file_of(store).known(found, store.files) is None:
-        return False
-    return found.rows.keys() == set(store.files.values())
-
-
-def has_openings_alone(path: Path, *names: str) -> bool:
-    """Whether a store's `.keys` has the openings of these tasks, and nothing else."""
-    store = Store.open(path)
-    found = file_of(store).read()
-    if found is None or found.openings.keys() != {store.files[name] for name in names}:
-        return False
-    size = 128 + sum(4 * 32 + 2 * 8 + len(opening.start) for opening in found.openings.values())
-    return (path / ".keys").stat().st_size == size
-
-
-def assert_same_bits(one: ScalableLM, other: ScalableLM) -> None:
-    assert one.tasks == other.tasks
-    for here, there in zip(bits(one), bits(other), strict=True):
-        assert torch.equal(here, there)
-
-
-def without_keys(path: Path, into: Path) -> ScalableLM:
-    shutil.copytree(path, into)
-    for name in (".keys", ".sum"):
-        (into / name).unlink(missing_ok=True)
-    return reopened(into)
+@pytest.fixture
+def begin(large: Path) -> Iterator[Path]:
+    with in_memory(large) as path:
+        yield path
 
 
 def test_a_store_opened_with_its_keys_is_to_the_bit_the_one_opened_without(path: Path, tmp_path: Path) -> None:
@@ -256,14 +222,6 @@ def test_the_papers_router_keeps_no_keys(tmp_path: Path) -> None:
     assert not (tmp_path / ".keys").exists()
 
 
-@pytest.fixture
-def begin(large: Path) -> Iterator[Path]:
-    """A copy of the store, on tmpfs if possible: the test repeats commits many times, and the disk does not matter."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        shutil.copytree(large, Path(folder) / "begin")
-        yield Path(folder) / "begin"
-
-
 @pytest.mark.parametrize("act", [die, fail])
 def test_a_commit_broken_anywhere_leaves_no_keys_of_other_tasks(begin: Path, act: Callable[[], object]) -> None:
     seen = set()
@@ -273,116 +231,6 @@ def test_a_commit_broken_anywhere_leaves_no_keys_of_other_tasks(begin: Path, act
         seen.add((whole, "sea" in Store.open(path).files))
         assert Store.open(path).verify() == []
     assert seen == {(True, True), (False, True), (False, False)}
-
-
-# Tasks outside the sample
-
-
-@pytest.fixture
-def of_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sample one task for covariance and centre: city, whose name has the lowest SHA-256 except for sky's."""
-    monkeypatch.setattr(slm_fast.sketch, "SAMPLED", 1)
-    monkeypatch.setattr(slm_fast.sketch, "ALL", 1)
-
-
-@pytest.fixture
-def sample_of_one(of_one_task: None, path: Path) -> Path:
-    (path / ".keys").unlink()
-    reopened(path)
-    assert keys_of(path)
-    return path
-
-
-def test_learning_outside_the_sample_leaves_the_keys_and_opening_computes_what_they_lack(
-    sample_of_one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data, computed = (sample_of_one / ".keys").read_bytes(), []
-    slm = reopened(sample_of_one)
-    slm.add(random_task(slm, "word"))
-    assert (sample_of_one / ".keys").read_bytes() == data
-    assert Store.open(sample_of_one).verify() == []
-    kind = type(slm.model.router)
-    means = kind.means
-    monkeypatch.setattr(kind, "means", lambda self, part: computed.append(len(part["mean"])) or means(self, part))
-    opened = reopened(sample_of_one)
-    assert len(computed) == 2  # means of city, for the centre, and of word
-    assert_same_bits(opened, slm)
-    assert_same_bits(opened, without_keys(sample_of_one, tmp_path / "without"))
-    assert keys_of(sample_of_one)
-    assert (sample_of_one / ".keys").read_bytes() == (tmp_path / "without" / ".keys").read_bytes()
-
-
-def test_forgetting_outside_the_sample_leaves_the_others_keys_and_nothing_of_the_task(
-    sample_of_one: Path, tmp_path: Path
-) -> None:
-    slm = reopened(sample_of_one)
-    own = slm.model.router.known_keys.rows["farm"]
-    traces = [part[own].numpy().tobytes() for part in slm.model.router.discriminant[1:]]
-    traces.append(bytes.fromhex(Store.open(sample_of_one).files["farm"]))
-
-    def found() -> list[bool]:
-        data = b"".join(file.read_bytes() for file in sample_of_one.rglob("*") if file.is_file())
-        return [trace in data for trace in traces]
-
-    assert found() == [True, True, True]
-    slm.forget("farm")
-    assert found() == [False, False, False]
-    assert keys_of(sample_of_one)
-    assert_same_bits(reopened(sample_of_one), slm)
-    assert_same_bits(slm, without_keys(sample_of_one, tmp_path / "without"))
-    assert (sample_of_one / ".keys").read_bytes() == (tmp_path / "without" / ".keys").read_bytes()
-
-
-def test_forgetting_a_sampled_task_removes_the_keys(sample_of_one: Path, tmp_path: Path) -> None:
-    slm = reopened(sample_of_one)
-    slm.forget("city")
-    assert has_openings_alone(sample_of_one, "farm", "sea")
-    assert_same_bits(reopened(sample_of_one), without_keys(sample_of_one, tmp_path / "without"))
-    assert_same_bits(slm, reopened(sample_of_one))
-
-
-def test_keys_of_another_sample_are_not_used_and_removed_when_a_task_is(sample_of_one: Path, tmp_path: Path) -> None:
-    slm = reopened(sample_of_one)
-    slm.add(random_task(slm, "sky"))
-    store = Store.open(sample_of_one)
-    store.load()
-    assert store.kept.keys is None
-    shutil.copytree(sample_of_one, tmp_path / "changed")
-    Store.open(tmp_path / "changed").commit(remove=["sea"])
-    assert has_openings_alone(tmp_path / "changed", "city", "farm")
-    assert_same_bits(reopened(sample_of_one), without_keys(sample_of_one, tmp_path / "without"))
-    assert_same_bits(slm, reopened(sample_of_one))
-
-
-def test_keys_that_cannot_be_written_anew_are_removed(sample_of_one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        fail()
-
-    monkeypatch.setattr(slm_fast.kept_keys, "write", full)
-    Store.open(sample_of_one).commit(remove=["farm"])
-    assert not (sample_of_one / ".keys").exists()
-    assert Store.open(sample_of_one).verify() == []
-
-
-@pytest.mark.parametrize("act", [die, fail])
-def test_a_commit_outside_the_sample_broken_anywhere_leaves_keys_of_the_stores_tasks_alone(
-    begin: Path, of_one_task: None, act: Callable[[], object]
-) -> None:
-    (begin / ".keys").unlink()
-    reopened(begin)
-    farm, seen = Store.open(begin).files["farm"], set()
-    for path in broken_anywhere(begin, lambda store: store.commit(remove=["farm"]), act):
-        store = Store.open(path)
-        kept = file_of(store).read()
-        assert (kept is None) == (not (path / ".keys").exists())
-        rows = {} if kept is None else kept.rows
-        assert rows.keys() <= set(store.files.values())
-        assert store.verify() == []
-        seen.add((kept is not None, farm in rows, "farm" in store.files))
-        store.commit(remove=["sea"])
-        assert store.leftovers() == []
-        assert not (path / ".keys.part").exists()
-    assert seen >= {(True, True, True), (True, False, True), (True, False, False)}
 
 
 # Files of earlier versions

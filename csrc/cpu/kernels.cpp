@@ -13,9 +13,10 @@
   void prepare_keys(const PrepareKeys&, void*, const Threads&);                                             \
   void key_loss(KeyLoss&, const Threads&);                                                                  \
   void key_loss_backward(const KeyLossBackward&, const Threads&);                                           \
+  void invariant_linear(const InvariantLinear&, const Threads&);                                            \
   void read_scratch(char*, int64_t);                                                                        \
-  constexpr Kernels kTable{#isa,         multi_lora, multi_lora_backward, retrieve,    prepared_bytes,      \
-                           prepare_keys, key_loss,   key_loss_backward,   read_scratch};                    \
+  constexpr Kernels kTable{#isa,         multi_lora, multi_lora_backward, retrieve,         prepared_bytes, \
+                           prepare_keys, key_loss,   key_loss_backward,   invariant_linear, read_scratch};  \
   }
 
 DECLARE(portable)

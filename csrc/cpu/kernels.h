@@ -20,6 +20,7 @@ struct Kernels {
   void (*prepare_keys)(const PrepareKeys&, void* prepared, const Threads&);
   void (*key_loss)(KeyLoss&, const Threads&);
   void (*key_loss_backward)(const KeyLossBackward&, const Threads&);
+  void (*invariant_linear)(const InvariantLinear&, const Threads&);
   void (*read_scratch)(char* to, int64_t count);  // for tests: what new scratch memory holds
 };
 

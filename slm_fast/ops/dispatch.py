@@ -111,10 +111,12 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("reference", ("retrieve", "key_loss", "multi_lora", "adapted_linear"), takes_key_slot=True),
+    Backend(
+        "reference", ("retrieve", "key_loss", "multi_lora", "adapted_linear", "invariant_linear"), takes_key_slot=True
+    ),
     Backend(
         "native",
-        ("retrieve", "key_loss", "multi_lora"),
+        ("retrieve", "key_loss", "multi_lora", "invariant_linear"),
         lambda: NATIVE_MISSING,
         checks_arguments=True,
         in_place=True,

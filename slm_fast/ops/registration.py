@@ -15,6 +15,7 @@ import torch
 
 from slm_fast.ops.adapted_linear import fake_adapted_linear, reference_adapted_linear
 from slm_fast.ops.dispatch import BACKENDS, PREFERENCE, Backend
+from slm_fast.ops.invariant_linear import fake_invariant_linear, reference_invariant_linear
 from slm_fast.ops.key_loss import (
     fake_key_loss,
     fake_key_loss_backward,
@@ -101,6 +102,9 @@ DEFINITIONS = {
         " -> Tensor",
         reference_adapted_linear,
         fake_adapted_linear,
+    ),
+    "invariant_linear": Definition(
+        "(Tensor x, Tensor weight) -> Tensor", reference_invariant_linear, fake_invariant_linear
     ),
 }
 

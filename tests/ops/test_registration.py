@@ -93,8 +93,13 @@ def key_loss_backward(backend):
     yield torch.tensor(0.5), normal(3, 8), normal(5, 8, seed=1), torch.tensor([[[0, 4], [1, -1]]] * 3)
 
 
+def invariant_linear(backend):
+    yield normal(3, 8).double(), normal(5, 8, seed=1).double()
+
+
 CASES = {
     "adapted_linear": adapted_linear,
+    "invariant_linear": invariant_linear,
     "key_loss": key_loss,
     "key_loss_backward": key_loss_backward,
     "multi_lora": multi_lora,
