@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -128,3 +130,27 @@ def test_the_search_for_cycles_is_as_it_was_after_a_store_was_opened(tmp_path, m
         gc.enable()
     assert seen
     assert not any(seen)
+
+
+ALONE = """
+import os
+import torch
+from slm_fast.surroundings import in_one_thread
+
+def count():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(4)
+before = count()
+with in_one_thread():
+    torch.ones(1 << 22).sum()
+    print(torch.get_num_threads(), count() - before)
+torch.ones(1 << 22).sum()
+print(torch.get_num_threads(), count() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_is_computed_in_one_thread_leaves_no_others_behind():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["1 0", "4 3"]

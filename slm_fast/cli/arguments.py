@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -243,20 +243,24 @@ def named_files(given: Sequence[str]) -> dict[str, str]:
 
 
 @without_collection()
-def open_store(arguments: argparse.Namespace, backbone: Backbone | None = None) -> ScalableLM:
-    """Open the model of a store. backbone: an already loaded one, if any."""
+def open_store(
+    arguments: argparse.Namespace, backbone: Backbone | None = None, *, for_another_thread: bool = False
+) -> ScalableLM:
+    """Open the model of a store. backbone: an already loaded one, if any. for_another_thread: that will run it."""
     from slm_fast.slm import ScalableLM
+    from slm_fast.surroundings import in_one_thread
 
     set_threads(arguments.threads)
     more: dict[str, Any] = {"skip_damaged": True} if arguments.skip_damaged else {}
     more |= {"device_memory": vars(arguments).get("device_memory")}
-    slm = ScalableLM.from_pretrained(
-        arguments.store,
-        backbone=backbone or backbone_of(arguments),
-        dtype=arguments.dtype,
-        device=arguments.device,
-        **more,
-    )
+    with in_one_thread() if for_another_thread else nullcontext():
+        slm = ScalableLM.from_pretrained(
+            arguments.store,
+            backbone=backbone or backbone_of(arguments),
+            dtype=arguments.dtype,
+            device=arguments.device,
+            **more,
+        )
     if "sample" in vars(arguments):
         warn_of_idle_options(fields_of(arguments, PredictOptions), slm.model.backbone.kind == "encoder")
     return slm

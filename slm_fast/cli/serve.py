@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     sock = server.bound(arguments.host, arguments.port)
     with sock:
         server.log_to(sys.stderr)
-        slm = open_store(arguments)
+        slm = open_store(arguments, for_another_thread=True)
         keys = {"key": key, "admin": admin}
         served = server.made(slm, options, limits, **keys, source=source, skip_damaged=arguments.skip_damaged)
         server.serve(served, sock)

@@ -134,7 +134,10 @@ class Watcher:
             again = self.trouble is not None and time.monotonic() - last >= RETRY
             if wanted or again or seen != before:
                 last = time.monotonic()
-                self._look()
+                # In a thread that takes its OpenMP threads with it when it ends: see `in_one_thread`.
+                look = threading.Thread(target=self._look, name="look", daemon=True)
+                look.start()
+                look.join()
                 with self.changed:
                     self.changed.notify_all()
 

@@ -26,6 +26,7 @@ from slm_fast.server.limits import App
 from slm_fast.server.options import ServeOptions
 from slm_fast.server.run import made
 from slm_fast.slm import ScalableLM
+from slm_fast.surroundings import in_one_thread
 
 
 class Server:
@@ -47,7 +48,9 @@ class Server:
         key: str | None,
     ) -> None:
         torch.set_num_threads(threads)
-        self.served = made(ScalableLM.from_pretrained(store, **opening), options, limits, key=key)
+        with in_one_thread():
+            slm = ScalableLM.from_pretrained(store, **opening)
+        self.served = made(slm, options, limits, key=key)
         settle()
         self.served.engine.start()
         self.served.watcher.start()

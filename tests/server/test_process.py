@@ -17,11 +17,15 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from command import one_line, slm_fast
 from models import mixed_texts, random_task
 from served import Process, store_with, until
 
+from slm_fast import ScalableLM
+from slm_fast.errors import InputError
 from slm_fast.scheduler import Scheduler
+from slm_fast.server import run
 from slm_fast.server.options import ServeOptions
 from slm_fast.store import Store
 
@@ -33,6 +37,27 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("process") / "store"
     store_with(path)
     return path
+
+
+def test_the_store_is_opened_without_threads_that_the_engine_would_wait_for(store: Path, monkeypatch) -> None:
+    found, plain = list[int](), ScalableLM.from_pretrained
+
+    def opened(*given, **more):
+        found.append(torch.get_num_threads())
+        return plain(*given, **more)
+
+    def stop(*_, **__):
+        raise InputError(f"threads: {torch.get_num_threads()}")
+
+    monkeypatch.setattr(ScalableLM, "from_pretrained", opened)
+    monkeypatch.setattr(run, "made", stop)
+    before = torch.get_num_threads()
+    try:
+        done = slm_fast("serve", store, "--port", 0, "--threads", 3, "--backbone", store.parent / "backbone")
+    finally:
+        torch.set_num_threads(before)
+    assert done.stderr.splitlines()[-1] == "slm-fast: error: --threads: 3"
+    assert found == [1]
 
 
 def test_a_process_that_is_told_to_stop_answers_or_refuses_all_it_was_asked(store: Path, monkeypatch) -> None:
