@@ -30,7 +30,7 @@ inline void tile(
         if (m < rows && v * L < columns) visit(sum[m][v], y + m * features + v * L, columns - v * L);
   };
   for (int64_t m = kTileRows; m < std::min<int64_t>(rows, 2 * kTileRows); ++m)  // the next tile's
-    for (int v = 0; v < kTileVectors; ++v) __builtin_prefetch(y + m * features + std::min<int64_t>(v * L, columns - 1), 1);
+    for (int64_t v = 0; v < kTileVectors; ++v) __builtin_prefetch(y + m * features + std::min(v * L, columns - 1), 1);
   if (!first) each([](Vec<double>& own, double* at, int64_t count) { own = load_first<double>(at, count); });
   for (int64_t i = 0; i < length; ++i) {
     Vec<double> weights[kTileVectors];

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.speed.operators import bench_multi_lora, bench_retrieve, bench_retrieve_keys
+from benchmarks.speed.operators import bench_invariant_linear, bench_multi_lora, bench_retrieve, bench_retrieve_keys
 from benchmarks.speed.operators.command import run
 
 SMALL = bench_multi_lora.Shape(B=3, T=5, H=64, P=4, K=2, r=3)
@@ -64,6 +64,14 @@ def test_every_way_to_retrieve_by_several_keys_finds_slots_of_the_best_keys() ->
             best = ways["1 key"]().slot_ids[:, 0]
             for name, way in ways.items():
                 assert torch.equal(way().slot_ids[:, 0], best // int(name.split()[0])), name
+
+
+def test_every_way_to_multiply_each_tasks_rows_gives_the_same_products() -> None:
+    ways = bench_invariant_linear.candidates(bench_invariant_linear.Shape(3, M=4, D=300))
+    products = ways.pop("native")()
+    assert len(ways) == 4
+    for name, way in ways.items():
+        torch.testing.assert_close(way(), products, rtol=1e-12, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_the_command_saves_a_line_for_each_way(tmp_path, capsys) -> None:
