@@ -18,7 +18,7 @@ from slm_fast.memory import zeros
 from slm_fast.schema import check_task
 from slm_fast.tasks import TANH, LearnedTask
 
-SPARE = 16 << 20  # bytes
+SPARE = 16 << 20  # bytes for what reading a file allocates besides its data
 
 
 class DamagedFile(WorkError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -82,6 +84,28 @@ def cache(shelf: Path) -> Path:
     from slm_fast.remote_store import cache_of
 
     return cache_of(URL)
+
+
+@pytest.fixture(scope="session")
+def all_keyed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from keyed_stores import keyed_store
+
+    return keyed_store(tmp_path_factory.mktemp("keyed") / "store")
+
+
+@pytest.fixture
+def keyed(all_keyed: Path, tmp_path: Path) -> Path:
+    """A store of three tasks whose `.keys` is complete."""
+    shutil.copytree(all_keyed, tmp_path / "store")
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def keyed_in_memory(all_keyed: Path) -> Iterator[Path]:
+    """The same, on tmpfs if possible: for tests that repeat commits many times, where the disk does not matter."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        shutil.copytree(all_keyed, Path(folder) / "begin")
+        yield Path(folder) / "begin"
 
 
 @pytest.fixture

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,15 +23,6 @@ def keyed_store(path: Path) -> Path:
     reopened(path)
     assert keys_of(path)
     return path
-
-
-@contextmanager
-def in_memory(store: Path) -> Iterator[Path]:
-    """A copy of a store, on tmpfs if possible: for tests that repeat commits many times, where the disk does not
-    matter."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
-        shutil.copytree(store, Path(folder) / "begin")
-        yield Path(folder) / "begin"
 
 
 def file_of(store: Store) -> KeysFile:

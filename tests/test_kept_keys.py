@@ -7,7 +7,7 @@ import hashlib
 import pickle
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +18,6 @@ from keyed_stores import (
     assert_same_bits,
     file_of,
     has_openings_alone,
-    in_memory,
-    keyed_store,
     keys_of,
     without_keys,
 )
@@ -33,33 +31,16 @@ from slm_fast.mapped_task import Opening
 from slm_fast.store import Store
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return keyed_store(tmp_path_factory.mktemp("large") / "store")
-
-
-@pytest.fixture
-def path(large: Path, tmp_path: Path) -> Path:
-    shutil.copytree(large, tmp_path / "store")
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def begin(large: Path) -> Iterator[Path]:
-    with in_memory(large) as path:
-        yield path
-
-
-def test_a_store_opened_with_its_keys_is_to_the_bit_the_one_opened_without(path: Path, tmp_path: Path) -> None:
-    slm = reopened(path)
+def test_a_store_opened_with_its_keys_is_to_the_bit_the_one_opened_without(keyed: Path, tmp_path: Path) -> None:
+    slm = reopened(keyed)
     assert not slm.model.router.sketch.is_summed
-    assert_same_bits(slm, without_keys(path, tmp_path / "without"))
+    assert_same_bits(slm, without_keys(keyed, tmp_path / "without"))
 
 
-def test_what_is_learned_and_forgotten_after_opening_with_keys_is_as_without(path: Path, tmp_path: Path) -> None:
-    slm, other = reopened(path), without_keys(path, tmp_path / "without")
-    Store.open(path).commit(remove=["sea"])  # replaces the file that `slm` was opened with
-    assert has_openings_alone(path, "city", "farm")
+def test_what_is_learned_and_forgotten_after_opening_with_keys_is_as_without(keyed: Path, tmp_path: Path) -> None:
+    slm, other = reopened(keyed), without_keys(keyed, tmp_path / "without")
+    Store.open(keyed).commit(remove=["sea"])  # replaces the file that `slm` was opened with
+    assert has_openings_alone(keyed, "city", "farm")
     for each in (slm, other):
         each.add(random_task(each, "word"))
         each.forget("farm")
@@ -67,21 +48,21 @@ def test_what_is_learned_and_forgotten_after_opening_with_keys_is_as_without(pat
     assert_same_bits(slm, other)
 
 
-def test_opening_keeps_the_keys_where_it_may_write(path: Path) -> None:
-    (path / ".keys").unlink()
-    with locked(path / ".lock", 0) as held:
+def test_opening_keeps_the_keys_where_it_may_write(keyed: Path) -> None:
+    (keyed / ".keys").unlink()
+    with locked(keyed / ".lock", 0) as held:
         assert held
-        reopened(path)
-        assert not (path / ".keys").exists()
-    reopened(path)
-    assert keys_of(path)
+        reopened(keyed)
+        assert not (keyed / ".keys").exists()
+    reopened(keyed)
+    assert keys_of(keyed)
 
 
 @pytest.mark.parametrize("change", ["learn", "forget", "merge"])
 def test_the_opening_after_a_change_reads_new_tasks_alone_and_makes_the_keys(
-    path: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+    keyed: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slm, data, read = reopened(path), (path / ".keys").read_bytes(), []
+    slm, data, read = reopened(keyed), (keyed / ".keys").read_bytes(), []
     if change == "learn":
         slm.add(random_task(slm, "word"))
     elif change == "forget":
@@ -90,56 +71,56 @@ def test_the_opening_after_a_change_reads_new_tasks_alone_and_makes_the_keys(
         other = make_slm("bert", features=32)
         other.save_pretrained(tmp_path / "other")
         other.add(random_task(other, "word"))
-        Store.open(path).merge([Store.open(tmp_path / "other")])
+        Store.open(keyed).merge([Store.open(tmp_path / "other")])
     if change == "forget":
-        assert has_openings_alone(path, "city", "farm")
+        assert has_openings_alone(keyed, "city", "farm")
     else:
-        assert (path / ".keys").read_bytes() == data
-    assert Store.open(path).verify() == []
+        assert (keyed / ".keys").read_bytes() == data
+    assert Store.open(keyed).verify() == []
     plain = Store.read
     with monkeypatch.context() as patch:
         patch.setattr(Store, "read", lambda self, name, **how: read.append(name) or plain(self, name, **how))
-        slm = reopened(path)
+        slm = reopened(keyed)
     assert read == ([] if change == "forget" else ["word"])
-    assert keys_of(path)
-    data = (path / ".keys").read_bytes()
-    assert_same_bits(slm, without_keys(path, tmp_path / "without"))
+    assert keys_of(keyed)
+    data = (keyed / ".keys").read_bytes()
+    assert_same_bits(slm, without_keys(keyed, tmp_path / "without"))
     assert (tmp_path / "without" / ".keys").read_bytes() == data
 
 
-def test_forgetting_leaves_no_key_that_the_task_took_part_in(path: Path) -> None:
-    slm = reopened(path)
+def test_forgetting_leaves_no_key_that_the_task_took_part_in(keyed: Path) -> None:
+    slm = reopened(keyed)
     centre, keys, _ = slm.model.router.discriminant
-    opening = file_of(Store.open(path)).read().openings[Store.open(path).files["sea"]]
+    opening = file_of(Store.open(keyed)).read().openings[Store.open(keyed).files["sea"]]
     traces = [part.numpy().tobytes() for part in (centre, *keys)] + [bytes(opening.start)]
-    assert all(trace in (path / ".keys").read_bytes() for trace in traces)
+    assert all(trace in (keyed / ".keys").read_bytes() for trace in traces)
     slm.forget("sea")
-    assert has_openings_alone(path, "city", "farm")
-    assert not any(trace in (path / ".keys").read_bytes() for trace in traces)
+    assert has_openings_alone(keyed, "city", "farm")
+    assert not any(trace in (keyed / ".keys").read_bytes() for trace in traces)
 
 
-def test_keys_that_are_damaged_anywhere_or_cut_short_are_not_used(path: Path) -> None:
-    data, store = (path / ".keys").read_bytes(), Store.open(path)
+def test_keys_that_are_damaged_anywhere_or_cut_short_are_not_used(keyed: Path) -> None:
+    data, store = (keyed / ".keys").read_bytes(), Store.open(keyed)
     assert store.verify() == []
     for at in [*range(0, 128, 5), *range(128, len(data), 97)]:
-        (path / ".keys").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        (keyed / ".keys").write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
         assert file_of(store).read() is None
     for size in (0, 1, 64, 127, 128, 200, len(data) - 4, len(data) - 1):
-        (path / ".keys").write_bytes(data[:size])
+        (keyed / ".keys").write_bytes(data[:size])
         assert file_of(store).read() is None
     [line] = store.verify()
-    assert line.startswith(f"{path / '.keys'}: a cache that is damaged or not of the store's tasks")
+    assert line.startswith(f"{keyed / '.keys'}: a cache that is damaged or not of the store's tasks")
     store.load()
     assert store.kept.keys is None
-    reopened(path)
-    assert (path / ".keys").read_bytes() == data
+    reopened(keyed)
+    assert (keyed / ".keys").read_bytes() == data
 
 
-def test_opening_with_the_keys_reads_no_tasks_file(path: Path) -> None:
-    whole = reopened(path)
-    for file in (path / "tasks").rglob("*.safetensors"):
+def test_opening_with_the_keys_reads_no_tasks_file(keyed: Path) -> None:
+    whole = reopened(keyed)
+    for file in (keyed / "tasks").rglob("*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))
-    found = {task.name: task for task in Store.open(path).load()}
+    found = {task.name: task for task in Store.open(keyed).load()}
     for task in whole.learned.values():
         same = found[task.name]
         assert (same.labels, same.options, same.origin) == (task.labels, task.options, task.origin)
@@ -153,39 +134,39 @@ def test_opening_with_the_keys_reads_no_tasks_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [".keys", ".sum"])
-def test_a_header_that_is_damaged_anywhere_is_a_damaged_file(path: Path, kept: str, monkeypatch) -> None:
+def test_a_header_that_is_damaged_anywhere_is_a_damaged_file(keyed: Path, kept: str, monkeypatch) -> None:
     """Replaces one comma at a time by a point, which may still leave valid JSON."""
     monkeypatch.setattr(Store, "unsummed", 1)
-    reopened(path)
-    (path / ({".keys", ".sum"} - {kept}).pop()).unlink()
-    assert (path / kept).exists()
-    file = Store.open(path).file("farm")
+    reopened(keyed)
+    (keyed / ({".keys", ".sum"} - {kept}).pop()).unlink()
+    assert (keyed / kept).exists()
+    file = Store.open(keyed).file("farm")
     data = file.read_bytes()
     begin = 8 + int.from_bytes(data[:8], "little")
     for at in [at for at in range(begin) if data[at] == ord(",")]:
         file.write_bytes(data[:at] + b"." + data[at + 1 :])
         with pytest.raises(WorkError, match="damaged: SHA-256"):
-            [list(task.values.values()) for task in Store.open(path).load()]
+            [list(task.values.values()) for task in Store.open(keyed).load()]
 
 
-def test_a_model_that_was_opened_can_be_copied_and_a_store_that_was_written_sent(path: Path) -> None:
-    slm = reopened(path)
+def test_a_model_that_was_opened_can_be_copied_and_a_store_that_was_written_sent(keyed: Path) -> None:
+    slm = reopened(keyed)
     assert_same_bits(copy.deepcopy(slm), slm)
-    store = Store.open(path)
+    store = Store.open(keyed)
     assert store.verify() == []
     store.commit(add=[replace(slm.learned["sea"], name="word")])
     assert pickle.loads(pickle.dumps(store)).files == store.files
 
 
-def test_a_file_of_another_size_is_found_when_the_store_is_opened(path: Path) -> None:
-    file = Store.open(path).file("farm")
+def test_a_file_of_another_size_is_found_when_the_store_is_opened(keyed: Path) -> None:
+    file = Store.open(keyed).file("farm")
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(WorkError, match=f"{file}: damaged: SHA-256"):
-        reopened(path)
+        reopened(keyed)
 
 
-def test_verify_finds_keys_with_the_opening_of_another_task(path: Path) -> None:
-    store = Store.open(path)
+def test_verify_finds_keys_with_the_opening_of_another_task(keyed: Path) -> None:
+    store = Store.open(keyed)
     kept = file_of(store).read()
     assert kept is not None
     openings = kept.openings
@@ -194,16 +175,16 @@ def test_verify_finds_keys_with_the_opening_of_another_task(path: Path) -> None:
     known = file_of(store).known(kept, store.files)
     assert known is not None
     file_of(store).write(store.files, openings, known)
-    assert keys_of(path)
-    [line] = Store.open(path).verify()
-    assert line.startswith(f"{path / '.keys'}: a cache that is damaged or not of the store's tasks")
+    assert keys_of(keyed)
+    [line] = Store.open(keyed).verify()
+    assert line.startswith(f"{keyed / '.keys'}: a cache that is damaged or not of the store's tasks")
 
 
-def test_keys_of_other_tasks_are_not_used_and_cleared_away(path: Path, tmp_path: Path) -> None:
+def test_keys_of_other_tasks_are_not_used_and_cleared_away(keyed: Path, tmp_path: Path) -> None:
     other = make_slm("bert", features=32)
     other.save_pretrained(tmp_path / "other")
     other.add([random_task(other, name) for name in ("city", "farm", "word")])
-    shutil.copy(path / ".keys", tmp_path / "other")
+    shutil.copy(keyed / ".keys", tmp_path / "other")
     store = Store.open(tmp_path / "other")
     store.load()
     assert store.kept.keys is None
@@ -223,9 +204,11 @@ def test_the_papers_router_keeps_no_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("act", [die, fail])
-def test_a_commit_broken_anywhere_leaves_no_keys_of_other_tasks(begin: Path, act: Callable[[], object]) -> None:
+def test_a_commit_broken_anywhere_leaves_no_keys_of_other_tasks(
+    keyed_in_memory: Path, act: Callable[[], object]
+) -> None:
     seen = set()
-    for path in broken_anywhere(begin, lambda store: store.commit(remove=["sea"]), act):
+    for path in broken_anywhere(keyed_in_memory, lambda store: store.commit(remove=["sea"]), act):
         whole = keys_of(path)
         assert whole or not (path / ".keys").exists() or has_openings_alone(path, "city", "farm")
         seen.add((whole, "sea" in Store.open(path).files))
@@ -261,18 +244,18 @@ def with_one_digest(centre: Tensor, keys: Tensor, bias: Tensor, files: list[str]
 
 
 @pytest.mark.parametrize("made", [of_all_tasks, without_openings, with_one_digest])
-def test_keys_of_an_earlier_version_are_ignored_and_made_anew(path: Path, made: Callable[..., bytes]) -> None:
-    expected = (path / ".keys").read_bytes()
-    kept = file_of(Store.open(path)).read()
+def test_keys_of_an_earlier_version_are_ignored_and_made_anew(keyed: Path, made: Callable[..., bytes]) -> None:
+    expected = (keyed / ".keys").read_bytes()
+    kept = file_of(Store.open(keyed)).read()
     assert kept is not None
-    (path / ".keys").write_bytes(made(*kept.discriminant, sorted(entry.file for entry in kept.entries)))
-    store = Store.open(path)
+    (keyed / ".keys").write_bytes(made(*kept.discriminant, sorted(entry.file for entry in kept.entries)))
+    store = Store.open(keyed)
     assert store.verify() == []
     store.load()
     assert store.kept.keys is None
-    assert path / ".keys" in store.leftovers()
-    shutil.copytree(path, path.parent / "changed")
-    Store.open(path.parent / "changed").commit(remove=["sea"])
-    assert not (path.parent / "changed" / ".keys").exists()
-    reopened(path)
-    assert (path / ".keys").read_bytes() == expected
+    assert keyed / ".keys" in store.leftovers()
+    shutil.copytree(keyed, keyed.parent / "changed")
+    Store.open(keyed.parent / "changed").commit(remove=["sea"])
+    assert not (keyed.parent / "changed" / ".keys").exists()
+    reopened(keyed)
+    assert (keyed / ".keys").read_bytes() == expected

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from keyed_stores import assert_same_bits, file_of, has_openings_alone, in_memory, keyed_store, keys_of, without_keys
+from keyed_stores import assert_same_bits, file_of, has_openings_alone, keys_of, without_keys
 from models import random_task, reopened
 from stores import broken_anywhere, die, fail
 
 import slm_fast.kept_keys
 import slm_fast.sketch
 from slm_fast.store import Store
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return keyed_store(tmp_path_factory.mktemp("large") / "store")
-
-
-@pytest.fixture
-def path(large: Path, tmp_path: Path) -> Path:
-    shutil.copytree(large, tmp_path / "store")
-    return tmp_path / "store"
-
-
-@pytest.fixture
-def begin(large: Path) -> Iterator[Path]:
-    with in_memory(large) as path:
-        yield path
 
 
 @pytest.fixture
@@ -41,11 +24,11 @@ def of_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def sample_of_one(of_one_task: None, path: Path) -> Path:
-    (path / ".keys").unlink()
-    reopened(path)
-    assert keys_of(path)
-    return path
+def sample_of_one(of_one_task: None, keyed: Path) -> Path:
+    (keyed / ".keys").unlink()
+    reopened(keyed)
+    assert keys_of(keyed)
+    return keyed
 
 
 def test_learning_outside_the_sample_leaves_the_keys_and_opening_computes_what_they_lack(
@@ -121,12 +104,12 @@ def test_keys_that_cannot_be_written_anew_are_removed(sample_of_one: Path, monke
 
 @pytest.mark.parametrize("act", [die, fail])
 def test_a_commit_outside_the_sample_broken_anywhere_leaves_keys_of_the_stores_tasks_alone(
-    begin: Path, of_one_task: None, act: Callable[[], object]
+    keyed_in_memory: Path, of_one_task: None, act: Callable[[], object]
 ) -> None:
-    (begin / ".keys").unlink()
-    reopened(begin)
-    farm, seen = Store.open(begin).files["farm"], set()
-    for path in broken_anywhere(begin, lambda store: store.commit(remove=["farm"]), act):
+    (keyed_in_memory / ".keys").unlink()
+    reopened(keyed_in_memory)
+    farm, seen = Store.open(keyed_in_memory).files["farm"], set()
+    for path in broken_anywhere(keyed_in_memory, lambda store: store.commit(remove=["farm"]), act):
         store = Store.open(path)
         kept = file_of(store).read()
         assert (kept is None) == (not (path / ".keys").exists())

@@ -139,6 +139,9 @@ BACKENDS = (
     ),
 )
 
+# Operators that prepare others' inputs: a forced backend that lacks them leaves the choice to `PREFERENCE`.
+AUXILIARY = ("invariant_linear",)
+
 # For each device, the backends in the order they are tried.
 PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -215,6 +218,8 @@ def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
 def chosen(stem: str, device: str, size: str = "") -> Backend:
     """The backend that runs `stem` on `device` now, for the size class given by its public function."""
     forced = _forced.name
+    if stem in AUXILIARY and not any(backend.name == forced and backend.has(stem) for backend in BACKENDS):
+        forced = None
     if NATIVE_MISSING is not None and device == "cpu" and forced is None:
         _warn_that_native_is_missing()
     for name in _order(stem, device, size):

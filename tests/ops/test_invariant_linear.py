@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slm_fast import ops
 from slm_fast.errors import InputError
 from slm_fast.ops.invariant_linear import invariant_linear
 
@@ -67,6 +68,17 @@ def test_strided_arguments_are_read_as_they_are(device):
     expected = invariant_linear(x, weight)
     assert torch.equal(invariant_linear(x.T.contiguous().T, weight.T.contiguous().T), expected)
     assert torch.equal(invariant_linear(x.repeat(1, 2)[:, :20], weight.repeat(1, 3)[:, 20:40]), expected)
+
+
+def test_a_forced_backend_without_it_does_not_stop_it():
+    without = [backend.name for backend in ops.backends() if backend.available and not backend.has("invariant_linear")]
+    if not without:
+        pytest.skip("all backends present have it")
+    x, weight = call("cpu", 9, 20, 30)
+    expected = invariant_linear(x, weight)
+    for name in without:
+        with ops.use_backend(name):
+            assert torch.equal(invariant_linear(x, weight), expected)
 
 
 @pytest.mark.parametrize(
