@@ -98,8 +98,6 @@ class Injection:
             The function's result; None if the context stopped it.
         """
         route = None if context.route is None else context.rows(context.route)
-        if route is not None and route.slot_ids.device.type == "cpu" and not bool((route.slot_ids >= 0).any()):
-            route = None  # nothing to add
         context.states = states
         with self.adaptation.using(context.values, route), self._above(states), self._seen(context), suppress(_Stopped):
             self._context = context

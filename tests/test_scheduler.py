@@ -12,7 +12,7 @@ from models import (
     one_thread,  # noqa: F401
 )
 
-from slm_fast import InputError, ScalableLM
+from slm_fast import InputError, ScalableLM, layers
 from slm_fast.data import Row
 from slm_fast.ops import Route
 from slm_fast.scheduler import Generated, Request, Sampling, Scheduler
@@ -256,3 +256,28 @@ def test_no_more_rows_run_than_the_memory_for_their_cache_holds(slm: ScalableLM)
         most = max(most, len(small._running))
     assert most == 3
     assert texts_of(slm, ended) == [answer.text for answer in slm.predict(texts, max_new_tokens=6)]
+
+
+def test_steps_of_the_bare_model_alone_add_no_increments(slm: ScalableLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, plain = [0], layers.multi_lora_
+
+    def counted(*given: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return plain(*given)
+
+    monkeypatch.setattr(layers, "multi_lora_", counted)
+    scheduler, empty = scheduler_of(slm), slm.model.empty_route(1)
+    bare = Route(empty.slot_ids[0], empty.weights[0])
+    first, second, third = prompts_of(slm, mixed_texts(3))
+    scheduler.add_request(Request(first, max_new_tokens=12, route=bare))
+    scheduler.add_request(Request(second, max_new_tokens=12, route=bare))
+    ended, before = scheduler.step(), calls[0]
+    for _ in range(2):
+        ended |= scheduler.step()
+    assert calls[0] == before
+    scheduler.add_request(Request(third, max_new_tokens=12))  # a routed row joins: all are adapted as their routes say
+    ended |= run(scheduler)
+    assert calls[0] > before
+    texts = texts_of(slm, ended)
+    answers = [answer.text for answer in slm.predict(mixed_texts(3)[:2], bare=True, max_new_tokens=12)]
+    assert texts == [*answers, slm.predict(mixed_texts(3)[2:], max_new_tokens=12)[0].text]
