@@ -1,5 +1,6 @@
 // key_loss and its gradient, as specified in slm_fast/ops/key_loss.py.
 #include "../calls.h"
+#include "buffer.h"
 #include "search.h"
 
 namespace slm_fast::SLM_ISA {
@@ -10,28 +11,27 @@ inline uint64_t splitmix64(uint64_t h) {
   return h ^ (h >> 31);
 }
 
-// The random mask of Eq. 7; see `hidden_slots` in the reference.
-struct Shown {
-  static constexpr bool kAsks = true;
+// The random mask of Eq. 7; see `hidden_slots` in the reference. `any` stays true: many keys are hardly ever all hidden.
+struct Shown final : Allowed {
   int64_t groups, slots;
   uint64_t seed;
   double mask_prob;
-  bool operator()(int64_t b, int64_t g, int64_t p) const {
+  explicit Shown(const KeyLoss& op)
+      : Allowed(true), groups(op.groups), slots(op.slots), seed(op.seed), mask_prob(op.mask_prob) {}
+  bool slot(int64_t b, int64_t g, int64_t p) const override {
     const auto index = static_cast<uint64_t>((b * groups + g) * slots + p);
     const uint64_t h = splitmix64(seed + 0x9E3779B97F4A7C15 * (1 + index));
     return !(static_cast<double>(h >> 40) * 0x1p-24 < mask_prob);
   }
-  bool any(int64_t, int64_t, int64_t) const { return true; }  // many keys are hardly ever all hidden
 };
 
 template <class T>
 void key_loss_as(KeyLoss& op, const Threads& threads) {
   const int64_t G = op.groups, P = op.slots, K = std::min(op.k, P);
   const Search asked{op.queries, P, op.width, G, K, op.query, op.keys, nullptr, nullptr, true, true};
-  const Shown shown{G, P, op.seed, op.mask_prob};
   Buffer<double> sums(op.queries * G);
   Buffer<int64_t> counts(op.queries * G);
-  search<T>(asked, threads, shown, [&](int64_t b, int64_t g, const Ranked* best, int64_t count) {
+  search<T>(asked, threads, Shown(op), [&](int64_t b, int64_t g, const Ranked* best, int64_t count) {
     const int64_t d = op.width / G;
     const T* query = static_cast<const T*>(op.query) + b * op.width + g * d;
     const double length = exact_length(query, d);

@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "../calls.h"
+#include "keys.h"
 #include "search.h"
 
 namespace slm_fast::SLM_ISA {
@@ -47,28 +48,21 @@ void write_route(const Retrieve& op, const Ranked* best, int64_t count, int64_t 
     weights[i] = op.softmax || total > 0 ? weights[i] / total : 1 / static_cast<float>(count);
 }
 
-// Which slots a query may retrieve.
-struct All {
-  static constexpr bool kAsks = false;
-  bool operator()(int64_t, int64_t, int64_t) const { return true; }
-  bool any(int64_t, int64_t, int64_t) const { return true; }
-};
-struct Masked {
-  static constexpr bool kAsks = true;
+struct Masked final : Allowed {
   const uint8_t* mask;      // any non-zero byte is true
-  int64_t row;              // row stride: P, or 0 if all queries share a mask
+  int64_t row;              // row stride: the number of slots, or 0 if all queries share a mask
   const int64_t* key_slot;  // null if each slot has one key
-  bool operator()(int64_t query, int64_t, int64_t key) const {
-    return mask[query * row + slot(key)] != 0;
-  }
-  // Whether the query may retrieve any slot of these consecutive keys.
-  bool any(int64_t query, int64_t first, int64_t count) const {
-    const uint8_t *from = mask + query * row + slot(first), *last = mask + query * row + slot(first + count - 1);
+  explicit Masked(const Retrieve& op)
+      : Allowed(true), mask(reinterpret_cast<const uint8_t*>(op.mask)),
+        row(!op.mask_per_query ? 0 : op.key_slot ? op.mask_slots : op.slots), key_slot(op.key_slot) {}
+  bool slot(int64_t query, int64_t, int64_t key) const override { return mask[query * row + of(key)] != 0; }
+  bool any(int64_t query, int64_t first, int64_t count) const override {
+    const uint8_t *from = mask + query * row + of(first), *last = mask + query * row + of(first + count - 1);
     return std::accumulate(from, last + 1, 0, std::bit_or<>{}) != 0;
   }
 
  private:
-  int64_t slot(int64_t key) const { return key_slot ? key_slot[key] : key; }
+  int64_t of(int64_t key) const { return key_slot ? key_slot[key] : key; }
 };
 
 template <class T>
@@ -78,7 +72,7 @@ void retrieve_as(const Retrieve& op, const Threads& threads) {
                      op.prepared, op.bias,  op.cosine, op.vote,   op.key_slot};
   Buffer<Ranked> votes(op.vote ? op.queries * op.groups * k : 0);
   Buffer<int64_t> counts(op.queries);
-  auto use = [&](int64_t query, int64_t group, const Ranked* best, int64_t count) {
+  const Use use = [&](int64_t query, int64_t group, const Ranked* best, int64_t count) {
     if (!op.vote) return write_route(op, best, count, query);
     Ranked* mine = votes.data() + query * op.groups * k;
     if (group == 0) counts[query] = 0;
@@ -88,10 +82,8 @@ void retrieve_as(const Retrieve& op, const Threads& threads) {
     const int64_t slots = add_votes(mine, counts[query], op.groups);
     write_route(op, mine, std::min(slots, op.k), query);
   };
-  const int64_t slots = op.key_slot ? op.mask_slots : op.slots;
-  const auto* mask = reinterpret_cast<const uint8_t*>(op.mask);
-  if (mask) search<T>(asked, threads, Masked{mask, op.mask_per_query ? slots : 0, op.key_slot}, use);
-  else search<T>(asked, threads, All{}, use);
+  if (op.mask) search<T>(asked, threads, Masked(op), use);
+  else search<T>(asked, threads, Allowed(), use);
 }
 
 // The first query with a non-finite number, or -1.

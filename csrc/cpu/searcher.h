@@ -22,8 +22,7 @@
 #include "buffer.h"
 #include "keys.h"
 #include "ranked.h"
-#include "scores.h"
-#include "threads.h"
+#include "search.h"
 
 namespace slm_fast::SLM_ISA {
 
@@ -64,10 +63,7 @@ class Searcher {
 
   // Calls use(query, list, best, count) for each query, in no particular order, with the K best of each of its lists,
   // best first, or undecided(query) if this pass cannot tell.
-  // allowed(query, list, slot): whether a slot may be returned. Asked only of slots that would be; false only if
-  // Allowed::kAsks.
-  // allowed.any(query, first, count): false only if none of `count` keys from `first` on is allowed.
-  template <class Allowed, class Use, class Undecided>
+  template <class Undecided>
   void run(const Allowed& allowed, const Use& use, const Undecided& undecided) {
     threads.for_each(blocks, parallel, [&] {
       return [&, rows = Buffer<E>(kQueries * words * P::kPair), lengths = Buffer<float>(s.groups)](
@@ -162,7 +158,6 @@ class Searcher {
   }
 
   // Whether any query of these panels may retrieve any slot of these keys.
-  template <class Allowed>
   bool asked_for(const Allowed& allowed, int64_t block, int64_t last_block, int64_t first, int64_t count) const {
     const int64_t last = std::min(last_block * kQueries, s.queries);
     for (int64_t query = block * kQueries; query < last; ++query)
@@ -171,7 +166,6 @@ class Searcher {
   }
 
   // Returns the keys' part of a score's error bound.
-  template <class Allowed>
   float search_range(int64_t first_block, int64_t r, const Allowed& allowed, Scratch& scratch) {
     const int64_t last_block = std::min(first_block + panels_at_once, blocks), step = few ? kFewKeys : kKeys;
     const int64_t begin = range_begin(r), end = range_begin(r + 1);
@@ -185,7 +179,7 @@ class Searcher {
     const BestKeys best = scratch.best.data();
     for (int64_t first = begin, count; first < end; first += count) {
       count = std::min({step, end - first, kKeys - first % kKeys});
-      if (Allowed::kAsks && !asked_for(allowed, first_block, last_block, first, count)) {
+      if (allowed.asks && !asked_for(allowed, first_block, last_block, first, count)) {
         if (s.key_slot) scratch.open.data().begin_with(first + count - 1, s.lists() * panels_at_once * kQueries);
         continue;
       }
@@ -207,7 +201,7 @@ class Searcher {
                                                        scratch.open.data().at(place))
                                            : count;
           float* thresholds = scratch.thresholds.data() + place;
-          const bool seeded = first == begin && !Allowed::kAsks && s.k <= kSeeded && found >= s.k;
+          const bool seeded = first == begin && !allowed.asks && s.k <= kSeeded && found >= s.k;
           if (seeded) kth_best(best.score, found, kQueries, s.k, thresholds);
           if (seeded || slack > before)  // or the error bound has grown since thresholds were set
             for (int64_t q = 0; q < queries; ++q)
@@ -276,7 +270,6 @@ class Searcher {
     }
   }
 
-  template <class Allowed>
   void offer(
       const BestKeys& best, int64_t slots, int64_t block, int64_t first, int64_t r, int64_t list, float* thresholds,
       float slack, const Allowed& allowed) {
@@ -292,7 +285,7 @@ class Searcher {
           const int lane = __builtin_ctz(bits);
           const int64_t q = block * kQueries + column + lane;
           int64_t id = s.key_slot ? at.key[lane] : first + slot;
-          if (!allowed(q, list, id)) continue;
+          if (allowed.asks && !allowed.slot(q, list, id)) continue;
           if (s.key_slot && !(at.second[lane] < cutoff(score[lane], q, slack))) id |= kClose;
           const int64_t own = list_at(r, list, q);
           Shortlist shortlist{kept.data() + own * most_listed, counts[own], most};
@@ -335,7 +328,6 @@ class Searcher {
   }
 
   // Writes the K best to `found`, best first. Returns their number, or -1 if this pass cannot tell but another can.
-  template <class Allowed>
   int64_t rank(int64_t query, int64_t list, const ExactScore<T>& exact, const Allowed& allowed, Ranked* found) const {
     Shortlist all{found, 0, most};
     for (int64_t r = 0; r < ranges; ++r) {
@@ -363,7 +355,7 @@ class Searcher {
     if constexpr (kRounded) return -1;
     all.count = 0;
     for (int64_t key = 0; key < s.slots;)
-      if (!allowed(query, list, key)) ++key;
+      if (allowed.asks && !allowed.slot(query, list, key)) ++key;
       else if (all.add(exact_best_from(exact, list, key))) all.keep_best();
     all.keep_best();
     std::sort(found, found + all.count, Better{});

@@ -1,0 +1,53 @@
+// The choice among the searches: one Searcher or, for queries that it cannot decide, another.
+#include "search.h"
+
+#include "searcher.h"
+
+namespace slm_fast::SLM_ISA {
+
+#if defined(__AVX512BF16__)
+// `allowed` for the queries left undecided by another search.
+struct AllowedAmong final : Allowed {
+  const Allowed& allowed;
+  const int64_t* query;
+  AllowedAmong(const Allowed& allowed, const int64_t* query)
+      : Allowed(allowed.asks), allowed(allowed), query(query) {}
+  bool slot(int64_t q, int64_t list, int64_t key) const override { return allowed.slot(query[q], list, key); }
+  bool any(int64_t q, int64_t first, int64_t count) const override { return allowed.any(query[q], first, count); }
+};
+#endif
+
+template <class T>
+void search(const Search& s, const Threads& threads, const Allowed& allowed, const Use& use) {
+  Search rest = s;
+  auto never = [](int64_t) {};
+#if defined(__AVX512BF16__)
+  if (s.cosine && (s.prepared || (s.queries > kFew && s.slots >= 4 * (s.k + 24)))) {
+    Buffer<char> left(s.queries);
+    std::fill_n(left.data(), s.queries, 0);
+    Searcher<T, Bf16Pairs>(s, threads).run(allowed, use, [&](int64_t query) { left[query] = 1; });
+    rest.queries = std::count(left.data(), left.data() + s.queries, 1);
+    if (rest.queries == 0) return;
+    Buffer<int64_t> which(rest.queries);
+    Buffer<T> rows(rest.queries * s.width);
+    for (int64_t query = 0, next = 0; query < s.queries; ++query) {
+      if (!left[query]) continue;
+      std::copy_n(static_cast<const T*>(s.query) + query * s.width, s.width, rows.data() + next * s.width);
+      which[next++] = query;
+    }
+    rest.query = rows.data();
+    return Searcher<T, Plain<float>>(rest, threads).run(
+        AllowedAmong(allowed, which.data()),
+        [&](int64_t query, int64_t list, const Ranked* best, int64_t count) { use(which[query], list, best, count); },
+        never);
+  }
+#endif
+  Searcher<T, Plain<float>>(rest, threads).run(allowed, use, never);
+}
+
+template void search<float>(const Search&, const Threads&, const Allowed&, const Use&);
+template void search<double>(const Search&, const Threads&, const Allowed&, const Use&);
+template void search<Float16>(const Search&, const Threads&, const Allowed&, const Use&);
+template void search<BFloat16>(const Search&, const Threads&, const Allowed&, const Use&);
+
+}  // namespace slm_fast::SLM_ISA
