@@ -76,6 +76,37 @@ def test_logging_is_one_line(caplog):
     assert caplog.messages[0].startswith("sea 1 {'loss': 0.")
 
 
+def test_tensorboard_and_trackio_record_every_step(tmp_path, monkeypatch):
+    """The lines of docs/learning.md, read back with each tracker's own reader."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+    from trackio.sqlite_storage import SQLiteStorage
+
+    seen: list[LearnStep] = []
+    writer = SummaryWriter(str(tmp_path / "runs"))
+    trackio.init(project="reviews", name="sea", auto_log_cpu=False)
+
+    def report(at: LearnStep) -> None:
+        seen.append(at)
+        for name, value in at.metrics.items():
+            writer.add_scalar(f"{at.task}/{name}", value, at.step)
+        trackio.log(at.metrics, step=at.step)
+
+    task = easy("sea", rows=16)
+    make_slm("bert").learn(task, valid=task, epochs=2, on_step=report, **SHORT)
+    writer.close()
+    trackio.finish()
+    found = event_accumulator.EventAccumulator(str(tmp_path / "runs")).Reload()
+    losses = [(event.step, event.value) for event in found.Scalars("sea/loss")]
+    assert losses == [(at.step, pytest.approx(at.loss)) for at in seen]
+    assert [event.step for event in found.Scalars("sea/valid_accuracy")] == [2, 4]
+    logged = SQLiteStorage.get_logs("reviews", "sea")
+    assert [(line["step"], line["loss"]) for line in logged] == [(at.step, at.loss) for at in seen]
+    assert [line["step"] for line in logged if "valid_accuracy" in line] == [2, 4]
+
+
 def test_what_a_callback_raises_ends_learning_and_loses_nothing(tmp_path):
     slm = make_slm("bert")
     slm.save_pretrained(tmp_path / "store")

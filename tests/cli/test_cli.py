@@ -83,6 +83,24 @@ def test_strict_stops_at_the_first_bad_row(store: Path):
     assert len(done.stdout.splitlines()) == 2
 
 
+@pytest.mark.parametrize(("given", "many"), [("2", 2), ("all", 4), ("99", 4)])
+def test_predict_reports_the_probabilities_of_as_many_labels_as_asked(store: Path, given: str, many: int):
+    line = json.dumps({"text": "Fry the onions in hot oil."})
+    done = slm_fast("predict", store, "--task", "recipe_steps", "--top-k", given, stdin=line)
+    assert done.returncode == 0, done.stderr
+    (answer,) = map(json.loads, done.stdout.splitlines())
+    chances = answer["probabilities"]
+    assert len(chances) == many
+    assert next(iter(chances)) == answer["label"] == "fry"
+    assert list(chances.values()) == sorted(chances.values(), reverse=True)
+    assert many < 4 or sum(chances.values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_predict_refuses_a_number_of_labels_that_is_none(store: Path):
+    one_line(slm_fast("predict", store, "--top-k", "few", stdin="{}"), 2, "--top-k", "expected a number or all")
+    one_line(slm_fast("predict", store, "--top-k", 0, stdin="{}"), 2, "--top-k: expected at least 1, got 0")
+
+
 def test_predict_does_not_overwrite_unless_told_to(store: Path, tmp_path: Path):
     output = tmp_path / "out.jsonl"
     output.write_text("precious\n")
