@@ -38,22 +38,27 @@ def shown(given: object) -> str:
     return PASSWORD.sub(r"\1:***@", given) if isinstance(given, str) else str(given)
 
 
-def write(path: Path, *data: bytes | memoryview) -> None:
-    """Write `data` to `path` atomically: write beside it, flush to disk, rename. Raises OSError."""
+def write(path: Path, *data: bytes | memoryview, durable: bool = True) -> None:
+    """Write `data` to `path` atomically: write beside it, flush to disk, rename. Raises OSError.
+
+    durable: False leaves the flush to the caller, for many files at once (`flush`); until then a power cut may leave
+    any part of the file.
+    """
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             file.writelines(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
         raise
 
 
-def flush_directory(path: Path) -> None:
-    """Make renamed and created files in a folder durable."""
+def flush(path: Path) -> None:
+    """Make a file's content durable, or the names of files renamed or created in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

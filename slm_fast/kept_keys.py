@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.covariance import Discriminant, KnownKeys
-from slm_fast.files import flush_directory, write
+from slm_fast.files import flush, write
 from slm_fast.kept_sum import UNUSABLE, model_digest
 from slm_fast.mapped_task import Opening
 from slm_fast.sketch import sampled
@@ -196,7 +196,7 @@ class KeysFile:
                 self.path.unlink()
         else:
             self.path.unlink()
-        flush_directory(self.path.parent)
+        flush(self.path.parent)
 
     def is_stale(self, files: Mapping[str, str]) -> bool:
         """Whether it is of tasks other than these or of another version, or cannot be read."""

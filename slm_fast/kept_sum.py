@@ -29,7 +29,7 @@ from torch import Tensor
 
 from slm_fast.covariance import ExactSum
 from slm_fast.errors import WorkError
-from slm_fast.files import flush_directory, write
+from slm_fast.files import flush, write
 from slm_fast.scatter import scatter_of
 
 NUMBERS = 8192  # elements of a plane that share a unit and a width
@@ -163,7 +163,7 @@ class SumFile:
                 self.write(kept)
         except (OSError, WorkError):  # a full disk, or a damaged task
             self.path.unlink()
-        flush_directory(self.path.parent)
+        flush(self.path.parent)
 
     def join(self, others: Sequence[SumFile], digests: Iterable[str]) -> None:
         """Add those of the other sums that are of these tasks only, and of none already added. Raises OSError."""

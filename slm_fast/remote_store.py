@@ -111,6 +111,7 @@ class RemoteStore(Store):
             warn(f"{error}; downloading it again")
             with self._named_errors():
                 self._place(name, self.files[name], data)
+                self._flush_placed()
             return data
 
     @staticmethod

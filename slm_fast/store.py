@@ -17,7 +17,7 @@ from typing import Any
 
 from slm_fast.covariance import ExactSum, KnownKeys
 from slm_fast.errors import InputError, SlmError, WorkError, some_of
-from slm_fast.files import Reserve, flush_directory, locked, shown, write
+from slm_fast.files import Reserve, flush, locked, shown, write
 from slm_fast.kept_sum import KeptSum
 from slm_fast.mapped_task import Opening, opening_of
 from slm_fast.scatter import scatter_of
@@ -35,6 +35,10 @@ class Store(StoreView):
 
     _clean = False  # whether there is nothing that the manifest does not name
     unsummed = 16  # tasks in which the kept sum, if any, must differ before a new one is written
+
+    def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
+        super().__init__(path, about, files)
+        self._placed: list[Path] = []  # files written and not yet durable
 
     # Writing
 
@@ -257,7 +261,7 @@ class Store(StoreView):
                     raise WorkError(f"{self.path}: another process is writing to this store; try again later")
                 if self._exists():
                     self.about = self._joined(self._look_anew())
-                self._clean = self._mark(clean=False)
+                self._clean, self._placed = self._mark(clean=False), []
                 try:
                     yield
                 except BaseException:
@@ -288,27 +292,32 @@ class Store(StoreView):
         return said
 
     def _place(self, name: str, digest: str, data: bytes) -> None:
+        """Write a task's file. It is durable after `_flush_placed`."""
         file = self.path / task_path(name, digest)
         if not any(self._version()):
             self._announce(digest)
-        folder = file.parent
-        if not folder.is_dir():
-            folder.mkdir(parents=True)
-            for made in (folder.parent, self.path):
-                flush_directory(made)
-        write(file, data)
-        flush_directory(folder)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(file, data, durable=False)
+        self._placed.append(file)
 
     def _announce(self, digest: str) -> None:
         """Add a file of a first commit to the lock file. If the commit is interrupted, this tells the file from those
         of a store that has lost its manifest, which are not leftovers."""
         with (self.path / LOCK).open("ab") as file:
             file.write(f"\n{digest}\n".encode())  # a write before this one may have been cut short
-            file.flush()
-            os.fsync(file.fileno())
+
+    def _flush_placed(self) -> None:
+        """Make placed files durable, all at once: between other writes, each would wait for the disk several times."""
+        placed, self._placed = self._placed, []
+        if placed:
+            announced = [] if any(self._version()) else [self.path / LOCK]
+            folders = dict.fromkeys(file.parent for file in placed)
+            for path in (*announced, *placed, *folders, placed[0].parents[1], self.path):
+                flush(path)
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """Commit the manifest, then remove what it no longer names."""
+        self._flush_placed()
         if files != self.files:
             self._keys.take_out(files)  # first, so that nothing of a task outlives it
         data = manifest_of(self.about, files)
@@ -322,7 +331,7 @@ class Store(StoreView):
         changed = {name for name, _ in self.files.items() ^ files.items()}
         self.files, self._seen = dict(files), hashlib.sha256(data).digest()
         try:
-            flush_directory(self.path)
+            flush(self.path)
         except OSError as error:
             raise WorkError(f"{self.path}: the change is made, but a power cut may undo it: {error.strerror}") from None
         self._clear(changed if self._clean else None)

@@ -302,8 +302,8 @@ def test_a_name_in_a_manifest_cannot_lead_out_of_the_store(tmp_path: Path) -> No
 def test_an_interrupt_right_behind_a_file_leaves_the_old_store_or_the_new_one(tmp_path, monkeypatch, file):
     Store(tmp_path, ABOUT, {}).commit(add=[A])
 
-    def interrupted(path: Path, data: bytes) -> None:
-        write(path, data)
+    def interrupted(path: Path, data: bytes, **how: bool) -> None:
+        write(path, data, **how)
         if path.name.endswith(file):
             raise KeyboardInterrupt
 

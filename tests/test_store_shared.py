@@ -257,7 +257,7 @@ def test_a_task_is_forgotten_on_a_full_disk(tmp_path: Path, monkeypatch) -> None
     store = store_of(tmp_path, A, B)
     writing = files.write
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, **how: bool) -> None:
         if (tmp_path / ".reserve").exists() or path.name == ".reserve":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         writing(path, data)
