@@ -268,7 +268,11 @@ def _pass_to_write(
     adapters = [task.adapter if task else None for task in tasks]
     if model.backbone.kind == "causal":
         limit = model.config.max_length or 0
-        encoded = reread(batch.rows, adapters, batch.encoded, model.backbone.tokenization, limit)
+        try:
+            encoded = reread(batch.rows, adapters, batch.encoded, model.backbone.tokenization, limit)
+        except RowsFailed as error:
+            task = tasks[error.rows[0]]
+            raise RowsFailed(f"task {task.name if task else ''!r}: {error}", error.rows, error.of) from None
         batch = Batch(batch.places, batch.rows, encoded)
     marked = [i for i, task in enumerate(tasks) if task and task.head]
     written = [i for i in range(rows) if i not in set(marked)]

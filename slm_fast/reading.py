@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from slm_fast.data import Row
-from slm_fast.errors import WorkError
+from slm_fast.errors import RowsFailed, WorkError
 from slm_fast.options import ModelConfig
 from slm_fast.query import SentenceQuery, TrunkQuery
 from slm_fast.tasks import Adapter
@@ -114,7 +114,10 @@ def reread(
     max_length: int,
 ) -> Encoded:
     """A causal backbone's batch in which rows of an imported task have its adapter's prompt. Rows whose adapter is None
-    keep their tokens."""
+    keep their tokens.
+
+    Raises RowsFailed for the first row that a chat template cannot write.
+    """
     if not any(adapters):
         return batch
     ids = [
@@ -123,7 +126,10 @@ def reread(
     cut = list(batch.truncated) or [False] * len(rows)
     for i, (row, adapter) in enumerate(zip(rows, adapters, strict=True)):
         if adapter is not None:
-            ids[i], cut[i] = prompt_of(row, adapter, tokenization, max_length)
+            try:
+                ids[i], cut[i] = prompt_of(row, adapter, tokenization, max_length)
+            except WorkError as error:
+                raise RowsFailed(str(error), [i], len(rows)) from None
     return tokenization.collate(ids, cut, padding_side=tokenization.padding_side).to(batch.input_ids.device)
 
 

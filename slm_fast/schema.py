@@ -217,26 +217,31 @@ def check_task(metadata: Any, tensors: Mapping[str, Tensor], file: Path) -> Lear
         WorkError: they are not consistent.
     """
     try:
-        about = about_task(metadata)
-        check(about["name"], "name", TEXT)
-        check_name(about["name"])
-        check(about["labels"], "labels", or_null(list_of(TEXT)))
-        labels = about["labels"]
-        if repeated(labels or ()) is not None:
-            raise Unfit("labels", f"{repeated(labels)!r} is listed twice")
-        for field, value in fields(about["options"], "options", others=True).items():
-            check(value, f"options.{field}", PLAIN)
-        if "warm_start" in about["options"]:
-            _check_start(about["options"]["warm_start"])
-        if "origin" in about:
-            check(about["origin"], "origin", DIGEST)
-        adapter = adapter_of(about)
-        check_tensors(tensors, labels, adapter)
+        return task_of(check_contents(metadata, tensors), tensors)
     except Unknown as unknown:
         raise WorkError(f"{file}: {unknown}") from None
     except (Unfit, InputError, ValueError) as error:
         raise WorkError(f"{file}: not a task file: {error}") from None
-    return task_of(about, tensors)
+
+
+def check_contents(metadata: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """Check that the metadata and the tensors of a task's file are consistent, and return the metadata. Raises Unfit,
+    Unknown, InputError or ValueError."""
+    about = about_task(metadata)
+    check(about["name"], "name", TEXT)
+    check_name(about["name"])
+    check(about["labels"], "labels", or_null(list_of(TEXT)))
+    labels = about["labels"]
+    if repeated(labels or ()) is not None:
+        raise Unfit("labels", f"{repeated(labels)!r} is listed twice")
+    for field, value in fields(about["options"], "options", others=True).items():
+        check(value, f"options.{field}", PLAIN)
+    if "warm_start" in about["options"]:
+        _check_start(about["options"]["warm_start"])
+    if "origin" in about:
+        check(about["origin"], "origin", DIGEST)
+    check_tensors(tensors, labels, adapter_of(about))
+    return about
 
 
 def about_task(metadata: Any) -> Mapping[str, Any]:

@@ -25,8 +25,8 @@ class DamagedFile(WorkError):
     """A task's file is missing, or not what the manifest says: reading it again will not help."""
 
 
-def task_to_bytes(task: LearnedTask) -> bytes:
-    """A task as a safetensors file. The same task always gives the same bytes."""
+def contents_of(task: LearnedTask) -> tuple[str, dict[str, Tensor]]:
+    """The metadata and the tensors of a task's file."""
     tensors = dict(task.router)
     for module, (lora_a, lora_b) in task.values.items():
         tensors[f"values.{module}.lora_a"] = lora_a
@@ -47,9 +47,16 @@ def task_to_bytes(task: LearnedTask) -> bytes:
         if task.adapter.activation == TANH:  # the default is omitted, as in older files
             del adapter["activation"]
         about["adapter"] = adapter
+    return json.dumps(about, sort_keys=True, ensure_ascii=False), tensors
+
+
+def task_to_bytes(task: LearnedTask) -> bytes:
+    """A task as a safetensors file. The same task always gives the same bytes."""
+    metadata, tensors = contents_of(task)
     # A single entry: safetensors writes several in an order that varies between runs.
-    metadata = {"slm_fast": json.dumps(about, sort_keys=True, ensure_ascii=False)}
-    return safetensors.torch.save({key: t.cpu().contiguous() for key, t in sorted(tensors.items())}, metadata)
+    return safetensors.torch.save(
+        {key: t.cpu().contiguous() for key, t in sorted(tensors.items())}, {"slm_fast": metadata}
+    )
 
 
 def digest_of(task: LearnedTask) -> str:

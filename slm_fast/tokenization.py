@@ -154,6 +154,8 @@ class Tokenization:
 
         with self._reading:
             ids = written(turns)
+            if not ids:
+                raise WorkError("chat_template: writes nothing for these turns")
             if len(ids) <= max_length:
                 return ids, False
             starts = [i for i, (speaker, _) in enumerate(turns) if speaker == "user"]

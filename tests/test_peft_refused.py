@@ -89,6 +89,16 @@ def refused(
         ("a_new_field", {"on": True}, "not known"),
         ("lora_alpha", "high", "expected numbers"),
         ("alpha_pattern", {"(": 3}, "no regular expression"),
+        ("alpha_pattern", [3], "expected numbers by module, got [3]"),
+        ("alpha_pattern", "q_proj", "expected numbers by module"),
+        ("alpha_pattern", {"q_proj": True}, "expected numbers up to 1e+12, got True"),
+        ("lora_alpha", None, "expected numbers up to 1e+12, got None"),
+        ("lora_alpha", 10**400, "expected numbers up to 1e+12"),
+        ("bias", None, "expected 'none', got None; "),
+        ("init_lora_weights", "loftq", f"changed the base's weights; {MERGE}"),
+        ("init_lora_weights", "mica", f"changed the base's weights; {MERGE}"),
+        ("a_new_field", 0, "not known"),
+        ("a_new_field", 0.0, "not known"),
     ],
 )
 def test_a_field_that_asks_for_more_than_lora_is_named(

@@ -38,6 +38,9 @@ def difference(model: AdaptedModel, task: LearnedTask, adapter: PeftAdapter, row
         InputError: PEFT is not installed, or cannot load the adapter.
         WorkError: the difference exceeds 1e-4.
     """
+    if model.backbone.dtype != torch.float32:
+        word = str(model.backbone.dtype).removeprefix("torch.")
+        raise InputError(f"check: compares in float32, and the backbone is in {word}; check with dtype='float32'")
     theirs = _in_peft(model, task, adapter)
     largest = 0.0
     for row in rows:

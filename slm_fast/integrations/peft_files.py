@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from slm_fast.errors import InputError, WorkError, lacks_memory, one_line
-from slm_fast.fields import read_json
+from slm_fast.fields import TEXT, Unfit, check, list_of, or_null, read_json
+from slm_fast.schema import ADAPTER
 from slm_fast.task_file import tensors_of
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OWN, OWN_HEAD = "slm_fast.json", "slm_fast_head.safetensors"  # files that our exports add to PEFT's
 PREFIX = "base_model.model."
-MODELS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+MODELS = re.compile(r"(model|pytorch_model|consolidated)\b.*\.(safetensors|bin|pth|index\.json)|.*\.gguf")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 FILES_BESIDE = ("config.json", *TOKENIZER, "generation_config.json")
+OWN_FIELDS = {"labels": or_null(list_of(TEXT)), "prompt": ADAPTER["prompt"], "pooling": ADAPTER["pooling"]}
 AGAIN = "save the adapter again, or download it again"
 
 # Fields that are used, or only say how the adapter was trained. Modules and their ranks are taken from the weights.
@@ -51,6 +53,10 @@ REASONS = {
     "lora_ga_config": f"LoRA-GA changed the base's weights; {MERGE}",
 }
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that do not change the base
+UNDONE_INITS = ("pissa", "olora", "corda", "lora_ga")  # those whose change PEFT can undo
+UNDO = "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which undoes that"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_ALPHA = 1e12
 VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
 HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(\.default)?\.weight")
 OTHERS = (  # pattern of a tensor's name -> what it is part of
@@ -111,7 +117,7 @@ def read_adapter(source: str | Path) -> PeftAdapter:
     source = str(source)
     folder, names = _folder(source)
     file = folder / CONFIG
-    models = [name for name in MODELS if name in names]
+    models = sorted(name for name in names if MODELS.fullmatch(name))
     if not file.exists():
         what = f"; {models[0]} there is a full model, which is a backbone" if models else ""
         raise InputError(f"adapter {source!r}: no {CONFIG}{what}; expected a folder that PEFT's save_pretrained wrote")
@@ -126,7 +132,7 @@ def read_adapter(source: str | Path) -> PeftAdapter:
         raise InputError(f"adapter {source!r}: no {WEIGHTS}{pickled}")
     lora, saved = _sorted_out(_tensors(folder / WEIGHTS), folder / WEIGHTS)
     own = _json(folder / OWN) if (folder / OWN).exists() else {}
-    check_ranks(own.get("ranks", {}), folder / OWN)
+    check_own(own, folder / OWN)
     if (folder / OWN_HEAD).exists():
         saved |= _tensors(folder / OWN_HEAD)
     digest = hashlib.sha256()
@@ -146,30 +152,40 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
     if kind != "LORA":
         raise InputError(f"{file}: peft_type: expected LORA, got {kind!r}; train a LoRA adapter instead")
     if config.get("bias", "none") != "none":
-        raise InputError(f"{file}: bias: expected 'none', got {config['bias']!r}: it trains biases; {MERGE}")
+        why = ": it trains biases" if config["bias"] in ("all", "lora_only") else ""
+        raise InputError(f"{file}: bias: expected 'none', got {config['bias']!r:.80}{why}; {MERGE}")
     init = config.get("init_lora_weights", True)
     if not any(init is known or (isinstance(known, str) and init == known) for known in PLAIN_INITS):
-        hint = (
-            "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which undoes that"
-        )
+        hint = UNDO if isinstance(init, str) and init.startswith(UNDONE_INITS) else MERGE
         raise InputError(f"{file}: init_lora_weights {init!r}: may have changed the base's weights; {hint}")
     for field, value in config.items():
-        if field not in USED and value not in (None, False, "", [], {}) and value != DEFAULTS.get(field):
+        idle = value is None or value is False or value in ("", [], {}) or value == DEFAULTS.get(field)
+        if field not in USED and not idle:
             reason = REASONS.get(field, f"not known, and may change what the adapter does; {MERGE}")
             raise InputError(f"{file}: {field}: {reason}")
-    alphas = [config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()]
-    for alpha in alphas:
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-            raise InputError(f"{file}: lora_alpha, alpha_pattern: expected numbers, got {alpha!r}")
-    for pattern in config.get("alpha_pattern") or {}:
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{file}: alpha_pattern: expected numbers by module, got {patterns!r:.80}; {AGAIN}")
+    for alpha in (config.get("lora_alpha", 8), *patterns.values()):
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= LARGEST_ALPHA:
+            most = f"expected numbers up to {LARGEST_ALPHA:g}"
+            raise InputError(f"{file}: lora_alpha, alpha_pattern: {most}, got {alpha!r:.80}; {AGAIN}")
+    for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
             raise InputError(f"{file}: alpha_pattern: {pattern!r} is no regular expression: {error}") from None
 
 
-def check_ranks(ranks: Any, file: Path) -> None:
-    """Raise WorkError unless `ranks` are numbers by the layers of fused modules, as our exports write them."""
+def check_own(own: Mapping[str, Any], file: Path) -> None:
+    """Raise WorkError unless the fields that our exports add are as they write them."""
+    try:
+        for field, kind in OWN_FIELDS.items():
+            if field in own:
+                check(own[field], field, kind)
+    except Unfit as error:
+        raise WorkError(f"{file}: {error}; {AGAIN}") from None
+    ranks = own.get("ranks", {})  # numbers by the layers of fused modules
     modules = ranks.values() if isinstance(ranks, dict) else [None]
     counts = [count for parts in modules for count in (parts.values() if isinstance(parts, dict) else [None])]
     if not all(isinstance(count, int) and 0 <= count <= 2**20 for count in counts):
@@ -223,6 +239,9 @@ def _sorted_out(
     halves: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in sorted(tensors.items()):
+        if tensor.dtype not in FLOATS:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{file}: {key}: expected numbers in float16, bfloat16 or float32, got {dtype}; {AGAIN}")
         if not tensor.isfinite().all():
             raise WorkError(f"{file}: {key}: holds a number that is not finite; {AGAIN}")
         name = key.removeprefix(PREFIX)
@@ -261,9 +280,12 @@ def check_vocabulary(folder: Path, known: Mapping[str, int]) -> None:
     if not file.exists():
         return
     content = _json(file)
-    words = (content.get("model") or {}).get("vocab") or {}
-    found = dict(words) if isinstance(words, Mapping) else {str(word): i for i, (word, *_) in enumerate(words)}
-    found |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    try:
+        words = (content.get("model") or {}).get("vocab") or {}
+        found = dict(words) if isinstance(words, Mapping) else {str(word): i for i, (word, *_) in enumerate(words)}
+        found |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise WorkError(f"{file}: is not as the tokenizers library writes it; {AGAIN}") from None
     for word, index in found.items():
         if known.get(word, index if word in known else None) != index:
             has = f"id {known[word]}" if word in known else "no such token"
@@ -273,21 +295,31 @@ def check_vocabulary(folder: Path, known: Mapping[str, int]) -> None:
 
 
 def chat_template(folder: Path) -> str | None:
-    """The chat template in an adapter's folder, if any."""
+    """The chat template in an adapter's folder, if any. Raises WorkError if it cannot be read."""
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text("utf-8") or None
+        try:
+            return file.read_text("utf-8") or None
+        except (OSError, ValueError) as error:
+            raise WorkError(f"{file}: cannot be read: {one_line(error)}; {AGAIN}") from None
     file = folder / "tokenizer_config.json"
     found = _json(file).get("chat_template") if file.exists() else None
     if isinstance(found, list):  # several, by name
-        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+        named = [one for one in found if isinstance(one, dict)]
+        found = next((one.get("template") for one in named if one.get("name") == "default"), None)
     return found if isinstance(found, str) and found else None
 
 
-def generation_settings(folder: Path) -> dict[str, Any]:
-    """The content of an adapter's own generation_config.json, if it has one."""
+def generation_settings(folder: Path) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """The content of an adapter's own generation_config.json, if it has one, and the end tokens in it. Raises WorkError
+    if it is damaged."""
     file = folder / "generation_config.json"
-    return _json(file) if file.exists() else {}
+    found = _json(file) if file.exists() else {}
+    given = found.get("eos_token_id")
+    ends = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ends):
+        raise WorkError(f"{file}: eos_token_id: expected ids of tokens, got {given!r:.80}; {AGAIN}")
+    return found, tuple(sorted(set(ends)))
 
 
 def labels_of(folder: Path, count: int) -> list[str] | None:
@@ -296,7 +328,10 @@ def labels_of(folder: Path, count: int) -> list[str] | None:
     names = _json(file).get("id2label") if file.exists() else None
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(count)}:
         return None
-    return [str(names[str(i)]) for i in range(count)]
+    found = [names[str(i)] for i in range(count)]
+    if not list_of(TEXT)[1](found):
+        raise WorkError(f"{file}: id2label: expected words, got {names!r:.80}; name the labels with labels= (--labels)")
+    return found
 
 
 def as_float32(tensor: Tensor) -> Tensor:

@@ -13,9 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from slm_fast.backbone import Backbone
+from slm_fast.card import HUB_NAMES
 from slm_fast.data import Row, check_name
 from slm_fast.errors import InputError, WorkError, some_of, warn
 from slm_fast.fields import Unfit, repeated
+from slm_fast.hub import HUB_NAME
 from slm_fast.identity import OVERRULED
 from slm_fast.integrations.peft_files import (
     PeftAdapter,
@@ -26,10 +28,12 @@ from slm_fast.integrations.peft_files import (
     labels_of,
 )
 from slm_fast.integrations.peft_heads import class_of, head_of
+from slm_fast.labels import check_label
 from slm_fast.model import AdaptedModel
+from slm_fast.reading import prompt_of
 from slm_fast.router import NotFinite
-from slm_fast.schema import WHEN_KNOWN
-from slm_fast.task_tensors import check_numbers
+from slm_fast.schema import WHEN_KNOWN, check_contents
+from slm_fast.task_file import contents_of
 from slm_fast.tasks import Adapter, LearnedTask, name_seed, origin_of
 
 FEW = 20  # examples: fewer tell the router little about a task; about 50 are recommended
@@ -53,16 +57,16 @@ def import_task(
     check_name(name)
     if not rows:
         raise InputError("examples: expected texts of the task, about 50, got none")
-    if len(rows) < FEW:
-        warn(f"examples: got {len(rows)}; about 50 texts of the task are recommended for routing")
     backbone = model.backbone
     check_vocabulary(adapter.folder, backbone.tokenizer.get_vocab())
     values = values_of(adapter, backbone)
     head = head_of(adapter, backbone)
     prompt = adapter.own.get("prompt", "plain")
-    settings = generation_settings(adapter.folder) if backbone.kind != "encoder" else {}
+    settings, ends = generation_settings(adapter.folder) if backbone.kind != "encoder" else ({}, ())
     template = chat_template(adapter.folder) if backbone.kind == "causal" and head is None else None
-    about = Adapter(prompt=prompt, chat_template=template, ends=_ends(settings))
+    about = Adapter(prompt=prompt, chat_template=template, ends=ends)
+    if template is not None:
+        _check_template(about, adapter, rows, model)
     if head is not None:
         about = replace(about, pooling=head.pooling, activation=head.activation)
     own_words = tuple(adapter.own.get("labels") or ()) or None  # an exported task may generate its labels
@@ -85,18 +89,33 @@ def import_task(
         adapter=about,
         dense=None if head is None else head.dense,
     )
-    _check_numbers(task, adapter)
+    try:
+        check_contents(*contents_of(task))
+    except (Unfit, InputError, ValueError) as error:  # a store would refuse to read it
+        raise WorkError(f"adapter {adapter.source!r}: {error}") from None
+    _warn(adapter, backbone, settings, len(rows))
     return task
 
 
-def _check_numbers(task: LearnedTask, adapter: PeftAdapter) -> None:
-    parts = [(f"values.{module}", half) for module, pair in task.values.items() for half in pair]
-    parts += [("head.", half) for half in (*(task.head or ()), *(task.dense or ()))]
+def _check_template(about: Adapter, adapter: PeftAdapter, rows: Sequence[Row], model: AdaptedModel) -> None:
+    """Raise WorkError if the adapter's chat template cannot write the examples."""
     try:
-        for name, tensor in [*parts, *task.router.items()]:
-            check_numbers(name, tensor)
-    except Unfit as error:
-        raise WorkError(f"adapter {adapter.source!r}: {error}") from None
+        for row in rows:
+            prompt_of(row, about, model.backbone.tokenization, model.config.max_length or 0)
+    except WorkError as error:
+        raise WorkError(f"adapter {adapter.source!r}: {error}; mend the template, or delete it") from None
+
+
+def _warn(adapter: PeftAdapter, backbone: Backbone, settings: Mapping[str, Any], examples: int) -> None:
+    """Say what of an imported adapter may surprise."""
+    if examples < FEW:
+        warn(f"examples: got {examples}; about 50 texts of the task are recommended for routing")
+    idle = sorted(name for name, value in settings.items() if name not in OVERRULED and value not in (None, False))
+    if idle:
+        warn(f"generation_config.json: {some_of(idle)}: not applied; prediction options set how text is decoded")
+    made_for, here = adapter.config.get("base_model_name_or_path"), HUB_NAMES.get(backbone.name, backbone.name)
+    if isinstance(made_for, str) and made_for != here and all(map(HUB_NAME.fullmatch, (made_for, here))):
+        warn(f"adapter {adapter.source!r}: was trained on {made_for!r}, and answers here with {here!r}")
 
 
 def _origin(
@@ -105,16 +124,6 @@ def _origin(
     about = {key: value for key, value in model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
     about |= {"adapter": adapter.digest, "labels": labels, "rows": len(rows)}
     return origin_of(name, about, ([row.text, row.instruction] for row in rows))
-
-
-def _ends(settings: Mapping[str, Any]) -> tuple[int, ...]:
-    """End tokens in an adapter's generation settings. Warns about settings that are not applied."""
-    idle = sorted(name for name, value in settings.items() if name not in OVERRULED and value not in (None, False))
-    if idle:
-        warn(f"generation_config.json: {some_of(idle)}: not applied; prediction options set how text is decoded")
-    ends = settings.get("eos_token_id")
-    found = ends if isinstance(ends, list) else [ends]
-    return tuple(sorted({end for end in found if isinstance(end, int)}))
 
 
 # Values
@@ -209,8 +218,12 @@ def _has_module(backbone: Backbone, module: str) -> bool:
 def _labels(adapter: PeftAdapter, count: int, given: Sequence[str] | None) -> tuple[str, ...]:
     own = adapter.own.get("labels")
     names = given or own or labels_of(adapter.folder, count) or [f"LABEL_{i}" for i in range(count)]
-    if len(names) != count or not all(isinstance(name, str) and name for name in names):
+    if len(names) != count:
         raise InputError(f"labels: expected {count} words, as the adapter's head has, got {len(names)}")
+    try:
+        names = [check_label(name) for name in names]
+    except WorkError as error:
+        raise InputError(f"adapter {adapter.source!r}: {error}; name the labels with labels= (--labels)") from None
     if (twice := repeated(names)) is not None:
         raise InputError(f"labels: {twice!r} is listed twice")
     return tuple(names)
