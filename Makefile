@@ -12,9 +12,10 @@ HAS_TORCH := $(shell $(PYTHON) -c "from importlib.metadata import version as v; 
 demo: $(VENV)/.ready
 	$(RUN) -m slm_fast.cli demo
 
-# Two processes with a thread each take half the time of one with two.
+# Processes with a thread each, one more than there are processors, because some tests wait: for servers, Ray, kills.
+WORKERS := $(shell $(PYTHON) -c "import os; print(min(len(os.sched_getaffinity(0)), 7) + 1)" 2>/dev/null || echo 2)
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # 10,000 damaged stores, 5,000 lines, 500 kills, two minutes of writers and readers: `make test` does a little of each.
 fuzz: $(VENV)/.ready
