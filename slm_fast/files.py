@@ -38,23 +38,28 @@ def shown(given: object) -> str:
     return PASSWORD.sub(r"\1:***@", given) if isinstance(given, str) else str(given)
 
 
-def write(path: Path, *data: bytes | memoryview, durable: bool = True) -> None:
-    """Write `data` to `path` atomically: write beside it, flush to disk, rename. Raises OSError.
-
-    durable: False leaves the flush to the caller, for many files at once (`flush`); until then a power cut may leave
-    any part of the file.
-    """
-    part = path.with_name(path.name + ".part")
+def write(path: Path, *data: bytes | memoryview) -> None:
+    """Write `data` to `path` atomically: write beside it, flush to disk, rename. Raises OSError."""
+    part = write_beside(path, *data)
     try:
-        with open(part, "wb") as file:
-            file.writelines(data)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
+        flush(part)
         os.replace(part, path)
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_beside(path: Path, *data: bytes | memoryview) -> Path:
+    """Write `data` to a file beside `path`, which is to be flushed and renamed to it, and return that file. Raises
+    OSError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.writelines(data)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    return part
 
 
 def flush(path: Path) -> None:

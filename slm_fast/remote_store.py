@@ -184,6 +184,8 @@ class RemoteStore(Store):
             except Gone as gone:  # another process has committed since
                 says = f"the manifest names it, and it is not there; looked {self.tries} times"
                 lost = WorkError(f"{self.where}/{gone}: {says}")
+            finally:
+                self._flush_placed()  # what has come stays
             time.sleep(self.pause)
         raise lost
 

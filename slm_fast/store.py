@@ -17,7 +17,7 @@ from typing import Any
 
 from slm_fast.covariance import ExactSum, KnownKeys
 from slm_fast.errors import InputError, SlmError, WorkError, some_of
-from slm_fast.files import Reserve, flush, locked, shown, write
+from slm_fast.files import Reserve, flush, locked, shown, write, write_beside
 from slm_fast.kept_sum import KeptSum
 from slm_fast.mapped_task import Opening, opening_of
 from slm_fast.scatter import scatter_of
@@ -38,7 +38,7 @@ class Store(StoreView):
 
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
         super().__init__(path, about, files)
-        self._placed: list[Path] = []  # files written and not yet durable
+        self._placed: list[tuple[Path, Path]] = []  # files written beside their place, and that place
 
     # Writing
 
@@ -173,6 +173,7 @@ class Store(StoreView):
 
         for error in source.look_at(look).values():
             raise error
+        self._flush_placed()  # the next source may hold a task of the same name, to compare
         now = {name: digest for name, digest in taken.items() if source.files.get(name) == digest}
         return {**files, **now}, {**holder, **dict.fromkeys(now, source)}
 
@@ -292,13 +293,12 @@ class Store(StoreView):
         return said
 
     def _place(self, name: str, digest: str, data: bytes) -> None:
-        """Write a task's file. It is durable after `_flush_placed`."""
+        """Write a task's file. It is on disk and in its place after `_flush_placed`."""
         file = self.path / task_path(name, digest)
         if not any(self._version()):
             self._announce(digest)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, data, durable=False)
-        self._placed.append(file)
+        self._placed.append((write_beside(file, data), file))
 
     def _announce(self, digest: str) -> None:
         """Add a file of a first commit to the lock file. If the commit is interrupted, this tells the file from those
@@ -307,13 +307,18 @@ class Store(StoreView):
             file.write(f"\n{digest}\n".encode())  # a write before this one may have been cut short
 
     def _flush_placed(self) -> None:
-        """Make placed files durable, all at once: between other writes, each would wait for the disk several times."""
+        """Flush what `_place` has written and put it in its place, all files at once: between other writes, each would
+        wait for the disk several times."""
         placed, self._placed = self._placed, []
-        if placed:
-            announced = [] if any(self._version()) else [self.path / LOCK]
-            folders = dict.fromkeys(file.parent for file in placed)
-            for path in (*announced, *placed, *folders, placed[0].parents[1], self.path):
-                flush(path)
+        if not placed:
+            return
+        announced = [] if any(self._version()) else [self.path / LOCK]
+        for path in (*announced, *(part for part, _ in placed)):
+            flush(path)
+        for part, file in placed:
+            os.replace(part, file)
+        for path in (*dict.fromkeys(file.parent for _, file in placed), self.path / "tasks", self.path):
+            flush(path)
 
     def _finish(self, files: Mapping[str, str]) -> None:
         """Commit the manifest, then remove what it no longer names."""

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ from stores import (
 )
 
 from slm_fast.errors import InputError, SlmError, WorkError
-from slm_fast.files import write
+from slm_fast.files import write, write_beside
 from slm_fast.store import Store, task_to_bytes
 from slm_fast.tasks import LearnedTask
 
@@ -302,12 +304,14 @@ def test_a_name_in_a_manifest_cannot_lead_out_of_the_store(tmp_path: Path) -> No
 def test_an_interrupt_right_behind_a_file_leaves_the_old_store_or_the_new_one(tmp_path, monkeypatch, file):
     Store(tmp_path, ABOUT, {}).commit(add=[A])
 
-    def interrupted(path: Path, data: bytes, **how: bool) -> None:
-        write(path, data, **how)
+    def interrupted(writing: Callable[..., Path | None], path: Path, data: bytes) -> Path | None:
+        part = writing(path, data)
         if path.name.endswith(file):
             raise KeyboardInterrupt
+        return part
 
-    monkeypatch.setattr("slm_fast.store.write", interrupted)
+    for writing in (write, write_beside):
+        monkeypatch.setattr(f"slm_fast.store.{writing.__name__}", partial(interrupted, writing))
     with pytest.raises(KeyboardInterrupt):
         Store.open(tmp_path).commit(add=[B], remove=["a"])
     found = Store.open(tmp_path)

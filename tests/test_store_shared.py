@@ -257,17 +257,19 @@ def test_a_task_is_forgotten_on_a_full_disk(tmp_path: Path, monkeypatch) -> None
     store = store_of(tmp_path, A, B)
     writing = files.write
 
-    def full(path: Path, data: bytes, **how: bool) -> None:
+    def full(path: Path, data: bytes) -> None:
         if (tmp_path / ".reserve").exists() or path.name == ".reserve":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         writing(path, data)
 
     monkeypatch.setattr("slm_fast.store.write", full)
+    monkeypatch.setattr("slm_fast.store.write_beside", full)
     with pytest.raises(WorkError, match="cannot be written: the disk is full; the store is as it was"):
         store.commit(add=[C])
     store.commit(remove=["a"])
     assert sorted(Store.open(tmp_path).files) == ["b"]
     monkeypatch.setattr("slm_fast.store.write", writing)
+    monkeypatch.setattr("slm_fast.store.write_beside", files.write_beside)
     Store.open(tmp_path).commit(add=[D])
     assert (tmp_path / ".reserve").stat().st_size >= files.LEAST_RESERVE
 
