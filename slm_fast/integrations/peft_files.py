@@ -328,7 +328,7 @@ def labels_of(folder: Path, count: int) -> list[str] | None:
     names = _json(file).get("id2label") if file.exists() else None
     if not isinstance(names, dict) or set(names) != {str(i) for i in range(count)}:
         return None
-    found = [names[str(i)] for i in range(count)]
+    found = [str(name) if type(name) is int else name for name in (names[str(i)] for i in range(count))]
     if not list_of(TEXT)[1](found):
         raise WorkError(f"{file}: id2label: expected words, got {names!r:.80}; name the labels with labels= (--labels)")
     return found
