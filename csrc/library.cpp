@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   library.def("key_loss_native(Tensor query, Tensor keys, SymInt k, SymInt groups, float mask_prob, SymInt seed) -> (Tensor, Tensor)");
   library.def("key_loss_native_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected) -> Tensor");
   library.def("invariant_linear_native(Tensor x, Tensor weight) -> Tensor");
+  library.def("sum_scatters_native(Tensor factor, Tensor rows, Tensor exponent, Tensor diagonal) -> (Tensor, Tensor)");
 #if defined(SLM_FAST_CUDA)
   library.def(MULTI_LORA("cuda"));
   library.def(MULTI_LORA_("cuda"));
@@ -48,6 +49,7 @@ STABLE_TORCH_LIBRARY_IMPL(slm_fast, CPU, library) {
   library.impl("key_loss_native", TORCH_BOX(&slm_fast::key_loss));
   library.impl("key_loss_native_backward", TORCH_BOX(&slm_fast::key_loss_backward));
   library.impl("invariant_linear_native", TORCH_BOX(&slm_fast::invariant_linear));
+  library.impl("sum_scatters_native", TORCH_BOX(&slm_fast::sum_scatters));
 }
 
 PYBIND11_MODULE(_C, module) {

@@ -27,6 +27,7 @@ std::tuple<Tensor, Tensor> key_loss(
     Tensor query, Tensor keys, int64_t k, int64_t groups, double mask_prob, int64_t seed);
 Tensor key_loss_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected);
 Tensor invariant_linear(Tensor x, Tensor weight);
+std::tuple<Tensor, Tensor> sum_scatters(Tensor factor, Tensor rows, Tensor exponent, Tensor diagonal);
 
 // GPU versions: csrc/cuda/operators.cpp.
 namespace cuda {

@@ -60,6 +60,7 @@ inline std::string name_of(ScalarType type) {
     case ScalarType::Long: return "torch.int64";
     case ScalarType::Bool: return "torch.bool";
     case ScalarType::Byte: return "torch.uint8";
+    case ScalarType::Char: return "torch.int8";
     default: return torch::headeronly::toString(type);
   }
 }

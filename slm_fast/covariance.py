@@ -1,94 +1,21 @@
-"""Counts, means and scatter of queries: a task's statistics for the gaussian router, and exact sums of scatters."""
+"""Counts, means and scatter of queries: a task's statistics for the gaussian router."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slm_fast.errors import InputError, WorkError
+from slm_fast.exact_sum import ExactSum
 
 PERCENTILES = 101
 ALIKE = 2.0**-18  # relative difference that rounding may cause between two float32 queries of one text
-COARSE, FINE = 2.0**10, 2.0**56  # reciprocal units of the two planes
-ROWS_AT_ONCE, NUMBERS_AT_ONCE = 4096, 1 << 15
-LARGEST_TERM, LARGEST_PLANE = 2.0**52, 2**62
-
-
-@dataclass(frozen=True)
-class ExactSum:
-    """A sum of float32 tensors without a history: its bits depend only on which terms it contains.
-
-    Floating-point sums depend on their order, and subtracting a term leaves its rounding errors behind. Here each term
-    is rounded once, on its own, to a multiple of 2^-56 (exact for numbers of 2^-33 and above, with their 24 bits), and
-    the sum is one of integers: its order does not matter, and `minus` undoes `plus` to the last bit, so that no trace
-    of a forgotten task is left.
-
-    Attributes:
-        coarse, fine: int64, in units of 2^-10 and 2^-56. A term v adds round(v 2^10) to coarse and the remainder, at
-            most 2^45 units, to fine. So at least 2^17 terms fit, with totals up to 2^52 (a LLaMA's largest squared
-            activations are about 2^23, which leaves room for 2^29 such rows).
-    """
-
-    coarse: Tensor
-    fine: Tensor
-
-    @classmethod
-    def of(cls, terms: Iterable[Tensor], start: ExactSum | None = None) -> ExactSum:
-        """Sum these terms, and add `start` if given.
-
-        Raises:
-            WorkError: a term is not finite or has another shape, or the sum is too large.
-        """
-        total = start and cls(start.coarse.clone(), start.fine.clone())
-        for term in terms:
-            total = total or cls(*torch.zeros(2, *term.shape, dtype=torch.int64))
-            total._add(term)
-        return total or cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-
-    def plus(self, term: Tensor) -> ExactSum:
-        """Add a term. Raises as `of` does."""
-        total = ExactSum(self.coarse.clone(), self.fine.clone())
-        total._add(term)
-        return total
-
-    def minus(self, term: Tensor) -> ExactSum:
-        """Subtract a term that the sum contains."""
-        total = ExactSum(self.coarse.clone(), self.fine.clone())
-        total.take(term)
-        return total
-
-    def take(self, term: Tensor) -> None:
-        """Subtract a term in place, without memory for another sum."""
-        self._add(term, -1)
-
-    def _add(self, term: Tensor, sign: int = 1) -> None:
-        """Add a term in place, in pieces that fit the caches."""
-        if term.shape != self.coarse.shape:
-            raise WorkError(f"scatter: expected {list(self.coarse.shape)} as other tasks have, got {list(term.shape)}")
-        whole = [plane.flatten().split(NUMBERS_AT_ONCE) for plane in (self.coarse, self.fine)]
-        for coarse, fine, part in zip(*whole, term.flatten().split(NUMBERS_AT_ONCE), strict=True):
-            if not len(part):
-                continue
-            lowest, highest = part.aminmax()
-            if not (lowest > -LARGEST_TERM and highest < LARGEST_TERM):  # NaN fails this, too
-                raise WorkError(f"scatter: expected finite numbers below 2^52, got {float(lowest)}..{float(highest)}")
-            scaled = part.double() * COARSE
-            units = scaled.round()
-            rest = (scaled - units).mul_(FINE / COARSE).round_()
-            for plane, more in ((coarse, units), (fine, rest)):
-                plane.add_(more.long(), alpha=sign)  # no overflow: both are at most 2^62
-                if max(map(abs, map(int, plane.aminmax()))) > LARGEST_PLANE:
-                    raise WorkError("scatter: expected a sum over all tasks below 2^52, got a larger one")
-
-    def total(self) -> Tensor:
-        """The sum in float64, within a few units in the last place."""
-        return self.coarse.double() / COARSE + self.fine.double() / FINE
+ROWS_AT_ONCE = 4096
 
 
 Discriminant = tuple[Tensor, Tensor, Tensor]  # a gaussian router's centre [D], keys [M, D] and bias [M]

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slm_fast.covariance import ExactSum
 from slm_fast.errors import WorkError
+from slm_fast.exact_sum import COMPACT_AT_ONCE, ExactSum, Term
 from slm_fast.files import flush, write
 from slm_fast.scatter import scatter_of
 
@@ -54,7 +54,7 @@ class KeptSum:
         coarse, fine = (one + more for one, more in zip(self._planes, other._planes, strict=True))
         return KeptSum({**self.opening, **other.opening}, ExactSum(coarse, fine))
 
-    def without(self, digest: str, term: Tensor) -> KeptSum:
+    def without(self, digest: str, term: Term) -> KeptSum:
         """Subtract a task: `digest` is the SHA-256 of its file, `term` its scatter."""
         opening = {task: own for task, own in self.opening.items() if task != digest}
         return replace(self, opening=opening, total=self.total.minus(term))
@@ -138,7 +138,7 @@ class SumFile:
         return there is None or not there <= set(digests)
 
     def take_out(
-        self, gone: Iterable[str], term: Callable[[str], Tensor], left: Callable[[], KeptSum] | None = None
+        self, gone: Iterable[str], term: Callable[[str], Term], left: Callable[[], KeptSum] | None = None
     ) -> None:
         """Leave no trace of some tasks, given by the SHA-256 of their files. If that fails, the file is deleted.
 
@@ -185,12 +185,16 @@ class SumProof:
     def __init__(self, file: SumFile) -> None:
         self._file, self._kept = file, file.read()
         self._left = dict(self._kept.opening) if self._kept else {}
+        self._waiting: list[Term] = []  # to be subtracted together
+        self._fits = True
 
     def take(self, digest: str, opening: str, part: Mapping[str, Tensor]) -> None:
         """Give a task of the store: SHA-256 of its file, its `Opening.digest`, and its part of the router."""
         if self._kept is not None and self._left.get(digest) == opening:
-            self._kept.total.take(scatter_of(part))
             del self._left[digest]
+            self._waiting.append(scatter_of(part))
+            if len(self._waiting) == COMPACT_AT_ONCE:
+                self._take_waiting()
 
     def wrong(self) -> list[str]:
         """Say what is wrong with the sum after all tasks were given: at most one line."""
@@ -198,8 +202,17 @@ class SumProof:
         if kept is None:
             right = self._file.tasks() == set()
         else:
-            right = not self._left and not kept.total.coarse.any() and not kept.total.fine.any()
+            self._take_waiting()
+            right = self._fits and not self._left and not kept.total.coarse.any() and not kept.total.fine.any()
         return [] if right else [f"{self._file.path}: {UNUSABLE}"]
+
+    def _take_waiting(self) -> None:
+        assert self._kept is not None
+        try:
+            self._kept.total.take(self._waiting)
+        except WorkError:  # of another width
+            self._fits = False
+        self._waiting.clear()
 
 
 def model_digest(about: Mapping[str, Any]) -> bytes:

@@ -21,7 +21,6 @@ from slm_fast import ops
 from slm_fast.covariance import (
     NOTHING,
     Discriminant,
-    ExactSum,
     Kept,
     KnownKeys,
     held_out_distances,
@@ -34,6 +33,7 @@ from slm_fast.covariance import (
     whitener,
 )
 from slm_fast.errors import InputError, RowsFailed, WorkError, some_of
+from slm_fast.exact_sum import ExactSum
 from slm_fast.ops import Route
 from slm_fast.ops.invariant_linear import invariant_linear
 from slm_fast.ops.retrieve import PreparedKeys

@@ -5,23 +5,22 @@ kept as `factor` [R, D] int8, `exponent` [D] int8 and `diagonal` [D] float32, me
 
     scatter[i, j] = sum_r factor[r, i] factor[r, j] 2^(exponent[i] + exponent[j]) + (i == j) diagonal[i]
 
-which is positive semi-definite by construction. Sums of products of such small integers are exact in float32 in any
-order, so all machines compute the same bits.
+which is positive semi-definite by construction. `slm_fast.ops.sum_scatters` sums these exactly, with the same bits on
+all machines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-RANK = 256  # directions kept. 256 127^2 < 2^24: float32 is exact up to this
-EXPONENTS = (-40, 12)  # range of a factor's exponents; a scatter is then below 2^46
+from slm_fast.ops.sum_scatters import EXPONENTS, RANK
+
 SPARE = 32  # extra directions in PASSES iterations that find the strongest ones (Halko et al. 2011)
 PASSES = 4
-ROWS_AT_ONCE = 128
 
 
 def compress(scatter: Tensor, rows: int, seed: int) -> dict[str, Tensor]:
@@ -35,27 +34,23 @@ def compress(scatter: Tensor, rows: int, seed: int) -> dict[str, Tensor]:
     return {"factor": factor.to(torch.int8), "exponent": exponent.to(torch.int8), "diagonal": diagonal.float()}
 
 
-def expand(factor: Tensor, exponent: Tensor, diagonal: Tensor) -> Tensor:
-    """The scatter's upper triangle, row by row, [D (D + 1) / 2] float64, with the same bits on all machines.
+class Compact(NamedTuple):
+    """A scatter's compact form: factor [R, D], exponent [D], diagonal [D]."""
 
-    It is computed a few rows at a time, which stay in the caches. Scaling by powers of two is exact, and all products
-    in a sum have the same power.
-    """
-    scaled, width = factor.float() * exponent.double().exp2().float(), len(diagonal)
-    packed, place, begins = np.empty(width * (width + 1) // 2), 0, []
-    for first in range(0, width, ROWS_AT_ONCE):
-        part = (scaled[:, first : first + ROWS_AT_ONCE].T @ scaled[:, first:]).numpy()
-        for i, row in enumerate(part):
-            begins.append(place)
-            packed[place : place + len(row) - i] = row[i:]
-            place += len(row) - i
-    packed[begins] += diagonal.double().numpy()
-    return torch.from_numpy(packed)
+    factor: Tensor
+    exponent: Tensor
+    diagonal: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the upper triangle, row by row."""
+        width = len(self.diagonal)
+        return torch.Size([width * (width + 1) // 2])
 
 
-def scatter_of(part: Mapping[str, Tensor]) -> Tensor:
-    """The upper triangle, row by row, of a task's scatter, from its part of the router."""
-    return expand(part["factor"], part["exponent"], part["diagonal"]) if "factor" in part else part["scatter"]
+def scatter_of(part: Mapping[str, Tensor]) -> Tensor | Compact:
+    """A task's scatter, from its part of the router: its upper triangle, row by row, or the compact form of it."""
+    return Compact(*(part[name] for name in Compact._fields)) if "factor" in part else part["scatter"]
 
 
 def _strongest(scatter: Tensor, rank: int, seed: int) -> Tensor:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from slm_fast.covariance import ExactSum
 from slm_fast.errors import WorkError
+from slm_fast.exact_sum import ExactSum
 from slm_fast.scatter import scatter_of
 
 Parts = Mapping[str, Mapping[str, Tensor]]  # parts of the router in tasks' files, by name
@@ -105,8 +105,7 @@ def _moved(start: ExactSum | None, before: Parts, after: Parts) -> ExactSum:
     if start is not None and before and len(gone) + len(came) <= len(after):
         total = ExactSum.of(map(scatter_of, came), start)
         try:
-            for part in gone:
-                total.take(scatter_of(part))
+            total.take(map(scatter_of, gone))
             return total
         except WorkError:  # its file is damaged by now: sum the remaining tasks instead
             pass

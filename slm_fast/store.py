@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from slm_fast.covariance import ExactSum, KnownKeys
+from slm_fast.covariance import KnownKeys
 from slm_fast.errors import InputError, SlmError, WorkError, some_of
+from slm_fast.exact_sum import ExactSum
 from slm_fast.files import Reserve, flush, locked, shown, write, write_beside
 from slm_fast.kept_sum import KeptSum
 from slm_fast.mapped_task import Opening, opening_of

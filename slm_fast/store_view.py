@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_fast.collection import without_collection
-from slm_fast.covariance import NOTHING, ExactSum, Kept
+from slm_fast.covariance import NOTHING, Kept
 from slm_fast.errors import InputError, WorkError, memory_for, warn
+from slm_fast.exact_sum import ExactSum
 from slm_fast.files import locked, path_of
 from slm_fast.kept_keys import KeysFile
 from slm_fast.kept_sum import KeptSum, SumFile, SumProof

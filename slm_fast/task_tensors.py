@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slm_fast.covariance import PERCENTILES
 from slm_fast.fields import Unfit, fields
-from slm_fast.scatter import EXPONENTS, RANK
+from slm_fast.ops.sum_scatters import EXPONENTS, MOST_DIAGONAL, RANK
 from slm_fast.tasks import Adapter
 
 POOLINGS = ("first", "last", "mean")  # hidden state that a head reads
@@ -41,7 +41,7 @@ NUMBERS = (
     ("mean", -1e8, 1e8),
     ("factor", -127, 127),
     ("exponent", *EXPONENTS),
-    ("diagonal", 0, 2**45),
+    ("diagonal", 0, int(MOST_DIAGONAL)),
     ("sample_mean", 0, 2**20),
     ("sample", -1e8, 1e8),
     ("keys", -1e8, 1e8),

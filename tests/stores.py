@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from slm_fast import ScalableLM
-from slm_fast.covariance import ExactSum, pack
+from slm_fast.covariance import pack
 from slm_fast.errors import SlmError
+from slm_fast.exact_sum import ExactSum
 from slm_fast.kept_sum import KeptSum, SumFile
 from slm_fast.scatter import scatter_of
 from slm_fast.store import Store, task_to_bytes

@@ -54,6 +54,7 @@ LAYERS = (
         "heads",
         "tasks",
         "covariance",
+        "exact_sum",
         "scatter",
         "sketch",
         "families",
@@ -219,7 +220,7 @@ def test_no_file_is_longer_than_a_head_holds() -> None:
 
 def test_an_operators_stem_is_found_in_each_of_its_places() -> None:
     root = PACKAGE.parent
-    for stem in ("multi_lora", "retrieve", "key_loss", "adapted_linear", "invariant_linear"):
+    for stem in ("multi_lora", "retrieve", "key_loss", "adapted_linear", "invariant_linear", "sum_scatters"):
         assert (root / f"slm_fast/ops/{stem}.py").exists()
         assert (root / f"tests/ops/test_{stem}.py").exists()
 

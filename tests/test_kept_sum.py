@@ -28,8 +28,8 @@ from stores import (
 
 import slm_fast.sketch
 from slm_fast import ScalableLM
-from slm_fast.covariance import ExactSum
 from slm_fast.errors import InputError, WorkError
+from slm_fast.exact_sum import ExactSum
 from slm_fast.files import locked
 from slm_fast.kept_sum import KeptSum, SumFile
 from slm_fast.mapped_task import LATER

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import slm_fast.random_features
 from slm_fast.covariance import unpack
+from slm_fast.ops.sum_scatters import expand
 from slm_fast.random_features import (
     KEPT,
     LABEL_TEMPERATURE,
@@ -26,7 +27,6 @@ from slm_fast.random_features import (
     feature_matrix,
 )
 from slm_fast.router import GaussianRouter
-from slm_fast.scatter import expand
 
 CPU, WIDTH, LEADING, FEATURES = torch.device("cpu"), 9, 6, 14
 MATRIX = feature_matrix(LEADING, FEATURES, CPU)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from slm_fast.covariance import unpack
-from slm_fast.scatter import RANK, compress, expand
+from slm_fast.ops.sum_scatters import RANK, expand
+from slm_fast.scatter import compress
 
 
 def scatter_of(rows: int, width: int, seed: int = 0, scale: float = 1.0) -> Tensor:

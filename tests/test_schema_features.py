@@ -12,8 +12,8 @@ from stores import make_task
 from test_schema import FILE, SHAPES, parts, refusal
 
 from slm_fast.errors import WorkError
+from slm_fast.ops.sum_scatters import RANK
 from slm_fast.random_features import RandomFeatureRouter, feature_matrix
-from slm_fast.scatter import RANK
 from slm_fast.schema import check_fits, check_task
 from slm_fast.store import task_to_bytes
 

@@ -14,9 +14,11 @@
   void key_loss(KeyLoss&, const Threads&);                                                                  \
   void key_loss_backward(const KeyLossBackward&, const Threads&);                                           \
   void invariant_linear(const InvariantLinear&, const Threads&);                                            \
+  void sum_scatters(const SumScatters&, const Threads&);                                                    \
   void read_scratch(char*, int64_t);                                                                        \
   constexpr Kernels kTable{#isa,         multi_lora, multi_lora_backward, retrieve,         prepared_bytes, \
-                           prepare_keys, key_loss,   key_loss_backward,   invariant_linear, read_scratch};  \
+                           prepare_keys, key_loss,   key_loss_backward,   invariant_linear, sum_scatters,   \
+                           read_scratch};                                                                   \
   }
 
 DECLARE(portable)
@@ -42,7 +44,8 @@ std::vector<Candidate> candidates() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  all.push_back({&avx512_bf16::kTable, avx512 && __builtin_cpu_supports("avx512bf16")});
+  all.push_back({&avx512_bf16::kTable, avx512 && __builtin_cpu_supports("avx512bf16") &&
+                                                __builtin_cpu_supports("avx512vnni")});
   all.push_back({&avx512::kTable, avx512});
   all.push_back({&avx2::kTable, avx2});
 #endif

@@ -21,6 +21,7 @@ struct Kernels {
   void (*key_loss)(KeyLoss&, const Threads&);
   void (*key_loss_backward)(const KeyLossBackward&, const Threads&);
   void (*invariant_linear)(const InvariantLinear&, const Threads&);
+  void (*sum_scatters)(const SumScatters&, const Threads&);
   void (*read_scratch)(char* to, int64_t count);  // for tests: what new scratch memory holds
 };
 

@@ -112,11 +112,13 @@ class Backend:
 
 BACKENDS = (
     Backend(
-        "reference", ("retrieve", "key_loss", "multi_lora", "adapted_linear", "invariant_linear"), takes_key_slot=True
+        "reference",
+        ("retrieve", "key_loss", "multi_lora", "adapted_linear", "invariant_linear", "sum_scatters"),
+        takes_key_slot=True,
     ),
     Backend(
         "native",
-        ("retrieve", "key_loss", "multi_lora", "invariant_linear"),
+        ("retrieve", "key_loss", "multi_lora", "invariant_linear", "sum_scatters"),
         lambda: NATIVE_MISSING,
         checks_arguments=True,
         in_place=True,
@@ -140,7 +142,7 @@ BACKENDS = (
 )
 
 # Operators that prepare others' inputs: a forced backend that lacks them leaves the choice to `PREFERENCE`.
-AUXILIARY = ("invariant_linear",)
+AUXILIARY = ("invariant_linear", "sum_scatters")
 
 # For each device, the backends in the order they are tried.
 PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(

@@ -34,6 +34,7 @@ from slm_fast.ops.multi_lora import (
     remember_multi_lora,
 )
 from slm_fast.ops.retrieve import fake_prepare_keys, fake_retrieve, reference_retrieve
+from slm_fast.ops.sum_scatters import fake_sum_scatters, reference_sum_scatters
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,11 @@ DEFINITIONS = {
     ),
     "invariant_linear": Definition(
         "(Tensor x, Tensor weight) -> Tensor", reference_invariant_linear, fake_invariant_linear
+    ),
+    "sum_scatters": Definition(
+        "(Tensor factor, Tensor rows, Tensor exponent, Tensor diagonal) -> (Tensor, Tensor)",
+        reference_sum_scatters,
+        fake_sum_scatters,
     ),
 }
 

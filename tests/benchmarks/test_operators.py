@@ -8,7 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.speed.operators import bench_invariant_linear, bench_multi_lora, bench_retrieve, bench_retrieve_keys
+from benchmarks.speed.operators import (
+    bench_invariant_linear,
+    bench_multi_lora,
+    bench_retrieve,
+    bench_retrieve_keys,
+    bench_sum_scatters,
+)
 from benchmarks.speed.operators.command import run
 
 SMALL = bench_multi_lora.Shape(B=3, T=5, H=64, P=4, K=2, r=3)
@@ -72,6 +78,17 @@ def test_every_way_to_multiply_each_tasks_rows_gives_the_same_products() -> None
     assert len(ways) == 4
     for name, way in ways.items():
         torch.testing.assert_close(way(), products, rtol=1e-12, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_every_exact_way_to_sum_scatters_gives_the_same_bits() -> None:
+    ways = bench_sum_scatters.candidates(bench_sum_scatters.Shape(3, R=7, D=130))
+    coarse, fine = ways.pop("native")()
+    bound = ways.pop(bench_sum_scatters.BOUND)()
+    total = coarse.double() / 2**10 + fine.double() / 2**56
+    torch.testing.assert_close(total[1:130].float(), bound[0, 1:])  # the first row, without its diagonal
+    for name, way in ways.items():
+        for plane, expected in zip(way(), (coarse, fine), strict=True):
+            assert torch.equal(plane, expected), name
 
 
 def test_the_command_saves_a_line_for_each_way(tmp_path, capsys) -> None:

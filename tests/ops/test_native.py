@@ -165,7 +165,7 @@ def test_every_instruction_set_this_processor_has_passes_the_operator_tests(name
     if name == _C.build_info()["instruction_set"]:
         return  # the other tests already run this one
     here = os.path.dirname(__file__)
-    stems = ("multi_lora", "retrieve", "key_loss", "invariant_linear", "poison")
+    stems = ("multi_lora", "retrieve", "key_loss", "invariant_linear", "sum_scatters", "poison")
     files = [os.path.join(here, f"test_{stem}.py") for stem in stems]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native and not compile", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"SLM_FAST_CPU": name})

@@ -97,6 +97,11 @@ def invariant_linear(backend):
     yield normal(3, 8).double(), normal(5, 8, seed=1).double()
 
 
+def sum_scatters(backend):
+    int8, diagonal = torch.ones(5, 8, dtype=torch.int8), normal(2, 8)
+    yield int8, torch.tensor([2, 3]), int8[:2], diagonal
+
+
 CASES = {
     "adapted_linear": adapted_linear,
     "invariant_linear": invariant_linear,
@@ -107,6 +112,7 @@ CASES = {
     "multi_lora_backward": multi_lora_backward,
     "prepare_keys": prepare_keys,
     "retrieve": retrieve,
+    "sum_scatters": sum_scatters,
 }
 
 
