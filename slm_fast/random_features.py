@@ -120,9 +120,10 @@ class RandomFeatureRouter(GaussianRouter):
     @cached_property
     def label_of_mean(self) -> tuple[Tensor, Tensor]:
         """For each mean, the index of its task and the number of its label there (-1 for none), [M] int64 each."""
-        task = [torch.full((len(part["mean_label"]),), i) for i, part in enumerate(self.parts)]
-        label = [part["mean_label"].long() for part in self.parts]
-        return torch.cat(task).to(self.device), torch.cat(label).to(self.device)
+        means = torch.tensor(self.first_mean).diff()
+        task = torch.arange(len(self.parts)).repeat_interleave(means)
+        label = torch.cat([part["mean_label"] for part in self.parts]).long()
+        return task.to(self.device), label.to(self.device)
 
     @cached_property
     def label_temperature(self) -> Tensor:
