@@ -1,5 +1,5 @@
 // sum_scatters, as specified in slm_fast/ops/sum_scatters.py. Products of eight-bit factors are summed in integers, two
-// directions per step, and added to the planes in registers' worth of elements: exact, so any order gives the same bits.
+// or four directions per step. Everything is exact, so any order gives the same bits.
 #include "../calls.h"
 #include "buffer.h"
 #include "threads.h"
@@ -14,24 +14,32 @@
 
 namespace slm_fast::SLM_ISA {
 
-constexpr int kWide = 64;                             // columns of a panel
-constexpr int kTall = 4;                              // rows of a tile
-constexpr int kSteps = kRegisters == 32 ? 4 : 2;      // vectors of a tile's row, at once
-constexpr int kPanelsDown = 4;                        // panels of rows of an item; its planes, 256 KB, stay in L2
-constexpr int64_t kTasksAtOnce = 8;                   // that are added to them while they are there
+constexpr int kWide = 64;                         // columns of a panel
+constexpr int kTall = 4;                          // rows of a tile
+constexpr int kSteps = kRegisters == 32 ? 4 : 2;  // vectors of a tile's row, at once
+constexpr int kPanelsDown = 4;                    // panels of rows of a work item: its planes, 256 KB, stay in L2
+constexpr int64_t kTasksAtOnce = 8;               // added to an item's planes in one go
 static_assert(kWide % (kSteps * kLanes<int32_t>) == 0);
 constexpr double kCoarse = 0x1p10, kFine = 0x1p46;
 constexpr double kMostProduct = 0x1p22;  // sums of products are below: 256 127^2
 
-// Two directions of a column: the first in the lower half.
-struct Pair {
-  int16_t first, second;
+// Some directions of a column, as many as an instruction multiplies and adds up.
+#if defined(__AVX512VNNI__)
+using Number = int8_t;
+#else
+using Number = int16_t;
+#endif
+constexpr int kParts = 4 / sizeof(Number);
+struct Word {
+  Number part[kParts];
 };
+// VNNI multiplies unsigned by signed numbers. The first are 128 too large, so the sum is 128 times the second's sum.
+constexpr bool kRaised = sizeof(Number) == 1;
 
-// sum + a.first * b.first + a.second * b.second
+// sum + a[0] * b[0] + a[1] * b[1] ...
 inline Vec<int32_t> add_products(Vec<int32_t> sum, Vec<int32_t> a, Vec<int32_t> b) {
 #if defined(__AVX512VNNI__)
-  return (Vec<int32_t>)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+  return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 #elif defined(__AVX512BW__)
   return sum + (Vec<int32_t>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
@@ -43,20 +51,22 @@ inline Vec<int32_t> add_products(Vec<int32_t> sum, Vec<int32_t> a, Vec<int32_t> 
 #endif
 }
 
-// products[m][c] = sum of rows[p][m] . columns[p][c] over pairs p. rows: from a panel, columns: a panel.
-inline void multiply(const Pair* rows, const Pair* columns, int64_t pairs, int32_t (*products)[kWide]) {
+// products[m][c] = sum of rows[w][m] . columns[w][c] over words w. rows: from a panel, columns: a panel, whose columns
+// have these sums.
+inline void multiply(
+    const Word* rows, const Word* columns, const int32_t* sums, int64_t words, int32_t (*products)[kWide]) {
   constexpr int L = kLanes<int32_t>;
   for (int begin = 0; begin < kWide; begin += kSteps * L) {
     Vec<int32_t> sum[kTall][kSteps] = {};
-    for (int64_t p = 0; p < pairs; ++p) {
+    for (int64_t w = 0; w < words; ++w) {
       Vec<int32_t> own[kSteps];
 #pragma GCC unroll 4
-      for (int v = 0; v < kSteps; ++v) std::memcpy(&own[v], columns + p * kWide + begin + v * L, sizeof own[v]);
+      for (int v = 0; v < kSteps; ++v) std::memcpy(&own[v], columns + w * kWide + begin + v * L, sizeof own[v]);
 #pragma GCC unroll 4
       for (int m = 0; m < kTall; ++m) {
         int32_t one;
-        std::memcpy(&one, rows + p * kWide + m, sizeof one);
-        const Vec<int32_t> all = broadcast(one);
+        std::memcpy(&one, rows + w * kWide + m, sizeof one);
+        const Vec<int32_t> all = broadcast(kRaised ? one ^ static_cast<int32_t>(0x80808080) : one);
 #pragma GCC unroll 4
         for (int v = 0; v < kSteps; ++v) sum[m][v] = add_products(sum[m][v], all, own[v]);
       }
@@ -64,7 +74,10 @@ inline void multiply(const Pair* rows, const Pair* columns, int64_t pairs, int32
 #pragma GCC unroll 4
     for (int m = 0; m < kTall; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < kSteps; ++v) std::memcpy(&products[m][begin + v * L], &sum[m][v], sizeof sum[m][v]);
+      for (int v = 0; v < kSteps; ++v) {
+        if (kRaised) sum[m][v] -= 128 * load<int32_t>(sums + begin + v * L);
+        store(&products[m][begin + v * L], sum[m][v]);
+      }
   }
 }
 
@@ -102,39 +115,40 @@ inline void add_columns(
 
 // A task, ready to be multiplied with itself.
 struct Task {
-  int64_t rows, pairs;
+  int64_t rows, words;
   const int8_t* factor;   // [rows, D]
   const float* diagonal;  // [D]
-  Buffer<Pair> panels;    // [panels, pairs, kWide]
+  Buffer<Word> panels;    // [panels, words, kWide]
+  Buffer<int32_t> sums;   // [panels, kWide], of each column
   Buffer<double> unit;    // [D], the power of two of each column
   double most;            // bound of a sum of products times one unit
 };
 
-// Columns past the last and an odd direction's partner are zeros.
+// Columns past the last, and directions that fill up the last word, are zeros.
 inline void pack_panel(Task& task, int64_t width, int64_t panel) {
   const int64_t begin = panel * kWide, columns = std::min<int64_t>(kWide, width - begin);
-  for (int64_t p = 0; p < task.pairs; ++p) {
-    const int8_t *one = task.factor + 2 * p * width + begin, *other = one + width;
-    Pair* pair = task.panels.data() + (panel * task.pairs + p) * kWide;
-    if (2 * p + 1 < task.rows) {
-      for (int64_t c = 0; c < columns; ++c) pair[c] = {one[c], other[c]};
-    } else {
-      for (int64_t c = 0; c < columns; ++c) pair[c] = {one[c], 0};
+  int32_t* sums = task.sums.data() + begin;
+  std::fill_n(sums, kWide, 0);
+  for (int64_t w = 0; w < task.words; ++w) {
+    Word* word = task.panels.data() + (panel * task.words + w) * kWide;
+    std::fill_n(word, kWide, Word{});
+    for (int64_t part = 0; part < std::min<int64_t>(kParts, task.rows - kParts * w); ++part) {
+      const int8_t* row = task.factor + (kParts * w + part) * width + begin;
+      for (int64_t c = 0; c < columns; ++c) word[c].part[part] = row[c], sums[c] += row[c];
     }
-    std::fill(pair + columns, pair + kWide, Pair{0, 0});
   }
 }
 
 // Adds a task's elements in the rows of one panel and the columns of another, `right`.
 inline void add_panels(const SumScatters& op, const Task& task, int64_t down, int64_t right) {
   const int64_t D = op.width, top = down * kWide, left = right * kWide, end = std::min(D, left + kWide);
-  const Pair* rows = task.panels.data() + down * task.pairs * kWide;
-  const Pair* columns = task.panels.data() + right * task.pairs * kWide;
+  const Word* rows = task.panels.data() + down * task.words * kWide;
+  const Word* columns = task.panels.data() + right * task.words * kWide;
   const double* unit = task.unit.data();
   alignas(64) int32_t products[kTall][kWide];
   for (int64_t i = top; i < std::min(top + kWide, end); ++i) {
     const int64_t m = (i - top) % kTall;
-    if (m == 0) multiply(rows + (i - top), columns, task.pairs, products);
+    if (m == 0) multiply(rows + (i - top), columns, task.sums.data() + left, task.words, products);
     int64_t* const coarse = op.coarse + i * D - i * (i - 1) / 2 - i;  // [i, j] is at j
     int64_t* const fine = op.fine + i * D - i * (i - 1) / 2 - i;
     if (i >= left)
@@ -156,9 +170,9 @@ void sum_scatters(const SumScatters& op, const Threads& threads) {
     const int64_t tasks = std::min(kTasksAtOnce, op.tasks - first);
     for (int64_t t = 0; t < tasks; ++t) {
       Task& task = some[t];
-      task.rows = op.rows[first + t], task.pairs = (task.rows + 1) / 2, task.most = 0;
+      task.rows = op.rows[first + t], task.words = (task.rows + kParts - 1) / kParts, task.most = 0;
       task.factor = factor, task.diagonal = op.diagonal + (first + t) * D;
-      task.panels.at_least(panels * task.pairs * kWide), task.unit.at_least(D);
+      task.panels.at_least(panels * task.words * kWide), task.sums.at_least(panels * kWide), task.unit.at_least(D);
       for (int64_t c = 0; c < D; ++c) {
         task.unit[c] = std::ldexp(1.0, op.exponent[(first + t) * D + c]);
         task.most = std::max(task.most, kMostProduct * task.unit[c]);
