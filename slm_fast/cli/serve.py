@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         find_store(arguments.store)
     else:
         Store.open(arguments.store)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the store is about to be read anyway
     sock = server.bound(arguments.host, arguments.port)
     with sock:
         server.log_to(sys.stderr)
@@ -93,7 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _key(file: Path | None, variable: str) -> str | None:
     """Read a key from the first line of a file or from the environment, since other users can see command lines."""
     if file is None:
-        return os.environ.get(variable) or None
+        key = os.environ.get(variable)
+        if key is not None and not key.strip():
+            raise InputError(f"${variable}: expected a key, got none; unset it to serve without one")
+        return key and key.strip()
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,11 +21,11 @@ from slm_fast.store import Store
 SECONDS = 120.0  # to wait until the server has taken over a change
 
 
-def add(app: FastAPI, watcher: Watcher, source: Store | None) -> None:
+def add(app: FastAPI, watcher: Watcher, source: Store | None, draining: Callable[[], bool]) -> None:
     path = watcher.store.path
 
     def changed(name: str, digest: str | None, status: int = 200) -> JSONResponse:
-        if not watcher.wait_for(name, digest, SECONDS):
+        if not watcher.wait_for(name, digest, SECONDS, draining):
             raise Refused(503, f"task {name!r}: the store has the change, the server not yet: {watcher.trouble}")
         number = watcher.current.number
         content = {"id": name, "task_sha256": digest, "generation": number}

@@ -96,7 +96,7 @@ def create_app(served: Served) -> FastAPI:
     _add_state(app, served)
     openai.add(app, served.engine, served.backbone, served.metrics, served.started)
     if served.admin is not None:
-        admin.add(app, served.watcher, served.source)
+        admin.add(app, served.watcher, served.source, lambda: served.draining)
 
     def ask(given: Any, field: str, model: str, labels: int | None, truncate: bool) -> Ask:
         task, bare = rows.model_of(model, served.backbone, engine.generation.files)
@@ -125,7 +125,7 @@ def create_app(served: Served) -> FastAPI:
         if not isinstance(given, str) and any(len(text) != 1 for text in texts):
             raise Refused(400, "inputs: expected a text, or a batch [[text], [text]]; pairs are not understood")
         parsed = [text if isinstance(text, str) else text[0] for text in texts]
-        job = await finished(engine, ask(parsed, "inputs", rows.AUTO, None, body.truncate), request)
+        job = await finished(engine, ask(parsed, "inputs", rows.AUTO, None, bool(body.truncate)), request)
         scores = [rows.scored(answer) for answer in rows.predictions(job)]
         served.metrics.note_rows(job)
         return JSON(scores if several else scores[0])

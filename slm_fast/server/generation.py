@@ -23,6 +23,7 @@ from slm_fast.tasks import LearnedTask
 
 log = logging.getLogger("slm_fast.server")
 NICE = 10  # niceness of the thread that makes the next generation
+GIVEN_UP_AFTER = 0.2  # seconds until a wait that is given up ends
 RETRY = 5.0  # seconds after which a store that could not be loaded is retried, even if it looks the same
 
 
@@ -113,11 +114,18 @@ class Watcher:
         """Check the store now."""
         self._wanted.set()
 
-    def wait_for(self, name: str, digest: str | None, seconds: float) -> bool:
-        """Wait until the current generation has this file of a task, or with None, until it lacks the task."""
+    def wait_for(self, name: str, digest: str | None, seconds: float, given_up: Callable[[], bool]) -> bool:
+        """Wait until the current generation has this file of a task, or with None, until it lacks the task; for at most
+        this long, or until the wait is given up."""
         self.reload()
+        end = time.monotonic() + seconds
         with self.changed:
-            return self.changed.wait_for(lambda: self.current.files.get(name) == digest, seconds)
+            while self.current.files.get(name) != digest:
+                left = end - time.monotonic()
+                if left <= 0 or given_up():
+                    return False
+                self.changed.wait(min(left, GIVEN_UP_AFTER))
+        return True
 
     def _watch(self) -> None:
         if sys.platform == "linux":  # for this thread alone: if cores are scarce, answers go first

@@ -124,7 +124,7 @@ class Body:
         self.held = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http" or scope["method"] not in ("POST", "DELETE"):
             return await self.app(scope, receive, send)
         refused = self.full()
         if refused is not None:

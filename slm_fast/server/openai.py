@@ -67,7 +67,7 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
             raise Refused(400, "an encoder-only backbone writes no text; POST /v1/classify answers with labels")
         task, bare = rows.model_of(body.model, backbone, engine.generation.files)
         writing = rows.writing_of(body, engine.serve)
-        ask = Ask(parsed, "answer", task, bare, 1, writing, True, body.stream, turns if bare else None)
+        ask = Ask(parsed, "answer", task, bare, 1, writing, True, bool(body.stream), turns if bare else None)
         head = {"id": f"{shape.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
         if not body.stream:
             job = await finished(engine, ask, request)

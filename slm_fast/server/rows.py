@@ -56,7 +56,7 @@ def rows_of(given: Any, most: int, field: str) -> list[Row]:
 
 def chat_row(turns: Sequence[schemas.Turn]) -> Row:
     """A chat as a row, read as in training: the system message is the instruction."""
-    given = [turn.model_dump(exclude={"name"}) for turn in turns]
+    given = [turn.model_dump(include={"role", "content"}) for turn in turns]
     try:
         chat = read_chat(given, "messages")
     except SlmError as error:

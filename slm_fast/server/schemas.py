@@ -64,12 +64,13 @@ class Predict(Body):
 
     inputs: str | Annotated[list[str], Field(min_length=1)] | Annotated[list[list[str]], Field(min_length=1)]
     raw_scores: Off = False
-    truncate: bool = False
+    truncate: bool | None = False
     truncation_direction: Literal["right", "Right"] = "right"
 
 
 class StreamOptions(Body):
     include_usage: bool = False
+    include_obfuscation: Off | None = None
 
 
 class Writing(Body):
@@ -81,8 +82,9 @@ class Writing(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, lt=2**31)
     stop: Stop = None
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
+    logit_bias: None = None
     n: One | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
@@ -98,6 +100,8 @@ class Completion(Writing):
     prompt: str | Annotated[list[str], Field(min_length=1)]
     echo: Off | None = None
     best_of: One | None = None
+    logprobs: None = None
+    suffix: None = None
 
 
 class Part(Body):
@@ -106,15 +110,30 @@ class Part(Body):
 
 
 class Turn(Body):
+    """A turn of a chat. The fields that must be null are those of an answer, which clients send back as they are."""
+
     role: str
     content: str | list[Part]
     name: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+
+class Plain(Body):
+    type: Literal["text"]
 
 
 class Chat(Writing):
     messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Off | None = None
+    top_logprobs: None = None
+    response_format: Plain | None = None
+    tools: None = None
+    tool_choice: Literal["none"] | None = None
+    store: Off | None = None
 
     @property
     def length(self) -> tuple[str, int | None]:

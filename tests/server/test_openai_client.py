@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 from models import mixed_texts
@@ -41,6 +43,34 @@ def test_chat(served) -> None:
     assert found.choices[0].message.role == "assistant"
     assert found.choices[0].finish_reason == expected.finish_reason
     assert found.choices[0].task == expected.task
+
+
+def test_a_chat_goes_on_with_the_answer_as_it_came(served) -> None:
+    client, _ = served
+    turns: list[Any] = [{"role": "user", "content": TEXTS[0]}]
+    answer = client.chat.completions.create(model="auto", messages=turns, max_tokens=6).choices[0].message
+    assert answer.content
+    turns += [answer, {"role": "user", "content": TEXTS[1]}]
+    assert client.chat.completions.create(model="auto", messages=turns, max_tokens=6).choices[0].message.content
+
+
+def test_values_that_mean_a_default_are_accepted(served) -> None:
+    client, _ = served
+    both: dict[str, Any] = {"model": "auto", "max_tokens": 2, "stream": None, "logit_bias": None}
+    none = {"logprobs": None, "suffix": None}
+    plain = client.completions.create(prompt=TEXTS[0], model="auto", max_tokens=2).choices[0].text
+    assert client.completions.create(prompt=TEXTS[0], **both, **none).choices[0].text == plain
+    none = {
+        "store": False,
+        "top_logprobs": None,
+        "tools": None,
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+    }
+    turns: list[Any] = [{"role": "user", "content": TEXTS[0]}]
+    assert client.chat.completions.create(messages=turns, **both, **none).choices[0].finish_reason
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        client.chat.completions.create(messages=turns, **both, response_format={"type": "json_object"})
 
 
 @pytest.mark.parametrize("sampled", [{}, {"temperature": 1.2, "seed": 5}])

@@ -204,6 +204,22 @@ def test_a_hangup_makes_it_look_at_the_store_now(store: Path, tmp_path: Path) ->
     assert process.wait() == 0, process.said()
 
 
+def test_a_hangup_while_it_starts_does_not_end_it(store: Path, monkeypatch) -> None:
+    found = []
+
+    def bound(host: str, port: int) -> socket.socket:
+        found.append(signal.getsignal(signal.SIGHUP))
+        raise InputError("enough")
+
+    monkeypatch.setattr("slm_fast.server.run.bound", bound)
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        one_line(slm_fast("serve", store), 2, "enough")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert found == [signal.SIG_IGN]
+
+
 def test_a_port_in_use_is_one_line(store: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         one_line(slm_fast("serve", store, "--port", taken.getsockname()[1]), 1, "--port", "in use")
@@ -249,7 +265,9 @@ def test_keys_stand_in_files_or_in_the_environment(store: Path, tmp_path: Path, 
     empty = tmp_path / "key"
     empty.write_text("\n")
     one_line(slm_fast("serve", store, "--key-file", empty), 2, "expected a key in its first line")
-    monkeypatch.setenv("SLM_FAST_API_KEY", "one")
+    monkeypatch.setenv("SLM_FAST_API_KEY", " ")
+    one_line(slm_fast("serve", store), 2, "$SLM_FAST_API_KEY: expected a key, got none")
+    monkeypatch.setenv("SLM_FAST_API_KEY", "one\n")
     monkeypatch.setenv("SLM_FAST_ADMIN_KEY", "one")
     one_line(slm_fast("serve", store), 2, "$SLM_FAST_ADMIN_KEY: expected another key than $SLM_FAST_API_KEY")
     both = tmp_path / "both"

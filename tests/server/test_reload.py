@@ -207,6 +207,20 @@ def test_the_server_ends_after_a_reload_that_is_under_way(store: Path, monkeypat
     assert "watch" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_server_that_is_told_to_stop_changes_no_task_and_waits_for_no_change(store: Path) -> None:
+    slm = store_with(store)
+    with serving(slm, admin="admin") as (client, served):
+        admin, before = Client(client.port, "admin"), Store.open(store).files
+        served.draining = True
+        for method, path, body in (("DELETE", "/v1/tasks/sea", None), ("POST", "/v1/tasks", {"name": "sea"})):
+            status, found, _ = admin.call(method, path, body)
+            assert (status, found["error"]["code"]) == (503, "shutting_down")
+        assert Store.open(store).files == before
+        asked: list[bool] = []
+        assert not served.watcher.wait_for("sky", "ab" * 32, 60.0, lambda: not asked.append(True))
+        assert asked == [True]
+
+
 def test_tasks_are_taken_in_and_forgotten_over_http(store: Path) -> None:
     slm = store_with(store)
     source = Store(store.parent / "source", slm.store.about, {})
