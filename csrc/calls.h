@@ -91,12 +91,12 @@ struct InvariantLinear {
 
 // The sum of the scatters of several tasks, in two planes of integers.
 struct SumScatters {
-  int64_t tasks, width;     // T, D
-  const int64_t* rows;      // [T], directions of each task
-  const int8_t* factor;     // [sum of rows, D]
-  const int8_t* exponent;   // [T, D]
-  const float* diagonal;    // [T, D]
-  int64_t *coarse, *fine;   // [D (D + 1) / 2] each
+  int64_t tasks, width;    // T, D
+  const int64_t* rows;     // [T], directions of each task
+  const int8_t* factor;    // [sum of rows, D]
+  const int8_t* exponent;  // [T, D]
+  const float* diagonal;   // [T, D]
+  int64_t *coarse, *fine;  // [D (D + 1) / 2] each
 };
 
 }  // namespace slm_fast
