@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from slm_fast.errors import WorkError
+from slm_fast.labels import whole
 
 SPEAKERS = {
     "system": "system",
@@ -41,12 +42,13 @@ class Chat(NamedTuple):
 
 
 def read_chat(value: Any, column: str) -> Chat:
-    """Read a list of turns, or a JSON string with one.
+    """Read a list of turns, or a JSON string with one. An earlier answer of the assistant's may be empty.
 
     Raises:
-        WorkError: it is not such a list, or has other roles, tool calls, images or no user turn.
+        WorkError: it is not such a list, or has other roles, tool calls, images, an empty turn or no user turn.
     """
-    turns = [_turn(column, number, turn) for number, turn in enumerate(_list(value, column), 1)]
+    given = _list(value, column)
+    turns = [_turn(column, number, turn, last=number == len(given)) for number, turn in enumerate(given, 1)]
     answer = None
     if turns and turns[-1][0] == "assistant":
         answer = turns.pop()[1]
@@ -75,7 +77,7 @@ def _list(value: Any, column: str) -> list[Any]:
     return list(value)
 
 
-def _turn(column: str, number: int, turn: Any) -> tuple[str, str]:
+def _turn(column: str, number: int, turn: Any, *, last: bool) -> tuple[str, str]:
     """The speaker and text of a turn."""
     where = f"{column!r}: turn {number}"
     if not isinstance(turn, Mapping):
@@ -88,15 +90,18 @@ def _turn(column: str, number: int, turn: Any) -> tuple[str, str]:
     for name in ("tool_calls", "function_call", "audio"):
         if turn.get(name) is not None and turn[name] != []:
             raise WorkError(f"{where}: {name!r} is not understood; texts alone are")
-    return speaker, _said(turn.get(content), where, content)
+    return speaker, _said(turn.get(content), where, content, may_be_empty=speaker == "assistant" and not last)
 
 
-def _said(value: Any, where: str, field: str) -> str:
+def _said(value: Any, where: str, field: str, *, may_be_empty: bool) -> str:
     if isinstance(value, list):
         value = "\n".join(_part(part, where) for part in value)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (value.strip() or may_be_empty):
         raise WorkError(f"{where}: {field!r}: expected a text, got {reprlib.repr(value)}")
-    return value.strip()
+    try:
+        return whole(value, field).strip()
+    except WorkError as error:
+        raise WorkError(f"{where}: {error}") from None
 
 
 def _part(part: Any, where: str) -> str:

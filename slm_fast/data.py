@@ -21,6 +21,7 @@ from slm_fast.labels import (
     name_label,
     read_words,
     same_words,
+    shown,
     spellings,
     warn_of_alike,
     words_beside,
@@ -210,8 +211,9 @@ def checked(task: Any, what: str) -> Task:
 
 def check_name(name: str) -> None:
     if not isinstance(name, str) or not NAME.match(name):
+        given = repr(name[:100]) if isinstance(name, str) else shown(name)
         raise InputError(
-            f"task name {name!r}: expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+            f"task name {given}: expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
         )
 
 

@@ -97,6 +97,9 @@ class RemoteStore(Store):
         except SlmError as error:
             return str(error)
 
+    def stamp(self, name: str) -> None:
+        """Nothing: a file that the cache has lost is downloaded again."""
+
     def _bytes(self, name: str) -> bytes:
         """As in any store, but a file that the cache has lost, or that is damaged, is downloaded again."""
         try:

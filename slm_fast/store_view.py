@@ -116,11 +116,12 @@ class StoreView:
 
     def glance(self) -> object:
         """A value that differs whenever the store has changed, or is gone."""
-        try:
-            now = (self.path / MANIFEST).stat()
-        except OSError as error:
-            return error.errno
-        return now.st_ino, now.st_mtime_ns, now.st_size
+        return _stamp(self.path / MANIFEST)
+
+    def stamp(self, name: str) -> object:
+        """A value that differs whenever a task's file has changed; the error's number if it is gone. None: what happens
+        to it is harmless."""
+        return _stamp(self.file(name))
 
     def file(self, name: str) -> Path:
         return self.path / task_path(name, self.files[name])
@@ -344,3 +345,11 @@ def _summed(later: Callable[[], KeptSum | None], files: Mapping[str, str]) -> tu
     if kept is None or not kept.opening.keys() <= set(files.values()):
         return None
     return frozenset(name for name, digest in files.items() if digest in kept.opening), kept.total
+
+
+def _stamp(file: Path) -> object:
+    try:
+        now = file.stat()
+    except OSError as error:
+        return error.errno
+    return now.st_ino, now.st_mtime_ns, now.st_size

@@ -217,7 +217,7 @@ class Tokenization:
             try:
                 text = self._reader.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
             except Exception as error:  # templates may raise anything
-                raise WorkError(f"messages: the backbone's chat template refuses them: {one_line(error)}") from None
+                raise WorkError(f"the backbone's chat template refuses the chat: {one_line(error)}") from None
             ids: list[int] = self._reader(text, add_special_tokens=False, verbose=False)["input_ids"]
             return ids
 

@@ -15,7 +15,7 @@ from slm_fast.schema import check_same
 from slm_fast.server.generation import Watcher
 from slm_fast.server.jobs import Refused
 from slm_fast.server.rows import AUTO
-from slm_fast.server.schemas import AddTask
+from slm_fast.server.schemas import ERRORS, AddTask
 from slm_fast.store import Store
 
 SECONDS = 120.0  # to wait until the server has taken over a change
@@ -60,12 +60,12 @@ def add(app: FastAPI, watcher: Watcher, source: Store | None, draining: Callable
         except SlmError as error:
             raise Refused(400 if isinstance(error, InputError) else 503, str(error), param="name") from None
 
-    @app.post("/v1/tasks", status_code=201)
+    @app.post("/v1/tasks", status_code=201, responses=ERRORS)
     async def add_task(body: AddTask) -> Any:
         """Add a task from the store given by --tasks-from."""
         return await run(take, body.name)
 
-    @app.delete("/v1/tasks/{name}")
+    @app.delete("/v1/tasks/{name}", responses=ERRORS)
     async def forget_task(name: str) -> Any:
         """Forget a task exactly."""
         return await run(forget, name)

@@ -26,20 +26,7 @@ from slm_fast.server.metrics import Metrics
 from slm_fast.server.waiting import finished
 from slm_fast.store import Store
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schemas.Error, "description": about}
-    for status, about in {
-        400: "the request cannot be right",
-        401: "no key, or a wrong one",
-        404: "no such model",
-        408: "the body did not come in time",
-        413: "too many inputs, or too long ones",
-        422: "a row that cannot be answered",
-        429: "too much waits; see Retry-After",
-        503: "not ready, or stopping",
-        504: "not answered before the deadline",
-    }.items()
-}
+LONGEST = 100  # characters of a field's name in a message
 # The page loads nothing from elsewhere; this makes browsers enforce it.
 CSP = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -60,11 +47,12 @@ class Served:
 
     @property
     def ready(self) -> bool:
-        return self.engine.warm.is_set() and not self.draining and self.engine.failed is None
+        return self.engine.warm.is_set() and not self.draining and self.engine.failed is None and self.engine.answers
 
     def state(self) -> dict[str, Any]:
         """The content of /ready."""
-        words = "draining" if self.draining else "ready" if self.ready else "not warm"
+        words = "no task is learned yet" if self.engine.warm.is_set() else "not warm"
+        words = "draining" if self.draining else "ready" if self.ready else words
         words = words if self.engine.failed is None else "failed"
         generation, trouble = self.engine.generation, self.watcher.trouble
         return {
@@ -102,9 +90,9 @@ def create_app(served: Served) -> FastAPI:
         task, bare = rows.model_of(model, served.backbone, engine.generation.files)
         writing = Writing(min(rows.NEW_TOKENS, serve.max_new_tokens)) if engine.writes else None
         parsed = rows.rows_of(given, serve.inputs, field)
-        return Ask(parsed, "answer", task, bare, labels, writing, truncate)
+        return Ask(parsed, "answer", task, bare, labels, writing, truncate, field=field)
 
-    @app.post("/v1/classify", responses=ERRORS, response_model=schemas.Classification)
+    @app.post("/v1/classify", responses=schemas.ERRORS, response_model=schemas.Classification)
     async def classify(body: schemas.Classify, request: Request) -> Any:
         job = await finished(engine, ask(body.input, "input", body.model, body.labels, body.truncate), request)
         data = [
@@ -116,21 +104,23 @@ def create_app(served: Served) -> FastAPI:
         shape |= {"model": body.model, "data": data, "usage": rows.usage(job)}
         return JSON(shape)
 
-    @app.post("/predict", responses=ERRORS)
+    @app.post("/predict", responses=schemas.ERRORS)
     async def predict(body: schemas.Predict, request: Request) -> Any:
         """Text Embeddings Inference's format: [{label, score}] for a text, [[{label, score}], ...] for a batch."""
         given: Any = body.inputs
         several = isinstance(given, list) and isinstance(given[0], list)
         texts = [given] if isinstance(given, str) else given if several else [given]
         if not isinstance(given, str) and any(len(text) != 1 for text in texts):
-            raise Refused(400, "inputs: expected a text, or a batch [[text], [text]]; pairs are not understood")
+            raise Refused(
+                400, "inputs: expected a text, or a batch [[text], [text]]; pairs are not understood", param="inputs"
+            )
         parsed = [text if isinstance(text, str) else text[0] for text in texts]
         job = await finished(engine, ask(parsed, "inputs", rows.AUTO, None, bool(body.truncate)), request)
         scores = [rows.scored(answer) for answer in rows.predictions(job)]
         served.metrics.note_rows(job)
         return JSON(scores if several else scores[0])
 
-    @app.post("/v1/route", responses=ERRORS)
+    @app.post("/v1/route", responses=schemas.ERRORS)
     async def route(body: schemas.Route, request: Request) -> Any:
         """The tasks that a text is routed to, with their weights, without an answer."""
         parsed = rows.rows_of(body.input, serve.inputs, "input")
@@ -154,7 +144,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSON:
-        return JSON(error_body(understood(error.errors())), 400)
+        return JSON(error_body(understood(error.errors(), error.body)), 400)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSON:
@@ -165,21 +155,47 @@ def _add_errors(app: FastAPI) -> None:
         return JSON(error_body(Refused(error.status_code, said)), error.status_code, headers=error.headers)
 
 
-def understood(errors: Any) -> Refused:
+def understood(errors: Any, body: Any) -> Refused:
     """The first problem with a body, as one line that names the field. Unknown fields come before all others."""
     first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     if first["type"] == "json_invalid":
         return Refused(400, f"the body: expected JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    place = [str(part) for part in first["loc"] if part != "body"]
-    if not place and isinstance(first["input"], bytes):  # left unparsed because of its content type
+    if len(first["loc"]) < 2 and isinstance(first["input"], bytes):  # left unparsed because of its content type
         return Refused(400, "the body: expected the header content-type: application/json")
-    if not place:
+    if len(first["loc"]) < 2 and first["type"] == "string_unicode":
+        return Refused(400, f"the body: a field's name holds half a character: {_brief(first['input'])}")
+    if len(first["loc"]) < 2:
         return Refused(400, "the body: expected a JSON object")
-    if first["type"] == "extra_forbidden":
-        return Refused(400, f"{place[-1]}: unknown field", param=place[-1])
-    # A field that may have several types has one message for each.
-    said = dict.fromkeys(error["msg"] for error in errors if error["loc"][1:2] == first["loc"][1:2])
-    return Refused(400, f"{place[0]}: {', or '.join(said)}", param=place[0])
+    field = _brief(str(first["loc"][1]))
+    # A field that may have several types has errors for each: those count that are deepest in the body.
+    alike = [(_path(error, body), error) for error in errors if error["loc"][1] == first["loc"][1]]
+    tag = next(((path, e) for path, e in alike if e["type"] == "literal_error" and e["loc"][-1] == "type"), None)
+    if tag is not None:  # other fields depend on it
+        path, said = tag[0], tag[1]["msg"]
+    elif first["type"] == "extra_forbidden":
+        path, said = _path(first, body), "unknown field, or one that this server does not support"
+    else:
+        path, _ = max(alike, key=lambda one: one[0].count("."))
+        said = ", or ".join(dict.fromkeys(error["msg"] for where, error in alike if where == path))
+    return Refused(400, f"{path}: {said}", param=field)
+
+
+def _path(error: Mapping[str, Any], body: Any) -> str:
+    """Where in a body an error is, as "messages.0.content". Its location also names the types that were tried."""
+    names, at, (*_, last) = list[str](), body, error["loc"]
+    for part in error["loc"][1:]:
+        if isinstance(at, list if isinstance(part, int) else dict) and (isinstance(part, int) or part in at):
+            at = at[part]
+        elif not (isinstance(at, dict) and error["type"] == "missing" and part == last):
+            continue
+        names.append(str(part))
+    return _brief(".".join(names))
+
+
+def _brief(name: str) -> str:
+    """A name from a request, for a message: it may be of any length and have any characters."""
+    name = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
+    return name if name.isprintable() else ascii(name)
 
 
 def _add_state(app: FastAPI, served: Served) -> None:
@@ -190,20 +206,22 @@ def _add_state(app: FastAPI, served: Served) -> None:
     async def index() -> Response:
         return Response(page, media_type="text/html; charset=utf-8", headers={"content-security-policy": CSP})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Any:
         """Whether the engine works. A process whose engine has failed ends by itself."""
         return JSON({"status": "ok"}) if engine.failed is None else JSON({"status": "failed"}, 503)
 
-    @app.get("/ready", responses={503: {"description": "not warm, or draining"}})
+    @app.head("/ready", include_in_schema=False)
+    @app.get("/ready", responses={503: {"description": "not warm, draining, or without a task to answer with"}})
     async def ready() -> Any:
         return stated(served.state(), 200 if served.ready else 503)
 
-    @app.get("/metrics", responses={401: ERRORS[401]})
+    @app.get("/metrics", responses={401: schemas.ERRORS[401]})
     async def metrics() -> Response:
         return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/info", responses={401: ERRORS[401]})
+    @app.get("/info", responses={401: schemas.ERRORS[401]})
     async def info() -> Any:
         """The model and its limits, under Text Embeddings Inference's names where it has them."""
         model, serve = engine.model, engine.serve

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from slm_fast.data import Row
 from slm_fast.errors import WorkError, one_line, some_of
@@ -25,7 +24,7 @@ from slm_fast.server.generation import Generation, prepare
 from slm_fast.server.jobs import Ask, Job, Piece, Refused, Result, Writing, stopping
 from slm_fast.server.options import ServeOptions
 from slm_fast.server.passes import find_routes, read
-from slm_fast.server.queue import Room, Waiting
+from slm_fast.server.queue import Group, Room, Waiting, group_of
 from slm_fast.server.writing import Writers
 
 log = logging.getLogger("slm_fast.server")
@@ -34,16 +33,6 @@ TOKENISED = 512  # rows that are tokenised together
 GENERATIONS = 4  # generations of tasks that may be in use at once
 BATCHES = 64  # default size of the queue in batches
 USED = 0.8  # fraction of the deadline; requests that would wait longer are refused
-
-
-class Group(NamedTuple):
-    """What the rows of a batch have in common."""
-
-    generation: Generation
-    work: str
-    forced: bool
-    options: PredictOptions
-    alone: int = 0  # number of a row that is not batched with others
 
 
 class Engine:
@@ -112,6 +101,11 @@ class Engine:
     def generation(self) -> Generation:
         return self._current
 
+    @property
+    def answers(self) -> bool:
+        """Whether any text can be answered: an encoder-only backbone needs a task for that."""
+        return self.writes or bool(self._current.files)
+
     def unanswered(self) -> tuple[list[Piece], list[Piece]]:
         """The admitted rows without a result: those that wait, and those that run, in a batch or as a text begun."""
         with self._changed:
@@ -134,10 +128,10 @@ class Engine:
         names = self._current.files
         if ask.task is not None and ask.task not in names:
             others = "auto, base" if self.writes else "auto"
-            message = f"model {ask.task!r}: expected {others} or a task; tasks: {some_of(names)}"
+            message = f"model {ask.task[:100]!r}: expected {others} or a task; tasks: {some_of(names)}"
             raise Refused(404, message, code="model_not_found", param="model")
         if not self.writes and ask.bare:
-            raise Refused(400, "model 'base': an encoder-only backbone has no answer of its own", param="model")
+            raise Refused(400, "model: an encoder-only backbone has no answer of its own", param="model")
         if not names and not (self.writes and ask.work == "answer"):
             raise Refused(503, "no task is learned yet", retry_after=1)
 
@@ -212,8 +206,9 @@ class Engine:
                 return
             if not isinstance(error, WorkError):
                 log.exception("tokenising failed")
-                error = WorkError(f"input: cannot be read: {one_line(error)}")
-            self._settle_all(jobs[0].pieces, Refused(400, str(error)))
+                error = WorkError(f"cannot be read: {one_line(error)}")
+            field = jobs[0].ask.field
+            self._settle_all(jobs[0].pieces, Refused(400, f"{field}: {error}", param=field))
             return
         with self._changed:
             for job in jobs:
@@ -231,12 +226,14 @@ class Engine:
             reading = piece.reading
             assert reading is not None
             if reading.truncated and not ask.truncate:
-                refusal = f"input {piece.place}: longer than {self.model.config.max_length} tokens, and truncate is off"
+                refusal = (
+                    f"{ask.field} {piece.place}: longer than {self.model.config.max_length} tokens, and truncate is off"
+                )
             elif not self.writes and piece.length > self.batch_tokens:
-                refusal = f"input {piece.place}: {piece.length} tokens, a batch has {self.batch_tokens}"
+                refusal = f"{ask.field} {piece.place}: {piece.length} tokens, a batch has {self.batch_tokens}"
             else:
                 continue
-            return self._settle_all(job.pieces, Refused(413, refusal, code="context_length_exceeded", param="input"))
+            return self._settle_all(job.pieces, Refused(413, refusal, code="context_length_exceeded", param=ask.field))
         # Imported adapters have prompts of their own, and some have heads: their rows are answered as in `predict`.
         imported = job.generation.known.pool.imported is not None and not ask.bare
         group: Group | None = None
@@ -247,21 +244,9 @@ class Engine:
             if self._plain and not imported and ask.work == "answer":
                 self._to_write.append(piece)
             else:
-                group = self._group(piece, job) if group is None or group.alone else group
+                group = group_of(piece, self.options) if group is None or group.alone else group
                 self._groups[piece] = group
                 self._waiting.add(group, piece)
-
-    def _group(self, piece: Piece, job: Job) -> Group:
-        ask, writing = job.ask, job.ask.writing
-        options = replace(self.options, bare=ask.bare)
-        alone = 0
-        if ask.work == "answer" and writing is not None:
-            options = replace(options, max_new_tokens=writing.max_new_tokens)
-            if writing.sampling is not None:  # rows of a batch would share one random generator
-                temperature, top_p, seed = writing.sampling.temperature, writing.sampling.top_p, writing.sampling.seed
-                options = replace(options, sample=True, temperature=temperature, top_p=top_p, seed=seed + piece.place)
-                alone = piece.number + 1
-        return Group(job.generation, ask.work, ask.task is not None, options, alone)
 
     def _run(self) -> None:
         self._warm_up()

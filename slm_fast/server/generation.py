@@ -24,7 +24,7 @@ from slm_fast.tasks import LearnedTask
 log = logging.getLogger("slm_fast.server")
 NICE = 10  # niceness of the thread that makes the next generation
 GIVEN_UP_AFTER = 0.2  # seconds until a wait that is given up ends
-RETRY = 5.0  # seconds after which a store that could not be loaded is retried, even if it looks the same
+LOOK = 5.0  # seconds after which files are looked at, and an unreadable store is retried, though it looks the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,8 @@ def prepare(model: AdaptedModel, known: Known, *, distances: bool) -> None:
 class Watcher:
     """Follows changes that others make to the store: a thread that polls the manifest.
 
-    If the store is gone or damaged, the last good generation stays, and `trouble` says why.
+    If the store is gone or damaged, or a file of a task that is served, the last good generation stays, and `trouble`
+    says why.
 
     Args:
         publish: called with each new generation. May block until it can be used.
@@ -95,6 +96,7 @@ class Watcher:
         self.changed = threading.Condition()  # notified after each check
         self._publish, self._poll, self._distances, self._skip = publish, poll, distances, skip_damaged
         self._wanted, self._closed = threading.Event(), False
+        self._stamps: dict[str, object] = {}  # by SHA-256: the stamp of a file that was right
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def start(self) -> None:
@@ -139,34 +141,59 @@ class Watcher:
             if self._closed:
                 return
             before, seen = seen, self.store.glance()
-            again = self.trouble is not None and time.monotonic() - last >= RETRY
-            if wanted or again or seen != before:
-                last = time.monotonic()
+            is_due = time.monotonic() - last >= LOOK
+            is_new = wanted or seen != before or (is_due and self.trouble is not None)
+            if is_new or is_due:
                 # In a thread that takes its OpenMP threads with it when it ends: see `in_one_thread`.
-                look = threading.Thread(target=self._look, name="look", daemon=True)
+                look = threading.Thread(target=self._look, args=(seen, is_new), name="look", daemon=True)
                 look.start()
                 look.join()
+                last = time.monotonic()
                 with self.changed:
                     self.changed.notify_all()
 
-    def _look(self) -> None:
+    def _look(self, seen: object, is_new: bool) -> None:
+        """Load the store if it is new, and look at the files of the tasks that are served.
+
+        Args:
+            seen: the store's glance.
+        """
         try:
-            new = self._next()
+            new = self._next() if is_new else None
+            if new is not None:
+                self._publish(new)
+                self.current = new
+                log.info("generation %s: %d tasks", new.number, len(new.files))
+            trouble = self._damage()
+            if trouble is not None and seen != self.store.glance():
+                return  # the file may be gone because its task is, as the next look tells
         except Exception as error:
             if not isinstance(error, SlmError) and not lacks_memory(error):
                 log.exception("reload failed")
             trouble = one_line(error)
-            if trouble != self.trouble:
-                log.error("%s; still serving generation %s", trouble, self.current.number)
-            self.trouble = trouble
-            return
-        if self.trouble is not None:
+        if trouble is None and self.trouble is not None:
             log.info("%s: can be read again", self.store.where)
-        self.trouble = None
-        if new is not None:
-            self._publish(new)
-            self.current = new
-            log.info("generation %s: %d tasks", new.number, len(new.files))
+        elif trouble is not None and trouble != self.trouble:
+            log.error("%s; still serving generation %s", trouble, self.current.number)
+        self.trouble = trouble
+
+    def _damage(self) -> str | None:
+        """What is wrong with a file of a task that is served; None if nothing. Files are read only if the file system
+        says that they have changed since they were right."""
+        files = self.current.files
+        for name, digest in files.items():
+            stamp = self.store.stamp(name) if self.store.files.get(name) == digest else None
+            if stamp is None or self._stamps.get(digest) == stamp:
+                continue
+            if digest in self._stamps or isinstance(stamp, int):
+                try:
+                    self.store.read(name)
+                except SlmError as error:
+                    return one_line(error)
+            self._stamps[digest] = stamp
+        if len(self._stamps) > len(files):
+            self._stamps = {digest: self._stamps[digest] for digest in files.values() if digest in self._stamps}
+        return None
 
     def _next(self) -> Generation | None:
         """The store as it is now; None if that is the current generation."""

@@ -60,6 +60,7 @@ class Ask:
         truncate: if False, refuse rows that would be cut to fit.
         streams: whether to call `on_change` for each token.
         chat: the turns of the row, for the backbone's own chat template, if it has one.
+        field: the request's field that has the rows, for messages.
     """
 
     rows: Sequence[Row]
@@ -71,6 +72,7 @@ class Ask:
     truncate: bool = True
     streams: bool = False
     chat: Sequence[Mapping[str, str]] | None = None
+    field: str = "input"
 
 
 @dataclass(frozen=True)

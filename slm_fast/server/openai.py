@@ -61,13 +61,14 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
         body: schemas.Writing,
         parsed: Sequence[Row],
         request: Request,
+        field: str,
         turns: Sequence[Mapping[str, str]] | None = None,
     ) -> Response:
         if not engine.writes:
             raise Refused(400, "an encoder-only backbone writes no text; POST /v1/classify answers with labels")
         task, bare = rows.model_of(body.model, backbone, engine.generation.files)
         writing = rows.writing_of(body, engine.serve)
-        ask = Ask(parsed, "answer", task, bare, 1, writing, True, bool(body.stream), turns if bare else None)
+        ask = Ask(parsed, "answer", task, bare, 1, writing, True, bool(body.stream), turns if bare else None, field)
         head = {"id": f"{shape.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
         if not body.stream:
             job = await finished(engine, ask, request)
@@ -94,17 +95,17 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
         lines = _lines(ticket, shape, {**head, "object": shape.chunk}, _decoder(engine), usage, metrics)
         return _Events(ticket, lines)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=schemas.ERRORS)
     async def completions(body: schemas.Completion, request: Request) -> Any:
         """OpenAI's completions. `model`: auto routes by the text, a task's name forces that task, base is the bare
         backbone."""
         parsed = rows.rows_of(body.prompt, engine.serve.inputs, "prompt")
-        return await write(COMPLETION, body, parsed, request)
+        return await write(COMPLETION, body, parsed, request, "prompt")
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=schemas.ERRORS)
     async def chat(body: schemas.Chat, request: Request) -> Any:
         """OpenAI's chat completions. The system message is the instruction; tasks read chats as they do in training."""
-        return await write(CHAT, body, [rows.chat_row(body.messages)], request, rows.turns(body.messages))
+        return await write(CHAT, body, [rows.chat_row(body.messages)], request, "messages", rows.turns(body.messages))
 
     def models(files: Mapping[str, str]) -> list[dict[str, Any]]:
         model = {"object": "model", "created": started, "owned_by": "slm_fast"}
@@ -114,17 +115,20 @@ def add(app: FastAPI, engine: Engine, backbone: str, metrics: Metrics, started: 
         own = [(name, sha) for name, sha in files.items() if name != rows.AUTO]
         return known + [{**model, "id": n, "root": n, "parent": base, "task_sha256": sha} for n, sha in own]
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={401: schemas.ERRORS[401]})
     async def list_models() -> Any:
         """The values of `model`: auto, base if the backbone generates text, and each task with its file's SHA-256."""
         now = engine.generation
         whole = {"object": "list", "data": models(now.files), "generation": now.number}
         return JSONResponse(whole, headers={"x-store-generation": now.number})
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}", responses={status: schemas.ERRORS[status] for status in (401, 404)})
     async def model(name: str) -> Any:
+        """One of these values, or the backbone's own name."""
         now = engine.generation
-        found = next((model for model in models(now.files) if model["id"] == name), None)
+        bare = engine.writes and rows.model_of(name, backbone, now.files)[1]
+        wanted = rows.base_of(backbone, now.files) if bare else name
+        found = next(({**model, "id": name} for model in models(now.files) if model["id"] == wanted), None)
         if found is None:
             raise Refused(404, f"model {name[:100]!r}: not here", code="model_not_found", param="model")
         return JSONResponse(found, headers={"x-store-generation": now.number})
@@ -191,7 +195,7 @@ async def _lines(
             lines.append(chunk(place, "", result.finish_reason, rows.found(result, job.generation)))
         elif result is not None:
             ended.add(place)
-            refused = result if isinstance(result, Refused) else Refused(422, f"input {place}: {result}")
+            refused = result if isinstance(result, Refused) else Refused(422, f"{job.ask.field} {place}: {result}")
             lines.append(_event(error_body(refused)))
         elif piece.stopped is None:
             more = streams[place].so_far(piece.tokens[:])

@@ -6,7 +6,11 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Hashable
+from dataclasses import replace
+from typing import NamedTuple
 
+from slm_fast.options import PredictOptions
+from slm_fast.server.generation import Generation
 from slm_fast.server.jobs import Piece, Refused
 
 PADDING = 256  # tokens of padding that cost about as much as a pass of their own
@@ -39,7 +43,9 @@ class Room:
     def reserve(self, rows: int, tokens: int) -> None:
         """Reserve room for all of a request's rows, or raise Refused and reserve none."""
         if rows > self.most_rows or tokens > self.most_tokens:
-            raise Refused(413, f"input: {rows} rows of about {tokens} tokens are more than ever fit into the queue")
+            raise Refused(
+                413, f"the request: {rows} rows of about {tokens} tokens are more than ever fit into the queue"
+            )
         if self.full or self.rows + rows > self.most_rows or self.tokens + tokens > self.most_tokens:
             raise self.busy()
         self.rows += rows
@@ -125,3 +131,27 @@ class Waiting:
             del self._groups[group]
         if not self.rows:
             self._arrived.clear()  # drop references to rows that have gone
+
+
+class Group(NamedTuple):
+    """What the rows of a batch have in common."""
+
+    generation: Generation
+    work: str
+    forced: bool
+    options: PredictOptions
+    alone: int = 0  # number of a row that is not batched with others
+
+
+def group_of(piece: Piece, options: PredictOptions) -> Group:
+    """The group of a row that waits for a batch."""
+    job, ask, writing = piece.job, piece.job.ask, piece.job.ask.writing
+    options = replace(options, bare=ask.bare)
+    alone = 0
+    if ask.work == "answer" and writing is not None:
+        options = replace(options, max_new_tokens=writing.max_new_tokens)
+        if writing.sampling is not None:  # rows of a batch would share one random generator
+            temperature, top_p, seed = writing.sampling.temperature, writing.sampling.top_p, writing.sampling.seed
+            options = replace(options, sample=True, temperature=temperature, top_p=top_p, seed=seed + piece.place)
+            alone = piece.number + 1
+    return Group(job.generation, ask.work, ask.task is not None, options, alone)

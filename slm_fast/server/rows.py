@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from slm_fast.chats import read_chat
+from slm_fast.chats import SPEAKERS, read_chat
 from slm_fast.data import Row
 from slm_fast.errors import SlmError
 from slm_fast.predict import Prediction, RouteTaken
@@ -67,10 +67,10 @@ def chat_row(turns: Sequence[schemas.Turn]) -> Row:
 
 
 def turns(given: Sequence[schemas.Turn]) -> list[dict[str, str]]:
-    """A chat as templates read it, with the parts of each turn joined to one text."""
+    """A chat that `chat_row` accepts, as templates read it: with the usual roles, and each turn's parts joined."""
     return [
         {
-            "role": turn.role,
+            "role": SPEAKERS[turn.role.strip().lower()],
             "content": turn.content if isinstance(turn.content, str) else "\n".join(part.text for part in turn.content),
         }
         for turn in given

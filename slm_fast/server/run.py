@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import resource
 import signal
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from types import FrameType
 from typing import Any, cast
@@ -21,6 +22,8 @@ from slm_fast.options import PredictOptions
 from slm_fast.server.app import Served, create_app, guarded
 from slm_fast.server.engine import Engine
 from slm_fast.server.generation import Generation, Watcher
+from slm_fast.server.jobs import Refused
+from slm_fast.server.limits import error_body
 from slm_fast.server.metrics import Metrics
 from slm_fast.server.options import ServeOptions
 from slm_fast.server.rows import AUTO
@@ -66,6 +69,7 @@ def serve(served: Served, sock: socket.socket) -> None:
     """
     server = Server(served)
     host, port = sock.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
     log.info("serving %d tasks on http://%s:%d", len(served.engine.generation.files), host, port)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # a connection is a file
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -161,8 +165,12 @@ class Lingering:
             asyncio.get_running_loop().call_later(self._seconds, self._transport.abort)
 
 
-def patient(seconds: float) -> type[HttpToolsProtocol]:
-    """HTTP protocol whose requests must begin, and their headers end, within `seconds` and `HEADERS` bytes."""
+def patient(seconds: float, generation: Callable[[], str]) -> type[HttpToolsProtocol]:
+    """HTTP protocol whose requests must begin, and their headers end, within `seconds` and `HEADERS` bytes.
+
+    Args:
+        generation: the current one, for answers to what is not HTTP.
+    """
 
     class Patient(HttpToolsProtocol):
         _timer: asyncio.TimerHandle | None = None
@@ -202,6 +210,14 @@ def patient(seconds: float) -> type[HttpToolsProtocol]:
             self._forget()
             super().on_headers_complete()
 
+        def send_400_response(self, msg: str) -> None:
+            body = json.dumps(error_body(Refused(400, msg))).encode()
+            headers = {"content-type": "application/json", "content-length": len(body), "connection": "close"}
+            headers["x-store-generation"] = generation()
+            lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + lines.encode() + b"\r\n" + body)
+            self.transport.close()
+
         def shutdown(self) -> None:
             if self._timer is None or not self.read:  # else a request has begun, and will be refused
                 super().shutdown()
@@ -216,7 +232,7 @@ class Server(uvicorn.Server):
         limits = served.engine.serve
         config = uvicorn.Config(
             guarded(create_app(served), served),
-            http=patient(limits.patience),
+            http=patient(limits.patience, lambda: served.engine.generation.number),
             ws="none",
             lifespan="off",
             log_config=None,

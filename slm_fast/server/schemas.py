@@ -194,3 +194,19 @@ class Error(BaseModel):
     """An error in OpenAI's format."""
 
     error: dict[str, Any]
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Error, "description": about}
+    for status, about in {
+        400: "the request cannot be right",
+        401: "no key, or a wrong one",
+        404: "no such model",
+        408: "the body did not come in time",
+        413: "too many inputs, or too long ones",
+        422: "a row that cannot be answered",
+        429: "too much waits; see Retry-After",
+        503: "not ready, or stopping",
+        504: "not answered before the deadline",
+    }.items()
+}

@@ -76,5 +76,5 @@ async def finished(engine: Engine, ask: Ask, request: Request) -> Job:
         if isinstance(piece.result, Refused):
             raise piece.result
         if isinstance(piece.result, Exception):
-            raise Refused(422, f"input {place}: {piece.result}")
+            raise Refused(422, f"{ask.field} {place}: {piece.result}", param=ask.field)
     return ticket.job

@@ -33,7 +33,7 @@ BAD: list[tuple[str, Any, int, str]] = [
     (CLASSIFY, {"input": []}, 400, "input: "),
     (CLASSIFY, {"input": ""}, 400, "input 0: empty text"),
     (CLASSIFY, {"input": ["a", " \n"]}, 400, "input 1: empty text"),
-    (CLASSIFY, {"input": ["a", None]}, 400, "input: "),
+    (CLASSIFY, {"input": ["a", None]}, 400, "input.1: Input should be a valid string, or "),
     (CLASSIFY, {"input": "a", "colour": 1}, 400, "colour: unknown field"),
     (CLASSIFY, {"input": [{"text": "a"}]}, 400, "text: unknown field"),
     (CLASSIFY, {"input": {"text": "a"}}, 400, "text: unknown field"),
@@ -56,13 +56,28 @@ BAD: list[tuple[str, Any, int, str]] = [
     ("/predict", {"inputs": "a", "raw_scores": True}, 400, "raw_scores: Input should be false"),
     ("/v1/route", {"input": "a", "model": "sea"}, 400, "model: "),
     (CHAT, {"messages": []}, 400, "messages: "),
+    (CHAT, {"messages": [{"content": "a"}]}, 400, "messages.0.role: Field required"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages.0.content.0.text: "),
+    (
+        CHAT,
+        b'{"messages": [{"role": "user", "content": "a\\ud800"}]}',
+        400,
+        "turn 1: 'content': holds half a character",
+    ),
+    (CHAT, {"messages": [{"role": "user", "content": " "}]}, 400, "turn 1: 'content': expected a text"),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, 400, "tools: "),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "top_k": 5}, 400, "top_k: unknown field, or one that this"),
+    (CLASSIFY, {"input": "a", "a\nb": 1}, 400, "'a\\nb': unknown field"),
+    (CLASSIFY, {"input": "a", "b" * 5000: 1}, 400, "b" * 100 + "...: unknown field"),
+    (CLASSIFY, b'{"input": "a", "\\ud800": 1}', 400, "name holds half a character: '\\ud800'"),
+    (CLASSIFY, {"input": "a", "model": "m" * 500}, 404, "model 'mmm"),
     (CHAT, {"messages": [{"role": "wizard", "content": "a"}]}, 400, "wizard"),
     (CHAT, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, 400, "the user's"),
     (
         CHAT,
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         400,
-        "image_url: unknown",
+        "messages.0.content.0.type: Input should be 'text'",
     ),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "temperature": -1}, 400, "temperature: "),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "top_p": 0}, 400, "top_p: "),
@@ -88,7 +103,7 @@ BAD: list[tuple[str, Any, int, str]] = [
             ("max_tokens", 3.0, "a valid integer"),
             ("stream", "on", "a valid boolean"),
             ("stream", 1, "a valid boolean"),
-            ("stream_options", {"include_usage": "yes"}, "a valid boolean"),
+            ("stream_options", [], "a valid dictionary"),
             ("temperature", "0.5", "a valid number"),
             ("temperature", True, "a valid number"),
             ("top_p", "1", "a valid number"),
@@ -112,6 +127,7 @@ def test_a_bad_request_is_refused_in_a_line_that_names_the_field(
     assert said in found["error"]["message"]
     assert "\n" not in found["error"]["message"]
     assert len(found["error"]["message"]) < 400
+    assert len(found["error"]["param"] or "") < 120
     assert client.post(CLASSIFY, {"input": "sea1"})["data"][0]["task"] == "sea"  # the server still works
 
 
@@ -121,6 +137,26 @@ def test_whole_numbers_may_be_given_where_floats_are_expected(client: Client) ->
     floats = {**whole, "temperature": 1.0, "top_p": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
     first, second = (client.post(CHAT, {**body, **given})["choices"] for given in (whole, floats))
     assert first == second
+
+
+def test_an_error_names_the_field_that_has_the_text(client: Client) -> None:
+    for path, field in ((CLASSIFY, "input"), ("/v1/completions", "prompt"), ("/predict", "inputs")):
+        status, found, _ = client.call("POST", path, {field: ""})
+        assert (status, found["error"]["param"]) == (400, field)
+        assert found["error"]["message"] == f"{field} 0: empty text"
+    status, found, _ = client.call("POST", "/predict", {"inputs": " ".join(WORDS * 2), "truncate": False})
+    assert (status, found["error"]["param"]) == (413, "inputs")
+    assert found["error"]["message"].startswith("inputs 0: longer than")
+    assert client.call("POST", "/predict", {"inputs": [["a", "b"]]})[1]["error"]["param"] == "inputs"
+
+
+def test_what_is_not_http_is_refused_in_the_format_of_errors(client: Client) -> None:
+    with client.raw() as raw:
+        raw.sendall(b"GET / HTTP/9 9\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: raw.recv(4096), b"")).decode().partition("\r\n\r\n")
+    assert head.splitlines()[0] == "HTTP/1.1 400 Bad Request"
+    assert f"x-store-generation: {client.get('/ready')['generation']}" in head.splitlines()
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 def test_odd_texts_are_answered(client: Client) -> None:

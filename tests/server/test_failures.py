@@ -22,6 +22,7 @@ from slm_fast.scheduler import Scheduler
 from slm_fast.server import engine as engine_module
 from slm_fast.server import run
 from slm_fast.server.app import Served
+from slm_fast.store import Store
 
 TEXTS = mixed_texts(4)
 
@@ -95,7 +96,7 @@ def test_texts_of_a_task_that_cannot_be_read_are_refused_and_the_others_written(
     for (status, body), answer in zip(found, expected, strict=True):
         if answer.task == "sea":
             assert status == 422
-            assert body["error"]["message"].startswith(f"input 0: task 'sea': {file}: damaged: SHA-256")
+            assert body["error"]["message"].startswith(f"prompt 0: task 'sea': {file}: damaged: SHA-256")
         else:
             assert (status, body["choices"][0]["text"]) == (200, answer.text)
 
@@ -148,6 +149,51 @@ def listens(client: Client) -> bool:
     except ConnectionRefusedError:
         return False
     return True
+
+
+def test_a_file_of_a_served_task_that_is_lost_or_damaged_is_reported_and_the_answers_go_on(tmp_path: Path) -> None:
+    slm = store_with(tmp_path / "store")
+    with serving(slm) as (client, served):
+        generation, before = client.get("/ready")["generation"], client.classify(TEXTS)
+        watcher, sea, farm = served.watcher, slm.store.file("sea"), slm.store.file("farm")
+        data = sea.read_bytes()
+
+        def looks() -> str | None:
+            with watcher.changed:
+                watcher.reload()
+                assert watcher.changed.wait(30)
+            return watcher.trouble
+
+        assert looks() is None
+        sea.unlink()
+        assert str(sea) in looks()
+        state = client.get("/ready")
+        assert (state["status"], state["generation"]) == ("ready", generation)
+        assert str(sea) in state["store"]
+        assert client.classify(TEXTS) == before
+        sea.write_bytes(data)
+        assert looks() is None
+        damage_values(slm, "farm")
+        assert f"{farm}: damaged" in looks()
+        Store.open(slm.store.path).commit(remove=["farm"])  # by another process: then the file is no longer missed
+        assert looks() is None
+        assert client.get("/ready")["store"] == "ok"
+        assert client.get("/ready")["tasks"] == 1
+
+
+def test_an_encoder_without_a_task_is_not_ready_until_there_is_one(tmp_path: Path) -> None:
+    slm = store_with(tmp_path / "store")
+    tasks = list(slm.learned.values())
+    Store.open(slm.store.path).commit(remove=[task.name for task in tasks])
+    with serving(reopened(tmp_path / "store"), warm=False) as (client, served):
+        until(served.engine.warm.is_set)
+        status, found, _ = client.call("GET", "/ready")
+        assert (status, found["status"], found["tasks"]) == (503, "no task is learned yet", 0)
+        assert client.call("POST", "/v1/classify", {"input": TEXTS})[0] == 503
+        Store.open(slm.store.path).commit(add=tasks)
+        served.watcher.reload()
+        assert client.until_ready()["tasks"] == 2
+        assert len(client.classify(TEXTS)) == len(TEXTS)
 
 
 def test_a_server_is_not_ready_while_it_drains_and_refuses_what_is_new(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ TEXTS = mixed_texts(6, seed=8)
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory):
     slm = store_with(tmp_path_factory.mktemp("openai") / "store", "llama")
+    slm.model.backbone.name = "owner/tiny"
     with serving(slm, key="secret") as (client, _):
         yield openai.OpenAI(base_url=f"{client.url}/v1", api_key="secret", max_retries=0), slm
 
@@ -52,6 +53,30 @@ def test_a_chat_goes_on_with_the_answer_as_it_came(served) -> None:
     assert answer.content
     turns += [answer, {"role": "user", "content": TEXTS[1]}]
     assert client.chat.completions.create(model="auto", messages=turns, max_tokens=6).choices[0].message.content
+
+
+def test_a_chat_goes_on_after_an_empty_answer_and_with_other_names_of_the_roles(served) -> None:
+    client, slm = served
+    turns: list[Any] = [{"role": "developer", "content": "name it"}, {"role": "user", "content": TEXTS[0]}]
+    turns += [{"role": "assistant", "content": ""}, {"role": "user", "content": TEXTS[1]}]
+    row = {"messages": turns}
+    (expected,) = slm.predict([row], max_new_tokens=6)
+    found = client.chat.completions.create(model="auto", messages=turns, max_tokens=6).choices[0]
+    assert (found.message.content, found.task) == (expected.text, expected.task)
+
+
+def test_the_backbones_own_name_is_a_model(served) -> None:
+    client, slm = served
+    name = slm.model.backbone.name
+    found = client.models.retrieve(name)
+    assert (found.id, found.parent) == (name, None)
+    asked: dict[str, Any] = {"prompt": TEXTS[0], "max_tokens": 4}
+    assert (
+        client.completions.create(model=name, **asked).choices[0].text
+        == client.completions.create(model="base", **asked).choices[0].text
+    )
+    with pytest.raises(openai.NotFoundError, match="model 'land': not here"):
+        client.models.retrieve("land")
 
 
 def test_values_that_mean_a_default_are_accepted(served) -> None:
