@@ -23,7 +23,8 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], notes: Mapping[str,
         measured = {"threads": str(torch.get_num_threads()), "date": time.strftime("%Y-%m-%d")}
         for name, value in (describe() | measured | dict(notes or {})).items():
             file.write(f"# {name}: {value}\n")
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        names = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(file, fieldnames=list(names), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

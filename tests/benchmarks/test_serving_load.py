@@ -8,7 +8,7 @@ import pytest
 from models import mixed_texts
 from served import serving, store_with
 
-from benchmarks.speed.serving.__main__ import LITSERVE, OURS, PIPELINES, figures, requests_of
+from benchmarks.speed.serving.__main__ import LITSERVE, OURS, PIPELINES, figures, requests_of, wrong
 from benchmarks.speed.serving.load import Load, arrive, load
 from benchmarks.speed.serving.writing import NEW_TOKENS, stream_all
 from slm_fast.data import Row
@@ -39,6 +39,16 @@ def test_clients_count_rows_and_refusals_and_stop_at_a_wrong_answer(tmp_path: Pa
         found = load(client.port, requests_of(OURS, TEXTS, 3), 2, 0.1)
         assert (found.rows, found.refused) == (0, len(found.late))
         assert found.refused > 0
+
+
+def test_answers_that_name_a_file_which_their_generation_lacks_are_counted(tmp_path: Path) -> None:
+    with serving(store_with(tmp_path / "store")) as (client, served):
+        found = load(client.port, requests_of(OURS, TEXTS, 3), 2, 0.2, keep=True)
+        number, files = served.engine.generation.number, dict(served.engine.generation.files)
+    assert len(found.answers) == len(found.seconds) > 0
+    assert wrong(found, {number: files}) == 0
+    assert wrong(found, {"another": files}) == found.rows
+    assert 0 < wrong(found, {number: {**files, "sea": files["farm"]}}) < found.rows
 
 
 def test_percentiles_are_of_the_answers() -> None:

@@ -13,12 +13,15 @@ overload: clients that fill the queue; then requests that arrive at four times t
           regardless of how many are waiting ("arriving"); then four times the clients, which ask again immediately when
           refused ("at once"): what is admitted, and how fast the rest is refused.
 reload:   the longest time without an answer to any of 32 clients with one text per request (gap_ms), while nothing
-          changes and while another process learns and forgets, with `--tasks` tasks in the store.
+          changes and while another process learns and forgets, with `--tasks` tasks in the store; and how many
+          answers name a task's file that their generation does not have (wrong).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import random
 import tempfile
 import threading
@@ -36,7 +39,9 @@ from benchmarks.speed.tasks import random_tasks
 from benchmarks.speed.texts import texts_of
 from benchmarks.tables import RESULTS, not_in, table, write_csv
 from slm_fast import ScalableLM
+from slm_fast.server.generation import generation_number
 from slm_fast.store import Store
+from slm_fast.task_file import task_to_bytes
 
 OURS, PIPELINES, LITSERVE, PREDICT = "slm_fast", "pipelines", "litserve", "predict"
 READY = {OURS: "/ready", PIPELINES: "/health", LITSERVE: "/health"}
@@ -92,9 +97,11 @@ def predicted(slm: ScalableLM, texts: Sequence[str], seconds: float) -> float:
 
 
 @contextmanager
-def changed(store: Path) -> Iterator[None]:
-    """Learn and forget one task again and again, as another process would."""
-    task = replace(Store.open(store).read(next(iter(Store.open(store).files)))[0], name="passing-by")
+def changed(store: Path) -> Iterator[dict[str, dict[str, str]]]:
+    """Learn and forget one task again and again, as another process would. Gives the files of both generations."""
+    now = Store.open(store)
+    task = replace(now.read(next(iter(now.files)))[0], name="passing-by")
+    files = {**now.files, task.name: hashlib.sha256(task_to_bytes(task)).hexdigest()}
     stop = threading.Event()
 
     def change() -> None:
@@ -106,10 +113,16 @@ def changed(store: Path) -> Iterator[None]:
     writer = threading.Thread(target=change)
     writer.start()
     try:
-        yield
+        yield {generation_number(known): known for known in (now.files, files)}
     finally:
         stop.set()
         writer.join()
+
+
+def wrong(found: Load, generations: Mapping[str, Mapping[str, str]]) -> int:
+    """How many of the kept answers name a task's file that their generation does not have."""
+    rows = [(generations.get(number, {}), row) for number, body in found.answers for row in json.loads(body)["data"]]
+    return sum(row["task_sha256"] is None or files.get(row["task"]) != row["task_sha256"] for files, row in rows)
 
 
 class Bench:
@@ -134,8 +147,8 @@ class Bench:
     def server(self, name: str, store: Path, *more: str) -> AbstractContextManager[Running]:
         return server(name, store, self.chosen.dtype, self.chosen.threads, *more)
 
-    def note(self, section: str, name: str, clients: int, load: Load) -> None:
-        self.found.append(figures(section, name, clients, load, self.base))
+    def note(self, section: str, name: str, clients: int, load: Load, wrong: int | str = "") -> None:
+        self.found.append({**figures(section, name, clients, load, self.base), "wrong": wrong})
         print(table(self.found[-1:]), flush=True)
 
     def loaded(self, section: str, name: str, port: int, clients: int, rows: int) -> Load:
@@ -186,8 +199,10 @@ class Bench:
         many = self.stored(other, "many", max(1, self.chosen.tasks // len(self.train)))
         with self.server(OURS, many) as one:
             self.loaded("reload, nothing changes", OURS, one.port, CHANGING, 1)
-            with changed(many):
-                self.loaded("reload, every half second", OURS, one.port, CHANGING, 1)
+            with changed(many) as generations:
+                requests = requests_of(OURS, self.texts, 1)
+                found = load(one.port, requests, CHANGING, self.chosen.seconds, keep=True)
+            self.note("reload, every half second", OURS, CHANGING, found, wrong(found, generations))
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:

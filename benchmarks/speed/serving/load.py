@@ -33,7 +33,8 @@ def percentile(seconds: Sequence[float], share: float) -> float:
 
 @dataclass
 class Load:
-    """What clients observed. seconds: per answer. refused: answers with status 429, not included in `seconds`."""
+    """What clients observed. seconds: per answer. refused: answers with status 429, not included in `seconds`.
+    answers: the store's generation and the body of each, if they are kept."""
 
     elapsed: float = 0.0
     rows: int = 0
@@ -41,6 +42,7 @@ class Load:
     seconds: list[float] = field(default_factory=list)
     late: list[float] = field(default_factory=list)  # of refusals
     answered: list[float] = field(default_factory=list)  # when each answer came
+    answers: list[tuple[str, bytes]] = field(default_factory=list)
 
     @staticmethod
     def of(rounds: Sequence[Load]) -> Load:
@@ -54,6 +56,7 @@ class Load:
             whole.refused += one.refused
             whole.seconds += one.seconds
             whole.late += one.late
+            whole.answers += one.answers
         return whole
 
     @property
@@ -71,9 +74,13 @@ class Load:
         return percentile(self.seconds, share)
 
 
-def load(port: int, requests: Sequence[Request], clients: int, seconds: float) -> Load:
-    """Let clients send the requests in turns for `seconds` seconds. Raises RuntimeError for a failed answer."""
-    return _ask_all(port, requests, clients, lambda number, now: now if now < seconds else None)
+def load(port: int, requests: Sequence[Request], clients: int, seconds: float, *, keep: bool = False) -> Load:
+    """Let clients send the requests in turns for `seconds` seconds. Raises RuntimeError for a failed answer.
+
+    Args:
+        keep: keep the answers.
+    """
+    return _ask_all(port, requests, clients, lambda number, now: now if now < seconds else None, keep)
 
 
 def arrive(port: int, requests: Sequence[Request], rate: float, seconds: float, clients: int = 64) -> Load:
@@ -87,7 +94,13 @@ def arrive(port: int, requests: Sequence[Request], rate: float, seconds: float, 
     return _ask_all(port, requests, clients, lambda number, now: times[number] if number < len(times) else None)
 
 
-def _ask_all(port: int, requests: Sequence[Request], clients: int, due: Callable[[int, float], float | None]) -> Load:
+def _ask_all(
+    port: int,
+    requests: Sequence[Request],
+    clients: int,
+    due: Callable[[int, float], float | None],
+    keep: bool = False,
+) -> Load:
     """due: when the request of this number is to be sent, given the time, both in seconds from the start; None ends
     its client."""
     found, lock = Load(), threading.Lock()
@@ -98,7 +111,7 @@ def _ask_all(port: int, requests: Sequence[Request], clients: int, due: Callable
         if at is None:
             return False
         time.sleep(max(0.0, began + at - time.perf_counter()))
-        _ask(connection, requests[number % len(requests)], began + at, found, lock)
+        _ask(connection, requests[number % len(requests)], began + at, found, lock, keep)
         return True
 
     found.elapsed = in_turns(port, clients, ask)
@@ -125,7 +138,12 @@ def in_turns(port: int, clients: int, ask: Callable[[http.client.HTTPConnection,
 
 
 def _ask(
-    connection: http.client.HTTPConnection, request: Request, start: float, found: Load, lock: threading.Lock
+    connection: http.client.HTTPConnection,
+    request: Request,
+    start: float,
+    found: Load,
+    lock: threading.Lock,
+    keep: bool,
 ) -> None:
     """Send a request and record the answer. start: from when its time counts."""
     path, body, rows = request
@@ -143,6 +161,8 @@ def _ask(
             found.rows += rows
             found.seconds.append(took)
             found.answered.append(start + took)
+            if keep:
+                found.answers.append((response.headers["x-store-generation"], answer))
 
 
 @dataclass
