@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,13 @@ def ample(device: torch.device) -> int | None:
         return int(AMPLE * int(lines["MemAvailable"].split()[0]) * 1024)
     except (OSError, ValueError, KeyError, IndexError):
         return None
+
+
+def return_freed_memory() -> None:
+    """Return what this process has freed to the system, where the C library (glibc) would keep it: tensors of changing
+    sizes leave it in fragments. Takes tens of milliseconds, in which other threads may wait for memory."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def zeros(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -135,15 +135,16 @@ def serving(
 
 
 class Process:
-    """`slm-fast serve` in a process forked from this one; its output goes to a log file."""
+    """`slm-fast serve` in a process forked from this one, or a fresh one; its output goes to a log file."""
 
-    def __init__(self, store: Path, *arguments: object, seconds: int = 120) -> None:
+    def __init__(self, store: Path, *arguments: object, seconds: int = 120, fresh: bool = False) -> None:
         probe = socket.create_server(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
         self.log = store.parent / f"log{port}"
         backbone = ("--backbone", store.parent / "backbone", "--dtype", "float32", "--threads", 1)
         self.argv = ["serve", store, "--port", port, "--poll", 0.02, *backbone, *arguments]
+        words = [str(word) for word in self.argv]
         self.pid = os.fork()
         if self.pid == 0:
             signal.alarm(seconds)
@@ -152,10 +153,12 @@ class Process:
             os.dup2(log, 2)
             import sys
 
+            if fresh:
+                os.execv(sys.executable, [sys.executable, "-m", "slm_fast.cli", *words])
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             status = 70
             try:
-                status = cli.main([str(word) for word in self.argv])
+                status = cli.main(words)
             finally:
                 sys.stderr.flush()
                 os._exit(status)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from slm_fast.data import Row
 from slm_fast.errors import WorkError, one_line, some_of
 from slm_fast.generate import is_plain
+from slm_fast.memory import return_freed_memory
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
 from slm_fast.passes import tokens_of_a_batch
@@ -33,6 +34,7 @@ TOKENISED = 512  # rows that are tokenised together
 GENERATIONS = 4  # generations of tasks that may be in use at once
 BATCHES = 64  # default size of the queue in batches
 USED = 0.8  # fraction of the deadline; requests that would wait longer are refused
+TIDY = 10.0  # seconds after which a process that has worked returns freed memory to the system
 
 
 class Engine:
@@ -74,6 +76,7 @@ class Engine:
         self._number = 0
         self._changes = False  # the generation has changed, which the engine's thread has not seen yet
         self._closed = False
+        self._is_tidy, self._tidied = True, time.monotonic()
         self._writers = Writers(model, options, max_rows=serve.batch_rows, max_new_tokens=serve.max_new_tokens)
         self._on_batch = on_batch or (lambda rows, tokens: None)
         self._threads = [
@@ -251,12 +254,15 @@ class Engine:
     def _run(self) -> None:
         self._warm_up()
         while self._turn():
-            pass
+            if not self._is_tidy and time.monotonic() - self._tidied >= TIDY:
+                return_freed_memory()
+                self._is_tidy, self._tidied = True, time.monotonic()
 
     def _turn(self) -> bool:
         """Begin new texts, run a batch, and generate a token of each text. Returns False once the engine is closed."""
         with self._changed:
-            self._changed.wait_for(self._has_work)
+            if self._changed.wait_for(self._has_work, None if self._is_tidy else TIDY):
+                self._is_tidy = False
             if self._closed:
                 return False
             changes, self._changes = self._changes, False

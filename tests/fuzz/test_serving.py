@@ -139,7 +139,7 @@ def same(row: Mapping[str, Any], answer: Prediction) -> bool:
 def test_sixty_four_clients_each_get_their_own_answers_and_memory_stays_flat(name: str, tmp_path: Path) -> None:
     slm = store_with(tmp_path / "store", name)
     # /v1/classify writes as many tokens as a request may.
-    process = Process(tmp_path / "store", "--max-new-tokens", WRITTEN, seconds=int(SECONDS) + 300)
+    process = Process(tmp_path / "store", "--max-new-tokens", WRITTEN, seconds=int(SECONDS) + 300, fresh=EARNEST)
     process.client.until_ready()
     load = Load(process.client.port, slm, writes=name == "llama")
     load.run(CLIENTS, SECONDS / 4)
