@@ -19,9 +19,6 @@ from slm_fast.cli.arguments import (
 from slm_fast.errors import InputError
 from slm_fast.options import PredictOptions
 
-# oneDNN keeps what it compiles for each shape of a product. Batches have thousands of shapes, so its default of 1,024
-# entries takes long to fill; fewer are as fast.
-ONEDNN_CACHE = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 KEY, ADMIN_KEY = "SLM_FAST_API_KEY", "SLM_FAST_ADMIN_KEY"
 LIMITS = {
     "queue_rows": "rows in the queue; further requests get 429",
@@ -61,7 +58,6 @@ def add(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault(*ONEDNN_CACHE)  # read when the first product is computed
     try:
         from slm_fast.server import run as server
         from slm_fast.server.options import ServeOptions
