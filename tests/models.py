@@ -31,8 +31,6 @@ WORDS = (
     + [f"word{i}" for i in range(80)]
     + ["yes", "no", "maybe", "answer", "the", "question", ":", "\n"]
 )
-DEMO = Path(__file__).parents[1] / "slm_fast" / "demo"
-DEMO_TASKS = ("gadget_reviews", "help_desk", "news_desk", "recipe_steps", "restaurant_reviews")
 
 # Model type -> kind, class, settings of its tiny configuration.
 BACKBONES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -276,14 +274,20 @@ def route_of(ids: Sequence[Sequence[int]], weights: Sequence[Sequence[float]]) -
     return Route(torch.tensor(ids), torch.tensor(weights, dtype=torch.float32))
 
 
-@functools.cache
-def demo_slm() -> ScalableLM:
-    """MiniLM that learned 40 rows of each demo task for one epoch. Cached and shared by tests: do not modify it."""
-    slm = ScalableLM.from_backbone("minilm")
-    for name in DEMO_TASKS:
-        rows = Task.from_file(name, DEMO / f"{name}.train.csv").rows
-        slm.learn(Task(name, rows[:40]), epochs=1)
-    return slm
+def check_invariance(slm: ScalableLM, rows: list, **options) -> None:
+    """Assert that order and batch size do not change slots and answers, nor weights and scores by more than 1e-5."""
+    expected = slm.predict(rows, batch_size=32, **options)
+    for order_seed, batch_size in ((1, 1), (2, 7), (3, 32)):
+        order = list(range(len(rows)))
+        random.Random(order_seed).shuffle(order)
+        order = order[:60] if batch_size == 1 else order  # batches of one row are slow
+        answers = slm.predict([rows[i] for i in order], batch_size=batch_size, **options)
+        for place, got in zip(order, answers, strict=True):
+            want = expected[place]
+            assert got.route.slots == want.route.slots
+            assert (got.task, got.label, got.text) == (want.task, want.label, want.text)
+            assert got.route.weights == pytest.approx(want.route.weights, abs=1e-5)
+            assert got.score == pytest.approx(want.score, abs=1e-5)
 
 
 FAR = " ".join(["word7"] * 12)  # unlike all texts of the random tasks

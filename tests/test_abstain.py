@@ -6,17 +6,14 @@ from dataclasses import replace
 
 import pytest
 from models import (
-    DEMO,
     FAMILIES,
     FAR,
     GENERATORS,
     bare_text,
-    demo_slm,
     knows,
     make_slm,
     mixed,
     one_thread,  # noqa: F401
-    texts_of,
     toy_task,
     two_tasks,
 )
@@ -43,19 +40,6 @@ def test_a_dtkr_task_abstains_from_its_share_of_its_own_training_rows(share):
     slm.learn(task, epochs=1)
     answers = slm.predict([row.text for row in task.rows], abstain=share)
     assert abs(sum(answer.task is None for answer in answers) - 40 * (1 - share)) <= 1
-
-
-def test_on_real_text_what_a_task_was_learned_for_is_kept_and_what_is_far_from_all_is_not():
-    slm = demo_slm()
-    rows = texts_of(*(Task.from_file(name, DEMO / f"{name}.test.csv") for name in ("help_desk", "recipe_steps")))
-    far = ["01001 0101 11 0 0 1 1 1 0", "ὅτι οὐκ ἔστιν", "x = lambda y: [z ** 2 for z in y]"]
-    answers = slm.predict([*rows, *far], abstain=True)
-    kept = [answer.task is not None for answer in answers]
-    assert sum(kept[: len(rows)]) / len(rows) > 0.85
-    assert kept[len(rows) :] == [False] * 3
-    for answer, whole in zip(answers, slm.predict(rows), strict=False):
-        if answer.task is not None:
-            assert (answer.task, answer.label, answer.route.slots) == (whole.task, whole.label, whole.route.slots)
 
 
 @pytest.mark.parametrize("name", GENERATORS)
