@@ -10,18 +10,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import torch
 from ray.exceptions import RayError, RayTaskError
 
 import slm_fast
 from slm_fast.errors import InputError, SlmError, SlmWarning, WorkError, one_line
-from slm_fast.hub import is_elsewhere
-from slm_fast.loading import located
-from slm_fast.slm import ScalableLM
-from slm_fast.store import Store
+
+if TYPE_CHECKING:
+    from slm_fast.slm import ScalableLM
 
 LOCAL = "local"
 TRIES = 3  # attempts at each request, if the actor dies before it answers
@@ -113,7 +111,10 @@ class Shares:
 
 @dataclass(frozen=True)
 class Opening:
-    """How an actor opens a store, as for `ScalableLM.from_pretrained`. `threads`: its CPU threads."""
+    """How an actor opens a store, as for `ScalableLM.from_pretrained`. `threads`: its CPU threads.
+
+    Its methods import what they need, so that a worker can receive one without the seconds that torch takes.
+    """
 
     store: str
     backbone: str | None = None
@@ -126,11 +127,20 @@ class Opening:
     @classmethod
     def of(cls, store: str | Path, *, backbone: str | None = None, **how: Any) -> Opening:
         """Make local paths absolute. Raises InputError if the backbone is not there."""
+        from slm_fast.hub import is_elsewhere
+        from slm_fast.loading import located
+
         path = str(store) if is_elsewhere(store) else os.path.abspath(os.path.expanduser(store))
         return cls(path, None if backbone is None else located(backbone), **how)
 
     def open(self) -> tuple[ScalableLM, list[str]]:
         """Open the model. Returns it with the warnings to pass on to the caller."""
+        import torch
+
+        from slm_fast.hub import is_elsewhere
+        from slm_fast.slm import ScalableLM
+        from slm_fast.store import Store
+
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         if not is_elsewhere(self.store) and not Store.exists(self.store):
