@@ -98,8 +98,9 @@ class Client:
     def begun(self, path: str, size: int) -> socket.socket:
         """A connection on which only the headers of a request were sent."""
         raw = self.raw()
-        lines = (f"POST {path} HTTP/1.1", "host: a", "content-type: application/json", f"content-length: {size}")
-        raw.sendall("\r\n".join([*lines, "connection: close", "", ""]).encode())
+        headers = [f"{name}: {value}" for name, value in self.headers.items()]
+        lines = [f"POST {path} HTTP/1.1", "host: a", *headers, f"content-length: {size}", "connection: close", "", ""]
+        raw.sendall("\r\n".join(lines).encode())
         return raw
 
     def sent(self, path: str, body: Any) -> socket.socket:

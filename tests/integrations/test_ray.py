@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from slm_fast import InputError, ScalableLM
+from slm_fast import InputError, ScalableLM, WorkError
 from slm_fast.integrations.ray import predict
 from slm_fast.windows import WINDOW
 from tests.models import one_thread, sentence  # noqa: F401
@@ -62,10 +62,15 @@ def test_what_cannot_be_is_said_before_anything_is_computed(cluster: str, store:
         predict(dataset, tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("url", ["", "file://"])
-def test_a_store_that_changed_meanwhile_is_told_of(url: str, cluster: str, store: Path, tmp_path: Path) -> None:
+def test_a_store_that_changed_meanwhile_is_told_of(cluster: str, store: Path, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(store, tmp_path / "store")
-    answered = predict(ray.data.from_items([{"text": "sea1"}]), f"{url}{tmp_path}/store")
+    dataset, made = ray.data.from_items([{"text": "sea1"}]), []
+    answered = predict(dataset, tmp_path / "store")
+    monkeypatch.setattr(ray.data.Dataset, "map_batches", lambda _, actor, **how: made.append((actor, how)))
+    predict(dataset, f"file://{tmp_path}/store")
     ScalableLM.from_pretrained(tmp_path / "store").forget("farm")
     with pytest.raises((RayTaskError, ray.exceptions.RayActorError), match="was changed since it was asked"):
         answered.take_all()
+    [(actor, how)] = made  # of the store at a URL, in this process
+    with pytest.raises(WorkError, match="was changed since it was asked"):
+        actor(**how["fn_constructor_kwargs"])

@@ -37,10 +37,13 @@ def client(cluster: str, store: Path) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ScalableLM]:
-    """Path of a store with a generative backbone, and its model."""
+def writer(client: Client, tmp_path_factory: pytest.TempPathFactory) -> ScalableLM:
+    """The model of a store with a generative backbone, which `client` asks from now on."""
     path = tmp_path_factory.mktemp("writer") / "store"
-    return path, store_with(path, "llama")
+    slm = store_with(path, "llama")
+    limits = ServeOptions(max_new_tokens=100, requests=1, batch_rows=2)
+    serve.run(application(path, limits=limits, key=KEY, backbone=str(path.parent / "backbone"), dtype="float32"))
+    return slm
 
 
 def test_it_answers_as_the_model_does(client: Client, store: Path) -> None:
@@ -88,11 +91,8 @@ def test_replicas_follow_a_store_at_a_url(client: Client, store: Path) -> None:
         application(f"{url}/nothing")
 
 
-def test_a_text_is_streamed_and_the_limits_are_each_replicas(client: Client, writer: tuple[Path, ScalableLM]) -> None:
-    path, slm = writer
-    limits = ServeOptions(max_new_tokens=100, requests=1, batch_rows=2)
-    serve.run(application(path, limits=limits, key=KEY, backbone=str(path.parent / "backbone"), dtype="float32"))
-    (expected,) = slm.predict(["sea1 sea2"], max_new_tokens=11)
+def test_a_text_is_streamed_and_the_limits_are_each_replicas(client: Client, writer: ScalableLM) -> None:
+    (expected,) = writer.predict(["sea1 sea2"], max_new_tokens=11)
     with openai.OpenAI(base_url=f"{client.url}/v1", api_key=KEY, max_retries=0) as asking:
         parts = list(asking.completions.create(model="auto", prompt="sea1 sea2", max_tokens=11, stream=True))
     assert "".join(part.choices[0].text for part in parts) == expected.text
@@ -107,11 +107,7 @@ def test_a_text_is_streamed_and_the_limits_are_each_replicas(client: Client, wri
     assert json.loads(text) != [expected.text] * 8
 
 
-def test_a_client_that_goes_frees_its_place_behind_the_proxy(client: Client, writer: tuple[Path, ScalableLM]) -> None:
-    path, _ = writer
-    limits = ServeOptions(max_new_tokens=100, requests=1, batch_rows=2)
-    serve.run(application(path, limits=limits, backbone=str(path.parent / "backbone"), dtype="float32"))
-
+def test_a_client_that_goes_frees_its_place_behind_the_proxy(client: Client, writer: ScalableLM) -> None:
     def figures() -> dict[str, str]:
         lines = client.call("GET", "/metrics")[1].splitlines()
         return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
