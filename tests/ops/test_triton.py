@@ -88,13 +88,15 @@ def test_gradients_of_many_tokens_in_several_spans_equal_the_specification(dtype
     """Two samples share a slot, one has it twice, -1 slots have NaN weights, and x is not contiguous."""
     from slm_fast.ops.triton import multi_lora_backward
 
+    T = 531 if all(needed) else 275  # three spans or two: the interpreter takes seconds for each
+
     monkeypatch.setattr(multi_lora_backward, "processors", lambda device: 30)
-    call = example(dtype, B=3, T=531, K=3, r=rank, I=70, O=24)
+    call = example(dtype, B=3, T=T, K=3, r=rank, I=70, O=24)
     call["slot_ids"] = torch.tensor([[1, 1, 0], [3, -1, 1], [2, -1, -1]], device=DEVICE)
     call["weights"][call["slot_ids"] < 0] = torch.nan
     x = call["x"].repeat(1, 1, 2)[..., :70]  # rows with a stride of twice their length
     tiles = multi_lora_backward.blocks(70, 64) + multi_lora_backward.blocks(24, 64)
-    assert multi_lora_backward.spans_of(3, 531, tiles, 64, x.device)[0] > 1
+    assert multi_lora_backward.spans_of(3, T, tiles, 64, x.device)[0] > 1
     assert multi_lora_backward.serves(x, 3, rank, 24)
     arguments = (x, call["lora_a"], call["lora_b"], call["slot_ids"], call["weights"], needed)
     got = torch.ops.slm_fast.multi_lora_triton_backward(call["base"], *arguments)
