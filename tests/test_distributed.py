@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import multiprocessing
 import os
 import signal
 import socket
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from command import one_line, slm_fast
+from forks import forked
 from models import make_model, make_slm, make_tokenizer, one_thread, random_task, toy_task  # noqa: F401
 from test_data import write_csv
 
@@ -112,14 +112,10 @@ def calls_cli(rank: int, world_size: int, port: int, folder: Path, calls: Sequen
 
 def together(target: Callable[..., None], world_size: int, *arguments: object) -> list[int | None]:
     """Call `target` in `world_size` processes, each with its rank; returns their exit statuses."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["slm_fast.slm", "slm_fast.cli.shell", "transformers", "torch.distributed.fsdp"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=target, args=(i, world_size, port, *arguments)) for i in range(world_size)]
-    for process in processes:
-        process.start()
+    processes = [forked(target, i, world_size, port, *arguments) for i in range(world_size)]
     until = time.monotonic() + 240
     for process in processes:
         process.join(max(0, until - time.monotonic()))

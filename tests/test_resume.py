@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import multiprocessing
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ from typing import Any
 import pytest
 from command import one_line, slm_fast
 from effort import times
+from forks import forked, run_command
 from models import beside_its_backbone, make_model, make_tokenizer, one_thread, random_task, sentence  # noqa: F401
 
-from slm_fast import cli
 from slm_fast.resume import run_file
 from slm_fast.windows import WINDOW
 
@@ -62,24 +60,11 @@ def predict(store: Path, source: Path, output: Path, *more: object):
     return slm_fast(*arguments(store, source, output, *more))
 
 
-def run_command(words: list[str]) -> None:
-    sys.exit(cli.main(words))
-
-
 def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(store, source, whole, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    slow_imports = ["transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert"]
-    context.set_forkserver_preload(["slm_fast.slm", "slm_fast.cli.shell", *slow_imports])
     rng, sizes = random.Random(1), set()
-
-    def started(output: Path) -> multiprocessing.process.BaseProcess:
-        process = context.Process(target=run_command, args=(arguments(store, source, output),))
-        process.start()
-        return process
-
-    for point in range(times(20, 40)):
+    for point in range(times(8, 40)):
         output = tmp_path / f"{point}.jsonl"
-        process = started(output)
+        process = forked(run_command, arguments(store, source, output))
         enough = (0, 1, len(whole) // 3, len(whole) // 2)[point // 2 % 4]
         while process.is_alive() and not (run_file(output).exists() and output.stat().st_size >= enough):
             time.sleep(0.002)
@@ -87,7 +72,7 @@ def test_killed_at_random_points_and_resumed_it_ends_as_if_nothing_had_been(stor
         process.kill()
         process.join()
         sizes.add(output.stat().st_size)
-        again = started(output)
+        again = forked(run_command, arguments(store, source, output))
         again.join()
         assert again.exitcode == 1
         assert output.read_bytes() == whole
