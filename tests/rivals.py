@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import make_model, make_tokenizer, toy_task
 
+from benchmarks.continual import run
 from benchmarks.continual.methods.method import Setup
 from slm_fast.data import Task
 from slm_fast.options import LearnOptions
@@ -31,6 +33,16 @@ class Listing:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.learned = state["learned"]
+
+
+class Here:
+    """Runs a cell in this process instead of a new one."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.returncode = run.main(arguments)
+
+    def poll(self) -> int:
+        return self.returncode
 
 
 def make_setup(folder: Path, name: str = "bert", options: LearnOptions = OPTIONS) -> Setup:

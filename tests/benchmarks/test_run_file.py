@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from models import make_model, make_tokenizer
 from rich.console import Console
-from rivals import Listing
+from rivals import Here, Listing
 
 from benchmarks.continual import cell, run, summary
 from benchmarks.continual.methods import METHODS
@@ -39,16 +40,6 @@ def methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "right", Entry("right", Right))
     monkeypatch.setitem(METHODS, "oracle", Entry("oracle", Right, told=True))
     monkeypatch.setattr(run, "started", Here)
-
-
-class Here:
-    """Runs a cell in this process instead of a new one."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.returncode = run.main(arguments)
-
-    def poll(self) -> int:
-        return self.returncode
 
 
 @pytest.fixture
@@ -162,6 +153,7 @@ def test_a_stopped_call_stops_its_cells(interruptible, call, tmp_path, stop):
         about = tmp_path / "run" / "finetune,epochs=10000" / "about.json"
         while not about.exists():
             assert process.poll() is None
+            time.sleep(0.02)
         if stop == signal.SIGINT:
             os.killpg(process.pid, stop)  # as a terminal does on Ctrl-C
         else:

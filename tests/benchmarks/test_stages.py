@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import toy_task
-from rivals import Listing, make_setup
+from rivals import Here, Listing, make_setup
 
 from benchmarks.continual import cell, clock, last_stage, run
 from benchmarks.continual.methods import METHODS, method_of
@@ -55,14 +55,6 @@ def go(stream: Path, folder: Path, method: str, *more: str) -> int:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch, few_features) -> None:
     """Cells run in this process, and there is a method that does nothing."""
-
-    class Here:
-        def __init__(self, arguments) -> None:
-            self.returncode = run.main(arguments)
-
-        def poll(self) -> int:
-            return self.returncode
-
     monkeypatch.setattr(run, "started", Here)
     monkeypatch.setitem(METHODS, "silent", Entry("silent", Silent))
 
