@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+gc.disable()  # until the test modules are imported: collections would take as long as the imports themselves
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never access the network
 if not torch.cuda.is_available():
     # Runs Triton kernels on CPU tensors in NumPy. Read when kernels are defined, so set before importing the package.
@@ -47,6 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish() -> None:
+    """Exclude what was imported from garbage collections, which would look at a million objects each time."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

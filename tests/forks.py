@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 # Imports few modules itself: each process imports this one.
 SLOW_IMPORTS = (
@@ -13,6 +15,7 @@ SLOW_IMPORTS = (
     *("transformers.models.auto.modeling_auto", "torch.distributed.fsdp"),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "t5", "llama")),
 )
+STREAMS = ("stdin", "stdout", "stderr")
 
 
 def forked(target: Callable[..., object], *arguments: object) -> BaseProcess:
@@ -29,3 +32,13 @@ def run_command(words: Sequence[str]) -> None:
     from slm_fast import cli
 
     sys.exit(cli.main(words))
+
+
+def run_without(closed: str, folder: Path, words: Sequence[str]) -> None:
+    """`run_command` with an empty standard input and its output in two files, one of the three streams being closed."""
+    for number, name in enumerate(STREAMS):
+        os.dup2(os.open(folder / name, os.O_RDWR | os.O_CREAT), number)
+        setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+    os.close(STREAMS.index(closed))
+    setattr(sys, closed, None)
+    run_command(words)
