@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-gc.disable()  # until the test modules are imported: collections would take as long as the imports themselves
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never access the network
 if not torch.cuda.is_available():
     # Runs Triton kernels on CPU tensors in NumPy. Read when kernels are defined, so set before importing the package.
@@ -22,6 +21,7 @@ if not torch.cuda.is_available():
 
 from slm_fast import ops
 
+gc.disable()  # until the test modules are imported: collections would take as long as the imports themselves
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 

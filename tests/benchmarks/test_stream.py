@@ -182,7 +182,7 @@ def test_a_run_in_processes_of_their_own_ends_in_a_table(stream, tiny, tmp_path,
 
 
 def test_in_a_miniature_stream_finetune_forgets_and_slm_does_not(few_features, tmp_path):
-    names = ("news_desk", "help_desk")
+    names = ("news_desk", "recipe_steps", "help_desk")
     train, test = demo.load("train"), demo.load("test")
     for name in names:
         for split, rows in (("train", train[name].rows[:32]), ("test", test[name].rows[:16])):
