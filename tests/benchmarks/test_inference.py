@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
+import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -199,10 +203,20 @@ def test_the_ratios_are_those_of_rows_a_second_and_of_added_time():
     assert sections.claims(rows[:1]) == []
 
 
+def part_here(words: Sequence[str], **_: object) -> subprocess.CompletedProcess[str]:
+    """Measures a part in this process instead of a new one."""
+    assert words[:3] == [sys.executable, "-m", "benchmarks.speed.inference"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", list(words[2:]))
+        status = command.main()
+    return subprocess.CompletedProcess(words, status, said.getvalue())
+
+
 def test_the_command_saves_a_line_for_each_way(few_features, tmp_path, monkeypatch, capfd):
     output = tmp_path / "few.csv"
     arguments = ["--batches", "1", "--batch-tokens", "64", "--rounds", "1", "--ways", "gaussian", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["inference", *arguments, "--output", str(output)])
+    monkeypatch.setattr(command.subprocess, "run", part_here)
     assert command.main() == 0
     assert [row["way"] for row in read_csv(output)] == [BARE, OURS]
     assert "of the bare backbone's" in capfd.readouterr().out

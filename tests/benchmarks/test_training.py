@@ -28,7 +28,7 @@ def run(module, monkeypatch, output, *arguments: str) -> int:
     return status
 
 
-def test_learning_is_timed_beside_other_shapes_and_its_memory_stays(tmp_path, monkeypatch, capsys):
+def test_learning_is_timed_beside_other_shapes_and_its_memory_stays(few_features, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "peak", lambda method, _: len(method))
     output = tmp_path / "training.csv"
     assert run(training, monkeypatch, output, "--shape", "minilm", *FEW) == 0
