@@ -28,10 +28,14 @@ lint: $(VENV)/.ready
 
 setup: $(VENV)/.ready
 
+# The C++ build begins while pip downloads. pip would compile the packages' Python files in one process.
+INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip setuptools cmake ninja pybind11 $(if $(HAS_TORCH),,-c constraints.txt torch)
-	$(VENV)/bin/python -m pip install --quiet --no-build-isolation $(if $(HAS_TORCH),,-c constraints.txt) -e ".[dev]"
+	$(INSTALL) --upgrade pip setuptools cmake ninja pybind11 $(if $(HAS_TORCH),,-c constraints.txt torch)
+	$(VENV)/bin/python setup.py --quiet build_ext >/dev/null 2>&1 & \
+	  $(INSTALL) --no-build-isolation $(if $(HAS_TORCH),,-c constraints.txt) -e ".[dev]"; status=$$?; wait; exit $$status
+	-$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null
 	touch $@
 
 # The operator tests against a build with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize. The

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import runpy
@@ -19,13 +20,16 @@ class BuildWithCMake(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        (build / "CMakeCache.txt").unlink(missing_ok=True)  # it refers to an isolated build folder that is gone
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
         configure += [f"-DSLM_FAST_CUDA={os.environ.get('SLM_FAST_CUDA', 'auto')}"]
         configure += [f"-DSLM_FAST_OUTPUT={output}", *os.environ.get("CMAKE_ARGS", "").split()]
-        for command in (configure, ["cmake", "--build", str(build)]):
+        build.mkdir(parents=True, exist_ok=True)
+        with open(build / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the Makefile begins to build while pip downloads
+            (build / "CMakeCache.txt").unlink(missing_ok=True)  # it refers to an isolated build folder that is gone
             try:
-                subprocess.run(command, check=True)
+                for command in (configure, ["cmake", "--build", str(build)]):
+                    subprocess.run(command, check=True)
             except FileNotFoundError:
                 sys.exit("slm_fast: cmake was not found; install cmake, ninja and pybind11, or build with isolation")
             except subprocess.CalledProcessError as error:
