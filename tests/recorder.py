@@ -62,11 +62,16 @@ class Recorder:
             self.replayed += 1
             now: dict[int, Tensor] = {}  # id of a recorded result -> that result in this replay
 
-            def current(x: Any) -> Any:
+            def current(x: Any) -> Any:  # arguments of operators: tree_map would take longer than the operators
+                if isinstance(x, (list, tuple)):
+                    return [current(one) for one in x]
                 return now.get(id(x), x) if isinstance(x, Tensor) else x
 
             for operator, args, kwargs, out in watch.calls:
-                new = operator(*tree_map(current, args), **tree_map(current, kwargs))
+                new = operator(*current(args), **{name: current(value) for name, value in kwargs.items()})
+                if isinstance(out, Tensor):
+                    now[id(out)] = new
+                    continue
                 for old, fresh in zip(tree_leaves(out), tree_leaves(new), strict=True):
                     now[id(old)] = fresh
             return tree_map(current, result)
