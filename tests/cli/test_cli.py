@@ -32,7 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of two demo tasks, learned with `slm-fast learn`."""
     path = tmp_path_factory.mktemp("cli") / "store"
     files = [f"--task={name}={demo_file(name, 'train')}" for name in TASKS]
-    done = slm_fast("learn", path, "--backbone", "minilm", "--epochs", 6, "--max-length", 24, *files)
+    done = slm_fast("learn", path, "--backbone", "minilm", "--epochs", 4, "--max-length", 24, *files)
     assert done.returncode == 0, done.stderr
     return path
 

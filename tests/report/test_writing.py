@@ -16,7 +16,7 @@ from slm_fast.report import run_report, save
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "run", seeds=1)
+    return make_run(tmp_path_factory.mktemp("runs") / "run", seeds=1, methods=["slm"])
 
 
 def test_an_output_in_no_folder_is_a_wrong_call_and_nothing_is_written(run: Path, tmp_path: Path):
