@@ -21,7 +21,7 @@ OPTIONS = LearnOptions(epochs=4, batch_size=8)
 @pytest.fixture(scope="module")
 def tasks() -> dict[str, Task]:
     train = demo.load("train")
-    return {name: Task(name, train[name].rows[:40]) for name in ("news_desk", "recipe_steps")}
+    return {name: Task(name, train[name].rows[:24]) for name in ("news_desk", "recipe_steps")}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_separate_trains_a_lora_model_a_task_and_nothing_of_the_backbone(tasks, 
     assert all("lora_" in name or name.startswith("head.") for name in trained)
     assert sum("lora_A" in name for name in trained) == 15  # five matrices in each of three layers
     assert min(accuracy(method, task, told=True) for task in tasks.values()) > 0.5  # chance is 0.25
-    assert {answer.task for answer in method.answers(tasks["news_desk"].rows, ["news_desk"] * 40)} == {"news_desk"}
+    assert {answer.task for answer in method.answers(tasks["news_desk"].rows, ["news_desk"] * 24)} == {"news_desk"}
 
 
 @pytest.mark.parametrize("name", GENERATORS)
