@@ -7,23 +7,27 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 HAS_TORCH := $(shell $(PYTHON) -c "from importlib.metadata import version as v; \
   print('1' if tuple(map(int, v('torch').split('.')[:2])) >= (2, 10) else '')" 2>/dev/null)
 
-.PHONY: demo test lint fuzz setup sanitize cuda clean
+.PHONY: demo test style lint fuzz setup sanitize cuda clean
 
 demo: $(VENV)/.ready
 	$(RUN) -m slm_fast.cli demo
 
 # Processes with a thread each, one more than there are processors, because some tests wait: for servers, Ray, kills.
 WORKERS := $(shell $(PYTHON) -c "import os; print(min(len(os.sched_getaffinity(0)), 7) + 1)" 2>/dev/null || echo 2)
-test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: style
+	$(VENV)/bin/mypy & mypy=$$!; \
+	  OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	  wait $$mypy && exit $$tests
 
 # 10,000 damaged stores, 5,000 lines, 500 kills, two minutes of writers and readers: `make test` does a little of each.
 fuzz: $(VENV)/.ready
 	SLM_FAST_FUZZ=1 $(RUN) -m pytest tests/fuzz tests/test_resume.py tests/server/test_reload.py tests/server/test_openapi.py
 
-lint: $(VENV)/.ready
+style: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+lint: style
 	$(VENV)/bin/mypy
 
 setup: $(VENV)/.ready
