@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,10 +42,10 @@ def test_actors_learn_what_one_process_does_though_one_is_killed(cluster: str, f
         until(lambda: Store.exists(folder / "two") and Store.open(folder / "two").files, 120)
         os.kill(actors("LearnActor")[0], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    done = slm_fast(*call(folder, "two", "--jobs", 2, "--ray", "local"))
-    killer.join()
+    with ThreadPoolExecutor(1) as pool:
+        killer = pool.submit(kill)
+        done = slm_fast(*call(folder, "two", "--jobs", 2, "--ray", "local"))
+        killer.result()
     assert done.returncode == 0, done.stderr
     assert sum(line.startswith("learned ") for line in done.stderr.splitlines()) == len(NAMES)
     assert tree(folder / "two") == tree(folder / "one")
