@@ -1,6 +1,8 @@
 // Run-time choice of the instruction set, made once.
 #include "kernels.h"
 
+#include "amx.h"
+
 #include <cstdlib>
 #include <cstring>
 
@@ -31,6 +33,15 @@ DECLARE(avx512_bf16)
 namespace slm_fast {
 namespace {
 
+#if defined(__x86_64__)
+// The same kernels, and a search that uses AMX.
+constexpr Kernels kAmx = [] {
+  Kernels table = avx512_bf16::kTable;
+  table.name = "amx";
+  return table;
+}();
+#endif
+
 struct Candidate {
   const Kernels* table;
   bool usable;
@@ -44,8 +55,9 @@ std::vector<Candidate> candidates() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  all.push_back({&avx512_bf16::kTable, avx512 && __builtin_cpu_supports("avx512bf16") &&
-                                                __builtin_cpu_supports("avx512vnni")});
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  all.push_back({&kAmx, bf16 && amx::usable()});
+  all.push_back({&avx512_bf16::kTable, bf16});
   all.push_back({&avx512::kTable, avx512});
   all.push_back({&avx2::kTable, avx2});
 #endif
@@ -63,7 +75,11 @@ const Kernels* choose() {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels* const chosen = choose();
+  static const Kernels* const chosen = [] {
+    const Kernels* table = choose();
+    amx::choose(!std::strcmp(table->name, "amx"));
+    return table;
+  }();
   return *chosen;
 }
 

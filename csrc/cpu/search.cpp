@@ -15,34 +15,41 @@ struct AllowedAmong final : Allowed {
   bool slot(int64_t q, int64_t list, int64_t key) const override { return allowed.slot(query[q], list, key); }
   bool any(int64_t q, int64_t first, int64_t count) const override { return allowed.any(query[q], first, count); }
 };
+
+// Searches as P multiplies and, for the queries that this leaves undecided, as Plain<float> does.
+template <class T, class P>
+void search_in_two(const Search& s, const Threads& threads, const Allowed& allowed, const Use& use) {
+  Buffer<char> left(s.queries);
+  std::fill_n(left.data(), s.queries, 0);
+  Searcher<T, P>(s, threads).run(allowed, use, [&](int64_t query) { left[query] = 1; });
+  Search rest = s;
+  rest.queries = std::count(left.data(), left.data() + s.queries, 1);
+  if (rest.queries == 0) return;
+  Buffer<int64_t> which(rest.queries);
+  Buffer<T> rows(rest.queries * s.width);
+  for (int64_t query = 0, next = 0; query < s.queries; ++query) {
+    if (!left[query]) continue;
+    std::copy_n(static_cast<const T*>(s.query) + query * s.width, s.width, rows.data() + next * s.width);
+    which[next++] = query;
+  }
+  rest.query = rows.data();
+  Searcher<T, Plain<float>>(rest, threads).run(
+      AllowedAmong(allowed, which.data()),
+      [&](int64_t query, int64_t list, const Ranked* best, int64_t count) { use(which[query], list, best, count); },
+      [](int64_t) {});
+}
 #endif
 
 template <class T>
 void search(const Search& s, const Threads& threads, const Allowed& allowed, const Use& use) {
-  Search rest = s;
-  auto never = [](int64_t) {};
 #if defined(__AVX512BF16__)
-  if (s.cosine && (s.prepared || (s.queries > kFew && s.slots >= 4 * (s.k + 24)))) {
-    Buffer<char> left(s.queries);
-    std::fill_n(left.data(), s.queries, 0);
-    Searcher<T, Bf16Pairs>(s, threads).run(allowed, use, [&](int64_t query) { left[query] = 1; });
-    rest.queries = std::count(left.data(), left.data() + s.queries, 1);
-    if (rest.queries == 0) return;
-    Buffer<int64_t> which(rest.queries);
-    Buffer<T> rows(rest.queries * s.width);
-    for (int64_t query = 0, next = 0; query < s.queries; ++query) {
-      if (!left[query]) continue;
-      std::copy_n(static_cast<const T*>(s.query) + query * s.width, s.width, rows.data() + next * s.width);
-      which[next++] = query;
-    }
-    rest.query = rows.data();
-    return Searcher<T, Plain<float>>(rest, threads).run(
-        AllowedAmong(allowed, which.data()),
-        [&](int64_t query, int64_t list, const Ranked* best, int64_t count) { use(which[query], list, best, count); },
-        never);
-  }
+  if (s.cosine && (s.prepared || (s.queries > kFew && s.slots >= 4 * (s.k + 24))))
+    return search_in_two<T, Bf16Pairs>(s, threads, allowed, use);
+  if constexpr (std::is_same_v<T, float>)
+    if (!s.cosine && amx::chosen() && s.queries > kFew && s.slots >= 4 * (s.k + 24))
+      return search_in_two<T, Split>(s, threads, allowed, use);
 #endif
-  Searcher<T, Plain<float>>(rest, threads).run(allowed, use, never);
+  Searcher<T, Plain<float>>(s, threads).run(allowed, use, [](int64_t) {});
 }
 
 template void search<float>(const Search&, const Threads&, const Allowed&, const Use&);

@@ -5,12 +5,11 @@
 // bound, are scored again in float64 and ranked by that, rounded to float32. A route therefore depends only on its
 // query and the keys: not on the batch, tiling, processor or threads.
 //
-// The fast pass multiplies float32 or, if the processor can, bfloat16 pairs: twice as fast, with an error bounded by
-// the measured rounding error of the query and keys. If more slots are too close to call than were kept, the query
-// falls back to the next method: from bfloat16 to float32, and from there to float64 for all slots.
+// The fast pass multiplies float32 or, if the processor can, bfloat16, with an error bounded by the measured rounding
+// error of query and keys or, if each number is split in two (`Split`), little more than float32's. If more slots are
+// too close to call than were kept, the query falls back: from bfloat16 to float32, then to float64 for all slots.
 //
-// A slot with several keys is kept by its best key alone. If another of its keys is too close to call, the ranking
-// scores them all.
+// A slot with several keys is kept by its best key alone. If another one is too close to call, all are ranked.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +19,7 @@
 #include "across.h"
 #include "best_keys.h"
 #include "buffer.h"
+#include "in_tiles.h"
 #include "keys.h"
 #include "ranked.h"
 #include "search.h"
@@ -35,24 +35,27 @@ class Searcher {
   using E = typename P::Element;
   using Chunk = typename Keys<T, P>::Chunk;
   static constexpr bool kRounded = P::kPair == 2;              // normalised bfloat16 rows
+  static constexpr bool kSplit = std::is_same_v<P, Split>;     // bfloat16 tiles that add up to float32
+  static constexpr int64_t kUnit = kSplit ? amx::kStep : P::kPair;
+  static constexpr int64_t kSplitPanels = 4;                   // per work item, as splitting keys costs as much as one
   static constexpr int64_t kSpare = kRounded ? 16 : 12;        // slots kept beyond K
   static constexpr int64_t kQueries = kPanelColumns<P>;        // per panel
   static constexpr int64_t kPiece = (16 << 10) / (4 * kQueries);  // words of a panel that stay in L1
 
  public:
   Searcher(const Search& search, const Threads& threads)
-      : s(search), threads(threads), keys(s), d(s.width / s.groups), padded_d((d + P::kPair - 1) / P::kPair * P::kPair),
+      : s(search), threads(threads), keys(s), d(s.width / s.groups), padded_d((d + kUnit - 1) / kUnit * kUnit),
         words(s.groups * padded_d / P::kPair), most(std::min(s.k + kSpare, s.slots)), few(s.queries <= kFew) {
     blocks = (s.queries + kQueries - 1) / kQueries;
     // A work item is some panels and, if there are few, a range of key chunks; each range has its own lists.
     const int64_t turns = 2 * threads.workers, fits = (384 << 10) / (words * kQueries * 4 + 1);
-    panels_at_once = std::max<int64_t>(1, std::min(fits, blocks / turns));
+    panels_at_once = kSplit ? std::min(blocks, kSplitPanels) : std::max<int64_t>(1, std::min(fits, blocks / turns));
     parts = (blocks + panels_at_once - 1) / panels_at_once;
     chunks = (s.slots + kKeys - 1) / kKeys;
     const int64_t wanted = parts >= turns ? 1 : (2 * turns + parts - 1) / std::max<int64_t>(1, parts);
     ranges = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, chunks / 2));
     most_listed = Shortlist::capacity(most);
-    rounded_by = roundings() * 0x1p-23;
+    rounded_by = roundings() * 0x1p-23 + (kSplit ? amx::kLost : 0);
     panels.at_least(blocks * words * P::kPair * (few ? kFew : kQueries));
     query_slack.at_least(s.queries);
     key_slack.at_least(parts * ranges);
@@ -97,9 +100,11 @@ class Searcher {
     typename Keys<T, P>::Scratch keys;
     Buffer<float> thresholds;
     BestKeysBuffer best, open;  // of a chunk; of slots that continue in the next chunk, per panel and list
+    Buffer<uint16_t> split;     // keys of a chunk
     explicit Scratch(const Searcher& of)
         : keys(of.keys), thresholds(of.s.lists() * of.panels_at_once * kQueries), best(kKeys * kQueries),
-          open(of.s.key_slot ? of.s.lists() * of.panels_at_once * kQueries : 0) {}
+          open(of.s.key_slot ? of.s.lists() * of.panels_at_once * kQueries : 0),
+          split(kSplit ? kKeys * 2 * of.padded_d : 0) {}
   };
 
   const T* query_row(int64_t q) const { return static_cast<const T*>(s.query) + q * s.width; }
@@ -124,8 +129,10 @@ class Searcher {
         query_slack[first + q] = slack + underflow(d);
       }
     }
-    if (few) std::copy_n(rows, count * width, panels.data());
-    else turn_rows<P>(panels.data() + block * width * kQueries, [&](int64_t q) { return rows + q * width; }, count, width);
+    E* panel = panels.data() + block * width * kQueries;
+    if constexpr (kSplit) split_panel(rows, width, count, d, padded_d / kUnit, panel);
+    else if (few) std::copy_n(rows, count * width, panel);
+    else turn_rows<P>(panel, [&](int64_t q) { return rows + q * width; }, count, width);
   }
 
   // ---- the fast pass ----
@@ -176,6 +183,7 @@ class Searcher {
         counts[list_at(r, list, q)] = 0;
 
     float slack = 0;
+    const amx::Tiles tiles(kSplit || (kRounded && amx::chosen()));
     const BestKeys best = scratch.best.data();
     for (int64_t first = begin, count; first < end; first += count) {
       count = std::min({step, end - first, kKeys - first % kKeys});
@@ -184,19 +192,22 @@ class Searcher {
         continue;
       }
       Chunk chunk = keys.take(first, count, scratch.keys);
+      if constexpr (kSplit) split_keys(chunk.rows, count, d, padded_d / kUnit, scratch.split.data());
       const float before = slack;
       slack = std::max(slack, chunk.slack);
       if (first + 2 * step > end) chunk.next = nullptr;
       for (int64_t block = first_block; block < last_block; ++block)
         for (int64_t list = 0; list < s.lists(); ++list) {
-          if (few) score_few(chunk, count, list, best.score);
+          const int64_t queries = std::min(kQueries, s.queries - block * kQueries), steps = padded_d / kUnit;
+          if constexpr (kSplit)
+            score_split(scratch.split.data(), count, &panels[block * words * kQueries], queries, steps, best.score);
+          else if (few) score_few(chunk, count, list, best.score);
           else score(chunk, count, block, list, best.score);
           if (list + 1 == s.lists()) chunk.next = nullptr;  // the first panel has prefetched it
           if (s.bias)
             for (int64_t key = 0; key < count; ++key)
               for (int64_t q = 0; q < kQueries; ++q) best.score[key * kQueries + q] += s.bias[first + key];
           const int64_t place = ((block - first_block) * s.lists() + list) * kQueries;
-          const int64_t queries = std::min(kQueries, s.queries - block * kQueries);
           const int64_t found = s.key_slot ? join_keys(s.key_slot, s.slots, first, count, kQueries, queries, best,
                                                        scratch.open.data().at(place))
                                            : count;
@@ -230,6 +241,13 @@ class Searcher {
     const int64_t queries = std::min(kQueries, s.queries - block * kQueries);
     const Span span = span_of(list);
     const int64_t whole = span.piece / P::kPair, pieces = pieces_of(whole, kPiece);
+    int64_t done = 0;
+    if constexpr (kRounded) {
+      const int64_t first = span.begin / 2, many = (span.end - span.begin) / 2;
+      done = score_tiles(chunk.rows + span.begin, words, count, panel + first * 2 * kQueries, queries, many, scores);
+      for (int64_t offset = 0; chunk.next && offset < done * chunk.row_bytes; offset += 64) ask_for(chunk.next, offset);
+      if (done == count) return;
+    }
     for (int64_t from = span.begin; from < span.end; from += span.piece)
       for (int64_t piece = 0; piece < pieces; ++piece) {
         const int64_t at = from / P::kPair + whole * piece / pieces, to = from / P::kPair + whole * (piece + 1) / pieces;
@@ -238,7 +256,7 @@ class Searcher {
         const E* part = panel + at * P::kPair * kQueries;
         auto pass = [&]<int M>(std::integral_constant<int, M>) {
           const int64_t word = chunk.row_bytes / words;
-          for (int64_t key = 0; key < count; key += M) {
+          for (int64_t key = done; key < count; key += M) {
             const Scored out{scores, factor, s.groups, at * P::kPair > span.begin, chunk.next,
                              key * chunk.row_bytes + at * M * word, M * word};
             combine<P, M>(c, 1, words, part, to - at, key, std::min<int64_t>(key + M, count), queries, out);
@@ -306,7 +324,8 @@ class Searcher {
   double roundings() const {
     constexpr int64_t L = kLanes<float>;
     const int64_t length = span_of(0).piece, ahead = s.cosine ? d / (4 * L) + 16 : 4;
-    const int64_t most_of_piece = few ? kDotPiece<P> : kPiece * P::kPair, pieces = pieces_of(length, most_of_piece);
+    const int64_t most_of_piece = kSplit ? amx::kPiece : few ? kDotPiece<P> : kPiece * P::kPair;
+    const int64_t pieces = pieces_of(length, most_of_piece);
     const int64_t piece = std::min(length, most_of_piece), one_by_one = few ? (piece + L - 1) / L + L : piece;
     // Pieces are added to a running sum over groups, on average half of its final size.
     const int64_t after = std::max(pieces + s.groups, (pieces + 1) * (s.groups + 1) / 4);
@@ -322,7 +341,8 @@ class Searcher {
     if constexpr (kRounded)
       margin *= rounded_by + 1.001 * (of_keys + 1.01 * query_slack[query]);
     else
-      margin *= rounded_by * (s.cosine ? 1.0 : query_slack[query] * double{of_keys} + kSmallest);
+      margin *= rounded_by * (s.cosine ? 1.0 : query_slack[query] * double{of_keys}) +
+                (kSplit ? 8.0 * static_cast<double>(s.width) : rounded_by) * kSmallest;  // tiles flush to zero
     if (s.bias) margin += std::abs(kth) * 0x1p-23;
     return static_cast<float>(kth - 2 * margin);
   }
@@ -352,7 +372,7 @@ class Searcher {
       std::sort(found, found + count, Better{});
       return k;
     }
-    if constexpr (kRounded) return -1;
+    if constexpr (kRounded || kSplit) return -1;
     all.count = 0;
     for (int64_t key = 0; key < s.slots;)
       if (allowed.asks && !allowed.slot(query, list, key)) ++key;

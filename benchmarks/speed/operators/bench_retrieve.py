@@ -29,7 +29,7 @@ from slm_fast import ops
 
 @dataclass(frozen=True)
 class Shape:
-    """B queries of width D in G groups against P slots, of which the best K are returned."""
+    """B queries of width D in G groups against P slots, of which the best K are returned. dot: by product and bias."""
 
     B: int = 256
     P: int = 1000
@@ -37,6 +37,7 @@ class Shape:
     G: int = 6
     K: int = 4
     vote: bool = False
+    dot: bool = False
     dtype: torch.dtype = torch.float32
 
 
@@ -49,6 +50,7 @@ TARGETS = [
     Shape(vote=True),
     Shape(dtype=torch.bfloat16),
     MILLION,
+    *(Shape(B=B, P=30_000, D=3168, G=1, K=2, dot=True) for B in (32, 96)),  # 10,000 tasks of three labels
 ]
 SWEEP = [
     *(Shape(B=B, P=P) for P in (20, 100, 1000, 10_000, 100_000) for B in (1, 32, 256)),
@@ -91,6 +93,27 @@ def vote_by_topk(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> tuple
     return finish(torch.zeros_like(cosine).scatter_(2, ids, top).sum(0) / groups, k)
 
 
+def biased(query: Tensor, keys: Tensor, bias: Tensor, k: int, onednn: bool) -> tuple[Tensor, Tensor]:
+    if onednn:
+        scores = torch.ops.mkldnn._linear_pointwise(query, keys, bias, "none", [], "")
+    else:
+        scores = torch.addmm(bias, query, keys.T)
+    top, ids = scores.topk(k)
+    return ids, top.softmax(1)
+
+
+def candidates_by_dot(shape: Shape, query: Tensor, keys: Tensor) -> Ways:
+    bias = torch.randn(shape.P)
+    prepared = ops.prepare_keys(keys)
+    call = partial(ops.retrieve, query, k=shape.K, metric="dot", bias=bias, weighting="softmax")
+    return {
+        "native": partial(call, keys),
+        "native prepared": partial(call, prepared),
+        "gemm + topk": lambda: biased(query, keys, bias, shape.K, onednn=False),
+        "onednn gemm + topk": lambda: biased(query, keys, bias, shape.K, onednn=True),
+    }
+
+
 def faiss_flat(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> Ways:
     """FAISS's exact inner-product index. Its threads are not torch's."""
     import faiss
@@ -110,6 +133,8 @@ def faiss_flat(query: Tensor, unit_keys: Tensor, groups: int, k: int) -> Ways:
 def candidates(shape: Shape, compiled: bool) -> Ways:
     torch.manual_seed(0)
     query, keys = torch.randn(shape.B, shape.D).to(shape.dtype), torch.randn(shape.P, shape.D).to(shape.dtype)
+    if shape.dot:
+        return candidates_by_dot(shape, query, keys)
     unit_keys = unit(keys, shape.G)
     arguments = (query, unit_keys, shape.G, shape.K)
     prepared = ops.prepare_keys(keys, groups=shape.G)
@@ -140,6 +165,7 @@ def lines(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
         {
             "way": name,
             "B": shape.B, "P": shape.P, "D": shape.D, "G": shape.G, "K": shape.K,
+            "metric": "dot" if shape.dot else "cosine",
             "aggregate": "vote" if shape.vote else "mean", "dtype": dtype_name(shape.dtype),
             **times_of(t, best, low),
             "other_load": f"{others_share:.2f}",

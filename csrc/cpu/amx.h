@@ -1,0 +1,39 @@
+// Scores in tiles of Intel AMX: products of bfloat16 matrices, or, with each number split into two bfloat16 numbers,
+// products of nearly float32's precision. Of the four products of two split numbers the smallest is left out.
+#pragma once
+
+#include <cstdint>
+
+namespace slm_fast::amx {
+
+constexpr int64_t kRows = 16;    // of a tile: keys, or pairs of features
+constexpr int64_t kStep = 32;    // features per tile
+constexpr int64_t kPiece = 128;  // features that a tile sums up, before sums are added outside of tiles
+// The error of split products, as a share of |a| |b|: the product left out, and what each split loses (2^-18 each).
+constexpr double kLost = 0x3p-18;
+
+bool usable();       // the processor has AMX, and the system lets this process use it
+void choose(bool);   // whether to use it
+bool chosen();
+
+// The calling thread's tiles, for as long as this lives; none if not `wanted`.
+struct Tiles {
+  const bool wanted;
+  explicit Tiles(bool wanted);
+  ~Tiles();
+  Tiles(const Tiles&) = delete;
+};
+
+// scores[key][query] = key . query, of split numbers if low_bytes and low_words are not 0.
+struct Scores {
+  const char* keys;  // rows of kStep bfloat16 numbers, kRows to a tile
+  int64_t row_bytes, step_bytes, tile_bytes;  // to a key's next row: of the next key, features, tile of keys
+  int64_t low_bytes;      // to the low parts
+  const uint32_t* panel;  // [steps * kRows][columns] pairs of features
+  int64_t low_words;      // to the low parts
+  int64_t key_tiles, query_tiles, steps, columns;
+  float* scores;          // [kRows * key_tiles][columns]
+};
+void score(const Scores& of);
+
+}  // namespace slm_fast::amx
