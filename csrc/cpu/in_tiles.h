@@ -11,6 +11,7 @@ namespace slm_fast::SLM_ISA {
 
 // The same arithmetic as Plain<float>, or nearly, in tiles.
 struct Split : Plain<float> {};
+constexpr int64_t kManyToSplit = 48;  // queries; with fewer, splitting the keys takes longer than it saves
 
 #if defined(__AVX512BF16__)
 struct HighLow {

@@ -46,7 +46,7 @@ void search(const Search& s, const Threads& threads, const Allowed& allowed, con
   if (s.cosine && (s.prepared || (s.queries > kFew && s.slots >= 4 * (s.k + 24))))
     return search_in_two<T, Bf16Pairs>(s, threads, allowed, use);
   if constexpr (std::is_same_v<T, float>)
-    if (!s.cosine && amx::chosen() && s.queries > kFew && s.slots >= 4 * (s.k + 24))
+    if (!s.cosine && amx::chosen() && s.queries >= kManyToSplit && s.slots >= 4 * (s.k + 24))
       return search_in_two<T, Split>(s, threads, allowed, use);
 #endif
   Searcher<T, Plain<float>>(s, threads).run(allowed, use, [](int64_t) {});
