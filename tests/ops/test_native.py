@@ -159,8 +159,10 @@ def test_every_instruction_set_this_processor_has_passes_the_operator_tests(name
 
     if name not in _C.build_info()["instruction_sets"]:
         pytest.skip("not compiled for this architecture")
-    show = "from slm_fast import _C; print(_C.build_info()['instruction_set'])"
-    if run(show, SLM_FAST_CPU=name).stdout.strip() != name:
+    show = "import torch; from slm_fast import _C; print(_C.build_info()['instruction_set'])"
+    shown = run(show, SLM_FAST_CPU=name)
+    assert shown.returncode == 0, shown.stderr
+    if shown.stdout.strip() != name:
         pytest.skip("this processor does not have it")
     if name == _C.build_info()["instruction_set"]:
         return  # the other tests already run this one
