@@ -1,6 +1,7 @@
 #include "amx.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define SLM_FAST_AMX
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -17,7 +18,7 @@ bool is_chosen = false;
 void choose(bool use) { is_chosen = use; }
 bool chosen() { return is_chosen; }
 
-#if defined(__AMX_BF16__)
+#if defined(SLM_FAST_AMX)
 
 bool usable() {
   unsigned a, b, c, d;
