@@ -18,7 +18,7 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from benchmarks.continual.methods.slm import Slm
 from benchmarks.continual.scoring import Also, scores
 from benchmarks.continual.streams import Stream
 from slm_fast import Task, WorkError
+from slm_fast.data import Row
 from slm_fast.files import write
 from slm_fast.progress import bar
 
@@ -88,21 +89,27 @@ def run_cell(
         raise WorkError(
             f"{folder}: state.pt is of {learned} tasks and stages.jsonl of {len(stages)}; delete the folder"
         )
+
+    def answer_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Answer]:
+        with setup.precision():
+            return method.answers(rows, names if entry.told else None)
+
     also, peak = Also(test, bertscore), Peak()
     for number, name in enumerate(stream.tasks[len(stages) :], len(stages) + 1):
         asked = stream.tasks if unseen else stream.tasks[:number]
         if unseen and not learned and not (folder / "untrained.json").exists():
-            before = _answered(folder / "answers-0.csv.gz", method, entry.told, test, also, peak, progress)
+            before = _answered(folder / "answers-0.csv.gz", answer_rows, entry.told, test, also, peak, progress)
             accuracies = {known: own["accuracy"] for known, own in before["tasks"].items()}
             write(folder / "untrained.json", json.dumps(accuracies).encode())
         if learned < number:
             peak.start()
             clock = Clock()
-            method.learn(train[name], progress)
+            with setup.precision():
+                method.learn(train[name], progress)
             spent = clock.spent("learn") | peak.reached("learn")
             _save(folder, method, number, spent)
         rows = {known: test[known] for known in asked}
-        stage = _answered(folder / f"answers-{number}.csv.gz", method, entry.told, rows, also, peak, progress)
+        stage = _answered(folder / f"answers-{number}.csv.gz", answer_rows, entry.told, rows, also, peak, progress)
         if isinstance(method, Slm) and not entry.told and number == len(stream.tasks):
             for known, task in rows.items():
                 stage["tasks"][known]["routed_by"] = routed_by(method, task)
@@ -138,7 +145,13 @@ def restore(folder: Path, method: Method) -> tuple[int, dict[str, float]]:
 
 
 def _answered(
-    path: Path, method: Method, told: bool, tasks: Mapping[str, Task], also: Also, peak: Peak, progress: bool | None
+    path: Path,
+    answer_rows: Callable[[Sequence[Row], Sequence[str]], list[Answer]],
+    told: bool,
+    tasks: Mapping[str, Task],
+    also: Also,
+    peak: Peak,
+    progress: bool | None,
 ) -> dict[str, Any]:
     """Answer all rows of these tasks, mixed, write the answers to `path` and summarise them."""
     rows = [row for task in tasks.values() for row in task.rows]
@@ -146,7 +159,7 @@ def _answered(
     peak.start()
     clock = Clock()
     with bar("answering", len(rows), progress) as advance:
-        answers = method.answers(rows, names if told else None)
+        answers = answer_rows(rows, names)
         advance(len(rows))
     spent = clock.spent("answer") | peak.reached("answer")
     right = scores([answer.text for answer in answers], rows, [tasks[name].labels is None for name in names])

@@ -80,7 +80,7 @@ def work(options: argparse.Namespace, stream: Stream) -> int:
         options.backbone,
         labels,
         options.max_length,
-        LearnOptions(epochs=options.epochs, seed=seed),
+        LearnOptions(epochs=options.epochs, seed=seed, autocast=options.autocast),
         options.max_new_tokens,
     )
     folder = cell_folder(options.run, spec, seed)
@@ -170,6 +170,8 @@ def parser() -> argparse.ArgumentParser:
         help="also answer tasks not learned yet, without oracle task IDs (forward transfer)",
     )
     found.add_argument("--bertscore", metavar="MODEL", help="also score free text by BERTScore with this encoder")
+    about = "compute in bfloat16 with float32 weights; slm_fast's own methods only learn so"
+    found.add_argument("--autocast", action="store_true", help=about)
     found.add_argument("--jobs", type=at_least(1), default=1, help="processes to run at a time")
     found.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)
     return found

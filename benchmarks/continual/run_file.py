@@ -17,7 +17,7 @@ from slm_fast import InputError, Task, WorkError
 from slm_fast.files import write
 
 FORMAT = 1
-SETTINGS = ("train", "test", "epochs", "max_length", "max_new_tokens", "unseen", "bertscore")
+SETTINGS = ("train", "test", "epochs", "max_length", "max_new_tokens", "unseen", "bertscore", "autocast")
 
 
 def described(options: argparse.Namespace, stream: Stream, data: Mapping[str, str]) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def opened(run: Path, about: Mapping[str, Any]) -> None:
 
 def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting by the name that an error message gives it."""
-    settings = {f"--{name.replace('_', '-')}": value for name, value in about.get("settings", {}).items()}
+    given = {"autocast": False} | about.get("settings", {})  # runs from before --autocast lack it
+    settings = {f"--{name.replace('_', '-')}": value for name, value in given.items()}
     data = {f"rows of drawing {name}": value for name, value in about.get("data", {}).items()}
     stream = about.get("stream", {})
     names = {"--stream": stream.get("name"), "tasks": stream.get("tasks"), "--backbone": about.get("backbone")}

@@ -72,6 +72,7 @@ def test_other_rows_or_settings_are_refused_once_a_stage_is_done(call, tmp_path,
         (["--test", "3"], "made without --test, called with --test 3; name another folder"),
         (["--unseen"], "made without --unseen, called with --unseen"),
         (["--max-length", "7"], "made with --max-length 128, called with --max-length 7"),
+        (["--autocast"], "made without --autocast, called with --autocast"),
     ):
         assert said in refused([*call, *more], capsys)
     made = (tmp_path / "run" / "run.json").read_bytes()
@@ -79,6 +80,16 @@ def test_other_rows_or_settings_are_refused_once_a_stage_is_done(call, tmp_path,
     first.write_text(first.read_text().replace("first 0", "first nought"))
     assert "learned from other rows; name another folder" in refused(call, capsys)
     assert (tmp_path / "run" / "run.json").read_bytes() == made
+
+
+def test_a_run_from_before_autocast_was_made_without_it(call, tmp_path, capsys):
+    assert run.main(call) == 0
+    path = tmp_path / "run" / "run.json"
+    about = json.loads(path.read_text())
+    del about["settings"]["autocast"]
+    path.write_text(json.dumps(about))
+    assert "made without --autocast, called with --autocast" in refused([*call, "--autocast"], capsys)
+    assert run.main(call) == 0
 
 
 def test_settings_can_be_corrected_until_a_stage_is_done(call, tmp_path):

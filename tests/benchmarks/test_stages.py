@@ -30,6 +30,25 @@ class Silent(Listing):
         return [Answer("") for _ in rows]
 
 
+class Precise(Listing):
+    """Answers with what products are computed in, followed by that of learning."""
+
+    def learn(self, task, progress=None) -> None:
+        super().learn(task, progress)
+        self.learned_in = self.precision()
+
+    def answers(self, rows, tasks=None) -> list[Answer]:
+        return [Answer(f"{self.precision()}, {self.learned_in}") for _ in rows]
+
+    def precision(self) -> str:
+        """The dtype of a product, and whether autocast sees that weights change between passes."""
+        weight, x = torch.ones(8, 8, requires_grad=True), torch.ones(8, 8)
+        before = x @ weight
+        with torch.no_grad():
+            weight.fill_(2)
+        return f"{before.dtype} {bool((x @ weight == 2 * before).all())}"
+
+
 def write_stream(folder: Path, *tasks: Task) -> Path:
     """The tasks as files, and a stream file of them."""
     lines = []
@@ -50,6 +69,15 @@ def write_stream(folder: Path, *tasks: Task) -> Path:
 def go(stream: Path, folder: Path, method: str, *more: str) -> int:
     """Run one method with seed 0 in this process; return the exit status."""
     return run.main([str(folder), "--stream", str(stream), "--methods", method, "--seeds", "0", *more])
+
+
+@pytest.mark.parametrize(("more", "said"), [((), "torch.float32 True"), (("--autocast",), "torch.bfloat16 True")])
+def test_autocast_is_on_where_the_run_asks_for_it(here, tmp_path, monkeypatch, more, said):
+    monkeypatch.setitem(METHODS, "precise", Entry("precise", Precise))
+    rows = [Row("one", f"{said}, {said}"), Row("two", "other")]
+    assert go(write_stream(tmp_path, Task("only", rows)), tmp_path / "run", "precise", *more) == 0
+    (stage,) = cell.stages_of(tmp_path / "run" / "precise" / "seed0")
+    assert stage["tasks"]["only"]["accuracy"] == 0.5  # of the two labels, the answer is the first
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def method_of(spec: str) -> tuple[Entry, Callable[[Setup], Method]]:
         option, equals, value = part.partition("=")
         if equals and option in own:
             config[option] = _values(value) if option in LISTS else _value(value)
-        elif equals and option in {field.name for field in fields(LearnOptions)}:
+        elif equals and option in {field.name for field in fields(LearnOptions)} - {"autocast"}:  # is the RUN's
             learning[option] = _value(value)
         else:
             raise InputError(f"method {spec!r}: {part!r} is no option of it, as k=2 or rank=4 may be")

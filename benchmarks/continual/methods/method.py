@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 from slm_fast.data import Row, Task
 from slm_fast.options import LearnOptions
 
@@ -38,7 +40,8 @@ class Setup:
         labels: all label words of the stream, sorted, for methods with one head over them.
         max_length: tokens read per text.
         max_new_tokens: tokens generated per answer.
-        options: how each task is learned; a method with a learning rate of its own says so in its file.
+        options: how each task is learned; a method with a learning rate of its own says so in its file. With
+            `autocast`, a method that is not slm_fast's own also answers in bfloat16.
     """
 
     backbone: str
@@ -46,6 +49,11 @@ class Setup:
     max_length: int
     options: LearnOptions
     max_new_tokens: int = 32
+
+    def precision(self) -> torch.autocast:
+        """The context to learn and answer in. Weights are rounded anew in each pass, as learning changes them."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.autocast(device, torch.bfloat16, enabled=self.options.autocast, cache_enabled=False)
 
 
 class Method(Protocol):
