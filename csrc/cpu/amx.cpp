@@ -28,7 +28,7 @@ bool usable() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-Tiles::Tiles(bool wanted) : wanted(wanted) {
+Tiles::Tiles(bool wanted, int64_t pairs) : wanted(wanted) {
   if (!wanted) return;
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -36,6 +36,8 @@ Tiles::Tiles(bool wanted) : wanted(wanted) {
     uint8_t rows[16] = {};
   } config;
   for (int tile = 0; tile < 8; ++tile) config.row_bytes[tile] = 64, config.rows[tile] = kRows;
+  config.row_bytes[4] = static_cast<uint16_t>(4 * pairs);
+  for (int tile = 5; tile < 8; ++tile) config.rows[tile] = static_cast<uint8_t>(pairs);
   asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic claims to read the first eight bytes alone
   _tile_loadconfig(&config);
 }
@@ -99,12 +101,81 @@ void score(const Scores& of) {
     }
 }
 
+namespace {
+
+// M tiles of tokens against one tile of rows. Tiles 0 to 3: sums; 4: tokens; 5: rows.
+template <int M>
+void shrink_tiles(const Shrunk& of, const char* x, const uint32_t* panel, float* sums) {
+  const int64_t next = kRows * of.row_bytes;
+  _tile_zero(0);
+  if constexpr (M > 1) _tile_zero(1);
+  if constexpr (M > 2) _tile_zero(2);
+  if constexpr (M > 3) _tile_zero(3);
+  for (int64_t step = 0; step < of.steps; ++step, x += 2 * kStep, panel += kRows * of.columns) {
+    _tile_loadd(5, panel, of.columns * 4);
+    _tile_loadd(4, x, of.row_bytes);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (M > 1) _tile_loadd(6, x + next, of.row_bytes);
+    if constexpr (M > 1) _tile_dpbf16ps(1, 6, 5);
+    if constexpr (M > 2) _tile_loadd(7, x + 2 * next, of.row_bytes);
+    if constexpr (M > 2) _tile_dpbf16ps(2, 7, 5);
+    if constexpr (M > 3) _tile_loadd(4, x + 3 * next, of.row_bytes);
+    if constexpr (M > 3) _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_stored(0, sums, of.width * 4);
+  if constexpr (M > 1) _tile_stored(1, sums + kRows * of.width, of.width * 4);
+  if constexpr (M > 2) _tile_stored(2, sums + 2 * kRows * of.width, of.width * 4);
+  if constexpr (M > 3) _tile_stored(3, sums + 3 * kRows * of.width, of.width * 4);
+}
+
+}  // namespace
+
+void shrink(const Shrunk& of) {
+  for (int64_t token = 0; token < of.token_tiles; token += 4)
+    for (int64_t row = 0; row < of.row_tiles; ++row) {
+      const char* x = of.x + token * kRows * of.row_bytes;
+      const uint32_t* panel = of.panel + row * kRows;
+      float* sums = of.sums + token * kRows * of.width + row * kRows;
+      const int64_t left = of.token_tiles - token;
+      if (left == 1) shrink_tiles<1>(of, x, panel, sums);
+      else if (left == 2) shrink_tiles<2>(of, x, panel, sums);
+      else if (left == 3) shrink_tiles<3>(of, x, panel, sums);
+      else shrink_tiles<4>(of, x, panel, sums);
+    }
+}
+
+void expand(const Expanded& of) {
+  constexpr int64_t kWidth = 2 * kRows;
+  const int64_t stride = of.columns * 4;
+  _tile_loadd(6, of.panel, stride);
+  _tile_loadd(7, of.panel + kRows, stride);
+  for (int64_t token = 0; token < of.token_tiles; ++token) {
+    const uint32_t* coefficients = of.coefficients + token * kRows * of.stride;
+    float* sums = of.sums + token * kRows * kWidth;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t step = 0; step < of.steps; ++step) {
+      if (of.steps > 1) {
+        _tile_loadd(6, of.panel + step * of.pairs * of.columns, stride);
+        _tile_loadd(7, of.panel + step * of.pairs * of.columns + kRows, stride);
+      }
+      _tile_loadd(4, coefficients + step * of.pairs, of.stride * 4);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, sums, kWidth * 4);
+    _tile_stored(1, sums + kRows, kWidth * 4);
+  }
+}
+
 #else
 
 bool usable() { return false; }
-Tiles::Tiles(bool) : wanted(false) {}
+Tiles::Tiles(bool, int64_t) : wanted(false) {}
 Tiles::~Tiles() {}
 void score(const Scores&) {}
+void shrink(const Shrunk&) {}
+void expand(const Expanded&) {}
 
 #endif
 

@@ -1,5 +1,6 @@
-// Scores in tiles of Intel AMX: products of bfloat16 matrices, or, with each number split into two bfloat16 numbers,
-// products of nearly float32's precision. Of the four products of two split numbers the smallest is left out.
+// Products in tiles of Intel AMX: those of multi_lora, and scores, of bfloat16 matrices or, with each number split into
+// two bfloat16 numbers, of nearly float32's precision. Of the four products of two split numbers the smallest is left
+// out.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +17,10 @@ bool usable();       // the processor has AMX, and the system lets this process 
 void choose(bool);   // whether to use it
 bool chosen();
 
-// The calling thread's tiles, for as long as this lives; none if not `wanted`.
+// The calling thread's tiles, for as long as this lives; none if not `wanted`. Their products sum over `pairs` pairs.
 struct Tiles {
   const bool wanted;
-  explicit Tiles(bool wanted);
+  explicit Tiles(bool wanted, int64_t pairs = kRows);
   ~Tiles();
   Tiles(const Tiles&) = delete;
 };
@@ -35,5 +36,26 @@ struct Scores {
   float* scores;          // [kRows * key_tiles][columns]
 };
 void score(const Scores& of);
+
+// sums[token][row] = x[token] . a[row], for rows transposed into a panel.
+struct Shrunk {
+  const char* x;          // [kRows * token_tiles] rows of kStep * steps bfloat16 numbers
+  int64_t row_bytes, token_tiles;
+  const uint32_t* panel;  // [steps * kRows][columns] pairs of features
+  int64_t row_tiles, steps, columns;
+  float* sums;            // [kRows * token_tiles][width]
+  int64_t width;
+};
+void shrink(const Shrunk& of);
+
+// sums[token][column] = coefficients[token] . panel[column], for two tiles of columns.
+struct Expanded {
+  const uint32_t* coefficients;  // [kRows * token_tiles][stride] pairs of rows
+  int64_t stride, token_tiles;
+  const uint32_t* panel;         // [steps * pairs][columns] pairs of rows
+  int64_t steps, pairs, columns;
+  float* sums;                   // [kRows * token_tiles][2 * kRows]
+};
+void expand(const Expanded& of);
 
 }  // namespace slm_fast::amx

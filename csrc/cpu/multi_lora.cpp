@@ -29,7 +29,7 @@ class ForwardTile {
  private:
   Coefficients<P> shrunk(int64_t b, const T* x, int64_t tokens) {
     if constexpr (P::kPair == 2)
-      if (across.serves(op.tokens, rows.count)) {
+      if (across.serves(op.tokens, rows.count, op.features_in)) {
         across.pack(b, rows.a.data(), rows.weight.data(), rows.count, op.features_in);
         return across(x, op.x.token_stride, tokens, rows.count, op.features_in);
       }

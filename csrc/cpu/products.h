@@ -2,6 +2,7 @@
 // those rows to features.
 #pragma once
 
+#include "amx.h"
 #include "multi_lora.h"
 
 namespace slm_fast::SLM_ISA {
@@ -79,8 +80,11 @@ struct ShrinkAcross<Bf16Pairs> {
     sums.at_least(tile * width), weights.at_least(width), pairs.at_least(tile * width / 2);
   }
 
-  // The transposition pays off with many tokens and well-filled lanes.
-  static bool serves(int64_t tokens, int64_t count) { return tokens >= 16 && count >= 20; }
+  // Whether the transposition pays off: with many tokens and well-filled lanes, or in tiles.
+  static bool serves(int64_t tokens, int64_t count, int64_t length) {
+    return tokens >= 16 && (count >= 20 || (count > 0 && in_tiles(length)));
+  }
+  static bool in_tiles(int64_t length) { return amx::chosen() && length % amx::kStep == 0; }
 
   void pack(int64_t sample, const BFloat16* const* a, const double* weight, int64_t count, int64_t length) {
     if (packed == sample) return;
@@ -105,6 +109,10 @@ struct ShrinkAcross<Bf16Pairs> {
   };
 
   Coefficients<P> operator()(const BFloat16* x, int64_t stride, int64_t tokens, int64_t count, int64_t length) {
+    if (in_tiles(length)) {
+      shrink_in_tiles(x, stride, tokens, count, length);
+      return weighted(tokens, count);
+    }
     const int64_t words = (length + 1) / 2;
     if (stride % 2 || length % 2) {
       padded.at_least(tokens * words * 2);
@@ -125,6 +133,36 @@ struct ShrinkAcross<Bf16Pairs> {
         if (lanes < kWide) combine<P, 8>(c + first, 1, stride / 2, panel, last - first, 0, tokens, lanes, out);
         else combine<P, 6>(c + first, 1, stride / 2, panel, last - first, 0, tokens, lanes, out);
       }
+    return weighted(tokens, count);
+  }
+
+ private:
+  // Whole tiles of x are read in place, the tokens that are left from a padded copy.
+  void shrink_in_tiles(const BFloat16* x, int64_t stride, int64_t tokens, int64_t count, int64_t length) {
+    const int64_t whole = tokens / amx::kRows, left = tokens % amx::kRows, words = length / 2;
+    if (left) {
+      padded.at_least(amx::kRows * length);
+      for (int64_t t = 0; t < amx::kRows; ++t)
+        if (t < left) std::copy_n(x + (whole * amx::kRows + t) * stride, length, padded.data() + t * length);
+        else std::fill_n(padded.data() + t * length, length, BFloat16{0});
+    }
+    const amx::Tiles tiles(true);
+    for (int64_t row = 0; row < count; row += kWide) {
+      const auto* panel = reinterpret_cast<const uint32_t*>(panels.data() + row * words * 2);
+      const int64_t row_tiles = (std::min(kWide, count - row) + amx::kRows - 1) / amx::kRows;
+      amx::Shrunk of{reinterpret_cast<const char*>(x), 2 * stride, whole, panel, row_tiles, words / amx::kRows, kWide,
+                     sums.data() + row, width};
+      amx::shrink(of);
+      if (left) {
+        of.x = reinterpret_cast<const char*>(padded.data()), of.row_bytes = 2 * length, of.token_tiles = 1;
+        of.sums += whole * amx::kRows * width;
+        amx::shrink(of);
+      }
+    }
+  }
+
+  // The sums times their weights, as pairs; those past `count` are zero.
+  Coefficients<P> weighted(int64_t tokens, int64_t count) {
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t n = 0; n < width; n += 32) {
         __m512 half[2];
@@ -260,6 +298,11 @@ struct Expand {
       Coefficients<P> c, const T* const* b, int64_t sample, int64_t count, int64_t tokens, int64_t length,
       const T* base, int64_t base_stride, T* y, int64_t y_stride, Ahead ahead) {
     constexpr int64_t kColumns = kPanelColumns<P>;
+#if defined(__AVX512BF16__)
+    if constexpr (P::kPair == 2)
+      if (c.step == 1 && amx::chosen())  // as ShrinkAcross makes them
+        return in_tiles(c, b, sample, count, tokens, length, base, base_stride, y, y_stride, ahead);
+#endif
     const int64_t steps = (count + P::kPair - 1) / P::kPair, panel_size = steps * P::kPair * kColumns;
     // As many packed panels as fit L2 beside the rows of y, which are then streamed.
     const int64_t most = std::clamp<int64_t>(
@@ -297,6 +340,48 @@ struct Expand {
     }
     packed = sample;
   }
+
+#if defined(__AVX512BF16__)
+ private:
+  Buffer<float> found;  // [tokens][32]
+
+  // The same for coefficients of whole tiles, which are zero past `count`.
+  void in_tiles(
+      Coefficients<P> c, const T* const* b, int64_t sample, int64_t count, int64_t tokens, int64_t length,
+      const T* base, int64_t base_stride, T* y, int64_t y_stride, Ahead ahead) {
+    constexpr int64_t kColumns = kPanelColumns<P>, kWords = 2 * amx::kRows;  // columns in two tiles
+    constexpr int64_t kSoon = 2 * kWords;  // columns from here to those to prefetch
+    const int64_t tile_pairs = std::min((count + 1) / 2, amx::kRows);
+    const int64_t steps = ((count + 1) / 2 + tile_pairs - 1) / tile_pairs;
+    const int64_t panel_size = steps * 2 * tile_pairs * kColumns, token_tiles = (tokens + amx::kRows - 1) / amx::kRows;
+    const int64_t blocks = (length + kColumns - 1) / kColumns;
+    panels.at_least(blocks * panel_size);
+    found.at_least(token_tiles * amx::kRows * kWords);
+    if (packed != sample)
+      for (int64_t block = 0; block < blocks; ++block) {
+        auto* panel = panels.data() + block * panel_size;
+        std::fill_n(panel, panel_size, BFloat16{0});
+        pack_panel<T, P>(
+            panel, [&](int64_t n) { return b[n] + block * kColumns; }, count,
+            std::min(kColumns, length - block * kColumns));
+      }
+    packed = sample;
+    const int64_t lines = ahead.lines() / std::max<int64_t>(1, length / kWords * token_tiles) + 1;
+    const amx::Tiles tiles(true, tile_pairs);
+    for (int64_t column = 0; column < length; column += kWords) {
+      const auto* panel = reinterpret_cast<const uint32_t*>(panels.data() + column / kColumns * panel_size);
+      amx::expand({c.at, c.stride, token_tiles, panel + column % kColumns, steps, tile_pairs, kColumns, found.data()});
+      const OntoBase<T, P> out{y + column, y_stride, base ? base + column : nullptr, base_stride, nullptr, 0, 0};
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* sums = found.data() + t * kWords;
+        __builtin_prefetch(y + t * y_stride + column + kSoon, 1);
+        if (base && base != y) __builtin_prefetch(base + t * base_stride + column + kSoon);
+        out.add_pair(t, 0, load<float>(sums), load<float>(sums + amx::kRows), length - column);
+        if (t % amx::kRows == 0) ahead.ask(lines);
+      }
+    }
+  }
+#endif
 };
 
 }  // namespace slm_fast::SLM_ISA

@@ -30,7 +30,7 @@ def _native():
 @st.composite
 def calls(draw, most_tokens=70):
     """multi_lora arguments with sizes around tile edges, -1 slots and repeated slots."""
-    size = st.one_of(st.integers(1, 20), st.sampled_from([31, 47, 48, 49, 63, 64, 65, 97, 130]))
+    size = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 47, 48, 49, 63, 64, 65, 96, 97, 130]))
     B, T, I, O = draw(st.integers(0, 5)), draw(st.integers(0, most_tokens)), draw(size), draw(size)
     P, K, r = draw(st.integers(1, 6)), draw(st.integers(0, 5)), draw(st.integers(0, 9))
     dtype = draw(st.sampled_from(list(TOLERANCE)))

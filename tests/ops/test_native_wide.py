@@ -1,4 +1,4 @@
-"""retrieve by product among wide keys, which some processors multiply in tiles of bfloat16."""
+"""What some processors multiply in tiles: retrieve by product among wide keys, and multi_lora in bfloat16."""
 
 from __future__ import annotations
 
@@ -31,3 +31,30 @@ def test_products_with_wide_keys_are_ranked_among_near_ties(B, width):
         scaled[1][1, 0] = 3.4e38 if factor[0] < 1e-30 else 1
         assert_equals_the_specification(*scaled, 3, metric="dot")
         assert_equals_the_specification(*scaled, 3, metric="dot", bias=bias)
+
+
+@pytest.mark.parametrize("R", [(1, 1), (1, 3), (2, 8), (3, 11), (4, 12), (8, 16)])
+@pytest.mark.parametrize("T", [16, 31, 64, 65, 150])
+def test_increments_of_many_tokens_stay_within_their_rows(T, R):
+    """Features that fill tiles and some that do not, ranks from 1 to 128, a sample without slots, one with numbers that
+    are not finite, and rows of x and base that are not adjacent in memory."""
+    (K, r), random = R, torch.Generator().manual_seed(T)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=random).bfloat16()
+
+    for features_in, features_out in ((32, 33), (96, 64), (160, 200), (40, 96)):
+        x, base = normal(4, T, features_in + 7)[..., :features_in], normal(4, T, features_out + 3)[..., :features_out]
+        lora_a, lora_b = normal(5, r, features_in), normal(5, r, features_out)
+        slot_ids, weights = torch.randint(-1, 5, (4, K), generator=random), torch.rand(4, K, generator=random)
+        slot_ids[1] = -1
+        x[2, T // 2, 3], x[2, T - 1, 0] = torch.nan, torch.inf
+        got = ops.multi_lora(x, lora_a, lora_b, slot_ids, weights, base)
+        with ops.use_backend("reference"):
+            x64, a64, b64, weights64, base64 = (part.double() for part in (x, lora_a, lora_b, weights, base))
+            expected = ops.multi_lora(x64, a64, b64, slot_ids, weights64, base64)
+        assert torch.equal(got[1], base[1])
+        broken = ~expected.isfinite()
+        assert torch.equal(~got.isfinite(), broken)
+        difference = (got.double() - expected).masked_fill(broken, 0).norm()
+        assert difference <= 6e-3 * expected.masked_fill(broken, 0).norm()
