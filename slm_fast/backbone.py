@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -16,8 +17,8 @@ import transformers
 from torch import Tensor, nn
 
 from slm_fast.collection import without_collection
-from slm_fast.errors import InputError, SlmError, WorkError, memory_for, one_line
-from slm_fast.families import FAMILIES, Family, family_of
+from slm_fast.errors import InputError, SlmError, SlmWarning, WorkError, memory_for, one_line, warn
+from slm_fast.families import Family, family_of
 from slm_fast.given import checked_tokenizer, unwrapped, without_head
 from slm_fast.identity import fingerprint, generation, settings, tokens
 from slm_fast.layers import use_onednn
@@ -26,6 +27,7 @@ from slm_fast.loading import (
     choose_device,
     choose_dtype,
     dtype_word,
+    kind_of,
     loading,
     located,
     resolve,
@@ -98,7 +100,7 @@ class Backbone:
         try:
             with loading(), memory_for(f"backbone {name!r}"):
                 config = transformers.AutoConfig.from_pretrained(path, **gguf)
-                auto_class = getattr(transformers, _kind_of(config)[1])
+                auto_class = getattr(transformers, kind_of(config)[1])
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path, **gguf)
                 if gguf:
                     known = sha256_of(transformers.utils.cached_file(path, gguf["gguf_file"]))
@@ -106,7 +108,9 @@ class Backbone:
                     first = auto_class.from_pretrained(path, dtype=torch.bfloat16)
                     if getattr(first, "_keep_in_fp32_modules", None):
                         raise InputError(f"dtype: float16 overflows in {config.model_type} models; use bfloat16")
-                    known = cls(first, tokenizer, name).fingerprint
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", SlmWarning)  # the model itself warns
+                        known = cls(first, tokenizer, name).fingerprint
                     del first
                 model = checkpoint(auto_class, path, config, number, gguf)
         except SlmError:
@@ -355,35 +359,15 @@ def load_backbone(backbone: Any, tokenizer: Any, dtype: str | torch.dtype, devic
 
 def _family(model: Any) -> tuple[Family, Any]:
     """The family of a model, and the part of the model that is used."""
-    family, (kind, auto_class) = family_of(model.config.model_type), _kind_of(model.config)
+    family, (kind, auto_class) = family_of(model.config.model_type), kind_of(model.config)
     if family is not None:
-        return family, without_head(model, kind, family.layers, family.upper, auto_class)
+        used = without_head(model, kind, family.layers, family.upper, auto_class)
+        if not family.loop:
+            warn(f"backbone: model type {model.config.model_type!r}: answers are written by transformers' generate")
+        return family, used
     model = without_head(model, kind, "", None, auto_class)
     with pinned():
         return find_family(model.eval(), kind, auto_class), model
-
-
-def _kind_of(config: Any) -> tuple[str, str]:
-    """The kind of a model according to its configuration, and the auto class that loads it.
-
-    Raises InputError for a model that is neither an encoder nor generates text.
-    """
-    family = family_of(config.model_type)
-    if family is not None:
-        return family.kind, family.auto_class
-    auto = transformers.models.auto.modeling_auto
-    for kind, name, types in (
-        ("seq2seq", "AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-        ("encoder", "AutoModel", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-        ("causal", "AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    ):
-        if config.model_type in types:
-            return kind, name
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise InputError(
-        f"backbone: model type {config.model_type!r} is not supported; supported: {known}, and other language models "
-        "whose structure is like theirs"
-    )
 
 
 def _load_tokenizer(name: str | Path) -> Any:

@@ -1,4 +1,4 @@
-"""Loading models: where to find them, on which device and in which dtype, and without transformers' output."""
+"""Loading models: where to find them, their class, device and dtype, and loading without transformers' output."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from slm_fast.errors import InputError, WorkError
+from slm_fast.families import FAMILIES, family_of
 from slm_fast.layers import has_bfloat16
 from slm_fast.surroundings import pinned
 
@@ -173,6 +174,29 @@ def loading() -> Iterator[None]:
             log.set_verbosity(level)
             if bars:
                 log.enable_progress_bar()
+
+
+def kind_of(config: Any) -> tuple[str, str]:
+    """The kind of a model according to its configuration, and the auto class that loads it.
+
+    Raises InputError for a model that is neither an encoder nor generates text.
+    """
+    family = family_of(config.model_type)
+    if family is not None:
+        return family.kind, family.auto_class
+    auto = transformers.models.auto.modeling_auto
+    for kind, name, types in (
+        ("seq2seq", "AutoModelForSeq2SeqLM", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("encoder", "AutoModel", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("causal", "AutoModelForCausalLM", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        if config.model_type in types:
+            return kind, name
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise InputError(
+        f"backbone: model type {config.model_type!r} is not supported; supported: {known}, and other language models "
+        "whose structure is like theirs"
+    )
 
 
 def checkpoint(auto_class: Any, path: str, config: Any, dtype: torch.dtype, gguf: Mapping[str, str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from test_generate import count_passes, end_early
 from torch import Tensor, nn
 
 from slm_fast import InputError, ScalableLM, Task, examples
+from slm_fast.errors import SlmWarning
 from slm_fast.families import FAMILIES
 from slm_fast.predict import RouteTaken
 from slm_fast.scheduler import Scheduler
@@ -287,6 +289,19 @@ def test_bart_learns_answers_that_begin_as_its_generation_begins_them():
         InputError, match=r"model: rows of a bart backbone cannot take turns; `ScalableLM.predict` writes"
     ):
         Scheduler(slm.model, max_rows=2, max_prompt=4, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_family_whose_answers_generate_writes_says_so_once(tmp_path, dtype):
+    for part in (make_model("bart"), make_tokenizer("bart")):
+        part.save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", SlmWarning)
+        slm = ScalableLM.from_backbone(tmp_path, dtype=dtype)
+        farm_and_sea(slm)
+        slm.predict(mixed_texts(2), max_new_tokens=1)
+    [said] = [str(one.message) for one in told if one.category is SlmWarning]
+    assert said == "backbone: model type 'bart': answers are written by transformers' generate"
 
 
 def test_a_gemmas_soft_cap_and_a_granites_scale_are_in_the_logits_that_learning_sees():
