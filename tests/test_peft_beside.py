@@ -56,6 +56,10 @@ TEMPLATE, SETTINGS, OWN, CONFIG = "chat_template.jinja", "generation_config.json
         ("tokenizer.json", content({"model": {"vocab": [1, 2]}}), "is not as the tokenizers library writes it"),
         ("tokenizer.json", content({"added_tokens": [{"content": "a"}]}), "is not as the tokenizers library writes it"),
         ("tokenizer.json", content({"added_tokens": {"a": 1}}), "is not as the tokenizers library writes it"),
+        ("vocab.json", content([1]), "expected a JSON object, got list" + AGAIN),
+        ("vocab.json", content({"yes": "1"}), "token 'yes' has id 1, the backbone has id "),
+        ("added_tokens.json", content("{"), "cannot be read: "),
+        ("vocab.txt", raw("\u00e4".encode("latin-1")), "cannot be read: "),
         (TEMPLATE, raw("{{ 1 }}".encode("utf-16")), "cannot be read: "),
         (TEMPLATE, raw("\u00e4".encode("latin-1")), "cannot be read: "),
         (TEMPLATE, content("{{ raise_exception('no system turns') }}"), "no system turns; mend the template"),
@@ -166,6 +170,45 @@ def test_an_adapter_of_another_base_of_the_same_shapes_is_told_of(adapters: dict
     edit(adapter, lambda config: config.update(base_model_name_or_path="/home/someone/llama"))
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlmWarning)  # a path elsewhere says nothing about the base
+        slm.import_adapter(adapter, "rain", texts("rain"))
+
+
+@pytest.mark.parametrize(("name", "file"), [("llama", "vocab.json"), ("bert", "vocab.txt")])
+def test_a_vocabulary_in_an_older_format_is_compared_with_the_backbones(
+    adapters: dict[str, Path], tmp_path: Path, name: str, file: str
+) -> None:
+    adapter, slm = Path(shutil.copytree(adapters[name], tmp_path / "adapter")), make_slm(name)
+    words = {word: i for word, i in make_tokenizer(name).get_vocab().items() if word != "\n"}
+
+    def write() -> None:
+        lines = "".join(word + "\n" for word in sorted(words, key=words.__getitem__))
+        (adapter / file).write_text(json.dumps(words) if file == "vocab.json" else lines)
+
+    write()
+    (adapter / "added_tokens.json").write_text(json.dumps({"yes": words["yes"]}))
+    slm.import_adapter(adapter, "sky", texts("sky"))
+    (adapter / "added_tokens.json").write_text(json.dumps({"<tool>": 400}))
+    said = r"added_tokens\.json: token '<tool>' has id 400, the backbone has no such token; the adapter is for another"
+    with pytest.raises(InputError, match=said):
+        slm.import_adapter(adapter, "rain", texts("rain"))
+    (adapter / "added_tokens.json").unlink()
+    words["yes"], words["no"] = words["no"], words["yes"]
+    write()
+    said = rf"{file}: token '(yes|no)' has id \d+, the backbone has id \d+; the adapter is for another vocabulary"
+    with pytest.raises(InputError, match=said):
+        slm.import_adapter(adapter, "rain", texts("rain"))
+    make_tokenizer(name).save_pretrained(adapter)  # transformers reads this file only
+    slm.import_adapter(adapter, "rain", texts("rain"))
+
+
+def test_a_vocabulary_that_is_not_read_is_told_of(adapters: dict[str, Path], tmp_path: Path) -> None:
+    adapter, slm = Path(shutil.copytree(adapters["llama"], tmp_path / "adapter")), make_slm("llama")
+    (adapter / "tokenizer.model").write_bytes(b"\x0a")
+    with pytest.warns(SlmWarning, match=r"^tokenizer\.model: not compared with the backbone's vocabulary; a tokenizer"):
+        slm.import_adapter(adapter, "sky", texts("sky"))
+    make_tokenizer("llama").save_pretrained(adapter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlmWarning)
         slm.import_adapter(adapter, "rain", texts("rain"))
 
 

@@ -22,8 +22,10 @@ CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "
 OWN, OWN_HEAD = "slm_fast.json", "slm_fast_head.safetensors"  # files that our exports add to PEFT's
 PREFIX = "base_model.model."
 MODELS = re.compile(r"(model|pytorch_model|consolidated)\b.*\.(safetensors|bin|pth|index\.json)|.*\.gguf")
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-FILES_BESIDE = ("config.json", *TOKENIZER, "generation_config.json")
+TOKENIZER, VOCABULARIES = "tokenizer.json", ("vocab.json", "vocab.txt", "added_tokens.json")
+UNREAD = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")  # vocabularies of SentencePiece
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+FILES_BESIDE = (*SETTINGS, TOKENIZER, *VOCABULARIES, *UNREAD)
 OWN_FIELDS = {"labels": or_null(list_of(TEXT)), "prompt": ADAPTER["prompt"], "pooling": ADAPTER["pooling"]}
 AGAIN = "save the adapter again, or download it again"
 
@@ -275,23 +277,47 @@ def _sorted_out(
 
 
 def check_vocabulary(folder: Path, known: Mapping[str, int]) -> None:
-    """Raise InputError if an adapter has a tokenizer whose vocabulary differs from the backbone's, `known`."""
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        return
+    """Compare the vocabulary beside an adapter, if any, with the backbone's, `known`.
+
+    Raises:
+        InputError: one of its tokens has another id in the backbone, or none.
+        WorkError: its file is damaged.
+    """
+    for name in (TOKENIZER,) if (folder / TOKENIZER).exists() else VOCABULARIES:
+        file = folder / name
+        for word, index in (_tokens_of(file) if file.exists() else {}).items():
+            if known.get(word) != index:
+                has = f"id {known[word]}" if word in known else "no such token"
+                raise InputError(
+                    f"{file}: token {word!r} has id {index}, the backbone has {has}; the adapter is for another "
+                    "vocabulary"
+                )
+
+
+def _tokens_of(file: Path) -> dict[str, Any]:
+    """The tokens in one of a tokenizer's files, with their ids. Raises WorkError if it is damaged."""
+    if file.suffix == ".txt":  # a token in each line
+        try:
+            lines = file.read_text("utf-8").removesuffix("\n").split("\n")
+        except (OSError, ValueError) as error:
+            raise WorkError(f"{file}: cannot be read: {one_line(error)}; {AGAIN}") from None
+        return {word: i for i, word in enumerate(lines)}
     content = _json(file)
+    if file.name != TOKENIZER:
+        return content
     try:
         words = (content.get("model") or {}).get("vocab") or {}
         found = dict(words) if isinstance(words, Mapping) else {str(word): i for i, (word, *_) in enumerate(words)}
-        found |= {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+        return found | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise WorkError(f"{file}: is not as the tokenizers library writes it; {AGAIN}") from None
-    for word, index in found.items():
-        if known.get(word, index if word in known else None) != index:
-            has = f"id {known[word]}" if word in known else "no such token"
-            raise InputError(
-                f"{file}: token {word!r} has id {index}, the backbone has {has}; the adapter is for another vocabulary"
-            )
+
+
+def unread_vocabulary(folder: Path) -> str | None:
+    """A file with the only vocabulary beside an adapter, if it is in a format that is not read here."""
+    if any((folder / name).exists() for name in (TOKENIZER, *VOCABULARIES)):
+        return None
+    return next((name for name in UNREAD if (folder / name).exists()), None)
 
 
 def chat_template(folder: Path) -> str | None:

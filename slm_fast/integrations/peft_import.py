@@ -26,6 +26,7 @@ from slm_fast.integrations.peft_files import (
     check_vocabulary,
     generation_settings,
     labels_of,
+    unread_vocabulary,
 )
 from slm_fast.integrations.peft_heads import class_of, head_of
 from slm_fast.labels import check_label
@@ -113,6 +114,8 @@ def _warn(adapter: PeftAdapter, backbone: Backbone, settings: Mapping[str, Any],
     idle = sorted(name for name, value in settings.items() if name not in OVERRULED and value not in (None, False))
     if idle:
         warn(f"generation_config.json: {some_of(idle)}: not applied; prediction options set how text is decoded")
+    if unread := unread_vocabulary(adapter.folder):
+        warn(f"{unread}: not compared with the backbone's vocabulary; a tokenizer.json beside the adapter is")
     made_for, here = adapter.config.get("base_model_name_or_path"), HUB_NAMES.get(backbone.name, backbone.name)
     if isinstance(made_for, str) and made_for != here and all(map(HUB_NAME.fullmatch, (made_for, here))):
         warn(f"adapter {adapter.source!r}: was trained on {made_for!r}, and answers here with {here!r}")
