@@ -108,11 +108,12 @@ def _table(tasks: Sequence[LearnedTask], accuracy: Mapping[str, float]) -> str:
 
 
 def rows_of(task: LearnedTask) -> str:
-    """The number of rows a task was learned from (examples, for an imported task); empty if its router keeps none."""
+    """The number of rows a task was learned from (examples, for an imported task); empty if it does not say."""
     count = task.router.get("count")
-    if count is None:
+    rows = task.options.get("rows") if count is None else int(count.sum())  # the dtkr router counts none
+    if type(rows) is not int:
         return ""
-    return f"{int(count.sum()):,}{' examples (imported)' if task.adapter is not None else ''}"
+    return f"{rows:,}{' examples (imported)' if task.adapter is not None else ''}"
 
 
 def escaped(text: str) -> str:

@@ -87,7 +87,8 @@ def learn_task(
         processes.broadcast(trainer.parameters())
         trainer.fine_tune(examples, valid, progress)
     learned = trainer.learned()
-    learned = replace(learned, origin=origin(model, task, learned.options, valid))
+    kept = learned.options if "count" in learned.router else {**learned.options, "rows": len(task.rows)}
+    learned = replace(learned, origin=origin(model, task, learned.options, valid), options=kept)
     check_learned(learned)
     return learned
 

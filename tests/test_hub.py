@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 from command import one_line, slm_fast
 from models import (
+    easy,
     knows,
     make_model,
     make_slm,
@@ -21,6 +22,7 @@ from models import (
     reopened,
     two_tasks,
 )
+from peft_adapters import texts, write_adapter
 from stores import tree
 
 from slm_fast import Evaluation, InputError, ScalableLM, WorkError, __version__
@@ -106,6 +108,21 @@ def test_the_card_of_a_backbone_that_writes(name, tmp_path):
     assert card.data.base_model is None  # the model has no name
     assert "| sea | free text | 24 | 4 |" in card.text
     assert "answer.text" in card.text
+
+
+@pytest.mark.parametrize("router", ["gaussian", "dtkr"])
+def test_the_card_says_how_many_rows_a_task_was_learned_from_with_either_router(router, tmp_path):
+    slm = make_slm("bert", **({"features": 32} if router == "gaussian" else {"router": "dtkr", "groups": 4}))
+    slm.save_pretrained(tmp_path / "store")
+    for _ in range(2):
+        slm.learn(easy("sea", rows=6), epochs=1)  # the second time does nothing
+    write_adapter(tmp_path / "adapter", "bert")
+    slm.import_adapter(tmp_path / "adapter", "sky", texts("sky", 21))
+    knows(slm, random_task(slm, "farm"), *slm.learned.values())  # keeps no count with dtkr, as in older stores
+    slm.share(tmp_path / "shared")
+    rows = [line.split(" | ")[2] for line in card_of(tmp_path / "shared").text.splitlines() if line.startswith("| ")]
+    assert rows == ["rows", "---", "24" if router == "gaussian" else "", "6", "21 examples (imported)"]
+    assert reopened(tmp_path / "store").learned["sea"].options.get("rows") == (None if router == "gaussian" else 6)
 
 
 def test_words_of_labels_are_shown_as_they_are(tmp_path):

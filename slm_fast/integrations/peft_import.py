@@ -79,13 +79,16 @@ def import_task(
         part = model.new_router().fit(query, 1, name_seed(name, 0))
     except NotFinite as error:
         raise WorkError(f"examples: row {error.rows[0] + 1}: {error.reason}") from None
+    options: dict[str, Any] = {"base": str(adapter.config.get("base_model_name_or_path") or "")}
+    if "count" not in part:
+        options["rows"] = len(rows)
     task = LearnedTask(
         name=name,
         labels=words,
         values=values,
         router={key: tensor.cpu() for key, tensor in part.items()},
         head=None if head is None else head.top,
-        options={"base": str(adapter.config.get("base_model_name_or_path") or "")},
+        options=options,
         origin=_origin(model, adapter, name, rows, words),
         adapter=about,
         dense=None if head is None else head.dense,
