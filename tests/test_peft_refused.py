@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from models import make_model, make_slm, make_tokenizer, one_thread  # noqa: F401
 from peft_adapters import edit, texts, write_adapter
 from safetensors.torch import load_file, save_file
@@ -63,6 +65,18 @@ def refused(
     [
         *[("peft_type", kind, "virtual tokens, not layers; train a LoRA adapter instead") for kind in VIRTUAL],
         ("peft_type", "IA3", "expected LORA, got 'IA3'"),
+        (
+            "task_type",
+            "TOKEN_CLS",
+            "SEQ_2_SEQ_LM or FEATURE_EXTRACTION, got 'TOKEN_CLS'; train an adapter that answers",
+        ),
+        ("task_type", "QUESTION_ANS", "got 'QUESTION_ANS'"),
+        (
+            "task_type",
+            "SEQ_CLS",
+            "has no head, and llama models write text without; save it with modules_to_save: score",
+        ),
+        ("auto_mapping", {"base_model_class": "LlamaForTokenClassification"}, "train it as SEQ_CLS"),
         ("use_dora", True, "DoRA scales the columns"),
         ("use_qalora", True, "QALoRA"),
         ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
@@ -105,7 +119,7 @@ def test_a_field_that_asks_for_more_than_lora_is_named(
     slm: ScalableLM, adapter: Path, field: str, value: object, said: str
 ) -> None:
     edit(adapter, lambda config: config.update({field: value}))
-    refused(slm, adapter, "adapter_config.json", field, said)
+    refused(slm, adapter, "" if value == "SEQ_CLS" else "adapter_config.json", field, said)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +264,34 @@ def test_an_encoders_adapter_without_a_head_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "adapter_model.safetensors"
     save_file({key: t for key, t in load_file(file).items() if "classifier" not in key}, file)
     refused(make_slm("bert"), tmp_path, "has no head", "SEQ_CLS")
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "target"),
+    [("t5", "T5ForSequenceClassification", "q"), ("bart", "BartForSequenceClassification", "q_proj")],
+)
+def test_a_classifier_on_an_encoder_decoder_is_refused_with_its_head_and_without(
+    tmp_path: Path, name: str, trained: str, target: str
+) -> None:
+    base = getattr(transformers, trained)(make_model(name).config)
+    for saved, said in (
+        (None, f"task_type SEQ_CLS: has no head, and {name} models write text without; train it as SEQ_2_SEQ_LM"),
+        (["classification_head"], "modules_to_save: classification_head.dense.bias, classification_head.dense.weight"),
+    ):
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=[target], modules_to_save=saved)
+        peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / str(saved))
+        refused(make_slm(name), tmp_path / str(saved), said)
+
+
+def test_a_head_that_transformers_has_no_class_for_cannot_be_checked(tmp_path: Path) -> None:
+    write_adapter(tmp_path, "granite")
+    more("score.weight", 3, 32)(tmp_path)
+    slm = make_slm("granite")
+    with pytest.raises(
+        InputError, match=r"^check: transformers has no sequence classification class for granite models"
+    ):
+        slm.import_adapter(tmp_path, "sky", texts("sky"), check=True)
+    slm.import_adapter(tmp_path, "sky", texts("sky"))
 
 
 def test_a_head_that_reads_a_pooler_which_the_checkpoint_lacks_is_refused(tmp_path: Path) -> None:

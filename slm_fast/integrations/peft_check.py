@@ -76,7 +76,7 @@ def twin(backbone: Backbone, labels: int | None = None) -> Any:
     new head.
 
     Raises:
-        InputError: the weights cannot be copied (they are quantised).
+        InputError: the weights cannot be copied (they are quantised), or transformers has no such class.
     """
     import transformers
 
@@ -85,7 +85,13 @@ def twin(backbone: Backbone, labels: int | None = None) -> Any:
         model: Any = type(backbone.model)(config)
     else:
         config.num_labels, config.pad_token_id = labels, backbone.tokenizer.pad_token_id
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        try:
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
+        except ValueError:
+            raise InputError(
+                f"check: transformers has no sequence classification class for {config.model_type} models; import the "
+                "adapter without it"
+            ) from None
     inner = model.base_model if backbone.kind == "encoder" else model
     if backbone.pooler is not None and getattr(inner, "pooler", None) is not None:
         inner.pooler.load_state_dict(backbone.pooler.state_dict())

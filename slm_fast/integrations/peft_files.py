@@ -57,6 +57,8 @@ REASONS = {
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that do not change the base
 UNDONE_INITS = ("pissa", "olora", "corda", "lora_ga")  # those whose change PEFT can undo
 UNDO = "save it again with save_pretrained(..., path_initial_model_for_weight_conversion=...), which undoes that"
+TASK_TYPES = ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_ALPHA = 1e12
 VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
@@ -153,6 +155,15 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
         )
     if kind != "LORA":
         raise InputError(f"{file}: peft_type: expected LORA, got {kind!r}; train a LoRA adapter instead")
+    task, mapping = config.get("task_type"), config.get("auto_mapping")  # PEFT writes the latter if there is no task
+    if task and task not in TASK_TYPES:
+        wanted = f"{', '.join(TASK_TYPES[:-1])} or {TASK_TYPES[-1]}"
+        raise InputError(f"{file}: task_type: expected {wanted}, got {task!r:.80}; train an adapter that answers texts")
+    trained = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+    if trained.endswith(OTHER_HEADS):
+        raise InputError(
+            f"{file}: auto_mapping: trained as {trained:.80}, whose head does not answer texts; train it as SEQ_CLS"
+        )
     if config.get("bias", "none") != "none":
         why = ": it trains biases" if config["bias"] in ("all", "lora_only") else ""
         raise InputError(f"{file}: bias: expected 'none', got {config['bias']!r:.80}{why}; {MERGE}")

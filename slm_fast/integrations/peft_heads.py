@@ -107,6 +107,11 @@ def head_of(adapter: PeftAdapter, backbone: Backbone) -> Head | None:
         head = head.folded()
     elif backbone.kind == "encoder":
         raise InputError(f"{where}: has no head, and an encoder-only backbone answers with labels; train it as SEQ_CLS")
+    elif adapter.config.get("task_type") == "SEQ_CLS":
+        train = "train it as SEQ_2_SEQ_LM" if known is None else f"save it with modules_to_save: {known.out}"
+        raise InputError(
+            f"{where}: task_type SEQ_CLS: has no head, and {model_type} models write text without; {train}"
+        )
     return head
 
 
