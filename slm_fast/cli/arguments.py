@@ -262,17 +262,18 @@ def open_store(
             **more,
         )
     if "sample" in vars(arguments):
-        warn_of_idle_options(fields_of(arguments, PredictOptions), slm.model.backbone.kind == "encoder")
+        warn_of_idle_options(fields_of(arguments, PredictOptions), slm.model.backbone.kind, bool(slm.classes_))
     return slm
 
 
-def warn_of_idle_options(given: Mapping[str, Any], is_encoder: bool) -> None:
-    """Warn about given prediction options that have no effect."""
+def warn_of_idle_options(given: Mapping[str, Any], kind: str, has_heads: bool) -> None:
+    """Warn about given prediction options that have no effect on a backbone of this kind and its tasks."""
     drawing = ("temperature", "top_p", "seed")
-    if is_encoder:
+    if kind == "encoder":
         idle = dict.fromkeys(("max_new_tokens", "beams", "sample", *drawing), "an encoder-only backbone writes no text")
     else:
-        idle = dict.fromkeys(("head", "top_k"), "a backbone that writes its answers weighs no labels")
+        labels = () if has_heads else ("head", "top_k")
+        idle = dict.fromkeys(labels, "a backbone that writes its answers weighs no labels")
         if not given["sample"]:
             idle |= dict.fromkeys(drawing, "it goes with --sample")
     for name, why in idle.items():

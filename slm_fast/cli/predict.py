@@ -112,5 +112,5 @@ def _on_ray(
         for name in ("actors", "threads", "dtype", "device", "skip_damaged", "device_memory")
     }
     with StorePool(arguments.store, address=arguments.ray, backbone=backbone_of(arguments), **opening) as pool:
-        warn_of_idle_options(fields_of(arguments, PredictOptions), pool.kind == "encoder")
+        warn_of_idle_options(fields_of(arguments, PredictOptions), pool.kind, pool.has_heads)
         return pool.predict_file(source, sink, options, **how)

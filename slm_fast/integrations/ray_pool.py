@@ -58,8 +58,8 @@ class StoreActor:
     def about(self) -> dict[str, Any]:
         """What the process that distributes windows needs to know about the model."""
         slm = self._model()
-        about = {"tasks": slm.tasks, "kind": slm.model.backbone.kind, "in_store": (slm.store or slm.source) is not None}
-        return about | {"warnings": self._warnings}
+        about = {"tasks": slm.tasks, "kind": slm.model.backbone.kind, "has_heads": bool(slm.classes_)}
+        return about | {"in_store": (slm.store or slm.source) is not None, "warnings": self._warnings}
 
     def decides(self, options: PredictOptions) -> dict[str, Any]:
         """Everything besides the input that determines the bytes of its answers."""
@@ -203,6 +203,11 @@ class StorePool:
     def kind(self) -> str:
         """The backbone's kind: encoder, seq2seq or causal."""
         return self._about["kind"]
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether any task answers with a head."""
+        return self._about["has_heads"]
 
     def _send(self, window: Window, options: PredictOptions) -> _Sent:
         """Send a window to the actor with the fewest pending ones."""

@@ -64,6 +64,22 @@ def test_routes_from_the_embeddings_cost_no_pass_and_nothing_is_said_of_one(bert
     assert done.stderr == f"imported sky: 9 layers, rank 5; tasks in {tmp_path / 'store'}: 1\n"
 
 
+def test_top_k_is_idle_on_a_backbone_that_writes_unless_an_imported_task_has_a_head(bert: Path, tmp_path: Path) -> None:
+    for part in (make_model("llama"), make_tokenizer("llama")):
+        part.save_pretrained(tmp_path / "llama")
+    store, line = tmp_path / "store", '{"text": "sky1 sky2"}\n'
+    given = ("--backbone", tmp_path / "llama", "--examples", bert / "examples.jsonl")
+    for name, labels, said in (("write", None, "--top-k has no effect: a backbone that writes"), ("classify", 3, "")):
+        write_adapter(tmp_path / name, "llama", labels=labels)
+        done = slm_fast("import", store, "--adapter", tmp_path / name, "--name", name, *given)
+        assert done.returncode == 0, done.stderr
+        given = given[2:]
+        answered = slm_fast("predict", store, "--task", name, "--top-k", 3, "--max-new-tokens", 1, stdin=line)
+        assert said in answered.stderr
+        assert bool(said) == bool(answered.stderr)
+    assert len(json.loads(answered.stdout)["probabilities"]) == 3
+
+
 def test_what_is_wrong_is_one_line_and_no_store_is_made(bert: Path, tmp_path: Path) -> None:
     store, backbone = tmp_path / "store", ("--backbone", bert / "backbone")
     one_line(imported(bert, store), 2, "a new store needs --backbone")
