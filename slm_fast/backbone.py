@@ -265,6 +265,15 @@ class Backbone:
         start: int | None = self.model.generation_config.decoder_start_token_id
         return int(self.model.config.decoder_start_token_id) if start is None else start
 
+    def decoder_inputs(self, labels: Tensor) -> Tensor:
+        """Input tokens [B, T] of a seq2seq decoder for answers [B, T], in which negative numbers are padding."""
+        if hasattr(self.model, "prepare_decoder_input_ids_from_labels"):
+            inputs: Tensor = self.model.prepare_decoder_input_ids_from_labels(labels)
+            return inputs
+        start = labels.new_full((len(labels), 1), self.start_token)
+        shifted = torch.cat([start, labels[:, :-1]], 1)
+        return shifted.masked_fill(shifted < 0, self.tokenizer.pad_token_id)
+
     @cached_property
     def learned_positions(self) -> int | None:
         """Number of embedded positions; None if positions are not embedded."""
@@ -284,8 +293,8 @@ class Backbone:
 
     def positions(self, mask: Tensor) -> dict[str, Any]:
         """Keyword arguments with the positions [B, T] of real tokens, padded on either side, for a causal model that
-        embeds positions. Others need none, since rotary positions are relative."""
-        if self.kind != "causal" or self.learned_positions is None:
+        embeds positions, or may do so since it is not in the table. Others need none: rotary positions are relative."""
+        if self.kind != "causal" or (self.learned_positions is None and not self.family.found):
             return {}
         if "position_ids" not in inspect.signature(self.model.base_model.forward).parameters:
             return {}  # the model derives them from the mask

@@ -378,7 +378,7 @@ class Trainer:
             else:
                 labels = pad(answers, IGNORE)[0].to(self.device)
                 inputs = {"input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask, "use_cache": False}
-                inputs["decoder_input_ids"] = lm.prepare_decoder_input_ids_from_labels(labels)
+                inputs["decoder_input_ids"] = self.model.backbone.decoder_inputs(labels)
                 out, _, _ = self.model.call(lambda: lm(**inputs), encoded.attention_mask, **options)
                 logits, target = out.logits.flatten(0, 1), labels.flatten()
         return logits.float(), target

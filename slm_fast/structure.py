@@ -52,7 +52,7 @@ def find_family(model: Any, kind: str, auto_class: str) -> Family:
     stacks = [_stack(model, root, seen) for root in roots]
     found = [stack for stack in stacks if stack is not None]
     if len(found) < len(stacks):
-        raise InputError(f"{where}, and its layers do not each run once and in order; {ADVICE}")
+        raise InputError(f"{where}, and its layers do not each run once and in order on the batch's tokens; {ADVICE}")
     limit = ALIKE if model.dtype == torch.float32 else 5 * ALIKE
     for i, row in enumerate(alone):
         for left, hidden in enumerate(padded):
@@ -103,8 +103,10 @@ def _watching(model: nn.Module, seen: dict[str, list[Shapes]]) -> Iterator[None]
     """Record, by name, the shapes that pass each module inside the block, in the order in which the calls end."""
 
     def hook(name: str) -> Any:
-        def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             given = args[0] if args else kwargs.get("hidden_states")
+            if _is_linear(module) and (len(args) != 1 or kwargs):  # an adapted layer takes its input alone
+                given = None
             output = output[0] if isinstance(output, tuple) else output
             shapes = [tuple(x.shape) if isinstance(x, Tensor) else () for x in (given, output)]
             seen.setdefault(name, []).append((shapes[0], shapes[1]))
@@ -132,7 +134,8 @@ def _stack(model: Any, root: nn.Module, seen: dict[str, list[Shapes]]) -> str | 
         if module in inner or {shape[:1] for shape in shapes} != {(len(LENGTHS),)} or len(set(shapes)) != 1:
             continue
         once = all(len(seen[layer]) == 1 for layer in layers)
-        states = len(shapes[0]) == 3 and shapes[0][2] == getattr(model.config, "hidden_size", None)
+        lengths = max(LENGTHS), ANSWER  # some models pad the tokens further, which their layers must not see
+        states = shapes[0][1:] in [(length, getattr(model.config, "hidden_size", None)) for length in lengths]
         if once and states and sorted(layers, key=order.index) == layers:
             found.append(names[module])
     return found[0] if len(found) == 1 else None

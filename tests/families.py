@@ -84,15 +84,23 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 FOUND: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_neox": ("causal", "GPTNeoXForCausalLM", {"initializer_range": 0.2}),
     "opt": ("causal", "OPTForCausalLM", {"init_std": 0.2, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0}),
+    "xglm": (  # sinusoidal positions
+        "causal",
+        "XGLMForCausalLM",
+        {"init_std": 0.2, "ffn_dim": 48, "attention_heads": 4, "pad_token_id": 0},
+    ),
     "bloom": ("causal", "BloomForCausalLM", {"initializer_range": 0.2}),
     "deberta": (
         "encoder",
         "DebertaModel",
         {"initializer_range": 0.2, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     ),
+    "m2m_100": ("seq2seq", "M2M100ForConditionalGeneration", {"init_std": 0.2, "decoder_start_token_id": 0}),
     "pegasus": ("seq2seq", "PegasusForConditionalGeneration", {"init_std": 0.2, "decoder_start_token_id": 0}),
 }
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "albert": ("encoder", "AlbertModel", {"embedding_size": 16}),  # one shared layer that runs three times
     "fnet": ("encoder", "FNetModel", {}),  # mixes padding with real tokens
+    "longformer": ("encoder", "LongformerModel", {"attention_window": 8}),  # its layers see 16 tokens for 9
+    "ibert": ("encoder", "IBertModel", {}),  # its linear layers take a scale, too
 }

@@ -95,7 +95,7 @@ def make_tokenizer(name: str) -> transformers.PreTrainedTokenizerFast:
 def _model(name: str, seed: int) -> transformers.PreTrainedModel:
     kind, class_name, own = KNOWN[name]
     sizes: dict[str, Any] = {"vocab_size": len(_tokenizer(kind)), "num_attention_heads": 4}
-    if name in ("bart", "pegasus"):
+    if name in ("bart", "m2m_100", "pegasus"):
         sizes = {"vocab_size": len(_tokenizer(kind)), "encoder_layers": LAYERS, "decoder_layers": 2, "d_model": WIDTH}
         sizes |= {
             f"{side}_{what}": n

@@ -179,7 +179,9 @@ def test_a_fused_layers_parts_are_phi3s_query_key_and_value_as_a_llama_has_them_
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["roberta", "mt5", "mistral", "qwen2", *OTHERS, "opt", "bloom", "deberta"])
+@pytest.mark.parametrize(
+    "name", ["roberta", "mt5", "mistral", "qwen2", *OTHERS, "opt", "xglm", "bloom", "deberta", "m2m_100"]
+)
 def test_every_family_learns_and_answers_and_is_saved_opened_and_forgets(name, tmp_path):
     slm = make_slm(name)
     slm.save_pretrained(tmp_path / "store")

@@ -46,8 +46,10 @@ def test_what_is_adapted_is_said_once_when_the_model_is_given(name, said):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("albert", "its layers do not each run once and in order"),
+        ("albert", "its layers do not each run once and in order on the batch's tokens"),
         ("fnet", "padding changes a row's output"),
+        ("longformer", "its layers do not each run once and in order on the batch's tokens"),
+        ("ibert", "its layers have no linear layers with inputs .B, T, I."),
     ],
 )
 def test_what_cannot_be_adapted_safely_is_refused_in_one_line(name, why):
