@@ -108,7 +108,9 @@ OTHERS = sorted(TINY.keys() - {name for name, _ in (*GRID, *HEADS)})
 @pytest.mark.filterwarnings("ignore:backbone. model type", "ignore:examples")
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_adapter_of_any_other_family_gives_what_peft_gives(tmp_path: Path, name: str) -> None:
-    model = write_adapter(tmp_path, name, r=3, scale=0.1)
+    first, *_, last = TINY[name]
+    config = {"use_rslora": True, "rank_pattern": {last: 9}, "alpha_pattern": {first: 5}}
+    model = write_adapter(tmp_path, name, r=3, scale=0.1, **config)
     slm = make_slm(name)
     found = slm.import_adapter(tmp_path, "sky", texts("sky", 3), check=True)
     assert found is not None
