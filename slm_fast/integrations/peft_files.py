@@ -298,10 +298,12 @@ def check_vocabulary(folder: Path, known: Mapping[str, int]) -> None:
         file = folder / name
         for word, index in (_tokens_of(file) if file.exists() else {}).items():
             if known.get(word) != index:
-                has = f"id {known[word]}" if word in known else "no such token"
+                has, advice = "no such token", "if its texts do without that token, delete the file"
+                if word in known:
+                    has, advice = f"id {known[word]}", "open the backbone it was trained on"
                 raise InputError(
                     f"{file}: token {word!r} has id {index}, the backbone has {has}; the adapter is for another "
-                    "vocabulary"
+                    f"vocabulary: {advice}"
                 )
 
 
