@@ -71,7 +71,8 @@ def model_card(
         base_model: the backbone's hub name, if it has one.
         repo_id: hub repository that the card is for.
     """
-    base, writes = base_model, all(task.head is None for task in tasks)
+    heads = [task.head is not None for task in tasks]
+    base, writes = base_model, not any(heads)
     head: dict[str, Any] = {"library_name": "slm-fast"}
     if base is not None:
         head |= {"base_model": base, "base_model_relation": "adapter"}
@@ -88,7 +89,7 @@ def model_card(
         where_cli=repo_id or "FOLDER",
         backbone_option="" if base is not None else ', backbone="where the backbone is"',
         sample='"..."' if not writes else '{"instruction": "...", "input": "..."}',
-        field="text" if writes else "label",
+        field="text" if writes else "label" if all(heads) else "label or answer.text",
         backbone=f"[{base}](https://huggingface.co/{base})" if base else f"`{about['backbone'] or 'without a name'}`",
         fingerprint=about["fingerprint"],
         config=", ".join(f"`{field}={value!r}`" for field, value in config.items()),

@@ -110,6 +110,17 @@ def test_the_card_of_a_backbone_that_writes(name, tmp_path):
     assert "answer.text" in card.text
 
 
+def test_the_card_of_a_store_that_writes_and_classifies_prints_either_answer(tmp_path):
+    slm = make_slm("llama", features=32)
+    for name, labels in (("write", None), ("classify", 3)):
+        write_adapter(tmp_path / name, "llama", labels=labels)
+        slm.import_adapter(tmp_path / name, name, texts("sky"))
+    slm.share(tmp_path / "shared")
+    card = card_of(tmp_path / "shared")
+    assert "print(answer.task, answer.label or answer.text, answer.score)" in card.text
+    assert "| write | free text | 24 examples (imported) | 4 |" in card.text
+
+
 @pytest.mark.parametrize("router", ["gaussian", "dtkr"])
 def test_the_card_says_how_many_rows_a_task_was_learned_from_with_either_router(router, tmp_path):
     slm = make_slm("bert", **({"features": 32} if router == "gaussian" else {"router": "dtkr", "groups": 4}))
