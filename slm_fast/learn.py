@@ -87,8 +87,7 @@ def learn_task(
         processes.broadcast(trainer.parameters())
         trainer.fine_tune(examples, valid, progress)
     learned = trainer.learned()
-    kept = learned.options if "count" in learned.router else {**learned.options, "rows": len(task.rows)}
-    learned = replace(learned, origin=origin(model, task, learned.options, valid), options=kept)
+    learned = replace(learned, origin=origin(model, task, learned.options, valid))
     check_learned(learned)
     return learned
 
@@ -387,11 +386,12 @@ class Trainer:
         def kept(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             return pair[0].detach().float().cpu(), pair[1].detach().float().cpu()
 
+        uncounted = {} if "count" in self.part else {"rows": len(self.task.rows)}
         return LearnedTask(
             name=self.task.name,
             labels=None if self.task.labels is None else tuple(self.task.labels),
             values={name: kept(pair) for name, pair in self.params.items()},
             router={key: tensor.cpu() for key, tensor in self.part.items()},
             head=None if self.head is None else kept(self.head),
-            options=kept_options(self.options, self.start, self.patience),
+            options=kept_options(self.options, self.start, self.patience) | uncounted,
         )

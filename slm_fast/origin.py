@@ -15,9 +15,10 @@ from slm_fast.warm_start import is_wanted, kept_options
 
 
 def origin(model: AdaptedModel, task: Task, options: Mapping[str, Any], valid: Task | None) -> str:
-    """SHA-256 of everything that determines a learned task. options: as in its file."""
+    """SHA-256 of everything that determines a learned task. options: as in its file, with or without its `rows`."""
+    options = {key: value for key, value in options.items() if key != "rows"}
     about = {key: value for key, value in model.about.items() if key not in ("backbone", *WHEN_KNOWN)}
-    about |= {"options": dict(options), "labels": task.labels, "dtype": str(model.backbone.dtype)}
+    about |= {"options": options, "labels": task.labels, "dtype": str(model.backbone.dtype)}
     if options["joint"]:  # then the other tasks matter, too
         about["others"] = {known.name: digest_of(known) for known in model.pool.tasks if known.adapter is None}
     parts = [task.rows, [] if valid is None else valid.rows]

@@ -74,7 +74,8 @@ class LearnedTask:
             task may have one with any backbone.
         dense: (weight [H, H], bias [H]) of a layer between pooled states and the head; imported tasks only.
         adapter: imported tasks only.
-        options: how it was learned. Also its number of rows if its router keeps no count, and an imported task's base.
+        options: how it was learned. Also its number of rows if its router keeps no count, and an imported task's base
+            and `generation` settings, which are not applied.
         origin: SHA-256 of what the task was made from (`origin_of`); None if unknown. Other kinds of processors make
             different last bits of the same origin.
     """

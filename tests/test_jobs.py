@@ -14,14 +14,17 @@ from pathlib import Path
 
 import pytest
 from command import one_line, slm_fast
-from models import easy, one_thread, tasks_as_files  # noqa: F401
+from models import easy, make_slm, one_thread, tasks_as_files  # noqa: F401
 from stores import finish, start, tree
 from test_data import write_csv
 
 from slm_fast import LearnOptions, ScalableLM, Task, __version__, jobs
 from slm_fast.errors import InputError, WorkError
 from slm_fast.jobs import Job, Workers
+from slm_fast.origin import is_same
 from slm_fast.store import Store
+from slm_fast.task_file import task_to_bytes
+from slm_fast.tasks import LearnedTask
 from slm_fast.worker import receive, send, task_message, task_of
 
 NAMES = ("farm", "sea", "sky", "city")
@@ -112,6 +115,16 @@ def test_a_task_that_was_learned_from_other_rows_is_not_committed(folder: Path, 
     assert done.returncode == 1
     assert "task 'farm': its worker learned it from other rows, options or backbone" in done.stderr
     assert sorted(Store.open(folder / "other").files) == sorted({*NAMES} - {"farm"})
+
+
+def test_a_task_whose_router_counts_no_rows_is_the_one_requested() -> None:
+    slm, task = make_slm("bert", router="dtkr", groups=4), easy("sea")
+    options = LearnOptions(epochs=1, slots=2)
+    slm.learn(task, options=options, progress=False)
+    learned = slm.learned["sea"]
+    assert learned.options["rows"] == len(task.rows)
+    assert is_same(learned, slm.model, task, options, None)
+    assert isinstance(jobs._checked(slm, Job(task, options), task_to_bytes(learned)), LearnedTask)
 
 
 def test_ctrl_c_ends_all_workers_and_keeps_what_was_committed(interruptible, folder: Path, monkeypatch) -> None:

@@ -345,6 +345,9 @@ def test_an_adapters_chat_template_and_end_tokens_come_along(tmp_path: Path) -> 
         slm.import_adapter(tmp_path, "sky2", texts("sky"))
     one = slm.predict(rows[:1], task="sky2", max_new_tokens=6)[0]
     assert (one.text, one.finish_reason) == (tokenizer.decode([end]), "stop")
+    slm.export_adapter("sky2", tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert kept == {"eos_token_id": [end], "repetition_penalty": 1.3}
 
 
 def test_a_check_compares_with_peft_and_an_adapter_that_differs_is_not_imported(

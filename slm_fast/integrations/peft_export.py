@@ -107,8 +107,11 @@ def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: 
         files[OWN_HEAD] = _safetensors(head.beside)
     if isinstance(template, str):
         files["chat_template.jinja"] = template.encode()
+    settings = dict(task.options.get("generation", {}))
     if task.adapter is not None and task.adapter.ends:
-        files["generation_config.json"] = _json({"eos_token_id": list(task.adapter.ends)})
+        settings["eos_token_id"] = list(task.adapter.ends)
+    if settings:
+        files["generation_config.json"] = _json(settings)
     try:
         path.mkdir(parents=True, exist_ok=True)
         for file, data in files.items():

@@ -82,6 +82,8 @@ def import_task(
     options: dict[str, Any] = {"base": str(adapter.config.get("base_model_name_or_path") or "")}
     if "count" not in part:
         options["rows"] = len(rows)
+    if settings := {key: value for key, value in settings.items() if key != "eos_token_id"}:
+        options["generation"] = settings
     task = LearnedTask(
         name=name,
         labels=words,
