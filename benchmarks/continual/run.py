@@ -87,7 +87,8 @@ def work(options: argparse.Namespace, stream: Stream) -> int:
     folder.parent.mkdir(parents=True, exist_ok=True)
     entry = method_of(spec)[0]
     title = entry.title + (f" ({spec.partition(':')[2]})" if ":" in spec else "")
-    write(folder.parent / "about.json", (json.dumps({"title": title, "told": entry.told}) + "\n").encode())
+    about = {"title": title, "told": entry.told, "retrains": entry.retrains}
+    write(folder.parent / "about.json", (json.dumps(about) + "\n").encode())
     run_cell(folder, spec, stream, setup, train, test, unseen=options.unseen, bertscore=options.bertscore)
     return 0
 

@@ -156,18 +156,18 @@ class Result:
 
 
 def results(run: Run) -> list[Result]:
-    """The methods, best first: those with oracle task IDs after those without, and those that have learned fewer tasks
+    """The methods, best first. Those that are advantaged come after the others, and those that have learned fewer tasks
     last."""
     found = [Result(m, run.tasks[: m.stages], m.stages == len(run.tasks)) for m in run.methods]
     return sorted(
-        found, key=lambda result: (-result.method.stages, result.method.told, -result.average.mean, result.method.name)
+        found, key=lambda one: (-one.method.stages, one.method.advantaged, -one.average.mean, one.method.name)
     )
 
 
 def leads(ranked: Sequence[Result]) -> list[Result]:
-    """The methods that have learned the most tasks, without oracle task IDs if there are any such, best first."""
+    """The methods that have learned the most tasks, best first; none that is advantaged if there are others."""
     far = [result for result in ranked if len(result.learned) == len(ranked[0].learned)]
-    return [result for result in far if not result.method.told] or far
+    return [result for result in far if not result.method.advantaged] or far
 
 
 def many(count: int, what: str) -> str:

@@ -128,9 +128,13 @@ def _answer(run: Run, ranked: Sequence[Result]) -> str:
     lost = best.forgetting
     said += "" if lost is None else f", with forgetting of {written(lost.mean, 'points')} points"
     said += f". {others[0].title} follows with {_percent(others[0].average)}." if others else "."
-    helped = [r for r in ranked if r.method.told and len(r.learned) == learned and r is not best]
-    if helped:
-        said += f" With oracle task IDs, {helped[0].title} reaches {_percent(helped[0].average)}."
+    others = [result for result in ranked if len(result.learned) == learned and result is not best]
+    for how, given in (
+        ("With oracle task IDs", [result for result in others if result.method.told]),
+        ("Retrained on all rows", [result for result in others if result.method.retrains]),
+    ):
+        if given:
+            said += f" {how}, {given[0].title} reaches {_percent(given[0].average)}."
     return f"{said} {_cost(best)}".strip()
 
 

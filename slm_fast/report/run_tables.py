@@ -58,8 +58,8 @@ def ranking(run: Run, ranked: Sequence[Result], stem: str) -> Table:
         for result in ranked
     ]
     note = (
-        f"Ranked by average accuracy after all {many(len(run.tasks), 'task')}. Methods with oracle task IDs are below "
-        "those without, and incomplete methods come last."
+        f"Ranked by average accuracy after all {many(len(run.tasks), 'task')}. Methods with oracle task IDs, and those "
+        "retrained on the rows of all tasks, are below the others, and incomplete methods come last."
     )
     if several:
         note += (

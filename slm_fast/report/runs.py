@@ -122,12 +122,23 @@ class Seed:
 
 @dataclass(frozen=True)
 class Method:
-    """A method and its seeds with at least one stage. told: it is given oracle task IDs."""
+    """A method and its seeds with at least one stage.
+
+    Attributes:
+        told: it is given oracle task IDs.
+        retrains: it trains on all rows of earlier tasks again.
+    """
 
     name: str
     title: str
     told: bool
+    retrains: bool
     seeds: Sequence[Seed]
+
+    @property
+    def advantaged(self) -> bool:
+        """Whether it has what continual learning goes without, so that others are compared with it, but not ranked."""
+        return self.told or self.retrains
 
     @property
     def stages(self) -> int:
@@ -179,11 +190,11 @@ def read_run(path: str | Path) -> Run:
         seeds = [one for _, one in sorted((_number(one), one) for one in folder.glob("seed*") if _number(one) >= 0)]
         if not seeds:
             continue
-        title, told = _about(folder)
+        title, told, retrains = _about(folder)
         read = [Seed(one, _stages(one / "stages.jsonl", tasks), _untrained(one / "untrained.json")) for one in seeds]
         done = [seed for seed in read if seed.stages]
         if done:
-            methods.append(Method(folder.name, title, told, done))
+            methods.append(Method(folder.name, title, told, retrains, done))
         else:
             waiting.append(title)
     if not methods:
@@ -210,14 +221,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _about(folder: Path) -> tuple[str, bool]:
-    """A method's title (by default its folder's name) and whether it is given oracle task IDs."""
+def _about(folder: Path) -> tuple[str, bool, bool]:
+    """A method's title (by default its folder's name), whether it is given oracle task IDs, whether it retrains."""
     file = folder / "about.json"
     about = _read_json(file) if file.exists() else {}
-    title, told = about.get("title", folder.name), about.get("told", False)
-    if not isinstance(title, str) or not isinstance(told, bool):
-        raise WorkError(f"{file}: damaged: expected a title and whether it is told the tasks, got {_short(about)}")
-    return title or folder.name, told
+    title, told, retrains = about.get("title", folder.name), about.get("told", False), about.get("retrains", False)
+    if not isinstance(title, str) or not isinstance(told, bool) or not isinstance(retrains, bool):
+        raise WorkError(
+            f"{file}: damaged: expected a title, and whether it is told the tasks and retrains, got {_short(about)}"
+        )
+    return title or folder.name, told, retrains
 
 
 def _untrained(file: Path) -> dict[str, float]:

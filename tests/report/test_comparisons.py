@@ -28,9 +28,7 @@ def write_scores(seed: Path, done: int, scores: Mapping[str, Sequence[float]]) -
     (seed / f"answers-{done}.csv.gz").write_bytes(data)
 
 
-def write_answered(
-    run: Path, name: str, scores: Sequence[Mapping[str, Sequence[float]]], *, told: bool = False
-) -> None:
+def write_answered(run: Path, name: str, scores: Sequence[Mapping[str, Sequence[float]]], **about: bool) -> None:
     """Write a method of two tasks, a and b: for each seed, the scores of all rows after the last task."""
     for k, own in enumerate(scores):
         seed = run / name / f"seed{k}"
@@ -38,7 +36,7 @@ def write_answered(
         first = stage_of(1, {"a": found["a"]}, tasks=["a", "b"], named=False)
         write_stages(seed, [first, stage_of(2, found, tasks=["a", "b"], named=False)])
         write_scores(seed, 2, own)
-    (run / name / "about.json").write_text(json.dumps({"title": f"method {name}", "told": told}))
+    (run / name / "about.json").write_text(json.dumps({"title": f"method {name}", "told": False, **about}))
 
 
 def plain(text: str) -> str:
@@ -75,6 +73,19 @@ def test_methods_are_compared_by_row_with_the_best_one_without_oracle_task_ids(t
     error = pytest.approx(((1 / 4) / 4) ** 0.5 / 2)  # s^2 of (0, -1, 0, 0) is 1/4
     assert shown["method worse"][DIFFERENCE] == Spread(pytest.approx(-1 / 8), error)
     assert shown["method oracle"][DIFFERENCE] == Spread(pytest.approx(1 / 8), error)
+
+
+def test_a_method_retrained_on_all_rows_is_an_upper_bound_and_no_winner(tmp_path: Path):
+    run = write_run(tmp_path / "run", tasks=["a", "b"])
+    write_answered(run, "joint", [{"a": [1, 1, 1, 1], "b": [1, 1]}], retrains=True)
+    write_answered(run, "best", [{"a": [1, 1, 0, 1], "b": [1, 1]}])
+    (part,) = run_report([run]).parts
+    said = plain(part.answer)
+    assert said.startswith("method best has the highest average accuracy without oracle task IDs: 87.5 %")
+    assert "Retrained on all rows, method joint reaches 100.0 %." in said
+    shown = columns(figures(run_report([run]))["methods"])
+    assert list(shown) == ["method best", "method joint"]
+    assert shown["method best"][DIFFERENCE] == "reference"
 
 
 def test_a_difference_is_over_the_seeds_that_both_methods_have(tmp_path: Path):

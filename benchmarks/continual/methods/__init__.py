@@ -35,7 +35,7 @@ METHODS = {
     "slm-ti": Entry("slm_fast, oracle", partial(Slm, told=True), told=True),
     "slm-paper": Entry("SLM as in the paper", partial(Slm, **PAPER_CONFIG), options=PAPER_OPTIONS),
     "separate": Entry("Separate, one LoRA per task, oracle", Separate, told=True),
-    "joint": Entry("Joint training on all tasks so far", Joint),
+    "joint": Entry("Joint training on all tasks so far", Joint, retrains=True),
     "finetune": Entry("Sequential finetuning", Finetune),
     "replay": Entry("Replay, 1 % of rows", Replay),
     "ewc": Entry("EWC", Ewc),

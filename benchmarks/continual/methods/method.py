@@ -89,6 +89,7 @@ class Entry(NamedTuple):
     Attributes:
         kinds: of backbones that it runs on.
         told: whether it needs each row's task to answer.
+        retrains: whether it trains on the rows of earlier tasks again, all of them: an upper bound.
         options: fields of LearnOptions that differ from slm_fast's defaults.
     """
 
@@ -96,4 +97,5 @@ class Entry(NamedTuple):
     make: Callable[..., Method]  # takes a setup and, for slm_fast, fields of its configuration
     kinds: tuple[str, ...] = ("encoder", "seq2seq", "causal")
     told: bool = False
+    retrains: bool = False
     options: Mapping[str, Any] = MappingProxyType({})
