@@ -39,6 +39,21 @@ def check_taps(taps: Sequence[int], layers: int) -> tuple[int, ...]:
     return tuple(sorted(set(taps)))
 
 
+def _columns(hidden: Tensor, mask: Tensor) -> tuple[slice | None, list[slice]]:
+    """The tokens that are real in all rows, if they are found, and those that may be padding: they need a copy.
+
+    With rows of similar length there are few of the latter. hidden: [B, T, H], mask: [B, T].
+    """
+    length = hidden.shape[1]
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        real = mask.bool().all(0).nonzero()
+        if len(real) and len(real) == real[-1] - real[0] + 1:
+            first, last = int(real[0]), int(real[-1]) + 1
+            ends = (slice(0, first), slice(last, length))
+            return slice(first, last), [part for part in ends if part.start < part.stop]
+    return None, [slice(length)]
+
+
 class TrunkQuery:
     """The mean hidden state over real tokens at each of a few layers, concatenated; with `maximum`, also the maximum
     over tokens at the last one.
@@ -71,17 +86,10 @@ class TrunkQuery:
     def pool(hidden: Tensor, mask: Tensor) -> Tensor:
         """Mean over real tokens: hidden [B, T, H], mask [B, T] -> [B, H] float32."""
         real = mask.unsqueeze(-1)
-        ends = [(0, hidden.shape[1])]  # columns that may have padding
-        total: Tensor | float = 0.0
-        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
-            # With rows of similar length nearly all columns have only real tokens, and need no copy with zeros.
-            whole = mask.bool().all(0).nonzero()
-            if len(whole) and len(whole) == whole[-1] - whole[0] + 1:
-                first, last = int(whole[0]), int(whole[-1]) + 1
-                total = hidden[:, first:last].sum(1, dtype=torch.float32)
-                ends = [(begin, end) for begin, end in ((0, first), (last, hidden.shape[1])) if begin < end]
-        for begin, end in ends:
-            padded = hidden[:, begin:end].masked_fill(real[:, begin:end] == 0, 0.0)
+        whole, ends = _columns(hidden, mask)
+        total: Tensor | float = 0.0 if whole is None else hidden[:, whole].sum(1, dtype=torch.float32)
+        for part in ends:
+            padded = hidden[:, part].masked_fill(real[:, part] == 0, 0.0)
             total = total + padded.sum(1, dtype=torch.float32)
         return total / real.sum(1).clamp(min=1)
 
@@ -89,9 +97,16 @@ class TrunkQuery:
         """Pool the next tap's hidden states [B, T, H], with mask [B, T], and append the result [B, H] to `pooled`."""
         pooled.append(self.pool(hidden, mask))
         if self.maximum and len(pooled) == len(self.taps):
-            real = mask.unsqueeze(-1) != 0
-            highest = hidden.masked_fill(~real, -torch.inf).amax(1).float() * MAX_SCALE
-            pooled.append(highest.masked_fill(~real.any(1), 0.0))
+            pooled.append(self._highest(hidden, mask).float() * MAX_SCALE)
+
+    @staticmethod
+    def _highest(hidden: Tensor, mask: Tensor) -> Tensor:
+        """Maximum over real tokens, 0 without any: hidden [B, T, H], mask [B, T] -> [B, H] in hidden's dtype."""
+        padding = (mask == 0).unsqueeze(-1)
+        whole, ends = _columns(hidden, mask)
+        found = [] if whole is None else [hidden[:, whole].amax(1)]
+        found += [hidden[:, part].masked_fill(padding[:, part], -torch.inf).amax(1) for part in ends]
+        return torch.stack(found).amax(0).masked_fill(padding.all(1), 0.0)
 
     def complete(self, pooled: Sequence[Tensor]) -> bool:
         """Whether `pooled` has everything that a query needs."""

@@ -1,11 +1,11 @@
-"""Pooling of the trunk's hidden states: a mean over real tokens, independent of the position and values of padding."""
+"""Pooling of the trunk's hidden states: means and maxima over real tokens, wherever padding is."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from slm_fast.query import TrunkQuery
+from slm_fast.query import MAX_SCALE, TrunkQuery
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -34,3 +34,18 @@ def test_gradients_reach_real_tokens_alone():
     TrunkQuery.pool(hidden, mask).sum().backward()
     expected = (mask / mask.sum(1, keepdim=True))[..., None].expand(2, 4, 3)
     torch.testing.assert_close(hidden.grad, expected)
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (4, 1, 3), (0, 2, 4)], ids=str)
+@pytest.mark.parametrize("side", ["right", "left", "middle"])
+def test_maxima_are_over_real_tokens(lengths, side):
+    hidden, mask = torch.randn(3, 4, 5), torch.arange(4) < torch.tensor(lengths)[:, None]
+    if side == "left":
+        mask = mask.flip(1)
+    elif side == "middle":
+        hidden, mask = torch.cat([hidden, hidden + 1], 1), torch.cat([mask, mask.flip(1)], 1)
+    hidden[~mask] = torch.nan
+    pooled: list[torch.Tensor] = []
+    TrunkQuery((0,), 5, hidden.device, maximum=True).read(hidden, mask.long(), pooled)
+    expected = [row[real].amax(0) if real.any() else torch.zeros(5) for row, real in zip(hidden, mask, strict=True)]
+    assert torch.equal(pooled[1], torch.stack(expected) * MAX_SCALE)
