@@ -34,7 +34,7 @@ namespace slm_fast {
 namespace {
 
 #if defined(__x86_64__)
-// The same kernels, and a search that uses AMX.
+// The same kernels, of which retrieve and multi_lora use AMX.
 constexpr Kernels kAmx = [] {
   Kernels table = avx512_bf16::kTable;
   table.name = "amx";

@@ -349,14 +349,14 @@ struct Expand {
   void in_tiles(
       Coefficients<P> c, const T* const* b, int64_t sample, int64_t count, int64_t tokens, int64_t length,
       const T* base, int64_t base_stride, T* y, int64_t y_stride, Ahead ahead) {
-    constexpr int64_t kColumns = kPanelColumns<P>, kWords = 2 * amx::kRows;  // columns in two tiles
-    constexpr int64_t kSoon = 2 * kWords;  // columns from here to those to prefetch
+    constexpr int64_t kColumns = kPanelColumns<P>, kStrip = 2 * amx::kRows;  // columns in two tiles
+    constexpr int64_t kSoon = 2 * kStrip;  // columns from here to those to prefetch
     const int64_t tile_pairs = std::min((count + 1) / 2, amx::kRows);
     const int64_t steps = ((count + 1) / 2 + tile_pairs - 1) / tile_pairs;
     const int64_t panel_size = steps * 2 * tile_pairs * kColumns, token_tiles = (tokens + amx::kRows - 1) / amx::kRows;
     const int64_t blocks = (length + kColumns - 1) / kColumns;
     panels.at_least(blocks * panel_size);
-    found.at_least(token_tiles * amx::kRows * kWords);
+    found.at_least(token_tiles * amx::kRows * kStrip);
     if (packed != sample)
       for (int64_t block = 0; block < blocks; ++block) {
         auto* panel = panels.data() + block * panel_size;
@@ -366,14 +366,14 @@ struct Expand {
             std::min(kColumns, length - block * kColumns));
       }
     packed = sample;
-    const int64_t lines = ahead.lines() / std::max<int64_t>(1, length / kWords * token_tiles) + 1;
+    const int64_t lines = ahead.lines() / std::max<int64_t>(1, length / kStrip * token_tiles) + 1;
     const amx::Tiles tiles(true, tile_pairs);
-    for (int64_t column = 0; column < length; column += kWords) {
+    for (int64_t column = 0; column < length; column += kStrip) {
       const auto* panel = reinterpret_cast<const uint32_t*>(panels.data() + column / kColumns * panel_size);
       amx::expand({c.at, c.stride, token_tiles, panel + column % kColumns, steps, tile_pairs, kColumns, found.data()});
       const OntoBase<T, P> out{y + column, y_stride, base ? base + column : nullptr, base_stride, nullptr, 0, 0};
       for (int64_t t = 0; t < tokens; ++t) {
-        const float* sums = found.data() + t * kWords;
+        const float* sums = found.data() + t * kStrip;
         __builtin_prefetch(y + t * y_stride + column + kSoon, 1);
         if (base && base != y) __builtin_prefetch(base + t * base_stride + column + kSoon);
         out.add_pair(t, 0, load<float>(sums), load<float>(sums + amx::kRows), length - column);
