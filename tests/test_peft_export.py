@@ -65,7 +65,7 @@ def test_an_encoders_own_head_stands_beside_the_adapter(tmp_path: Path, name: st
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_an_imported_head_goes_out_as_the_familys_class_has_it(tmp_path: Path, name: str) -> None:
-    model = write_adapter(tmp_path / "in", name, labels=3, r=3, scale=0.1, modules_to_save=SAVED.get(name))
+    model = write_adapter(tmp_path / "in", name, labels=3, r=3, modules_to_save=SAVED.get(name))
     slm = make_slm(name)
     slm.import_adapter(tmp_path / "in", "sky", texts("sky", 4), check=True)
     slm.export_adapter("sky", tmp_path / "out")
