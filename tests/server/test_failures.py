@@ -186,7 +186,7 @@ def test_an_encoder_without_a_task_is_not_ready_until_there_is_one(tmp_path: Pat
     tasks = list(slm.learned.values())
     Store.open(slm.store.path).commit(remove=[task.name for task in tasks])
     with serving(reopened(tmp_path / "store"), warm=False) as (client, served):
-        until(served.engine.warm.is_set)
+        until(lambda: served.engine.warm.is_set() and listens(client))
         status, found, _ = client.call("GET", "/ready")
         assert (status, found["status"], found["tasks"]) == (503, "no task is learned yet", 0)
         assert client.call("POST", "/v1/classify", {"input": TEXTS})[0] == 503
