@@ -11,7 +11,6 @@ added to a RUN later. `method:option=value` is an ablation, such as slm-paper:gr
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from benchmarks.continual.cell import run_cell, stages_of
 from benchmarks.continual.methods import METHODS, method_of
 from benchmarks.continual.methods.method import Setup
-from benchmarks.continual.run_file import described, digest_of, opened
+from benchmarks.continual.run_file import alone, described, digest_of, opened
 from benchmarks.continual.stream_file import read_stream
 from benchmarks.continual.streams import STREAMS, Stream
 from benchmarks.continual.summary import show
@@ -30,7 +29,6 @@ from benchmarks.processes import sigterm_as_exit
 from slm_fast import InputError, SlmError, Task
 from slm_fast.backbone import Backbone
 from slm_fast.cli.shell import one_line_warnings
-from slm_fast.files import write
 from slm_fast.options import LearnOptions
 from slm_fast.tables import console
 
@@ -44,9 +42,21 @@ def stream_of(name: str) -> Stream:
     raise InputError(f"--stream {name!r}: not known; streams: {', '.join(STREAMS)}, or a YAML file")
 
 
+def method_folder(spec: str) -> str:
+    """The name of a method's folder in a RUN."""
+    return spec.replace(":", ",")
+
+
 def cell_folder(run: Path, spec: str, seed: int) -> Path:
     """The folder of one method with one seed."""
-    return run / spec.replace(":", ",") / f"seed{seed}"
+    return run / method_folder(spec) / f"seed{seed}"
+
+
+def title_of(spec: str) -> dict[str, object]:
+    """The contents of a method's about.json."""
+    entry, (_, _, options) = method_of(spec)[0], spec.partition(":")
+    title = entry.title + (f" ({options})" if options else "")
+    return {"title": title, "told": entry.told, "retrains": entry.retrains}
 
 
 def check_methods(specs: Sequence[str], backbone: str) -> None:
@@ -84,12 +94,8 @@ def work(options: argparse.Namespace, stream: Stream) -> int:
         options.max_new_tokens,
     )
     folder = cell_folder(options.run, spec, seed)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    entry = method_of(spec)[0]
-    title = entry.title + (f" ({spec.partition(':')[2]})" if ":" in spec else "")
-    about = {"title": title, "told": entry.told, "retrains": entry.retrains}
-    write(folder.parent / "about.json", (json.dumps(about) + "\n").encode())
-    run_cell(folder, spec, stream, setup, train, test, unseen=options.unseen, bertscore=options.bertscore)
+    with alone(folder):
+        run_cell(folder, spec, stream, setup, train, test, unseen=options.unseen, bertscore=options.bertscore)
     return 0
 
 
@@ -187,7 +193,8 @@ def main(arguments: Sequence[str]) -> int:
             if options.cell:
                 return work(options, stream)
             check_methods(options.methods, options.backbone)
-            opened(options.run, described(options, stream, rows_of(options, stream)))
+            titles = {method_folder(spec): title_of(spec) for spec in options.methods}
+            opened(options.run, described(options, stream, rows_of(options, stream)), titles)
             status = all_cells(options, stream, arguments)
             show(options.run, console())
     except SlmError as error:

@@ -1,4 +1,5 @@
-"""`run.json`: what all methods and seeds of a RUN share. A call that differs in it is refused."""
+"""`run.json`: what all methods and seeds of a RUN share. A call that differs in it is refused. Several commands may add
+to one RUN at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from benchmarks.continual.cell import stages_of
 from benchmarks.continual.streams import Stream
 from benchmarks.machine import describe
 from slm_fast import InputError, Task, WorkError
-from slm_fast.files import write
+from slm_fast.files import locked, write
 
 FORMAT = 1
+LOCK = ".lock"
+OURS = {LOCK, "run.json.part"}  # what a RUN may have before it has a run.json
 SETTINGS = ("train", "test", "epochs", "max_length", "max_new_tokens", "unseen", "bertscore", "autocast")
 
 
@@ -41,18 +45,41 @@ def digest_of(*splits: Mapping[str, Task]) -> str:
     return found.hexdigest()
 
 
-def opened(run: Path, about: Mapping[str, Any]) -> None:
-    """Create the RUN, or check that it has the same stream, rows and settings.
+@contextmanager
+def alone(folder: Path, patience: float = 0) -> Iterator[None]:
+    """Keep other commands from changing this folder inside the block; it is created if missing.
+
+    Raises WorkError if another one still does after `patience` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK, patience) as held:
+        if not held:
+            raise WorkError(f"{folder}: another command is writing to it; try again when it has ended")
+        yield
+
+
+def opened(run: Path, about: Mapping[str, Any], titles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Create the RUN, or check that it has the same stream, rows and settings. Then describe its methods.
+
+    Args:
+        titles: folder of each method -> contents of its about.json.
 
     Raises InputError if they differ, WorkError if it cannot be read.
     """
-    path = run / "run.json"
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: is a file, expected a folder")
+    if run.exists() and not (run / "run.json").exists() and {file.name for file in run.iterdir()} - OURS:
+        raise InputError(f"{run}: not empty, and no run of this benchmark; name another folder")
+    with alone(run, patience=30):
+        _agree(run, about)
+        for folder, title in titles.items():
+            (run / folder).mkdir(exist_ok=True)
+            write(run / folder / "about.json", (json.dumps(title) + "\n").encode())
+
+
+def _agree(run: Path, about: Mapping[str, Any]) -> None:
+    path = run / "run.json"
     if not path.exists():
-        if run.exists() and any(run.iterdir()):
-            raise InputError(f"{run}: not empty, and no run of this benchmark; name another folder")
-        run.mkdir(parents=True, exist_ok=True)
         _save(path, about, {"machine": describe(), "date": time.strftime("%Y-%m-%d")})
         return
     try:

@@ -19,6 +19,7 @@ from rivals import Here, Listing
 from benchmarks.continual import cell, run, summary
 from benchmarks.continual.methods import METHODS
 from benchmarks.continual.methods.method import Answer, Entry
+from benchmarks.continual.run_file import alone
 from slm_fast import WorkError
 from slm_fast.data import Row
 from slm_fast.report.results import results
@@ -161,8 +162,8 @@ def test_a_stopped_call_stops_its_cells(interruptible, call, tmp_path, stop):
     module = ["slm_fast.cli", "repro"] if stop == signal.SIGINT else ["benchmarks.continual.run"]
     command = [sys.executable, "-m", *module, *call[:-1], "finetune:epochs=10000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        about = tmp_path / "run" / "finetune,epochs=10000" / "about.json"
-        while not about.exists():
+        lock = tmp_path / "run" / "finetune,epochs=10000" / "seed0" / ".lock"
+        while not lock.exists():
             assert process.poll() is None
             time.sleep(0.02)
         if stop == signal.SIGINT:
@@ -175,3 +176,19 @@ def test_a_stopped_call_stops_its_cells(interruptible, call, tmp_path, stop):
     assert ("repro: interrupted; the same command resumes\n" in said) == (stop == signal.SIGINT)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no process is left
+
+
+def test_two_commands_may_create_a_run_at_once(call, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.continual.run", *call[:-1], "finetune:epochs=1", "--seeds"]
+    commands = [subprocess.Popen([*command, seed]) for seed in "01"]
+    assert [each.wait(timeout=300) for each in commands] == [0, 0]
+    for seed in (0, 1):
+        assert len(cell.stages_of(run.cell_folder(tmp_path / "run", "finetune:epochs=1", seed))) == len(NAMES)
+
+
+def test_two_commands_do_not_run_one_cell(call, tmp_path, capsys):
+    assert run.main(call) == 0
+    cell_call = [*call, "--seeds", "0", "--cell"]
+    with alone(tmp_path / "run" / "right" / "seed0"):
+        assert "seed0: another command is writing to it" in refused(cell_call, capsys)
+    assert run.main(cell_call) == 0
