@@ -56,6 +56,7 @@ struct Retrieve {
 
 struct PrepareKeys {
   Type type;
+  bool cosine;
   int64_t slots, width, groups;
   const void* keys;  // [P, D]
 };

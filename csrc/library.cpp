@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   library.def(MULTI_LORA_("native"));
   library.def("multi_lora_native_backward(Tensor grad, Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(RETRIEVE("native", ", Tensor? prepared=None, Tensor? key_slot=None"));
-  library.def("prepare_keys_native(Tensor keys, SymInt groups) -> Tensor");
+  library.def("prepare_keys_native(Tensor keys, SymInt groups, str metric='cosine') -> Tensor");
   library.def("key_loss_native(Tensor query, Tensor keys, SymInt k, SymInt groups, float mask_prob, SymInt seed) -> (Tensor, Tensor)");
   library.def("key_loss_native_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected) -> Tensor");
   library.def("invariant_linear_native(Tensor x, Tensor weight) -> Tensor");

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> retrieve(
     Tensor query, Tensor keys, int64_t k, int64_t groups, std::optional<Tensor> bias, std::optional<Tensor> mask,
     std::string metric, std::string aggregate, std::string weighting, double temperature,
     std::optional<Tensor> prepared, std::optional<Tensor> key_slot);
-Tensor prepare_keys(Tensor keys, int64_t groups);
+Tensor prepare_keys(Tensor keys, int64_t groups, std::string metric);
 std::tuple<Tensor, Tensor> key_loss(
     Tensor query, Tensor keys, int64_t k, int64_t groups, double mask_prob, int64_t seed);
 Tensor key_loss_backward(Tensor grad, Tensor query, Tensor keys, Tensor selected);

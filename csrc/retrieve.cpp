@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> retrieve(
   op.temperature = temperature;
   op.query = query.data_ptr(), op.keys = keys.data_ptr();
   if (prepared) {
-    const PrepareKeys of{op.type, op.slots, op.width, groups, op.keys};
+    const PrepareKeys of{op.type, op.cosine, op.slots, op.width, groups, op.keys};
     check_like("prepared", *prepared, ScalarType::Byte, {kernels().prepared_bytes(of)});
     prepared = dense(*prepared);
     op.prepared = prepared->data_ptr();
@@ -78,12 +78,14 @@ std::tuple<Tensor, Tensor> retrieve(
   return {slot_ids, weights};
 }
 
-Tensor prepare_keys(Tensor keys, int64_t groups) {
+Tensor prepare_keys(Tensor keys, int64_t groups, std::string metric) {
   if (keys.dim() != 2 || !keys.is_cpu()) fail("keys: expected floating [P, D] on cpu, got ", shape_of(keys));
   if (groups < 1 || keys.size(1) % groups != 0)
     fail("groups: expected a divisor of the key width ", keys.size(1), ", got ", groups);
+  const bool cosine = one_of("metric", metric, "dot", "cosine");
+  if (!cosine && groups != 1) fail("metric: groups go with 'cosine', got 'dot'");
   keys = dense(keys);
-  const PrepareKeys op{type_of("keys", keys), keys.size(0), keys.size(1), groups, keys.data_ptr()};
+  const PrepareKeys op{type_of("keys", keys), cosine, keys.size(0), keys.size(1), groups, keys.data_ptr()};
   Tensor prepared = empty(ScalarType::Byte, {kernels().prepared_bytes(op)});
   kernels().prepare_keys(op, prepared.data_ptr(), torch_threads());
   return prepared;

@@ -366,7 +366,7 @@ class GaussianRouter(Router):
         slot, first = torch.cat([self.mean_slot(part) for part in self.parts]), torch.tensor(self.first_mean)
         many = slot[first[1:] - 1] + 1  # number of slots of each task
         key_slot = slot + (many.cumsum(0) - many).repeat_interleave(first.diff())
-        return PreparedKeys(self.keys, 1, None, key_slot.to(self.device), int(key_slot.bincount().max()))
+        return ops.prepare_keys(self.keys, key_slot=key_slot.to(self.device), metric="dot")
 
     def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
         if check:

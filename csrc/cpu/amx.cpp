@@ -47,39 +47,41 @@ Tiles::~Tiles() {
 
 namespace {
 
-// N tiles of queries. Tiles 0 to 3: sums; 4: keys; 5 to 7: queries. The products with low parts come first: what
-// rounding adds to their small sums does not count.
-template <int N>
-void score_piece(const Scores& of, const char* keys, int64_t first, int64_t last, float* scores) {
+// K tiles of keys against N of queries, at most 2 each. Tiles 0 to 3: sums; 4, 5: keys; 6, 7: queries. The products with
+// low parts come first: what rounding adds to their small sums does not count.
+template <int K, int N>
+void score_piece(const Scores& of, const char* keys, const uint32_t* panel, int64_t first, int64_t last, float* scores) {
   const int64_t stride = of.columns * 4;
   auto add = [&](int64_t step, int64_t low_key, int64_t low_query) {
-    const uint32_t* panel = of.panel + low_query + step * kRows * of.columns;
-    _tile_loadd(4, keys + step * of.step_bytes + low_key, of.row_bytes);
-    _tile_loadd(5, panel, stride);
-    _tile_dpbf16ps(0, 4, 5);
-    if constexpr (N > 1) _tile_loadd(6, panel + 16, stride);
-    if constexpr (N > 1) _tile_dpbf16ps(1, 4, 6);
-    if constexpr (N > 2) _tile_loadd(7, panel + 32, stride);
-    if constexpr (N > 2) _tile_dpbf16ps(2, 4, 7);
-    if constexpr (N > 3) _tile_loadd(5, panel + 48, stride);
-    if constexpr (N > 3) _tile_dpbf16ps(3, 4, 5);
+    const char* key = keys + step * of.step_bytes + low_key;
+    const uint32_t* query = panel + low_query + step * kRows * of.columns;
+    _tile_loadd(4, key, of.row_bytes);
+    _tile_loadd(6, query, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N > 1) _tile_loadd(7, query + 16, stride);
+    if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (K > 1) _tile_loadd(5, key + of.tile_bytes, of.row_bytes);
+    if constexpr (K > 1) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (K > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
   };
   _tile_zero(0);
   if constexpr (N > 1) _tile_zero(1);
-  if constexpr (N > 2) _tile_zero(2);
-  if constexpr (N > 3) _tile_zero(3);
-  if (of.low_bytes)
-    for (int64_t step = first; step < last; ++step) add(step, of.low_bytes, 0), add(step, 0, of.low_words);
+  if constexpr (K > 1) _tile_zero(2);
+  if constexpr (K > 1 && N > 1) _tile_zero(3);
+  for (int64_t step = first; step < last && of.low_words; ++step) {
+    if (of.low_bytes) add(step, of.low_bytes, 0);
+    add(step, 0, of.low_words);
+  }
   for (int64_t step = first; step < last; ++step) add(step, 0, 0);
-  alignas(64) float sums[N][kRows][16];
-  _tile_stored(0, sums[0], 64);
-  if constexpr (N > 1) _tile_stored(1, sums[1], 64);
-  if constexpr (N > 2) _tile_stored(2, sums[2], 64);
-  if constexpr (N > 3) _tile_stored(3, sums[3], 64);
-  for (int64_t key = 0; key < kRows; ++key)
+  alignas(64) float sums[K][N][kRows][16];
+  _tile_stored(0, sums[0][0], 64);
+  if constexpr (N > 1) _tile_stored(1, sums[0][1], 64);
+  if constexpr (K > 1) _tile_stored(2, sums[1][0], 64);
+  if constexpr (K > 1 && N > 1) _tile_stored(3, sums[1][1], 64);
+  for (int64_t key = 0; key < K * kRows; ++key)
     for (int tile = 0; tile < N; ++tile) {
       float* to = scores + key * of.columns + 16 * tile;
-      const __m512 sum = _mm512_load_ps(sums[tile][key]);
+      const __m512 sum = _mm512_load_ps(sums[key / kRows][tile][key % kRows]);
       _mm512_storeu_ps(to, first == 0 ? sum : _mm512_add_ps(sum, _mm512_loadu_ps(to)));
     }
 }
@@ -90,15 +92,15 @@ void score(const Scores& of) {
   constexpr auto kSteps = kPiece / kStep;
   // A piece of the panel stays in L1 while all keys pass over it.
   for (int64_t first = 0; first < of.steps; first += kSteps)
-    for (int64_t tile = 0; tile < of.key_tiles; ++tile) {
-      const int64_t last = std::min(first + kSteps, of.steps);
-      const char* keys = of.keys + tile * of.tile_bytes;
-      float* scores = of.scores + tile * kRows * of.columns;
-      if (of.query_tiles == 1) score_piece<1>(of, keys, first, last, scores);
-      else if (of.query_tiles == 2) score_piece<2>(of, keys, first, last, scores);
-      else if (of.query_tiles == 3) score_piece<3>(of, keys, first, last, scores);
-      else score_piece<4>(of, keys, first, last, scores);
-    }
+    for (int64_t column = 0; column < of.query_tiles; column += 2)
+      for (int64_t tile = 0; tile < of.key_tiles; tile += 2) {
+        const int64_t last = std::min(first + kSteps, of.steps);
+        const bool one_key = tile + 1 == of.key_tiles, one_query = column + 1 == of.query_tiles;
+        const auto run = one_key ? (one_query ? score_piece<1, 1> : score_piece<1, 2>)
+                                 : (one_query ? score_piece<2, 1> : score_piece<2, 2>);
+        run(of, of.keys + tile * of.tile_bytes, of.panel + 16 * column, first, last,
+            of.scores + tile * kRows * of.columns + 16 * column);
+      }
 }
 
 namespace {

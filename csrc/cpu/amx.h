@@ -25,11 +25,11 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
 };
 
-// scores[key][query] = key . query, of split numbers if low_bytes and low_words are not 0.
+// scores[key][query] = key . query, of split numbers if low_words is not 0.
 struct Scores {
   const char* keys;  // rows of kStep bfloat16 numbers, kRows to a tile
   int64_t row_bytes, step_bytes, tile_bytes;  // to a key's next row: of the next key, features, tile of keys
-  int64_t low_bytes;      // to the low parts
+  int64_t low_bytes;      // to the low parts; 0 if keys have none
   const uint32_t* panel;  // [steps * kRows][columns] pairs of features
   int64_t low_words;      // to the low parts
   int64_t key_tiles, query_tiles, steps, columns;

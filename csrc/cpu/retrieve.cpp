@@ -4,6 +4,7 @@
 
 #include "../calls.h"
 #include "keys.h"
+#include "screen.h"
 #include "search.h"
 
 namespace slm_fast::SLM_ISA {
@@ -119,7 +120,14 @@ int64_t retrieve(const Retrieve& op, const Threads& threads) {
   return -1;
 }
 
+// Keys of inner products are prepared for a Screen, or not at all.
 int64_t prepared_bytes(const PrepareKeys& op) {
+  if (!op.cosine) {
+#if defined(__AVX512BF16__)
+    if (op.type == Type::float32 && amx::chosen()) return RoundedKeys::bytes(op.slots, op.width);
+#endif
+    return 0;
+  }
   int64_t bytes;
   PreparedKeys::at(nullptr, op.slots, op.width, op.groups, &bytes);
   return bytes;
@@ -145,6 +153,20 @@ void prepare_keys_as(const PrepareKeys& op, void* memory, const Threads& threads
 }
 
 void prepare_keys(const PrepareKeys& op, void* prepared, const Threads& threads) {
+  if (!op.cosine) {
+#if defined(__AVX512BF16__)
+    const RoundedKeys rounded = RoundedKeys::at(prepared, op.slots);
+    if (prepared_bytes(op) == 0) return;
+    threads.for_each(tiles_of(op.slots), static_cast<double>(op.slots) * op.width > 1e5, [&] {
+      return [&](int64_t tile) {
+        const int64_t first = tile * amx::kRows;
+        const auto* rows = static_cast<const float*>(op.keys) + first * op.width;
+        rounded.round(tile, rows, std::min(amx::kRows, op.slots - first), op.width);
+      };
+    });
+#endif
+    return;
+  }
   switch (op.type) {
     case Type::float32: return prepare_keys_as<float>(op, prepared, threads);
     case Type::float64: return prepare_keys_as<double>(op, prepared, threads);

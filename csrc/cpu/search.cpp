@@ -1,9 +1,17 @@
 // The choice among the searches: one Searcher or, for queries that it cannot decide, another.
 #include "search.h"
 
+#include "screen.h"
 #include "searcher.h"
 
 namespace slm_fast::SLM_ISA {
+
+// What only a Screen can read is left out.
+static Search without_rounded_keys(const Search& s) {
+  Search plain = s;
+  if (!s.cosine) plain.prepared = nullptr;
+  return plain;
+}
 
 #if defined(__AVX512BF16__)
 // `allowed` for the queries left undecided by another search.
@@ -16,13 +24,13 @@ struct AllowedAmong final : Allowed {
   bool any(int64_t q, int64_t first, int64_t count) const override { return allowed.any(query[q], first, count); }
 };
 
-// Searches as P multiplies and, for the queries that this leaves undecided, as Plain<float> does.
-template <class T, class P>
+// Searches as First does and, for the queries that this leaves undecided, as Plain<float> does.
+template <class T, class First>
 void search_in_two(const Search& s, const Threads& threads, const Allowed& allowed, const Use& use) {
   Buffer<char> left(s.queries);
   std::fill_n(left.data(), s.queries, 0);
-  Searcher<T, P>(s, threads).run(allowed, use, [&](int64_t query) { left[query] = 1; });
-  Search rest = s;
+  First(s, threads).run(allowed, use, [&](int64_t query) { left[query] = 1; });
+  Search rest = without_rounded_keys(s);
   rest.queries = std::count(left.data(), left.data() + s.queries, 1);
   if (rest.queries == 0) return;
   Buffer<int64_t> which(rest.queries);
@@ -44,12 +52,16 @@ template <class T>
 void search(const Search& s, const Threads& threads, const Allowed& allowed, const Use& use) {
 #if defined(__AVX512BF16__)
   if (s.cosine && (s.prepared || (s.queries > kFew && s.slots >= 4 * (s.k + 24))))
-    return search_in_two<T, Bf16Pairs>(s, threads, allowed, use);
+    return search_in_two<T, Searcher<T, Bf16Pairs>>(s, threads, allowed, use);
   if constexpr (std::is_same_v<T, float>)
-    if (!s.cosine && amx::chosen() && s.queries >= kManyToSplit && s.slots >= 4 * (s.k + 24))
-      return search_in_two<T, Split>(s, threads, allowed, use);
+    if (!s.cosine && amx::chosen()) {
+      if (s.prepared && !allowed.asks && s.k <= Screen::kMostSlots)
+        return search_in_two<T, Screen>(s, threads, allowed, use);
+      if (s.queries >= kManyToSplit && s.slots >= 4 * (s.k + 24))
+        return search_in_two<T, Searcher<T, Split>>(without_rounded_keys(s), threads, allowed, use);
+    }
 #endif
-  Searcher<T, Plain<float>>(s, threads).run(allowed, use, [](int64_t) {});
+  Searcher<T, Plain<float>>(without_rounded_keys(s), threads).run(allowed, use, [](int64_t) {});
 }
 
 template void search<float>(const Search&, const Threads&, const Allowed&, const Use&);

@@ -35,25 +35,31 @@ class PreparedKeys(NamedTuple):
 
     keys: Tensor  # [N, D]
     groups: int
-    prepared: Tensor | None  # [bytes] uint8, in the backend's own format: lengths and unit rows; None if unused
+    prepared: Tensor | None  # [bytes] uint8, in the backend's own format; None if unused
     key_slot: Tensor | None = None  # [N] int64
     most: int = 1  # maximum number of keys per slot
+    metric: str = "cosine"  # which `prepared` is for
 
 
-def prepare_keys(keys: Tensor, *, groups: int = 1, key_slot: Tensor | None = None) -> PreparedKeys:
-    """Precompute what `retrieve` by cosine would compute of its keys at each call. Routes stay the same.
+def prepare_keys(
+    keys: Tensor, *, groups: int = 1, key_slot: Tensor | None = None, metric: str = "cosine"
+) -> PreparedKeys:
+    """Precompute what `retrieve` would compute of its keys at each call. Routes stay the same.
 
-    These are the keys' lengths and, if the processor multiplies bfloat16, rounded rows (on a CPU, half the memory of
-    float32 keys). With several keys per slot it also inspects `key_slot`, which on a GPU takes a synchronisation.
+    For cosines these are the keys' lengths and, if the processor multiplies bfloat16, rounded rows; for inner products,
+    rounded float32 rows, if a CPU has AMX. Rounded rows take half the memory of float32 keys. With several keys per
+    slot it also inspects `key_slot`, which on a GPU takes a synchronisation.
 
     Args:
         keys: [N, D].
-        groups: G, a divisor of D.
+        groups: G, a divisor of D; 1 for inner products.
         key_slot: [N], as for `retrieve`.
+        metric: "cosine" or "dot", with which they will be used. `retrieve` with the other ignores what was prepared.
 
     Raises:
-        InputError: `groups` does not divide D, or `key_slot` is invalid.
+        InputError: `groups` does not divide D, or `key_slot` or `metric` is invalid.
     """
+    _check_metric(metric, groups)
     if keys.dim() != 2 or not keys.is_floating_point():
         raise InputError(f"keys: expected floating [P, D], got {keys.dtype} {list(keys.shape)}")
     if groups < 1 or keys.shape[1] % groups != 0:
@@ -67,8 +73,8 @@ def prepare_keys(keys: Tensor, *, groups: int = 1, key_slot: Tensor | None = Non
     if keys.device.type == "cpu":
         backend = dispatch.chosen("retrieve", "cpu")
         if backend.prepares_keys:
-            prepared = getattr(torch.ops.slm_fast, f"prepare_keys_{backend.name}")(keys, groups)
-    return PreparedKeys(keys, groups, prepared, key_slot, most)
+            prepared = getattr(torch.ops.slm_fast, f"prepare_keys_{backend.name}")(keys, groups, metric)
+    return PreparedKeys(keys, groups, prepared, key_slot, most, metric)
 
 
 def retrieve(
@@ -117,16 +123,13 @@ def retrieve(
             raise InputError("key_slot: the keys were prepared with one of their own")
         most = None if keys.key_slot is None else keys.most
         key_slot = keys.key_slot if key_slot is None else key_slot
-        keys, _, prepared, _, _ = keys
+        prepared, keys = keys.prepared if keys.metric == metric else None, keys.keys
     check_pair(query, keys, k, groups)
-    if metric not in ("cosine", "dot"):
-        raise InputError(f"metric: expected 'cosine' or 'dot', got {metric!r}")
     if aggregate not in ("mean", "vote"):
         raise InputError(f"aggregate: expected 'mean' or 'vote', got {aggregate!r}")
     if weighting not in ("ratio", "softmax"):
         raise InputError(f"weighting: expected 'ratio' or 'softmax', got {weighting!r}")
-    if metric == "dot" and (groups != 1 or aggregate != "mean"):
-        raise InputError("metric: groups and aggregate='vote' go with 'cosine', got 'dot'")
+    _check_metric(metric, groups, aggregate)
     if metric == "cosine" and bias is not None:
         raise InputError("bias: goes with metric='dot', got metric='cosine'")
     if not (math.isfinite(temperature) and temperature > 0):
@@ -158,7 +161,7 @@ def retrieve(
         size = size_of(query, keys, wanted, groups, aggregate) if sized else ""
         backend = dispatch.chosen("retrieve", query.device.type, size)
     op = getattr(torch.ops.slm_fast, f"retrieve_{backend.name}")
-    more = {"prepared": prepared} if backend.prepares_keys and metric == "cosine" else {}
+    more = {"prepared": prepared} if backend.prepares_keys else {}
     if key_slot is not None and backend.takes_key_slot:
         more["key_slot"] = key_slot
     options = (metric, aggregate, weighting, temperature)
@@ -169,6 +172,13 @@ def retrieve(
         return _best_slots(Route(*op(query, keys, wanted, groups, bias, of_keys, *options)), key_slot, k)
     except ValueError as error:  # checked only by the backend, such as a number that is not finite
         raise InputError(str(error)) from None
+
+
+def _check_metric(metric: str, groups: int, aggregate: str = "mean") -> None:
+    if metric not in ("cosine", "dot"):
+        raise InputError(f"metric: expected 'cosine' or 'dot', got {metric!r}")
+    if metric == "dot" and (groups != 1 or aggregate != "mean"):
+        raise InputError("metric: groups and aggregate='vote' go with 'cosine', got 'dot'")
 
 
 def _best_slots(keys: Route, key_slot: Tensor, k: int) -> Route:
@@ -292,5 +302,5 @@ def fake_retrieve(query: Tensor, keys: Tensor, k: int, *_: object) -> tuple[Tens
     return query.new_empty(shape, dtype=torch.int64), query.new_empty(shape, dtype=torch.float32)
 
 
-def fake_prepare_keys(keys: Tensor, groups: int) -> Tensor:
+def fake_prepare_keys(keys: Tensor, groups: int, metric: str = "cosine") -> Tensor:
     return keys.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)

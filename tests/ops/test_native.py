@@ -204,10 +204,16 @@ def test_the_operator_itself_checks_dtypes_and_shapes(name):
         op(**(call | {"slot_ids": torch.tensor([[0, 3], [0, 0]])}))
 
 
+def prepared_for(options, keys, key_slot=None):
+    """Keys prepared for a call of `retrieve` with these options."""
+    how = {name: options[name] for name in ("groups", "metric") if name in options}
+    return ops.prepare_keys(keys, key_slot=key_slot, **how)
+
+
 def assert_routes_equal_the_specification(query, keys, k, **options):
     """Also checks that prepared keys give the same bits."""
     got = ops.retrieve(query, keys, k, **options)
-    prepared = ops.retrieve(query, ops.prepare_keys(keys, groups=options.get("groups", 1)), k, **options)
+    prepared = ops.retrieve(query, prepared_for(options, keys), k, **options)
     with ops.use_backend("reference"):
         expected = ops.retrieve(query, keys, k, **options)
     assert torch.equal(got.slot_ids, expected.slot_ids)
@@ -243,7 +249,7 @@ def joined(query, keys, k, key_slot, mask=None, **options):
 def assert_slots_are_ranked_by_their_best_keys(query, keys, k, key_slot, **options):
     got = ops.retrieve(query, keys, k, key_slot=key_slot, **options)
     assert torch.equal(got.slot_ids, joined(query, keys, k, key_slot, **options))
-    prepared = ops.prepare_keys(keys, groups=options.get("groups", 1), key_slot=key_slot)
+    prepared = prepared_for(options, keys, key_slot)
     for own, other in zip(got, ops.retrieve(query, prepared, k, **options), strict=True):
         assert torch.equal(own.nan_to_num(9), other.nan_to_num(9))
     return got
@@ -326,7 +332,26 @@ def test_a_score_that_is_far_less_exact_than_those_before_it_is_ranked_all_the_s
 def test_a_large_pool_gives_the_route_of_the_specification():
     query, keys = torch.randn(40, 32), torch.randn(50_000, 32)
     for queries in (query, query[:3]):
-        assert_routes_equal_the_specification(queries, keys, 10, groups=2)
+        for options in ({"groups": 2}, {"metric": "dot"}):
+            assert_routes_equal_the_specification(queries, keys, 10, **options)
+
+
+@pytest.mark.parametrize("P", [1, 17, 130, 3000])
+def test_inner_products_of_any_size_give_the_route_of_the_specification(P):
+    """Queries and keys of very different lengths, some as long as float32 allows or denormal, and equal keys."""
+    for B, D, k in ((1, 1, 1), (3, 31, 2), (65, 33, 64), (300, 130, 65)):
+        query, keys = torch.randn(B, D), torch.randn(P, D)
+        keys *= torch.tensor([1e-30, 1e-3, 1.0, 1e3]).repeat(P)[:P, None]
+        keys[P // 2] = keys[0]
+        assert_routes_equal_the_specification(query, keys, k, metric="dot", bias=torch.randn(P))
+        for scale in (1e-44, 1e-20, 1e18, 1e30):
+            assert_routes_equal_the_specification(query, keys * scale, k, metric="dot")
+            assert_routes_equal_the_specification(query * scale, keys, k, metric="dot")
+
+
+def test_keys_too_alike_for_rounded_ones_give_the_route_of_the_specification():
+    query, keys = torch.randn(70, 64), torch.randn(1, 64) + 1e-5 * torch.randn(3000, 64)
+    assert_routes_equal_the_specification(query, keys, 4, metric="dot")
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

@@ -101,7 +101,8 @@ def check(query, keys, k, device, **options):
     assert_same_route(route, loops(query, keys, k, **options), device)
     with ops.use_backend("reference"):
         assert_same_route(route, ops.retrieve(*args, **moved), device)
-    prepared = ops.prepare_keys(args[1], groups=options.get("groups", 1), key_slot=moved.pop("key_slot", None))
+    how = {name: options[name] for name in ("groups", "metric") if name in options}
+    prepared = ops.prepare_keys(args[1], key_slot=moved.pop("key_slot", None), **how)
     for got, expected in zip(ops.retrieve(args[0], prepared, k, **moved), route, strict=True):
         assert torch.equal(got, expected)
     return route
@@ -379,6 +380,15 @@ def test_keys_prepared_for_other_groups_or_that_cannot_be_are_an_error():
     for name, keys in (("keys", ONES(3)), ("keys", ONES(3, 8, dtype=torch.int64)), ("groups", ONES(3, 7))):
         with pytest.raises(InputError, match=rf"^{name}: "):
             ops.prepare_keys(keys, groups=2)
+    with pytest.raises(InputError, match=r"^metric: groups and aggregate='vote' go with 'cosine', got 'dot'$"):
+        ops.prepare_keys(ONES(3, 8), groups=2, metric="dot")
+
+
+def test_what_was_prepared_for_one_metric_does_not_change_the_other(device):
+    query, keys = normal(40, 8).to(device), normal(300, 8, seed=1).to(device)
+    for prepared_for, metric in (("cosine", "dot"), ("dot", "cosine")):
+        got = ops.retrieve(query, ops.prepare_keys(keys, metric=prepared_for), 3, metric=metric)
+        assert_same_route(got, ops.retrieve(query, keys, 3, metric=metric), device)
 
 
 def test_it_compiles_into_one_graph(device):
@@ -388,3 +398,8 @@ def test_it_compiles_into_one_graph(device):
     for asked in (keys, ops.prepare_keys(keys, groups=2), several):
         torch.compiler.reset()
         assert_same_route(compiled(query, asked), ops.retrieve(query, asked, 2, groups=2), device)
+    by_product = torch.compile(
+        lambda q, p: ops.retrieve(q, p, 2, metric="dot"), fullgraph=True, backend="aot_eager"
+    )
+    asked = ops.prepare_keys(keys, metric="dot")
+    assert_same_route(by_product(query, asked), ops.retrieve(query, asked, 2, metric="dot"), device)

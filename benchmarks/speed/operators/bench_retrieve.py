@@ -104,7 +104,7 @@ def biased(query: Tensor, keys: Tensor, bias: Tensor, k: int, onednn: bool) -> t
 
 def candidates_by_dot(shape: Shape, query: Tensor, keys: Tensor) -> Ways:
     bias = torch.randn(shape.P)
-    prepared = ops.prepare_keys(keys)
+    prepared = ops.prepare_keys(keys, metric="dot")
     call = partial(ops.retrieve, query, k=shape.K, metric="dot", bias=bias, weighting="softmax")
     return {
         "native": partial(call, keys),

@@ -72,7 +72,7 @@ def routing_ways(shape: Search, query: Tensor) -> Ways:
     """Every way to find the best slots if slots have several keys."""
     slot = torch.arange(shape.P, device=query.device).repeat_interleave(shape.keys)
     keys = torch.randn(len(slot), shape.D, device=query.device) * shape.D**-0.5
-    bias, prepared = -keys.square().sum(1), ops.prepare_keys(keys, key_slot=slot)
+    bias, prepared = -keys.square().sum(1), ops.prepare_keys(keys, key_slot=slot, metric="dot")
 
     def by(name: str) -> tuple[Tensor, ...]:
         with ops.use_backend(name):
