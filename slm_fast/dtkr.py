@@ -74,7 +74,7 @@ class DtkrRouter(Router):
         """All tasks' keys, prepared in one pass over P D numbers."""
         return ops.prepare_keys(torch.cat([part["keys"] for part in self.parts]).to(self.device), groups=self.groups)
 
-    def prepare(self) -> None:
+    def prepare(self, *, for_many: bool = False) -> None:
         if self.parts:
             _ = self.keys
 

@@ -14,6 +14,7 @@ NO_MEMORY = (
     *("can't allocate memory", "cannot allocate memory", "out of memory", "outofmemory", "not enough memory"),
     *("bad_alloc", "can't start new thread", "threadpoolbuilderror"),
 )
+NOT_FINITE = "its query holds a number that is not finite"
 
 
 class SlmError(Exception):
@@ -61,6 +62,13 @@ class RowsFailed(WorkError):
     def among(self, count: int) -> list[int]:
         """Ascending indices of the failed rows among `count` rows, each of which the pass may repeat for its beams."""
         return sorted({row * count // self.of for row in self.rows})
+
+
+class NotFinite(RowsFailed):
+    """The queries of some rows are not finite."""
+
+    def __init__(self, rows: Sequence[int], of: int) -> None:
+        super().__init__(f"query: row {rows[0]} holds a number that is not finite", rows, of, NOT_FINITE)
 
 
 class SlmWarning(UserWarning):

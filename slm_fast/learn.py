@@ -21,7 +21,7 @@ from slm_fast.batching import shuffled_buckets
 from slm_fast.data import Task
 from slm_fast.distributed import ALONE, Processes
 from slm_fast.epochs import Best, LearnStep, OnStep, checked_callback, checked_patience, optimizer_and_schedule
-from slm_fast.errors import InputError, WorkError, memory_for
+from slm_fast.errors import InputError, NotFinite, WorkError, memory_for
 from slm_fast.examples import Examples, prepare
 from slm_fast.layers import Values, rounded_for_autocast
 from slm_fast.model import AdaptedModel
@@ -30,7 +30,6 @@ from slm_fast.options import LearnOptions
 from slm_fast.origin import origin
 from slm_fast.progress import bar
 from slm_fast.query import TrunkQuery
-from slm_fast.router import NotFinite
 from slm_fast.schema import check_learned
 from slm_fast.tasks import LearnedTask, name_seed
 from slm_fast.tokenization import Encoded, pad

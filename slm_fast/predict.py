@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slm_fast.data import Row
-from slm_fast.errors import InputError, RowsFailed, WorkError, some_of
+from slm_fast.errors import NOT_FINITE, InputError, RowsFailed, WorkError, some_of
 from slm_fast.generate import Written
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.options import PredictOptions
 from slm_fast.passes import Batch, Passed, Ready, made_ready, pass_batch, passed_texts
 from slm_fast.progress import bar
 from slm_fast.reading import Reading
-from slm_fast.router import NOT_FINITE
 from slm_fast.windows import TaskID, Window, windows_of
 
 

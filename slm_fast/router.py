@@ -32,7 +32,7 @@ from slm_fast.covariance import (
     unpack,
     whitener,
 )
-from slm_fast.errors import InputError, RowsFailed, WorkError, some_of
+from slm_fast.errors import InputError, NotFinite, WorkError, some_of
 from slm_fast.exact_sum import ExactSum
 from slm_fast.ops import Route
 from slm_fast.ops.invariant_linear import invariant_linear
@@ -42,15 +42,8 @@ from slm_fast.sketch import Sketch, sampled
 Part = Mapping[str, Tensor]  # a task's part of the router
 TASKS_AT_ONCE = 64  # tasks whose keys are computed at once, with the bits that each has alone
 MEANS_AT_ONCE = 4096  # means whose keys are computed together
-NOT_FINITE = "its query holds a number that is not finite"
+FEW = 256  # number of rows that are routed before keys are prepared: for fewer, it does not pay
 WHITENER_BYTES = 256 << 20  # maximum bytes of covariances kept for distances
-
-
-class NotFinite(RowsFailed):
-    """The queries of some rows are not finite."""
-
-    def __init__(self, rows: Sequence[int], of: int) -> None:
-        super().__init__(f"query: row {rows[0]} holds a number that is not finite", rows, of, NOT_FINITE)
 
 
 def check_finite(query: Tensor) -> None:
@@ -112,10 +105,7 @@ class Router(ABC):
         self._hold(names, [named[name] for name in names], device)
 
     def with_part(self: AnyRouter, name: str, part: Part) -> AnyRouter:
-        """A router with one more task.
-
-        Raises InputError if the name is taken, WorkError if the part cannot be used.
-        """
+        """A router with one more task. Raises InputError if the name is taken, WorkError if the part is unusable."""
         if name in self.names:
             raise InputError(f"task {name!r}: the router has it already")
         router, names, parts, i = replace(self), self.names, self.parts, bisect(self.names, name)
@@ -140,10 +130,9 @@ class Router(ABC):
         return self.names.index(name)
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Compute what concerns all slots now, rather than for the first route.
-
-        Raises WorkError if that is impossible.
+    def prepare(self, *, for_many: bool = False) -> None:
+        """Compute what concerns all slots now, rather than for the first route. for_many: also what pays only for many
+        rows. Raises WorkError if that is impossible.
         """
 
     @cached_property
@@ -193,6 +182,7 @@ class GaussianRouter(Router):
     k: int = 2
     temperature: float = 4.0
     is_kept = False  # whether the discriminant was known when the tasks were loaded
+    _routed = 0  # number of rows routed
     _follows = False  # whether it was derived from another router, by one task
     _known: KnownKeys | None = field(default=None, init=False, repr=False, compare=False)  # keys computed before
 
@@ -344,9 +334,10 @@ class GaussianRouter(Router):
         count, mean = (torch.cat([part[key] for part in self.sketch.parts.values()]) for key in ("count", "mean"))
         return count.double(), mean.double()
 
-    def prepare(self) -> None:
+    def prepare(self, *, for_many: bool = False) -> None:
         if self.parts and not all(extreme.isfinite() for part in self.discriminant for extreme in part.aminmax()):
             raise WorkError("scatter: expected that of all tasks to have an inverse in float32, got one that has none")
+        _ = self.prepared if self.parts and for_many else None
 
     @property
     def centre(self) -> Tensor:
@@ -362,18 +353,24 @@ class GaussianRouter(Router):
 
     @cached_property
     def prepared(self) -> PreparedKeys:
+        """The keys, prepared for many queries."""
+        return ops.prepare_keys(self.keys, key_slot=self._slotted.key_slot, metric="dot")
+
+    @cached_property
+    def _slotted(self) -> PreparedKeys:
         """The keys, and the slot of each."""
         slot, first = torch.cat([self.mean_slot(part) for part in self.parts]), torch.tensor(self.first_mean)
         many = slot[first[1:] - 1] + 1  # number of slots of each task
         key_slot = slot + (many.cumsum(0) - many).repeat_interleave(first.diff())
-        return ops.prepare_keys(self.keys, key_slot=key_slot.to(self.device), metric="dot")
+        return PreparedKeys(self.keys, 1, None, key_slot.to(self.device), int(key_slot.bincount().max()))
 
     def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
         if check:
             check_finite(query)
+        self._routed += len(query)
         return ops.retrieve(
             query - self.centre,
-            self.prepared,
+            self.prepared if self._routed > FEW else self._slotted,
             self.k,
             bias=self.bias,
             mask=mask,

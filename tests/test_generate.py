@@ -25,8 +25,8 @@ from models import (
 
 from slm_fast import ScalableLM, WorkError, generate, kv_cache, passes
 from slm_fast.data import Row
+from slm_fast.errors import NOT_FINITE
 from slm_fast.options import PredictOptions
-from slm_fast.router import NOT_FINITE
 from slm_fast.tasks import LearnedTask
 
 

@@ -239,3 +239,19 @@ def test_options_stay_when_tasks_come_and_go(kind: str) -> None:
     router = GaussianRouter(k=1, temperature=9.0) if kind == "gaussian" else dtkr(k=1, aggregate="vote")
     router.load({}, CPU)
     assert router.with_part("a", PARTS[kind]["a"]).with_part("b", PARTS[kind]["b"]).without("a") == router
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "features"])
+def test_routes_are_the_same_once_keys_are_prepared_for_many_rows(kind):
+    router, asked = fresh_router(kind, list(SLOTS)), draw(slm_fast.router.FEW, 9)
+    assert isinstance(router, GaussianRouter)
+    first = router.route(asked)
+    assert "prepared" not in vars(router)
+    later, told = router.route(asked), fresh_router(kind, list(SLOTS))
+    assert "prepared" in vars(router)
+    told.prepare(for_many=True)
+    assert "prepared" in vars(told)
+    for route in (later, told.route(asked)):
+        assert torch.equal(route.slot_ids, first.slot_ids)
+        assert torch.equal(route.weights, first.weights)
+    assert "prepared" not in vars(router.without("a"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from slm_fast.backbone import Backbone
 from slm_fast.card import HUB_NAMES
 from slm_fast.data import Row, check_name
-from slm_fast.errors import InputError, WorkError, some_of, warn
+from slm_fast.errors import InputError, NotFinite, WorkError, some_of, warn
 from slm_fast.fields import Unfit, repeated
 from slm_fast.hub import HUB_NAME
 from slm_fast.identity import OVERRULED
@@ -32,7 +32,6 @@ from slm_fast.integrations.peft_heads import class_of, head_of
 from slm_fast.labels import check_label
 from slm_fast.model import AdaptedModel
 from slm_fast.reading import prompt_of
-from slm_fast.router import NotFinite
 from slm_fast.schema import WHEN_KNOWN, check_contents
 from slm_fast.task_file import contents_of
 from slm_fast.tasks import Adapter, LearnedTask, name_seed, origin_of

@@ -58,7 +58,7 @@ def generation_number(files: Mapping[str, str]) -> str:
 
 def prepare(model: AdaptedModel, known: Known, *, distances: bool) -> None:
     """Compute what all tasks share now, in this thread, instead of at the first row. Raises WorkError if that fails."""
-    known.router.prepare()
+    known.router.prepare(for_many=True)
     _ = known.pool.heads
     if not known.pool.slots:
         return

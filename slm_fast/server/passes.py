@@ -6,13 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from slm_fast.errors import WorkError
+from slm_fast.errors import NOT_FINITE, NotFinite, WorkError
 from slm_fast.model import AdaptedModel
 from slm_fast.options import PredictOptions
 from slm_fast.passes import measured
 from slm_fast.predict import taken
 from slm_fast.reading import Reading
-from slm_fast.router import NOT_FINITE, NotFinite
 from slm_fast.server.jobs import Ask, Result, Routed
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slm_fast.errors import WorkError, one_line
+from slm_fast.errors import NotFinite, WorkError, one_line
 from slm_fast.generate import Written
 from slm_fast.memory import AMPLE, ample
 from slm_fast.model import AdaptedModel
@@ -18,7 +18,6 @@ from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
 from slm_fast.passes import measured
 from slm_fast.predict import Answer, answer_written
-from slm_fast.router import NotFinite
 from slm_fast.scheduler import Generated, Request, Scheduler
 from slm_fast.server.generation import Generation
 from slm_fast.server.jobs import Piece, Refused, Result

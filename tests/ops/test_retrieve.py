@@ -384,13 +384,6 @@ def test_keys_prepared_for_other_groups_or_that_cannot_be_are_an_error():
         ops.prepare_keys(ONES(3, 8), groups=2, metric="dot")
 
 
-def test_what_was_prepared_for_one_metric_does_not_change_the_other(device):
-    query, keys = normal(40, 8).to(device), normal(300, 8, seed=1).to(device)
-    for prepared_for, metric in (("cosine", "dot"), ("dot", "cosine")):
-        got = ops.retrieve(query, ops.prepare_keys(keys, metric=prepared_for), 3, metric=metric)
-        assert_same_route(got, ops.retrieve(query, keys, 3, metric=metric), device)
-
-
 def test_it_compiles_into_one_graph(device):
     query, keys = normal(3, 8).to(device), normal(5, 8).to(device)
     compiled = torch.compile(lambda q, p: ops.retrieve(q, p, 2, groups=2), fullgraph=True, backend="aot_eager")
@@ -398,8 +391,6 @@ def test_it_compiles_into_one_graph(device):
     for asked in (keys, ops.prepare_keys(keys, groups=2), several):
         torch.compiler.reset()
         assert_same_route(compiled(query, asked), ops.retrieve(query, asked, 2, groups=2), device)
-    by_product = torch.compile(
-        lambda q, p: ops.retrieve(q, p, 2, metric="dot"), fullgraph=True, backend="aot_eager"
-    )
+    by_product = torch.compile(lambda q, p: ops.retrieve(q, p, 2, metric="dot"), fullgraph=True, backend="aot_eager")
     asked = ops.prepare_keys(keys, metric="dot")
     assert_same_route(by_product(query, asked), ops.retrieve(query, asked, 2, metric="dot"), device)

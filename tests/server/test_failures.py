@@ -15,9 +15,8 @@ from models import mixed_texts, random_task, reopened
 from served import Client, serving, store_with, until
 from stores import damage_values
 
-from slm_fast.errors import WorkError
+from slm_fast.errors import NOT_FINITE, WorkError
 from slm_fast.predict import answer_batch
-from slm_fast.router import NOT_FINITE
 from slm_fast.scheduler import Scheduler
 from slm_fast.server import engine as engine_module
 from slm_fast.server import run

@@ -13,8 +13,7 @@ import pytest
 from models import mixed_texts
 from served import Client, serving, store_with, until
 
-from slm_fast.errors import WorkError
-from slm_fast.router import NOT_FINITE
+from slm_fast.errors import NOT_FINITE, WorkError
 from slm_fast.scheduler import Scheduler
 from slm_fast.server import engine as engine_module
 from slm_fast.server.app import Served

@@ -10,11 +10,14 @@ first open: opening after removing what is kept of the tasks together. open: wit
 some tasks forgotten and learned again since.
 
 answer: two rows. answer learned, answer forgotten: two rows after a task was added or removed, with routing updated.
+Of more than 2,048 tasks, one in so many is sampled for the covariance, and all keys depend on it. `learn` and the rest
+are of one that is not, `learn sampled` and the rest of one that is.
 
 anon, mapped: MiB that the process holds after answering, its own and of files that the kernel may evict.
 
 zipf, uniform: rows/s of the demonstration's texts with given tasks, drawn from all by Zipf's law (exponent 1) or
-uniformly. routed: rows/s of texts routed among all tasks (these tasks are alike, so only a few of them are found).
+uniformly. routed: rows/s of texts routed among all tasks (these tasks are alike, so only a few of them are found). A
+quarter of the texts is answered before any of these.
 
 tenth: with room for a tenth of the tasks' values (`device_memory`), for stores of 100 tasks and more. Stores of more
 than 2,000 tasks have no more room than that in any column.
@@ -29,17 +32,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.speed.scale.stores import TRAFFIC, Maker, make, seconds, traffic
-from benchmarks.tables import RESULTS, table, write_csv
+from benchmarks.tables import RESULTS, not_in, table, write_csv
 from slm_fast import ScalableLM
 from slm_fast.data import Row
+from slm_fast.sketch import ALL, sampled
 from slm_fast.store import Store
 
 LEAST_PAGED, MOST_RESIDENT = 100, 2000  # tasks
@@ -57,11 +62,11 @@ def measure(folder: Path, steps: str) -> dict[str, str]:
     """The cost of each of these steps, in this process."""
     torch.set_num_threads(1)
     bare = ScalableLM.from_backbone("minilm")
-    task, rows = Maker(bare)("one-more"), ["The soup was cold.", "My laptop won't start."]
+    maker, rows = Maker(bare), ["The soup was cold.", "My laptop won't start."]
     bare.model.queries([Row(text) for text in rows])  # so that one-time work is done
     found: dict[str, float] = {}
     kept: dict[str, str] = {}
-    count, one = len(Store.open(folder).files), 4 * sum(a.numel() + b.numel() for a, b in task.values.values())
+    count, one = len(Store.open(folder).files), 4 * sum(a.numel() + b.numel() for a, b in maker.like.values.values())
     room = None if count <= MOST_RESIDENT else count * one // 10
     if "first" in steps:
         for kept_together in (".keys", ".sum"):
@@ -72,15 +77,19 @@ def measure(folder: Path, steps: str) -> dict[str, str]:
         found["answer"] = seconds(lambda: slm.predict(rows))[0]
         found["again"] = seconds(lambda: slm.predict(rows))[0]
         kept = memory()
-        found["learn"] = seconds(lambda: slm.add(task))[0]
-        found["answer learned"] = seconds(lambda: slm.predict(rows))[0]
-        found["forget"] = seconds(lambda: slm.forget(task.name))[0]
-        found["answer forgotten"] = seconds(lambda: slm.predict(rows))[0]
+        for kind in ("", " sampled") if count > ALL else ("",):
+            task = maker(one_more(slm.tasks, is_sampled=count <= ALL or bool(kind)))
+            found[f"learn{kind}"] = seconds(partial(slm.add, task))[0]
+            found[f"answer learned{kind}"] = seconds(partial(slm.predict, rows))[0]
+            found[f"forget{kind}"] = seconds(partial(slm.forget, task.name))[0]
+            found[f"answer forgotten{kind}"] = seconds(partial(slm.predict, rows))[0]
         some = slm.tasks[os.getpid() % len(slm.tasks)]  # not always one that was learned again after the sum was saved
         found["forget old"] = seconds(lambda: slm.forget(some))[0]
     if "traffic" in steps:
         found["open changed"], slm = seconds(lambda: ScalableLM.from_pretrained(folder, device_memory=room))
-        found["routed"] = rate(partial(slm.predict, traffic(slm.tasks, 0.0)[0]))
+        texts, _ = traffic(slm.tasks, 0.0)
+        slm.predict(texts[: TRAFFIC // 4])
+        found["routed"] = rate(partial(slm.predict, texts))
         if room is None:
             found |= rates(slm, "all")
         if count >= LEAST_PAGED:
@@ -93,6 +102,12 @@ def measure(folder: Path, steps: str) -> dict[str, str]:
         found["verify"], wrong = seconds(lambda: Store.open(folder).verify())
         assert not wrong, wrong[0]
     return {name: f"{figure:.3f}" for name, figure in found.items()} | kept
+
+
+def one_more(names: Sequence[str], *, is_sampled: bool) -> str:
+    """The name of another task, that is or is not sampled."""
+    found = (f"one-more-{number}" for number in numbers())
+    return next(name for name in found if (name in sampled([*names, name])) == is_sampled)
 
 
 def rates(slm: ScalableLM, room: str) -> dict[str, float]:
@@ -150,7 +165,9 @@ def main() -> None:
         shutil.rmtree(folder)
     notes = {"command": f"python -m benchmarks.speed.scale --tasks {options.tasks}"}
     notes |= {"unit": "processor seconds, MiB, rows a processor second"}
-    columns = list(dict.fromkeys(name for line in lines for name in line))
+    lines += not_in(lines, options.output, lambda line: str(line["tasks"]))
+    lines.sort(key=lambda line: int(line["tasks"]))
+    columns = list(dict.fromkeys(name for line in reversed(lines) for name in line))
     lines = [{name: line.get(name, "") for name in columns} for line in lines]
     print(table(lines))
     write_csv(options.output, lines, notes)
