@@ -182,7 +182,7 @@ class GaussianRouter(Router):
     k: int = 2
     temperature: float = 4.0
     is_kept = False  # whether the discriminant was known when the tasks were loaded
-    _routed = 0  # number of rows routed
+    _routed = 0  # number of rows routed among all slots
     _follows = False  # whether it was derived from another router, by one task
     _known: KnownKeys | None = field(default=None, init=False, repr=False, compare=False)  # keys computed before
 
@@ -367,10 +367,10 @@ class GaussianRouter(Router):
     def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
         if check:
             check_finite(query)
-        self._routed += len(query)
+        self._routed += len(query) if mask is None else 0  # with a mask, what is prepared is not used
         return ops.retrieve(
             query - self.centre,
-            self.prepared if self._routed > FEW else self._slotted,
+            self.prepared if mask is None and self._routed > FEW else self._slotted,
             self.k,
             bias=self.bias,
             mask=mask,

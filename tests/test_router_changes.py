@@ -246,6 +246,7 @@ def test_routes_are_the_same_once_keys_are_prepared_for_many_rows(kind):
     router, asked = fresh_router(kind, list(SLOTS)), draw(slm_fast.router.FEW, 9)
     assert isinstance(router, GaussianRouter)
     first = router.route(asked)
+    router.route(asked, torch.ones(sum(SLOTS.values()), dtype=torch.bool))
     assert "prepared" not in vars(router)
     later, told = router.route(asked), fresh_router(kind, list(SLOTS))
     assert "prepared" in vars(router)
