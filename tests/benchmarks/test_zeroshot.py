@@ -63,7 +63,7 @@ def done(tmp_path_factory) -> Path:
     options = ["--stream", str(stream), "--backbone", str(folder / "llama"), "--seeds", "1", "--epochs", "2"]
     options += ["--max-new-tokens", "2"]
     path = folder / "run"
-    opened(path, described(run.parser().parse_args([str(path), *options]), run.stream_of(str(stream)), {}))
+    opened(path, described(run.parser().parse_args([str(path), *options]), run.stream_of(str(stream)), {}), {})
     for method in ("slm", "finetune", "prompt"):
         assert run.main([str(path), *options, "--methods", method, "--cell"]) == 0
     stopped = path / "replay" / "seed1"
