@@ -68,7 +68,8 @@ def opened(run: Path, about: Mapping[str, Any], titles: Mapping[str, Mapping[str
     """
     if run.exists() and not run.is_dir():
         raise InputError(f"{run}: is a file, expected a folder")
-    if run.exists() and not (run / "run.json").exists() and {file.name for file in run.iterdir()} - OURS:
+    there = {file.name for file in run.iterdir()} if run.exists() else set()
+    if there - OURS and "run.json" not in there:
         raise InputError(f"{run}: not empty, and no run of this benchmark; name another folder")
     with alone(run, patience=30):
         _agree(run, about)

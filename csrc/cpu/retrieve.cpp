@@ -155,8 +155,8 @@ void prepare_keys_as(const PrepareKeys& op, void* memory, const Threads& threads
 void prepare_keys(const PrepareKeys& op, void* prepared, const Threads& threads) {
   if (!op.cosine) {
 #if defined(__AVX512BF16__)
-    const RoundedKeys rounded = RoundedKeys::at(prepared, op.slots);
     if (prepared_bytes(op) == 0) return;
+    const RoundedKeys rounded = RoundedKeys::at(prepared, op.slots);
     threads.for_each(tiles_of(op.slots), static_cast<double>(op.slots) * op.width > 1e5, [&] {
       return [&](int64_t tile) {
         const int64_t first = tile * amx::kRows;

@@ -1,6 +1,6 @@
 // The K best slots by inner product with float32 keys that were rounded to bfloat16 beforehand, in tiles (amx.h).
 //
-// A first pass multiplies the rounded keys, half as many bytes, by the queries, split in two so that they lose nothing.
+// A first pass multiplies the rounded keys, half as many bytes, by the queries, which are split in two and lose little.
 // It bounds each score from above, by the query's length times what the key has lost. The float64 scores of its best
 // slots bound the K-th best score from below. Keys that may reach that are scored in float64 and ranked by it. So a
 // route is the same, bit for bit, as by the other searches (searcher.h).
@@ -72,7 +72,7 @@ struct RoundedKeys {
 class Screen {
   static constexpr int L = kLanes<float>;
   static constexpr int64_t kColumns = kPanelColumns<Split>;       // queries per panel
-  static constexpr int64_t kChunk = 8 * amx::kRows;               // keys that stay in L2 while all panels pass over them
+  static constexpr int64_t kChunk = 8 * amx::kRows;               // keys that stay in L2 while all panels pass
   static constexpr int64_t kMost = 1024;                          // keys per query to score in float64
   static constexpr int64_t kScores = (64 << 20) / sizeof(float);  // scores held at once
 

@@ -186,6 +186,14 @@ def test_two_commands_may_create_a_run_at_once(call, tmp_path):
         assert len(cell.stages_of(run.cell_folder(tmp_path / "run", "finetune:epochs=1", seed))) == len(NAMES)
 
 
+def test_a_run_that_another_command_has_just_begun_is_joined(call, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "run.json.part"):
+        (tmp_path / "run" / name).touch()
+    assert run.main(call) == 0
+    assert json.loads((tmp_path / "run" / "right" / "about.json").read_text())["title"] == "right"
+
+
 def test_two_commands_do_not_run_one_cell(call, tmp_path, capsys):
     assert run.main(call) == 0
     cell_call = [*call, "--seeds", "0", "--cell"]

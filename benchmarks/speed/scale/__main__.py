@@ -165,7 +165,9 @@ def main() -> None:
         shutil.rmtree(folder)
     notes = {"command": f"python -m benchmarks.speed.scale --tasks {options.tasks}"}
     notes |= {"unit": "processor seconds, MiB, rows a processor second"}
-    lines += not_in(lines, options.output, lambda line: str(line["tasks"]))
+    kept = not_in(lines, options.output, lambda line: str(line["tasks"]))
+    notes |= {"kept from earlier runs": ", ".join(line["tasks"] for line in kept)} if kept else {}
+    lines += kept
     lines.sort(key=lambda line: int(line["tasks"]))
     columns = list(dict.fromkeys(name for line in reversed(lines) for name in line))
     lines = [{name: line.get(name, "") for name in columns} for line in lines]
