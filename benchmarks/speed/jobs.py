@@ -3,8 +3,7 @@
     python -m benchmarks.speed.jobs [--data DIR] [--tasks N] [--rows N] [--jobs N]
 
 Times `slm-fast learn --jobs` of MiniLM from start to end. Each process has one thread, so with as many jobs as cores,
-the best possible speed-up is their number. DIR holds one folder per task; without it, the demonstration's tasks are
-learned.
+the best possible speed-up is their number. The tasks are those of DIR/intents or, without it, the demonstration's.
 """
 
 from __future__ import annotations
@@ -26,11 +25,15 @@ from slm_fast import Task, demo
 
 
 def tasks_of(data: Path | None, count: int, rows: int) -> list[Task]:
-    """The first tasks with labels in a folder, or the demonstration's."""
+    """The first tasks with labels in a folder's `intents`, or the demonstration's."""
     if data is None:
         return list(demo.load("train").values())[:count]
-    names = sorted(file.parent.name for file in data.glob("*/train.jsonl.gz"))
-    found = (load(data, name, "train", rows) for name in names)
+    names = sorted(file.parent.name for file in data.glob("intents/*/train.jsonl.gz"))
+    if not names:
+        raise SystemExit(
+            f"bench jobs: error: --data: {data / 'intents'}: no folder of a task with train.jsonl.gz in it"
+        )
+    found = (load(data / "intents", name, "train", rows) for name in names)
     return [task for task in found if task.labels][:count]
 
 
@@ -55,7 +58,8 @@ def learned(tasks: list[Task], folder: Path, jobs: int) -> tuple[float, dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder with one folder per task; default: the demonstration's tasks")
+    about = "folder that contains intents/; default: the demonstration's tasks"
+    parser.add_argument("--data", type=Path, help=about)
     parser.add_argument("--tasks", type=int, default=10)
     parser.add_argument("--rows", type=int, default=600, help="rows per task, at most")
     parser.add_argument("--jobs", type=int, default=2)

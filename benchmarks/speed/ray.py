@@ -29,7 +29,7 @@ import ray
 import torch
 
 from benchmarks.speed.tasks import random_tasks
-from benchmarks.speed.texts import mixed, texts_of
+from benchmarks.speed.texts import add_data, mixed, texts_of
 from benchmarks.speed.timing import percentiles
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM
@@ -135,7 +135,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder of the classification tasks; default: generated texts")
+    add_data(parser)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--backbone", default="minilm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,23 @@ LENGTHS = {"ag_news": (40, 50, 75), "amazon": (55, 85, 195), "dbpedia": (50, 70,
 TASKS = tuple(LENGTHS)
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add `--data`, a path to the five tasks' folders; None if it is not given."""
+    about = "folder that contains classification/, as for all benchmarks; default: generated texts"
+    parser.add_argument("--data", type=_five_tasks, help=about)
+
+
+def _five_tasks(text: str) -> Path:
+    for folder in (Path(text) / "classification", Path(text)):
+        if all((folder / name / f"{split}.jsonl.gz").is_file() for name in TASKS for split in ("train", "test")):
+            return folder
+    name = Path("classification", TASKS[0], "train.jsonl.gz")
+    raise argparse.ArgumentTypeError(f"{text}: expected {name} in it, and so on for {', '.join(TASKS[1:])}")
+
+
 def task(data: Path | None, name: str, rows: int) -> Task:
-    """The first rows of `<data>/<name>/train.jsonl.gz`, or generated ones of ten labels if there is no such file."""
-    if data is not None and (data / name / "train.jsonl.gz").is_file():
+    """The first rows of `<data>/<name>/train.jsonl.gz`, or generated ones of ten labels."""
+    if data is not None:
         found = load(data, name, "train")
         return Task(name, found.rows[:rows], free_text=False)
     rng = random.Random(name)

@@ -40,7 +40,7 @@ from benchmarks.speed.inference.ways import (
     answer,
 )
 from benchmarks.speed.layers import Pass, base_only, one_task, per_sample, released, replace_layers
-from benchmarks.speed.texts import LENGTHS, mixed, texts_of
+from benchmarks.speed.texts import LENGTHS, add_data, mixed, texts_of
 from benchmarks.tables import read_csv, write_csv
 from slm_fast.ops import Route
 
@@ -158,6 +158,22 @@ def test_made_up_texts_are_the_same_each_time_and_as_long_as_real_ones():
     assert sum(map(len, made["ag_news"])) < sum(map(len, made["yelp"]))
     rows = mixed(made)
     assert sorted(rows) == sorted((name, text) for name, own in made.items() for text in own)
+
+
+def test_data_is_the_five_tasks_folder_or_the_one_that_holds_it_and_nothing_else(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    add_data(parser)
+    assert parser.parse_args([]).data is None
+    folder = tmp_path / "classification"
+    for name in LENGTHS:
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--data", str(tmp_path)])
+        assert f"--data: {tmp_path}: expected classification/ag_news/train.jsonl.gz in it" in capsys.readouterr().err
+        (folder / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            (folder / name / f"{split}.jsonl.gz").write_bytes(b"")
+    for given in (tmp_path, folder):
+        assert parser.parse_args(["--data", str(given)]).data == folder
 
 
 def line(section: str, backbone: str, dtype: str, way: str) -> dict[str, str]:

@@ -114,6 +114,20 @@ def test_a_whole_model_has_the_weights_that_its_method_kept(done):
         zeroshot.whole_model(about, "separate", 1, folder)
 
 
+def test_all_models_answer_in_the_dtype_that_was_asked_for(done, data):
+    about = json.loads((done / "run.json").read_text())
+    for way, seed, folder in (("bare", 0, None), *zeroshot.cells_of(done, about)):
+        if way != "prompt":
+            model = zeroshot.model_of(about, way, seed, folder, 2, "bfloat16")
+            backbone = model.slm.model.backbone.model if isinstance(model, StoreLM) else model.model
+            assert {weight.dtype for weight in backbone.parameters()} == {torch.bfloat16}
+    go(done, data, "--limit", "1")
+    lines = go(done, data, "--limit", "1", "--dtype", "bfloat16")
+    assert {line["dtype"] for line in lines} == {"bfloat16"}
+    assert len(list((done / "zeroshot").glob("*, 1 rows.json"))) == 3
+    assert len(list((done / "zeroshot").glob("*, 1 rows, bfloat16.json"))) == 3
+
+
 def test_the_two_ways_to_ask_a_bare_backbone_agree(done, data):
     about = json.loads((done / "run.json").read_text())
     slm = ScalableLM.from_pretrained(done / "slm" / "seed1" / "store")

@@ -102,7 +102,10 @@ def test_a_text_is_streamed_and_the_limits_are_each_replicas(client: Client, wri
     with ThreadPoolExecutor(12) as pool:
         found = list(pool.map(lambda _: client.call("POST", "/v1/completions", body), range(12)))
     assert {status for status, _, _ in found} == {200, 429}
-    assert all(headers["retry-after"] == "1" for status, _, headers in found if status == 429)
+    for status, refused, headers in found:
+        if status == 429:  # the estimate depends on how fast this machine is
+            assert 1 <= int(headers["retry-after"]) <= 60
+            assert refused["error"]["message"].endswith(f"try again in {headers['retry-after']} s")
     [text] = {json.dumps([one["text"] for one in body["choices"]]) for status, body, _ in found if status == 200}
     assert json.loads(text) != [expected.text] * 8
 

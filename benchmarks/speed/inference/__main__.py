@@ -8,8 +8,8 @@
 Each section, backbone and dtype runs in a process of its own, whose lines are saved to the CSV when it ends. All other
 lines are kept; with --ways, so are those of other ways. Ways are called in turns, and a ratio is one of medians within
 one run. Backbones other than MiniLM have random weights and the layer shapes of their names, with fewer layers if the
-machine requires it. `DIR` holds `<task>/test.jsonl.gz` and `train.jsonl.gz` of the five tasks; without it, texts of the
-same lengths are generated.
+machine requires it. The texts are those of the five tasks in DIR/classification; without it, generated ones of the same
+lengths.
 
 ways:     one pass over tokenised batches of about 2,048 tokens. All ways run on the same base with the same linear
           layers, except "plain transformers", which is the unmodified model.
@@ -34,6 +34,7 @@ import torch
 from benchmarks.figures import panels
 from benchmarks.speed.inference.sections import BACKBONES, SECTIONS, claims, profile
 from benchmarks.speed.inference.ways import BARE, OURS
+from benchmarks.speed.texts import add_data
 from benchmarks.tables import RESULTS, not_in, read_csv, table, write_csv
 
 Part = tuple[str, ...]  # section, backbone, dtype
@@ -97,7 +98,7 @@ def run_part(options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with one folder per task; default: generated texts")
+    add_data(parser)
     parser.add_argument("--section", choices=[*SECTIONS, "profile"], nargs="+", default=["ways"])
     parser.add_argument("--backbone", choices=list(BACKBONES), nargs="+", default=["minilm"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])

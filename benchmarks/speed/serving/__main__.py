@@ -36,7 +36,7 @@ import torch
 
 from benchmarks.speed.serving.load import Load, Request, Running, arrive, load, served
 from benchmarks.speed.tasks import random_tasks
-from benchmarks.speed.texts import texts_of
+from benchmarks.speed.texts import add_data, texts_of
 from benchmarks.tables import RESULTS, not_in, table, write_csv
 from slm_fast import ScalableLM
 from slm_fast.server.generation import generation_number
@@ -207,7 +207,7 @@ class Bench:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path)
+    add_data(parser)
     parser.add_argument("--section", nargs="+", choices=("serving", "overload", "reload"), default=["serving"])
     parser.add_argument("--servers", nargs="+", choices=tuple(READY), default=list(READY))
     parser.add_argument("--backbone", default="minilm")

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from benchmarks.figures import plot_rates
 from benchmarks.machine import peak_mib
 from benchmarks.speed.backbones import FULL, SHAPES, Load, copies, finished, pretrained
-from benchmarks.speed.texts import task
+from benchmarks.speed.texts import add_data, task
 from benchmarks.speed.timing import Times, percentiles
 from benchmarks.speed.training.lora import lora
 from benchmarks.speed.training.ours import ours
@@ -144,7 +144,7 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Learn one task with slm_fast, PEFT and the paper's procedure.")
-    parser.add_argument("--data", type=Path, help="folder with one folder per task; default: generated texts")
+    add_data(parser)
     parser.add_argument("--shape", choices=["minilm", *SHAPES], default="minilm")
     parser.add_argument("--layers", type=int, help="default: all layers of the shape")
     parser.add_argument("--rows", type=int, default=96)
