@@ -144,7 +144,9 @@ class StoreLM(TemplateLM):
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs: list[tuple[str, str]] = [request.args for request in requests]
-        numbers, routes = self._routes(requests, [context or continuation for context, continuation in pairs])
+        numbers, routes = self._routes(
+            requests, [context or continuation for context, continuation in pairs], quiet=disable_tqdm
+        )
         pieces = [Piece(text, *self._split(*pair)) for pair, text in zip(pairs, numbers, strict=True)]
         found = self._score(pieces, routes, "scoring", quiet=disable_tqdm)
         for pair, answer in zip(pairs, found, strict=True):
@@ -153,7 +155,7 @@ class StoreLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         texts: list[str] = [request.args[0] for request in requests]
-        numbers, routes = self._routes(requests, texts)
+        numbers, routes = self._routes(requests, texts, quiet=disable_tqdm)
         pieces: list[Piece] = []
         owners: list[int] = []
         for owner, (string, text) in enumerate(zip(texts, numbers, strict=True)):
@@ -174,7 +176,7 @@ class StoreLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         contexts: list[str] = [request.args[0] for request in requests]
-        numbers, routes = self._routes(requests, contexts)
+        numbers, routes = self._routes(requests, contexts, quiet=disable_tqdm)
         groups: dict[str, list[int]] = {}  # requests with the same generation options
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
@@ -191,7 +193,7 @@ class StoreLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """Score ((context, continuation), their tokens). Required by lm-eval's base class."""
-        numbers, routes = self._routes([], [pair[0] or pair[1] for pair, _, _ in requests])
+        numbers, routes = self._routes([], [pair[0] or pair[1] for pair, _, _ in requests], quiet=True)
         pieces = [Piece(text, *tokens) for (_, *tokens), text in zip(requests, numbers, strict=True)]
         return self._score(pieces, routes, "scoring", quiet=True)
 
@@ -235,7 +237,7 @@ class StoreLM(TemplateLM):
         return length_buckets(lengths, budget, self.batch_size)
 
     @torch.inference_mode()
-    def _routes(self, requests: Sequence[Any], texts: Sequence[str]) -> tuple[list[int], Route]:
+    def _routes(self, requests: Sequence[Any], texts: Sequence[str], *, quiet: bool) -> tuple[list[int], Route]:
         """The index of each text among the distinct ones, and the routes [N, K] of these. Counts requests in
         `routed`."""
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
@@ -246,12 +248,14 @@ class StoreLM(TemplateLM):
             readings = self.model.tokenize([Row(text) for text in place])
             mask = None if self.task is None else pool.slots_of(self.task)
             found: list[tuple[Tensor, Tensor] | None] = [None] * len(readings)
-            for chosen in self._buckets([len(reading.ids) for reading in readings]):
-                batch = self.model.collate([readings[i] for i in chosen]).to(self._device)
-                allowed = None if mask is None else mask.expand(len(chosen), -1)
-                part = self.model.find_routes(batch, slot_mask=allowed, abstain=share)
-                for i, ids, weights in zip(chosen, part.slot_ids, part.weights, strict=True):
-                    found[i] = ids, weights
+            with bar("routing", len(readings), False if quiet else None) as advance:
+                for chosen in self._buckets([len(reading.ids) for reading in readings]):
+                    batch = self.model.collate([readings[i] for i in chosen]).to(self._device)
+                    allowed = None if mask is None else mask.expand(len(chosen), -1)
+                    part = self.model.find_routes(batch, slot_mask=allowed, abstain=share)
+                    for i, ids, weights in zip(chosen, part.slot_ids, part.weights, strict=True):
+                        found[i] = ids, weights
+                    advance(len(chosen))
             both = [one for one in found if one is not None]
             route = Route(torch.stack([ids for ids, _ in both]), torch.stack([weights for _, weights in both]))
         winners = pool.task_weights(route).argmax(1).tolist() if pool.slots and len(place) else []
