@@ -29,6 +29,29 @@ namespace slm_fast::SLM_ISA {
 constexpr int64_t kFew = 8;      // up to this many queries are too few to fill the lanes
 constexpr int64_t kFewKeys = 8;  // per chunk in that case: they stay in L1
 
+// combine's output: scores[key][query], kQueries queries. Not part of Searcher, so that all storage types share it, and
+// combine with it.
+template <int64_t kQueries>
+struct Scored {
+  float* scores;
+  const float* factor;  // scale of a key in this group, or null
+  int64_t stride;
+  bool more;
+  const char* next;
+  int64_t offset, next_step;
+  void ahead(int64_t n) const {
+    if (!next) return;
+    ask_for(next, offset + n * next_step);
+    if (next_step > 64) ask_for(next, offset + n * next_step + 64);
+  }
+  void add(int64_t key, int64_t column, Vec<float> sum) const {
+    float* to = scores + key * kQueries + column;
+    if (factor) sum = sum * broadcast(factor[key * stride]);
+    store(to, more ? load<float>(to) + sum : sum);
+  }
+  void add_first(int64_t key, int64_t column, Vec<float> sum, int64_t) const { add(key, column, sum); }
+};
+
 // T: storage type of queries and keys. P: how the fast pass multiplies.
 template <class T, class P>
 class Searcher {
@@ -137,26 +160,6 @@ class Searcher {
 
   // ---- the fast pass ----
 
-  struct Scored {  // combine's output: scores[key][query]
-    float* scores;
-    const float* factor;  // scale of a key in this group, or null
-    int64_t stride;
-    bool more;
-    const char* next;
-    int64_t offset, next_step;
-    void ahead(int64_t n) const {
-      if (!next) return;
-      ask_for(next, offset + n * next_step);
-      if (next_step > 64) ask_for(next, offset + n * next_step + 64);
-    }
-    void add(int64_t key, int64_t column, Vec<float> sum) const {
-      float* to = scores + key * kQueries + column;
-      if (factor) sum = sum * broadcast(factor[key * stride]);
-      store(to, more ? load<float>(to) + sum : sum);
-    }
-    void add_first(int64_t key, int64_t column, Vec<float> sum, int64_t) const { add(key, column, sum); }
-  };
-
   // The first key of a range of chunks. No slot is split between ranges.
   int64_t range_begin(int64_t r) const {
     int64_t key = std::min(chunks * r / ranges * kKeys, s.slots);
@@ -257,7 +260,7 @@ class Searcher {
         auto pass = [&]<int M>(std::integral_constant<int, M>) {
           const int64_t word = chunk.row_bytes / words;
           for (int64_t key = done; key < count; key += M) {
-            const Scored out{scores, factor, s.groups, at * P::kPair > span.begin, chunk.next,
+            const Scored<kQueries> out{scores, factor, s.groups, at * P::kPair > span.begin, chunk.next,
                              key * chunk.row_bytes + at * M * word, M * word};
             combine<P, M>(c, 1, words, part, to - at, key, std::min<int64_t>(key + M, count), queries, out);
           }

@@ -185,21 +185,25 @@ inline void combine_rows(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
     int64_t row, int64_t columns, Out out) {
   constexpr int L = kLanes<typename P::Accumulator>, V = kCombineV<P>;
-  if (columns == V * L) return combine_tile<P, M, V, true>(c, step, stride, panel, n_count, row, columns, out);
+  // Tiles of more rows than kCombineM leave registers for fewer columns; their callers have no more.
+  constexpr int kMost = M > kCombineM<P> ? (kRegisters - 2) / (M + 1) : V;
+  if constexpr (kMost == V)
+    if (columns == V * L) return combine_tile<P, M, V, true>(c, step, stride, panel, n_count, row, columns, out);
   if constexpr (kInterleaved<Out>) {
-    static_assert(V == 4);
+    static_assert(V == 4 && kMost == V);
     if (columns > 2 * L) return combine_tile<P, M, 4, false>(c, step, stride, panel, n_count, row, columns, out);
     return combine_tile<P, M, 2, false>(c, step, stride, panel, n_count, row, columns, out);
   } else {
-    if (V == 4 && columns > 3 * L)
-      return combine_tile<P, M, V, false>(c, step, stride, panel, n_count, row, columns, out);
-    if (columns > 2 * L) return combine_tile<P, M, 3, false>(c, step, stride, panel, n_count, row, columns, out);
+    if constexpr (kMost > 3)
+      if (columns > 3 * L) return combine_tile<P, M, V, false>(c, step, stride, panel, n_count, row, columns, out);
+    if constexpr (kMost > 2)
+      if (columns > 2 * L) return combine_tile<P, M, 3, false>(c, step, stride, panel, n_count, row, columns, out);
     if (columns > L) return combine_tile<P, M, 2, false>(c, step, stride, panel, n_count, row, columns, out);
     return combine_tile<P, M, 1, false>(c, step, stride, panel, n_count, row, columns, out);
   }
 }
 
-// Output rows [first, last) against one panel of at most kPanelColumns columns.
+// Output rows [first, last) against one panel of at most kPanelColumns columns (fewer if M > kCombineM).
 template <class P, int M = kCombineM<P>, class Out>
 inline void combine(
     const typename P::Coefficient* c, int64_t step, int64_t stride, const typename P::Element* panel, int64_t n_count,
