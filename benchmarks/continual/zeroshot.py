@@ -59,10 +59,15 @@ def cells_of(run: Path, about: Mapping[str, Any]) -> list[tuple[str, int, Path]]
 def whole_model(about: Mapping[str, Any], spec: str, seed: int, folder: Path, dtype: str = "float32") -> Backbone:
     """The backbone with the final weights of a method.
 
-    Raises InputError for a method that does not end as one model, or adapts it to each row.
+    Raises InputError for a method that does not end as one model, or adapts it to each row, and if the folder does not
+    hold the weights.
     """
-    if spec.partition(":")[0] not in WHOLE:
+    name = spec.partition(":")[0]
+    if name not in ("slm", *WHOLE):
         raise InputError(f"method {spec!r}: is no model on its own; slm, {', '.join(WHOLE)} are")
+    if name == "slm" or not (folder / "state.pt").is_file():
+        what = "store" if name == "slm" else "state.pt"
+        raise InputError(f"{folder}: no {what} (none is committed); run `slm-fast repro` again, in a new folder")
     settings = about["settings"]
     options = LearnOptions(epochs=settings["epochs"], seed=seed)
     setup = Setup(about["backbone"], (), settings["max_length"], options, settings["max_new_tokens"])

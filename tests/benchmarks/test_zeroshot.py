@@ -114,6 +114,13 @@ def test_a_whole_model_has_the_weights_that_its_method_kept(done):
         zeroshot.whole_model(about, "separate", 1, folder)
 
 
+def test_a_run_without_its_weights_is_not_answered_by_untrained_ones(done, tmp_path):
+    about = json.loads((done / "run.json").read_text())
+    for spec, missing in (("finetune", "state.pt"), ("slm", "store"), ("replay:share=0.1", "state.pt")):
+        with pytest.raises(InputError, match=rf"^{tmp_path}: no {missing} \(none is committed\); run `slm-fast repro`"):
+            zeroshot.model_of(about, spec, 1, tmp_path, 2, "float32")
+
+
 def test_all_models_answer_in_the_dtype_that_was_asked_for(done, data):
     about = json.loads((done / "run.json").read_text())
     for way, seed, folder in (("bare", 0, None), *zeroshot.cells_of(done, about)):
