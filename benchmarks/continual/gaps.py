@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.arguments import Parser, at_least, output_file, work_folder
 from benchmarks.continual.methods.method import Setup
 from benchmarks.continual.methods.separate import Separate
 from benchmarks.continual.streams import STREAMS, Stream
@@ -216,20 +217,20 @@ def confusions(answers: Sequence[Answers]) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m benchmarks.continual.gaps", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the streams' folders")
     parser.add_argument("--stream", choices=list(STREAMS), required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for stores and answers")
-    parser.add_argument("--train", type=int, help="training rows per task, at most; default: the stream's")
-    parser.add_argument("--epochs", type=int, help="default: slm_fast's")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens read per text")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0])
+    parser.add_argument("--work", type=work_folder, required=True, help="folder for stores and answers")
+    parser.add_argument("--train", type=at_least(1), help="training rows per task, at most; default: the stream's")
+    parser.add_argument("--epochs", type=at_least(1), help="default: slm_fast's")
+    parser.add_argument("--max-length", type=at_least(1), default=128, help="tokens read per text")
     parser.add_argument("--abstain", type=float, default=0.95, help="threshold of `kept`, as in `predict`")
     parser.add_argument(
         "--held-out", action="store_true", help="answer a tenth of the training rows, not the test rows"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gaps_<stream>.csv")
+    parser.add_argument("--output", type=output_file, help="default: benchmarks/results/gaps_<stream>.csv")
     options = parser.parse_args(arguments)
     stream = STREAMS[options.stream]
     rows = options.train or stream.rows

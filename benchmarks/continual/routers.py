@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import Parser, at_least, output_file, work_folder
 from benchmarks.continual.methods.any_ssr import AnySsr
 from benchmarks.continual.methods.epi import Epi
 from benchmarks.continual.methods.identifier import Identifier
@@ -156,16 +157,16 @@ def stages_of(stream: Stream, options: argparse.Namespace) -> list[Stage]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m benchmarks.continual.routers", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the streams' folders")
     parser.add_argument("--stream", choices=list(STREAMS), required=True)
-    parser.add_argument("--train", type=int, help="training rows per task, at most; default: the stream's")
-    parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--train", type=at_least(1), help="training rows per task, at most; default: the stream's")
+    parser.add_argument("--folds", type=at_least(2), default=5)
     parser.add_argument("--test", action="store_true", help="learn all training rows and answer the test rows")
-    parser.add_argument("--answer", type=int, help="test rows per task, at most; default: all")
+    parser.add_argument("--answer", type=at_least(1), help="test rows per task, at most; default: all")
     parser.add_argument("--routers", nargs="+", choices=[v.name for v in VARIANTS], help="default: all")
-    parser.add_argument("--work", type=Path, help="folder that keeps frozen states for the next run")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/routers_<stream>[_test].csv")
+    parser.add_argument("--work", type=work_folder, help="folder that keeps frozen states for the next run")
+    parser.add_argument("--output", type=output_file, help="default: benchmarks/results/routers_<stream>[_test].csv")
     options = parser.parse_args(arguments)
     stream, test = STREAMS[options.stream], "_test" if options.test else ""
     try:

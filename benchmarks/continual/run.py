@@ -15,9 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.arguments import Parser, at_least
 from benchmarks.continual.cell import run_cell, stages_of
 from benchmarks.continual.methods import METHODS, method_of
 from benchmarks.continual.methods.method import Setup
@@ -59,8 +60,9 @@ def title_of(spec: str) -> dict[str, object]:
     return {"title": title, "told": entry.told, "retrains": entry.retrains}
 
 
-def check_methods(specs: Sequence[str], backbone: str) -> None:
-    """Raise InputError for an unknown method or backbone, a method that the backbone cannot run, or a bad option."""
+def check_methods(specs: Sequence[str], backbone: str) -> str:
+    """The backbone's kind. Raises InputError for an unknown method or backbone, a method that the backbone cannot run,
+    or a bad option."""
     found = {spec: method_of(spec) for spec in specs}
     kind = Backbone.load(backbone).kind
     for spec, (entry, make) in found.items():
@@ -71,6 +73,7 @@ def check_methods(specs: Sequence[str], backbone: str) -> None:
                 make(Setup(backbone, ("a", "b"), 16, LearnOptions()))
             except SlmError as error:
                 raise InputError(f"method {spec!r}: {error}") from None
+    return kind
 
 
 def tasks_of(options: argparse.Namespace, stream: Stream, seed: int) -> tuple[dict[str, Task], dict[str, Task]]:
@@ -99,10 +102,20 @@ def work(options: argparse.Namespace, stream: Stream) -> int:
     return 0
 
 
-def rows_of(options: argparse.Namespace, stream: Stream) -> dict[str, str]:
-    """The SHA-256 of the rows of each drawing that the seeds use. Raises InputError or WorkError for unusable data."""
-    by_drawing = dict(zip(stream.drawings(options.seeds), options.seeds, strict=True))
-    return {str(drawing): digest_of(*tasks_of(options, stream, seed)) for drawing, seed in by_drawing.items()}
+def rows_of(options: argparse.Namespace, stream: Stream, kind: str) -> dict[str, str]:
+    """The SHA-256 of the rows of each drawing that the seeds use. Raises InputError or WorkError for unusable data, and
+    for tasks that this kind of backbone cannot answer."""
+    found = {}
+    for drawing, seed in dict(zip(stream.drawings(options.seeds), options.seeds, strict=True)).items():
+        train, test = tasks_of(options, stream, seed)
+        free = [name for name, task in train.items() if task.labels is None]
+        if free and kind == "encoder":
+            raise InputError(
+                f"--backbone {options.backbone!r}: answers with labels, and {free[0]!r} of this stream has free text; "
+                "use one that writes, such as smollm2"
+            )
+        found[str(drawing)] = digest_of(train, test)
+    return found
 
 
 def all_cells(options: argparse.Namespace, stream: Stream, arguments: Sequence[str]) -> int:
@@ -144,21 +157,8 @@ def started(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         signal.signal(signal.SIGINT, before)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A type for argparse: whole numbers from `least` on."""
-
-    def number(text: str) -> int:
-        if not text.strip().lstrip("+-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
-        return int(text)
-
-    return number
-
-
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        "slm-fast repro", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    found = Parser("slm-fast repro", __doc__)
     found.add_argument("run", type=Path, metavar="RUN", help="folder of results, created if missing")
     found.add_argument("--data", type=Path, default=Path("data"), help="folder with the streams' folders")
     found.add_argument("--stream", default="order4", help=f"{', '.join(STREAMS)}, or a YAML file of your own")
@@ -192,9 +192,9 @@ def main(arguments: Sequence[str]) -> int:
             stream = stream_of(options.stream)
             if options.cell:
                 return work(options, stream)
-            check_methods(options.methods, options.backbone)
+            kind = check_methods(options.methods, options.backbone)
             titles = {method_folder(spec): title_of(spec) for spec in options.methods}
-            opened(options.run, described(options, stream, rows_of(options, stream)), titles)
+            opened(options.run, described(options, stream, rows_of(options, stream, kind)), titles)
             status = all_cells(options, stream, arguments)
             show(options.run, console())
     except SlmError as error:

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.arguments import Parser, at_least, output_file, work_folder
 from benchmarks.continual.gaps import paired
 from benchmarks.continual.streams import STREAMS, Stream
 from benchmarks.tables import RESULTS, table, write_csv
@@ -123,16 +124,16 @@ def summary(
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("python -m benchmarks.continual.warm_start", __doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the streams' folders")
     parser.add_argument("--stream", choices=list(STREAMS), required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for stores and answers")
-    parser.add_argument("--train", type=int, help="training rows per task, at most; default: the stream's")
-    parser.add_argument("--rows", type=int, help="rows answered per task, at most; default: all")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens read per text")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0])
+    parser.add_argument("--work", type=work_folder, required=True, help="folder for stores and answers")
+    parser.add_argument("--train", type=at_least(1), help="training rows per task, at most; default: the stream's")
+    parser.add_argument("--rows", type=at_least(1), help="rows answered per task, at most; default: all")
+    parser.add_argument("--max-length", type=at_least(1), default=128, help="tokens read per text")
     parser.add_argument("--held-out", action="store_true", help="answer validation or training rows, not test rows")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/warm_start_<stream>.csv")
+    parser.add_argument("--output", type=output_file, help="default: benchmarks/results/warm_start_<stream>.csv")
     options = parser.parse_args(arguments)
     stream = STREAMS[options.stream]
     try:

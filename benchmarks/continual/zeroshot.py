@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from benchmarks.arguments import Parser, at_least, output_file
 from benchmarks.continual.cell import restore
 from benchmarks.continual.methods import method_of
 from benchmarks.continual.methods.finetune import Finetune
@@ -132,17 +133,15 @@ def model_of(about: Mapping[str, Any], way: str, seed: int, folder: Path | None,
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        "benchmarks.continual.zeroshot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    found = Parser("python -m benchmarks.continual.zeroshot", __doc__)
     found.add_argument("run", type=Path, metavar="RUN", help="folder written by `slm-fast repro`")
     found.add_argument("--data", type=Path, default=Path("data"), help="folder that contains zeroshot/")
-    found.add_argument("--limit", type=int, help="rows per set, at most; default: all")
-    found.add_argument("--batch-size", type=int, default=8)
+    found.add_argument("--limit", type=at_least(1), help="rows per set, at most; default: all")
+    found.add_argument("--batch-size", type=at_least(1), default=8)
     found.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that all models answer in")
     about = "for slm_fast's stores, also let the bare backbone answer rows farther off than this share of training rows"
     found.add_argument("--abstain", type=float, nargs="?", const=0.99, metavar="SHARE", help=about)
-    found.add_argument("--output", type=Path, help="CSV to write; default: RUN/zeroshot.csv")
+    found.add_argument("--output", type=output_file, help="CSV to write; default: RUN/zeroshot.csv")
     return found
 
 
@@ -152,6 +151,10 @@ def work(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{options.run}: no run.json in it; expected the folder of a `slm-fast repro`")
     about = json.loads(path.read_text())
+    if Backbone.load(about["backbone"]).kind != "causal":
+        raise InputError(
+            f"{options.run}: its backbone is {about['backbone']!r}; only decoders such as LLaMA are scored"
+        )
     missing = [name for name in SETS if not (options.data / "zeroshot" / name / "test.jsonl.gz").is_file()]
     if missing:
         raise InputError(f"--data: {options.data / 'zeroshot' / missing[0] / 'test.jsonl.gz'}: no such file")

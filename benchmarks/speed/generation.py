@@ -25,6 +25,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmarks.arguments import Parser, at_least, exit_status, output_file
 from benchmarks.continual.stories260k import convert
 from benchmarks.figures import plot_rates
 from benchmarks.speed.backbones import DEVICE, FULL, SHAPES, Load, copies, pretrained
@@ -33,8 +34,9 @@ from benchmarks.speed.tasks import random_tasks
 from benchmarks.speed.texts import task
 from benchmarks.speed.timing import Times, percentiles
 from benchmarks.tables import RESULTS, not_in, table, write_csv
-from slm_fast import ScalableLM
+from slm_fast import InputError, ScalableLM, WorkError
 
+COMMAND = "slm-fast bench generation"
 TASKS = 5
 TITLES = {
     "slm_fast": "slm_fast, five tasks mixed",
@@ -159,30 +161,35 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def stories(source: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The stories260K checkpoint and its tokenizer."""
+    """The stories260K checkpoint and its tokenizer, from its folder or from DIR of the other benchmarks."""
+    inside = source / "checkpoints" / "stories260K"
     with tempfile.TemporaryDirectory() as folder:
-        convert(source, Path(folder))
+        try:
+            convert(inside if inside.is_dir() else source, Path(folder))
+        except OSError as error:
+            raise InputError(f"--stories: {error.filename}: {error.strerror}") from None
+        except ValueError as error:
+            raise WorkError(f"--stories: {error}") from None
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return model.eval().to(DEVICE), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Tokens a second of writing answers to a batch that mixes tasks.")
+    parser = Parser(COMMAND, __doc__)
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "bert-base"], default="llama-2-7b")
-    parser.add_argument("--layers", type=int, help="default: all layers of the shape")
-    parser.add_argument("--stories", type=Path, help="folder of the stories260K checkpoint, used instead of a shape")
+    parser.add_argument("--layers", type=at_least(1), help="default: all layers of the shape")
+    parser.add_argument(
+        "--stories", type=Path, help="folder that contains checkpoints/stories260K, used instead of a shape"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--prompt-tokens", type=int, default=16, help="tokens per prompt, at most")
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--alone", type=int, default=1, help="rows that the paper's method answers")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS / "generation.csv")
+    parser.add_argument("--rows", type=at_least(2 * TASKS), default=32)
+    parser.add_argument("--batch-size", type=at_least(1), default=32)
+    parser.add_argument("--prompt-tokens", type=at_least(7), default=16, help="tokens per prompt, at most")
+    parser.add_argument("--new-tokens", type=at_least(1), default=24)
+    parser.add_argument("--alone", type=at_least(1), default=1, help="rows that the paper's method answers")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--output", type=output_file, default=RESULTS / "generation.csv")
     arguments = parser.parse_args()
-    for option, least in (("rows", 2 * TASKS), ("prompt_tokens", 7), ("new_tokens", 1), ("alone", 1), ("rounds", 1)):
-        if getattr(arguments, option) < least:
-            parser.error(f"--{option.replace('_', '-')}: expected at least {least}, got {getattr(arguments, option)}")
     layers, dtype = arguments.layers or FULL[arguments.shape], getattr(torch, arguments.dtype)
     if arguments.stories:
         loaded, name = stories(arguments.stories, dtype), "stories260K"
@@ -199,4 +206,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(COMMAND, main))

@@ -8,7 +8,6 @@ the best possible speed-up is their number. The tasks are those of DIR/intents o
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,10 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import Parser, at_least, exit_status, output_file
 from benchmarks.continual.streams import load
 from benchmarks.speed.timing import percentiles
 from benchmarks.tables import RESULTS, table, write_csv
-from slm_fast import Task, demo
+from slm_fast import InputError, Task, demo
+
+COMMAND = "slm-fast bench jobs"
 
 
 def tasks_of(data: Path | None, count: int, rows: int) -> list[Task]:
@@ -30,9 +32,7 @@ def tasks_of(data: Path | None, count: int, rows: int) -> list[Task]:
         return list(demo.load("train").values())[:count]
     names = sorted(file.parent.name for file in data.glob("intents/*/train.jsonl.gz"))
     if not names:
-        raise SystemExit(
-            f"bench jobs: error: --data: {data / 'intents'}: no folder of a task with train.jsonl.gz in it"
-        )
+        raise InputError(f"--data: {data / 'intents'}: no folder of a task with train.jsonl.gz in it")
     found = (load(data / "intents", name, "train", rows) for name in names)
     return [task for task in found if task.labels][:count]
 
@@ -57,14 +57,14 @@ def learned(tasks: list[Task], folder: Path, jobs: int) -> tuple[float, dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(COMMAND, __doc__)
     about = "folder that contains intents/; default: the demonstration's tasks"
     parser.add_argument("--data", type=Path, help=about)
-    parser.add_argument("--tasks", type=int, default=10)
-    parser.add_argument("--rows", type=int, default=600, help="rows per task, at most")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=RESULTS / "jobs.csv")
+    parser.add_argument("--tasks", type=at_least(1), default=10)
+    parser.add_argument("--rows", type=at_least(1), default=600, help="rows per task, at most")
+    parser.add_argument("--jobs", type=at_least(1), default=2)
+    parser.add_argument("--rounds", type=at_least(1), default=1)
+    parser.add_argument("--output", type=output_file, default=RESULTS / "jobs.csv")
     chosen = parser.parse_args()
     tasks = tasks_of(chosen.data, chosen.tasks, chosen.rows)
     times: dict[int, list[float]] = {1: [], chosen.jobs: []}
@@ -87,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(COMMAND, main))

@@ -8,13 +8,13 @@ row included. `window` is what the first answer of 1,024 rows of 100 kB adds to 
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.arguments import Parser, at_least
 from benchmarks.machine import peak_mib
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM, Task
@@ -50,8 +50,8 @@ def measure(slm: ScalableLM, text: str, rounds: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = Parser("python -m benchmarks.speed.long_rows", __doc__)
+    parser.add_argument("--rounds", type=at_least(1), default=9)
     rounds = parser.parse_args().rounds
     slm = ScalableLM.from_backbone("minilm")
     slm.learn(Task("tickets", [(f"the parcel is late {i}", "ab"[i % 2]) for i in range(12)]), epochs=1)

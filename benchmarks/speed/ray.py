@@ -28,6 +28,7 @@ from typing import Any
 import ray
 import torch
 
+from benchmarks.arguments import Parser, at_least, exit_status, output_file
 from benchmarks.speed.tasks import random_tasks
 from benchmarks.speed.texts import add_data, mixed, texts_of
 from benchmarks.speed.timing import percentiles
@@ -35,6 +36,7 @@ from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM
 from slm_fast.integrations.ray_pool import StorePool
 
+COMMAND = "slm-fast bench ray"
 KNOWN = 200  # rows per task that the router is fitted on
 
 
@@ -134,15 +136,15 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(COMMAND, __doc__)
     add_data(parser)
-    parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--rows", type=at_least(1), default=20_000)
+    parser.add_argument("--actors", type=at_least(1), default=2)
     parser.add_argument("--backbone", default="minilm")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--kill", action="store_true", help="kill an actor, then the command, and run it again")
-    parser.add_argument("--words", type=int, default=0, help="words per text, at most; default: all")
-    parser.add_argument("--output", type=Path, help="default: results/ray.csv, or ray_killed.csv with --kill")
+    parser.add_argument("--words", type=at_least(0), default=0, help="words per text, at most; default: all")
+    parser.add_argument("--output", type=output_file, help="default: results/ray.csv, or ray_killed.csv with --kill")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -155,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(COMMAND, main))

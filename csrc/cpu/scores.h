@@ -1,11 +1,11 @@
-// The search's arguments; lengths and rounded rows for the fast pass; float64 scores for the ranking.
+// The search's arguments; lengths, rounded rows and scores of the fast pass; float64 scores for the ranking.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "vec.h"
+#include "tile.h"
 
 namespace slm_fast::SLM_ISA {
 
@@ -91,6 +91,29 @@ inline Lost round_row(const T* from, int64_t groups, int64_t d, int64_t padded, 
   }
   return all;
 }
+
+// combine's output: scores[key][query], kQueries queries. Not part of Searcher, so that all storage types share it, and
+// combine with it.
+template <int64_t kQueries>
+struct Scored {
+  float* scores;
+  const float* factor;  // scale of a key in this group, or null
+  int64_t stride;
+  bool more;
+  const char* next;
+  int64_t offset, next_step;
+  void ahead(int64_t n) const {
+    if (!next) return;
+    ask_for(next, offset + n * next_step);
+    if (next_step > 64) ask_for(next, offset + n * next_step + 64);
+  }
+  void add(int64_t key, int64_t column, Vec<float> sum) const {
+    float* to = scores + key * kQueries + column;
+    if (factor) sum = sum * broadcast(factor[key * stride]);
+    store(to, more ? load<float>(to) + sum : sum);
+  }
+  void add_first(int64_t key, int64_t column, Vec<float> sum, int64_t) const { add(key, column, sum); }
+};
 
 // a . b and, if kSquare, b . b, in float64.
 struct ExactProducts {

@@ -29,29 +29,6 @@ namespace slm_fast::SLM_ISA {
 constexpr int64_t kFew = 8;      // up to this many queries are too few to fill the lanes
 constexpr int64_t kFewKeys = 8;  // per chunk in that case: they stay in L1
 
-// combine's output: scores[key][query], kQueries queries. Not part of Searcher, so that all storage types share it, and
-// combine with it.
-template <int64_t kQueries>
-struct Scored {
-  float* scores;
-  const float* factor;  // scale of a key in this group, or null
-  int64_t stride;
-  bool more;
-  const char* next;
-  int64_t offset, next_step;
-  void ahead(int64_t n) const {
-    if (!next) return;
-    ask_for(next, offset + n * next_step);
-    if (next_step > 64) ask_for(next, offset + n * next_step + 64);
-  }
-  void add(int64_t key, int64_t column, Vec<float> sum) const {
-    float* to = scores + key * kQueries + column;
-    if (factor) sum = sum * broadcast(factor[key * stride]);
-    store(to, more ? load<float>(to) + sum : sum);
-  }
-  void add_first(int64_t key, int64_t column, Vec<float> sum, int64_t) const { add(key, column, sum); }
-};
-
 // T: storage type of queries and keys. P: how the fast pass multiplies.
 template <class T, class P>
 class Searcher {

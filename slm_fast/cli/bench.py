@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from slm_fast.cli.arguments import Verbs
 from slm_fast.errors import InputError
@@ -66,25 +65,25 @@ def repro(arguments: Sequence[str], root: Path | None = None) -> int:
     """
     root = root or Path(__file__).parents[2]
     _check(root, REPRO, "repro")
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return _wait_for([REPRO, *arguments], env=os.environ | {"PYTHONPATH": path})
+    return _wait_for(root, [REPRO, *arguments])
 
 
 def run(name: str, arguments: Sequence[str], root: Path | None = None) -> int:
-    """Run a benchmark of `BENCHMARKS` in a separate process and return its exit status.
+    """Run a benchmark of `BENCHMARKS` in a separate process, in the current folder, and return its exit status.
 
     Raises InputError if the package is not inside its repository (`root`).
     """
     root = root or Path(__file__).parents[2]
     module = BENCHMARKS[name][0]
     _check(root, module, f"bench {name}")
-    return _wait_for([module, *arguments], cwd=root)
+    return _wait_for(root, [module, *arguments])
 
 
-def _wait_for(words: Sequence[str], **how: Any) -> int:
-    """Run a module in a process of its own and return its exit status. On Ctrl-C, which stops the process as well, wait
-    until it has stopped its own processes."""
-    with subprocess.Popen([sys.executable, "-m", *words], **how) as process:
+def _wait_for(root: Path, words: Sequence[str]) -> int:
+    """Run a module of the repository in a process of its own and return its exit status. On Ctrl-C, which stops the
+    process as well, wait until it has stopped its own processes."""
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    with subprocess.Popen([sys.executable, "-m", *words], env=os.environ | {"PYTHONPATH": path}) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:

@@ -235,7 +235,7 @@ def _keys(own: Result | None, stem: str) -> Section:
     title = "Router keys"
     place = next((seed.store for seed in own.method.farthest if seed.store), None) if own else None
     if own is None or place is None:
-        return Section(title, [Note("No method in this run has saved a store yet, so there are no keys to show.")])
+        return Section(title, [Note("There is no store in this run, so there are no keys to show.")])
     try:
         store = Store.open(place)
         tasks = store.load()

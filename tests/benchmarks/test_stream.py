@@ -340,6 +340,12 @@ def test_what_cannot_run_is_said_before_anything_is_made(stream, forgetful, tmp_
     assert "not known; methods" in refused("--methods", "nonesuch")
     monkeypatch.setitem(METHODS, "t5only", Entry("t5", Forgetful, kinds=("seq2seq",)))
     assert "runs on seq2seq backbones, 'minilm' is encoder" in refused("--methods", "t5only")
+    rows = [{"instruction": "tell", "input": f"sea{i}", "output": f"farm{i} the sea{i} word"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    writes = tmp_path / "writes.yaml"
+    writes.write_text("rows: 60\ntasks:\n  told: {train: rows.jsonl, test: rows.jsonl}\n")
+    said = refused("--stream", str(writes), "--methods", "forgetful")
+    assert "--backbone 'minilm': answers with labels, and 'told' of this stream has free text" in said
 
 
 def test_a_folder_of_another_kind_or_a_damaged_one_is_refused_and_left_alone(stream, forgetful, tmp_path, capsys):

@@ -203,6 +203,9 @@ def test_what_is_missing_is_said_in_one_line(done, data, tmp_path, capsys):
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1
+    (tmp_path / "run.json").write_text(json.dumps({"backbone": "minilm"}))
+    assert zeroshot.main([str(tmp_path), "--data", str(data)]) == 2
+    assert "its backbone is 'minilm'; only decoders such as LLaMA are scored" in capsys.readouterr().err
     with pytest.raises(WorkError, match="no method has learned the whole stream"):
         zeroshot.cells_of(tmp_path, {"stream": {"tasks": ["a"]}})
     slm = ScalableLM.from_pretrained(done / "slm" / "seed1" / "store")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from functools import partial
 
 import pytest
 from command import one_line, slm_fast
@@ -11,14 +12,18 @@ from slm_fast import InputError
 from slm_fast.cli.bench import BENCHMARKS, REPRO, repro, run
 
 
-def test_a_benchmark_gets_its_arguments_and_gives_its_status(capfd, tmp_path):
-    folder = tmp_path / "benchmarks" / "speed"
-    folder.mkdir(parents=True)
-    for package in (folder.parent, folder):
+@pytest.mark.parametrize(("module", "of"), [("speed/inference", partial(run, "inference")), ("continual/run", repro)])
+def test_they_run_in_the_current_folder_with_their_arguments_and_give_their_status(
+    module, of, capfd, tmp_path, monkeypatch
+):
+    file = tmp_path / "clone" / "benchmarks" / f"{module}.py"
+    file.parent.mkdir(parents=True)
+    for package in (file.parents[1], file.parent):
         (package / "__init__.py").touch()
-    (folder / "inference.py").write_text("import sys\nprint(sys.argv[1:])\nsys.exit(3)\n")
-    assert run("inference", ["--rows", "7"], tmp_path) == 3
-    assert capfd.readouterr().out == "['--rows', '7']\n"
+    file.write_text("import os, sys\nprint(os.getcwd(), sys.argv[1:])\nsys.exit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    assert of(["--rows", "7"], tmp_path / "clone") == 3
+    assert capfd.readouterr().out == f"{tmp_path} ['--rows', '7']\n"
 
 
 def test_without_the_repository_it_says_where_the_benchmarks_are(tmp_path):
@@ -34,7 +39,10 @@ def test_an_unknown_benchmark_is_a_wrong_call():
 
 @pytest.mark.parametrize(
     ("module", "parts"),
-    [*((module, ["usage:"]) for module, *_ in BENCHMARKS.values()), (REPRO, ["usage: slm-fast repro", "--stream"])],
+    [
+        *((module, [f"slm-fast bench {name}"]) for name, (module, _) in BENCHMARKS.items()),
+        (REPRO, ["usage: slm-fast repro", "--stream"]),
+    ],
     ids=[*BENCHMARKS, "repro"],
 )
 def test_every_benchmark_is_here_and_says_how_it_is_called(module, parts, capsys, monkeypatch):
@@ -46,14 +54,6 @@ def test_every_benchmark_is_here_and_says_how_it_is_called(module, parts, capsys
     assert all(part in said for part in parts)
 
 
-def test_repro_runs_in_the_current_folder_and_gives_its_status(capfd, tmp_path, monkeypatch):
-    folder = tmp_path / "clone" / "benchmarks" / "continual"
-    folder.mkdir(parents=True)
-    for package in (folder.parent, folder):
-        (package / "__init__.py").touch()
-    (folder / "run.py").write_text("import os, sys\nprint(os.getcwd(), sys.argv[1:])\nsys.exit(3)\n")
-    monkeypatch.chdir(tmp_path)
-    assert repro(["RUN", "--seeds", "7"], tmp_path / "clone") == 3
-    assert capfd.readouterr().out == f"{tmp_path} ['RUN', '--seeds', '7']\n"
+def test_repro_without_the_repository_says_where_it_is(tmp_path):
     with pytest.raises(InputError, match=r"repro: .*clone it"):
         repro(["RUN"], tmp_path)

@@ -31,11 +31,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import Parser, at_least, exit_status, output_file
 from benchmarks.figures import panels
 from benchmarks.speed.inference.sections import BACKBONES, SECTIONS, claims, profile
 from benchmarks.speed.inference.ways import BARE, OURS
 from benchmarks.speed.texts import add_data
 from benchmarks.tables import RESULTS, not_in, read_csv, table, write_csv
+
+COMMAND = "slm-fast bench inference"
+
 
 Part = tuple[str, ...]  # section, backbone, dtype
 
@@ -97,21 +101,25 @@ def run_part(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(COMMAND, __doc__)
     add_data(parser)
     parser.add_argument("--section", choices=[*SECTIONS, "profile"], nargs="+", default=["ways"])
     parser.add_argument("--backbone", choices=list(BACKBONES), nargs="+", default=["minilm"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32"])
-    parser.add_argument("--layers", type=int, help="layers of a backbone with random weights")
-    parser.add_argument("--encoder-layers", type=int, help="layers of the second model, if it has random weights")
-    parser.add_argument("--batches", type=int, help="number of batches; default: by backbone")
-    parser.add_argument("--batch-tokens", type=int, help="tokens per batch, padding included; default: by backbone")
+    parser.add_argument("--layers", type=at_least(1), help="layers of a backbone with random weights")
+    parser.add_argument(
+        "--encoder-layers", type=at_least(1), help="layers of the second model, if it has random weights"
+    )
+    parser.add_argument("--batches", type=at_least(1), help="number of batches; default: by backbone")
+    parser.add_argument(
+        "--batch-tokens", type=at_least(1), help="tokens per batch, padding included; default: by backbone"
+    )
     parser.add_argument("--ways", help="run only ways whose names contain this, and the bare backbone")
-    parser.add_argument("--rows", type=int, default=200, help="rows of the section user")
-    parser.add_argument("--rounds", type=int, default=5, help="calls of each way")
+    parser.add_argument("--rows", type=at_least(1), default=200, help="rows of the section user")
+    parser.add_argument("--rounds", type=at_least(1), default=5, help="calls of each way")
     parser.add_argument("--label", help="added to the file name of a profile")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS / "inference.csv")
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
+    parser.add_argument("--output", type=output_file, default=RESULTS / "inference.csv")
     parser.add_argument("--plot", action="store_true", help="only plot the CSV")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -142,4 +150,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(COMMAND, main))

@@ -1,6 +1,8 @@
 """Run the operators' benchmarks one after the other, or those named, with the same options.
 
-python -m benchmarks.speed.operators [multi_lora] [retrieve] [--sweep] [--help]
+    slm-fast bench ops [multi_lora] [retrieve] [--sweep] ...
+
+`slm-fast bench ops multi_lora --help` and `... retrieve --help` list the options.
 """
 
 from __future__ import annotations
@@ -14,10 +16,17 @@ BENCHMARKS = {"multi_lora": bench_multi_lora.main, "retrieve": bench_retrieve.ma
 
 
 def main(arguments: Sequence[str]) -> int:
-    names = [name for name in BENCHMARKS if name in arguments] or list(BENCHMARKS)
+    named = [name for name in BENCHMARKS if name in arguments]
+    if not named and {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    names = named or list(BENCHMARKS)
     options = [argument for argument in arguments if argument not in BENCHMARKS]
     if len(names) > 1 and any(option.startswith("--output") for option in options):
-        print("ops: error: --output: one file is for one benchmark; name multi_lora or retrieve", file=sys.stderr)
+        print(
+            "slm-fast bench ops: error: --output: one file is for one benchmark; name multi_lora or retrieve",
+            file=sys.stderr,
+        )
         return 2
     return max(BENCHMARKS[name](options) for name in names)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.arguments import Parser, at_least, duration, output_file
 from benchmarks.speed.timing import Times, time_together, undisturbed
-from benchmarks.tables import RESULTS, read_csv, table, write_csv
+from benchmarks.tables import RESULTS, not_in, read_csv, table, write_csv
 
 Case = TypeVar("Case")
 Ways = dict[str, Callable[[], object]]
@@ -36,6 +37,12 @@ def times_of(times: Times, best: float, floor: float) -> dict[str, str]:
     }
 
 
+def case_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What was measured: the columns before the times, except the way."""
+    names = list(row)
+    return tuple(str(row[name]) for name in names[: names.index("p20_ms")] if name != "way")
+
+
 def run(
     description: str | None,
     stem: str,
@@ -49,16 +56,19 @@ def run(
 
     A benchmark without `plot` has no sweep.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(f"python -m benchmarks.speed.operators.bench_{stem}", description)
     parser.set_defaults(sweep=False)
     if plot:
         parser.add_argument("--sweep", action="store_true", help="measure every axis around the targets, and plot")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile the strongest alternative (slow)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="seconds per way and case")
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of the cases to run, from 0")
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait for an idle machine, per case")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, help=f"default: benchmarks/results/{stem}.csv or {stem}_sweep.csv")
+    parser.add_argument("--seconds", type=duration, default=0.5, help="seconds per way and case")
+    about = "numbers of the cases to run, from 0; rows of the others stay in the file"
+    parser.add_argument("--only", type=at_least(0), nargs="*", help=about)
+    parser.add_argument("--patience", type=duration, default=0.0, help="seconds to wait for an idle machine, per case")
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
+    parser.add_argument(
+        "--output", type=output_file, help=f"default: benchmarks/results/{stem}.csv or {stem}_sweep.csv"
+    )
     options = parser.parse_args(arguments)
     cases = sweep if options.sweep else targets
     chosen = range(len(cases)) if options.only is None else options.only
@@ -71,7 +81,8 @@ def run(
         found = lines(cases[number], options)
         print(f"case {number} of {len(cases)}\n{table(found)}", flush=True)
         rows += found
-        write_csv(output, rows)
+        kept = [] if options.only is None else not_in(rows, output, case_of)
+        write_csv(output, kept + rows, {"kept from earlier runs": f"{len(kept)} rows"} if kept else None)
     if plot and options.sweep:
         plot(read_csv(output), output.with_suffix(".png"))
     print(f"saved to {output}")

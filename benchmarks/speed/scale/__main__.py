@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import Parser, counts, output_file
 from benchmarks.speed.scale.stores import TRAFFIC, Maker, make, seconds, traffic
 from benchmarks.tables import RESULTS, not_in, table, write_csv
 from slm_fast import ScalableLM
@@ -131,12 +132,12 @@ def merged(folder: Path, into: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tasks", default="5,100", help="sizes of the store, comma-separated, ascending")
+    parser = Parser("python -m benchmarks.speed.scale", __doc__)
+    parser.add_argument("--tasks", type=counts, default="5,100", help="sizes of the store, comma-separated, ascending")
     parser.add_argument("--folder", type=Path, help="where to keep the store; default: a temporary folder")
     parser.add_argument("--no-merge", action="store_true", help="skip merge, which copies the store")
     parser.add_argument("--no-verify", action="store_true", help="skip verify")
-    parser.add_argument("--output", type=Path, default=RESULTS / "scale.csv")
+    parser.add_argument("--output", type=output_file, default=RESULTS / "scale.csv")
     parser.add_argument("--measure", metavar="STEPS", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -144,7 +145,7 @@ def main() -> None:
         return
     folder = options.folder or Path(tempfile.mkdtemp())
     lines = []
-    for count in map(int, options.tasks.split(",")):
+    for count in options.tasks:
         make(folder, count)
         line: dict[str, Any] = {"tasks": count}
         for steps in ["first", "open", "traffic", *([] if options.no_verify else ["verify"])]:
@@ -163,7 +164,7 @@ def main() -> None:
         print(line, file=sys.stderr)
     if options.folder is None:
         shutil.rmtree(folder)
-    notes = {"command": f"python -m benchmarks.speed.scale --tasks {options.tasks}"}
+    notes = {"command": f"python -m benchmarks.speed.scale --tasks {','.join(map(str, options.tasks))}"}
     notes |= {"unit": "processor seconds, MiB, rows a processor second"}
     kept = not_in(lines, options.output, lambda line: str(line["tasks"]))
     notes |= {"kept from earlier runs": ", ".join(line["tasks"] for line in kept)} if kept else {}

@@ -11,7 +11,6 @@ time, too. Then up to a million tasks are simulated. Results: results/scale_simu
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import statistics
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.arguments import Parser, counts, duration, output_file
 from benchmarks.figures import pyplot
 from benchmarks.speed.scale.simulator import Costs, Setting, rate, waits
 from benchmarks.speed.scale.stores import TRAFFIC, make, traffic
@@ -247,26 +247,25 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default="200,1000", help="sizes to measure, comma-separated, ascending")
+    parser = Parser("python -m benchmarks.speed.scale.simulated", __doc__)
+    parser.add_argument("--tasks", type=counts, default="200,1000", help="sizes to measure, comma-separated, ascending")
     parser.add_argument("--folder", type=Path, help="where to keep the stores; default: a temporary folder")
-    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of arrivals, per load")
-    parser.add_argument("--output", type=Path, default=RESULTS / "scale_simulated.csv")
+    parser.add_argument("--seconds", type=duration, default=60.0, help="seconds of arrivals, per load")
+    parser.add_argument("--output", type=output_file, default=RESULTS / "scale_simulated.csv")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         where = chosen.folder or Path(temporary)
-        counts = [int(count) for count in chosen.tasks.split(",")]
-        folders = {count: where / str(count) for count in (FEW, *counts)}
+        folders = {count: where / str(count) for count in (FEW, *chosen.tasks)}
         for count, folder in folders.items():
             make(folder, count)
             ScalableLM.from_pretrained(folder)  # saves its keys
-        costs, rows = costs_of(folders[FEW], folders[counts[-1]])
+        costs, rows = costs_of(folders[FEW], folders[chosen.tasks[-1]])
         size = ScalableLM.from_pretrained(folders[FEW]).model.pool.row_bytes
-        lines = [line for count in counts for line in rates_held(folders[count], costs, rows)]
+        lines = [line for count in chosen.tasks for line in rates_held(folders[count], costs, rows)]
         print(table(lines), flush=True)
         served = served_costs(folders[FEW], costs)
-        lines += waits_held(folders[counts[-1]], counts[-1], size, served, rows, chosen.seconds)
+        lines += waits_held(folders[chosen.tasks[-1]], chosen.tasks[-1], size, served, rows, chosen.seconds)
         print(table(lines), flush=True)
     lines += beyond(costs, rows, size)
     micro = {name: f"{1e6 * value:.4g}" for name, value in asdict(costs).items()}

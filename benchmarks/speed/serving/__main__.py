@@ -23,6 +23,7 @@ import argparse
 import hashlib
 import json
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -34,6 +35,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import Parser, at_least, duration, exit_status, output_file
 from benchmarks.speed.serving.load import Load, Request, Running, arrive, load, served
 from benchmarks.speed.tasks import random_tasks
 from benchmarks.speed.texts import add_data, texts_of
@@ -43,6 +45,7 @@ from slm_fast.server.generation import generation_number
 from slm_fast.store import Store
 from slm_fast.task_file import task_to_bytes
 
+COMMAND = "slm-fast bench serving"
 OURS, PIPELINES, LITSERVE, PREDICT = "slm_fast", "pipelines", "litserve", "predict"
 READY = {OURS: "/ready", PIPELINES: "/health", LITSERVE: "/health"}
 QUEUE = 256  # rows that may wait under overload: eight batches
@@ -206,20 +209,20 @@ class Bench:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(COMMAND, __doc__)
     add_data(parser)
     parser.add_argument("--section", nargs="+", choices=("serving", "overload", "reload"), default=["serving"])
     parser.add_argument("--servers", nargs="+", choices=tuple(READY), default=list(READY))
     parser.add_argument("--backbone", default="minilm")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--rows", type=int, default=16, help="texts per request")
-    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per round and number of clients")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each server")
-    parser.add_argument("--texts", type=int, default=200, help="texts per task")
-    parser.add_argument("--tasks", type=int, default=1000, help="tasks in the store for reload")
-    parser.add_argument("--output", type=Path, default=RESULTS / "serving.csv")
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
+    parser.add_argument("--clients", type=at_least(1), nargs="+", default=[1, 8, 64])
+    parser.add_argument("--rows", type=at_least(1), default=16, help="texts per request")
+    parser.add_argument("--seconds", type=duration, default=10.0, help="seconds per round and number of clients")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each server")
+    parser.add_argument("--texts", type=at_least(1), default=200, help="texts per task")
+    parser.add_argument("--tasks", type=at_least(1), default=1000, help="tasks in the store for reload")
+    parser.add_argument("--output", type=output_file, default=RESULTS / "serving.csv")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -234,4 +237,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(COMMAND, main))

@@ -20,6 +20,7 @@ import http.client
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -32,12 +33,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import Parser, at_least, duration, exit_status, output_file
 from benchmarks.speed.serving.load import Running, in_turns, percentile, served
 from benchmarks.tables import RESULTS, table, write_csv
 from slm_fast import ScalableLM
 from slm_fast.data import Row
 from slm_fast.demo.chat import FIRST_LAYER, LEARN, load
 
+COMMAND = "slm-fast bench streams"
 NEW_TOKENS = 32
 
 
@@ -182,14 +185,14 @@ def in_chat(tokenizer: Any, row: Row) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(COMMAND, __doc__)
     parser.add_argument("--store", type=Path, help="store to read, created if missing; default: a temporary one")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--seconds", type=float, default=20.0, help="seconds per round and number of clients")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each server")
+    parser.add_argument("--clients", type=at_least(1), nargs="+", default=[1, 16, 64])
+    parser.add_argument("--seconds", type=duration, default=20.0, help="seconds per round and number of clients")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="turns of each server")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS / "serving_writing.csv")
+    parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads())
+    parser.add_argument("--output", type=output_file, default=RESULTS / "serving_writing.csv")
     chosen = parser.parse_args(argv)
     torch.set_num_threads(chosen.threads)
     os.environ["OMP_NUM_THREADS"] = str(chosen.threads)  # for the servers
@@ -198,4 +201,4 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(COMMAND, main))

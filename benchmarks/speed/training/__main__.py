@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.arguments import Parser, at_least, exit_status, output_file
 from benchmarks.figures import plot_rates
 from benchmarks.machine import peak_mib
 from benchmarks.speed.backbones import FULL, SHAPES, Load, copies, finished, pretrained
@@ -34,6 +35,7 @@ from benchmarks.tables import RESULTS, read_csv, table, write_csv
 from slm_fast import Task
 from slm_fast.options import LearnOptions
 
+COMMAND = "slm-fast bench training"
 OURS = "slm_fast"
 SAME = ("shape", "layers", "rows", "epochs", "batch_size", "method")  # what identifies a measurement
 
@@ -143,16 +145,16 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Learn one task with slm_fast, PEFT and the paper's procedure.")
+    parser = Parser(COMMAND, __doc__)
     add_data(parser)
     parser.add_argument("--shape", choices=["minilm", *SHAPES], default="minilm")
-    parser.add_argument("--layers", type=int, help="default: all layers of the shape")
-    parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=at_least(1), help="default: all layers of the shape")
+    parser.add_argument("--rows", type=at_least(1), default=96)
+    parser.add_argument("--epochs", type=at_least(1), default=3)
+    parser.add_argument("--batch-size", type=at_least(1), default=8)
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--memory", action="store_true", help="only fill in the peak memory of a timed shape")
-    parser.add_argument("--output", type=Path, default=RESULTS / "training.csv")
+    parser.add_argument("--output", type=output_file, default=RESULTS / "training.csv")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     layers = arguments.layers or FULL[arguments.shape]
@@ -173,4 +175,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(COMMAND, main))

@@ -11,7 +11,6 @@ that this run suggests; it takes effect when committed as slm_fast/ops/preferenc
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import Parser, duration, work_folder
 from benchmarks.speed.operators.bench_multi_lora import gather_bmm_
 from benchmarks.speed.operators.gpu.bench_multi_lora import SHAPES, multi_lora_rows, tiny
 from benchmarks.speed.operators.gpu.bench_retrieve import SEARCHES, retrieve_rows
@@ -54,11 +54,11 @@ def run(stem: str, cases: Sequence[Any], of: Callable[[Any], Rows], out: Path, d
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser = Parser("python -m benchmarks.speed.operators.gpu", __doc__)
+    parser.add_argument("out", type=work_folder)
     parser.add_argument("--dry-run", action="store_true", help="run tiny shapes on a CPU")
-    parser.add_argument("--seconds", type=float, default=0.15, help="seconds per way, shape and mode")
-    parser.add_argument("--within", type=float, default=240.0, help="seconds after which no further shape is started")
+    parser.add_argument("--seconds", type=duration, default=0.15, help="seconds per way, shape and mode")
+    parser.add_argument("--within", type=duration, default=240.0, help="seconds; after them no shape is started")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled alternative")
     options = parser.parse_args(arguments)
     device, shapes, searches = "cuda", SHAPES, SEARCHES
