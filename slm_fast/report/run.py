@@ -17,6 +17,7 @@ from slm_fast.report.results import Result, leads, many, results
 from slm_fast.report.run_tables import also, by_task, costs, ranking, routed_by, timed
 from slm_fast.report.runs import Run, read_run
 from slm_fast.report.store import confusion
+from slm_fast.report.zeroshot import zeroshot
 from slm_fast.store import Store
 
 READING = (
@@ -106,6 +107,7 @@ def _part(run: Run, stem: str) -> Part:
         Section("Accuracy matrix R", [_matrix(run, result, stem) for result in ranked]),
         *([Section("Results per task", [by_task(own, stem)])] if own else []),
         *also(ranked, stem),
+        *zeroshot(run, stem),
         *routed_by(ranked, stem),
         *timed(ranked, stem),
         Section(

@@ -1,6 +1,7 @@
 """Runs of the continual-learning benchmark, read from their folders.
 
 RUN/run.json                            the stream, the settings, the machine
+RUN/zeroshot.csv                        scores on zero-shot benchmarks, if they were run (see zeroshot.py)
 RUN/<method>/about.json                 its title, and whether it is given oracle task IDs
 RUN/<method>/seed<k>/stages.jsonl       one line after each learned task
 RUN/<method>/seed<k>/untrained.json     accuracy by task before the first one is learned, if requested

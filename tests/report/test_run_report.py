@@ -81,6 +81,38 @@ def test_what_is_measured_beside_accuracy_is_shown_and_damage_in_it_named(tmp_pa
     one_line(slm_fast("report", run, "--no-files"), 1, "untrained.json", "ag_news: expected a share")
 
 
+def test_zero_shot_benchmarks_are_shown_if_they_were_run_and_a_damaged_file_is_named(run: Path, tmp_path: Path):
+    assert "zeroshot" not in figures(run_report([run]))
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "zeroshot.csv"
+    lines = [
+        ("bare", 0, "piqa", "acc", 0.5, ""),
+        *(("slm", seed, "piqa", "acc", score, share) for seed, score, share in ((0, 0.25, 0.5), (1, 0.75, 1.0))),
+        ("slm", 0, "piqa", "acc_norm", 0.1, 0.5),
+        ("slm, abstain 0.99", 0, "piqa", "acc", 0.625, 0.0),
+        ("slm, abstain 0.99", 0, "arc_easy", "acc", 0.375, 0.5),
+    ]
+    heading = "method,seed,set,metric,value,routed\n"
+    written = "".join(f'"{way}",{",".join(map(str, rest))}\n' for way, *rest in lines)
+    path.write_text(f"# cpu: one\n{heading}{written}")
+    title = METHODS["slm"][0]
+    answered = "answered with a task, %"
+    assert columns(figures(run_report([path.parent]))["zeroshot"]) == {
+        "bare backbone": {"model": "bare backbone", "PIQA, %": Spread(0.5, None), "ARC easy, %": None, answered: None},
+        title: {
+            **{"model": title, "PIQA, %": Spread(0.5, pytest.approx(0.5**1.5)), "ARC easy, %": None},
+            answered: 0.75,
+        },
+        f"{title}, abstain 0.99": {
+            **{"model": f"{title}, abstain 0.99", "PIQA, %": Spread(0.625, None)},
+            **{"ARC easy, %": Spread(0.375, None), answered: 0.25},
+        },
+    }
+    for damage in ("bare,0,piqa,acc,1.5,\n", "bare,0\n", "bare,0,piqa,acc,x,\n", "bare,0,piqa,acc,,\n"):
+        path.write_text(heading + damage)
+        one_line(slm_fast("report", path.parent, "--no-files"), 1, "zeroshot.csv: damaged")
+
+
 def test_methods_are_ranked_and_those_that_are_told_the_task_stand_apart(run: Path):
     report = run_report([run])
     shown = columns(figures(report)["methods"])
