@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from slm_fast.errors import WorkError
+from slm_fast.errors import InputError, WorkError
 
 # Column names in public data sets, help desks and shops. The first is the usual one and wins; of the others a row may
 # have only one, because which of two is meant would be unclear.
@@ -59,6 +59,17 @@ class Columns:
 def plain(name: str) -> str:
     """Normalise a column name: case, spaces, hyphens and byte order mark."""
     return re.sub(r"[\s-]+", "_", name.strip("\ufeff \t\r\n\v\f").casefold())
+
+
+def check_columns(text: str | None, label: str | None) -> list[str]:
+    """The columns that the user named. Raises InputError for what is no name, and for one column in both roles."""
+    given = {role: name for role, name in (("text", text), ("label", label)) if name is not None}
+    for role, name in given.items():
+        if not isinstance(name, str):
+            raise InputError(f"{role}: expected the name of a column, got {name!r}")
+    if text is not None and text == label:
+        raise InputError(f"label: expected another column than that of the text, got {label!r} for both")
+    return list(given.values())
 
 
 @functools.lru_cache(256)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from slm_fast.columns import LABELLED, Unclear, id_column
+from slm_fast.columns import LABELLED, Unclear, check_columns, id_column
 from slm_fast.errors import InputError, SlmError, WorkError, one_line, some_of
 from slm_fast.inputs import read_fields, table_of
 from slm_fast.labels import (
@@ -147,6 +147,7 @@ class Task:
             WorkError: as for `Task`.
         """
         check_name(name)
+        check_columns(text, label)
         placed = ((f"row {i}", value) for i, value in enumerate(table_of(rows), 1))
         found, free_text = _answered(name, placed, text, label, free_text)
         return cls(name, found, free_text=free_text, training=training)
@@ -181,7 +182,7 @@ class Task:
             WorkError: the content is invalid. The message names file and line.
         """
         check_name(name)
-        given = [column for column in (text, label) if column is not None]
+        given = check_columns(text, label)
         records = list(read_records(path, delimiter=delimiter, encoding=encoding, columns=given))
         file = Path(path) if isinstance(path, (str, Path)) else None
         source = "the input" if file is None else str(file)

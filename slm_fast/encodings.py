@@ -45,6 +45,8 @@ def check_encoding(encoding: str) -> str:
         name = codecs.lookup(encoding).name
         with suppress(UnicodeError):
             b"text".decode(encoding)  # base64 and the like are not text encodings
+        if name in ("idna", "punycode"):  # of domain names
+            raise LookupError
     except (LookupError, TypeError, ValueError):
         raise InputError(f"encoding: expected a name such as utf-8, utf-16 or cp1252, got {encoding!r}") from None
     return UTF8 if name == "utf-8" else name

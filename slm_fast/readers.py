@@ -221,6 +221,12 @@ def _read_jsonl(lines: Lines, untold: WorkError | None = None) -> Iterator[Recor
         untold = None
 
 
+def _reason(error: ValueError) -> str:
+    """Why a text that is well-formed is refused: NaN, a field that is there twice, or a number of thousands of digits
+    (Python's advice on these is left out)."""
+    return one_line(error).partition("; use sys.")[0]
+
+
 def _parse_line(number: int, line: str) -> Record:
     try:
         value = STRICT.decode(line)
@@ -229,7 +235,7 @@ def _parse_line(number: int, line: str) -> Record:
     except RecursionError:
         return Record(number, error=WorkError("not JSON: nested too deeply"))
     except ValueError as error:
-        return Record(number, error=WorkError(f"not JSON: {one_line(error)}"))
+        return Record(number, error=WorkError(f"not JSON: {_reason(error)}"))
     return _as_record(number, value)
 
 
@@ -270,7 +276,7 @@ def _parse_document(text: str, name: str) -> Any:
     except RecursionError:
         wrong = "not JSON: nested too deeply"
     except ValueError as error:
-        wrong = f"not JSON: {one_line(error)}"
+        wrong = f"not JSON: {_reason(error)}"
     raise WorkError(f"{name}: {wrong}")
 
 

@@ -24,6 +24,21 @@ ASKED = [{"role": "user", "content": "Hi?"}]
 ANSWERED = [*ASKED, {"role": "assistant", "content": " Hello. "}]
 
 
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"text": 0}, "text: expected the name of a column, got 0"),
+        ({"label": ("a",)}, r"label: expected the name of a column, got \('a',\)"),
+        ({"text": "a", "label": "a"}, "label: expected another column than that of the text, got 'a' for both"),
+    ],
+)
+def test_columns_that_are_no_names_or_one_for_both_roles_are_a_wrong_call(columns: dict, said: str, tmp_path: Path):
+    with pytest.raises(InputError, match=f"^{said}"):
+        Task.from_file("x", write(tmp_path / "x.jsonl", jsonl({"a": "b"})), **columns)
+    with pytest.raises(InputError, match=f"^{said}"):
+        Task.from_rows("x", [{"a": "b"}], **columns)
+
+
 def rows_of(*rows: object, **columns: str) -> list[Row]:
     return Task.from_rows("x", rows, training=False, **columns).rows
 

@@ -114,7 +114,7 @@ def test_what_is_not_in_the_encoding_that_was_given_is_a_bad_row(tmp_path: Path)
     assert found(io.BytesIO(data), encoding="utf-16-le")[-1] == (3, "not utf-16-le (byte 0x00)")
 
 
-@pytest.mark.parametrize("encoding", ["utf-9", "base64", "rot13", "", "a\0b", 7])
+@pytest.mark.parametrize("encoding", ["utf-9", "base64", "rot13", "idna", "punycode", "", "a\0b", 7])
 def test_an_unknown_encoding_is_a_wrong_call(encoding: object) -> None:
     with pytest.raises(InputError, match="encoding: expected a name such as"):
         read_records(io.BytesIO(), encoding=encoding)

@@ -71,6 +71,7 @@ def test_a_stream_of_json_lines_gives_every_record_its_line_and_marks_the_bad_on
         b'{"text": "caf\xe9"}',
         b"[" * 100_000,
         '{"text": "naïve"}'.encode(),
+        b'{"text": "a", "label": ' + b"9" * 5000 + b"}",
     ]
     assert found(io.BytesIO(b"\n".join(lines))) == [
         (1, {"text": "a", "id": 7}),
@@ -82,6 +83,7 @@ def test_a_stream_of_json_lines_gives_every_record_its_line_and_marks_the_bad_on
         (9, "not UTF-8 (byte 0xe9)"),
         (10, "not JSON: nested too deeply"),
         (11, {"text": "naïve"}),
+        (12, "not JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits"),
     ]
 
 

@@ -269,6 +269,8 @@ def open_store(
 def warn_of_idle_options(given: Mapping[str, Any], kind: str, has_heads: bool) -> None:
     """Warn about given prediction options that have no effect on a backbone of this kind and its tasks."""
     drawing = ("temperature", "top_p", "seed")
+    if given["bare"] and kind == "encoder":
+        warn("--bare: an encoder-only backbone has no answer of its own; every row's is empty")
     if kind == "encoder":
         idle = dict.fromkeys(("max_new_tokens", "beams", "sample", *drawing), "an encoder-only backbone writes no text")
     else:
@@ -276,6 +278,8 @@ def warn_of_idle_options(given: Mapping[str, Any], kind: str, has_heads: bool) -
         idle = dict.fromkeys(labels, "a backbone that writes its answers weighs no labels")
         if not given["sample"]:
             idle |= dict.fromkeys(drawing, "it goes with --sample")
+    if given["bare"]:
+        idle |= dict.fromkeys(("abstain", "distance", "head"), "with --bare no task answers")
     for name, why in idle.items():
         default = getattr(PredictOptions, name)
         if given.get(name, default) != default:

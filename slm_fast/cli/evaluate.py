@@ -19,7 +19,7 @@ from slm_fast.cli.arguments import (
     open_store,
     read_tasks,
 )
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, warn
 from slm_fast.options import PredictOptions
 
 
@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.files:
         raise InputError("--files: goes with --report")
 
+    if arguments.distance:
+        warn("--distance has no effect: it goes with predict")
     files = named_files(arguments.tasks)
     check_stdin(files)
     slm = open_store(arguments)
