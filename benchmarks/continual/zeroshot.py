@@ -6,9 +6,9 @@ model of each method of a `slm-fast repro` RUN (as the paper does with LLaMA aft
 
 DIR/zeroshot holds a test.jsonl.gz each for arc_easy, arc_challenge, piqa and winogrande. `zeroshot_tasks/` defines them
 as lm-eval tasks, with lm-eval's own prompts and scores. slm_fast answers through its integration, and with `--abstain`
-once more; whole models answer through lm-eval's class for Hugging Face models. `--dtype bfloat16` is several times as
-fast where the processor multiplies it. Results are kept in RUN/zeroshot/: run the same command again to resume.
-`--output` gets a line for each method, seed and task.
+once more; whole models answer through lm-eval's class for Hugging Face models. `--dtype bfloat16` is for processors
+that multiply it. Results are kept in RUN/zeroshot/: run the same command again to resume. `--output` gets a line for
+each method, seed and task.
 """
 
 from __future__ import annotations
