@@ -28,6 +28,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   library.def(MULTI_LORA("cuda"));
   library.def(MULTI_LORA_("cuda"));
   library.def(RETRIEVE("cuda", ", Tensor? key_slot=None"));
+  library.def("adapted_linear_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights) -> Tensor");
 #endif
 }
 // clang-format on
@@ -37,6 +38,7 @@ STABLE_TORCH_LIBRARY_IMPL(slm_fast, CUDA, library) {
   library.impl("multi_lora_cuda", TORCH_BOX(&slm_fast::cuda::multi_lora));
   library.impl("multi_lora_cuda_", TORCH_BOX(&slm_fast::cuda::multi_lora_));
   library.impl("retrieve_cuda", TORCH_BOX(&slm_fast::cuda::retrieve));
+  library.impl("adapted_linear_cuda", TORCH_BOX(&slm_fast::cuda::adapted_linear));
 }
 #endif
 
@@ -97,6 +99,18 @@ PYBIND11_MODULE(_C, module) {
       },
       "Partition by the CUDA kernel for many tokens: tokens per tile, the ranges of in- and of out-features of the blocks\n"
       "that share a tile, and their bytes of shared memory.");
+  module.def(
+      "fused_cut",
+      [](int64_t samples, int64_t tokens, int64_t rank, int64_t features_in, int64_t features_out, int multiprocessors) {
+        using namespace slm_fast::cuda;
+        const int64_t spans = fused_spans(tokens), columns = fused_columns(spans * rank);
+        const FusedCut cut = cut_fused(samples * tokens, spans * rank, features_in, features_out, multiprocessors);
+        return std::make_tuple(
+            spans, cut.width, cut.across, cut.tiles, cut.run, fused_stages(cut.width, columns), fused_shared(cut.width, columns));
+      },
+      "Partition by the CUDA kernel for a linear layer with its increments: the most samples in a tile of 128 tokens,\n"
+      "output features per tile, tiles of the same tokens, all tiles (two of tokens count as one), tiles that a cluster\n"
+      "takes one after the other, stages, and bytes of shared memory per block.");
   module.def(
       "retrieve_cut",
       [](int64_t queries, int64_t slots, int64_t width, int64_t groups, int64_t k, bool whole, int multiprocessors,

@@ -38,6 +38,8 @@ std::tuple<Tensor, Tensor> retrieve(
     Tensor query, Tensor keys, int64_t k, int64_t groups, std::optional<Tensor> bias, std::optional<Tensor> mask,
     std::string metric, std::string aggregate, std::string weighting, double temperature,
     std::optional<Tensor> key_slot);
+Tensor adapted_linear(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights);
 }  // namespace cuda
 
 }  // namespace slm_fast

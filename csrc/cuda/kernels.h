@@ -1,6 +1,7 @@
 // Interface of the launchers to the CUDA operators: device pointers, sizes and a stream. No torch here.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -36,6 +37,26 @@ struct Adapt {
   int tile, blocks;
 };
 cudaError_t adapt(const Adapt&, bool clusters, cudaStream_t stream);
+
+// A tensor [matrices, rows, columns] of 16-bit numbers whose boxes of 64 columns are copied to shared memory.
+using Boxes = CUtensorMap;
+
+// y = x . weight^T + bias and the increments, in bfloat16: x [samples, tokens, features_in]. All contiguous and 16-byte
+// aligned, features in eights; out-of-range slot ids add nothing.
+struct AdaptedLinear {
+  int64_t samples, tokens, picks, slots, rank, features_in, features_out;
+  const void *x, *weight, *bias, *lora_a, *lora_b;  // bias may be null
+  const int64_t* slot_ids;
+  const float* weights;
+  void* y;
+};
+struct FusedOnDevice {
+  AdaptedLinear call;
+  Boxes x, weight, a, b;
+  FusedCut cut;
+  int spans;  // samples that a tile's tokens can be of
+};
+cudaError_t adapted_linear(const FusedOnDevice&, cudaStream_t stream);
 
 // call.key_slot: any slots in any order; keys of slots that are masked or not in [0, call.mask_slots) are ignored.
 struct RetrieveOnDevice {

@@ -78,6 +78,60 @@ constexpr TokenCut cut_tokens(
   return {tile, wide && in_a_wave(2 * samples * blocks_of(tokens, tile)) ? kTokenBlocks : 1};
 }
 
+// The linear layer with its increments: a cluster of two blocks has two tiles of tokens and the same output features.
+constexpr int kFusedTokens = 128, kMostFusedShared = 227 << 10, kMostFusedColumns = 96, kMostFusedPicks = 32;
+constexpr int64_t kMostFusedRows = int64_t{1} << 30;  // places in boxes are 32-bit
+
+// The most samples that a tile's tokens can be of.
+SLM_BOTH constexpr int64_t fused_spans(int64_t tokens) {
+  if (tokens % kFusedTokens == 0) return 1;
+  return kFusedTokens % tokens == 0 ? kFusedTokens / tokens : (kFusedTokens - 2) / tokens + 2;
+}
+
+// Rank columns that a kernel is compiled for.
+SLM_BOTH constexpr int fused_columns(int64_t rank) {
+  return rank <= 64 ? static_cast<int>(blocks_of(rank, 16)) * 16 : kMostFusedColumns;
+}
+
+// Bytes: B's rows, their weights and samples, barriers, and what alignment may take; then the stages, lines of 128 bytes
+// of x, the weight and A.
+SLM_BOTH constexpr int64_t fused_fixed(int64_t width, int64_t columns) {
+  return width * columns * 2 + columns * 8 + 256 + 1024;
+}
+SLM_BOTH constexpr int64_t fused_stage(int64_t width, int64_t columns) { return (kFusedTokens + width + columns) * 128; }
+SLM_BOTH constexpr int fused_stages(int64_t width, int64_t columns) {
+  const int64_t room = (kMostFusedShared - fused_fixed(width, columns)) / fused_stage(width, columns);
+  return static_cast<int>(room < 6 ? room : 6);
+}
+SLM_BOTH constexpr int64_t fused_shared(int64_t width, int64_t columns) {
+  return fused_fixed(width, columns) + fused_stages(width, columns) * fused_stage(width, columns);
+}
+
+struct FusedCut {
+  int width;       // output features per tile
+  int64_t across;  // tiles of the same tokens
+  int64_t tiles;   // a cluster has two at a time, counted as one here
+  int64_t run;     // that a cluster takes one after the other
+};
+
+// The width whose tiles take least time. A tile's arithmetic is in proportion to its width; the first of the same tokens
+// also has the rank columns; and filling the ring and storing take about as long as `kFixed` columns of a chunk.
+constexpr FusedCut cut_fused(
+    int64_t rows, int64_t rank, int64_t features_in, int64_t features_out, int multiprocessors) {
+  constexpr int64_t kFixed = 1200;
+  const int64_t pairs = blocks_of(rows, 2 * kFusedTokens);
+  const int64_t chunks = blocks_of(features_in, kTileFeatures), clusters = std::max(1, multiprocessors / 2);
+  FusedCut best{};
+  int64_t least = 0;
+  for (const int width : {256, 192}) {
+    const int64_t across = blocks_of(features_out, width), tiles = pairs * across, run = blocks_of(tiles, clusters);
+    const int64_t fresh = across % run == 0 ? 1 : 1 + blocks_of(run - 1, across);  // at most, of a run
+    const int64_t time = run * (width * chunks + kFixed) + fresh * fused_columns(rank) * chunks;
+    if (best.width == 0 || time < least) least = time, best = {width, across, tiles, run};
+  }
+  return best;
+}
+
 // Retrieve: a warp scores 16 keys at a time against 8, 16 or 32 queries, 16 elements of a group at a time; then a block
 // per query picks the best. For few keys, 6 warps per block: two such blocks leave 168 registers per thread.
 constexpr int kRetrieveWarps = 8, kRetrieveThreads = 32 * kRetrieveWarps, kMostPicks = 32;

@@ -6,8 +6,10 @@
 // cluster and read each other's sums in shared memory; elsewhere the sums go through global memory and a second launch.
 #include <cooperative_groups.h>
 
+#include "clusters.cuh"
 #include "kernels.h"
 #include "launch.h"
+#include "tensor_core.cuh"
 #include "vector.cuh"
 
 namespace slm_fast::cuda {
@@ -158,6 +160,8 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_in_cluster(const Decode
   const cg::cluster_group cluster = cg::this_cluster();
   __shared__ Sums sums;
   const int64_t sample = blockIdx.y;
+  let_next_begin();
+  wait_for_previous();
   find_rows(op, sample, sums);
   shrink<T>(op, sample, blockIdx.x, sums);
   const Ahead<T> ahead(op, blockIdx.x, sums);
@@ -165,9 +169,9 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_in_cluster(const Decode
   for (int j = threadIdx.x; j < op.picks * op.rank; j += kDecodeThreads)
     sums.whole[j] = whole(op, sample, sums, j, [&](int block) { return cluster.map_shared_rank(sums.part, block); });
   __syncthreads();
-  cluster.barrier_arrive();
+  arrive_at_cluster();
   expand<T>(op, sample, blockIdx.x, sums, ahead);
-  cluster.barrier_wait();  // no block exits while its sums are read
+  wait_for_cluster();  // no block exits while its sums are read
 #endif
 }
 
@@ -197,15 +201,7 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_expand(const Decode op)
 template <class T>
 cudaError_t launch(const Decode& op, bool clusters, cudaStream_t stream) {
   const dim3 grid(op.blocks, static_cast<unsigned>(op.rows));
-  if (clusters) {
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(op.blocks), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = dim3(kDecodeThreads), config.stream = stream;
-    config.attrs = &cluster, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, decode_in_cluster<T>, op);
-  }
+  if (clusters) return launch_clusters(decode_in_cluster<T>, op, grid, kDecodeThreads, op.blocks, 0, stream);
   decode_shrink<T><<<grid, kDecodeThreads, 0, stream>>>(op);
   decode_expand<T><<<grid, kDecodeThreads, 0, stream>>>(op);
   return cudaGetLastError();

@@ -11,6 +11,7 @@
 // block's shared memory. Elsewhere the sums go through global memory and a second launch.
 #include <cooperative_groups.h>
 
+#include "clusters.cuh"
 #include "kernels.h"
 #include "launch.h"
 #include "tensor_core.cuh"
@@ -241,6 +242,8 @@ __global__ void __launch_bounds__(32 * M * N, 2) adapt_in_cluster(const Adapt op
   extern __shared__ double shared[];
   const int block = static_cast<int>(blockIdx.x % op.blocks);
   using Mine = Tokens<T, M, N, R>;
+  let_next_begin();
+  wait_for_previous();
   Mine mine(op, reinterpret_cast<char*>(shared), blockIdx.x / op.blocks, block);
   mine.begin(true, true);
   mine.shrink();
@@ -293,13 +296,7 @@ cudaError_t launch(const Adapt& op, bool clusters, cudaStream_t stream) {
   };
   if (clusters) {
     if (const cudaError_t status = allow(adapt_in_cluster<T, M, N, R>); status != cudaSuccess) return status;
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(op.blocks), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid, config.blockDim = dim3(Mine::kThreads), config.stream = stream;
-    config.dynamicSmemBytes = bytes, config.attrs = &cluster, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, adapt_in_cluster<T, M, N, R>, op);
+    return launch_clusters(adapt_in_cluster<T, M, N, R>, op, grid, Mine::kThreads, op.blocks, bytes, stream);
   }
   if (const cudaError_t status = allow(adapt_shrink<T, M, N, R>); status != cudaSuccess) return status;
   if (const cudaError_t status = allow(adapt_expand<T, M, N, R>); status != cudaSuccess) return status;

@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 
+#include "cuda/boxes.h"
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/torch_cuda.h"
@@ -152,6 +153,57 @@ void multi_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor
     if (overlap(base, *other)) fail("base: shares memory with another argument");
   Tensor y;
   add_increments(x, lora_a, lora_b, slot_ids, weights, base, &base, y);
+}
+
+Tensor adapted_linear(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights) {
+  const ScalarType type = ScalarType::BFloat16;
+  if (x.dim() != 3 || !x.is_cuda()) fail("x: expected [B, T, I] on cuda, got ", shape_of(x));
+  if (lora_a.dim() != 3) fail("lora_a: expected [P, r, I], got ", shape_of(lora_a));
+  if (lora_b.dim() != 3) fail("lora_b: expected [P, r, O], got ", shape_of(lora_b));
+  if (slot_ids.dim() != 2) fail("slot_ids: expected int64 [B, K], got ", shape_of(slot_ids));
+  const int device = x.get_device_index();
+  FusedOnDevice on_device{};
+  AdaptedLinear& op = on_device.call;
+  op.samples = x.size(0), op.tokens = x.size(1), op.features_in = x.size(2), op.features_out = lora_b.size(2);
+  op.slots = lora_a.size(0), op.rank = lora_a.size(1), op.picks = slot_ids.size(1);
+  check("x", x, type, {op.samples, op.tokens, op.features_in}, device);
+  check("weight", weight, type, {op.features_out, op.features_in}, device);
+  if (bias) check("bias", *bias, type, {op.features_out}, device);
+  check("lora_a", lora_a, type, {op.slots, op.rank, op.features_in}, device);
+  check("lora_b", lora_b, type, {op.slots, op.rank, op.features_out}, device);
+  check("slot_ids", slot_ids, ScalarType::Long, {op.samples, op.picks}, device);
+  check("weights", weights, ScalarType::Float, {op.samples, op.picks}, device);
+  const int64_t rows = op.samples * op.tokens;
+  Tensor y = like(x, {op.samples, op.tokens, op.features_out}, type);
+  if (rows * op.features_out == 0) return y;
+  const int64_t spans = fused_spans(op.tokens), columns = spans * op.picks * op.rank;
+  if (op.features_in % kPiece != 0 || op.features_out % kPiece != 0 || op.features_in == 0 || op.slots == 0 ||
+      columns == 0 || columns > kMostFusedColumns || spans * op.picks > kMostFusedPicks || rows > kMostFusedRows)
+    fail("x: expected features in eights, and at most ", kMostFusedPicks, " slots with ", kMostFusedColumns,
+         " rows of rank for 128 tokens, got ", shape_of(x), " and ", spans, " times ", op.picks, " slots of rank ", op.rank);
+
+  const OnDevice on(device);
+#if defined(SLM_FAST_SM_90A)
+  if (on.card.major != 9) fail("x: expected a GPU of compute capability 9.0, got ", on.card.major, ".x");
+#else
+  fail("x: the CUDA operators were built without sm_90a");
+#endif
+  x = readable(x), weight = readable(weight), lora_a = readable(lora_a), lora_b = readable(lora_b);
+  slot_ids = dense(slot_ids), weights = dense(weights);
+  if (bias) bias = readable(*bias);
+  op.x = x.data_ptr(), op.weight = weight.data_ptr(), op.bias = bias ? bias->data_ptr() : nullptr, op.y = y.data_ptr();
+  op.lora_a = lora_a.data_ptr(), op.lora_b = lora_b.data_ptr();
+  op.slot_ids = static_cast<const int64_t*>(slot_ids.data_ptr());
+  op.weights = static_cast<const float*>(weights.data_ptr());
+  on_device.spans = static_cast<int>(spans);
+  on_device.cut = cut_fused(rows, columns, op.features_in, op.features_out, on.card.multiprocessors);
+  on_device.x = boxes_of(op.x, op.features_in, rows, 1, kFusedTokens);
+  on_device.weight = boxes_of(op.weight, op.features_in, op.features_out, 1, on_device.cut.width / 2);
+  on_device.a = boxes_of(op.lora_a, op.features_in, op.rank, op.slots, op.rank);
+  on_device.b = boxes_of(op.lora_b, op.features_out, op.rank, op.slots, op.rank);
+  done(adapted_linear(on_device, on.stream));
+  return y;
 }
 
 std::tuple<Tensor, Tensor> retrieve(

@@ -89,6 +89,19 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
+// Barrier of a cluster that orders no accesses to memory: no block may exit, or access another's shared memory, before all
+// have come so far.
+__device__ inline void arrive_at_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+#endif
+}
+
 #endif
 
 // Two numbers packed into 32 bits, the first in the lower half.

@@ -54,12 +54,31 @@ def adapted_linear(
     return y
 
 
+# Limits of the CUDA kernel, as in csrc/cuda/launch.h: tokens of a tile; of its samples, slots and their rows of rank.
+TILE, TILE_PICKS, TILE_COLUMNS = 128, 32, 96
+
+
 def size_of(x: Tensor, weight: Tensor, lora_a: Tensor, slot_ids: Tensor) -> str:
-    """Size class for dispatch: "narrow" or "wide" layers, or "other" if a kernel cannot keep all K r columns."""
+    """Size class for dispatch: "tiles" or "packed" if the CUDA kernel can run and a tile of it has one sample or more,
+    else "narrow" or "wide" layers, or "other" if no kernel can keep all K r columns."""
     columns = slot_ids.shape[1] * lora_a.shape[1]
+    tiles = x.dtype == torch.bfloat16 and x.device.type == "cuda" and not torch.compiler.is_compiling()
+    if tiles and dispatch.multiplies_tiles(x.device.index):
+        (samples, tokens, features_in), slots = x.shape, len(lora_a)
+        fits = features_in % 8 == weight.shape[0] % 8 == 0 and 0 < samples * tokens <= 1 << 30 and slots > 0
+        spans = samples_in_a_tile(tokens) if fits else 0
+        if 0 < spans * columns <= TILE_COLUMNS and spans * slot_ids.shape[1] <= TILE_PICKS:
+            return "tiles" if spans == 1 else "packed"
     if x.dtype == torch.float64 or not 0 < columns <= 256 // x.dtype.itemsize:
         return "other"
     return "narrow" if max(weight.shape) <= 2048 else "wide"
+
+
+def samples_in_a_tile(tokens: int) -> int:
+    """How many samples 128 successive tokens can be of, if each has `tokens`."""
+    if tokens % TILE == 0:
+        return 1
+    return TILE // tokens if TILE % tokens == 0 else (TILE - 2) // tokens + 2
 
 
 # The specification. Every other backend is compared with it.

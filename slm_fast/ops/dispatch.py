@@ -133,7 +133,10 @@ BACKENDS = (
     ),
     Backend(
         "cuda",
-        ("retrieve:few", "retrieve:many", "multi_lora:decode", "multi_lora:tokens"),
+        (
+            *("retrieve:few", "retrieve:many", "multi_lora:decode", "multi_lora:tokens"),
+            *("adapted_linear:tiles", "adapted_linear:packed"),
+        ),
         lambda: CUDA_MISSING,
         checks_arguments=True,
         in_place=True,
@@ -264,10 +267,20 @@ def _order(stem: str, device: str, size: str) -> tuple[str, ...]:
 
 def fuses(device: str) -> bool:
     """Whether `fused_wins` may hold for any size on this device. Called in every pass of an adapted layer."""
-    return any(order[0] == "triton" for key, order in MEASURED.items() if key[:2] == (device, "adapted_linear"))
+    return any(order[0] != "reference" for key, order in MEASURED.items() if key[:2] == (device, "adapted_linear"))
 
 
 def fused_wins(device: str, size: str) -> bool:
     """Whether measurements favour one kernel for the base product and the increments (adapted_linear)."""
-    measured = MEASURED.get((device, "adapted_linear", size), ("",))[0]
-    return measured == "triton" and TRITON_MISSING is None and _forced.name in (None, "triton")
+    measured = MEASURED.get((device, "adapted_linear", size), ("reference",))[0]
+    missing = {"triton": TRITON_MISSING, "cuda": CUDA_MISSING}.get(measured, "not a kernel")
+    return missing is None and _forced.name in (None, measured)
+
+
+@cache
+def multiplies_tiles(index: int | None) -> bool:
+    """Whether the CUDA backend's adapted_linear runs on this GPU: it has instructions of sm_90a alone. torch.compile
+    cannot trace this."""
+    if CUDA_MISSING is not None or "sm_90a" not in import_module("slm_fast._C").build_info()["cuda"]:
+        return False
+    return torch.cuda.get_device_capability(index) == (9, 0)

@@ -37,13 +37,14 @@ def test_a_dry_run_times_every_way_and_writes_what_it_found(tmp_path, capsys):
 
 
 def test_the_order_it_proposes_is_by_time_and_dispatch_reads_it(tmp_path):
-    case = {"how": "graph", "pass": "forward", "B": 1, "T": 1, "I": 8, "O": 8, "P": 3, "dtype": "bfloat16"}
-    times = {"triton": 5.0, "cuda": 3.0, "triton with base": 2.5, "gather bmm": 1.0}
+    case = {"how": "graph", "pass": "forward", "B": 1, "T": 64, "I": 8, "O": 8, "P": 3, "dtype": "bfloat16"}
+    times = {"triton": 5.0, "cuda": 3.0, "triton with base": 2.5, "cuda with base": 2.0, "gather bmm": 1.0}
     rows = [case | {"size": "decode", "way": way, "p50_us": str(time)} for way, time in times.items()]
     write_csv(tmp_path / "preference.csv", preference(rows, "multi_lora"))
     assert dispatch.read_measured(tmp_path / "preference.csv") == {
         ("cuda", "multi_lora", "decode"): ("cuda", "triton", "reference"),
         ("cuda", "adapted_linear", "narrow"): ("triton", "reference"),
+        ("cuda", "adapted_linear", "packed"): ("cuda", "reference"),
     }
 
 

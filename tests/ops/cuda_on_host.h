@@ -13,12 +13,15 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
 #define SLM_ON_HOST  // what stands here in the place of instructions that C++ has no word for
 #define __CUDA_ARCH__ 900
+#define __CUDA_ARCH_FEAT_SM90_ALL
 #define __global__
 #define __device__
 #define __host__
@@ -77,7 +80,7 @@ inline void poison(void* memory, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) static_cast<unsigned char*>(memory)[i] = i % 2 ? 0x7f : 0xff;
 }
 
-constexpr int64_t kShared = 160 << 10, kStack = 64 << 10;
+constexpr int64_t kShared = 227 << 10, kStack = 64 << 10;
 inline thread_local double shared_memory[kShared / 8];
 
 // A block's own: each block is a new thread. `which` tells variables of one type apart.
@@ -101,7 +104,7 @@ struct Block {
   std::vector<ucontext_t> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<bool> done;
-  std::vector<int> arrived;  // at the block's barrier ([0]), at each warp's
+  std::vector<int> arrived;  // at the block's barrier ([0]), at each warp's, then at each warp group's
   std::vector<int> turn;
   std::vector<std::array<uint64_t, 12>> lanes;
   int running = 0;
@@ -123,7 +126,7 @@ struct Block {
   }
   void run(int threads) {
     fibers.resize(threads), done.assign(threads, false), lanes.resize(threads);
-    arrived.assign(1 + threads / 32, 0), turn.assign(1 + threads / 32, 0);
+    arrived.assign(1 + threads / 32 + threads / 128, 0), turn.assign(arrived.size(), 0);
     for (int t = 0; t < threads; ++t) {
       stacks.emplace_back(new char[kStack]);
       poison(stacks[t].get(), kStack);
@@ -246,8 +249,6 @@ struct cluster_group {
     on_host::Block& block = *on_host::block;
     block.meet(0, static_cast<int>(block.fibers.size()), [&] { block.cluster->barrier.arrive_and_wait(); });
   }
-  void barrier_arrive() const {}
-  void barrier_wait() const { sync(); }
   template <class T>
   T* map_shared_rank(T* mine, int rank) const {
     const on_host::Cluster& cluster = *on_host::block->cluster;
@@ -304,6 +305,8 @@ inline void multiply(double (&sums)[4], const double (&p)[8], const double (&q)[
 }
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
+inline void arrive_at_cluster() {}
+inline void wait_for_cluster() { cooperative_groups::this_cluster().sync(); }
 }  // namespace slm_fast::cuda
 
 using cudaStream_t = void*;
@@ -338,3 +341,5 @@ cudaError_t cudaLaunchKernelEx(cudaLaunchConfig_t* config, void (*kernel)(Argume
   on_host::launch_all(config->gridDim, config->blockDim.x, cluster, [&] { kernel(argument); });
   return cudaSuccess;
 }
+
+#include "hopper_on_host.h"

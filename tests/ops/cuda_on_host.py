@@ -26,7 +26,7 @@ def compile_for_host(source: str, entry: str, folder: Path):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    for header in ("cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h", "cooperative_groups.h"):
+    for header in ("cuda.h", "cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h", "cooperative_groups.h"):
         (folder / header).write_text('#include "cuda_on_host.h"\n')
     source = re.sub(r"([\w]+(?:<[^<>;]*>)?)<<<(.*?)>>>\((\w+)\);", r"on_host::launch(\2)([&] { \1(\3); });", source)
     source = re.sub(

@@ -28,6 +28,19 @@ def lora(B, T, P, K, r, I, O, dtype=torch.bfloat16):
     return fill, (x, a, b, ids, weights, base)
 
 
+def adapted(B, T, P, K, r, I, O):
+    """The same for adapted_linear."""
+    fill, (x, a, b, ids, weights, _) = lora(B, T, P, K, r, I, O)
+    weight, bias = torch.empty(O, I, dtype=x.dtype, device="cuda"), torch.empty(O, dtype=x.dtype, device="cuda")
+
+    def fill_all():
+        fill()
+        weight.normal_()
+        bias.normal_()
+
+    return fill_all, (x, weight, bias, a, b, ids, weights)
+
+
 def search(B, P, D, k, groups, aggregate="mean"):
     query, keys = torch.empty(B, D, device="cuda"), torch.empty(P, D, device="cuda")
 
@@ -51,10 +64,14 @@ def calls():
         "retrieve_triton": [(33, 5000, 96, 4, 3), (2, 7, 96, 4, 3), (33, 700, 96, 4, 3, "vote")],
         "retrieve_cuda": [(33, 5000, 96, 4, 3), (2, 7, 96, 4, 3)],
         "key_loss_triton": [(9, 700, 96, 4, 3)],
+        "adapted_linear_triton": [(2, 70, 5, 4, 12, 128, 200)],
+        "adapted_linear_cuda": [(2, 70, 5, 2, 8, 128, 200), (3, 256, 5, 4, 12, 512, 1032)],
     }
-    make = {"multi_lora": lora, "retrieve": search, "key_loss": key_loss}
+    make = {"multi_lora": lora, "retrieve": search, "key_loss": key_loss, "adapted_linear": adapted}
     for name, sizes in shapes.items():
         stem, _, backend = name.rpartition("_")
+        if name == "adapted_linear_cuda" and not (torch.cuda.is_available() and dispatch.multiplies_tiles(0)):
+            continue
         if (dispatch.TRITON_MISSING if backend == "triton" else dispatch.CUDA_MISSING) is None:
             for size in sizes:
                 yield pytest.param(make[stem], size, getattr(torch.ops.slm_fast, name), id=f"{name}-{size}")

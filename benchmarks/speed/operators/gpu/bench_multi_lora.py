@@ -18,6 +18,7 @@ from benchmarks.speed.operators import bench_multi_lora as cpu
 from benchmarks.speed.operators.command import Ways, dtype_name
 from benchmarks.speed.operators.gpu.compare import Rows, backends_of, checked, lines, measure
 from benchmarks.speed.operators.gpu.timing import floor_ms, sets_of_inputs
+from slm_fast.ops.adapted_linear import size_of
 
 BF16 = torch.bfloat16
 SETS_OF_SLOW_WAYS = 2  # PEFT creates a module per slot
@@ -53,6 +54,8 @@ SHAPES = [
     replace(SEVEN_B, out=11008),
     replace(SEVEN_B, H=11008, out=4096),
     Shape(T=512, H=1024),
+    Shape(B=52, T=80, H=4096, P=20, K=4, r=8),
+    Shape(B=128, T=64),
     Shape(B=256, P=1000),
     Shape(dtype=torch.float32),
     Shape(backward=True),
@@ -140,9 +143,14 @@ def forward_ways(
     if "cuda" in calls:
         calls["cuda before linear"] = lambda: _before_linear(torch.ops.slm_fast.multi_lora_cuda, arguments, matrix)
     widest = 256 // size
+    with_base = []
     if "triton" in backends_of("adapted_linear", "", device) and shape.K * shape.r <= widest:
-        fused = torch.ops.slm_fast.adapted_linear_triton
-        calls["triton with base"] = lambda: fused(x, matrix, None, *arguments[1:])
+        with_base.append("triton")
+    if size_of(x, matrix, lora_a, ids) in ("tiles", "packed"):
+        with_base.append("cuda")
+    for name in with_base:
+        op = getattr(torch.ops.slm_fast, f"adapted_linear_{name}")
+        calls[f"{name} with base"] = partial(op, x, matrix, None, *arguments[1:])
     calls["gather bmm"] = lambda: cpu.gather_bmm_(linear(x, matrix), *arguments)
     if compiled is not None:
         calls["gather bmm compiled"] = lambda: compiled(linear(x, matrix), *arguments)

@@ -14,7 +14,7 @@ from benchmarks.speed.timing import Times, time_together
 from slm_fast import ops
 
 Rows = list[dict[str, Any]]
-OURS = ("cuda", "triton", "triton with base")
+OURS = ("cuda", "triton", "cuda with base", "triton with base")
 ELSEWHERE = ("linear", "peft mixed", "arrow")  # PEFT's mixed batch has no weights, Arrow does its own routing
 
 

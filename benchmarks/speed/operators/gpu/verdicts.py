@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed.operators.gpu.compare import OURS, Rows
+from slm_fast.ops.adapted_linear import samples_in_a_tile
 
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # ours against float64, by norm
 SPEED_UPS = {"gather bmm compiled": 1.5, "vllm x K": 3.0, "arrow": 20.0}  # their added time, as a multiple of ours
@@ -84,7 +85,7 @@ def preference(rows: Rows, operator: str, device: str = "cuda") -> list[dict[str
         totals = {name: sum(ways[name] for ways in times if names <= ways.keys()) for name in names}
         order = [name for name in sorted(names, key=lambda name: totals[name]) if name != "layer"]
         if "layer" in names:  # whether to compute the base in the kernel
-            order = order[: int(totals["triton"] < totals["layer"])]
+            order = [name for name in order if totals[name] < totals["layer"]]
         if order or "layer" in names:
             backends = " ".join([*order, "reference"])
             result.append({"device": device, "operator": stem, "size": size, "backends": backends})
@@ -94,11 +95,15 @@ def preference(rows: Rows, operator: str, device: str = "cuda") -> list[dict[str
     for row, ways in cases:
         if row.get("pass") == "backward":
             continue
-        with_base = ways.pop("triton with base", None)
+        with_base = {name: ways.pop(name) for name in [*ways] if name.endswith(" with base")}
         sized[row["size"]].append(ways)
-        if with_base is not None and ways:
-            wide = max(int(row["I"]), int(row["O"])) > 2048
-            fused["wide" if wide else "narrow"].append({"triton": with_base, "layer": min(ways.values())})
+        for name, time in with_base.items() if ways else ():
+            backend = name.removesuffix(" with base")
+            if backend == "cuda":
+                size = "tiles" if samples_in_a_tile(int(row["T"])) == 1 else "packed"
+            else:
+                size = "wide" if max(int(row["I"]), int(row["O"])) > 2048 else "narrow"
+            fused[size].append({backend: time, "layer": min(ways.values())})
     for size, times in sized.items():
         propose(operator, size, times)
     for size, times in fused.items():
