@@ -7,6 +7,10 @@
 // Two passes. The first runs over token tiles and keeps w Q and w S, R numbers per token. The second runs over column
 // blocks: one thread owns a block of d A (or d B) for all slots and adds the samples in order, so no atomics are needed
 // and results do not depend on the number of threads.
+//
+// With AMX, bfloat16 products take place in tiles (`tiled`). The first pass then has a token's R numbers side by side, as
+// tiles give them, and turns w Q and w S for the second, where a sample's tokens follow each other.
+#include "in_tiles.h"
 #include "products.h"
 
 namespace slm_fast::SLM_ISA {
@@ -38,11 +42,13 @@ class Backward {
  public:
   Backward(const MultiLoraBackward& op, const Threads& threads)
       : op(op), f(op.forward), threads(threads), used(f),
-        tiling(f.tokens, std::max(f.features_in, f.features_out) * static_cast<int64_t>(sizeof(T))),
-        most_rows(f.picks * f.rank), parallel(worth_threads(f)) {}
+        tiled(P::kPair == 2 && amx::chosen() && f.tokens >= 16 && f.features_in % amx::kStep == 0 &&
+              f.features_out % amx::kStep == 0),
+        tiling(tiling_of(f, tiled)), most_rows(f.picks * f.rank), parallel(worth_threads(f)) {}
 
   void run() {
-    const int64_t items = f.samples * tiling.tiles, size = items * most_rows * tiling.tile;
+    const int64_t items = f.samples * tiling.tiles;
+    const int64_t size = (items * most_rows + (tiled ? amx::kRows * tiling.tiles : 0)) * tiling.tile;
     if (op.grad_b) scaled_s.at_least(size);
     if (op.grad_a) scaled_q.at_least(size);
     if (op.grad_weights) weight_parts.at_least(items * f.picks);
@@ -53,7 +59,17 @@ class Backward {
   }
 
  private:
+  static Tiling tiling_of(const MultiLora& f, bool tiled) {
+    Tiling found(f.tokens, std::max(f.features_in, f.features_out) * static_cast<int64_t>(sizeof(T)));
+    if (!tiled) return found;
+    found.tile = (found.tile + amx::kStep - 1) / amx::kStep * amx::kStep;
+    found.tiles = (f.tokens + found.tile - 1) / found.tile;
+    return found;
+  }
+
   void sweep_tokens(int64_t items) {
+    if constexpr (P::kPair == 2)
+      if (tiled) return this->sweep_tokens_in_tiles(items);
     threads.for_each(items, parallel, [&] {
       return [&, rows = SlotRows<T>(f), shrink_s = Shrink<T, P>(f, tiling.tile), shrink_q = Shrink<T, P>(f, tiling.tile),
               expand = Expand<T, P>(f, tiling.tile)](int64_t item) mutable {
@@ -114,6 +130,108 @@ class Backward {
       }
   }
 
+#if defined(__AVX512BF16__)
+  void sweep_tokens_in_tiles(int64_t items) {
+    threads.for_each(items, parallel, [&] {
+      return [&, rows = SlotRows<T>(f), across_s = ShrinkAcross<P>(f, tiling.tile),
+              across_q = ShrinkAcross<P>(f, tiling.tile), expand = Expand<T, P>(f, tiling.tile),
+              turned = Buffer<E>(across_width() * kPanelColumns<P>)](int64_t item) mutable {
+        const int64_t b = item / tiling.tiles, first = item % tiling.tiles * tiling.tile;
+        const int64_t tokens = std::min(tiling.tile, f.tokens - first);
+        rows.of_sample(f, b);
+        T* const to_x = static_cast<T*>(op.grad_x) + (b * f.tokens + first) * f.features_in;
+        if (rows.count == 0) {
+          if (op.grad_x) std::fill_n(to_x, tokens * f.features_in, T{0});
+          if (op.grad_weights) std::fill_n(weight_parts.data() + item * f.picks, f.picks, A(0));
+          return;
+        }
+        E* const to_s = op.grad_b ? scaled_s.data() + place(b) + first : nullptr;
+        E* const to_q = op.grad_a ? scaled_q.data() + place(b) + first : nullptr;
+        Coefficients<P> s{}, q{};
+        if (op.grad_b || op.grad_weights) {
+          across_s.pack(b, rows.a.data(), rows.weight.data(), rows.count, f.features_in);
+          s = across_s(at<T>(f.x, b, first), f.x.token_stride, tokens, rows.count, f.features_in);
+        }
+        if (op.grad_x || op.grad_a || op.grad_weights) {
+          across_q.pack(b, rows.b.data(), rows.weight.data(), rows.count, f.features_out);
+          q = across_q(at<T>(op.grad, b, first), op.grad.token_stride, tokens, rows.count, f.features_out);
+        }
+        if (op.grad_weights) {
+          A* parts = weight_parts.data() + item * f.picks;
+          std::fill_n(parts, f.picks, A(0));
+          Vec<A> sums{};
+          for (int64_t n = 0; n < rows.count; ++n) {
+            if (n % kLanes<A> == 0) {
+              sums = Vec<A>{};
+              for (int64_t t = 0; t < tokens; ++t) {
+                const int64_t place = t * across_s.width + n;
+                sums = load<A>(across_s.sums.data() + place) * load<A>(across_q.sums.data() + place) + sums;
+              }
+            }
+            parts[rows.pick[n]] += sums[n % kLanes<A>];
+          }
+        }
+        if (to_s) turn(s, tokens, rows.count, turned.data(), to_s);
+        if (to_q) turn(q, tokens, rows.count, turned.data(), to_q);
+        if (op.grad_x)
+          expand(
+              q, rows.a.data(), b, rows.count, tokens, f.features_in, nullptr, 0, to_x, f.features_in,
+              tiling.ahead<T>(f, f.x, item + 1, 0, f.features_in));
+      };
+    });
+  }
+
+  int64_t across_width() const { return (most_rows + 31) / 32 * 32; }
+  // Where a sample's rows of tokens begin, and how far apart they are.
+  int64_t place(int64_t sample) const { return sample * most_rows * apart(); }
+  int64_t apart() const { return tiling.tiles * tiling.tile; }
+
+  // From a tile's tokens of pairs to rows of tokens, zero past the last token.
+  void turn(const Coefficients<P>& c, int64_t tokens, int64_t count, E* turned, E* to) const {
+    const auto* pairs = reinterpret_cast<const E*>(c.at);
+    turn_rows<P>(turned, [&](int64_t t) { return pairs + 2 * t * c.stride; }, tokens, count);
+    alignas(64) uint16_t low_halves[32], high_halves[32];
+    for (int i = 0; i < 32; ++i) low_halves[i] = static_cast<uint16_t>(2 * i), high_halves[i] = low_halves[i] + 1;
+    const __m512i low = _mm512_load_si512(low_halves), high = _mm512_load_si512(high_halves);
+    for (int64_t n = 0; n < count; n += 2)
+      for (int64_t t = 0; t < tiling.tile; t += 32) {
+        const E* from = turned + n * kPanelColumns<P> + 2 * t;
+        const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + 32);
+        const __mmask32 inside = first_lanes(tokens - t);
+        _mm512_storeu_si512(
+            to + n * apart() + t, _mm512_maskz_permutex2var_epi16(inside, first, low, second));
+        if (n + 1 < count)
+          _mm512_storeu_si512(
+              to + (n + 1) * apart() + t, _mm512_maskz_permutex2var_epi16(inside, first, high, second));
+      }
+  }
+
+  // Adds the products of a sample's rows of tokens by one block of its columns.
+  void add_sample(
+      const Rows& source, const E* scaled, int64_t b, int64_t count, int64_t first, int64_t last, E* panel, A* found,
+      const int64_t* row_of, A* sums, int64_t width) const {
+    constexpr int64_t kColumns = kPanelColumns<P>;
+    const int64_t row_tiles = tiles_of(count);
+    for (int64_t t = 0; t < f.tokens; t += kTokensAtOnce)
+      for (int64_t column = first; column < last; column += kColumns) {
+        const int64_t tokens = std::min(kTokensAtOnce, f.tokens - t), steps = (tokens + amx::kStep - 1) / amx::kStep;
+        const int64_t packed = (tokens + 1) / 2 * 2;
+        pack_panel<T, P>(
+            panel, [&](int64_t n) { return at<T>(source, b, t + n) + column; }, tokens,
+            std::min(kColumns, last - column));
+        std::fill_n(panel + packed * kColumns, (steps * amx::kStep - packed) * kColumns, E{0});
+        const int64_t column_tiles = (std::min(kColumns, last - column) + 31) / 32 * 2;
+        amx::score({reinterpret_cast<const char*>(scaled + place(b) + t), 2 * apart(), 2 * amx::kStep,
+                    2 * apart() * amx::kRows, 0, reinterpret_cast<const uint32_t*>(panel), 0, row_tiles, column_tiles,
+                    steps, kColumns, found});
+        const OntoSlots<P> out{sums + (column - first), row_of, width};
+        for (int64_t row = 0; row < count; ++row)
+          for (int64_t c = 0; c < column_tiles * kLanes<A>; c += kLanes<A>)
+            out.add(row, c, load<A>(found + row * kColumns + c));
+      }
+  }
+#endif
+
   // grad[slot, j, :] = sum over samples and tokens of scaled[b, (k, j), t] * rows[b, t, :]
   void sweep_columns(const Rows& source, const E* scaled, int64_t length, T* grad) {
     constexpr int64_t kColumns = kPanelColumns<P>, kWide = 2 * kColumns;
@@ -125,10 +243,18 @@ class Backward {
     });
     threads.for_each((length + kWide - 1) / kWide, parallel, [&] {
       return [&, sums = Buffer<A>(used.distinct * f.rank * kWide), row_of = Buffer<int64_t>(most_rows),
-              panel = Buffer<E>(tiling.tile * kColumns)](int64_t block) mutable {
+              panel = Buffer<E>((tiled ? kTokensAtOnce : tiling.tile) * kColumns),
+              found = Buffer<A>(tiled ? (most_rows + amx::kRows) * kColumns : 0)](int64_t block) mutable {
         const int64_t first = block * kWide, last = std::min(first + kWide, length);
         std::fill_n(sums.data(), used.distinct * f.rank * kWide, A(0));
-        for (int64_t item = 0; item < f.samples * tiling.tiles; ++item) {
+        if constexpr (P::kPair == 2) {
+          const amx::Tiles tiles(tiled);
+          for (int64_t b = 0; tiled && b < f.samples; ++b)
+            this->add_sample(
+                source, scaled, b, find_rows(b, row_of.data()), first, last, panel.data(), found.data(), row_of.data(),
+                sums.data(), kWide);
+        }
+        for (int64_t item = 0; !tiled && item < f.samples * tiling.tiles; ++item) {
           const int64_t b = item / tiling.tiles, t = item % tiling.tiles * tiling.tile;
           const int64_t tokens = std::min(tiling.tile, f.tokens - t), count = find_rows(b, row_of.data());
           const auto* c = reinterpret_cast<const typename P::Coefficient*>(scaled + item * most_rows * tiling.tile);
@@ -174,14 +300,16 @@ class Backward {
     return count;
   }
 
+  static constexpr int64_t kTokensAtOnce = 256;  // in tiles
   const MultiLoraBackward& op;
   const MultiLora& f;
   const Threads& threads;
   const UsedSlots used;
+  const bool tiled;
   const Tiling tiling;
   const int64_t most_rows;  // R
   const bool parallel;
-  Buffer<E> scaled_s, scaled_q;  // [sample, tile][R][token]: w S and w Q
+  Buffer<E> scaled_s, scaled_q;  // [sample, tile][R][token]: w S and w Q; if tiled, [sample][R][tile, token]
   Buffer<A> weight_parts;        // [sample, tile][K]
 };
 

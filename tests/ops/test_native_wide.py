@@ -58,3 +58,22 @@ def test_increments_of_many_tokens_stay_within_their_rows(T, R):
         assert torch.equal(~got.isfinite(), broken)
         difference = (got.double() - expected).masked_fill(broken, 0).norm()
         assert difference <= 6e-3 * expected.masked_fill(broken, 0).norm()
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "P", "K", "r", "I", "O"),
+    [(4, 128, 5, 4, 12, 768, 384), (2, 600, 3, 4, 16, 128, 64), (3, 17, 3, 1, 3, 32, 160), (2, 290, 4, 3, 7, 96, 96)],
+)
+def test_gradients_of_long_samples_equal_the_specification_and_samples_without_a_slot_have_none(B, T, P, K, r, I, O):
+    random = torch.Generator().manual_seed(0)
+    shapes = ((B, T, O), (B, T, I), (P, r, I), (P, r, O))
+    grad, x, a, b = (torch.randn(shape, generator=random).bfloat16() for shape in shapes)
+    ids, weights = torch.randint(-1, P, (B, K), generator=random), torch.rand(B, K, generator=random)
+    ids[-1] = -1
+    found = torch.ops.slm_fast.multi_lora_native_backward(grad, x, a, b, ids, weights, [True] * 4)
+    wide = [t.double() for t in (grad, x, a, b)]
+    expected = torch.ops.slm_fast.multi_lora_reference_backward(*wide, ids, weights.double(), [True] * 4)
+    for got, exact in zip(found, expected, strict=True):
+        assert (got.double() - exact).norm() <= 5e-3 * exact.norm()
+    assert not found[0][-1].any()
+    assert not found[3][-1].any()
