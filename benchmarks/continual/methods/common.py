@@ -171,6 +171,7 @@ class Writer(Model):
         return each.sum(1) / (labels != IGNORE).sum(1)
 
     def predictions(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Logits [B, T, vocabulary] and labels [B, T]; of a causal model from the first answer's first token on."""
         text = self.backbone.tokenization
         prompts, _ = text.tokenize([row.prompt for row in rows], self.max_length)
         answers = text.encode_answers([row.target or "" for row in rows], self.max_length)
@@ -180,14 +181,16 @@ class Writer(Model):
         ids, mask = (each.to(self.backbone.device) for each in pad(read, text.tokenizer.pad_token_id))
         labels = pad(said, IGNORE)[0].to(self.backbone.device)
         if causal:
-            logits, labels = self.logits(ids, mask, None)[:, :-1], labels[:, 1:]
+            first = max(1, min(map(len, prompts)))
+            logits, labels = self.logits(ids, mask, None, first - 1)[:, :-1], labels[:, first:]
         else:
             logits = self.logits(ids, mask, labels)
         return logits.float(), labels
 
-    def logits(self, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
-        """[B, T, vocabulary] for a batch of tokens [B, T] or, with `labels`, for the answers to it."""
-        inputs = {} if labels is None else {"labels": labels}
+    def logits(self, ids: Tensor, mask: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
+        """[B, T, vocabulary] for a batch of tokens [B, first + T] or, with `labels`, for the answers to it. Those of a
+        whole prompt would take gigabytes."""
+        inputs = {"logits_to_keep": ids.shape[1] - first} if labels is None else {"labels": labels}
         found: Tensor = self.network(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
         return found
 

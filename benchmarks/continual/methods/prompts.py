@@ -102,13 +102,13 @@ class PromptedWriter(Writer):
         self.prompt = self.prompt_of(rows).expand(len(rows), -1, -1)
         return super().answers(rows)
 
-    def logits(self, ids: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
+    def logits(self, ids: Tensor, mask: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
         inputs = prompt_inputs(self.backbone, self.prompt, ids, mask)
         if labels is not None:
             answers: Tensor = self.network(**inputs, labels=labels, use_cache=False).logits
             return answers
-        found: Tensor = self.network(**inputs, use_cache=False).logits
-        return found[:, self.prompt.shape[1] :]
+        found: Tensor = self.network(**inputs, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
+        return found
 
     def write(self, encoded: Encoded) -> Tensor:
         inputs = prompt_inputs(self.backbone, self.prompt, encoded.input_ids, encoded.attention_mask)
