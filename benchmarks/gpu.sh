@@ -1,14 +1,27 @@
 #!/usr/bin/env bash
-# bash benchmarks/gpu.sh OUT [PYTHON]
+# bash benchmarks/gpu.sh OUT [SECTION ...]
 #
-# On a machine with an NVIDIA GPU: builds with CUDA, runs the operator tests (with transformers, also those of decoding
-# and encoding with CUDA graphs) alongside a short compute-sanitizer run, then the benchmark. CSVs, logs and a proposed
-# preference.csv go to OUT. Finishes within 8 minutes, needs no network and installs nothing: torch >= 2.10 with CUDA,
-# Triton, nvcc, cmake, ninja, pybind11, pytest and hypothesis must be present. DRY_RUN=1 runs the same steps, as far as
-# possible, without a GPU.
+# On a machine with an NVIDIA GPU, in this order; default: all.
+#   build      with CUDA
+#   tests      of the operators and, with transformers, of decoding and encoding with CUDA graphs
+#   sanitizer  memcheck and racecheck of compute-sanitizer, if it is there; tests and sanitizers run side by side
+#   operators  the benchmark: CSVs, targets met or missed, and a proposed preference.csv
+#   passes     BERT-base and LLaMA 7B shapes: whole passes with the preference.csv of the package, and if another was
+#              proposed, with that
+# Logs and results go to OUT as they come, so sections may be run one at a time. All finish within 8 minutes and need no
+# network: torch >= 2.10 with CUDA, Triton, nvcc, cmake, ninja, pybind11, pytest, hypothesis and, for passes,
+# transformers must be present. PYTHON: the interpreter that has them (default: python3). DRY_RUN=1 runs the same, as
+# far as possible, without a GPU.
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh OUT [PYTHON]}" && cd "$1" && pwd)
-python=$("${2:-python3}" -c 'import sys; print(sys.executable)') || exit 1
+out=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh OUT [SECTION ...]}" && cd "$1" && pwd) || exit 1
+python=$("${PYTHON:-python3}" -c 'import sys; print(sys.executable)') || exit 1
+shift
+all="build tests sanitizer operators passes"
+for section in "$@"; do
+  [[ " $all " == *" $section "* ]] || { echo "gpu.sh: $section: expected one of $all"; exit 2; }
+done
+sections=" ${*:-$all} "
+wanted() { [[ $sections == *" $1 "* ]]; }
 cd "$(dirname "$0")/.."
 # cmake and ninja may exist only in PYTHON's environment, and the CUDA tools only beside nvcc.
 PATH=$(dirname "$python"):$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
@@ -28,9 +41,11 @@ step() { # step NAME SECONDS COMMAND...: limited to SECONDS and the overall dead
   return $rc
 }
 
-build() {
+build() { # build on|compile: all of it, or the CUDA kernels alone
+  local target=()
+  if [[ $1 == compile ]]; then target=(--target kernels_cuda); fi
   cmake -S . -B build/gpu -G Ninja -DPython_EXECUTABLE="$python" -DSLM_FAST_CUDA="$1" \
-    -DSLM_FAST_OUTPUT="$PWD/slm_fast" && cmake --build build/gpu
+    -DSLM_FAST_OUTPUT="$PWD/slm_fast" && cmake --build build/gpu "${target[@]}"
 }
 
 # Compiling the Triton kernels dominates test time, so the tests are split over several processes.
@@ -52,8 +67,8 @@ tests() { # tests PROCESSES PYTEST-ARGUMENTS...
 
 sanitize() { # without torch's caching allocator, which hides out-of-bounds accesses
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 3 "$python" -m pytest \
-    -p no:cacheprovider tests/ops/test_cuda.py tests/ops/test_cuda_retrieve.py tests/ops/test_triton.py \
-    -k "specification and not kernels_code"
+    -p no:cacheprovider tests/ops/test_cuda.py tests/ops/test_cuda_linear.py tests/ops/test_cuda_retrieve.py \
+    tests/ops/test_triton.py -k "specification and not kernels_code"
 }
 
 racecheck() {
@@ -61,43 +76,67 @@ racecheck() {
     tests/ops/test_cuda.py tests/ops/test_cuda_retrieve.py \
     -k "(decoding_equals or retrieve_gives) and not kernels_code"
 }
-export -f build tests sanitize racecheck
+
+passes() { # passes CSV: mixed batches beside the bare backbone
+  local of=(--section ways --dtype bfloat16 --ways trunk --output "$1")
+  if [[ ${DRY_RUN:-} ]]; then
+    "$python" -m benchmarks.speed.inference "${of[@]}" --backbone bert-base --layers 1 --batches 1 --batch-tokens 128 --rounds 1
+    return
+  fi
+  "$python" -m benchmarks.speed.inference "${of[@]}" --backbone bert-base --layers 12 --batches 4 --batch-tokens 8192 --rounds 15 &&
+    "$python" -m benchmarks.speed.inference "${of[@]}" --backbone llama-2-7b --layers 32 --batches 1 --batch-tokens 4096 --rounds 8
+}
+export -f build tests sanitize racecheck passes
 
 if [[ ${DRY_RUN:-} ]]; then
-  dry=(--dry-run --within 60)
+  dry=(--dry-run --within 60) mode=compile
   export TRITON_INTERPRET=1
-  step build 300 bash -c "build compile" || exit 1
 else
-  dry=()
+  dry=() mode=on
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || exit 1
-  step build 150 bash -c "build on" || exit 1
 fi
+if wanted build; then step build 300 bash -c "build $mode" || exit 1; fi
 "$python" -c "
 import torch, triton
 from slm_fast import ops
 print(torch.__version__, 'triton', triton.__version__)
 for backend in ops.backends(): print(backend.name, backend.why_not() or 'ready')"
 
-# If tests fail, the benchmark still runs, after a warning that its timings may be of wrong kernels.
-if [[ ${DRY_RUN:-} ]]; then
-  step tests 180 bash -c "tests 1 tests/ops/test_triton.py tests/ops/test_cuda.py tests/ops/test_cuda_retrieve.py" || status=1
-else
-  others=()
-  if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 170 bash -c sanitize & others+=($!)
-    step racecheck 170 bash -c racecheck & others+=($!)
-  else
-    echo "== sanitizer: left out, no compute-sanitizer"
-  fi
+others=()
+if wanted sanitizer && ! command -v compute-sanitizer >/dev/null; then
+  echo "== sanitizer: left out, no compute-sanitizer"
+elif wanted sanitizer && [[ ! ${DRY_RUN:-} ]]; then
+  step sanitizer 170 bash -c sanitize & others+=($!)
+  step racecheck 170 bash -c racecheck & others+=($!)
+fi
+if wanted tests && [[ ${DRY_RUN:-} ]]; then
+  step tests 180 bash -c "tests 1 tests/ops/test_triton.py tests/ops/test_cuda.py tests/ops/test_cuda_linear.py \
+    tests/ops/test_cuda_retrieve.py" || status=1
+elif wanted tests; then
   many=$(($(nproc) < 8 ? $(nproc) : 8))
   writing=$("$python" -c "import transformers" 2>/dev/null && echo tests/test_kv_cache.py tests/test_encoder_graphs.py) # CUDA graphs
   step tests 240 bash -c "tests $many tests/ops $writing -k 'not native and not cpu' --ignore tests/ops/test_native.py" \
     || status=1
-  for other in "${others[@]}"; do wait "$other" || status=1; done
 fi
+for other in "${others[@]}"; do wait "$other" || status=1; done
 ((status)) && echo "== the tests failed: what follows times kernels that may be wrong"
 
-left=$((deadline - SECONDS - 40)) # the shape in progress may overrun
-step benchmark 400 "$python" -m benchmarks.speed.operators.gpu "$out" --within "$left" "${dry[@]}" || status=1
-cat "$out/benchmark.log"
+if wanted operators; then
+  left=$((deadline - SECONDS - 40)) # the shape in progress may overrun
+  if wanted passes && ((left > 150)); then left=150; fi
+  step operators 400 "$python" -m benchmarks.speed.operators.gpu "$out" --within "$left" "${dry[@]}" || status=1
+  cat "$out/operators.log"
+fi
+if wanted passes; then
+  step passes 150 bash -c "passes '$out/inference_gpu.csv'" || status=1
+  tail -n 20 "$out/passes.log"
+  own=slm_fast/ops/preference.csv
+  if [[ -e $out/preference.csv ]] && ! diff -q <(grep -v '^#' "$own") <(grep -v '^#' "$out/preference.csv") >/dev/null; then
+    cp "$own" "$out/preference_before.csv"
+    cp "$out/preference.csv" "$own"
+    step passes_as_proposed 150 bash -c "passes '$out/inference_gpu_as_proposed.csv'" || status=1
+    cp "$out/preference_before.csv" "$own"
+    tail -n 20 "$out/passes_as_proposed.log"
+  fi
+fi
 exit $status
