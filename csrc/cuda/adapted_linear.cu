@@ -32,7 +32,8 @@ struct FusedShared {
   __device__ char* b() const { return base + kStages * kStage; }
   __device__ float* scales() const { return reinterpret_cast<float*>(b() + kColumns / kBoxColumns * kBlock); }  // [R]
   __device__ int* owners() const { return reinterpret_cast<int*>(scales() + R); }  // [R] sample of the column's slot, or -1
-  __device__ Barrier* barriers() const { return reinterpret_cast<Barrier*>(owners() + R); }
+  __device__ int* spoiled() const { return owners() + R; }  // [R] the last tile, from 1 on, whose B was not finite in this row
+  __device__ Barrier* barriers() const { return reinterpret_cast<Barrier*>(spoiled() + R); }
   __device__ Barrier& full(int stage) const { return barriers()[stage]; }
   __device__ Barrier& empty(int stage) const { return barriers()[kStages + stage]; }
   __device__ Barrier& b_full() const { return barriers()[2 * kStages]; }  // with scales and owners
@@ -93,6 +94,7 @@ struct Fused {
       shared.b_full().init(1), shared.b_empty().init(kWarps);
       publish_barriers();
     }
+    for (int j = threadIdx.x; j < R; j += kFusedThreads) shared.spoiled()[j] = 0;
     // B's lines past the last rank column stay zero: nothing is copied to them.
     constexpr int kPieces = kBoxLine / 16;
     for (int at = threadIdx.x; at < kParts * (R - columns) * kPieces; at += kFusedThreads) {
@@ -117,6 +119,8 @@ struct Fused {
         copy_box_to_both(shared.weight(stage) + half * kBoxLine, on.weight, full, column, at.feature + half, 0);
       }
     }
+    // The other block has arrived at this one's barriers for the last time when all stages are empty.
+    for (int stage = 0; stage < kStages; ++stage, turn.next()) shared.empty(turn.stage).wait(turn.parity ^ 1);
   }
 
   // One warp; lane k copies the rows of the tile's k-th slot.
@@ -198,8 +202,10 @@ struct Fused {
     Turn<kStages> turn;
     uint32_t b_parity = 0;
     uint32_t left[R / 16][4] = {};
+    int number = 0;
     for (int64_t tile = first; tile < end; ++tile) {
       const Place at = place(tile);
+      ++number;
       float sums[kColumns / 8][4];
       if (at.fresh) {
         float low[R / 8][4];
@@ -212,12 +218,15 @@ struct Fused {
         shared.b_full().wait(b_parity);
       }
       b_parity ^= 1;
+      if (on.spans > 1) keep_apart(number);
       begin_products();
 #pragma unroll
       for (int j = 0; j < R / 16; ++j)
         multiply_rows<kColumns>(sums, left[j], lines_at(shared.b() + 16 * j * kBoxLine, Memory::kBlock));
       end_products();
       wait_for_products<0>();
+      if (on.spans > 1) spoil(sums, at, number);
+      __syncwarp();
       if (thread % 32 == 0) shared.b_empty().arrive(block);
       store(sums, at);
     }
@@ -240,6 +249,44 @@ struct Fused {
       }
       left[j / 2][j % 2 * 2] = two<__nv_bfloat16>(scaled[0], scaled[1]);
       left[j / 2][j % 2 * 2 + 1] = two<__nv_bfloat16>(scaled[2], scaled[3]);
+    }
+  }
+
+  // Other samples' tokens have zeros for a slot's products by A, but zero times infinity is not zero. So numbers of B that
+  // are not finite become zero, and their rows are marked.
+  __device__ void keep_apart(int number) const {
+    constexpr int kPieces = kBoxLine / 16;
+    for (int at = threadIdx.x - kGroupThreads; at < kParts * columns * kPieces; at += 2 * kGroupThreads) {
+      const int line = at / kPieces, row = line % columns;
+      uint4& piece = *reinterpret_cast<uint4*>(
+          shared.b() + line / columns * Memory::kBlock + row * kBoxLine + at % kPieces * 16);
+      bool spoiled = false;
+      const auto clean = [&](uint32_t both) {
+        const uint32_t keep = (finite(both & 0xffff) ? 0xffffu : 0) | (finite(both >> 16) ? 0xffff0000u : 0);
+        spoiled |= keep != ~0u;
+        return both & keep;
+      };
+      const uint4 cleaned{clean(piece.x), clean(piece.y), clean(piece.z), clean(piece.w)};
+      if (!spoiled) continue;
+      piece = cleaned;
+      shared.spoiled()[row] = number;
+    }
+    publish_writes();
+    meet_two_groups();
+  }
+  __device__ static bool finite(uint32_t bits) { return (bits & 0x7f80) != 0x7f80; }
+
+  // Tokens whose own sample's B has marked rows are NaN in the whole tile.
+  __device__ void spoil(float (&sums)[kColumns / 8][4], const Place& at, int number) const {
+    const int tokens = static_cast<int>(op.tokens);
+    for (int j = 0; j < columns; ++j) {
+      if (shared.spoiled()[j] != number) continue;
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        if (shared.owners()[j] != (at.row + row() + 8 * m) / tokens) continue;
+#pragma unroll
+        for (int i = 0; i < kColumns / 8; ++i) sums[i][2 * m] = sums[i][2 * m + 1] = __int_as_float(0x7fffffff);
+      }
     }
   }
 
@@ -300,6 +347,8 @@ __global__ void __launch_bounds__(kFusedThreads, 1) adapted_linear_in_tiles(cons
   }
   arrive_at_cluster();
   wait_for_cluster();  // no block exits while the other may use its barriers
+#else
+  __trap();  // operators.cpp calls it where it is compiled
 #endif
 }
 

@@ -81,6 +81,8 @@ __device__ inline void copy_box_to_both(void* to, const Boxes& from, Barrier& ba
       : "memory");
 }
 
+// Barrier of a block's second and third group.
+__device__ inline void meet_two_groups() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 template <int N>
 __device__ inline void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));

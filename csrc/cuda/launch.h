@@ -80,7 +80,7 @@ constexpr TokenCut cut_tokens(
 
 // The linear layer with its increments: a cluster of two blocks has two tiles of tokens and the same output features.
 constexpr int kFusedTokens = 128, kMostFusedShared = 227 << 10, kMostFusedColumns = 96, kMostFusedPicks = 32;
-constexpr int64_t kMostFusedRows = int64_t{1} << 30;  // places in boxes are 32-bit
+constexpr int64_t kMostFusedRows = int64_t{1} << 30;  // and features, and slots: places in boxes are 32-bit
 
 // The most samples that a tile's tokens can be of.
 SLM_BOTH constexpr int64_t fused_spans(int64_t tokens) {
@@ -93,10 +93,10 @@ SLM_BOTH constexpr int fused_columns(int64_t rank) {
   return rank <= 64 ? static_cast<int>(blocks_of(rank, 16)) * 16 : kMostFusedColumns;
 }
 
-// Bytes: B's rows, their weights and samples, barriers, and what alignment may take; then the stages, lines of 128 bytes
+// Bytes: B's rows, their weights, samples and marks, barriers, and what alignment may take; then the stages, lines of 128 bytes
 // of x, the weight and A.
 SLM_BOTH constexpr int64_t fused_fixed(int64_t width, int64_t columns) {
-  return width * columns * 2 + columns * 8 + 256 + 1024;
+  return width * columns * 2 + columns * 12 + 256 + 1024;
 }
 SLM_BOTH constexpr int64_t fused_stage(int64_t width, int64_t columns) { return (kFusedTokens + width + columns) * 128; }
 SLM_BOTH constexpr int fused_stages(int64_t width, int64_t columns) {

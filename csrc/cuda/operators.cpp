@@ -179,7 +179,8 @@ Tensor adapted_linear(
   if (rows * op.features_out == 0) return y;
   const int64_t spans = fused_spans(op.tokens), columns = spans * op.picks * op.rank;
   if (op.features_in % kPiece != 0 || op.features_out % kPiece != 0 || op.features_in == 0 || op.slots == 0 ||
-      columns == 0 || columns > kMostFusedColumns || spans * op.picks > kMostFusedPicks || rows > kMostFusedRows)
+      columns == 0 || columns > kMostFusedColumns || spans * op.picks > kMostFusedPicks ||
+      std::max({rows, op.features_in, op.features_out, op.slots}) > kMostFusedRows)
     fail("x: expected features in eights, and at most ", kMostFusedPicks, " slots with ", kMostFusedColumns,
          " rows of rank for 128 tokens, got ", shape_of(x), " and ", spans, " times ", op.picks, " slots of rank ", op.rank);
 

@@ -62,10 +62,11 @@ def size_of(x: Tensor, weight: Tensor, lora_a: Tensor, slot_ids: Tensor) -> str:
     """Size class for dispatch: "tiles" or "packed" if the CUDA kernel can run and a tile of it has one sample or more,
     else "narrow" or "wide" layers, or "other" if no kernel can keep all K r columns."""
     columns = slot_ids.shape[1] * lora_a.shape[1]
-    tiles = x.dtype == torch.bfloat16 and x.device.type == "cuda" and not torch.compiler.is_compiling()
-    if tiles and dispatch.multiplies_tiles(x.device.index):
-        (samples, tokens, features_in), slots = x.shape, len(lora_a)
-        fits = features_in % 8 == weight.shape[0] % 8 == 0 and 0 < samples * tokens <= 1 << 30 and slots > 0
+    tiles = x.dtype == torch.bfloat16 and x.device.type == "cuda" and x.dim() == 3
+    if tiles and not torch.compiler.is_compiling() and dispatch.multiplies_tiles(x.device.index):
+        samples, tokens, _ = x.shape
+        sizes = samples * tokens, *weight.shape, len(lora_a)
+        fits = weight.shape[0] % 8 == weight.shape[1] % 8 == 0 and min(sizes) > 0 and max(sizes) <= 1 << 30
         spans = samples_in_a_tile(tokens) if fits else 0
         if 0 < spans * columns <= TILE_COLUMNS and spans * slot_ids.shape[1] <= TILE_PICKS:
             return "tiles" if spans == 1 else "packed"

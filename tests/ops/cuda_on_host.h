@@ -104,7 +104,7 @@ struct Block {
   std::vector<ucontext_t> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<bool> done;
-  std::vector<int> arrived;  // at the block's barrier ([0]), at each warp's, then at each warp group's
+  std::vector<int> arrived;  // at the block's barrier ([0]), at each warp's, then at each warp group's, then at two groups'
   std::vector<int> turn;
   std::vector<std::array<uint64_t, 12>> lanes;
   int running = 0;
@@ -126,7 +126,7 @@ struct Block {
   }
   void run(int threads) {
     fibers.resize(threads), done.assign(threads, false), lanes.resize(threads);
-    arrived.assign(1 + threads / 32 + threads / 128, 0), turn.assign(arrived.size(), 0);
+    arrived.assign(2 + threads / 32 + threads / 128, 0), turn.assign(arrived.size(), 0);
     for (int t = 0; t < threads; ++t) {
       stacks.emplace_back(new char[kStack]);
       poison(stacks[t].get(), kStack);
@@ -231,6 +231,7 @@ T __reduce_max_sync(unsigned, T value) {
 }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline double rsqrt(double value) { return 1 / std::sqrt(value); }
+inline void __trap() { std::abort(); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __float_as_int(float value) {
   int bits;

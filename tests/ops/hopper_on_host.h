@@ -90,6 +90,7 @@ inline void meet_group() {
   on_host::Block& block = *on_host::block;
   block.meet(1 + static_cast<int>(block.fibers.size()) / 32 + threadIdx.x / 128, 128, [] {});
 }
+inline void meet_two_groups() { on_host::block->meet(static_cast<int>(on_host::block->arrived.size()) - 1, 256, [] {}); }
 template <int N>
 void more_registers() {}
 template <int N>

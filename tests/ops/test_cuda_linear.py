@@ -61,15 +61,45 @@ def test_the_kernels_code_equals_the_specification(on_host, B, T, P, K, r, I, O,
     x, weight, bias, a, b = (torch.randn(shape, generator=random).bfloat16() for shape in shapes)
     ids, weights = torch.randint(-1, P + 1, (B, K), generator=random), torch.rand(B, K, generator=random)
     known = torch.where(ids < P, ids, -1)  # an ID without a slot adds nothing
-    y = torch.full((B, T, O), float("nan")).bfloat16()
     given = (x, weight, bias if has_bias else None, a, b)
-    tensors = (ctypes.c_void_p * 5)(*(pointer(t) for t in given))
-    sizes = numbers(B, T, K, P, r, I, O, width, run)
-    assert on_host(sizes, tensors, pointer(ids), pointer(weights), pointer(y)) == 0
+    y = run_on_host(on_host, given, ids, weights, width, run)
     x, weight, bias, a, b = (None if t is None else t.double() for t in given)
     with ops.use_backend("reference"):
         expected = ops.multi_lora(x, a, b, known, weights, torch.nn.functional.linear(x, weight, bias))
     assert (y.double() - expected).norm() <= 1e-2 * expected.norm()
+
+
+def run_on_host(on_host, given, ids, weights, width, run):
+    (B, T, I), (P, r, O), K = given[0].shape, given[4].shape, ids.shape[1]
+    y = torch.full((B, T, O), float("nan")).bfloat16()
+    tensors = (ctypes.c_void_p * 5)(*(pointer(t) for t in given))
+    sizes = numbers(B, T, K, P, r, I, O, width, run)
+    assert on_host(sizes, tensors, pointer(ids), pointer(weights), pointer(y)) == 0
+    return y
+
+
+@pytest.mark.parametrize("name", ["x", "lora_a", "lora_b"])
+def test_in_the_kernels_code_what_is_not_finite_stays_with_its_samples(on_host, name):
+    random = torch.Generator().manual_seed(0)
+    shapes = {"x": (6, 80, 72), "weight": (264, 72), "lora_a": (4, 8, 72), "lora_b": (4, 8, 264)}
+    call = {name: torch.randn(shape, generator=random).bfloat16() for name, shape in shapes.items()}
+    ids = torch.tensor([[0, 1], [2, 0], [3, -1], [1, 0], [-1, -1], [0, 1]])
+    weights = torch.rand(6, 2, generator=random)
+
+    def results():
+        given = call["x"], call["weight"], None, call["lora_a"], call["lora_b"]
+        return run_on_host(on_host, given, ids, weights, 192, 2)
+
+    clean = results()
+    if name == "x":
+        spoiled, call["x"][4] = [4], float("inf")
+    else:
+        spoiled, call[name][2:, 3, 5] = [1, 2], torch.tensor([float("nan"), float("inf")]).bfloat16()
+    y = results()
+    others = [sample for sample in range(6) if sample not in spoiled]
+    assert torch.equal(y[others], clean[others])
+    for sample in spoiled:
+        assert not y[sample].isfinite().all()
 
 
 @no_extension
