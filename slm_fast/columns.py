@@ -100,7 +100,8 @@ def find_columns(names: tuple[str, ...], text: str | None = None, label: str | N
         Unclear: no column, or more than one, can be the input, or a given name does not exist.
     """
     if text is not None:
-        return Columns(LABELLED, (named(names, text),), _label(names, label))
+        found_text = named(names, text)
+        return Columns(LABELLED, (found_text,), _label(tuple(name for name in names if name != found_text), label))
     instruction, entered, context = (_called(names, name) for name in ("instruction", "input", "context"))
     ready, own_label = _called(names, "text"), _called(names, "label")
     answered = any(_called(names, name) for name in OUTPUT) and (label is None or plain(label) in OUTPUT)
@@ -122,9 +123,11 @@ def find_columns(names: tuple[str, ...], text: str | None = None, label: str | N
     if prompt and asked and instructed:
         answer = named(names, label) if label is not None else _only(names, OUTPUT)
         return Columns(INSTRUCTED, (context, prompt) if context else (prompt,), answer, before, unread)
-    found = _usual(names, TEXT, "text")
+    others = names if label is None else tuple(name for name in names if plain(name) != plain(label))
+    found = _usual(others, TEXT, "text")
     if found is None and label is not None:
-        raise Unclear(f"no column 'text'; columns: {listed(names)}")
+        beside = "" if others == names else f" beside the label's, {label!r}"
+        raise Unclear(f"no column 'text'{beside}; columns: {listed(names)}")
     if found is None:
         raise Unclear(f"no 'text' (nor 'instruction' and 'input'); fields: {_advised(names, 'text')}")
     return Columns(LABELLED, (found,), _label(names, label))

@@ -24,8 +24,15 @@ class SlmError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of another library's error message, or the name of its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of another library's error message, with those that it announces by a colon, or the name of its
+    type if the message is empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    found = lines[0]
+    for line in lines[1:4]:
+        if not found.endswith(":"):
+            break
+        found += f" {line}"
+    return found
 
 
 def some_of(names: Iterable[str], most: int = 10) -> str:

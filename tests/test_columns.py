@@ -17,7 +17,7 @@ from test_data import jsonl, write
 from test_rows import DataFrame, Dataset
 
 from slm_fast.data import Row, Task, identified, rows_to_answer
-from slm_fast.errors import InputError, SlmError, WorkError
+from slm_fast.errors import InputError, SlmError, WorkError, one_line
 from slm_fast.readers import Record, class_name
 
 ASKED = [{"role": "user", "content": "Hi?"}]
@@ -37,6 +37,30 @@ def test_columns_that_are_no_names_or_one_for_both_roles_are_a_wrong_call(column
         Task.from_file("x", write(tmp_path / "x.jsonl", jsonl({"a": "b"})), **columns)
     with pytest.raises(InputError, match=f"^{said}"):
         Task.from_rows("x", [{"a": "b"}], **columns)
+
+
+@pytest.mark.parametrize("columns", [{"text": "label"}, {"label": "text"}, {"text": "Label"}])
+def test_the_column_named_for_one_role_is_not_taken_for_the_other_too(columns: dict, tmp_path: Path) -> None:
+    row = {"text": "a", "label": "b"}
+    for call in (
+        lambda: Task.from_file("x", write(tmp_path / "x.jsonl", jsonl(row)), **columns),
+        lambda: Task.from_rows("x", [row], **columns),
+    ):
+        with pytest.raises(SlmError, match=r"no column 'text' beside the label's, 'text'|no 'label'"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("it failed\nhere", "it failed"),
+        ("made with:\n   a 1\n   b 2", "made with: a 1"),
+        ("a:\n\nb:\nc:\nd:\ne", "a: b: c: d:"),
+        (" \n", "ValueError"),
+    ],
+)
+def test_the_first_line_of_a_message_has_what_its_colon_announces(message: str, line: str) -> None:
+    assert one_line(ValueError(message)) == line
 
 
 def rows_of(*rows: object, **columns: str) -> list[Row]:
