@@ -28,6 +28,7 @@ from slm_fast.loading import (
     choose_dtype,
     dtype_word,
     kind_of,
+    load_tokenizer,
     loading,
     located,
     resolve,
@@ -101,7 +102,7 @@ class Backbone:
             with loading(), memory_for(f"backbone {name!r}"):
                 config = transformers.AutoConfig.from_pretrained(path, **gguf)
                 auto_class = getattr(transformers, kind_of(config)[1])
-                tokenizer = transformers.AutoTokenizer.from_pretrained(path, **gguf)
+                tokenizer = load_tokenizer(path, gguf, f"backbone {name!r}")
                 if gguf:
                     known = sha256_of(transformers.utils.cached_file(path, gguf["gguf_file"]))
                 elif number == torch.float16:
@@ -383,7 +384,7 @@ def _load_tokenizer(name: str | Path) -> Any:
     try:
         path, gguf = source_of(str(name), resolve(located(str(name), "tokenizer")))
         with loading():
-            return transformers.AutoTokenizer.from_pretrained(path, **gguf)
+            return load_tokenizer(path, gguf, f"tokenizer {str(name)!r}")
     except InputError:
         raise
     except Exception as error:

@@ -231,3 +231,12 @@ def masks_not_looked_at() -> Iterator[None]:
         yield
     finally:
         masking_utils.is_tracing = looks
+
+
+def load_tokenizer(path: str, options: Mapping[str, Any], what: str) -> Any:
+    """The tokenizer saved at `path`. Raises InputError, which begins with `what`, if it knows special tokens alone:
+    transformers makes up such a one where none is saved."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, **options)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise InputError(f"{what}: has no tokenizer; save the model's own there (tokenizer.save_pretrained)")
+    return tokenizer

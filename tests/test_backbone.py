@@ -200,6 +200,16 @@ def test_a_model_without_its_tokenizer_is_a_wrong_call():
         ScalableLM.from_backbone(make_model("bert"))
 
 
+def test_a_folder_without_a_tokenizer_is_refused_though_transformers_makes_one_up(tmp_path):
+    make_model("bert").save_pretrained(tmp_path / "model")
+    for call in (
+        lambda: Backbone.load(str(tmp_path / "model")),
+        lambda: ScalableLM.from_backbone(make_model("bert"), tokenizer=str(tmp_path / "model")),
+    ):
+        with pytest.raises(InputError, match=r"model': has no tokenizer; save the model's own there"):
+            call()
+
+
 # Linear layers
 
 SHORT = {
