@@ -113,7 +113,7 @@ def test_a_chat_that_is_streamed(served, sampled: dict[str, float]) -> None:
         assert [part["task"] for part in chunk.choices[0].route] == list(expected.route.tasks)
         assert chunk.choices[0].task == expected.task
     assert chunks[-1].choices[0].score == pytest.approx(expected.score, abs=1e-4)
-    assert len(chunks) > 1  # tokens that come while a chunk is on its way are sent together
+    assert len(chunks) > 3
     assert last.choices == []
     assert 3 < last.usage.completion_tokens <= 11
 
