@@ -126,7 +126,7 @@ def find_columns(names: tuple[str, ...], text: str | None = None, label: str | N
     others = names if label is None else tuple(name for name in names if plain(name) != plain(label))
     found = _usual(others, TEXT, "text")
     if found is None and label is not None:
-        beside = "" if others == names else f" beside the label's, {label!r}"
+        beside = f" beside the label's, {label!r}" if _candidates(names, TEXT) else ""
         raise Unclear(f"no column 'text'{beside}; columns: {listed(names)}")
     if found is None:
         raise Unclear(f"no 'text' (nor 'instruction' and 'input'); fields: {_advised(names, 'text')}")
