@@ -27,6 +27,13 @@ struct MultiLora {
   Rows y;     // [B, T, O], may alias base
 };
 
+// y[b, t] = x[b, t] . weight^T + bias + increments. bfloat16, features in multiples of 32; y is contiguous.
+struct AdaptedLinear {
+  MultiLora increments;  // without a base
+  const void* weight;    // [O, I]
+  const void* bias;      // [O] or null
+};
+
 // Gradients; null pointers for those not wanted. The kernel zeroes grad_a and grad_b.
 struct MultiLoraBackward {
   MultiLora forward;  // base and y unused

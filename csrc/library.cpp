@@ -12,11 +12,13 @@
 // clang-format off
 #define MULTI_LORA(backend) "multi_lora_" backend "(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor? base) -> Tensor"
 #define MULTI_LORA_(backend) "multi_lora_" backend "_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor(a!) base) -> ()"
+#define ADAPTED_LINEAR(backend) "adapted_linear_" backend "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights) -> Tensor"
 #define RETRIEVE(backend, more) "retrieve_" backend "(Tensor query, Tensor keys, SymInt k, SymInt groups, Tensor? bias, Tensor? mask, str metric, str aggregate, str weighting, float temperature" more ") -> (Tensor, Tensor)"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   library.def(MULTI_LORA("native"));
   library.def(MULTI_LORA_("native"));
+  library.def(ADAPTED_LINEAR("native"));
   library.def("multi_lora_native_backward(Tensor grad, Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(RETRIEVE("native", ", Tensor? prepared=None, Tensor? key_slot=None"));
   library.def("prepare_keys_native(Tensor keys, SymInt groups, str metric='cosine') -> Tensor");
@@ -28,7 +30,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(slm_fast, library) {
   library.def(MULTI_LORA("cuda"));
   library.def(MULTI_LORA_("cuda"));
   library.def(RETRIEVE("cuda", ", Tensor? key_slot=None"));
-  library.def("adapted_linear_cuda(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights) -> Tensor");
+  library.def(ADAPTED_LINEAR("cuda"));
 #endif
 }
 // clang-format on
@@ -45,6 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL(slm_fast, CUDA, library) {
 STABLE_TORCH_LIBRARY_IMPL(slm_fast, CPU, library) {
   library.impl("multi_lora_native", TORCH_BOX(&slm_fast::multi_lora));
   library.impl("multi_lora_native_", TORCH_BOX(&slm_fast::multi_lora_));
+  library.impl("adapted_linear_native", TORCH_BOX(&slm_fast::adapted_linear));
   library.impl("multi_lora_native_backward", TORCH_BOX(&slm_fast::multi_lora_backward));
   library.impl("retrieve_native", TORCH_BOX(&slm_fast::retrieve));
   library.impl("prepare_keys_native", TORCH_BOX(&slm_fast::prepare_keys));

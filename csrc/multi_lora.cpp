@@ -1,4 +1,4 @@
-// CPU multi_lora operators: check all arguments, then pass plain pointers to the kernel.
+// CPU multi_lora operators and adapted_linear: check all arguments, then pass plain pointers to the kernel.
 #include "cpu/kernels.h"
 #include "operators.h"
 #include "tensor.h"
@@ -54,6 +54,29 @@ void check_writable(const Tensor& base, const std::initializer_list<std::pair<co
 }
 
 }  // namespace
+
+Tensor adapted_linear(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights) {
+  x = dense_rows(x), lora_a = dense(lora_a), lora_b = dense(lora_b), slot_ids = dense(slot_ids);
+  weight = dense(weight), weights = dense(weights);
+  AdaptedLinear op{};
+  MultiLora& lora = op.increments = checked(x, lora_a, lora_b, slot_ids, weights);
+  check_like("weight", weight, x.scalar_type(), {lora.features_out, lora.features_in});
+  if (bias) {
+    check_like("bias", *bias, x.scalar_type(), {lora.features_out});
+    bias = dense(*bias);
+  }
+  constexpr int64_t kColumns = 32;
+  if (lora.type != Type::bfloat16 || lora.features_in == 0 || lora.features_in % kColumns || lora.features_out % kColumns)
+    fail("x: expected torch.bfloat16 with features in multiples of ", kColumns, ", got ", name_of(x.scalar_type()), " ",
+         shape_of(x), " to ", lora.features_out, " features");
+  if (std::string(kernels().name) != "amx") fail("x: expected a processor with AMX, got ", kernels().name);
+  op.weight = weight.data_ptr(), op.bias = bias ? bias->data_ptr() : nullptr;
+  Tensor y = empty(x.scalar_type(), {lora.samples, lora.tokens, lora.features_out});
+  lora.y = rows_of(y);
+  kernels().adapted_linear(op, torch_threads());
+  return y;
+}
 
 Tensor multi_lora(
     Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, std::optional<Tensor> base) {

@@ -15,6 +15,8 @@ using torch::stable::Tensor;
 Tensor multi_lora(
     Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, std::optional<Tensor> base);
 void multi_lora_(Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, Tensor base);
+Tensor adapted_linear(
+    Tensor x, Tensor weight, std::optional<Tensor> bias, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights);
 std::tuple<Tensor, Tensor, Tensor, Tensor> multi_lora_backward(
     Tensor grad, Tensor x, Tensor lora_a, Tensor lora_b, Tensor slot_ids, Tensor weights, std::vector<bool> needed);
 

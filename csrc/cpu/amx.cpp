@@ -105,29 +105,54 @@ void score(const Scores& of) {
 
 namespace {
 
-// M tiles of tokens against one tile of rows. Tiles 0 to 3: sums; 4: tokens; 5: rows.
+// M tiles of tokens against one tile of rows. Tiles 0 to 3: sums, with two token tiles of even and of odd steps, so that
+// no sum waits for itself; 4, 6: tokens; 5, 7: rows.
 template <int M>
 void shrink_tiles(const Shrunk& of, const char* x, const uint32_t* panel, float* sums) {
-  const int64_t next = kRows * of.row_bytes;
+  const int64_t next = of.x.tile_bytes, stride = of.columns * 4;
   _tile_zero(0);
-  if constexpr (M > 1) _tile_zero(1);
-  if constexpr (M > 2) _tile_zero(2);
-  if constexpr (M > 3) _tile_zero(3);
-  for (int64_t step = 0; step < of.steps; ++step, x += 2 * kStep, panel += kRows * of.columns) {
-    _tile_loadd(5, panel, of.columns * 4);
-    _tile_loadd(4, x, of.row_bytes);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  int64_t step = 0;
+  for (; M <= 2 && step + 1 < of.steps; step += 2, x += 2 * of.x.step_bytes, panel += 2 * kRows * of.columns) {
+    _tile_loadd(5, panel, stride);
+    _tile_loadd(4, x, of.x.row_bytes);
     _tile_dpbf16ps(0, 4, 5);
-    if constexpr (M > 1) _tile_loadd(6, x + next, of.row_bytes);
+    _tile_loadd(7, panel + kRows * of.columns, stride);
+    _tile_loadd(6, x + of.x.step_bytes, of.x.row_bytes);
+    _tile_dpbf16ps(2, 6, 7);
+    if constexpr (M == 2) {
+      _tile_loadd(4, x + next, of.x.row_bytes);
+      _tile_dpbf16ps(1, 4, 5);
+      _tile_loadd(6, x + next + of.x.step_bytes, of.x.row_bytes);
+      _tile_dpbf16ps(3, 6, 7);
+    }
+  }
+  for (; step < of.steps; ++step, x += of.x.step_bytes, panel += kRows * of.columns) {
+    _tile_loadd(5, panel, stride);
+    _tile_loadd(4, x, of.x.row_bytes);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (M > 1) _tile_loadd(6, x + next, of.x.row_bytes);
     if constexpr (M > 1) _tile_dpbf16ps(1, 6, 5);
-    if constexpr (M > 2) _tile_loadd(7, x + 2 * next, of.row_bytes);
+    if constexpr (M > 2) _tile_loadd(7, x + 2 * next, of.x.row_bytes);
     if constexpr (M > 2) _tile_dpbf16ps(2, 7, 5);
-    if constexpr (M > 3) _tile_loadd(4, x + 3 * next, of.row_bytes);
+    if constexpr (M > 3) _tile_loadd(4, x + 3 * next, of.x.row_bytes);
     if constexpr (M > 3) _tile_dpbf16ps(3, 4, 5);
   }
   _tile_stored(0, sums, of.width * 4);
   if constexpr (M > 1) _tile_stored(1, sums + kRows * of.width, of.width * 4);
   if constexpr (M > 2) _tile_stored(2, sums + 2 * kRows * of.width, of.width * 4);
   if constexpr (M > 3) _tile_stored(3, sums + 3 * kRows * of.width, of.width * 4);
+  if constexpr (M <= 2) {
+    alignas(64) float odd[M][kRows][16];
+    _tile_stored(2, odd[0][0], 64);
+    if constexpr (M > 1) _tile_stored(3, odd[1][0], 64);
+    for (int64_t token = 0; token < M * kRows; ++token) {
+      float* to = sums + token * of.width;
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_load_ps(odd[token / kRows][token % kRows])));
+    }
+  }
 }
 
 }  // namespace
@@ -135,7 +160,7 @@ void shrink_tiles(const Shrunk& of, const char* x, const uint32_t* panel, float*
 void shrink(const Shrunk& of) {
   for (int64_t token = 0; token < of.token_tiles; token += 4)
     for (int64_t row = 0; row < of.row_tiles; ++row) {
-      const char* x = of.x + token * kRows * of.row_bytes;
+      const char* x = of.x.rows + token * of.x.tile_bytes;
       const uint32_t* panel = of.panel + row * kRows;
       float* sums = of.sums + token * kRows * of.width + row * kRows;
       const int64_t left = of.token_tiles - token;
@@ -170,6 +195,61 @@ void expand(const Expanded& of) {
   }
 }
 
+namespace {
+
+void round_rows(const Rounded& of, int64_t first, int64_t last) {
+  __m512 bias[2] = {};
+  if (of.bias)
+    for (int i = 0; i < 2; ++i) {
+      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(of.bias + i * kRows));
+      bias[i] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
+  for (int64_t row = first; row < std::min(last, of.rows); ++row) {
+    const float* sums = of.sums + (row / kRows * 2 * kRows + row % kRows) * kRows;
+    const __m512 low = _mm512_add_ps(_mm512_load_ps(sums), bias[0]);
+    const __m512 high = _mm512_add_ps(_mm512_load_ps(sums + kRows * kRows), bias[1]);
+    _mm512_storeu_si512(of.y + row * of.stride, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  }
+}
+
+}  // namespace
+
+void round(const Rounded& of) { round_rows(of, 0, kBlock); }
+
+// Tiles 0 to 3: sums; 4, 5: rows; 6, 7: columns. Columns are not kept in L1, where the rows are to stay.
+void multiply(const Product& of, const Rounded& before) {
+  const int64_t share = (kBlock + of.steps - 1) / of.steps;  // rows to round per step
+  const int64_t ahead_share = (of.ahead_bytes / of.steps + 63) / 64 * 64;
+  const char *ahead = of.ahead, *last = ahead + of.ahead_bytes;
+  auto add = [](const char* rows, int64_t stride, int64_t next, const uint16_t* columns) {
+    _tile_loadd(4, rows, stride);
+    _tile_stream_loadd(6, columns, 2 * kStep);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_stream_loadd(7, columns + kStepNumbers / 2, 2 * kStep);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, rows + next, stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  };
+  constexpr int64_t kTile = kRows * kRows;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t step = 0; step < of.steps; ++step) {
+    add(of.x.rows + step * of.x.step_bytes, of.x.row_bytes, of.x.tile_bytes, of.weight + step * kStepNumbers);
+    round_rows(before, step * share, (step + 1) * share);
+    for (const char* end = std::min(ahead + ahead_share, last); ahead < end; ahead += 64) __builtin_prefetch(ahead);
+  }
+  for (int64_t step = 0; step < of.slot_steps; ++step)
+    add(reinterpret_cast<const char*>(of.coefficients + step * kStepNumbers), 2 * kStep, kStepNumbers,
+        of.slots + step * kStepNumbers);
+  _tile_stored(0, of.sums, 64);
+  _tile_stored(1, of.sums + kTile, 64);
+  _tile_stored(2, of.sums + 2 * kTile, 64);
+  _tile_stored(3, of.sums + 3 * kTile, 64);
+}
+
 #else
 
 bool usable() { return false; }
@@ -178,6 +258,8 @@ Tiles::~Tiles() {}
 void score(const Scores&) {}
 void shrink(const Shrunk&) {}
 void expand(const Expanded&) {}
+void multiply(const Product&, const Rounded&) {}
+void round(const Rounded&) {}
 
 #endif
 

@@ -1,6 +1,6 @@
-// Products in tiles of Intel AMX: those of multi_lora, and scores, of bfloat16 matrices or, with each number split into
-// two bfloat16 numbers, of nearly float32's precision. Of the four products of two split numbers the smallest is left
-// out.
+// Products in tiles of Intel AMX: those of multi_lora and adapted_linear, and scores, of bfloat16 matrices or, with each
+// number split into two bfloat16 numbers, of nearly float32's precision. Of the four products of two split numbers the
+// smallest is left out.
 #pragma once
 
 #include <cstdint>
@@ -37,10 +37,16 @@ struct Scores {
 };
 void score(const Scores& of);
 
+// Rows of bfloat16 numbers, in place or as tiles.
+struct Tiled {
+  const char* rows;
+  int64_t row_bytes, step_bytes, tile_bytes;  // to the next row, the next kStep numbers, the next kRows rows
+};
+
 // sums[token][row] = x[token] . a[row], for rows transposed into a panel.
 struct Shrunk {
-  const char* x;          // [kRows * token_tiles] rows of kStep * steps bfloat16 numbers
-  int64_t row_bytes, token_tiles;
+  Tiled x;  // [kRows * token_tiles][kStep * steps]
+  int64_t token_tiles;
   const uint32_t* panel;  // [steps * kRows][columns] pairs of features
   int64_t row_tiles, steps, columns;
   float* sums;            // [kRows * token_tiles][width]
@@ -57,5 +63,29 @@ struct Expanded {
   float* sums;                   // [kRows * token_tiles][2 * kRows]
 };
 void expand(const Expanded& of);
+
+// Sums of 32 rows of x times 32 columns of a weight, and the same rows' coefficients times their slots' columns. A step
+// of rows is two tiles of kRows rows of kStep numbers; one of columns, two tiles of kRows pairs of kRows columns.
+constexpr int64_t kBlock = 2 * kRows;  // rows, and columns
+constexpr int64_t kStepNumbers = kBlock * kStep;  // of rows or columns
+struct Product {
+  Tiled x;                 // [kBlock][kStep * steps]
+  const uint16_t* weight;  // [steps][kStepNumbers]
+  int64_t steps;
+  const uint16_t *coefficients, *slots;  // [slot_steps][kStepNumbers]
+  int64_t slot_steps;
+  float* sums;  // [2 tiles of rows][2 of columns][kRows][kRows]
+  const char* ahead;  // is prefetched meanwhile
+  int64_t ahead_bytes;
+};
+// What becomes of a product: y = sums + bias, rounded to bfloat16.
+struct Rounded {
+  const float* sums;
+  const uint16_t* bias;  // [kBlock] or null
+  uint16_t* y;
+  int64_t stride, rows;  // 0 rows: nothing
+};
+void multiply(const Product& of, const Rounded& before);  // rounds an earlier product meanwhile
+void round(const Rounded& of);
 
 }  // namespace slm_fast::amx

@@ -10,6 +10,7 @@
   namespace slm_fast::isa {                                                                                 \
   void multi_lora(const MultiLora&, const Threads&);                                                        \
   void multi_lora_backward(const MultiLoraBackward&, const Threads&);                                       \
+  void adapted_linear(const AdaptedLinear&, const Threads&);                                                \
   int64_t retrieve(const Retrieve&, const Threads&);                                                        \
   int64_t prepared_bytes(const PrepareKeys&);                                                               \
   void prepare_keys(const PrepareKeys&, void*, const Threads&);                                             \
@@ -18,9 +19,9 @@
   void invariant_linear(const InvariantLinear&, const Threads&);                                            \
   void sum_scatters(const SumScatters&, const Threads&);                                                    \
   void read_scratch(char*, int64_t);                                                                        \
-  constexpr Kernels kTable{#isa,         multi_lora, multi_lora_backward, retrieve,         prepared_bytes, \
-                           prepare_keys, key_loss,   key_loss_backward,   invariant_linear, sum_scatters,   \
-                           read_scratch};                                                                   \
+  constexpr Kernels kTable{#isa,           multi_lora,   multi_lora_backward, adapted_linear,    retrieve,    \
+                           prepared_bytes, prepare_keys, key_loss,            key_loss_backward, invariant_linear, \
+                           sum_scatters,   read_scratch};                                                   \
   }
 
 DECLARE(portable)
@@ -34,7 +35,7 @@ namespace slm_fast {
 namespace {
 
 #if defined(__x86_64__)
-// The same kernels, of which retrieve and multi_lora use AMX.
+// The same kernels, of which retrieve, multi_lora and adapted_linear use AMX.
 constexpr Kernels kAmx = [] {
   Kernels table = avx512_bf16::kTable;
   table.name = "amx";

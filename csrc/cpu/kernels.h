@@ -15,6 +15,7 @@ struct Kernels {
   const char* name;
   void (*multi_lora)(const MultiLora&, const Threads&);
   void (*multi_lora_backward)(const MultiLoraBackward&, const Threads&);
+  void (*adapted_linear)(const AdaptedLinear&, const Threads&);  // only on processors with AMX
   int64_t (*retrieve)(const Retrieve&, const Threads&);  // returns the first non-finite query, or -1
   int64_t (*prepared_bytes)(const PrepareKeys&);
   void (*prepare_keys)(const PrepareKeys&, void* prepared, const Threads&);

@@ -150,11 +150,11 @@ struct ShrinkAcross<Bf16Pairs> {
     for (int64_t row = 0; row < count; row += kWide) {
       const auto* panel = reinterpret_cast<const uint32_t*>(panels.data() + row * words * 2);
       const int64_t row_tiles = (std::min(kWide, count - row) + amx::kRows - 1) / amx::kRows;
-      amx::Shrunk of{reinterpret_cast<const char*>(x), 2 * stride, whole, panel, row_tiles, words / amx::kRows, kWide,
-                     sums.data() + row, width};
+      const amx::Tiled rows{reinterpret_cast<const char*>(x), 2 * stride, 2 * amx::kStep, 2 * amx::kRows * stride};
+      amx::Shrunk of{rows, whole, panel, row_tiles, words / amx::kRows, kWide, sums.data() + row, width};
       amx::shrink(of);
       if (left) {
-        of.x = reinterpret_cast<const char*>(padded.data()), of.row_bytes = 2 * length, of.token_tiles = 1;
+        of.x.rows = reinterpret_cast<const char*>(padded.data()), of.x.row_bytes = 2 * length, of.token_tiles = 1;
         of.sums += whole * amx::kRows * width;
         amx::shrink(of);
       }

@@ -56,12 +56,18 @@ def adapted_linear(
 
 # Limits of the CUDA kernel, as in csrc/cuda/launch.h: tokens of a tile; of its samples, slots and their rows of rank.
 TILE, TILE_PICKS, TILE_COLUMNS = 128, 32, 96
+# Of the CPU kernel: rows and columns of a block; the fewest rows, and the largest weight, for which it is faster.
+BLOCK, BLOCK_ROWS, BLOCK_WEIGHT = 32, 256, 3 << 20
 
 
 def size_of(x: Tensor, weight: Tensor, lora_a: Tensor, slot_ids: Tensor) -> str:
     """Size class for dispatch: "tiles" or "packed" if the CUDA kernel can run and a tile of it has one sample or more,
-    else "narrow" or "wide" layers, or "other" if no kernel can keep all K r columns."""
+    "blocks" if the CPU kernel can and is faster, else "narrow" or "wide" layers, or "other" if no kernel can keep all
+    K r columns."""
     columns = slot_ids.shape[1] * lora_a.shape[1]
+    blocks = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if blocks and columns <= TILE_COLUMNS and has_blocks(x, weight) and dispatch.has_tiles():
+        return "blocks"
     tiles = x.dtype == torch.bfloat16 and x.device.type == "cuda" and x.dim() == 3
     if tiles and not torch.compiler.is_compiling() and dispatch.multiplies_tiles(x.device.index):
         samples, tokens, _ = x.shape
@@ -73,6 +79,16 @@ def size_of(x: Tensor, weight: Tensor, lora_a: Tensor, slot_ids: Tensor) -> str:
     if x.dtype == torch.float64 or not 0 < columns <= 256 // x.dtype.itemsize:
         return "other"
     return "narrow" if max(weight.shape) <= 2048 else "wide"
+
+
+def has_blocks(x: Tensor, weight: Tensor) -> bool:
+    """Whether the CPU kernel runs, and is faster than a linear layer and its increments: there are rows enough to be
+    worth rearranging the weight for, of samples long enough for a block to be of few, and the weight is not too large
+    for the caches."""
+    features_out, features_in = weight.shape
+    if features_in % BLOCK or features_out % BLOCK or not 0 < features_in * features_out <= BLOCK_WEIGHT:
+        return False
+    return x.dim() == 3 and x.shape[1] >= BLOCK // 2 and x.shape[:2].numel() >= BLOCK_ROWS
 
 
 def samples_in_a_tile(tokens: int) -> int:

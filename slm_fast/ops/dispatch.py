@@ -118,7 +118,7 @@ BACKENDS = (
     ),
     Backend(
         "native",
-        ("retrieve", "key_loss", "multi_lora", "invariant_linear", "sum_scatters"),
+        ("retrieve", "key_loss", "multi_lora", "adapted_linear:blocks", "invariant_linear", "sum_scatters"),
         lambda: NATIVE_MISSING,
         checks_arguments=True,
         in_place=True,
@@ -166,7 +166,10 @@ def read_measured(path: Path) -> Mapping[tuple[str, str, str], tuple[str, ...]]:
     return MappingProxyType(found)
 
 
-MEASURED = read_measured(Path(__file__).with_name("preference.csv"))
+MEASURED = {
+    ("cpu", "adapted_linear", "blocks"): ("native", "reference"),
+    **read_measured(Path(__file__).with_name("preference.csv")),
+}
 
 
 class _Forced:
@@ -273,8 +276,14 @@ def fuses(device: str) -> bool:
 def fused_wins(device: str, size: str) -> bool:
     """Whether measurements favour one kernel for the base product and the increments (adapted_linear)."""
     measured = MEASURED.get((device, "adapted_linear", size), ("reference",))[0]
-    missing = {"triton": TRITON_MISSING, "cuda": CUDA_MISSING}.get(measured, "not a kernel")
+    missing = {"native": NATIVE_MISSING, "triton": TRITON_MISSING, "cuda": CUDA_MISSING}.get(measured, "not a kernel")
     return missing is None and _forced.name in (None, measured)
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether the native backend uses AMX, which its adapted_linear needs."""
+    return NATIVE_MISSING is None and import_module("slm_fast._C").build_info()["instruction_set"] == "amx"
 
 
 @cache

@@ -176,6 +176,7 @@ def test_an_adapted_layer_takes_the_kernel_with_the_base_only_where_it_was_measu
     device = "cuda" if torch.cuda.is_available() else "cpu"
     call = example(device, B=2, K=2)
     layer = AdaptedLinear(torch.nn.Linear(21, 37, device=device), "layer", Adaptation())
+    layer.adaptation.layers.append(layer)
     passed = []
     layer.base.register_forward_hook(lambda *_: passed.append(True))
     values = {"layer": (call["lora_a"], call["lora_b"])}

@@ -57,9 +57,13 @@ def multi_lora_backward(backend):
 
 
 def adapted_linear(backend):
-    *call, _ = lora(5, 13, 11)
-    for bias in (normal(11, seed=2), None):
-        yield call[0], normal(11, 13, seed=1), bias, *call[1:]
+    native = backend == "native"
+    if native and not dispatch.has_tiles():
+        return
+    I, O, dtype = (32, 64, torch.bfloat16) if native else (13, 11, torch.float32)
+    x, lora_a, lora_b, *route, _ = lora(5, I, O)
+    for bias in (normal(O, seed=2).to(dtype), None):
+        yield x.to(dtype), normal(O, I, seed=1).to(dtype), bias, lora_a.to(dtype), lora_b.to(dtype), *route
 
 
 def retrieve(backend):
