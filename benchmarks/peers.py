@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -33,7 +34,8 @@ def train(
     report: Callable[[int, Tensor], None] | None = None,
     head: Sequence[Tensor] = (),
 ) -> None:
-    """slm_fast's training loop: AdamW, linear warm-up and decay, gradients clipped at 1.
+    """slm_fast's training loop: AdamW, linear warm-up and decay, gradients clipped at 1, and computed in
+    `options.accumulate` parts of a batch.
 
     Args:
         loss_of: the mean loss of the rows with these indices.
@@ -46,11 +48,14 @@ def train(
     every = [*parameters, *head]
     for _ in range(options.epochs_for(rows)):
         for batch in epoch():
-            loss = loss_of(batch.tolist())
             optimizer.zero_grad()
-            loss.backward()
+            loss = torch.zeros(())
+            for part in batch.split(math.ceil(len(batch) / options.accumulate)):
+                share = loss_of(part.tolist()) * (len(part) / len(batch))
+                share.backward()
+                loss = loss + share.detach().cpu()
             nn.utils.clip_grad_norm_(every, 1.0)
             optimizer.step()
             schedule.step()
             if report is not None:
-                report(len(batch), loss.detach())
+                report(len(batch), loss)

@@ -93,7 +93,7 @@ def work(options: argparse.Namespace, stream: Stream) -> int:
         options.backbone,
         labels,
         options.max_length,
-        LearnOptions(epochs=options.epochs, seed=seed, autocast=options.autocast),
+        LearnOptions(epochs=options.epochs, seed=seed, autocast=options.autocast, accumulate=options.accumulate),
         options.max_new_tokens,
     )
     folder = cell_folder(options.run, spec, seed)
@@ -179,6 +179,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--bertscore", metavar="MODEL", help="also score free text by BERTScore with this encoder")
     about = "compute in bfloat16 with float32 weights; slm_fast's own methods only learn so"
     found.add_argument("--autocast", action="store_true", help=about)
+    about = "parts in which a step's gradients are computed, to save memory; changes results by rounding alone"
+    found.add_argument("--accumulate", type=at_least(1), default=1, help=about)
     found.add_argument("--jobs", type=at_least(1), default=1, help="processes to run at a time")
     found.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)
     return found

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.speed.operators import (
+    bench_adapted_linear,
     bench_invariant_linear,
     bench_multi_lora,
     bench_retrieve,
@@ -16,6 +17,7 @@ from benchmarks.speed.operators import (
     bench_sum_scatters,
 )
 from benchmarks.speed.operators.command import run
+from slm_fast.ops import dispatch
 
 SMALL = bench_multi_lora.Shape(B=3, T=5, H=64, P=4, K=2, r=3)
 FEW = bench_retrieve.Shape(B=5, P=30, D=48, G=6, K=3)
@@ -78,6 +80,16 @@ def test_every_way_to_multiply_each_tasks_rows_gives_the_same_products() -> None
     assert len(ways) == 4
     for name, way in ways.items():
         torch.testing.assert_close(way(), products, rtol=1e-12, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.skipif(not dispatch.has_tiles(), reason="this processor has no AMX")
+def test_every_way_to_adapt_a_layer_gives_the_same_output() -> None:
+    with torch.inference_mode():
+        ways = bench_adapted_linear.candidates(bench_adapted_linear.Shape(B=3, T=20, I=64, O=96))
+        plain, expected = ways.pop("linear")(), ways.pop("native")()
+        assert not torch.equal(plain, expected)
+        for name, way in ways.items():
+            torch.testing.assert_close(way(), expected, rtol=2e-2, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_every_exact_way_to_sum_scatters_gives_the_same_bits() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,20 @@ def test_a_run_that_goes_on_from_a_state_ends_as_one_that_was_never_interrupted(
     rows = [*first.rows[:2], *second.rows[:2]]
     assert whole.answers(rows) == resumed.answers(rows)
     assert not same(weights(whole), weights(begun))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_gradients_in_parts_are_those_of_the_whole_batch(name, folder):
+    (task, _), sizes = make_tasks(name, rows=21), []
+    whole, parts = (Finetune(make_setup(folder, name, replace(ONCE, accumulate=n))) for n in (1, 3))
+    losses = parts.model.losses
+    parts.model.losses = lambda rows: sizes.append(len(rows)) or losses(rows)
+    before = weights(whole)
+    for each in (whole, parts):
+        each.learn(task, progress=False)
+    assert sorted(sizes) == [1, 2, 2, 2, 2, 3, 3, 3, 3]  # of 8, 8 and 5
+    assert not same(weights(whole), before)
+    torch.testing.assert_close(weights(whole), weights(parts), rtol=1e-3, atol=1e-5)
 
 
 def test_joint_is_one_training_on_the_rows_of_all_tasks_so_far(folder):
