@@ -274,6 +274,18 @@ def test_a_store_of_another_configuration_is_not_merged(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_another_configuration_is_told_rather_than_the_shapes_it_leads_to(tmp_path: Path) -> None:
+    shapes = {"hidden": 4, "query": 8, "layers": {"layer.0": [4, 4]}}
+    other = {**ABOUT, "config": {**CONFIG, "k": 5}, "shapes": {**shapes, "query": 9}}
+    Store(tmp_path / "other", other, {}).commit(add=[B])
+    Store(tmp_path / "into", {**ABOUT, "shapes": shapes}, {}).commit(add=[A])
+    with pytest.raises(InputError, match=r"other: config\.k is 5, .* has 2$"):
+        Store.open(tmp_path / "into").merge([Store.open(tmp_path / "other")])
+    Store(tmp_path / "third", {**ABOUT, "shapes": {**shapes, "query": 9}}, {}).commit(add=[C])
+    with pytest.raises(InputError, match=r"third: shapes\.query is 9, .* has 8$"):
+        Store.open(tmp_path / "into").merge([Store.open(tmp_path / "third")])
+
+
 def test_stores_of_one_backbone_loaded_from_different_places_are_merged(tmp_path: Path) -> None:
     other = Store(tmp_path / "other", {**ABOUT, "backbone": "/elsewhere/tiny"}, {})
     other.commit(add=[B])
