@@ -63,7 +63,7 @@ def read_records(
     as soon as its line has arrived.
 
     Args:
-        source: path of a file or named pipe (decompressed if it ends in .gz), or a stream, which is left open.
+        source: path of a file or named pipe, or a stream, which is left open. Gzip is decompressed.
         format: "csv", "tsv", "jsonl", "json" or "parquet". Default: by the path's suffix, in any case, or else the
             first line.
         delimiter: column separator: one character, or "tab". Default: detected from the header.
@@ -145,11 +145,11 @@ def _read_path(path: Path, regular: bool, format: str | None, how: _Reading) -> 
 
 def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator[Record]:
     head = read_head(file, how.name)
-    if how.again is not None and head.startswith(GZIP):  # whatever its name
+    if head.startswith(GZIP):  # whatever its name
         file = cast("IO[bytes]", gzip.GzipFile(fileobj=rejoined(head, file)))
         head = read_head(file, how.name)
     for magic, kind in NO_TEXT.items():
-        if how.again is not None and head.startswith(magic):
+        if head.startswith(magic):
             raise WorkError(f"{how.name}: is {kind}; save it as CSV")
     if format is None and head.startswith(b"PAR1"):
         if how.again is None:

@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import json
+import os
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -207,6 +209,35 @@ def test_a_stream_is_left_open(format: str) -> None:
     next(records)
     records.close()
     assert not stream.closed
+
+
+@pytest.mark.parametrize("format", ["csv", "jsonl", None])
+def test_a_pipe_is_decompressed_as_a_file_is(format: str | None) -> None:
+    lines = (
+        [f'{{"text": "text {i * 7919}"}}' for i in range(3000)]
+        if format == "jsonl"
+        else ["text", *map(str, range(3000))]
+    )
+    data = gzip.compress("\n".join(lines).encode())
+    out, into = os.pipe()
+
+    def fill() -> None:
+        with open(into, "wb", buffering=0) as pipe:
+            for start in range(0, len(data), 777):
+                pipe.write(data[start : start + 777])
+
+    filling = threading.Thread(target=fill)
+    filling.start()
+    with open(out, "rb") as pipe:
+        records = list(read_records(pipe, format=format))
+    filling.join()
+    assert len(records) == 3000
+    assert all(record.error is None for record in records)
+
+
+def test_a_pipe_of_another_kind_of_file_says_so() -> None:
+    with pytest.raises(WorkError, match=r"^the input: is a zip archive or an Excel file; save it as CSV$"):
+        list(read_records(io.BytesIO(b"PK\x03\x04" + bytes(range(256)))))
 
 
 def test_a_format_may_be_given_where_the_name_does_not_say_it(tmp_path: Path) -> None:
