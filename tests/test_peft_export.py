@@ -252,6 +252,15 @@ def test_the_base_is_named_as_transformers_loads_it(
     assert same(learned(slm, "farm"), learned(slm, "again"))
 
 
+@pytest.mark.parametrize("name", ["bert", "t5", "llama"])
+def test_the_readme_says_what_a_prompt_of_a_task_looks_like(tmp_path: Path, name: str) -> None:
+    with_a_task(name).export_adapter("farm", tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert ("An instruction and its input are one text, joined by a line break." in readme) == (name != "bert")
+    assert ("learned on prompts that end in a line break" in readme) == (name == "llama")
+    assert "\n\n\n" not in readme
+
+
 def test_every_packaged_backbone_has_a_name_on_the_hub() -> None:
     assert card.HUB_NAMES.keys() == loading.PACKAGED.keys()
 

@@ -45,7 +45,10 @@ The head is not one of a transformers class: it reads the mean of the last hidde
 saved in `{head}` as `head.weight` [C, H] and `head.bias` [C], and its labels in `{own}`.
 `logits = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) @ weight.T + bias`
 """
-SEPARATED = """
+JOINED = """
+An instruction and its input are one text, joined by a line break.
+"""
+SEPARATED = f"""{JOINED}
 The task was learned on prompts that end in a line break: `tokenizer(text)["input_ids"]`, then the tokens of "\\n".
 """
 
@@ -207,7 +210,8 @@ def _readme(task: LearnedTask, head: Written, backbone: Backbone, prompt: str) -
     base, gguf = _base(backbone)
     hub_name = base_model_of({"backbone": base})
     notes = BESIDE.format(head=OWN_HEAD, own=OWN) if head.beside else ""
-    notes += prompt if backbone.kind == "causal" and task.adapter is None else ""
+    if task.adapter is None and backbone.kind != "encoder":
+        notes += prompt if backbone.kind == "causal" else JOINED
     packaged, auto_class = PACKAGED.get(backbone.name), backbone.family.auto_class
     if packaged is not None and packaged.weights.endswith(GGUF):
         notes += QUANTISED.format(base=base, file=packaged.weights, package=packaged.package, auto_class=auto_class)
