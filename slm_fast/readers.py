@@ -157,6 +157,8 @@ def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator
         yield from _read_parquet(how.again)
         return
     encoding = settle(how.encoding, head)
+    if format in ("csv", "tsv") and _is_object(_first_line(head, encoding)):  # no header, whatever its name
+        format = "jsonl"
     untold, certain = None, format is not None
     if format is None:
         format, untold = _sniff(_first_line(head, encoding), how)
@@ -181,6 +183,14 @@ def _first_line(head: bytes, encoding: str) -> str:
     """The first non-blank line. The last bytes of UTF-16 may be half a character."""
     text = head.decode(encoding, "replace").strip("\ufeff" + BLANK)
     return text.split("\n", 1)[0].rstrip("\ufffd" + BLANK)
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object, as in JSON Lines."""
+    try:
+        return line.startswith("{") and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _sniff(line: str, how: _Reading) -> tuple[str, WorkError | None]:

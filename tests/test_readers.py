@@ -235,6 +235,17 @@ def test_a_pipe_is_decompressed_as_a_file_is(format: str | None) -> None:
     assert all(record.error is None for record in records)
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz"])
+def test_json_lines_are_read_as_such_whatever_their_name(tmp_path: Path, name: str) -> None:
+    data = b'\n{"text": "a, b", "label": "x"}\n{"text": "c"}\nno\n'
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    *rows, bad = read_records(tmp_path / name)
+    assert [row.fields for row in rows] == [{"text": "a, b", "label": "x"}, {"text": "c"}]
+    assert str(bad.error).startswith("not JSON")
+    (tmp_path / name.removesuffix(".gz")).write_text("{text}\ta\nb\tc\n" if "tsv" in name else "{text},a\nb,c\n")
+    assert found(tmp_path / name.removesuffix(".gz")) == [(2, {"{text}": "b", "a": "c"})]
+
+
 def test_a_pipe_of_another_kind_of_file_says_so() -> None:
     with pytest.raises(WorkError, match=r"^the input: is a zip archive or an Excel file; save it as CSV$"):
         list(read_records(io.BytesIO(b"PK\x03\x04" + bytes(range(256)))))

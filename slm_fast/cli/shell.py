@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+from slm_fast import cli
 from slm_fast.cli import adapters, bench, demo, doctor, evaluate, learn, lm_eval, predict, report, serve, store
 from slm_fast.cli.arguments import Parser, Verbs, complain, with_share
 from slm_fast.errors import SlmError, SlmWarning, lacks_memory, one_line, warn
@@ -46,7 +47,7 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         causes = list(_causes(error))
         # During an import, Ctrl-C may surface as an ImportError.
         if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-            return complain("interrupted", 130)
+            return cli.interrupted()
         for cause in causes:
             if lacks_memory(cause):
                 return complain(f"not enough memory: {one_line(cause)}", 1)

@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,6 +66,21 @@ def test_a_program_that_waits_for_its_answer_gets_it_and_an_interrupt_ends_the_w
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b"slm-fast: error: interrupted\n"
         assert process.wait(60) == 130
+
+
+def test_interrupts_after_the_first_add_nothing_to_its_line(interruptible, store: Path):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*CLI, "predict", str(store)], **pipes) as process:
+        process.stdin.write(LINE.encode())
+        process.stdin.flush()
+        assert select.select([process.stdout], [], [], 120)[0]
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.readline()
+        while process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.001)
+        assert said + process.stderr.read() == b"slm-fast: error: interrupted\n"
+        assert process.wait(60) in (130, -signal.SIGINT)
 
 
 def test_closed_streams_are_no_traceback(store: Path):
