@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from slm_fast import cli
 from slm_fast.cli import adapters, bench, demo, doctor, evaluate, learn, lm_eval, predict, report, serve, store
 from slm_fast.cli.arguments import Parser, Verbs, complain, with_share
+from slm_fast.cli.interrupt import interrupted
 from slm_fast.errors import SlmError, SlmWarning, lacks_memory, one_line, warn
 
 # In the order of --help.
@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         causes = list(_causes(error))
         # During an import, Ctrl-C may surface as an ImportError.
         if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-            return cli.interrupted()
+            return interrupted()
         for cause in causes:
             if lacks_memory(cause):
                 return complain(f"not enough memory: {one_line(cause)}", 1)
