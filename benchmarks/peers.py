@@ -34,8 +34,8 @@ def train(
     report: Callable[[int, Tensor], None] | None = None,
     head: Sequence[Tensor] = (),
 ) -> None:
-    """slm_fast's training loop: AdamW, linear warm-up and decay, gradients clipped at 1, and computed in
-    `options.accumulate` parts of a batch.
+    """slm_fast's training loop: AdamW, linear warm-up and decay, gradients clipped at 1. With `options.accumulate` they
+    are computed in parts of a batch, which changes nothing but rounding if the loss is the mean over rows.
 
     Args:
         loss_of: the mean loss of the rows with these indices.
@@ -49,13 +49,13 @@ def train(
     for _ in range(options.epochs_for(rows)):
         for batch in epoch():
             optimizer.zero_grad()
-            loss = torch.zeros(())
+            losses = []
             for part in batch.split(math.ceil(len(batch) / options.accumulate)):
                 share = loss_of(part.tolist()) * (len(part) / len(batch))
                 share.backward()
-                loss = loss + share.detach().cpu()
+                losses.append(share.detach())
             nn.utils.clip_grad_norm_(every, 1.0)
             optimizer.step()
             schedule.step()
             if report is not None:
-                report(len(batch), loss)
+                report(len(batch), torch.stack(losses).sum())

@@ -70,7 +70,7 @@ Tensor adapted_linear(
   if (lora.type != Type::bfloat16 || lora.features_in == 0 || lora.features_in % kColumns || lora.features_out % kColumns)
     fail("x: expected torch.bfloat16 with features in multiples of ", kColumns, ", got ", name_of(x.scalar_type()), " ",
          shape_of(x), " to ", lora.features_out, " features");
-  if (std::string(kernels().name) != "amx") fail("x: expected a processor with AMX, got ", kernels().name);
+  if (std::string(kernels().name) != "amx") fail("adapted_linear: expected a processor with AMX, got ", kernels().name);
   op.weight = weight.data_ptr(), op.bias = bias ? bias->data_ptr() : nullptr;
   Tensor y = empty(x.scalar_type(), {lora.samples, lora.tokens, lora.features_out});
   lora.y = rows_of(y);

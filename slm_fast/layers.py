@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from slm_fast.ops import Route, dispatch, multi_lora
 from slm_fast.ops.adapted_linear import adapted_linear, size_of
@@ -103,6 +104,14 @@ def is_plain(module: nn.Module) -> bool:
     """Whether a module is a linear layer with ordinary weights (torchao's quantised layers differ only in their
     weight)."""
     return type(module) in PLAIN and type(module._parameters.get("weight")) is nn.Parameter
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's `forward`: hooks, or a `forward` of its own (which
+    torch.compile does not look for)."""
+    if module._forward_hooks or module._forward_pre_hooks or torch.compiler.is_compiling():
+        return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool("forward" in module.__dict__ or _global_forward_hooks or _global_forward_pre_hooks)
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -226,14 +235,14 @@ class AdaptedLinear(nn.Module):
 
     def _in_one_kernel(self, base: Any, x: Tensor, increments: Any, route: Route) -> bool:
         """Whether a kernel that includes the base's product can run, and was measured to be faster."""
-        if not dispatch.fuses(x.device.type) or not is_plain(base):
+        device = x.device
+        if torch.is_grad_enabled() or not dispatch.fuses(device.type) or not is_plain(base) or is_watched(base):
             return False
-        lora_a = increments[0]
-        if not dispatch.fused_wins(x.device.type, size_of(x, base.weight, lora_a, route.slot_ids)):
+        weight, lora_a = base.weight, increments[0]
+        same = x.dtype == weight.dtype == lora_a.dtype and weight.device == device and x.dim() == 3
+        if not same or len(x) != len(route.slot_ids) or torch.is_autocast_enabled(device.type):
             return False
-        watched = base._forward_hooks or base._forward_pre_hooks or torch.is_autocast_enabled(x.device.type)
-        same = x.dtype == base.weight.dtype == lora_a.dtype and x.dim() == 3 and len(x) == len(route.slot_ids)
-        return not (watched or torch.is_grad_enabled()) and same
+        return dispatch.fused_wins(device.type, size_of(x, weight, lora_a, route.slot_ids))
 
 
 class AdaptedFused(AdaptedLinear):

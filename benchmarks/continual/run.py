@@ -179,7 +179,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--bertscore", metavar="MODEL", help="also score free text by BERTScore with this encoder")
     about = "compute in bfloat16 with float32 weights; slm_fast's own methods only learn so"
     found.add_argument("--autocast", action="store_true", help=about)
-    about = "parts in which a step's gradients are computed, to save memory; changes results by rounding alone"
+    about = "parts in which a step's gradients are computed, to save memory; not of EWC, IDBR, LFPT5 and DTKR"
     found.add_argument("--accumulate", type=at_least(1), default=1, help=about)
     found.add_argument("--jobs", type=at_least(1), default=1, help="processes to run at a time")
     found.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)

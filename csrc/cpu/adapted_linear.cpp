@@ -1,9 +1,10 @@
 // adapted_linear:  y[b, t] = x[b, t] . weight^T + bias + sum_k w[b, k] (x[b, t] . A[s]^T) . B[s],  s = slot_ids[b, k]
 //
 // For bfloat16, in tiles of AMX. The rows of all samples stand in one sequence, cut into blocks of 32. The weight is
-// put into tiles once, as panels of 32 columns; a block's rows are once for all panels. The slots of a block extend the
-// sums over features: by a row's coefficients w (x . A), zero for slots of other samples, times the slots' columns of B.
-// So y is written once and never read. 2 N I (O + R) + 2 N R O flops for N = B T rows and R rows of rank in a block.
+// rearranged into tiles in every call, as panels of 32 output features. The increments of a block's samples extend the
+// sums over features: a row's coefficients w (x . A) times its sample's rows of B, and zeros times those of others. So y
+// is written once and never read. Each sample has steps of its own, so that its bits do not depend on the others.
+// 2 N (I + S) O + 2 N I S flops for N = B T rows, and S the rows of rank of a block's samples, K r each, rounded up.
 #include <vector>
 
 #include "../calls.h"
@@ -46,7 +47,7 @@ template <class RowAt>
   }
 }
 
-// The weight as panels [O / kBlock][steps][kStepNumbers].
+// The weight as panels of kBlock output features, [O / kBlock][steps][kStepNumbers].
 Buffer<uint16_t> panels_of(const AdaptedLinear& op, const Threads& threads) {
   const int64_t I = op.increments.features_in, O = op.increments.features_out, steps = I / kStep;
   Buffer<uint16_t> panels(O * I);
@@ -78,13 +79,6 @@ struct SampleRows {
   void read(const MultiLora& op, int64_t of_sample) {
     if (sample == of_sample) return;
     rows.of_sample(op, sample = of_sample);
-    // What a sample has several times counts once, with the sum of the weights.
-    for (int64_t n = op.rank; n < rows.count; ++n)
-      for (int64_t same = n % op.rank; same < n; same += op.rank)
-        if (rows.b[same] == rows.b[n]) {
-          rows.weight[same] += rows.weight[n];
-          break;
-        }
     for (int64_t first = 0; first < rows.count; first += kRows) {
       const BFloat16* tile[kRows];
       for (int64_t n = 0; n < kRows; ++n) tile[n] = first + n < rows.count ? rows.a[first + n] : zeros.data();
@@ -95,41 +89,48 @@ struct SampleRows {
   }
 };
 
-// 32 rows of x, and what their slots add to them.
+// 32 rows of x, and the increments of their samples.
 struct Block {
-  int64_t first = 0, rows = 0;           // of all samples' rows; those past the last are zero
+  int64_t first = 0, rows = 0;  // the first of all samples' rows; how many there are, the rest being zero
   amx::Tiled x{};
-  int64_t count = 0, slot_steps = 0;     // of slots that its samples have
-  bool mixed = false;                    // not every row has all of them
-  Buffer<uint16_t> copied, coefficients;  // [steps][kStepNumbers]
-  Buffer<int64_t> slots;
-  Buffer<int64_t> places;  // [sample][K], of a slot among them; -1 for none and for what a sample had before
+  int64_t samples = 0, sample_steps = 0;  // that the rows are of; steps for the increments of each
+  Buffer<const BFloat16*> b;              // [samples][sample_steps][kStep], their rows of B; null past the last
+  Buffer<uint16_t> coefficients;          // [samples][sample_steps][kStepNumbers]
+  Buffer<uint16_t> copied;                // of x, [steps][kStepNumbers]
   Buffer<float> sums;
 
   explicit Block(const MultiLora& op)
-      : slots(kBlock * op.picks), places(kBlock * op.picks), sums(kBlock * (op.picks * op.rank + kRows)) {}
+      : sample_steps((op.picks * op.rank + kStep - 1) / kStep), b(kBlock * sample_steps * kStep),
+        sums(kBlock * (op.picks * op.rank + kRows)) {}
 
   bool in_place() const { return x.step_bytes == 2 * kStep; }
+  int64_t columns() const { return samples * sample_steps * kStep; }
 
   void read(const MultiLora& op, SampleRows& of_sample, int64_t from) {
     first = from, rows = std::min(kBlock, op.samples * op.tokens - first);
     find_rows(op, of_sample.zeros.data());
-    const int64_t begin = first / op.tokens, end = (first + rows - 1) / op.tokens + 1;
-    find_slots(op, begin, end);
-    for (int64_t sample = begin; sample < end && count; ++sample) {
-      of_sample.read(op, sample);
-      if (of_sample.rows.count == 0) continue;
+    const int64_t begin = first / op.tokens, width = sample_steps * kStep;
+    samples = (first + rows - 1) / op.tokens + 1 - begin;
+    coefficients.at_least(samples * sample_steps * kStepNumbers);
+    std::fill_n(coefficients.data(), samples * sample_steps * kStepNumbers, uint16_t{0});
+    for (int64_t i = 0; i < samples && width; ++i) {
+      of_sample.read(op, begin + i);
+      const int64_t count = of_sample.rows.count;
+      std::copy_n(of_sample.rows.b.data(), count, b.data() + i * width);
+      std::fill_n(b.data() + i * width + count, width - count, nullptr);
+      if (count == 0) continue;
       amx::shrink(
-          {x, 2, of_sample.panel.data(), (of_sample.rows.count + kRows - 1) / kRows, op.features_in / kStep,
-           of_sample.width, sums.data(), of_sample.width});
-      find_parts(op, of_sample, places.data() + (sample - begin) * op.picks);
-      const int64_t last = std::min(first + rows, (sample + 1) * op.tokens);
-      for (int64_t row = std::max(first, sample * op.tokens); row < last; ++row) keep(of_sample.width, row - first);
+          {x, 2, of_sample.panel.data(), (count + kRows - 1) / kRows, op.features_in / kStep, of_sample.width,
+           sums.data(), of_sample.width});
+      const int64_t last = std::min(first + rows, (begin + i + 1) * op.tokens);
+      for (int64_t row = std::max(first, (begin + i) * op.tokens) - first; row < last - first; ++row)
+        keep(of_sample, row, coefficients.data() + i * sample_steps * kStepNumbers + row * kStep);
     }
   }
 
  private:
-  // Rows are read in place, if all are there and their distances do not put them into the same few lines of L1.
+  // Rows are read in place if none is missing, those of all samples are contiguous, and their distance does not put them
+  // into the same few lines of L1.
   void find_rows(const MultiLora& op, const BFloat16* zeros) {
     constexpr int64_t kSame = 4096;
     const int64_t bytes = 2 * op.features_in, steps = op.features_in / kStep;
@@ -149,83 +150,62 @@ struct Block {
     }
   }
 
-  void find_slots(const MultiLora& op, int64_t begin, int64_t end) {
-    count = 0, mixed = end - begin > 1;
-    for (int64_t pick = 0; pick < (end - begin) * op.picks; ++pick) {
-      const int64_t *slot = op.slot_ids + begin * op.picks + pick, *own = slot - pick % op.picks;
-      const int64_t place = std::find(slots.data(), slots.data() + count, *slot) - slots.data();
-      places[pick] = *slot < 0 || std::find(own, slot, *slot) < slot ? -1 : place;
-      if (*slot >= 0 && place == count) slots[count++] = *slot;
-    }
-    slot_steps = (count * op.rank + kStep - 1) / kStep;
-    coefficients.at_least(slot_steps * kStepNumbers);
-    std::fill_n(coefficients.data(), slot_steps * kStepNumbers, uint16_t{0});
-  }
-
-  struct Part {
-    int64_t from, to, count;  // of a sample's rows of rank, and of the block's
-    __m512 weight;
-  };
-  std::vector<Part> parts;
-
-  // The sample's coefficients, in parts that lie in one step and one vector.
-  void find_parts(const MultiLora& op, const SampleRows& of_sample, const int64_t* place) {
-    parts.clear();
-    for (int64_t n = 0; n < of_sample.rows.count; ++n) {
-      const int64_t slot = place[of_sample.rows.pick[n]], to = slot * op.rank + n % op.rank;
-      if (slot < 0) continue;
-      Part* last = parts.empty() ? nullptr : &parts.back();
-      const bool follows = last && last->from + last->count == n && last->to + last->count == to;
-      if (!follows || last->count == kRows || to % kStep == 0)
-        parts.push_back({n, to, 0, _mm512_setzero_ps()}), last = &parts.back();
-      last->weight[last->count++] = static_cast<float>(of_sample.rows.weight[n]);
-    }
-  }
-
-  void keep(int64_t width, int64_t row) {
-    for (const Part& part : parts) {
-      const auto used = static_cast<__mmask16>(first_lanes(part.count));
-      const __m512 sum = _mm512_maskz_loadu_ps(used, sums.data() + row * width + part.from);
+  // A row's coefficients, from its sums and the weights.
+  void keep(const SampleRows& of_sample, int64_t row, uint16_t* to) const {
+    const float* found = sums.data() + row * of_sample.width;
+    for (int64_t n = 0; n < of_sample.rows.count; n += kRows) {
+      const auto used = static_cast<__mmask16>(first_lanes(of_sample.rows.count - n));
+      const __m512 product = _mm512_mul_ps(_mm512_maskz_loadu_ps(used, found + n), weights_from(of_sample, n, used));
       _mm256_mask_storeu_epi16(
-          coefficients.data() + part.to / kStep * kStepNumbers + row * kStep + part.to % kStep, used,
-          (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sum, part.weight)));
+          to + n / kStep * kStepNumbers + n % kStep, used, (__m256i)_mm512_cvtneps_pbh(product));
     }
+  }
+
+  static __m512 weights_from(const SampleRows& of_sample, int64_t n, __mmask16 used) {
+    const double* weight = of_sample.rows.weight.data() + n;
+    const __m256 low = _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(static_cast<__mmask8>(used), weight));
+    const __m256 high = _mm512_cvtpd_ps(_mm512_maskz_loadu_pd(static_cast<__mmask8>(used >> 8), weight + 8));
+    return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
   }
 };
 
-// The columns of B of a block's slots, for a group of panels.
+// A block's rows of B as panels of kBlock output features, for a group of panels.
 struct SlotPanels {
-  Buffer<uint16_t> panels;  // [panel][slot_steps][kStepNumbers]
-  Buffer<bool> finite;      // [panel]
-  Buffer<int64_t> slots;
+  Buffer<uint16_t> panels;  // [panel][samples][sample_steps][kStepNumbers]
+  Buffer<bool> finite;      // [panel][samples]; the numbers of one that is not are left out
   Buffer<const BFloat16*> rows;
-  int64_t first = -1, count = -1, size = 0;  // the first panel; of slots; numbers per panel
+  int64_t first = -1, columns = -1, samples = 0;  // the first panel
 
-  SlotPanels(const MultiLora& op, int64_t group)
-      : finite(group), slots(kBlock * op.picks), rows(kBlock * op.picks * op.rank) {}
+  SlotPanels(const Block& block, int64_t group)
+      : finite(group * kBlock), rows(kBlock * block.sample_steps * kStep) {}
 
-  void read(const MultiLora& op, const Block& block, int64_t begin, int64_t end) {
-    const int64_t* needed = block.slots.data();
-    if (first == begin && count == block.count && std::equal(needed, needed + count, slots.data())) return;
-    first = begin, count = block.count, size = block.slot_steps * kStepNumbers;
-    std::copy_n(needed, count, slots.data());
-    for (int64_t n = 0; n < count * op.rank; ++n)
-      rows[n] =
-          static_cast<const BFloat16*>(op.lora_b) + (slots[n / op.rank] * op.rank + n % op.rank) * op.features_out;
-    panels.at_least((end - begin) * size);
+  int64_t size() const { return columns / kStep * kStepNumbers; }
+
+  void read(const Block& block, int64_t begin, int64_t end) {
+    const BFloat16* const* needed = block.b.data();
+    if (first == begin && columns == block.columns() && std::equal(needed, needed + columns, rows.data())) return;
+    first = begin, columns = block.columns(), samples = block.samples;
+    std::copy_n(needed, columns, rows.data());
+    panels.at_least((end - begin) * size());
+    const int64_t width = columns / samples;
     for (int64_t panel = begin; panel < end; ++panel)
-      finite[panel - begin] = pair_up(panel * kBlock, count * op.rank, panels.data() + (panel - begin) * size);
+      for (int64_t i = 0; i < samples; ++i) {
+        uint16_t* to = panels.data() + (panel - begin) * size() + i * width * kBlock;
+        const bool good = pair_up(rows.data() + i * width, width, panel * kBlock, to) || samples == 1;
+        if (!good) std::fill_n(to, width * kBlock, uint16_t{0});
+        finite[(panel - begin) * samples + i] = good;
+      }
   }
 
  private:
-  // Pairs of rows, 32 columns from `column` on. Returns whether all numbers are finite.
-  bool pair_up(int64_t column, int64_t all, uint16_t* to) const {
+  // Pairs of rows, kBlock features from `feature` on. Returns whether all numbers are finite.
+  static bool pair_up(const BFloat16* const* rows, int64_t count, int64_t feature, uint16_t* to) {
     const __m512i exponent = _mm512_set1_epi16(0x7f80), none = _mm512_setzero_si512();
     __mmask32 infinite = 0;
     auto widen = [](__m256i half) { return _mm512_cvtepu16_epi32(half); };
-    for (int64_t n = 0; n < size / kBlock; n += 2) {
-      const __m512i even = n < all ? _mm512_loadu_si512(rows[n] + column) : none;
-      const __m512i odd = n + 1 < all ? _mm512_loadu_si512(rows[n + 1] + column) : none;
+    for (int64_t n = 0; n < count; n += 2) {
+      const __m512i even = rows[n] ? _mm512_loadu_si512(rows[n] + feature) : none;
+      const __m512i odd = rows[n + 1] ? _mm512_loadu_si512(rows[n + 1] + feature) : none;
       infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(even, exponent), exponent);
       infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(odd, exponent), exponent);
       uint16_t* pair = to + n / kStep * kStepNumbers + n % kStep * kRows;
@@ -260,8 +240,8 @@ struct Division {
 class Multiply {
  public:
   Multiply(const AdaptedLinear& op, const Division& division, const uint16_t* weight)
-      : op(op), division(division), weight(weight), of_sample(op.increments), slots(op.increments, division.group),
-        sums(2 * kBlock * kBlock) {
+      : op(op), division(division), weight(weight), of_sample(op.increments),
+        slots(Block(op.increments), division.group), sums(2 * kBlock * kBlock) {
     for (int64_t i = 0; i < division.chunk; ++i) blocks.emplace_back(op.increments);
   }
 
@@ -277,11 +257,12 @@ class Multiply {
     for (int64_t i = 0; i < count; ++i) {
       Block& block = blocks[i];
       if (!again) block.read(lora, of_sample, first + i * kBlock);
-      slots.read(lora, block, begin, end);
-      // Meanwhile the rows of the next block, which follow.
+      slots.read(block, begin, end);
+      // Meanwhile the rows of the next block, which follow, are prefetched.
       const int64_t bytes = kBlock * block.x.row_bytes;
       const bool more = !again && block.in_place() && block.first + 2 * kBlock <= all;
-      ahead = {block.x.rows + bytes, more ? (bytes + end - begin - 1) / (end - begin) : 0};
+      next_rows = reinterpret_cast<uintptr_t>(block.x.rows) + static_cast<uintptr_t>(bytes);
+      panel_share = more ? (bytes + end - begin - 1) / (end - begin) : 0;
       for (int64_t panel = begin; panel < end; ++panel) multiply(block, panel);
     }
     amx::round(before);
@@ -291,35 +272,33 @@ class Multiply {
  private:
   void multiply(const Block& block, int64_t panel) {
     const MultiLora& lora = op.increments;
-    const int64_t column = panel * kBlock, in_group = panel - slots.first;
-    const bool apart = block.mixed && !slots.finite[in_group];
-    float* to = sums.data() + (turn = !turn) * kBlock * kBlock;
+    const int64_t feature = panel * kBlock, in_group = panel - slots.first;
+    float* to = sums.data() + half * kBlock * kBlock;
+    half = 1 - half;
     amx::multiply(
-        {block.x, weight + column * lora.features_in, lora.features_in / kStep, block.coefficients.data(),
-         slots.panels.data() + in_group * slots.size, apart ? 0 : block.slot_steps, to, ahead.at, ahead.bytes},
+        {block.x, weight + feature * lora.features_in, lora.features_in / kStep, block.coefficients.data(),
+         slots.panels.data() + in_group * slots.size(), block.samples * block.sample_steps, to, next_rows, panel_share},
         before);
-    ahead.at += ahead.bytes;
-    if (apart) add_apart(block, column, to);
+    next_rows += static_cast<uintptr_t>(panel_share);
+    for (int64_t i = 0; i < block.samples && block.sample_steps; ++i)
+      if (!slots.finite[in_group * block.samples + i]) add_apart(block, i, feature, to);
     const auto* bias = static_cast<const uint16_t*>(op.bias);
-    auto* y = static_cast<uint16_t*>(lora.y.data) + block.first * lora.features_out + column;
-    before = {to, bias ? bias + column : nullptr, y, lora.features_out, block.rows};
+    auto* y = static_cast<uint16_t*>(lora.y.data) + block.first * lora.features_out + feature;
+    before = {to, bias ? bias + feature : nullptr, y, lora.features_out, block.rows};
   }
 
-  // Adds each row's own slots alone: zero times a number that is not finite would reach rows without the slot.
-  void add_apart(const Block& block, int64_t column, float* to) const {
-    const MultiLora& lora = op.increments;
-    for (int64_t row = 0; row < block.rows; ++row) {
-      const int64_t sample = (block.first + row) / lora.tokens - block.first / lora.tokens;
-      const int64_t* place = block.places.data() + sample * lora.picks;
-      for (int64_t k = 0; k < lora.picks; ++k)
-        for (int64_t j = 0; place[k] >= 0 && j < lora.rank; ++j) {
-          const int64_t n = place[k] * lora.rank + j;
-          const BFloat16 coefficient{block.coefficients[n / kStep * kStepNumbers + row * kStep + n % kStep]};
-          for (int64_t c = 0; c < kBlock; ++c)
-            to[((row / kRows * 2 + c / kRows) * kRows + row % kRows) * kRows + c % kRows] +=
-                widen<float>(coefficient) * widen<float>(slots.rows[n][column + c]);
-        }
-    }
+  // Adds the increments of a sample to its rows alone: zeros times numbers that are not finite would reach the others.
+  void add_apart(const Block& block, int64_t sample, int64_t feature, float* to) const {
+    const int64_t tokens = op.increments.tokens, start = (block.first / tokens + sample) * tokens - block.first;
+    const int64_t width = block.sample_steps * kStep;
+    const uint16_t* coefficients = block.coefficients.data() + sample * width * kBlock;
+    for (int64_t row = std::max<int64_t>(0, start); row < std::min(block.rows, start + tokens); ++row)
+      for (int64_t n = 0; n < width && block.b[sample * width + n]; ++n) {
+        const BFloat16 coefficient{coefficients[n / kStep * kStepNumbers + row * kStep + n % kStep]};
+        for (int64_t c = 0; c < kBlock; ++c)
+          to[((row / kRows * 2 + c / kRows) * kRows + row % kRows) * kRows + c % kRows] +=
+              widen<float>(coefficient) * widen<float>(block.b[sample * width + n][feature + c]);
+      }
   }
 
   const AdaptedLinear& op;
@@ -328,14 +307,12 @@ class Multiply {
   SampleRows of_sample;
   std::vector<Block> blocks;
   SlotPanels slots;
-  Buffer<float> sums;  // of a product, and of the one before
-  int64_t read = -1;   // the first row of the blocks
-  bool turn = false;
+  Buffer<float> sums;         // of a product, and of the one before
+  int64_t half = 0;           // that the next product is written to
   amx::Rounded before{};
-  struct {
-    const char* at;
-    int64_t bytes;  // per panel
-  } ahead{};
+  int64_t read = -1;          // the first row of the blocks
+  uintptr_t next_rows = 0;    // what to prefetch
+  int64_t panel_share = 0;    // bytes of it per panel
 };
 
 }  // namespace

@@ -219,8 +219,9 @@ void round(const Rounded& of) { round_rows(of, 0, kBlock); }
 // Tiles 0 to 3: sums; 4, 5: rows; 6, 7: columns. Columns are not kept in L1, where the rows are to stay.
 void multiply(const Product& of, const Rounded& before) {
   const int64_t share = (kBlock + of.steps - 1) / of.steps;  // rows to round per step
-  const int64_t ahead_share = (of.ahead_bytes / of.steps + 63) / 64 * 64;
-  const char *ahead = of.ahead, *last = ahead + of.ahead_bytes;
+  const auto ahead_share = static_cast<uintptr_t>((of.ahead_bytes / of.steps + 63) / 64 * 64);
+  uintptr_t ahead = of.ahead;
+  const uintptr_t last = ahead + static_cast<uintptr_t>(of.ahead_bytes);
   auto add = [](const char* rows, int64_t stride, int64_t next, const uint16_t* columns) {
     _tile_loadd(4, rows, stride);
     _tile_stream_loadd(6, columns, 2 * kStep);
@@ -239,7 +240,8 @@ void multiply(const Product& of, const Rounded& before) {
   for (int64_t step = 0; step < of.steps; ++step) {
     add(of.x.rows + step * of.x.step_bytes, of.x.row_bytes, of.x.tile_bytes, of.weight + step * kStepNumbers);
     round_rows(before, step * share, (step + 1) * share);
-    for (const char* end = std::min(ahead + ahead_share, last); ahead < end; ahead += 64) __builtin_prefetch(ahead);
+    for (const uintptr_t end = std::min(ahead + ahead_share, last); ahead < end; ahead += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead));
   }
   for (int64_t step = 0; step < of.slot_steps; ++step)
     add(reinterpret_cast<const char*>(of.coefficients + step * kStepNumbers), 2 * kStep, kStepNumbers,

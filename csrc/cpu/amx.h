@@ -7,7 +7,7 @@
 
 namespace slm_fast::amx {
 
-constexpr int64_t kRows = 16;    // of a tile: keys, or pairs of features
+constexpr int64_t kRows = 16;    // of a tile: keys or tokens, or pairs of what is summed over
 constexpr int64_t kStep = 32;    // features per tile
 constexpr int64_t kPiece = 128;  // features that a tile sums up, before sums are added outside of tiles
 // The error of split products, as a share of |a| |b|: the product left out, and what each split loses (2^-18 each).
@@ -64,10 +64,10 @@ struct Expanded {
 };
 void expand(const Expanded& of);
 
-// Sums of 32 rows of x times 32 columns of a weight, and the same rows' coefficients times their slots' columns. A step
-// of rows is two tiles of kRows rows of kStep numbers; one of columns, two tiles of kRows pairs of kRows columns.
+// Sums over features of 32 rows of x times 32 rows of a weight, and over rows of rank of coefficients times slots. A
+// step of rows is two tiles of kRows rows of kStep numbers; one of panels, two tiles of kRows pairs of kRows columns.
 constexpr int64_t kBlock = 2 * kRows;  // rows, and columns
-constexpr int64_t kStepNumbers = kBlock * kStep;  // of rows or columns
+constexpr int64_t kStepNumbers = kBlock * kStep;
 struct Product {
   Tiled x;                 // [kBlock][kStep * steps]
   const uint16_t* weight;  // [steps][kStepNumbers]
@@ -75,7 +75,7 @@ struct Product {
   const uint16_t *coefficients, *slots;  // [slot_steps][kStepNumbers]
   int64_t slot_steps;
   float* sums;  // [2 tiles of rows][2 of columns][kRows][kRows]
-  const char* ahead;  // is prefetched meanwhile
+  uintptr_t ahead;  // what is prefetched meanwhile
   int64_t ahead_bytes;
 };
 // What becomes of a product: y = sums + bias, rounded to bfloat16.

@@ -56,8 +56,9 @@ def adapted_linear(
 
 # Limits of the CUDA kernel, as in csrc/cuda/launch.h: tokens of a tile; of its samples, slots and their rows of rank.
 TILE, TILE_PICKS, TILE_COLUMNS = 128, 32, 96
-# Of the CPU kernel: rows and columns of a block; the fewest rows, and the largest weight, for which it is faster.
-BLOCK, BLOCK_ROWS, BLOCK_WEIGHT = 32, 256, 3 << 20
+# Of the CPU kernel: rows and output features of a block; the most rows of rank of its samples for which it was measured
+# to be faster; and for all blocks the fewest rows, and the most numbers of a weight.
+BLOCK, BLOCK_COLUMNS, FEWEST_ROWS, LARGEST_WEIGHT = 32, 64, 256, 3 << 20
 
 
 def size_of(x: Tensor, weight: Tensor, lora_a: Tensor, slot_ids: Tensor) -> str:
@@ -66,14 +67,14 @@ def size_of(x: Tensor, weight: Tensor, lora_a: Tensor, slot_ids: Tensor) -> str:
     K r columns."""
     columns = slot_ids.shape[1] * lora_a.shape[1]
     blocks = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if blocks and columns <= TILE_COLUMNS and has_blocks(x, weight) and dispatch.has_tiles():
+    if blocks and fits_blocks(x, weight, columns) and dispatch.has_amx():
         return "blocks"
     tiles = x.dtype == torch.bfloat16 and x.device.type == "cuda" and x.dim() == 3
     if tiles and not torch.compiler.is_compiling() and dispatch.multiplies_tiles(x.device.index):
         samples, tokens, _ = x.shape
         sizes = samples * tokens, *weight.shape, len(lora_a)
         fits = weight.shape[0] % 8 == weight.shape[1] % 8 == 0 and min(sizes) > 0 and max(sizes) <= 1 << 30
-        spans = samples_in_a_tile(tokens) if fits else 0
+        spans = samples_in(TILE, tokens) if fits else 0
         if 0 < spans * columns <= TILE_COLUMNS and spans * slot_ids.shape[1] <= TILE_PICKS:
             return "tiles" if spans == 1 else "packed"
     if x.dtype == torch.float64 or not 0 < columns <= 256 // x.dtype.itemsize:
@@ -81,21 +82,23 @@ def size_of(x: Tensor, weight: Tensor, lora_a: Tensor, slot_ids: Tensor) -> str:
     return "narrow" if max(weight.shape) <= 2048 else "wide"
 
 
-def has_blocks(x: Tensor, weight: Tensor) -> bool:
-    """Whether the CPU kernel runs, and is faster than a linear layer and its increments: there are rows enough to be
-    worth rearranging the weight for, of samples long enough for a block to be of few, and the weight is not too large
-    for the caches."""
+def fits_blocks(x: Tensor, weight: Tensor, columns: int) -> bool:
+    """Whether the CPU kernel can run, and is expected to be faster than a linear layer and its increments: the rows are
+    worth rearranging the weight for, their blocks are of few samples, and the weight fits the caches. columns: K r."""
     features_out, features_in = weight.shape
-    if features_in % BLOCK or features_out % BLOCK or not 0 < features_in * features_out <= BLOCK_WEIGHT:
+    if features_in % BLOCK or features_out % BLOCK or not 0 < features_in * features_out <= LARGEST_WEIGHT:
         return False
-    return x.dim() == 3 and x.shape[1] >= BLOCK // 2 and x.shape[:2].numel() >= BLOCK_ROWS
+    tokens = x.shape[1] if x.dim() == 3 else 0
+    if tokens == 0 or len(x) * tokens < FEWEST_ROWS:
+        return False
+    return 0 < samples_in(BLOCK, tokens) * columns <= BLOCK_COLUMNS
 
 
-def samples_in_a_tile(tokens: int) -> int:
-    """How many samples 128 successive tokens can be of, if each has `tokens`."""
-    if tokens % TILE == 0:
+def samples_in(rows: int, tokens: int) -> int:
+    """How many samples successive rows can be of, if each has `tokens`."""
+    if tokens % rows == 0:
         return 1
-    return TILE // tokens if TILE % tokens == 0 else (TILE - 2) // tokens + 2
+    return rows // tokens if rows % tokens == 0 else (rows - 2) // tokens + 2
 
 
 # The specification. Every other backend is compared with it.

@@ -3,8 +3,8 @@
 A backend named `b` implements operator `o` as the torch operator `slm_fast::o_b`. To add one, add a row to `BACKENDS`
 and a place in `PREFERENCE`; public functions, autograd formulas and callers stay as they are.
 
-A backend may support only some sizes of an operator, listed as `operator:size`. preference.csv beside this file, if
-present, holds measured preferences (written by benchmarks/gpu.sh), which come before `PREFERENCE`.
+A backend may support only some sizes of an operator, listed as `operator:size`. Measured preferences (`MEASURED`, of
+GPUs preference.csv beside this file, written by benchmarks/gpu.sh) come before `PREFERENCE`.
 """
 
 from __future__ import annotations
@@ -166,10 +166,12 @@ def read_measured(path: Path) -> Mapping[tuple[str, str, str], tuple[str, ...]]:
     return MappingProxyType(found)
 
 
-MEASURED = {
-    ("cpu", "adapted_linear", "blocks"): ("native", "reference"),
-    **read_measured(Path(__file__).with_name("preference.csv")),
-}
+MEASURED: Mapping[tuple[str, str, str], tuple[str, ...]] = MappingProxyType(
+    {
+        ("cpu", "adapted_linear", "blocks"): ("native", "reference"),  # benchmarks/results/adapted_linear_amx.csv
+        **read_measured(Path(__file__).with_name("preference.csv")),
+    }
+)
 
 
 class _Forced:
@@ -265,11 +267,13 @@ def operator(stem: str, device: str, size: str = "") -> Any:
 
 def _order(stem: str, device: str, size: str) -> tuple[str, ...]:
     preferred = PREFERENCE.get(device, ())
-    return (*MEASURED.get((device, stem, size), ()), *preferred) if MEASURED else preferred
+    return (*MEASURED.get((device, stem, size), ()), *preferred)
 
 
 def fuses(device: str) -> bool:
     """Whether `fused_wins` may hold for any size on this device. Called in every pass of an adapted layer."""
+    if device == "cpu":
+        return not torch.compiler.is_compiling() and has_amx()
     return any(order[0] != "reference" for key, order in MEASURED.items() if key[:2] == (device, "adapted_linear"))
 
 
@@ -281,8 +285,8 @@ def fused_wins(device: str, size: str) -> bool:
 
 
 @cache
-def has_tiles() -> bool:
-    """Whether the native backend uses AMX, which its adapted_linear needs."""
+def has_amx() -> bool:
+    """Whether the native backend uses AMX, which its adapted_linear needs. torch.compile cannot trace this."""
     return NATIVE_MISSING is None and import_module("slm_fast._C").build_info()["instruction_set"] == "amx"
 
 

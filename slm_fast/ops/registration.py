@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -56,12 +57,19 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Definition:
-    """What all backends of an operator share. `more` lists additional arguments of the reference."""
+    """What all backends of an operator share.
+
+    Attributes:
+        gradient: None if its results never require one.
+        forward_only: going back through it is an error.
+        more: additional arguments of the reference.
+    """
 
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     gradient: Gradient | None = None
+    forward_only: bool = False
     more: str = ""
 
 
@@ -103,6 +111,7 @@ DEFINITIONS = {
         " -> Tensor",
         reference_adapted_linear,
         fake_adapted_linear,
+        forward_only=True,
     ),
     "invariant_linear": Definition(
         "(Tensor x, Tensor weight) -> Tensor", reference_invariant_linear, fake_invariant_linear
@@ -148,6 +157,8 @@ def _register(stem: str, backend: Backend, definition: Definition) -> None:
     elif in_triton:
         _define(name, in_triton.forward, definition.schema)
     torch.library.register_fake(name, definition.fake)
+    if definition.forward_only:
+        torch.library.register_autograd(name, partial(_no_gradient, stem))
     if gradient is None:
         return
     if backend.name == "reference":
@@ -162,6 +173,10 @@ def _register(stem: str, backend: Backend, definition: Definition) -> None:
         return gradient.of_inputs(ctx, getattr(torch.ops.slm_fast, f"{stem}_{source}_backward"), *grads)
 
     torch.library.register_autograd(name, go_back, setup_context=gradient.remember)
+
+
+def _no_gradient(stem: str, ctx: Any, *grads: torch.Tensor) -> None:
+    raise RuntimeError(f"{stem}: it has no autograd formula, only a forward pass")
 
 
 def _define(name: str, implementation: Callable[..., Any], schema: str) -> None:

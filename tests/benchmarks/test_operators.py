@@ -82,7 +82,7 @@ def test_every_way_to_multiply_each_tasks_rows_gives_the_same_products() -> None
         torch.testing.assert_close(way(), products, rtol=1e-12, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.skipif(not dispatch.has_tiles(), reason="this processor has no AMX")
+@pytest.mark.skipif(not dispatch.has_amx(), reason="this processor has no AMX")
 def test_every_way_to_adapt_a_layer_gives_the_same_output() -> None:
     with torch.inference_mode():
         ways = bench_adapted_linear.candidates(bench_adapted_linear.Shape(B=3, T=20, I=64, O=96))

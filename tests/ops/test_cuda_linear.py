@@ -12,7 +12,7 @@ from cuda_on_host import ROOT, compile_for_host, no_extension, numbers, pointer
 from slm_fast import ops
 from slm_fast.layers import Adaptation, AdaptedLinear
 from slm_fast.ops import Route, dispatch
-from slm_fast.ops.adapted_linear import TILE_COLUMNS, TILE_PICKS, adapted_linear, samples_in_a_tile, size_of
+from slm_fast.ops.adapted_linear import TILE, TILE_COLUMNS, TILE_PICKS, adapted_linear, samples_in, size_of
 
 no_tiles = pytest.mark.skipif(
     not (torch.cuda.is_available() and dispatch.multiplies_tiles(0)), reason="no GPU of compute capability 9.0"
@@ -109,7 +109,7 @@ def test_in_the_kernels_code_what_is_not_finite_stays_with_its_samples(on_host, 
 def test_runs_of_tiles_cover_every_feature_of_every_token_once(columns, features_in, features_out, samples, tokens):
     from slm_fast import _C
 
-    spans = samples_in_a_tile(tokens)
+    spans = samples_in(TILE, tokens)
     for processors in (2, 78, 132):
         found = _C.fused_cut(samples, tokens, columns // spans or 1, features_in, features_out, processors)
         spans_too, width, across, tiles, run, stages, shared = found
@@ -125,7 +125,7 @@ def test_runs_of_tiles_cover_every_feature_of_every_token_once(columns, features
 @pytest.mark.parametrize("tokens", [1, 2, 43, 64, 80, 127, 128, 129, 192, 256, 300, 1000])
 def test_the_most_samples_of_a_tile_is_what_counting_gives(tokens):
     tiles = [range(first, first + 128) for first in range(0, 128 * tokens, 128)]
-    assert samples_in_a_tile(tokens) == max(tile[-1] // tokens - tile[0] // tokens + 1 for tile in tiles)
+    assert samples_in(TILE, tokens) == max(tile[-1] // tokens - tile[0] // tokens + 1 for tile in tiles)
 
 
 def case(B, T, P, K, r, I, O, has_bias=True):
@@ -161,7 +161,7 @@ def specified(call):
 def test_it_equals_the_specification_and_ignores_ids_that_are_no_slots(sizes, has_bias):
     call = case(*sizes, has_bias=has_bias)
     size = size_of(call["x"], call["weight"], call["lora_a"], call["slot_ids"])
-    assert size == ("tiles" if samples_in_a_tile(sizes[1]) == 1 else "packed")
+    assert size == ("tiles" if samples_in(TILE, sizes[1]) == 1 else "packed")
     with ops.use_backend("cuda"):
         got = adapted_linear(**call)
         ids = call["slot_ids"]
@@ -189,8 +189,8 @@ def test_a_slot_or_sample_that_is_not_finite_reaches_no_other_sample():
 def test_sizes_that_it_does_not_take_are_an_error_or_another_kernels():
     call = case(2, 16, 4, 4, 12, 64, 64)  # 8 samples a tile, 384 rank columns
     assert size_of(call["x"], call["weight"], call["lora_a"], call["slot_ids"]) == "narrow"
-    assert samples_in_a_tile(16) * 4 * 12 > TILE_COLUMNS
-    assert samples_in_a_tile(16) * 4 <= TILE_PICKS
+    assert samples_in(TILE, 16) * 4 * 12 > TILE_COLUMNS
+    assert samples_in(TILE, 16) * 4 <= TILE_PICKS
     with pytest.raises(Exception, match="x: expected features in eights"):
         torch.ops.slm_fast.adapted_linear_cuda(*call.values())
     empty = case(2, 128, 4, 4, 12, 64, 64)

@@ -10,7 +10,7 @@ from slm_fast.layers import Adaptation, AdaptedLinear
 from slm_fast.ops import Route, dispatch
 from slm_fast.ops.adapted_linear import adapted_linear, size_of
 
-needs_tiles = pytest.mark.skipif(not dispatch.has_tiles(), reason="this processor has no AMX")
+needs_amx = pytest.mark.skipif(not dispatch.has_amx(), reason="this processor has no AMX")
 
 
 def native(**call):
@@ -38,7 +38,7 @@ SIZES = {
 }
 
 
-@needs_tiles
+@needs_amx
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_it_equals_the_closed_form_on_any_number_of_threads(sizes, has_bias):
@@ -56,17 +56,22 @@ def test_it_equals_the_closed_form_on_any_number_of_threads(sizes, has_bias):
         torch.set_num_threads(threads)
 
 
-@needs_tiles
-def test_a_sample_has_the_same_bits_whatever_other_samples_are_there():
-    call = bfloat16(B=7, T=23, I=96, O=64, K=2, r=8)
-    got = native(**call)
+@needs_amx
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sample_has_the_same_bits_whatever_other_samples_are_there(seed):
+    call = bfloat16(B=16, T=23, I=64, O=256, K=3, P=9, r=7)
+    random = torch.Generator().manual_seed(seed)
+    call["slot_ids"] = torch.randint(-1, 9, (16, 3), generator=random)
+    call["lora_b"][1], call["weights"][:, 1] = call["lora_b"][0], -call["weights"][:, 0]  # which nearly cancel
     rows = ("x", "slot_ids", "weights")
+    got = native(**call)
+    order = torch.randperm(16, generator=random)
+    assert torch.equal(native(**(call | {name: call[name][order] for name in rows})), got[order])
     for chosen in ([2], [6, 0], [1, 2, 3, 4]):
-        some = call | {name: call[name][chosen] for name in rows}
-        assert torch.equal(native(**some), got[chosen])
+        assert torch.equal(native(**(call | {name: call[name][chosen] for name in rows})), got[chosen])
 
 
-@needs_tiles
+@needs_amx
 def test_rows_that_are_not_dense_equal_dense_ones():
     call = bfloat16(B=4, T=40, I=64, O=64)
     expected = native(**call)
@@ -80,11 +85,11 @@ def test_rows_that_are_not_dense_equal_dense_ones():
     assert torch.equal(native(**(call | {"weight": call["weight"].T.clone().T})), expected)
 
 
-@needs_tiles
+@needs_amx
 @pytest.mark.parametrize("name", ["lora_a", "lora_b"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 def test_a_slot_that_is_not_finite_reaches_only_samples_that_use_it(name, number):
-    call = bfloat16(B=6, T=11, I=64, O=96, r=3)
+    call = bfloat16(B=6, T=11, I=64, O=512, r=8)
     call["slot_ids"] = torch.tensor([[0, 1], [2, -1], [3, 0], [1, 2], [2, 2], [-1, -1]])
     clean = native(**call)
     call[name][2, 1, 40] = number
@@ -96,7 +101,7 @@ def test_a_slot_that_is_not_finite_reaches_only_samples_that_use_it(name, number
     assert_near(got.masked_fill(broken, 0), expected.masked_fill(broken, 0), 6e-3)
 
 
-@needs_tiles
+@needs_amx
 def test_a_row_that_is_not_finite_reaches_no_other():
     call = bfloat16(B=4, T=20, I=64, O=64)
     clean = native(**call)
@@ -108,7 +113,7 @@ def test_a_row_that_is_not_finite_reaches_no_other():
     assert torch.equal(got[kept], clean[kept])
 
 
-@needs_tiles
+@needs_amx
 def test_an_adapted_layer_takes_it_for_many_tokens_without_gradients():
     call = bfloat16(B=8, T=32, I=64, O=96, K=2, r=8)
     layer = AdaptedLinear(torch.nn.Linear(64, 96, dtype=torch.bfloat16), "layer", Adaptation())
@@ -132,18 +137,62 @@ def test_an_adapted_layer_takes_it_for_many_tokens_without_gradients():
     assert_near(with_gradients.detach(), native(**call), 1e-2)
 
 
+@needs_amx
+def test_a_base_whose_call_is_watched_or_replaced_is_called():
+    call = bfloat16(B=8, T=32, I=64, O=96, K=2, r=8)
+    values, route = {"layer": (call["lora_a"], call["lora_b"])}, Route(call["slot_ids"], call["weights"])
+    called = []
+
+    def run(prepare):
+        layer = AdaptedLinear(torch.nn.Linear(64, 96, dtype=torch.bfloat16), "layer", Adaptation())
+        layer.adaptation.layers.append(layer)
+        called.clear()
+        handle = prepare(layer.base)
+        with torch.no_grad(), layer.adaptation.using(values, route):
+            layer(call["x"])
+        if handle is not None:
+            handle.remove()
+        return len(called)
+
+    def see(module, *_):
+        if isinstance(module, torch.nn.Linear):
+            called.append(module)
+
+    def patch(base):
+        forward = base.forward
+        base.forward = lambda x: called.append(base) or forward(x)
+
+    assert run(lambda base: None) == 0
+    for watch in (
+        lambda base: base.register_forward_hook(see),
+        lambda base: base.register_forward_pre_hook(see),
+        lambda base: torch.nn.modules.module.register_module_forward_hook(see),
+        lambda base: torch.nn.modules.module.register_module_forward_pre_hook(see),
+        patch,
+    ):
+        assert run(watch) == 1
+
+
 def test_what_it_does_not_serve_has_another_size():
     def size(dtype=torch.bfloat16, **sizes):
         call = example(dtype=dtype, **({"B": 8, "T": 32, "I": 64, "O": 64} | sizes))
         return size_of(call["x"], call["weight"], call["lora_a"], call["slot_ids"])
 
-    assert size() == ("blocks" if dispatch.has_tiles() else "narrow")
-    others = ({"T": 15, "B": 40}, {"B": 7}, {"I": 48}, {"O": 65}, {"K": 5, "r": 20}, {"dtype": torch.float32})
+    assert size() == ("blocks" if dispatch.has_amx() else "narrow")
+    others = (
+        {"T": 10, "B": 40, "r": 8},
+        {"B": 7},
+        {"I": 48},
+        {"O": 65},
+        {"K": 5, "r": 20},
+        {"K": 0},
+        {"dtype": torch.float32},
+    )
     assert all(size(**other) != "blocks" for other in others)
     assert size(I=2048, O=2048) != "blocks"
 
 
-@needs_tiles
+@needs_amx
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
@@ -159,7 +208,7 @@ def test_each_wrong_argument_is_an_error_that_names_it(name, wrong):
         native(**(bfloat16(B=3, T=5, I=64, O=32) | wrong))
 
 
-@needs_tiles
+@needs_amx
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
     [

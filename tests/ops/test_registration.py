@@ -58,7 +58,7 @@ def multi_lora_backward(backend):
 
 def adapted_linear(backend):
     native = backend == "native"
-    if native and not dispatch.has_tiles():
+    if native and not dispatch.has_amx():
         return
     I, O, dtype = (32, 64, torch.bfloat16) if native else (13, 11, torch.float32)
     x, lora_a, lora_b, *route, _ = lora(5, I, O)

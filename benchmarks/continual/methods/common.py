@@ -71,7 +71,7 @@ class Model(nn.Module, ABC):
 
         Args:
             name: of the task; seeds the order of the rows.
-            loss_of: the loss of a batch; default: the mean of `losses`.
+            loss_of: the loss of a batch, whole, whatever `options.accumulate`; default: the mean of `losses`.
             parameters: those to train; default: all that require a gradient.
             after_step: called after each step.
             kept: rows of earlier tasks, numbered after `rows`, for `arrange` to mix in.
@@ -102,7 +102,8 @@ class Model(nn.Module, ABC):
                     after_step()
 
             steps = len(batches) * options.batch_size
-            train(others, loss, steps, replace(options, epochs=1), lambda: batches, report, head)
+            parts = 1 if loss_of is not None else options.accumulate
+            train(others, loss, steps, replace(options, epochs=1, accumulate=parts), lambda: batches, report, head)
 
     @torch.inference_mode()
     def answer(self, rows: Sequence[Row]) -> list[str]:

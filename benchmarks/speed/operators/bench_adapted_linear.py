@@ -21,6 +21,7 @@ from benchmarks.speed.operators.bench_multi_lora import gather_bmm_, route
 from benchmarks.speed.operators.command import Ways, measure, run, times_of
 from benchmarks.speed.roofline import floor_ms
 from slm_fast.ops import dispatch
+from slm_fast.ops.adapted_linear import adapted_linear, size_of
 from slm_fast.ops.multi_lora import multi_lora_
 
 LINEAR = "linear"
@@ -67,10 +68,15 @@ def candidates(shape: Shape) -> Ways:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return y
 
-    fused = torch.ops.slm_fast.adapted_linear_native
+    def native() -> torch.Tensor:
+        if size_of(x, weight, lora_a, ids) == "blocks":
+            return adapted_linear(x, weight, bias, lora_a, lora_b, ids, weights)
+        y: torch.Tensor = torch.ops.slm_fast.adapted_linear_native(x, weight, bias, lora_a, lora_b, ids, weights)
+        return y  # layers of this shape do not take it
+
     return {
         LINEAR: linear,
-        "native": lambda: fused(x, weight, bias, lora_a, lora_b, ids, weights),
+        "native": native,
         "linear, multi_lora": lambda: multi_lora_(*arguments, linear()),
         "linear, gather bmm": lambda: gather_bmm_(linear(), *arguments),
     }
@@ -96,7 +102,7 @@ def lines(shape: Shape, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if not dispatch.has_tiles():
+    if not dispatch.has_amx():
         print("adapted_linear: it needs a CPU with AMX; `slm-fast doctor` says what this one has", file=sys.stderr)
         return 2
     return run(__doc__, "adapted_linear", SHAPES, [], lines, None, arguments)

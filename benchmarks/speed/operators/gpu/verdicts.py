@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed.operators.gpu.compare import OURS, Rows
-from slm_fast.ops.adapted_linear import samples_in_a_tile
+from slm_fast.ops.adapted_linear import TILE, samples_in
 
 LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # ours against float64, by norm
 SPEED_UPS = {"gather bmm compiled": 1.5, "vllm x K": 3.0, "arrow": 20.0}  # their added time, as a multiple of ours
@@ -100,7 +100,7 @@ def preference(rows: Rows, operator: str, device: str = "cuda") -> list[dict[str
         for name, time in with_base.items() if ways else ():
             backend = name.removesuffix(" with base")
             if backend == "cuda":
-                size = "tiles" if samples_in_a_tile(int(row["T"])) == 1 else "packed"
+                size = "tiles" if samples_in(TILE, int(row["T"])) == 1 else "packed"
             else:
                 size = "wide" if max(int(row["I"]), int(row["O"])) > 2048 else "narrow"
             fused[size].append({backend: time, "layer": min(ways.values())})
