@@ -58,7 +58,7 @@ def adapted_linear(
 TILE, TILE_PICKS, TILE_COLUMNS = 128, 32, 96
 # Of the CPU kernel: rows and output features of a block; the most rows of rank of its samples for which it was measured
 # to be faster; and for all blocks the fewest rows, and the most numbers of a weight.
-BLOCK, BLOCK_COLUMNS, FEWEST_ROWS, LARGEST_WEIGHT = 32, 64, 256, 3 << 20
+BLOCK, BLOCK_COLUMNS, FEWEST_ROWS, LARGEST_WEIGHT = 32, 64, 512, 3 << 20
 
 
 def size_of(x: Tensor, weight: Tensor, lora_a: Tensor, slot_ids: Tensor) -> str:

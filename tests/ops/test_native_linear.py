@@ -115,13 +115,13 @@ def test_a_row_that_is_not_finite_reaches_no_other():
 
 @needs_amx
 def test_an_adapted_layer_takes_it_for_many_tokens_without_gradients():
-    call = bfloat16(B=8, T=32, I=64, O=96, K=2, r=8)
+    call = bfloat16(B=16, T=32, I=64, O=96, K=2, r=8)
     layer = AdaptedLinear(torch.nn.Linear(64, 96, dtype=torch.bfloat16), "layer", Adaptation())
     layer.adaptation.layers.append(layer)
     layer.base.weight.data, layer.base.bias.data = call["weight"], call["bias"]
     values, route = {"layer": (call["lora_a"], call["lora_b"])}, Route(call["slot_ids"], call["weights"])
 
-    def run(rows=8):
+    def run(rows=16):
         some = Route(route.slot_ids[:rows], route.weights[:rows])
         with layer.adaptation.using(values, some):
             return layer(call["x"][:rows])
@@ -139,7 +139,7 @@ def test_an_adapted_layer_takes_it_for_many_tokens_without_gradients():
 
 @needs_amx
 def test_a_base_whose_call_is_watched_or_replaced_is_called():
-    call = bfloat16(B=8, T=32, I=64, O=96, K=2, r=8)
+    call = bfloat16(B=16, T=32, I=64, O=96, K=2, r=8)
     values, route = {"layer": (call["lora_a"], call["lora_b"])}, Route(call["slot_ids"], call["weights"])
     called = []
 
@@ -175,7 +175,7 @@ def test_a_base_whose_call_is_watched_or_replaced_is_called():
 
 def test_what_it_does_not_serve_has_another_size():
     def size(dtype=torch.bfloat16, **sizes):
-        call = example(dtype=dtype, **({"B": 8, "T": 32, "I": 64, "O": 64} | sizes))
+        call = example(dtype=dtype, **({"B": 16, "T": 32, "I": 64, "O": 64} | sizes))
         return size_of(call["x"], call["weight"], call["lora_a"], call["slot_ids"])
 
     assert size() == ("blocks" if dispatch.has_amx() else "narrow")
