@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from slm_fast.ops import Route, dispatch, multi_lora
-from slm_fast.ops.adapted_linear import adapted_linear, size_of
+from slm_fast.ops.adapted_linear import FEWEST_ROWS, adapted_linear, size_of
 from slm_fast.ops.multi_lora import multi_lora_
 
 Values = Mapping[str, tuple[Tensor, Tensor]]  # module name -> (lora_a [P, r, I], lora_b [P, r, O])
@@ -236,11 +236,15 @@ class AdaptedLinear(nn.Module):
     def _in_one_kernel(self, base: Any, x: Tensor, increments: Any, route: Route) -> bool:
         """Whether a kernel that includes the base's product can run, and was measured to be faster."""
         device = x.device
-        if torch.is_grad_enabled() or not dispatch.fuses(device.type) or not is_plain(base) or is_watched(base):
+        if torch.is_grad_enabled() or x.dim() != 3 or len(x) != len(route.slot_ids):
+            return False
+        if device.type == "cpu" and (x.dtype != torch.bfloat16 or len(x) * x.shape[1] < FEWEST_ROWS):
+            return False  # as `size_of` would say, but steps of generation have no time to ask
+        if not dispatch.fuses(device.type) or not is_plain(base) or is_watched(base):
             return False
         weight, lora_a = base.weight, increments[0]
-        same = x.dtype == weight.dtype == lora_a.dtype and weight.device == device and x.dim() == 3
-        if not same or len(x) != len(route.slot_ids) or torch.is_autocast_enabled(device.type):
+        same = x.dtype == weight.dtype == lora_a.dtype and weight.device == device
+        if not same or torch.is_autocast_enabled(device.type):
             return False
         return dispatch.fused_wins(device.type, size_of(x, weight, lora_a, route.slot_ids))
 

@@ -272,9 +272,10 @@ def _order(stem: str, device: str, size: str) -> tuple[str, ...]:
 
 def fuses(device: str) -> bool:
     """Whether `fused_wins` may hold for any size on this device. Called in every pass of an adapted layer."""
-    if device == "cpu":
-        return not torch.compiler.is_compiling() and has_amx()
-    return any(order[0] != "reference" for key, order in MEASURED.items() if key[:2] == (device, "adapted_linear"))
+    if device == "cpu" and torch.compiler.is_compiling():
+        return False
+    first = [order[0] for key, order in MEASURED.items() if key[:2] == (device, "adapted_linear")]
+    return any(name != "reference" and (name != "native" or has_amx()) for name in first)
 
 
 def fused_wins(device: str, size: str) -> bool:
