@@ -21,30 +21,15 @@ constexpr int64_t kChunkBytes = 768 << 10;       // of the rows of many blocks
 constexpr int64_t kGroupBytes = 512 << 10;       // of panels that stay in L2 meanwhile
 constexpr int64_t kLargeWeight = 1 << 20;        // bytes of a weight that is reread less if chunks are large
 
-// Transposes 16 rows of 16 words; to[word][row], `next` words from one word to the next. Two thirds of the work are
-// done by loads: lane j of a vector comes from row r + 4 j.
+// Transposes 16 rows of 16 words; to[word][row], `next` words from one word to the next.
 template <class RowAt>
 [[gnu::always_inline]] inline void turn_tile(const RowAt& row_at, uint32_t* to, int64_t next) {
-  for (int64_t quarter = 0; quarter < 4; ++quarter) {
-    __m512i rows[4];
-#pragma GCC unroll 4
-    for (int64_t r = 0; r < 4; ++r) {
-      auto part = [&](int64_t row) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row_at(row)) + quarter);
-      };
-      rows[r] = _mm512_castsi128_si512(part(r));
-      rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0x00f0, part(r + 4));
-      rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0x0f00, part(r + 8));
-      rows[r] = _mm512_mask_broadcast_i32x4(rows[r], 0xf000, part(r + 12));
-    }
-    const __m512i low = _mm512_unpacklo_epi32(rows[0], rows[1]), high = _mm512_unpackhi_epi32(rows[0], rows[1]);
-    const __m512i low2 = _mm512_unpacklo_epi32(rows[2], rows[3]), high2 = _mm512_unpackhi_epi32(rows[2], rows[3]);
-    uint32_t* first = to + 4 * quarter * next;
-    _mm512_storeu_si512(first, _mm512_unpacklo_epi64(low, low2));
-    _mm512_storeu_si512(first + next, _mm512_unpackhi_epi64(low, low2));
-    _mm512_storeu_si512(first + 2 * next, _mm512_unpacklo_epi64(high, high2));
-    _mm512_storeu_si512(first + 3 * next, _mm512_unpackhi_epi64(high, high2));
-  }
+  __m512i words[16];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kRows; ++i) words[i] = _mm512_loadu_si512(row_at(i));
+  transpose_16(words);
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kRows; ++i) _mm512_storeu_si512(to + i * next, words[i]);
 }
 
 // The weight as panels of kBlock output features, [O / kBlock][steps][kStepNumbers].
