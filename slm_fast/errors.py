@@ -13,6 +13,7 @@ from contextlib import contextmanager
 NO_MEMORY = (
     *("can't allocate memory", "cannot allocate memory", "out of memory", "outofmemory", "not enough memory"),
     *("bad_alloc", "can't start new thread", "threadpoolbuilderror"),
+    "aoti_torch_empty_strided(",  # of the C++ operators: torch's stable ABI says no more
 )
 NOT_FINITE = "its query holds a number that is not finite"
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_fast import ops
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, lacks_memory
 from slm_fast.ops import dispatch
 from slm_fast.ops.multi_lora import multi_lora_
 
@@ -231,3 +231,12 @@ def test_build_info_names_the_compiler_and_the_instruction_set_in_use():
     assert info["instruction_set"] in info["instruction_sets"]
     assert info["instruction_sets"][-1] == "portable"
     assert info["compiler"].split()[0] in ("GNU", "Clang", "AppleClang")
+
+
+def test_a_result_that_memory_has_no_room_for_is_told_as_such():
+    x, lora_a, lora_b = torch.zeros(1, 10_000_000, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 10_000_000)
+    with pytest.raises(RuntimeError) as caught:  # 400 TB: no process has as many addresses
+        torch.ops.slm_fast.multi_lora_native(
+            x, lora_a, lora_b, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), None
+        )
+    assert lacks_memory(caught.value)
