@@ -137,8 +137,10 @@ def missing_answer(names: tuple[str, ...], kind: str, given: bool = False) -> st
     """The reason why `find_columns` found no answer, as a message. given: whether the user named columns."""
     what, usual = ("label", LABEL) if kind == LABELLED else ("output", OUTPUT)
     try:
-        if _usual(names, usual, what) is not None:
-            return f"no {what!r}"
+        found = _usual(names, usual, what)
+        if found is not None:
+            how = f" beside {found!r}, which is read as the text; label=NAME (--label-column) says which holds it"
+            return f"no {what!r}{how if kind == LABELLED else ''}"
     except Unclear as error:
         return str(error)
     return f"no column {what!r}; columns: {listed(names)}" if given else f"no {what!r}; fields: {_advised(names, what)}"

@@ -314,7 +314,7 @@ def _write(stream: IO[str] | io.FileIO, sink: Sink, lines: str) -> None:
 
 
 def _bad_row(source: Source, record: Mapping[str, Any]) -> WorkError:
-    return WorkError(f"{source if isinstance(source, Path) else '-'}: row {record['id']}: {record['error']}")
+    return WorkError(f"{source if isinstance(source, Path) else '-'}: id {record['id']!r}: {record['error']}")
 
 
 def what_decides(model: AdaptedModel, options: PredictOptions, files: Mapping[str, str]) -> dict[str, Any]:

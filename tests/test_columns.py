@@ -46,7 +46,9 @@ def test_the_column_named_for_one_role_is_not_taken_for_the_other_too(columns: d
         lambda: Task.from_file("x", write(tmp_path / "x.jsonl", jsonl(row)), **columns),
         lambda: Task.from_rows("x", [row], **columns),
     ):
-        with pytest.raises(SlmError, match=r"no column 'text' beside the label's, 'text'|no 'label'"):
+        with pytest.raises(
+            SlmError, match=r"no column 'text' beside the label's, 'text'|no 'label' beside 'label', which is read"
+        ):
             call()
 
 

@@ -103,6 +103,16 @@ def test_an_unknown_label_in_a_file_is_named_with_the_file(tmp_path):
         two_tasks("bert").evaluate({"sea": file})
 
 
+@pytest.mark.parametrize(
+    ("label", "said"), [("0", r"; labels= \(--labels\) names the labels that numbers stand for$"), ("x0", "$")]
+)
+def test_a_number_among_label_words_is_told_how_it_gets_a_name(tmp_path, label, said):
+    file = tmp_path / "test.csv"
+    file.write_text(f"text,label\nsea1,{label}\n")
+    with pytest.raises(WorkError, match=f"line 2: label '{label}' is not one of no, yes{said}"):
+        Task.from_file("sea", file, known=["no", "yes"], training=False)
+
+
 def test_of_many_or_long_labels_only_the_first_are_listed_and_other_spellings_are_known(tmp_path):
     file = tmp_path / "test.csv"
     file.write_text("text,label\na,1\nb,True\nc,x\n")

@@ -178,7 +178,7 @@ def test_rows_that_lack_a_named_column_where_others_have_it_are_bad_rows(slm: Sc
     done = slm.predict_file(source, tmp_path / "out", text="q")
     assert (done.answered, done.failed) == (3, 2)
     assert done.first_error is not None
-    assert done.first_error.startswith(f"{source}: row 1: not JSON")
+    assert done.first_error.startswith(f"{source}: id 1: not JSON")
     assert slm.predict_file(source, io.StringIO(), text="q") == done
     assert slm.predict_file(io.BytesIO(b'"sea1"\n'), io.StringIO(), text="q").failed == 1
 

@@ -193,7 +193,7 @@ def test_streams_are_answered_too_and_bad_rows_counted(slm: ScalableLM) -> None:
     done = slm.predict_file(source, sink)
     assert (done.answered, done.failed) == (5, 1)
     assert [("error" in json.loads(line)) for line in sink.getvalue().splitlines()] == [False] * 4 + [True]
-    with pytest.raises(WorkError, match=r"^-: row 1: not JSON"):
+    with pytest.raises(WorkError, match=r"^-: id 1: not JSON"):
         slm.predict_file(io.BytesIO(b"no json\n"), io.StringIO(), strict=True)
 
 

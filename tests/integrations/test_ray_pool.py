@@ -82,7 +82,7 @@ def test_two_actors_write_the_bytes_of_one_process(
     assert two.read_bytes() == one.read_bytes()
     bad = sum(row % 500 == 7 for row in rows)
     assert done == [FileAnswered(0, len(rows), bad, done[0].first_error)] * 2
-    assert (done[0].first_error or "").startswith(f"{source}: row ") == bool(bad)
+    assert (done[0].first_error or "").startswith(f"{source}: id ") == bool(bad)
     found = pyarrow.parquet.read_table(two).to_pylist() if suffix == ".parquet" else lines(two)
     assert [len(found), sum(row.get("error") is not None for row in found)] == [len(rows), bad]
 
