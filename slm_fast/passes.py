@@ -21,6 +21,7 @@ from slm_fast.options import PredictOptions
 from slm_fast.pool import emptied
 from slm_fast.query import TrunkQuery
 from slm_fast.reading import reread
+from slm_fast.scheduler import row_seed
 from slm_fast.tokenization import Encoded
 from slm_fast.windows import TaskID, Window
 
@@ -310,8 +311,7 @@ def _write(
     """Generate texts, for as many rows at once as fit a batch. ends: further end tokens of each row, besides the
     backbone's."""
     at_once = _rows_at_once(model, batch.encoded.input_ids.shape[1], options)
-    # Each row has its own seed, so that its samples do not depend on the rows it runs with.
-    seeds = [options.seed + window.first + place for place in batch.places]
+    seeds = [row_seed(options.seed, window.first + place) for place in batch.places]
     written = generate(
         model,
         batch.encoded,

@@ -20,6 +20,14 @@ from slm_fast.kv_cache import Decoder, row_bytes
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 
+ROW_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio (Weyl sequence): rows of nearby seeds share no seed
+SEED_BITS = (1 << 63) - 1
+
+
+def row_seed(seed: int, row: int) -> int:
+    """The seed of a row of a call with this seed, so that a row's samples depend on nothing else; row 0 has `seed`."""
+    return (seed + row * ROW_STRIDE) & SEED_BITS if row else seed
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -192,9 +200,9 @@ class Scheduler:
 
     def close(self) -> None:
         """Free the buffers and drop all waiting and running requests."""
-        self._waiting.clear()
-        self._running.clear()
-        self.generated.clear()
+        for kept in (self._waiting, self._running, self._ended, self.generated):
+            kept.clear()
+        self._waited = 0
         if self._decoder is not None:
             self._decoder.close()
             self._decoder = None
@@ -212,7 +220,7 @@ class Scheduler:
     def _prefill(self, rows: list[_Row]) -> dict[int, Generated]:
         """Pass the prompts of waiting rows through the backbone, and let the rows join those that run."""
         try:
-            out, route, mask = self._first_pass(rows)
+            logits = self._joined(rows)
         except RowsFailed as error:  # the others go back to the queue
             failed = [rows[i] for i in error.rows]
             self._waiting.extendleft(row for row in reversed(rows) if row not in failed)
@@ -222,6 +230,13 @@ class Scheduler:
         except BaseException:
             self._waiting.extendleft(reversed(rows))
             raise
+        place = len(self._running)
+        self._running += rows
+        return self._note(logits, place)
+
+    def _joined(self, rows: list[_Row]) -> Tensor:
+        """The first logits of new rows, [B, V], whose keys and values are now in the cache."""
+        out, route, mask = self._first_pass(rows)
         if self._decoder is None:
             columns = self.max_new_tokens + (self.max_prompt if self.causal else 1)
             if self.cache_bytes is not None:
@@ -231,9 +246,8 @@ class Scheduler:
             self._decoder = Decoder(self.model, self.max_rows, columns, self.max_prompt, out.past_key_values)
         lengths = [len(row.request.ids) if self.causal else 1 for row in rows]
         self._decoder.join(out.past_key_values, lengths, route, None if self.causal else mask)
-        place = len(self._running)
-        self._running += rows
-        return self._note(out.logits[:, -1], place)
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
     def _first_pass(self, rows: list[_Row]) -> tuple[Any, Route, Tensor]:
         """The backbone's output for new rows, their routes [B, K], and their attention mask [B, T]."""

@@ -209,7 +209,7 @@ class Tokenization:
         answer; None if it has no template.
 
         Raises:
-            WorkError: the template refuses the chat.
+            WorkError: the template refuses the chat, or writes nothing for it.
         """
         with self._reading:
             if getattr(self._reader, "chat_template", None) is None:
@@ -219,6 +219,8 @@ class Tokenization:
             except Exception as error:  # templates may raise anything
                 raise WorkError(f"the backbone's chat template refuses the chat: {one_line(error)}") from None
             ids: list[int] = self._reader(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if not ids:
+                raise WorkError("the backbone's chat template writes nothing for the chat")
             return ids
 
     def encode_answers(self, texts: Sequence[str], max_length: int) -> list[list[int]]:

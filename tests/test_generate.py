@@ -27,6 +27,7 @@ from slm_fast import ScalableLM, WorkError, generate, kv_cache, passes
 from slm_fast.data import Row
 from slm_fast.errors import NOT_FINITE
 from slm_fast.options import PredictOptions
+from slm_fast.scheduler import row_seed
 from slm_fast.tasks import LearnedTask
 
 
@@ -137,12 +138,18 @@ def test_what_is_sampled_for_a_row_depends_on_its_number_alone(name):
     answers = slm.predict(texts, batch_size=14, **options)
     generation = {"do_sample": True, "top_k": 0, "temperature": 1.4, "top_p": 0.8, "max_new_tokens": 7}
     for i, (text, answer) in enumerate(zip(texts, answers, strict=True)):
-        assert answer.text == alone(name, tasks, text, answer.route, seed=5 + i, **generation)
+        assert answer.text == alone(name, tasks, text, answer.route, seed=row_seed(5, i), **generation)
     for batch_size in (1, 4):
         assert [a.text for a in slm.predict(texts, batch_size=batch_size, **options)] == [a.text for a in answers]
     assert [a.text for a in slm.predict_stream(iter(texts), batch_size=5, **options)] == [a.text for a in answers]
     beside = slm.predict([*texts[:7], *mixed_texts(7, seed=9)], batch_size=14, **options)
     assert [a.text for a in beside[:7]] == [a.text for a in answers[:7]]
+
+
+def test_nearby_seeds_share_no_samples():
+    seeds = [row_seed(seed, row) for seed in range(-20, 20) for row in range(500)]
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # a generator on a CPU takes 32 bits
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
 
 
 @pytest.mark.parametrize("name", GENERATORS)

@@ -13,6 +13,7 @@ from models import (
 )
 
 from slm_fast import InputError, ScalableLM, layers
+from slm_fast import scheduler as scheduling
 from slm_fast.data import Row
 from slm_fast.ops import Route
 from slm_fast.scheduler import Generated, Request, Sampling, Scheduler
@@ -193,11 +194,12 @@ def test_what_fails_in_a_callback_or_a_prefill_loses_nothing(slm: ScalableLM, mo
     scheduler = scheduler_of(slm, max_rows=4)
     for i, ids in enumerate(prompts_of(slm, texts)):
         scheduler.add_request(Request(ids, max_new_tokens=1, on_token=fail if i == 1 else None))
-    with monkeypatch.context() as patch:
-        patch.setattr(slm.model, "call", None)
-        with pytest.raises(TypeError):
-            scheduler.step()
-    assert scheduler.unfinished == 4
+    for owner, name in ((slm.model, "call"), (scheduling, "Decoder"), (scheduling.Decoder, "join")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, None)
+            with pytest.raises(TypeError):
+                scheduler.step()
+        assert scheduler.unfinished == 4
     with pytest.raises(RuntimeError, match="nobody listens"):
         scheduler.step()
     ended = scheduler.step()  # returns the requests that finished in the step that raised
@@ -227,6 +229,19 @@ def test_a_closed_scheduler_holds_nothing(slm: ScalableLM) -> None:
     scheduler.close()
     assert scheduler.unfinished == 0
     assert not scheduler.cancel(number)
+
+
+def test_a_closed_scheduler_returns_nothing_of_before(slm: ScalableLM) -> None:
+    def fail(token: int, probability: float) -> None:
+        raise RuntimeError("nobody listens")
+
+    scheduler, (ids,) = scheduler_of(slm), prompts_of(slm, ["sea1"])
+    scheduler.add_request(Request(ids, max_new_tokens=1, on_token=fail))
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        scheduler.step()
+    scheduler.close()
+    number = scheduler.add_request(Request(ids, max_new_tokens=1))
+    assert run(scheduler).keys() == {number}
 
 
 @pytest.mark.parametrize("size", ["max_rows", "max_prompt", "max_new_tokens"])

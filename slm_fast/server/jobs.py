@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slm_fast.data import Row
-from slm_fast.predict import Answer, RouteTaken
+from slm_fast.predict import Answer, Prediction, RouteTaken
 from slm_fast.reading import Reading
 from slm_fast.scheduler import Sampling
 from slm_fast.server.generation import Generation
+from slm_fast.server.text import cut_at
 
 
 class Refused(Exception):
@@ -115,6 +116,15 @@ class Piece:
     @property
     def length(self) -> int:
         return 0 if self.reading is None else len(self.reading.ids)
+
+    def cut(self, answer: Answer) -> Answer:
+        """A whole answer, with its text cut before the first of the request's stop strings."""
+        writing = self.job.ask.writing
+        if writing is not None and isinstance(answer, Prediction) and answer.text is not None:
+            text = cut_at(answer.text, writing.stop)
+            if text is not None:
+                return replace(answer, text=text, finish_reason="stop")
+        return answer
 
 
 @dataclass(eq=False)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from slm_fast.errors import NOT_FINITE, NotFinite, WorkError
 from slm_fast.model import AdaptedModel
+from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
 from slm_fast.passes import measured
 from slm_fast.predict import taken
@@ -32,22 +34,31 @@ def read(model: AdaptedModel, asks: Sequence[Ask]) -> list[Reading]:
 
 
 @torch.inference_mode()
-def find_routes(model: AdaptedModel, readings: Sequence[Reading], options: PredictOptions) -> list[Result]:
-    """The routes of rows in one batch. A row whose query is not finite gets an error instead."""
-    found: list[Result] = [WorkError(NOT_FINITE)] * len(readings)
+def found_routes(
+    model: AdaptedModel, readings: Sequence[Reading], options: PredictOptions, slot_mask: Tensor | None = None
+) -> tuple[list[int], Route, Tensor | None]:
+    """Routes of rows in one batch: the rows (indices) whose queries are finite, their route, and their distances [B] if
+    the options need them. slot_mask: [B, P], the slots that each row may have."""
     places = list(range(len(readings)))
+    while places:
+        batch = model.collate([readings[i] for i in places]).to(model.backbone.device)
+        try:
+            query = model.find_queries(batch)
+            route = model.route(query, None if slot_mask is None else slot_mask[places])
+        except NotFinite as error:
+            places = [place for i, place in enumerate(places) if i not in error.rows]
+            continue
+        return places, *measured(model, query, route, options)
+    return [], model.empty_route(0), None
+
+
+def answer_routes(model: AdaptedModel, readings: Sequence[Reading], options: PredictOptions) -> list[Result]:
+    """The routes of rows in one batch, as results. A row whose query is not finite gets an error instead."""
+    results: list[Result] = [WorkError(NOT_FINITE)] * len(readings)
     with model.lock:
-        while places:
-            batch = model.collate([readings[i] for i in places]).to(model.backbone.device)
-            try:
-                query = model.find_queries(batch)
-                route, distance = measured(model, query, model.route(query), options)
-            except NotFinite as error:
-                places = [place for i, place in enumerate(places) if i not in error.rows]
-                continue
-            far = [None] * len(places) if distance is None else distance.tolist()
-            rows = zip(places, route.slot_ids.tolist(), route.weights.tolist(), far, strict=True)
-            for place, ids, weights, one in rows:
-                found[place] = Routed(taken(model, ids, weights), one, readings[place].truncated)
-            break
-    return found
+        places, route, distance = found_routes(model, readings, options)
+        far = [None] * len(places) if distance is None else distance.tolist()
+        rows = zip(places, route.slot_ids.tolist(), route.weights.tolist(), far, strict=True)
+        for place, ids, weights, one in rows:
+            results[place] = Routed(taken(model, ids, weights), one, readings[place].truncated)
+    return results

@@ -6,10 +6,11 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 from slm_fast.options import PredictOptions
+from slm_fast.scheduler import row_seed
 from slm_fast.server.generation import Generation
 from slm_fast.server.jobs import Piece, Refused
 
@@ -151,7 +152,7 @@ def group_of(piece: Piece, options: PredictOptions) -> Group:
     if ask.work == "answer" and writing is not None:
         options = replace(options, max_new_tokens=writing.max_new_tokens)
         if writing.sampling is not None:  # rows of a batch would share one random generator
-            temperature, top_p, seed = writing.sampling.temperature, writing.sampling.top_p, writing.sampling.seed
-            options = replace(options, sample=True, temperature=temperature, top_p=top_p, seed=seed + piece.place)
+            drawn = asdict(replace(writing.sampling, seed=row_seed(writing.sampling.seed, piece.place)))
+            options = replace(options, sample=True, **drawn)
             alone = piece.number + 1
     return Group(job.generation, ask.work, ask.task is not None, options, alone)

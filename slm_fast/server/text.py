@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -33,8 +34,9 @@ class TextStream:
         return self._more(text[: max(0, len(text) - self._held)].rstrip())  # a stop string may follow the blanks
 
     def end(self, text: str) -> str:
-        """The rest of the whole text."""
-        return self._more(text)
+        """The rest of the whole text. If later tokens have changed what was sent, what follows the part they left."""
+        left = sum(1 for _ in takewhile(lambda letters: letters[0] == letters[1], zip(text, self._sent, strict=False)))
+        return text[left:]
 
     def _more(self, text: str) -> str:
         if len(text) <= len(self._sent) or not text.startswith(self._sent):

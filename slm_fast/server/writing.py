@@ -10,22 +10,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slm_fast.errors import NotFinite, WorkError, one_line
+from slm_fast.errors import NOT_FINITE, InputError, WorkError, one_line
 from slm_fast.generate import Written
 from slm_fast.memory import AMPLE, ample
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
-from slm_fast.passes import measured
 from slm_fast.predict import Answer, answer_written
-from slm_fast.scheduler import Generated, Request, Scheduler
+from slm_fast.scheduler import Generated, Request, Scheduler, row_seed
 from slm_fast.server.generation import Generation
 from slm_fast.server.jobs import Piece, Refused, Result
+from slm_fast.server.passes import found_routes
 from slm_fast.server.text import cut_at
 
 log = logging.getLogger("slm_fast.server")
 ROWS = 64  # more rows hardly raise the throughput of a CPU
 CACHE = 0.125  # share of the free memory
+LETTER, SLACK = 4, 8  # most tokens of a letter (its bytes), and tokens more to be sure
 
 Ended = list[tuple[Piece, Result]]
 
@@ -91,9 +92,14 @@ class Writers:
             for start in range(0, len(ahead), self.max_rows):
                 found |= self._routes(ahead[start : start + self.max_rows], failed)
             for piece in pieces:
-                if piece not in failed:
-                    route, distance = found.get(piece, (None, None))
+                if piece in failed:
+                    continue
+                route, distance = found.get(piece, (None, None))
+                try:
                     number = scheduler.add_request(self._request(piece, route))
+                except InputError as error:  # the others begin all the same
+                    failed[piece] = WorkError(str(error))
+                else:
                     self._running[piece] = Running(generation, number, scheduler.generated[number], distance)
         return list(failed.items())
 
@@ -104,23 +110,17 @@ class Writers:
         return before or self.options.measures
 
     def _routes(self, pieces: list[Piece], failed: dict[Piece, Result]) -> dict[Piece, tuple[Route, Tensor | None]]:
-        pieces = list(pieces)
-        while pieces:
-            batch = self.model.collate([piece.reading for piece in pieces if piece.reading is not None])
-            batch = batch.to(self.model.backbone.device)
-            try:
-                query = self.model.find_queries(batch)
-                route = self.model.route(query, self._mask(pieces))
-            except NotFinite as error:
-                failed |= {pieces[i]: WorkError(error.reason) for i in error.rows}
-                pieces = [piece for piece in pieces if piece not in failed]
-                continue
-            route, distance = measured(self.model, query, route, self.options)
-            return {
-                piece: (Route(route.slot_ids[i], route.weights[i]), None if distance is None else distance[i : i + 1])
-                for i, piece in enumerate(pieces)
-            }
-        return {}
+        readings = [piece.reading for piece in pieces if piece.reading is not None]
+        places, route, distance = found_routes(self.model, readings, self.options, self._mask(pieces))
+        found = {
+            pieces[place]: (
+                Route(route.slot_ids[i], route.weights[i]),
+                None if distance is None else distance[i : i + 1],
+            )
+            for i, place in enumerate(places)
+        }
+        failed |= {piece: WorkError(NOT_FINITE) for piece in pieces if piece not in found}
+        return found
 
     def _mask(self, pieces: Sequence[Piece]) -> Tensor | None:
         names = [piece.job.ask.task for piece in pieces]
@@ -135,19 +135,20 @@ class Writers:
         assert ask.writing is not None
         assert reading is not None
         stop = ask.writing.stop
+        tail = max(map(len, stop), default=0) * LETTER + SLACK  # reading all tokens after each would be quadratic
         if ask.bare:
             empty = self.model.empty_route(1)
             route = Route(empty.slot_ids[0], empty.weights[0])
         sampling = ask.writing.sampling
-        if sampling is not None:  # each row has a seed of its own, as in `predict`
-            sampling = replace(sampling, seed=sampling.seed + piece.place)
+        if sampling is not None:  # as in `predict`
+            sampling = replace(sampling, seed=row_seed(sampling.seed, piece.place))
         masked = None if ask.task is None or route is not None else self.model.pool.slots_of(ask.task)
 
         def on_token(token: int, _: float) -> None:
             piece.tokens.append(token)
             if piece.head is None:
                 piece.head = self._answer(piece, "")
-            if stop and piece.stopped is None:
+            if stop and piece.stopped is None and cut_at(self._text(piece, tail), stop) is not None:
                 piece.stopped = cut_at(self._text(piece), stop)
                 if piece.stopped is not None:
                     self._stopped.append(piece)
@@ -204,16 +205,15 @@ class Writers:
             if piece not in ended:
                 scheduler.cancel(self._running[piece].number)
                 ended.append(piece)
-        return [
-            (piece, self._answer(piece, self._text(piece) if piece.stopped is None else piece.stopped))
-            for piece in ended
-        ]
+        return [(piece, piece.cut(self._answer(piece, self._text(piece)))) for piece in ended]
 
     def _of(self, generation: Generation) -> dict[int, Piece]:
         return {running.number: piece for piece, running in self._running.items() if running.generation is generation}
 
-    def _text(self, piece: Piece) -> str:
-        text: str = self.model.backbone.tokenizer.batch_decode([piece.tokens], skip_special_tokens=True)[0]
+    def _text(self, piece: Piece, last: int = 0) -> str:
+        """The text of the last tokens; of all tokens if `last` is 0."""
+        tokens = piece.tokens[-last:]
+        text: str = self.model.backbone.tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
         return text.strip()
 
     def _answer(self, piece: Piece, text: str) -> Answer:

@@ -16,6 +16,7 @@ from slm_fast.data import Row
 from slm_fast.errors import InputError
 from slm_fast.options import PredictOptions
 from slm_fast.predict import Prediction
+from slm_fast.scheduler import row_seed
 from slm_fast.server import run
 from slm_fast.server.app import Served
 from slm_fast.server.generation import generation_number
@@ -183,7 +184,7 @@ def test_a_stop_text_ends_a_text_before_it(writer) -> None:
     drawn = {"temperature": 1.5, "seed": 3}
     texts = slm.predict(TEXTS, max_new_tokens=12, sample=True, **drawn)
     place, answer = next((i, a) for i, a in enumerate(texts) if len(set((a.text or "").split())) >= 3)
-    stop, drawn["seed"] = (answer.text or "").split()[1], 3 + place
+    stop, drawn["seed"] = (answer.text or "").split()[1], row_seed(3, place)
     body = {"prompt": TEXTS[place], "max_tokens": 12, "stop": [stop], **drawn}
     (choice,) = client.post("/v1/completions", body)["choices"]
     assert choice["text"] == (answer.text or "").partition(stop)[0].strip()
@@ -286,6 +287,10 @@ def test_the_bare_backbone_reads_a_chat_through_its_own_template(tmp_path) -> No
         assert found["choices"][0]["message"]["content"] == auto.text
         status, error, _ = client.call("POST", "/v1/chat/completions", {**body, "messages": turns * 4})
         assert (status, "no more" in error["error"]["message"]) == (400, True)
+    slm.model.backbone.tokenization = Tokenization(_with_template("{# #}"), "causal", slm.model.backbone.device)
+    with serving(slm) as (client, _):
+        status, error, _ = client.call("POST", "/v1/chat/completions", body)
+        assert (status, "writes nothing" in error["error"]["message"]) == (400, True)
 
 
 def _with_template(template: str):

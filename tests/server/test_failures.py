@@ -15,7 +15,7 @@ from models import mixed_texts, random_task, reopened
 from served import Client, serving, store_with, until
 from stores import damage_values
 
-from slm_fast.errors import NOT_FINITE, WorkError
+from slm_fast.errors import NOT_FINITE, InputError, WorkError
 from slm_fast.predict import answer_batch
 from slm_fast.scheduler import Scheduler
 from slm_fast.server import engine as engine_module
@@ -56,6 +56,25 @@ def test_a_row_that_cannot_be_answered_is_named(tmp_path: Path, monkeypatch) -> 
         monkeypatch.setattr(engine_module, "answer_batch", fails)
         status, found, _ = client.call("POST", "/v1/classify", {"input": ["sea1 sea2", "sea3 sea4"]})
         assert (status, found["error"]["message"]) == (422, f"input 1: {NOT_FINITE}")
+
+
+def test_a_row_that_cannot_begin_lets_others_of_its_turn_begin(tmp_path: Path, monkeypatch) -> None:
+    slm = store_with(tmp_path / "store", "llama")
+    expected, add = [answer.text for answer in slm.predict(TEXTS, max_new_tokens=5)], Scheduler.add_request
+
+    def fails(self, request):
+        if request.max_new_tokens == 3:
+            raise InputError("max_new_tokens: too few")
+        return add(self, request)
+
+    monkeypatch.setattr(Scheduler, "add_request", fails)
+    with serving(slm) as (client, _), ThreadPoolExecutor(len(TEXTS) + 1) as pool:
+        bodies = [{"prompt": text, "max_tokens": 5} for text in TEXTS]
+        bodies.insert(2, {"prompt": TEXTS[0], "max_tokens": 3})
+        replies = list(pool.map(lambda body: client.call("POST", "/v1/completions", body), bodies))
+    status, found, _ = replies.pop(2)
+    assert (status, found["error"]["message"]) == (422, "prompt 0: max_new_tokens: too few")
+    assert [body["choices"][0]["text"] for _, body, _ in replies] == expected
 
 
 def test_texts_that_cannot_be_written_on_are_a_500_and_the_next_are_written(tmp_path: Path, monkeypatch) -> None:

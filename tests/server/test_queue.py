@@ -101,6 +101,12 @@ def test_a_text_is_cut_before_its_first_stop_text(text: str, stops: list[str], f
     assert cut_at(text, stops) == found
 
 
+def test_what_follows_a_text_that_has_changed_is_sent_all_the_same() -> None:
+    stream = TextStream(lambda tokens: " ".join(map(str, tokens)))
+    assert stream.so_far([1, 2]) == "1 2"
+    assert stream.end("1, 3 and 4") == ", 3 and 4"
+
+
 @example("a bb", ["bb"])
 @given(st.text("ab \n🐟é", max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=2))
 def test_parts_of_a_text_are_the_text_and_hold_no_part_of_a_stop_text(text: str, stops: list[str]) -> None:

@@ -50,6 +50,26 @@ def test_adapters_imported_elsewhere_are_served_as_predict_has_them(name: str, t
             assert (row["task"], row["label"], row["text"]) == (answer.task, answer.label, answer.text)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_stop_texts_hold_beside_an_imported_adapter(streams: bool, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "lora", "llama", r=9)
+    slm = store_with(tmp_path / "store", "llama")
+    slm.import_adapter(tmp_path / "lora", "sky", sentences("sky"))
+    texts = [*sentences("sky", 5, seed=2), *mixed_texts(6)]
+    answers = slm.predict(texts, max_new_tokens=12)
+    whole = {answer.task: (text, answer.text) for text, answer in zip(texts, answers, strict=True)}
+    assert whole.keys() >= {"sky", "farm"}
+    with serving(slm) as (client, _):
+        for text, answer in whole.values():
+            stop = answer.split()[1]
+            body = {"prompt": text, "max_tokens": 12, "stop": stop, "stream": streams}
+            found = client.post("/v1/completions", body)
+            lines = [line[6:] for line in found.split("\n\n")[:-2]] if streams else [json.dumps(found)]
+            parts = [json.loads(line)["choices"][0] for line in lines]
+            assert "".join(part["text"] for part in parts) == answer.partition(stop)[0].strip()
+            assert parts[-1]["finish_reason"] == "stop"
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
