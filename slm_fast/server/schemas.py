@@ -14,9 +14,23 @@ def _is_off(value: bool) -> bool:
     return value
 
 
+def _unset(nothing: Any = None) -> AfterValidator:
+    """For a field that is not supported: it may be null, or `nothing`, which also means that it is not set."""
+
+    def check(value: Any) -> None:
+        if value is not None and (value != nothing or type(value) is not type(nothing)):
+            raise PydanticCustomError("unsupported", "not supported by this server; leave it out")
+
+    return AfterValidator(check)
+
+
 # Literal[1] would accept true and 1.0, and Literal[False] would accept 0.
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[int, Field(ge=1, le=1)]
+Absent = Annotated[Any, _unset(), Field(json_schema_extra={"enum": [None]})]
+NoText = Annotated[Any, _unset(""), Field(json_schema_extra={"enum": [None, ""]})]
+NoItems = Annotated[Any, _unset([]), Field(json_schema_extra={"enum": [None, []]})]
+NoFields = Annotated[Any, _unset({}), Field(json_schema_extra={"enum": [None, {}]})]
 Off = Annotated[bool, AfterValidator(_is_off), Field(json_schema_extra={"const": False})]
 Model = Annotated[
     str, Field(description="auto finds the task; a task's name forces it; base is the bare backbone", max_length=512)
@@ -84,7 +98,8 @@ class Writing(Body):
     stop: Stop = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    logit_bias: None = None
+    logit_bias: NoFields = None
+    service_tier: Literal["auto", "default"] | None = None
     n: One | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
@@ -100,8 +115,8 @@ class Completion(Writing):
     prompt: str | Annotated[list[str], Field(min_length=1)]
     echo: Off | None = None
     best_of: One | None = None
-    logprobs: None = None
-    suffix: None = None
+    logprobs: Absent = None
+    suffix: NoText = None
 
 
 class Part(Body):
@@ -115,10 +130,10 @@ class Turn(Body):
     role: str
     content: str | list[Part]
     name: str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
+    refusal: Absent = None
+    audio: Absent = None
+    function_call: Absent = None
+    tool_calls: NoItems = None
 
 
 class Plain(Body):
@@ -129,9 +144,10 @@ class Chat(Writing):
     messages: Annotated[list[Turn], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Off | None = None
-    top_logprobs: None = None
+    top_logprobs: Absent = None
     response_format: Plain | None = None
-    tools: None = None
+    tools: NoItems = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     tool_choice: Literal["none"] | None = None
     store: Off | None = None
 

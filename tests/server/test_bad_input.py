@@ -114,6 +114,18 @@ BAD: list[tuple[str, Any, int, str]] = [
     ),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": "2"}, 400, "valid integer"),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "logprobs": 0}, 400, "logprobs: Input should be a valid"),
+    *(
+        (path, {**given, field: value}, 400, f"{field}: not supported by this server; leave it out")
+        for path, given, unsupported in (
+            (
+                CHAT,
+                {"messages": [{"role": "user", "content": "a"}]},
+                {"tools": [{"type": "function"}], "top_logprobs": 2},
+            ),
+            ("/v1/completions", {"prompt": "a"}, {"logit_bias": {"50256": -100}, "suffix": "b", "logprobs": 0}),
+        )
+        for field, value in unsupported.items()
+    ),
     ("/v1/completions", {"prompt": "a", "echo": 0}, 400, "echo: Input should be a valid boolean"),
 ]
 
@@ -129,6 +141,27 @@ def test_a_bad_request_is_refused_in_a_line_that_names_the_field(
     assert len(found["error"]["message"]) < 400
     assert len(found["error"]["param"] or "") < 120
     assert client.post(CLASSIFY, {"input": "sea1"})["data"][0]["task"] == "sea"  # the server still works
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "sea1", "suffix": "", "logit_bias": {}, "service_tier": "default"}),
+        (
+            CHAT,
+            {
+                "messages": [
+                    {"role": "user", "content": "sea1"},
+                    {"role": "assistant", "content": "a", "tool_calls": []},
+                    {"role": "user", "content": "sea2"},
+                ],
+                **{"tools": [], "modalities": ["text"], "service_tier": "auto", "logit_bias": {}},
+            },
+        ),
+    ],
+)
+def test_fields_that_are_not_supported_may_say_that_they_are_not_set(client: Client, path: str, body: Any) -> None:
+    assert client.post(path, {**body, "max_tokens": 2})["choices"]
 
 
 def test_whole_numbers_may_be_given_where_floats_are_expected(client: Client) -> None:
