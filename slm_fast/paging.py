@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slm_fast.errors import InputError, RowsFailed, WorkError, some_of
+from slm_fast.errors import InputError, RowsFailed, WorkError, some_of, warn
 from slm_fast.ops import Route
 from slm_fast.pool import Buffers, Pool, page_rank, rows_of
 from slm_fast.tasks import LearnedTask, in_name_order
@@ -210,13 +210,27 @@ def pool_of(
 
 
 def within(pool: Pool, budget: int | None, k: int) -> Pool:
-    """The pool or, if it exceeds the budget, a paged one, with space for at least one row's slots."""
-    if budget is None or pool.room <= budget:
+    """The pool or, if it exceeds the budget, a paged one, with space for at least one row's slots. A paged pool becomes
+    a plain one again once its tasks take half of the budget, since buffers may double as they grow."""
+    if budget is None:
         return pool
-    capacity = max(budget // _row_bytes(pool.tasks, pool.device, pool.dtype), _least_rows(pool.tasks, k))
+    tasks, device, dtype = pool.tasks, pool.device, pool.dtype
+    if isinstance(pool, PagedPool):
+        page, one = page_rank(tasks), _row_bytes(tasks, device, dtype)
+        if 2 * one * sum(rows_of(task, page) for task in tasks) <= budget:
+            return Pool(tasks, device, dtype)
+    if pool.room <= budget and (pool.most_slots is None or pool.most_slots >= k):
+        return pool
+    one = _row_bytes(tasks, device, dtype)
+    least = _least_rows(tasks, k)
+    if budget < least * one:
+        warn(
+            f"device_memory: the slots of one row take {least * one} bytes, more than the {budget} given; they get them"
+        )
+    capacity = max(budget // one, least)
     if isinstance(pool, PagedPool) and pool.capacity == capacity:
         return pool
-    return PagedPool(pool.tasks, pool.device, pool.dtype, capacity=capacity)
+    return PagedPool(tasks, device, dtype, capacity=capacity)
 
 
 def _row_bytes(tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,14 @@ from models import FAMILIES, TOPICS, easy, make_slm, one_thread, random_task, re
 from stores import damage_values
 
 from slm_fast import ScalableLM
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, SlmWarning, WorkError
 from slm_fast.memory import bytes_of
 from slm_fast.ops import Route
 from slm_fast.paging import PagedPool, TooManySlots
 from slm_fast.pool import Pool
 from slm_fast.predict import Prediction
 from slm_fast.store import Store
-from slm_fast.tasks import LearnedTask
+from slm_fast.tasks import Adapter, LearnedTask
 
 NAMES = [f"{topic}{i}" for topic in TOPICS for i in range(3)]
 
@@ -177,8 +178,9 @@ def test_tasks_that_come_and_go_leave_what_a_fresh_model_has() -> None:
         slm.add(random_task(whole, "wide", rank=8))  # the buffers are rebuilt with half as many rows
     assert paged.model.known.most_rows == 1
     assert_same(paged.predict(rows, batch_size=1), whole.predict(rows, batch_size=1))
-    for slm in (paged, whole):
-        slm.add(random_task(whole, "wider", rank=16))  # the slots of one row now exceed the budget
+    whole.add(random_task(whole, "wider", rank=16))
+    with pytest.warns(SlmWarning, match="device_memory: the slots of one row take"):
+        paged.add(random_task(whole, "wider", rank=16))
     assert paged.model.known.most_rows == 1
     assert_same(paged.predict(rows, batch_size=1), whole.predict(rows, batch_size=1))
     with pytest.raises(InputError, match="the pool has it already"):
@@ -187,7 +189,7 @@ def test_tasks_that_come_and_go_leave_what_a_fresh_model_has() -> None:
         paged.model.pool.without("nobody")
 
 
-def test_a_pool_that_outgrows_its_room_is_paged_from_then_on() -> None:
+def test_a_pool_that_outgrows_its_room_is_paged_until_its_tasks_take_half_of_it() -> None:
     whole = make_slm("bert")
     tasks = some_tasks(whole)
     grown = with_room("bert", 5, tasks[:2])
@@ -197,6 +199,27 @@ def test_a_pool_that_outgrows_its_room_is_paged_from_then_on() -> None:
     assert isinstance(grown.model.pool, PagedPool)
     whole._set(tasks)
     assert_same(grown.predict(texts(12), batch_size=2), whole.predict(texts(12), batch_size=2))
+    for task in tasks[3:]:
+        grown.forget(task.name)
+    assert isinstance(grown.model.pool, PagedPool)
+    grown.forget(tasks[2].name)
+    assert type(grown.model.pool) is Pool
+    whole._set(tasks[:2])
+    assert_same(grown.predict(texts(12), batch_size=2), whole.predict(texts(12), batch_size=2))
+
+
+def test_an_imported_task_wider_than_the_room_gets_it_with_a_warning() -> None:
+    whole = make_slm("bert")
+    tasks = some_tasks(whole, rank=8)
+    paged = with_room("bert", 4, tasks, rank=8)
+    wide = replace(random_task(whole, "wide", topic="sky", rank=64), adapter=Adapter(pooling="mean"))
+    with pytest.warns(SlmWarning, match="device_memory: the slots of one row take .* more than the .* given"):
+        paged.add(wide)
+    whole._set([*tasks, wide])
+    rows = [sentence("sky", random.Random(i)) for i in range(4)] + texts(4)
+    answers = paged.predict(rows, batch_size=1)
+    assert "wide" in {answer.task for answer in answers}
+    assert_same(answers, whole.predict(rows, batch_size=1))
 
 
 def test_joint_learning_needs_all_values() -> None:
