@@ -6,6 +6,7 @@ What it keeps of a task is small (`slm_fast.scatter`), and also tells how far a 
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -66,8 +67,8 @@ class RandomFeatureRouter(GaussianRouter):
         if self._last is not None and self._last[0] is query:
             return self._last[1]
         matrix = self.matrix
-        if matrix.weight.device != query.device:  # queries are on the CPU in `fit`
-            matrix = copy.deepcopy(matrix).to(query.device)
+        if matrix.weight.device != query.device:  # queries are on the CPU in `fit`, and for distances
+            matrix = _copy_on(matrix, query.device)
         expanded = torch.cat([query, matrix(query[:, : matrix.in_features]).relu_()], 1)
         self._last = query, expanded  # label_scores needs what route has just computed
         return expanded
@@ -144,7 +145,7 @@ class RandomFeatureRouter(GaussianRouter):
         keys, bias, temperature, (task, label) = self.keys, self.bias, self.label_temperature, self.label_of_mean
         if slot_ids is not None and len(keys) > MANY_MEANS:
             asked = torch.zeros(len(self.parts), dtype=torch.bool, device=keys.device)
-            asked[torch.tensor(self.task_of_slot, device=keys.device)[slot_ids.clamp(min=0)]] = True
+            asked[self.slot_task[slot_ids.clamp(min=0)]] = True
             (chosen,) = asked[task].nonzero(as_tuple=True)
             keys, bias, temperature, task, label = (own[chosen] for own in (keys, bias, temperature, task, label))
         scores = (self.expand(query) - self.centre) @ keys.T + bias
@@ -163,9 +164,17 @@ class RandomFeatureRouter(GaussianRouter):
         return torch.zeros(len(query))  # negligible for shares of at most 96 rows
 
     def _percentiles(self, task: int) -> Tensor:
-        if not len(self.parts[task]["sample"]):
-            return torch.full((PERCENTILES,), torch.inf)  # nothing to compare with
-        return percentiles(self._share(*self._left_out(task), task))
+        if task not in self._known_percentiles:
+            none = not len(self.parts[task]["sample"])  # nothing to compare with
+            found = (
+                torch.full((PERCENTILES,), torch.inf) if none else percentiles(self._share(*self._left_out(task), task))
+            )
+            self._known_percentiles[task] = found
+        return self._known_percentiles[task]
+
+    @cached_property
+    def _known_percentiles(self) -> dict[int, Tensor]:
+        return {}
 
     def _share(self, relative: Tensor, absolute: Tensor, task: int) -> Tensor:
         """The share [N] of the sample that is nearer than these two distances [N], or more than 1 beyond all of it."""
@@ -256,6 +265,11 @@ def _spread(assignment: Tensor, count: Tensor) -> Tensor:
     rows = assignment.argsort(stable=True)
     rows = rows[count[assignment[rows]] > 1]
     return rows[torch.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().long()]
+
+
+@functools.lru_cache(1)
+def _copy_on(matrix: nn.Linear, device: torch.device) -> nn.Linear:
+    return copy.deepcopy(matrix).to(device)
 
 
 def feature_matrix(leading: int, features: int, device: torch.device) -> nn.Linear:

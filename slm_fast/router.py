@@ -47,8 +47,7 @@ WHITENER_BYTES = 256 << 20  # maximum bytes of covariances kept for distances
 
 
 def check_finite(query: Tensor) -> None:
-    bad = (~query.isfinite().all(1)).nonzero()[:, 0].tolist()
-    if bad:
+    if bad := (~query.isfinite().all(1)).nonzero()[:, 0].tolist():
         raise NotFinite(bad, len(query))
 
 
@@ -101,8 +100,7 @@ class Router(ABC):
         kept: known results for all of them. Raises WorkError if a part cannot be used.
         """
         named = parts if isinstance(parts, Mapping) else {f"{i:06d}": part for i, part in enumerate(parts)}
-        names = sorted(named)
-        self._hold(names, [named[name] for name in names], device)
+        self._hold(sorted(named), [named[name] for name in sorted(named)], device)
 
     def with_part(self: AnyRouter, name: str, part: Part) -> AnyRouter:
         """A router with one more task. Raises InputError if the name is taken, WorkError if the part is unusable."""
@@ -140,6 +138,11 @@ class Router(ABC):
         """Index in `names` of each slot's task."""
         return [i for i, part in enumerate(self.parts) for _ in range(self.slots(part))]
 
+    @cached_property
+    def slot_task(self) -> Tensor:
+        """The same on the device, [P] int64."""
+        return torch.tensor(self.task_of_slot, dtype=torch.int64, device=self.device)
+
     def distance(self, query: Tensor, slot_ids: Tensor, rounding: float = 0.0) -> Tensor:
         """Distance of each query [B, D] from the task of its slot [B]: the share of that task's training rows that are
         nearer, [B] float32; more than 1 beyond all of them.
@@ -147,7 +150,7 @@ class Router(ABC):
         rounding: relative error of the queries, since the other rows of a batch affect a query's last bits. A task
         whose distances cannot be computed (its part is damaged) is infinitely far from everything.
         """
-        task_B, query = torch.tensor(self.task_of_slot)[slot_ids.cpu()], query.cpu()
+        task_B, query = self.slot_task[slot_ids.to(self.device)].cpu(), query.cpu()
         found = torch.full((len(query),), torch.inf)
         for task in task_B.unique().tolist():
             rows = task_B == task

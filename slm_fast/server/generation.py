@@ -65,8 +65,10 @@ def prepare(model: AdaptedModel, known: Known, *, distances: bool) -> None:
     query = torch.ones(1, model.query.width, device=model.backbone.device)
     with torch.no_grad():
         known.router.route(query)
-        for task in range(len(known.pool.names)) if distances else ():
-            known.router.distance(query, torch.tensor([known.router.task_of_slot.index(task)]))
+        if distances:
+            tasks = known.router.slot_task
+            first_slot = tasks.diff(prepend=tasks.new_full((1,), -1)).nonzero()[:, 0]
+            known.router.distance(query.expand(len(first_slot), -1), first_slot)
 
 
 class Watcher:
