@@ -33,7 +33,8 @@ class Known(NamedTuple):
         """
         pool, router, budget = self
         for name in remove:
-            pool, router = pool.without(name), router.without(name)
+            pool = pool.without(name)
         for task in add:
-            pool, router = pool.with_task(task), router.with_part(task.name, task.router)
+            pool = pool.with_task(task)
+        router = router.changed({task.name: task.router for task in add}, remove)
         return Known(within(pool, budget, router.k), router, budget)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -94,11 +95,10 @@ class RandomFeatureRouter(GaussianRouter):
     def means(self, part: Part) -> Tensor:
         return drawn_means(part)
 
-    def _follow(self, before: GaussianRouter) -> None:
-        super()._follow(before)
+    def _follow(self, before: GaussianRouter, same: AbstractSet[str]) -> None:
+        super()._follow(before, same)
         if self.sketch is before.sketch and isinstance(before, RandomFeatureRouter):
-            there = set(self.names)
-            self.left_out = {name: found for name, found in dict(before.left_out).items() if name in there}
+            self.left_out = {name: found for name, found in dict(before.left_out).items() if name in same}
 
     @property
     def pooled(self) -> Pooled:

@@ -7,8 +7,8 @@ So tasks may be learned in any order and removed again, and no bit of the result
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -52,14 +52,15 @@ def check_finite(query: Tensor) -> None:
 
 
 AnyRouter = TypeVar("AnyRouter", bound="Router")
+AnyGaussian = TypeVar("AnyGaussian", bound="GaussianRouter")
 
 
 @dataclass
 class Router(ABC):
     """Routes among the slots of the tasks whose parts it has. Slot ids follow the order of the tasks' names.
 
-    Once loaded, a router does not change. `with_part` and `without` return another one, at the cost of that one task's
-    part (and of lists with an entry for each task). What concerns all slots is computed for the first route.
+    Once loaded, a router does not change. `changed` returns another one, at the cost of the parts that differ (and of
+    lists with an entry for each task). What concerns all slots is computed for the first route.
     """
 
     k: int
@@ -102,18 +103,21 @@ class Router(ABC):
         named = parts if isinstance(parts, Mapping) else {f"{i:06d}": part for i, part in enumerate(parts)}
         self._hold(sorted(named), [named[name] for name in sorted(named)], device)
 
-    def with_part(self: AnyRouter, name: str, part: Part) -> AnyRouter:
-        """A router with one more task. Raises InputError if the name is taken, WorkError if the part is unusable."""
-        if name in self.names:
-            raise InputError(f"task {name!r}: the router has it already")
-        router, names, parts, i = replace(self), self.names, self.parts, bisect(self.names, name)
-        router._hold([*names[:i], name, *names[i:]], [*parts[:i], part, *parts[i:]], self.device)
-        return router
+    def changed(self: AnyRouter, add: Mapping[str, Part], remove: Sequence[str] = ()) -> AnyRouter:
+        """A router without the tasks in `remove` and with those in `add`, which may replace them.
 
-    def without(self: AnyRouter, name: str) -> AnyRouter:
-        """A router with one task less. Raises InputError if there is no task of this name."""
-        router, i = replace(self), self._place(name)
-        router._hold(self.names[:i] + self.names[i + 1 :], self.parts[:i] + self.parts[i + 1 :], self.device)
+        Raises:
+            InputError: a name to remove is not there, or one to add is.
+            WorkError: a part is unusable.
+        """
+        there = dict(zip(self.names, self.parts, strict=True))
+        for name in remove:
+            if there.pop(name, None) is None:
+                raise InputError(f"task {name!r}: the router does not have it; tasks: {some_of(there)}")
+        if taken := sorted(there.keys() & add.keys()):
+            raise InputError(f"task {taken[0]!r}: the router has it already")
+        router, there = replace(self), there | dict(add)
+        router._hold(sorted(there), [there[name] for name in sorted(there)], self.device)
         return router
 
     def _hold(self, names: list[str], parts: list[Part], device: torch.device) -> None:
@@ -121,11 +125,6 @@ class Router(ABC):
             for attribute in [name for name, value in vars(kind).items() if isinstance(value, cached_property)]:
                 vars(self).pop(attribute, None)
         self.names, self.parts, self.device = names, parts, device
-
-    def _place(self, name: str) -> int:
-        if name not in self.names:
-            raise InputError(f"task {name!r}: the router does not have it; tasks: {some_of(self.names)}")
-        return self.names.index(name)
 
     @abstractmethod
     def prepare(self, *, for_many: bool = False) -> None:
@@ -231,24 +230,22 @@ class GaussianRouter(Router):
         """The sum of the sampled tasks' scatters, for new keys and for distances."""
         return self.sketch.scatter
 
-    def with_part(self, name: str, part: Part) -> GaussianRouter:
-        router = super().with_part(name, part)
-        router._follow(self)
+    def changed(self: AnyGaussian, add: Mapping[str, Part], remove: Sequence[str] = ()) -> AnyGaussian:
+        router = super().changed(add, remove)
+        before = dict(zip(self.names, self.parts, strict=True))
+        same = {name for name, part in zip(router.names, router.parts, strict=True) if before.get(name) is part}
+        router._follow(self, same)
+        for name in remove:
+            router.sketch.let_go(name)
         return router
 
-    def without(self, name: str) -> GaussianRouter:
-        router = super().without(name)
-        router._follow(self)
-        router.sketch.let_go(name)
-        return router
-
-    def _follow(self, before: GaussianRouter) -> None:
-        """Take over results for unchanged tasks from a router with one more or less. Raises as `ExactSum.of` does."""
+    def _follow(self, before: GaussianRouter, same: AbstractSet[str]) -> None:
+        """Take over results of the tasks `same` from the router before a change. Raises as `ExactSum.of` does."""
         there = dict(zip(self.names, self.parts, strict=True))
         self.sketch = before.sketch.changed({name: there[name] for name in sampled(there)})
-        self.whiteners = {name: lower for name, lower in dict(before.whiteners).items() if name in there}
+        self.whiteners = {name: lower for name, lower in dict(before.whiteners).items() if name in same}
         if self.sketch is before.sketch and before._has_others and (known := before.known_keys) is not None:
-            rows = {name: place for name, place in known.rows.items() if name in there}
+            rows = {name: place for name, place in known.rows.items() if name in same}
             self._known = KnownKeys(rows, known.discriminant)
         self._follows = True
 

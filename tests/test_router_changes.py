@@ -84,7 +84,7 @@ def test_a_router_with_any_history_is_that_of_its_tasks_alone(kind: str, history
     router = fresh_router(kind, [])
     older = []
     for name, looked_at in history:  # each name toggles its task: removed if present, else added
-        router = router.without(name) if name in router.names else router.with_part(name, PARTS[kind][name])
+        router = router.changed({}, [name]) if name in router.names else router.changed({name: PARTS[kind][name]})
         if looked_at:
             assert_same(router, fresh_router(kind, router.names))
             older.append(router)
@@ -150,7 +150,7 @@ def test_a_task_more_or_less_reads_no_other_tasks_scatter() -> None:
     router.load({name: parts[name] for name in "abde"}, CPU)
     for part in parts.values():
         part.asked = 0
-    router = router.with_part("c", parts["c"]).without("b")
+    router = router.changed({"c": parts["c"]}).changed({}, ["b"])
     router.route(draw(3, 0))
     assert {name: part.asked for name, part in parts.items()} == {"a": 0, "b": 1, "c": 1, "d": 0, "e": 0}
 
@@ -161,7 +161,7 @@ def test_what_concerns_all_slots_is_computed_once_for_any_number_of_changes(monk
     monkeypatch.setattr(slm_fast.router, "whitener", lambda *args: factored.append(1) or whitener(*args))
     router = fresh_router("gaussian", [])
     for name, part in PARTS["gaussian"].items():
-        router = router.with_part(name, part)
+        router = router.changed({name: part})
     assert factored == []
     router.route(draw(3, 0))
     router.route(draw(5, 1))
@@ -182,19 +182,19 @@ def test_covariances_for_distances_are_kept_by_name_and_only_the_last_few(monkey
     assert ask("a", "b", "c") == ["a", "b", "c"]
     assert ask("a") == ["b", "c", "a"]
     assert ask("e") == ["c", "a", "e"]
-    assert list(router.with_part("f", PARTS["gaussian"]["a"]).whiteners) == ["c", "a", "e"]
-    assert list(router.without("c").whiteners) == ["a", "e"]
-    assert list(router.without("b").whiteners) == ["c", "a", "e"]
+    assert list(router.changed({"f": PARTS["gaussian"]["a"]}).whiteners) == ["c", "a", "e"]
+    assert list(router.changed({}, ["c"]).whiteners) == ["a", "e"]
+    assert list(router.changed({}, ["b"]).whiteners) == ["c", "a", "e"]
 
 
 def test_a_task_learned_anew_is_measured_by_its_new_covariance() -> None:
     router = fresh_router("gaussian", ["a", "b"])
     asked, slot = draw(5, 3), torch.zeros(5, dtype=torch.int64)
     router.distance(asked, slot)
-    again = router.without("a").with_part("a", PARTS["gaussian"]["d"])
-    alone = GaussianRouter()
-    alone.load([PARTS["gaussian"]["d"]], CPU)
-    assert torch.equal(again.distance(asked, slot), alone.distance(asked, slot))
+    alone, new = GaussianRouter(), {"a": PARTS["gaussian"]["d"]}
+    alone.load(list(new.values()), CPU)
+    for again in (router.changed({}, ["a"]).changed(new), router.changed(new, ["a"])):
+        assert torch.equal(again.distance(asked, slot), alone.distance(asked, slot))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,8 +203,8 @@ def test_a_change_broken_off_anywhere_leaves_the_router_as_it_was(kind: str, cha
     router = fresh_router(kind, ["a", "b", "d"])
     asked = draw(4, 0)
     call = {
-        "add": lambda: router.with_part("c", PARTS[kind]["c"]),
-        "remove": lambda: router.without("b"),
+        "add": lambda: router.changed({"c": PARTS[kind]["c"]}),
+        "remove": lambda: router.changed({}, ["b"]),
         "route": lambda: router.route(asked),
     }[change]
     breaks = 0
@@ -213,7 +213,7 @@ def test_a_change_broken_off_anywhere_leaves_the_router_as_it_was(kind: str, cha
         assert router.names == ["a", "b", "d"]
     assert breaks >= 5
     assert_same(router, fresh_router(kind, ["a", "b", "d"]))
-    assert_same(router.with_part("c", PARTS[kind]["c"]), fresh_router(kind, ["a", "b", "c", "d"]))
+    assert_same(router.changed({"c": PARTS[kind]["c"]}), fresh_router(kind, ["a", "b", "c", "d"]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 2.0**52])
@@ -221,7 +221,7 @@ def test_a_scatter_that_cannot_be_summed_exactly_is_refused_and_nothing_changes(
     router = fresh_router("gaussian", ["a", "b"])
     part = {**PARTS["gaussian"]["c"], "scatter": torch.full_like(PARTS["gaussian"]["c"]["scatter"], bad)}
     with pytest.raises(WorkError, match="scatter: expected finite numbers"):
-        router.with_part("c", part)
+        router.changed({"c": part})
     assert_same(router, fresh_router("gaussian", ["a", "b"]))
 
 
@@ -229,16 +229,16 @@ def test_a_scatter_that_cannot_be_summed_exactly_is_refused_and_nothing_changes(
 def test_a_name_that_is_taken_and_one_that_is_not_there_are_wrong_calls(kind: str) -> None:
     router = fresh_router(kind, ["a", "b"])
     with pytest.raises(InputError, match="task 'a': the router has it already"):
-        router.with_part("a", PARTS[kind]["a"])
+        router.changed({"a": PARTS[kind]["a"]})
     with pytest.raises(InputError, match="task 'c': the router does not have it; tasks: a, b"):
-        router.without("c")
+        router.changed({}, ["c"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_options_stay_when_tasks_come_and_go(kind: str) -> None:
     router = GaussianRouter(k=1, temperature=9.0) if kind == "gaussian" else dtkr(k=1, aggregate="vote")
     router.load({}, CPU)
-    assert router.with_part("a", PARTS[kind]["a"]).with_part("b", PARTS[kind]["b"]).without("a") == router
+    assert router.changed({"a": PARTS[kind]["a"]}).changed({"b": PARTS[kind]["b"]}).changed({}, ["a"]) == router
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "features"])
@@ -255,4 +255,4 @@ def test_routes_are_the_same_once_keys_are_prepared_for_many_rows(kind):
     for route in (later, told.route(asked)):
         assert torch.equal(route.slot_ids, first.slot_ids)
         assert torch.equal(route.weights, first.weights)
-    assert "prepared" not in vars(router.without("a"))
+    assert "prepared" not in vars(router.changed({}, ["a"]))
