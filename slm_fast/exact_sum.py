@@ -56,10 +56,6 @@ class ExactSum:
                 total = cls(*_summed(some))
         return total or cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
-    def plus(self, *terms: Term) -> ExactSum:
-        """Add terms. Raises as `of` does."""
-        return ExactSum.of(terms, self)
-
     def minus(self, *terms: Term) -> ExactSum:
         """Subtract terms that the sum contains."""
         total = self._copy()

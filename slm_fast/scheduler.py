@@ -175,20 +175,19 @@ class Scheduler:
         returned by the next step.
         """
         with self.model.lock:
-            self._ended |= self._advance()
+            self._advance()
             ended, self._ended = self._ended, {}
             return ended
 
-    def _advance(self) -> dict[int, Generated]:
+    def _advance(self) -> None:
         free = self.max_rows - len(self._running)
         if self._pays(free):
             self._waited = 0
-            return self._prefill(self._take(free))
-        if not self._running:
-            return {}
-        assert self._decoder is not None
-        self._waited += len(self._waiting)
-        return self._note(self._decoder.step(), 0)
+            self._prefill(self._take(free))
+        elif self._running:
+            assert self._decoder is not None
+            self._waited += len(self._waiting)
+            self._note(self._decoder.step(), 0)
 
     def _pays(self, free: int) -> bool:
         """Whether to prefill now. That reads all weights, as a step does, and running rows wait meanwhile: so not until
@@ -217,7 +216,7 @@ class Scheduler:
             rows.append(self._waiting.popleft())
         return rows
 
-    def _prefill(self, rows: list[_Row]) -> dict[int, Generated]:
+    def _prefill(self, rows: list[_Row]) -> None:
         """Pass the prompts of waiting rows through the backbone, and let the rows join those that run."""
         try:
             logits = self._joined(rows)
@@ -226,13 +225,14 @@ class Scheduler:
             self._waiting.extendleft(row for row in reversed(rows) if row not in failed)
             for row in failed:
                 row.generated.error = error.reason
-            return self._finish([(row, "error") for row in failed])
+            self._finish([(row, "error") for row in failed])
+            return
         except BaseException:
             self._waiting.extendleft(reversed(rows))
             raise
         place = len(self._running)
         self._running += rows
-        return self._note(logits, place)
+        self._note(logits, place)
 
     def _joined(self, rows: list[_Row]) -> Tensor:
         """The first logits of new rows, [B, V], whose keys and values are now in the cache."""
@@ -284,7 +284,7 @@ class Scheduler:
         pad = torch.nn.functional.pad
         return Route(pad(route.slot_ids, (0, missing), value=-1), pad(route.weights, (0, missing)))
 
-    def _note(self, logits: Tensor, place: int) -> dict[int, Generated]:
+    def _note(self, logits: Tensor, place: int) -> None:
         """Choose the next token of the rows from `place` on from their logits [B, V], and remove those that end."""
         assert self._decoder is not None
         rows, logits = self._running[place:], logits.float()
@@ -303,16 +303,15 @@ class Scheduler:
                 places.append(place)
             place += 1
         self._drop(places)
-        self._ended |= self._finish(ended)
+        self._finish(ended)
         for row, token, probability in new:
             if row.request.on_token is not None and row.generated.finish_reason != "cancelled":
                 row.request.on_token(token, probability)
-        return {}
 
-    def _finish(self, ended: list[tuple[_Row, str]]) -> dict[int, Generated]:
+    def _finish(self, ended: list[tuple[_Row, str]]) -> None:
         for row, reason in ended:
             row.generated.finish_reason = reason
-        return {row.number: self.generated.pop(row.number) for row, _ in ended}
+            self._ended[row.number] = self.generated.pop(row.number)
 
     def _drop(self, places: list[int]) -> None:
         """Fill the places of rows that have ended with the last rows."""

@@ -80,7 +80,7 @@ def test_a_hundred_thousand_tasks_fit_however_large_what_is_rounded_away() -> No
     one = ExactSum.of([term])
     assert one.coarse.item() == 0
     assert one.fine.item() > 2**44
-    many = ExactSum(99_999 * one.coarse, 99_999 * one.fine).plus(term)
+    many = ExactSum.of([term], ExactSum(99_999 * one.coarse, 99_999 * one.fine))
     assert many.fine.item() == 100_000 * one.fine.item()
     assert many.total().item() == pytest.approx(100_000 * term.item(), rel=1e-15)
 
@@ -88,14 +88,14 @@ def test_a_hundred_thousand_tasks_fit_however_large_what_is_rounded_away() -> No
 def test_massive_activations_of_a_hundred_thousand_tasks_fit() -> None:
     term = torch.tensor([4000.0**2 * 1000])  # 1,000 rows per task
     one = ExactSum.of([term])
-    many = ExactSum(99_999 * one.coarse, 99_999 * one.fine).plus(term)
+    many = ExactSum.of([term], ExactSum(99_999 * one.coarse, 99_999 * one.fine))
     assert many.total().item() == 100_000 * term.double().item()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 2.0**52, -(2.0**52), 3e38])
 def test_a_term_that_is_not_finite_or_too_large_is_refused(bad: float) -> None:
     term = torch.tensor([1.0, bad, 0.0])
-    for add in (lambda: ExactSum.of([term]), lambda: ExactSum.of([torch.ones(3)]).plus(term)):
+    for add in (lambda: ExactSum.of([term]), lambda: ExactSum.of([term], ExactSum.of([torch.ones(3)]))):
         with pytest.raises(WorkError, match=r"scatter: expected finite numbers below 2\^52, got"):
             add()
 
@@ -106,7 +106,7 @@ def test_a_sum_that_is_too_large_is_refused_before_it_wraps_around(sign: int) ->
     both = ExactSum.of([term, term])  # just fits
     assert both.total().item() == sign * 2.0**52
     with pytest.raises(WorkError, match=r"scatter: expected a sum over all tasks below 2\^52, got a larger one"):
-        both.plus(term)
+        ExactSum.of([term], both)
     assert both.minus(term).total().item() == sign * 2.0**51
 
 
@@ -117,7 +117,7 @@ def test_terms_of_another_shape_are_refused() -> None:
 
 def test_plus_and_minus_leave_the_sum_they_start_from_as_it_was() -> None:
     start = ExactSum.of([torch.tensor([1.5])])
-    start.plus(torch.tensor([2.0]))
+    ExactSum.of([torch.tensor([2.0])], start)
     start.minus(torch.tensor([1.5]))
     assert start.total().item() == 1.5
 
@@ -137,7 +137,7 @@ def test_a_compact_scatter_counts_as_its_upper_triangle() -> None:
     for terms in (scatters, both, scatters[::-1]):
         assert planes(ExactSum.of(terms)) == planes(expected)
     assert planes(expected.minus(*scatters[3:])) == planes(ExactSum.of(triangles[:3]))
-    assert planes(ExactSum.of(scatters[:3]).plus(*scatters[3:])) == planes(expected)
+    assert planes(ExactSum.of(scatters[3:], ExactSum.of(scatters[:3]))) == planes(expected)
 
 
 def test_a_compact_scatter_of_another_width_or_that_is_damaged_is_refused() -> None:

@@ -359,7 +359,7 @@ def test_verify_finds_a_sum_that_is_another(tmp_path: Path) -> None:
     assert store.verify() == []
     right = kept(tmp_path)
     assert right is not None
-    wrong = right.total.plus(torch.full((10,), 2.0**-56))
+    wrong = ExactSum.of([torch.full((10,), 2.0**-56)], right.total)
     names = {**right.opening, "ab" * 32: "cd" * 32}
     other = dict.fromkeys(right.opening, "00" * 32)
     for forged in (KeptSum(right.opening, wrong), KeptSum(names, right.total), KeptSum(other, right.total)):

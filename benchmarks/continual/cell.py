@@ -34,6 +34,7 @@ from benchmarks.continual.streams import Stream
 from slm_fast import Task, WorkError
 from slm_fast.data import Row
 from slm_fast.files import write
+from slm_fast.measures import retrieval_accuracy
 from slm_fast.progress import bar
 
 
@@ -189,6 +190,5 @@ def _named(answers: Sequence[Answer], task: str, told: bool) -> dict[str, float 
     if not told and all(answer.task is not None for answer in answers):
         routed = sum(answer.task == task for answer in answers) / len(answers)
     if not told and all(answer.slots for answer in answers):
-        own = [2 * sum(name == task for name in answer.slots) > len(answer.slots) for answer in answers]
-        retrieved = sum(own) / len(own)
+        retrieved = retrieval_accuracy([answer.slots for answer in answers], [task] * len(answers))
     return {"routed": routed, "retrieved": retrieved}

@@ -94,7 +94,7 @@ class Waiting:
         self._cut(group, i, i + 1)
         return True
 
-    def take(self, most_rows: int | None = None) -> tuple[Hashable, list[Piece]]:
+    def take(self) -> tuple[Hashable, list[Piece]]:
         """Take the next batch: the row that has waited longest, and the rows of its group closest to it in length,
         within the token budget and as long as the padding is worth it. Empty if none waits."""
         while self._arrived:
@@ -107,7 +107,7 @@ class Waiting:
         else:
             return None, []
         low, high, tokens = i, i + 1, max(1, first.length)
-        while high - low < (most_rows or len(rows)):
+        while high - low < len(rows):
             longest = rows[high - 1][0]
             below = longest - rows[low - 1][0] if low else math.inf
             above = rows[high][0] - longest if high < len(rows) else math.inf
