@@ -26,7 +26,8 @@ SHRINKAGE = 4.0  # factor of the oracle-approximating shrinkage, which assumes G
 MOST_SHRINKAGE = 0.9
 KEPT, PRIOR_ROWS = 0.6, 2.0  # share of its deviation that a mean of n rows keeps: KEPT n / (n + PRIOR_ROWS)
 LABEL_TEMPERATURE = 24.0  # of label scores, sums over thousands of dependent features
-BEFORE = (1.0, 0.0, 64.0)  # these three, in files without them
+APART = 0.5  # weight of the distance from the nearest mean beside that from all means, each in its sample's width
+BEFORE = (1.0, 0.0, 64.0, 0.0)  # these four, in files without them; files with three lack the last
 MANY_MEANS = 1024  # above this only the means needed are scored; below, selecting them takes longer
 SAMPLE = 96  # training queries kept of a task, to measure the distances of its own rows
 ROUNDING = 1e-3  # maximum relative rounding error of a distance
@@ -38,18 +39,19 @@ class RandomFeatureRouter(GaussianRouter):
     """`GaussianRouter` over (q, relu(W q)), with W a fixed random matrix (as RanPAC, McDonnell et al. 2023).
 
     A task's part: `count`, `mean` and `mean_slot` as there; `mean_label` [M], label number of each mean (-1 without
-    labels); the scatter, as `slm_fast.scatter` keeps it; `constants` [3], KEPT, PRIOR_ROWS and LABEL_TEMPERATURE when
-    it was learned; `sample` [m, Q], queries of at most 96 training rows, and `sample_mean` [m], their means.
+    labels); the scatter, as `slm_fast.scatter` keeps it; `constants` [4], KEPT, PRIOR_ROWS, LABEL_TEMPERATURE and APART
+    when it was learned; `sample` [m, Q], queries of at most 96 training rows, and `sample_mean` [m], their means.
 
     Keys are made from means that are shrunk towards the mean of their task's rows (as James & Stein 1961): of a label's
     deviation from the task, with n rows, the share KEPT n / (n + PRIOR_ROWS) is kept. What few rows say about so many
     features is mostly chance, and counts against their label; and similarity to one label of a task is weaker evidence
     for the task than similarity to its rows.
 
-    The distance of a query is the share of the task's own rows that are less far, the larger of two: how little nearer
-    it is to the task's nearest mean than to the centre of all means (Ren et al. 2021; the negative of its highest
-    score), which finds what resembles the tasks and belongs to none; and half of its squared distance from that mean
-    (Lee et al. 2018; all of it if the task has only one), which finds what resembles nothing known. Both use the
+    The distance of a query is the share of the task's own rows that are less far, the larger of two. One finds what
+    resembles the tasks and belongs to none: how little nearer it is to the task's nearest mean than to the centre of
+    all means (Ren et al. 2021; the negative of its highest score), plus APART of its squared distance from that mean,
+    each measured by how much it varies among the task's rows. The other finds what resembles nothing known: half of
+    that squared distance (Lee et al. 2018; all of it if the task has only one mean). Both use the
     covariance of many tasks and change with it, so the rows of the sample are measured anew, each as if it had not been
     among those that mean and covariance are made of. (A row of a task that the covariance does not include is only in
     the mean.)
@@ -86,7 +88,7 @@ class RandomFeatureRouter(GaussianRouter):
             "mean": found.mean.float(),
             "mean_slot": found.slot.float(),
             "mean_label": found.label.float(),
-            "constants": torch.tensor([KEPT, PRIOR_ROWS, LABEL_TEMPERATURE]),
+            "constants": torch.tensor([KEPT, PRIOR_ROWS, LABEL_TEMPERATURE, APART]),
             **compress(found.scatter, len(query), seed),
             "sample": query[sample],
             "sample_mean": found.assignment[sample].float(),
@@ -178,13 +180,15 @@ class RandomFeatureRouter(GaussianRouter):
 
     def _share(self, relative: Tensor, absolute: Tensor, task: int) -> Tensor:
         """The share [N] of the sample that is nearer than these two distances [N], or more than 1 beyond all of it."""
-        known = self._left_out(task)
-        if not len(known[0]):
+        near, far = self._left_out(task)
+        if not len(near):
             return torch.zeros(len(relative))
         own = len(self.parts[task]["count"])
-        halved = absolute if own == 1 else absolute / 2  # without labels the relative one is uninformative
-        shares = [_share(distance, sample) for distance, sample in zip((relative, halved), known, strict=True)]
-        return shares[1] if own == len(self.keys) == 1 else torch.maximum(*shares)  # the only mean is the centre
+        alone = _share(absolute if own == 1 else absolute / 2, far)  # without labels the relative one says little
+        if own == len(self.keys) == 1:  # the only mean is the centre
+            return alone
+        weight = constants(self.parts[task])[3] * _width(near) / max(_width(far), ROUNDING)
+        return torch.maximum(alone, _share(relative + weight * absolute, near + weight * far))
 
     def _own_discriminant(self, task: int) -> tuple[Tensor, Tensor, Tensor]:
         """Centre [D], and keys [own, D] and bias [own] of a task's means, float64."""
@@ -229,17 +233,18 @@ class RandomFeatureRouter(GaussianRouter):
         return found
 
 
-def constants(part: Part) -> tuple[float, float, float]:
-    """KEPT, PRIOR_ROWS and LABEL_TEMPERATURE when a task was learned."""
-    kept, prior, temperature = part["constants"].tolist() if "constants" in part else BEFORE
-    return kept, prior, temperature
+def constants(part: Part) -> tuple[float, float, float, float]:
+    """KEPT, PRIOR_ROWS, LABEL_TEMPERATURE and APART when a task was learned."""
+    stored = part["constants"].tolist() if "constants" in part else []
+    every = [*stored, *BEFORE[len(stored) :]]
+    return every[0], every[1], every[2], every[3]
 
 
 def drawn_means(part: Part, query: Tensor | None = None, mean: Tensor | None = None) -> Tensor:
     """A task's means [M, D] float64, shrunk towards the mean of all its rows. Given some of these rows, `query` [m, D],
     and their means `mean` [m]: those means as they would be without the row, [m, D]."""
     plain, count = part["mean"].double(), part["count"].double()
-    kept, prior, _ = constants(part)
+    kept, prior, _, _ = constants(part)
     rows, whole = count.sum(), (count / count.sum()) @ plain
     if query is not None and mean is not None:
         whole = whole + (whole - query) / (rows - 1)
@@ -247,6 +252,11 @@ def drawn_means(part: Part, query: Tensor | None = None, mean: Tensor | None = N
         count = count[mean] - 1
     share = torch.where(count > 0, 1 - kept * count / (count + prior), 0.0)  # a slot without rows keeps its mean
     return plain + share[:, None] * (whole - plain)
+
+
+def _width(sample: Tensor) -> float:
+    """The width of the upper half of a sample [m]."""
+    return float(sample.max() - sample.sort().values[len(sample) // 2])
 
 
 def _share(distance: Tensor, sample: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def _check_features(tensors: Mapping[str, Tensor], means: int, width: int, label
     check_shape("diagonal", tensors["diagonal"], D=width)
     check_shape("mean_label", tensors["mean_label"], M=means)
     if "constants" in tensors:
-        check_shape("constants", tensors["constants"], numbers=3)
+        check_shape("constants", tensors["constants"], numbers=3 if tensors["constants"].shape == (3,) else 4)
         if tensors["constants"][2] <= 0:
             raise Unfit("constants", "expected a temperature above 0")
     if (tensors["mean_label"] >= max(1, len(labels or ()))).any():

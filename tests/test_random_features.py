@@ -115,13 +115,14 @@ def test_of_many_means_those_of_the_routes_tasks_alone_are_scored(monkeypatch: p
     torch.testing.assert_close(scores, everything[:, task > 0])
 
 
-def test_a_part_of_before_constants_were_written_routes_by_its_means_as_they_are() -> None:
+@pytest.mark.parametrize("stored", [[1.0, 0.0, 64.0], [1.0, 0.0, 64.0, 0.0]])
+def test_a_part_of_before_constants_were_written_routes_by_its_means_as_they_are(stored: list[float]) -> None:
     router, older = loaded("a", "b", "c"), new_router(2)
     parts = [{name: tensor for name, tensor in part.items() if name != "constants"} for part in router.parts]
     older.load(parts, CPU)
     asked = torch.cat([query[:9] for query in QUERIES.values()])
     plain = new_router(2)
-    plain.load([part | {"constants": torch.tensor([1.0, 0.0, 64.0])} for part in parts], CPU)
+    plain.load([part | {"constants": torch.tensor(stored)} for part in parts], CPU)
     assert torch.equal(older.label_scores(asked)[0], plain.label_scores(asked)[0])
     assert not torch.allclose(older.label_scores(asked)[0], router.label_scores(asked)[0])
     slot = older.route(asked).slot_ids[:, 0]
@@ -169,6 +170,30 @@ def test_rows_of_the_sample_are_measured_as_if_they_had_been_left_out(task: int)
         left = query[row] - others[own]
         torch.testing.assert_close(-relative[row], scores.max(), rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(absolute[row], left @ inverse @ left, rtol=1e-3, atol=1e-3)
+
+
+def test_a_distance_adds_that_from_the_mean_to_that_from_all_means_by_their_widths() -> None:
+    router = loaded("a", "b", "c")
+    near, far = router._left_out(1)
+    asked = torch.cat([query[:20] for query in QUERIES.values()])
+    found = router.distance(asked, torch.ones(len(asked), dtype=torch.int64))
+    keys = slice(router.first_mean[1], router.first_mean[2])
+    query = router.expand(asked).double()
+    scores = (query - router.centre.double()) @ router.keys[keys].double().T + router.bias[keys].double()
+    apart = query - drawn_means(router.parts[1])[scores.argmax(1)]
+    absolute = ((apart @ torch.cholesky_inverse(router.pooled.lower)) * apart).sum(1)
+    weight = 0.5 * (near.max() - near.sort().values[len(near) // 2]) / (far.max() - far.sort().values[len(far) // 2])
+
+    def shares(values: Tensor, sample: Tensor) -> Tensor:
+        return (values[:, None] > sample).double().mean(1)
+
+    both = shares(weight * absolute - scores.amax(1), near + weight * far)
+    expected = torch.maximum(both, shares(absolute / 2, far))
+    own = shares(near + weight * far, near + weight * far)  # the sample's rows, between which shares are interpolated
+    expected = (expected[:, None] > torch.maximum(own, shares(far / 2, far))).double().mean(1)
+    inside = expected < 1  # beyond the sample distances go on
+    assert 5 < inside.sum() < len(asked)
+    torch.testing.assert_close(found[inside].double(), expected[inside], atol=0.05, rtol=0)
 
 
 def test_about_the_share_that_is_asked_for_is_kept_of_rows_that_were_not_learned() -> None:

@@ -60,7 +60,7 @@ def test_a_task_whose_labels_have_one_row_each_keeps_no_sample() -> None:
         ("diagonal", torch.full((WIDTH,), torch.nan), "diagonal: holds a number that is not finite"),
         ("mean_label", torch.tensor([0.0, 2.0]), "mean_label: expected numbers of 2 labels, or -1"),
         ("mean_label", torch.zeros(3), "mean_label: expected [2], got [3]"),
-        ("constants", torch.ones(2), "constants: expected [3], got [2]"),
+        ("constants", torch.ones(2), "constants: expected [4], got [2]"),
         ("constants", torch.tensor([0.6, 2.0, 0.0]), "constants: expected a temperature above 0"),
         ("constants", torch.tensor([-1.0, 2.0, 24.0]), "constants: expected numbers from 0 to"),
         ("sample", PART["sample"][:5], "sample: expected [m, Q] for sample_mean [m], got [5, 4] for [12]"),
