@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
+from slm_fast.ops.arguments import refuse_tangents
 from slm_fast.ops.multi_lora import check, reference_multi_lora
 
 
@@ -32,8 +33,9 @@ def adapted_linear(
         [B, T, O] in x's dtype, accumulated in float32 (float64 for float64). Forward only: it has no gradient.
 
     Raises:
-        InputError: a shape, dtype, device or slot id does not fit.
+        InputError: a shape, dtype, device or slot id does not fit, or an argument has a tangent (forward mode).
     """
+    refuse_tangents("adapted_linear", x, weight, bias, lora_a, lora_b, weights)
     check(x, lora_a, lora_b, slot_ids, weights, None)
     if x.dim() != 3 or len(x) != len(slot_ids):
         raise InputError(f"x: expected [{len(slot_ids)}, T, I] to match slot_ids, got {list(x.shape)}")

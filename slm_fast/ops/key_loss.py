@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
+from slm_fast.ops.arguments import refuse_tangents
 from slm_fast.ops.search import EPSILON, MOST_PICKED, best, check_pair, normalised_groups
 
 
@@ -32,11 +33,14 @@ def key_loss(query: Tensor, keys: Tensor, k: int, *, groups: int, mask_prob: flo
         seed: any 64-bit integer.
 
     Returns:
-        [] loss, float32 (float64 for float64), differentiable in keys. Keys that are not selected get no gradient.
+        [] loss, float32 (float64 for float64), differentiable in keys: once, and in reverse mode. Keys that are
+        not selected get no gradient.
 
     Raises:
-        InputError: an argument is invalid.
+        InputError: an argument is invalid, or has a tangent (forward mode).
+        RuntimeError: in a backward pass through its gradient.
     """
+    refuse_tangents("key_loss", query, keys)
     check_pair(query, keys, k, groups)
     if not 0.0 <= mask_prob <= 1.0:
         raise InputError(f"mask_prob: expected 0 to 1, got {mask_prob}")

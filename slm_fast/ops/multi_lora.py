@@ -17,6 +17,7 @@ from torch import Tensor
 
 from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
+from slm_fast.ops.arguments import refuse_tangents
 
 
 def multi_lora(
@@ -37,11 +38,14 @@ def multi_lora(
 
     Returns:
         [B, T, O] or [B, O] in x's dtype, accumulated in float32 (float64 for float64). Differentiable in x, lora_a,
-        lora_b, weights and base. Slots that no sample uses have zero gradient.
+        lora_b, weights and base: once, and in reverse mode. Slots that no sample uses have zero gradient.
 
     Raises:
-        InputError: a shape, dtype, device or slot id does not fit. Nothing is written.
+        InputError: a shape, dtype, device or slot id does not fit, or an argument has a tangent (forward mode). Nothing
+            is written.
+        RuntimeError: in a backward pass through its gradients.
     """
+    refuse_tangents("multi_lora", x, lora_a, lora_b, weights, base)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -73,6 +77,7 @@ def multi_lora_(x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, wei
     It is overwritten if the backend can do so and gradients, autocast and torch.compile (which finds such cases itself)
     are off. A `base` that shares memory with another argument is left as it is.
     """
+    refuse_tangents("multi_lora", x, lora_a, lora_b, weights, base)
     if torch.compiler.is_compiling():
         return multi_lora(x, lora_a, lora_b, slot_ids, weights, base)
     device = x.device.type

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from slm_fast.ops.adapted_linear import fake_adapted_linear, reference_adapted_linear
+from slm_fast.ops.arguments import NO_TANGENTS, forward_mode
 from slm_fast.ops.dispatch import BACKENDS, PREFERENCE, Backend
 from slm_fast.ops.invariant_linear import fake_invariant_linear, reference_invariant_linear
 from slm_fast.ops.key_loss import (
@@ -170,13 +171,34 @@ def _register(stem: str, backend: Backend, definition: Definition) -> None:
         torch.library.register_fake(f"{name}_backward", gradient.fake)
 
     def go_back(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return gradient.of_inputs(ctx, getattr(torch.ops.slm_fast, f"{stem}_{source}_backward"), *grads)
+        backward = getattr(torch.ops.slm_fast, f"{stem}_{source}_backward")
+        if torch.is_grad_enabled() or forward_mode():  # create_graph=True, or forward over reverse
+            backward = partial(_FirstDerivative.apply, stem, backward)
+        return gradient.of_inputs(ctx, backward, *grads)
 
     torch.library.register_autograd(name, go_back, setup_context=gradient.remember)
 
 
 def _no_gradient(stem: str, ctx: Any, *grads: torch.Tensor) -> None:
     raise RuntimeError(f"{stem}: it has no autograd formula, only a forward pass")
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A backward operator whose own derivatives are an error. A formula registered for the operator itself would cost
+    every backward pass 8 us, not only those that are to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, stem: str, backward: Callable[..., Any], *arguments: Any) -> Any:
+        ctx.stem = stem
+        return backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> None:
+        raise RuntimeError(f"{ctx.stem}: it has no second derivative; do not differentiate its gradients")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(f"{ctx.stem}: {NO_TANGENTS}")
 
 
 def _define(name: str, implementation: Callable[..., Any], schema: str) -> None:

@@ -200,3 +200,10 @@ def test_an_adapted_layer_takes_the_kernel_with_the_base_only_where_it_was_measu
         handle.remove()
     run()
     assert not taken  # the kernel computes no gradients
+
+
+def test_forward_mode_through_it_is_an_error(device):
+    call = example(device)
+    for name in ("x", "weight", "bias", "lora_a", "lora_b", "weights"):
+        with pytest.raises(InputError, match=r"^adapted_linear: it has no forward-mode derivative; use reverse mode "):
+            torch.func.jvp(lambda t, name=name: adapted_linear(**call | {name: t}), (call[name],), (call[name],))

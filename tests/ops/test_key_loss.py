@@ -141,6 +141,26 @@ def test_gradcheck_in_float64(device, interpreted):
     assert torch.autograd.gradcheck(lambda p: loss(keys=p), keys, fast_mode=interpreted)
 
 
+def test_differentiating_its_gradient_is_an_error_not_zero(device):
+    query, keys = normal(3, 6).to(device), normal(5, 6, seed=1).to(device).requires_grad_()
+    loss = functools.partial(ops.key_loss, query, k=2, groups=3, mask_prob=0.3, seed=1)
+    [gradient] = torch.autograd.grad(loss(keys=keys), keys, create_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(loss(keys=keys), keys)[0])
+    message = r"^key_loss: it has no second derivative; do not differentiate its gradients$"
+    with pytest.raises(RuntimeError, match=message):
+        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.functional.hvp(lambda p: loss(keys=p), keys.detach(), keys.detach())
+
+
+def test_forward_mode_is_an_error_not_zero(device):
+    query, keys = normal(3, 6).to(device), normal(5, 6, seed=1).to(device)
+    loss = functools.partial(ops.key_loss, query, k=2, groups=3, mask_prob=0.3, seed=1)
+    for p in (keys, keys.clone().requires_grad_()):
+        with pytest.raises(InputError, match=r"^key_loss: it has no forward-mode derivative; use reverse mode "):
+            torch.func.jvp(lambda p: loss(keys=p), (p,), (p,))
+
+
 def test_the_query_gets_no_gradient(device):
     query, keys = (normal(3, 6, seed=s).to(device).requires_grad_() for s in (0, 1))
     ops.key_loss(query, keys, 2, groups=1, mask_prob=0.0, seed=1).backward()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from slm_fast import ops
 from slm_fast.errors import InputError
@@ -119,6 +122,67 @@ def test_gradcheck_in_float64(device, interpreted, sizes):
 
     assert torch.autograd.gradcheck(run, inputs, fast_mode=interpreted)
     assert_near(run(*inputs), closed_form(*inputs[:3], ids, *inputs[3:]), 1e-12)
+
+
+NO_SECOND = r"^multi_lora: it has no second derivative; do not differentiate its gradients$"
+NO_TANGENTS = r"^multi_lora: it has no forward-mode derivative; use reverse mode \(backward, torch\.autograd\.grad\)$"
+
+
+@pytest.mark.parametrize("wanted", NAMES[:4])
+def test_differentiating_its_gradients_is_an_error_not_zero(device, wanted):
+    call = example(device) | {"base": None}
+    leaves = [call[name].requires_grad_() for name in NAMES[:4]]
+    [gradient] = torch.autograd.grad(ops.multi_lora(**call).square().sum(), [call[wanted]], create_graph=True)
+    with pytest.raises(RuntimeError, match=NO_SECOND):
+        torch.autograd.grad(gradient.square().sum(), leaves, allow_unused=True)
+
+
+def test_a_gradient_that_could_be_differentiated_is_the_same_and_that_of_base_can(device):
+    call = example(device)
+    leaves = [call[name].requires_grad_() for name in NAMES]
+    loss = ops.multi_lora(**call).square().sum()
+    kept = torch.autograd.grad(loss, leaves, create_graph=True)
+    for got, expected in zip(kept, torch.autograd.grad(loss, leaves, retain_graph=True), strict=True):
+        assert torch.equal(got, expected)
+    [twice] = torch.autograd.grad(kept[4].sum(), [call["base"]], retain_graph=True)
+    assert torch.equal(twice, torch.full_like(twice, 2.0))
+
+
+def tangent_of(run, tensor):
+    return torch.func.jvp(run, (tensor,), (torch.ones_like(tensor),))[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_is_an_error_not_zero(device, name):
+    call, one = example(device), torch.ones((), device=device)
+    inplace = sys.modules["slm_fast.ops.multi_lora"].multi_lora_
+
+    def nested(moved):
+        return tangent_of(lambda scale: scale * ops.multi_lora(**call | {name: moved}), one)
+
+    for run in (lambda t: ops.multi_lora(**call | {name: t}), lambda t: inplace(**call | {name: t}), nested):
+        for tensor in (call[name], call[name].clone().requires_grad_()):
+            with pytest.raises(InputError, match=NO_TANGENTS):
+                tangent_of(run, tensor)
+    with forward_ad.dual_level(), pytest.raises(InputError, match=NO_TANGENTS):
+        ops.multi_lora(**call | {name: forward_ad.make_dual(call[name], call[name])})
+
+
+def test_forward_mode_elsewhere_does_not_disturb_it_until_a_gradient_needs_its_tangent(device):
+    call, one = example(device), torch.ones((), device=device)
+    assert torch.equal(tangent_of(lambda scale: scale * ops.multi_lora(**call), one), ops.multi_lora(**call))
+    for name in ("base", "x"):
+        leaf = call[name].requires_grad_()
+        y = ops.multi_lora(**call)
+        with forward_ad.dual_level():
+            grad = forward_ad.make_dual(torch.zeros_like(y), torch.ones_like(y))
+            if name == "base":
+                [got] = torch.autograd.grad(y, [leaf], grad)
+                assert torch.equal(forward_ad.unpack_dual(got).tangent, torch.ones_like(y))
+            else:
+                with pytest.raises(RuntimeError, match=NO_TANGENTS):
+                    torch.autograd.grad(y, [leaf], grad)
+        leaf.requires_grad_(False)
 
 
 def test_base_is_not_overwritten_and_not_aliased(device):
