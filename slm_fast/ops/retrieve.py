@@ -132,7 +132,7 @@ def retrieve(
     _check_metric(metric, groups, aggregate)
     if metric == "cosine" and bias is not None:
         raise InputError("bias: goes with metric='dot', got metric='cosine'")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise InputError(f"temperature: expected a positive number, got {temperature}")
     if bias is not None and bias.shape != keys.shape[:1]:
         raise InputError(f"bias: expected [{keys.shape[0]}] to match keys, got {list(bias.shape)}")
