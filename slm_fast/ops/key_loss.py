@@ -5,6 +5,7 @@ Shape suffixes: B queries, P slots, G groups, K selected, D query width, d = D /
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
-from slm_fast.ops.arguments import refuse_tangents
+from slm_fast.ops.arguments import explained, refuse_tangents
 from slm_fast.ops.search import EPSILON, MOST_PICKED, best, check_pair, normalised_groups
 
 
+@explained
 def key_loss(query: Tensor, keys: Tensor, k: int, *, groups: int, mask_prob: float, seed: int) -> Tensor:
     """The key-preparation loss (Eq. 5-7): minus the mean cosine between each query and its top-K unmasked keys.
 
@@ -44,7 +46,7 @@ def key_loss(query: Tensor, keys: Tensor, k: int, *, groups: int, mask_prob: flo
     check_pair(query, keys, k, groups)
     if not 0.0 <= mask_prob <= 1.0:
         raise InputError(f"mask_prob: expected 0 to 1, got {mask_prob}")
-    seed = (seed + 2**63) % 2**64 - 2**63  # the int64 with the same bits
+    seed = (operator.index(seed) + 2**63) % 2**64 - 2**63  # the int64 with the same bits
     op = dispatch.operator("key_loss", query.device.type, "wide" if min(k, len(keys)) > MOST_PICKED else "")
     loss: Tensor = op(query, keys, k, groups, mask_prob, seed)[0]
     return loss

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
-from slm_fast.ops.arguments import refuse_tangents
+from slm_fast.ops.arguments import explained, refuse_tangents
 
 
+@explained
 def multi_lora(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, slot_ids: Tensor, weights: Tensor, base: Tensor | None = None
 ) -> Tensor:

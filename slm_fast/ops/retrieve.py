@@ -13,6 +13,7 @@ Shape suffixes: B queries, P slots, N keys (P if each slot has one), G groups, K
 from __future__ import annotations
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from slm_fast.errors import InputError
 from slm_fast.ops import dispatch
+from slm_fast.ops.arguments import explained
 from slm_fast.ops.search import MOST_PICKED, best, check_pair, normalised_groups
 
 
@@ -41,6 +43,7 @@ class PreparedKeys(NamedTuple):
     metric: str = "cosine"  # which `prepared` is for
 
 
+@explained
 def prepare_keys(
     keys: Tensor, *, groups: int = 1, key_slot: Tensor | None = None, metric: str = "cosine"
 ) -> PreparedKeys:
@@ -59,6 +62,7 @@ def prepare_keys(
     Raises:
         InputError: `groups` does not divide D, or `key_slot` or `metric` is invalid.
     """
+    groups = operator.index(groups)  # not every backend's operator gets to see it
     _check_metric(metric, groups)
     if keys.dim() != 2 or not keys.is_floating_point():
         raise InputError(f"keys: expected floating [P, D], got {keys.dtype} {list(keys.shape)}")
@@ -77,6 +81,7 @@ def prepare_keys(
     return PreparedKeys(keys, groups, prepared, key_slot, most, metric)
 
 
+@explained
 def retrieve(
     query: Tensor,
     keys: Tensor | PreparedKeys,
