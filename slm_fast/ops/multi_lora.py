@@ -48,7 +48,7 @@ def multi_lora(
     """
     refuse_tangents("multi_lora", x, lora_a, lora_b, weights, base)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device in dispatch.PREFERENCE and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, lora_a, lora_b = x.to(dtype), lora_a.to(dtype), lora_b.to(dtype)
         base = None if base is None else base.to(dtype)

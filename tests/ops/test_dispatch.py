@@ -80,6 +80,12 @@ def test_a_device_without_a_backend_is_an_error_that_lists_the_devices_served():
     tensor = torch.ones(1, 2, device="meta")
     with pytest.raises(InputError, match=r"retrieve: no backend for device 'meta'; devices served: cpu, cuda"):
         ops.retrieve(tensor, tensor, 1)
+    with pytest.raises(InputError, match=r"key_loss: no backend for device 'meta'; devices served: cpu, cuda"):
+        ops.key_loss(tensor, tensor, 1, groups=1, mask_prob=0.0, seed=0)
+    x, ids = torch.ones(1, 2, 3, device="meta"), torch.zeros(1, 1, dtype=torch.int64, device="meta")
+    for rows in (x, x.double(), x[:, 0]):
+        with pytest.raises(InputError, match=r"multi_lora: no backend for device 'meta'; devices served: cpu, cuda"):
+            ops.multi_lora(rows, rows, rows, ids, ids.float())
 
 
 def test_backends_of_a_device_are_those_usable_on_it_the_preferred_one_first(probe):
