@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from slm_fast.errors import InputError
+from slm_fast.errors import InputError, WorkError, lacks_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,7 +30,8 @@ KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
 
 def explained(function: Callable[P, R]) -> Callable[P, R]:
     """Decorator: any error is an InputError about the first argument that is not of the kind annotated, if there is
-    one. Arguments are looked at only then: a call that succeeds takes less than 1 us longer."""
+    one. If there is none, a lack of memory of which the error does not speak is a WorkError. Arguments are looked at
+    only then: a call that succeeds takes less than 1 us longer."""
 
     @wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
@@ -42,6 +43,9 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
             wrong = _wrong_kind(function, args, options, isinstance(error, InputError))
             if wrong is not None:
                 raise InputError(wrong) from None
+            if isinstance(error, RuntimeError) and lacks_memory(error) and "memory" not in str(error).lower():
+                fewer = "fewer rows or a smaller k" if "k" in inspect.signature(function).parameters else "fewer rows"
+                raise WorkError(f"{function.__name__}: not enough memory for its result; pass {fewer}") from None
             raise
 
     return call

@@ -44,6 +44,7 @@ def multi_lora(
     Raises:
         InputError: a shape, dtype, device or slot id does not fit, or an argument has a tangent (forward mode). Nothing
             is written.
+        WorkError: there is no memory for the result.
         RuntimeError: in a backward pass through its gradients.
     """
     refuse_tangents("multi_lora", x, lora_a, lora_b, weights, base)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_fast import ops
-from slm_fast.errors import InputError, lacks_memory
+from slm_fast.errors import InputError, WorkError, lacks_memory
 from slm_fast.ops import dispatch
 from slm_fast.ops.multi_lora import multi_lora_
 
@@ -240,3 +240,8 @@ def test_a_result_that_memory_has_no_room_for_is_told_as_such():
             x, lora_a, lora_b, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), None
         )
     assert lacks_memory(caught.value)
+    with pytest.raises(WorkError, match=r"^multi_lora: not enough memory for its result; pass fewer rows$"):
+        ops.multi_lora(x, lora_a, lora_b, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    for k in (10**14, 2**63 - 1):
+        with pytest.raises(WorkError, match=r"^retrieve: not enough memory for its result; pass fewer rows or a sm"):
+            ops.retrieve(torch.ones(3, 8), torch.ones(4, 8), k)
