@@ -162,7 +162,9 @@ def retrieve(
     backend = dispatch.chosen("retrieve", query.device.type, size)
     if key_slot is not None and not backend.takes_key_slot and len(key_slot):
         # Enough keys to include the best key of each of the k best slots.
-        most = most_keys(key_slot) if most is None else most
+        if most is None:
+            check_key_slot(key_slot, mask)
+            most = most_keys(key_slot)
         wanted = min((min(k, len(key_slot)) - 1) * most + 1, len(key_slot))
         size = size_of(query, keys, wanted, groups, aggregate) if sized else ""
         backend = dispatch.chosen("retrieve", query.device.type, size)
@@ -177,7 +179,8 @@ def retrieve(
         of_keys = None if mask is None else mask[..., key_slot]
         return _best_slots(Route(*op(query, keys, wanted, groups, bias, of_keys, *options)), key_slot, k)
     except ValueError as error:  # checked only by the backend, such as a number that is not finite
-        raise InputError(str(error)) from None
+        message = None if key_slot is None else _wrong_key_slot(key_slot, mask)  # in the words all backends share
+        raise InputError(message or str(error)) from None
 
 
 def _check_metric(metric: str, groups: int, aggregate: str = "mean") -> None:
@@ -209,10 +212,21 @@ def _check_like_keys(key_slot: Tensor, keys: Tensor) -> None:
         )
 
 
-def check_key_slot(key_slot: Tensor) -> None:
-    """Raise InputError unless slots are in ascending order from 0."""
-    if len(key_slot) and (int(key_slot[0]) < 0 or bool((key_slot.diff() < 0).any())):
-        raise InputError("key_slot: expected slots in rising order from 0")
+def check_key_slot(key_slot: Tensor, mask: Tensor | None = None) -> None:
+    """Raise InputError unless slots are in ascending order from 0, and in the mask if there is one."""
+    message = _wrong_key_slot(key_slot, mask)
+    if message is not None:
+        raise InputError(message)
+
+
+def _wrong_key_slot(key_slot: Tensor, mask: Tensor | None) -> str | None:
+    if len(key_slot) == 0:
+        return None
+    if int(key_slot[0]) < 0 or bool((key_slot.diff() < 0).any()):
+        return "key_slot: expected slots in rising order from 0"
+    if mask is not None and int(key_slot[-1]) >= mask.shape[-1]:
+        return f"key_slot: expected slots below {mask.shape[-1]}, as mask has, got {int(key_slot[-1])}"
+    return None
 
 
 def most_keys(key_slot: Tensor) -> int:
@@ -256,11 +270,8 @@ def reference_retrieve(
     # depending on their position, so the lower id might not come first.
     query_BD, keys_PD = query_BD.double(), keys_PD.double()
     if key_slot_N is not None:
-        check_key_slot(key_slot_N)
-        last = int(key_slot_N[-1]) if P else -1
-        P = last + 1 if mask is None else mask.shape[-1]
-        if last >= P:
-            raise InputError(f"key_slot: expected slots below {P}, as mask has, got {last}")
+        check_key_slot(key_slot_N, mask)
+        P = mask.shape[-1] if mask is not None else int(key_slot_N[-1]) + 1 if P else 0
     allowed_BP = torch.ones(B, P, dtype=torch.bool, device=query_BD.device) if mask is None else mask.expand(B, P)
 
     if metric == "dot":

@@ -61,6 +61,30 @@ def test_an_argument_of_a_wrong_kind_is_an_error_that_names_it(function, call, n
         function(**(call | {name: wrong}))
 
 
+@pytest.mark.parametrize("mask", [torch.ones(3, dtype=torch.bool), torch.ones(3, 3, dtype=torch.bool)], ids=["P", "BP"])
+def test_a_mask_too_short_for_key_slot_is_the_same_error_everywhere(mask):
+    key_slot = torch.tensor([0, 2, 2, 4])
+    with pytest.raises(InputError, match=r"^key_slot: expected slots below 3, as mask has, got 4$"):
+        ops.retrieve(**RETRIEVE, key_slot=key_slot, mask=mask)
+    with pytest.raises(InputError, match=r"^key_slot: expected slots below 0, as mask has, got 4$"):
+        ops.retrieve(**RETRIEVE, key_slot=key_slot, mask=mask[..., :0])
+
+
+@pytest.mark.parametrize("key_slot", [[0, 2, 1, 3], [-1, 0, 1, 2]])
+def test_slots_that_do_not_rise_from_0_are_the_same_error_everywhere(key_slot):
+    for mask in (None, torch.ones(2, dtype=torch.bool)):
+        with pytest.raises(InputError, match=r"^key_slot: expected slots in rising order from 0$"):
+            ops.retrieve(**RETRIEVE, key_slot=torch.tensor(key_slot), mask=mask)
+
+
+def test_a_query_that_is_not_finite_is_told_with_key_slot_too():
+    query = ROWS.clone()
+    query[1, 2] = torch.nan
+    for name in (backend.name for backend in ops.backends("cpu") if backend.name != "triton"):  # it does not look
+        with ops.use_backend(name), pytest.raises(InputError, match=r"^query: row 1 holds a number that is not finite"):
+            ops.retrieve(**RETRIEVE | {"query": query}, key_slot=torch.tensor([0, 1, 1, 2]))
+
+
 def test_numpys_numbers_are_numbers():
     two, half = np.int64(2), np.float32(0.5)
     got = ops.retrieve(ROWS, ROWS, two, groups=two, weighting="softmax", temperature=half)
