@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from slm_fast.columns import LABELLED, Unclear, check_columns, id_column
@@ -26,6 +27,7 @@ from slm_fast.labels import (
     warn_of_alike,
     words_beside,
 )
+from slm_fast.options import _switches
 from slm_fast.readers import Record, read_records
 
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
@@ -93,13 +95,14 @@ class Task:
         training: whether the task is to be learned, which requires two labels.
 
     Raises:
-        InputError: the name is invalid, or `rows` is a single text or mapping.
+        InputError: the name or a flag is invalid, or `rows` is a single text or mapping.
         WorkError: there are no rows, a row lacks its text or answer or differs in kind from the first, or there is only
             one label.
     """
 
     def __init__(self, name: str, rows: Iterable[Any], *, free_text: bool | None = None, training: bool = True) -> None:
         check_name(name)
+        check_switches(training=training)
         self.name = name
         placed = ((f"row {i}", value) for i, value in enumerate(table_of(rows), 1))
         self.rows, free_text = _answered(name, placed, free_text=free_text)
@@ -147,6 +150,7 @@ class Task:
             WorkError: as for `Task`.
         """
         check_name(name)
+        check_switches(training=training)
         check_columns(text, label)
         placed = ((f"row {i}", value) for i, value in enumerate(table_of(rows), 1))
         found, free_text = _answered(name, placed, text, label, free_text)
@@ -182,6 +186,7 @@ class Task:
             WorkError: the content is invalid. The message names file and line.
         """
         check_name(name)
+        check_switches(training=training)
         given = check_columns(text, label)
         records = list(read_records(path, delimiter=delimiter, encoding=encoding, columns=given))
         file = Path(path) if isinstance(path, (str, Path)) else None
@@ -216,6 +221,11 @@ def check_name(name: str) -> None:
         raise InputError(
             f"task name {given}: expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
         )
+
+
+def check_switches(**given: Any) -> None:
+    """Raise InputError for an argument that is neither True nor False."""
+    _switches(SimpleNamespace(**given), *given)
 
 
 def rows_to_answer(rows: Iterable[Any], *, text: str | None = None) -> Iterator[Row]:
@@ -296,6 +306,8 @@ def _answered(
     free_text: bool | None = None,
 ) -> tuple[list[Row], bool]:
     """Parse rows that must all have answers, and say whether these are free text. Labels get a uniform spelling."""
+    if free_text is not None:
+        check_switches(free_text=free_text)
     rows: list[Row] = []
     kind = None
     for where, value in placed:

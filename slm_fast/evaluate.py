@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_fast.data import Row, Task
+from slm_fast.data import Row, Task, check_switches
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.labels import foreign_label
 from slm_fast.model import AdaptedModel
@@ -75,9 +75,10 @@ def mark(
     """Answer the rows of all tasks, in order, and mark each answer as right or wrong.
 
     Raises:
-        InputError: there are no tasks, or one is not learned.
+        InputError: there are no tasks, one is not learned, or `with_task_id` is neither True nor False.
         WorkError: a row's label is not one of the task's.
     """
+    check_switches(with_task_id=with_task_id)
     if not tasks:
         raise InputError("evaluate: no tasks given")
     rows: list[Row] = []

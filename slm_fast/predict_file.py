@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from slm_fast import __version__
 from slm_fast.columns import Unclear
-from slm_fast.data import Row, identified
+from slm_fast.data import Row, check_switches, identified
 from slm_fast.errors import InputError, SlmWarning, WorkError, some_of
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.options import PredictOptions
@@ -178,9 +178,10 @@ def predict_file(
         overwrite: replace an existing output.
 
     Raises:
-        InputError: a path or the task is invalid, or the output belongs to another run.
+        InputError: a path, a flag or the task is invalid, or the output belongs to another run.
         WorkError: a bad row with `strict`, or the disk is full.
     """
+    check_switches(strict=strict, overwrite=overwrite)
     reading = reading or Reading()
     check_paths(source, sink, overwrite=overwrite, reading=reading, shard=shard)
     if task is not None and task not in by.tasks:

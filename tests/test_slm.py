@@ -239,3 +239,29 @@ def test_what_is_no_task_rows_path_or_option_is_a_wrong_call_that_says_what_is_e
         assert str(caught.value).startswith(said)
     assert slm.tasks == ["farm"]
     assert list(tmp_path.iterdir()) == []
+
+
+PAIRS = [("sea1", "yes"), ("sea2", "no")]
+
+
+@pytest.mark.parametrize(
+    ("flag", "call"),
+    [
+        ("overwrite", lambda slm, folder, no: slm.predict_file(folder / "in.csv", folder / "out.jsonl", overwrite=no)),
+        ("strict", lambda slm, folder, no: slm.predict_file(folder / "in.csv", folder / "out.jsonl", strict=no)),
+        ("with_task_id", lambda slm, folder, no: slm.evaluate({"sea": PAIRS}, with_task_id=no)),
+        ("free_text", lambda slm, folder, no: Task("x", PAIRS, free_text=no)),
+        ("free_text", lambda slm, folder, no: Task.from_rows("x", PAIRS, free_text=no)),
+        ("training", lambda slm, folder, no: Task("x", PAIRS, training=no)),
+        ("training", lambda slm, folder, no: Task.from_rows("x", PAIRS, training=no)),
+        ("training", lambda slm, folder, no: Task.from_file("x", folder / "in.csv", training=no)),
+    ],
+)
+def test_a_flag_is_true_or_false_and_nothing_is_done_before_that_is_sure(slm, tmp_path: Path, flag: str, call) -> None:
+    (tmp_path / "in.csv").write_text("text,label\nsea1,yes\nsea2,no\n")
+    (tmp_path / "out.jsonl").write_text("precious\n")
+    for no in ("no", 0, [], *([] if flag == "free_text" else [None])):
+        with pytest.raises(InputError) as caught:
+            call(slm, tmp_path, no)
+        assert str(caught.value) == f"{flag}: expected True or False, got {no!r}"
+    assert (tmp_path / "out.jsonl").read_text() == "precious\n"
