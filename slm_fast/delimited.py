@@ -82,6 +82,9 @@ def _rows(reader: Any, lines: Lines, delimiter: str, columns: Collection[str]) -
     while True:
         place = reader.line_num + 1
         row, error = _next_row(reader, delimiter)
+        unread = row is None
+        if error is not None and reader.line_num > place:
+            error = WorkError(f"{error}; lines {place} to {reader.line_num} are lost")
         if lines.bad:  # in this row, since the reader never reads beyond it
             place, byte = lines.bad[0]
             error = lines.error(byte)
@@ -102,7 +105,7 @@ def _rows(reader: Any, lines: Lines, delimiter: str, columns: Collection[str]) -
             row.pop()
         if len(row) > len(header) and error is None:
             error = WorkError(f"more columns than the header; quote a text that holds a {_spoken(delimiter)}")
-        yield place, dict.fromkeys(header) | dict(zip(header, row, strict=False)), error
+        yield place, {} if unread else dict.fromkeys(header) | dict(zip(header, row, strict=False)), error
 
 
 def _check_header(header: list[str], columns: Collection[str]) -> WorkError | None:

@@ -112,7 +112,7 @@ def test_csv_records_begin_on_their_line_and_the_rest_go_on_after_a_bad_one(tmp_
         (8, "not UTF-8 (byte 0xe9)"),
         (10, "not UTF-8 (byte 0xe9)"),
         (11, {"id": "6", "text": "gööd", "label": None}),
-        (12, "a quotation mark is opened and never closed"),
+        (12, "a quotation mark is opened and never closed; lines 12 to 13 are lost"),
     ]
     data = b"\n".join(lines)
     (tmp_path / "t.csv").write_bytes(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from test_data import EXPECTED, ROWS, jsonl, refused, write
 
 from slm_fast.data import Row, Task, identified
 from slm_fast.errors import InputError, SlmError, WorkError
-from slm_fast.readers import Record
+from slm_fast.readers import Record, read_records
 
 # Rows from memory
 
@@ -162,6 +163,21 @@ def test_a_row_to_answer_has_its_id_or_its_place(fields: dict, name: object, row
     else:
         assert isinstance(found[1], WorkError)
         assert str(found[1]).startswith(row)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "said"),
+    [
+        ('1,"a\n2,b\n3,c\n', 2, "a quotation mark is opened and never closed; lines 2 to 4 are lost"),
+        ('1,a\n2,"b\n3,"c\n', 3, "each quotation mark; lines 3 to 4 are lost"),
+        ('1,"a"b\n2,c\n', 2, "double each quotation mark"),
+    ],
+)
+def test_a_csv_row_that_could_not_be_read_has_its_line_as_its_id(content: str, name: int, said: str) -> None:
+    rows = [identified(record) for record in read_records(io.BytesIO(f"id,text\n{content}".encode()), format="csv")]
+    [(found, error)] = [(found, row) for found, row in rows if isinstance(row, WorkError)]
+    assert found == name
+    assert str(error).endswith(said)
 
 
 def test_a_record_that_could_not_be_read_keeps_its_id_and_its_error() -> None:
