@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from math import isfinite
+from numbers import Integral
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ from slm_fast import __version__
 from slm_fast.columns import Unclear
 from slm_fast.data import Row, check_switches, identified
 from slm_fast.errors import InputError, SlmWarning, WorkError, some_of
+from slm_fast.labels import shown
 from slm_fast.model import AdaptedModel, Report
 from slm_fast.options import PredictOptions
 from slm_fast.parquet_output import ParquetOutput, check_parquet, is_parquet
@@ -81,8 +83,8 @@ def check_paths(
         raise InputError("sink: expected a text stream, got a binary one")
     if isinstance(source, Path) and kind_of(source, missing="no such file") is Kind.FILE:
         _check_columns(source, reading or Reading())
-    if shard is not None and not 1 <= shard[0] <= shard[1]:
-        raise InputError("shard: expected i/n with i from 1 to n, got {}/{}".format(*shard))
+    if shard is not None and not _is_shard(shard):
+        raise InputError(f"shard: expected (i, n), integers with i from 1 to n, got {shown(shard)}")
     if shard is not None and not _is_file(source):
         raise InputError("shard: needs a file to read; what comes through a pipe cannot be read by several processes")
     if not isinstance(sink, Path):
@@ -102,6 +104,13 @@ def check_paths(
             if not _is_file(source):
                 raise InputError(f"{sink}: already exists; --overwrite replaces it")
             check_resumable(sink)
+
+
+def _is_shard(shard: Any) -> bool:
+    if not isinstance(shard, (tuple, list)) or len(shard) != 2:
+        return False
+    whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in shard)
+    return whole and 1 <= shard[0] <= shard[1]
 
 
 def _check_columns(source: Path, reading: Reading) -> None:

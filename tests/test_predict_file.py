@@ -10,6 +10,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -181,6 +182,17 @@ def test_rows_that_lack_a_named_column_where_others_have_it_are_bad_rows(slm: Sc
     assert done.first_error.startswith(f"{source}: id 1: not JSON")
     assert slm.predict_file(source, io.StringIO(), text="q") == done
     assert slm.predict_file(io.BytesIO(b'"sea1"\n'), io.StringIO(), text="q").failed == 1
+
+
+@pytest.mark.parametrize("shard", ["1/2", 5, 0, (), (1, 2, 3), (0, 2), (3, 2), (1.0, 2), (True, 2), ("1", "2"), {1: 2}])
+def test_a_shard_that_is_none_is_a_wrong_call(slm: ScalableLM, tmp_path: Path, shard: object) -> None:
+    (tmp_path / "in.jsonl").write_text('"sea1"\n')
+    with pytest.raises(InputError) as caught:
+        slm.predict_file(tmp_path / "in.jsonl", tmp_path / "out.jsonl", shard=shard)
+    assert str(caught.value) == f"shard: expected (i, n), integers with i from 1 to n, got {shard!r}"
+    assert not (tmp_path / "out.jsonl").exists()
+    for one in ((1, 1), [1, 1], (np.int64(1), np.int64(1))):
+        assert slm.predict_file(tmp_path / "in.jsonl", io.StringIO(), shard=one).answered == 1
 
 
 # Outputs
