@@ -54,22 +54,23 @@ class Output:
         self.rows, self.failed = 0, 0
         self.bad: dict[str, Any] | None = None
         with named(path):
+            begun = path.exists() and self.run.exists()  # even if nothing was written
             self._file = path.open("ab", buffering=0)
         try:
             with named(path):
-                self._begin(about, overwrite)
+                self._begin(about, begun, overwrite)
         except BaseException:
             self._file.close()
             raise
 
-    def _begin(self, about: Mapping[str, Any] | None, overwrite: bool) -> None:
+    def _begin(self, about: Mapping[str, Any] | None, begun: bool, overwrite: bool) -> None:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise WorkError(f"{self.path}: another process is writing it") from None
         if overwrite:
             self._file.truncate(0)
-        if self.path.stat().st_size:
+        if self.path.stat().st_size or (begun and not overwrite):
             if about is None:
                 raise InputError(f"{self.path}: already exists; --overwrite replaces it")
             check_resumable(self.path, about)

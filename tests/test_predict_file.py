@@ -158,6 +158,22 @@ def test_an_interrupted_run_is_not_taken_up_with_another_way_of_reading(slm: Sca
         slm.predict_file(tmp_path / "in.csv", tmp_path / "out", delimiter=",")
 
 
+def test_a_run_that_wrote_nothing_is_taken_up_by_the_same_call_only(slm: ScalableLM, tmp_path: Path) -> None:
+    slm.save_pretrained(tmp_path / "store")
+    source, sink = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('"sea1"\n')
+    for _ in range(2):
+        assert slm.predict_file(source, sink, shard=(1, 2)).answered == 0
+    with pytest.raises(InputError, match=r"out.jsonl: was begun with shard '1/2', not '2/2'; --overwrite"):
+        slm.predict_file(source, sink, shard=(2, 2))
+    with pytest.raises(InputError, match=r"out.jsonl: already exists; --overwrite"):
+        slm.predict_file(io.BytesIO(b'"sea1"\n'), sink)
+    assert sink.read_bytes() == b""
+    assert slm.predict_file(source, sink, shard=(2, 2), overwrite=True).answered == 1
+    sink.unlink()  # what is left of a run whose output was removed is in nobody's way
+    assert slm.predict_file(source, sink).answered == 1
+
+
 @pytest.mark.parametrize("name", ["in.csv", "in.jsonl", "in.json"])
 def test_a_named_column_that_no_row_has_is_a_wrong_call_and_nothing_is_written(
     slm: ScalableLM, tmp_path: Path, name: str
