@@ -103,7 +103,7 @@ def test_a_finished_run_is_left_as_it_is(store, source, whole, tmp_path):
     output = tmp_path / "out.jsonl"
     predict(store, source, output)
     before = output.stat().st_mtime_ns
-    one_line(predict(store, source, output), 1, "5 rows failed", f"; first: {source}: row 72: not JSON")
+    one_line(predict(store, source, output), 1, "5 rows failed", f"; first: {source}: id 72: not JSON")
     assert (output.stat().st_mtime_ns, output.read_bytes()) == (before, whole)
 
 
