@@ -27,6 +27,7 @@ SUFFIXES = ".csv, .tsv, .txt, .jsonl, .ndjson, .json (each also .gz) or .parquet
 BATCH = 1024  # rows of a Parquet file in memory at once
 DOCUMENT = re.compile(r'\[\s*([{"]|\Z)')  # start of a list of rows
 JSON_LINES = re.compile(r"\s*\{.*\}[ \t\r]*\n\s*\S")  # an object on a line of its own, and more below it
+PARQUET = b"PAR1\x15"  # its first bytes
 BLANK = " \t\r\n\v\f"
 
 
@@ -151,7 +152,7 @@ def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator
     for magic, kind in NO_TEXT.items():
         if head.startswith(magic):
             raise WorkError(f"{how.name}: is {kind}; save it as CSV")
-    if format is None and head.startswith(b"PAR1"):
+    if head.startswith(PARQUET) or (format is None and head.startswith(PARQUET[:4])):  # whatever its name
         if how.again is None:
             raise InputError(f"{how.name}: parquet cannot be read from a pipe; save it to a file")
         yield from _read_parquet(how.again)

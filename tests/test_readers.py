@@ -246,6 +246,15 @@ def test_json_lines_are_read_as_such_whatever_their_name(tmp_path: Path, name: s
     assert found(tmp_path / name.removesuffix(".gz")) == [(2, {"{text}": "b", "a": "c"})]
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.json", "t.txt", "t"])
+@pytest.mark.parametrize("texts", [["a", "b"], []])
+def test_parquet_is_read_as_such_whatever_its_name(tmp_path: Path, name: str, texts: list[str]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, "string")}), tmp_path / name)
+    assert found(tmp_path / name) == [(number, {"text": text}) for number, text in enumerate(texts, 1)]
+    (tmp_path / "t.csv").write_text("PAR1,text\na,b\n")
+    assert found(tmp_path / "t.csv") == [(2, {"PAR1": "a", "text": "b"})]
+
+
 def test_a_pipe_of_another_kind_of_file_says_so() -> None:
     with pytest.raises(WorkError, match=r"^the input: is a zip archive or an Excel file; save it as CSV$"):
         list(read_records(io.BytesIO(b"PK\x03\x04" + bytes(range(256)))))
