@@ -188,7 +188,7 @@ class Task:
         check_name(name)
         check_switches(training=training)
         given = check_columns(text, label)
-        records = list(read_records(path, delimiter=delimiter, encoding=encoding, columns=given))
+        records = list(read_records(path, delimiter=delimiter, encoding=encoding, columns=given, filled=True))
         file = Path(path) if isinstance(path, (str, Path)) else None
         source = "the input" if file is None else str(file)
         for record in records:
@@ -261,7 +261,7 @@ def rows_of_file(
     """
     columns = [] if text is None else [text]
     rows: list[Row] = []
-    for record in read_records(path, delimiter=delimiter, encoding=encoding, columns=columns):
+    for record in read_records(path, delimiter=delimiter, encoding=encoding, columns=columns, filled=True):
         row = identified(record, text=text)[1]
         if isinstance(row, WorkError):
             raise _error_class(row, first=not rows, named=text is not None)(f"{path}: {record.where}: {row}")

@@ -60,8 +60,10 @@ class Reading:
     text: str | None = None
 
     def records(self, source: Source) -> Iterator[Record]:
-        how = {"format": self.format, "delimiter": self.delimiter, "encoding": self.encoding}
-        return read_records(source, **how, columns=() if self.text is None else (self.text,))
+        columns = () if self.text is None else (self.text,)
+        return read_records(
+            source, format=self.format, delimiter=self.delimiter, encoding=self.encoding, columns=columns
+        )
 
 
 def check_paths(

@@ -9,7 +9,7 @@ import re
 import reprlib
 import stat
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -19,7 +19,7 @@ from slm_fast.documents import rows_of_document
 from slm_fast.encodings import GZIP, NO_TEXT, Lines, check_encoding, open_binary, read_head, rejoined, settle
 from slm_fast.errors import InputError, WorkError, one_line
 from slm_fast.fields import STRICT
-from slm_fast.labels import plain_value
+from slm_fast.labels import plain_value, shown
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 UNTOLD = ("", ".txt")  # suffixes that say nothing about the format
@@ -57,6 +57,7 @@ def read_records(
     delimiter: str | None = None,
     encoding: str | None = None,
     columns: Collection[str] = (),
+    filled: bool = False,
 ) -> Iterator[Record]:
     """Read the non-blank rows of a file or binary stream, in order. Memory is bounded, except for .json.
 
@@ -71,6 +72,7 @@ def read_records(
         encoding: default: UTF-16 or UTF-8, by the first bytes. A regular file of delimited text that is clearly not
             UTF-8 is read as Windows-1252, with a warning.
         columns: known column names besides the usual ones.
+        filled: raise WorkError if delimited text has nothing but a header.
 
     Raises:
         InputError: there is no such file, or the format, encoding or delimiter is invalid.
@@ -89,6 +91,7 @@ def read_records(
         delimiter=None if delimiter is None else check_delimiter(delimiter),
         encoding=None if encoding is None else check_encoding(encoding),
         columns=columns,
+        filled=filled,
     )
     if path is None:
         return _read_stream(source, format, reading)  # type: ignore[arg-type]
@@ -104,6 +107,7 @@ class _Reading:
     delimiter: str | None
     encoding: str | None
     columns: Collection[str]
+    filled: bool
     again: Path | None = None
 
 
@@ -139,7 +143,7 @@ def _read_path(path: Path, regular: bool, format: str | None, how: _Reading) -> 
             raise InputError(f"{path}: parquet cannot be read from a pipe; save it to a file")
         yield from _read_parquet(path)
         return
-    how = _Reading(how.name, how.delimiter, how.encoding, how.columns, path if regular else None)
+    how = replace(how, again=path if regular else None)
     with open_binary(path) as file:
         yield from _read_stream(file, format, how)
 
@@ -173,8 +177,13 @@ def _read_stream(file: IO[bytes], format: str | None, how: _Reading) -> Iterator
     if format == "jsonl":
         yield from _read_jsonl(lines, untold)
         return
+    empty = True
     for place, fields, error in read_delimited(lines, how.delimiter, format == "tsv", how.columns):
         yield Record(place, fields, error)
+        empty = False
+    header = _first_line(head, encoding)
+    if how.filled and empty and header:
+        raise WorkError(f"{how.name}: has no rows; only a header line was found: {shown(header)}")
 
 
 # Format detection

@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 from stores import become_nobody, finish, start
 
-from slm_fast.data import Row, Task, check_name
+from slm_fast.data import Row, Task, check_name, rows_of_file
 from slm_fast.errors import InputError, SlmError, SlmWarning, WorkError
+from slm_fast.readers import read_records
 from slm_fast.tasks import name_seed
 
 ROWS = [("good, really", "pos"), ("two\nlines", "neg"), ('"quoted"', "pos"), ("naïve 🙂", "neg")]
@@ -310,6 +311,15 @@ def test_a_file_without_rows_is_an_empty_task(tmp_path: Path, name: str) -> None
     else:
         write(path, {"t.csv": b"text,label\n", "t.jsonl": b"\n\n"}.get(name, gzip.compress(b"")))
     refused(WorkError, path, "no rows")
+
+
+@pytest.mark.parametrize("content", ["text,label\n", "<html><body>Sign in</body></html>", "\ntext\n\n"])
+def test_a_file_of_only_a_header_says_so(tmp_path: Path, content: str) -> None:
+    path = write(tmp_path / "t.csv", content)
+    refused(WorkError, path, f"has no rows; only a header line was found: {content.strip()!r}"[:55])
+    with pytest.raises(WorkError, match="only a header line was found"):
+        rows_of_file(path)
+    assert list(read_records(path)) == []  # to answer, no rows are rows enough
 
 
 def test_a_file_with_one_label_is_refused_naming_it(tmp_path: Path) -> None:
