@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from slm_fast.errors import InputError, WorkError, one_line, some_of, warn
+from slm_fast.errors import InputError, SlmError, WorkError, one_line, some_of, warn
 from slm_fast.fields import TEXT, Unfit, check, list_of, read_json, repeated
 from slm_fast.streams import kind_of
 
@@ -165,13 +165,14 @@ def read_words(labels: str | Path | Sequence[str]) -> list[str]:
     """A list of label words, given as such or as a JSON file, normalised like the labels of rows.
 
     Raises:
-        InputError: there is no such file, or a word that is given is no label or is given twice.
-        WorkError: it is not a list of words, or a word of the file is no label or is there twice.
+        InputError: there is no such file, or what is given is no list of words, or a word is no label or occurs twice.
+        WorkError: the same of what the file holds.
     """
     words: Any = labels
     where = "labels"
+    wrong: type[SlmError] = InputError
     if isinstance(labels, (str, Path)):
-        where = str(labels)
+        where, wrong = str(labels), WorkError
         kind_of(Path(labels), missing="no such file")
     try:
         if isinstance(labels, (str, Path)):
@@ -180,8 +181,9 @@ def read_words(labels: str | Path | Sequence[str]) -> list[str]:
             words = [word.strip() if isinstance(word, str) else word for word in words]
         check(words, "labels", list_of(TEXT))
     except (OSError, ValueError, Unfit) as error:
+        if wrong is InputError:
+            raise InputError(f"labels: expected a list of words or a file with one, got {shown(labels)}") from None
         raise WorkError(f"{where}: not a JSON list of words: {one_line(error)}") from None
-    wrong = WorkError if isinstance(labels, (str, Path)) else InputError
     try:
         words = [check_label(str(word)) for word in words]
         twice = repeated(same_words(words))
@@ -197,7 +199,8 @@ def name_label(label: str, words: Sequence[str]) -> str:
     if not INDEX.match(label):
         raise WorkError(f"label {label!r}: expected the number of a label word, from 0, or one of the words")
     if int(label) >= len(words):
-        raise WorkError(f"label {label}: there are only {len(words)} label words, numbered from 0")
+        counted = "is only 1 label word" if len(words) == 1 else f"are only {len(words)} label words"
+        raise WorkError(f"label {label}: there {counted}, numbered from 0")
     return words[int(label)]
 
 

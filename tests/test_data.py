@@ -284,7 +284,7 @@ def test_a_csv_text_may_be_longer_than_the_csv_modules_limit(tmp_path: Path) -> 
         (b"\xff", "labels.json: not a JSON list of words"),
         (b'{"0": "neg", "1": "pos"}', "labels.json: not a JSON list of words"),
         (b"[1, 2]", "labels.json: not a JSON list of words"),
-        (b'["neg"]', "line 3: label 1: there are only 1 label words"),
+        (b'["neg"]', "line 3: label 1: there is only 1 label word, numbered from 0"),
     ],
 )
 def test_words_that_do_not_fit_integer_labels_are_an_error_only_where_they_were_asked_for(

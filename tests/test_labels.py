@@ -188,11 +188,12 @@ def test_words_that_are_given_take_labels_that_are_words_already(tmp_path: Path)
         Task.from_file("x", path, labels=["cat", "dog"])
 
 
-@pytest.mark.parametrize("labels", [[], [1], ["a", ""], ["a", " "], {"0": "a"}])
+@pytest.mark.parametrize("labels", [[], [1], ["a", ""], ["a", " "], {"0": "a"}, 5, b"a"])
 def test_words_that_are_no_list_of_words_are_one_line(tmp_path: Path, labels: object) -> None:
     path = write_csv(tmp_path / "t.csv", ("a", "1"), ("b", "0"))
-    with pytest.raises(WorkError, match="not a JSON list of words"):
+    with pytest.raises(InputError) as caught:
         Task.from_file("x", path, labels=labels)
+    assert str(caught.value) == f"labels: expected a list of words or a file with one, got {labels!r}"
 
 
 def test_a_list_of_words_that_is_not_there_is_a_wrong_call(tmp_path: Path) -> None:
