@@ -122,7 +122,9 @@ def _as_mapping(value: Any, given: bool) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         if not (hasattr(value, "keys") and hasattr(value, "__getitem__")):  # rows of pandas and sqlite3 have these
             one = "a text or an object with 'text' or 'instruction' and 'input'"
-            raise WorkError(f"expected {'a mapping with named columns' if given else one}, got {shown(value)}")
+            pair = (isinstance(value, list) and len(value) == 2) or getattr(value, "shape", None) == (2,)
+            how = "; a pair is read as a tuple: (text, label)" if pair and not given else ""
+            raise WorkError(f"expected {'a mapping with named columns' if given else one}, got {shown(value)}{how}")
         value = {name: value[name] for name in value.keys()}  # noqa: SIM118
     return value if all(isinstance(name, str) for name in value) else {str(name): value[name] for name in value}
 

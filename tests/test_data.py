@@ -9,6 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -335,6 +336,9 @@ def test_a_file_with_one_label_is_refused_naming_it(tmp_path: Path) -> None:
         ([("a", "x"), "b"], "row 2: no 'label'"),
         ([("a", "x"), ("b", None)], "row 2: no 'label'"),
         ([("a", "x"), 7], "row 2: expected a text or an object"),
+        ([["a", "x"], ["b", "y"]], r"row 1: .*, got \['a', 'x'\]; a pair is read as a tuple: \(text, label\)$"),
+        ([np.array(7)], "row 1: expected a text or an object .*, got array.7.$"),
+        (np.array([["a", "x"], ["b", "y"]]), r"row 1: .*; a pair is read as a tuple: \(text, label\)$"),
         ([("a", "x"), ("b", "y", "z")], "row 2: expected a text or an object"),
         ([("a", "x"), {"input": "b"}], "row 2: no 'output'"),
     ],
