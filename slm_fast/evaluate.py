@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_fast.data import Row, Task, check_switches
+from slm_fast.data import Row, Task, check_name, check_switches
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.labels import foreign_label
 from slm_fast.model import AdaptedModel
@@ -129,4 +129,8 @@ def as_task(learned: LearnedTask | None, name: str, source: Any) -> Task:
     if isinstance(source, (str, Path)):
         return Task.from_file(name, source, known=(learned and learned.labels) or (), training=False)
     free_text = None if learned is None else learned.labels is None
-    return Task(name, source, free_text=free_text, training=False)
+    check_name(name)
+    try:
+        return Task(name, source, free_text=free_text, training=False)
+    except InputError as error:
+        raise InputError(f"task {name!r}: {error}") from None

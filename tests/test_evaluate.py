@@ -133,6 +133,11 @@ def test_a_task_that_is_not_learned_is_named():
         two_tasks("bert").evaluate({"sea": fresh("sea"), "city": fresh("city")})
 
 
+def test_a_task_whose_rows_are_none_is_named():
+    with pytest.raises(InputError, match=r"^task 'sea': rows: expected an iterable of rows, got 5$"):
+        two_tasks("bert").evaluate({"farm": fresh("farm"), "sea": 5})
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"missing\.csv: no such file"):
         two_tasks("bert").evaluate({"sea": tmp_path / "missing.csv"})
