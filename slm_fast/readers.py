@@ -145,6 +145,11 @@ def _read_path(path: Path, regular: bool, format: str | None, how: _Reading) -> 
         return
     how = replace(how, again=path if regular else None)
     with open_binary(path) as file:
+        if regular and path.suffix.lower() == ".gz":
+            with path.open("rb") as raw:
+                start = raw.read(2)
+            if start and not GZIP.startswith(start):
+                raise WorkError(f"{path}: cannot be read: is not compressed, whatever its name; leave out the '.gz'")
         yield from _read_stream(file, format, how)
 
 

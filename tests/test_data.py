@@ -215,6 +215,12 @@ def test_a_damaged_gz_file_is_named_wherever_the_damage_is(tmp_path: Path) -> No
         refused(WorkError, write(path, whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]), "cannot be read")
 
 
+def test_a_file_that_is_named_gz_and_is_not_compressed_is_told_so(tmp_path: Path) -> None:
+    for content in (b"text,label\na,x\nb,y\n", b"PK\x03\x04" + bytes(100)):
+        path = write(tmp_path / "t.csv.gz", content)
+        refused(WorkError, path, "t.csv.gz: cannot be read: is not compressed, whatever its name; leave out the '.gz'")
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"text,label\na,b\n", b"PAR1" + bytes(100) + b"PAR1"])
 def test_a_damaged_parquet_file_is_named(tmp_path: Path, content: bytes) -> None:
     refused(WorkError, write(tmp_path / "t.parquet", content), "parquet")
