@@ -12,7 +12,7 @@ from slm_fast.chats import read_chat
 from slm_fast.columns import CHATTED, LABELLED, PROMPT, Columns, find_columns, known, missing_answer, plain
 from slm_fast.errors import InputError, WorkError
 from slm_fast.fields import repeated
-from slm_fast.labels import as_text, plain_value, shown, whole
+from slm_fast.labels import as_text, is_unseen, plain_value, shown, whole
 from slm_fast.readers import class_name
 
 
@@ -135,7 +135,8 @@ def _string(fields: Mapping[str, Any], name: str) -> str:
         return ""
     if not isinstance(got, str):
         raise WorkError(f"{name!r}: expected a string, got {shown(got)}")
-    return whole(str.__str__(got), name).strip()
+    text = whole(str.__str__(got), name).strip()
+    return "" if is_unseen(text) else text
 
 
 def _is_empty(value: Any) -> bool:

@@ -21,7 +21,7 @@ SHORT = 40  # characters of a label in a list of them
 NUMBER = re.compile(r"(-?(?:0|[1-9][0-9]*))(\.0+)?\Z")
 INDEX = re.compile(r"[0-9]{1,9}\Z")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # but tabs and line ends
-UNSEEN = ("Cf", "Zs", "Zl", "Zp")  # categories of invisible characters
+UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of invisible characters
 
 
 def as_text(value: Any, key: str) -> str | None:
@@ -79,6 +79,11 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
+def is_unseen(text: str) -> bool:
+    """Whether a text has no visible character."""
+    return not text[:1].isalnum() and all(unicodedata.category(letter) in UNSEEN for letter in text)
+
+
 def check_label(label: str) -> str:
     """A label in Unicode's composed form (NFC). Raises WorkError if it cannot be a word."""
     if len(label) > LONGEST:
@@ -87,7 +92,7 @@ def check_label(label: str) -> str:
         raise WorkError(f"'label': holds a control character, got {label[:60]!a}")
     if label.isascii():
         return label
-    if all(letter.isspace() or unicodedata.category(letter) in UNSEEN for letter in label):
+    if is_unseen(label):
         raise WorkError(f"'label': holds no visible character, got {label[:60]!a}")
     return unicodedata.normalize("NFC", label)
 

@@ -239,6 +239,9 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, content: bytes) -> None
         ('{"text": "", "label": "x"}', "empty text"),
         ('{"text": " \\n ", "label": "x"}', "empty text"),
         ('{"text": null, "label": "x"}', "empty text"),
+        ('{"text": "\\u200b \\ufeff", "label": "x"}', "empty text"),
+        ('{"text": "\\u0000\\u0007", "label": "x"}', "empty text"),
+        ('{"instruction": "\\u200b", "input": "\\u0000", "output": "x"}', "empty input"),
         ('{"text": 7, "label": "x"}', "'text': expected a string, got 7"),
         ('{"text": "a"}', "no 'label'"),
         ('{"text": "a", "label": " "}', "no 'label'"),
@@ -251,7 +254,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, content: bytes) -> None
         ('{"text": "a", "label": ' + "1" * 5000 + "}", "not JSON"),
         ("[" * 100_000, "not JSON"),
     ],
-    ids=range(21),
+    ids=range(24),
 )
 def test_a_bad_jsonl_row_is_named_with_its_line(tmp_path: Path, line: str, said: str) -> None:
     good = '{"text": "a", "label": "x"}'
