@@ -202,7 +202,7 @@ class ScalableLM(TaskKeeper):
             name: name of the task.
             examples: about 50 texts of the task, or a file of them, for routing. Answers are ignored.
             labels: labels of the adapter's head, in its order, or a JSON file with a list of them.
-            check: also load the adapter in PEFT and compare the outputs on the examples.
+            check: also load the adapter in PEFT and compare the outputs on the examples, even of a task that is there.
 
         Returns:
             With `check`, the largest difference of any logit from PEFT's.
@@ -222,14 +222,14 @@ class ScalableLM(TaskKeeper):
         with memory_for(f"task {name!r}"):
             task = peft_import.import_task(self.model, found, name, rows, labels=words)
             known = self.learned.get(name)
-            if known is None and name not in self._committed:
-                difference = peft_check.difference(self.model, task, found, rows) if check else None
+            if (known or name in self._committed) and (known is None or known.origin != task.origin):
+                raise InputError(f"task {name!r}: already exists; forget it first, or import under another name")
+            difference = peft_check.difference(self.model, known or task, found, rows) if check else None
+            if known is None:
                 self.add(task)
-                return difference
-        if known is None or known.origin != task.origin:
-            raise InputError(f"task {name!r}: already exists; forget it first, or import under another name")
-        warn(f"task {name!r}: already imported from the same adapter and examples; kept as it is")
-        return None
+            else:
+                warn(f"task {name!r}: already imported from the same adapter and examples; kept as it is")
+        return difference
 
     def export_adapter(self, name: str, folder: str | Path, *, weights: Sequence[float] | None = None) -> None:
         """Export a task as a LoRA adapter for PEFT: see `slm_fast.integrations.peft_export.export_task`."""

@@ -358,6 +358,8 @@ def test_a_check_compares_with_peft_and_an_adapter_that_differs_is_not_imported(
     found = slm.import_adapter(tmp_path, "sky", texts("sky"), check=True)
     assert found is not None
     assert found < 1e-4
+    with pytest.warns(SlmWarning, match="already imported"):
+        assert slm.import_adapter(tmp_path, "sky", texts("sky"), check=True) == found
     slm.forget("sky")
     monkeypatch.setattr("slm_fast.integrations.peft_files.PeftAdapter.scaling", lambda *_: 0.5)
     with pytest.raises(SlmError, match=r"differs from PEFT by .*nothing was imported"):

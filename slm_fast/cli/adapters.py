@@ -37,7 +37,7 @@ def run_import(arguments: argparse.Namespace) -> int:
     reading = {"delimiter": arguments.delimiter, "encoding": arguments.encoding}
     rows = rows_of_file(arguments.examples, text=arguments.text_column, **reading)
     slm = open_or_new(arguments)
-    before = slm.model.ahead
+    before, done = slm.model.ahead, "kept" if arguments.name in slm.learned else "imported"
     difference = slm.import_adapter(
         arguments.adapter, arguments.name, rows, labels=arguments.labels, check=arguments.check
     )
@@ -49,7 +49,7 @@ def run_import(arguments: argparse.Namespace) -> int:
     ranks = sorted({lora_a.shape[1] for lora_a, _ in values.values()})
     shown = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     held = f"tasks in {arguments.store}: {len(Store.open(arguments.store).files)}"
-    print(f"imported {arguments.name}: {len(values)} layers, {shown}; {held}", file=sys.stderr)
+    print(f"{done} {arguments.name}: {len(values)} layers, {shown}; {held}", file=sys.stderr)
     if slm.model.ahead and not before:
         print(_cost(slm.model.config.taps or (0,), len(slm.model.backbone.layers)), file=sys.stderr)
     return 0

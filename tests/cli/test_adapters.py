@@ -53,9 +53,12 @@ def test_an_adapter_becomes_a_task_that_answers_and_goes_out_again(bert: Path, t
         assert float((logits_of(again, "bert", row) - logits_of(model, "bert", row)).abs().max()) < 1e-4
     one_line(slm_fast("export", store, "sky", tmp_path / "out"), 2, "already exists")
     one_line(slm_fast("export", store, "sky", tmp_path / "one", "--weights", "0.5"), 2, "one slot")
-    twice = imported(bert, store, "--labels", bert / "labels.json")
+    twice = imported(bert, store, "--labels", bert / "labels.json", "--check")
     assert twice.returncode == 0
-    assert "already imported" in twice.stderr
+    warning, difference, summary = twice.stderr.strip().splitlines()
+    assert "already imported" in warning
+    assert float(difference.rpartition(" ")[2]) < 1e-4
+    assert summary == f"kept sky: 9 layers, rank 5; tasks in {store}: 1"
 
 
 def test_routes_from_the_embeddings_cost_no_pass_and_nothing_is_said_of_one(bert: Path, tmp_path: Path) -> None:
