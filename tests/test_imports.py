@@ -21,6 +21,7 @@ LAYERS = (
     ("demo", "report", "jobs"),
     ("worker",),
     ("slm",),
+    ("answerer",),
     ("keeper", "learn", "evaluate", "predict_file", "tables", "measures"),
     ("predict", "passes", "examples", "origin", "resume", "parquet_output"),
     ("generate", "windows"),
@@ -132,7 +133,7 @@ def test_the_reader_of_imports_sees_lazy_relative_and_plain_ones() -> None:
     assert imports(source, "slm_fast.ops.a") == expected
     assert imports("from . import b", "slm_fast.ops", is_package=True) == {"slm_fast.ops.b"}
     assert {"slm_fast.slm", "slm_fast.ops.retrieve", "slm_fast.router"} <= IMPORTS.keys()
-    assert {"slm_fast.keeper", "slm_fast.learn", "slm_fast.errors"} <= inside("slm_fast.slm")
+    assert {"slm_fast.answerer", "slm_fast.learn", "slm_fast.errors"} <= inside("slm_fast.slm")
     assert FACE["ScalableLM"] == "slm_fast.slm.ScalableLM"
 
 
