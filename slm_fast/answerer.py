@@ -58,7 +58,7 @@ class TaskAnswerer(TaskKeeper):
         options: PredictOptions | None = None,
         *,
         text: str | None = None,
-        task: str | None = None,
+        task: str | Sequence[str] | None = None,
         progress: bool | None = False,
         **changes: Unpack[PredictKeywords],
     ) -> NDArray[np.float32]:
@@ -66,18 +66,22 @@ class TaskAnswerer(TaskKeeper):
         if it is abstained from.
 
         Args:
-            task: oracle task ID for all rows. The columns are then its labels, sorted (`slm.learned[task].labels`).
+            task: oracle task ID. If it is one for all rows, the columns are its labels, sorted
+                (`slm.learned[task].labels`).
             rows, options, text, progress, **changes: as for `predict`; `top_k` has no effect.
 
         Raises:
             InputError: as for `predict`, or the backbone generates its answers and has no label probabilities.
         """
-        known = None if task is None else self.learned.get(task)
-        if self.model.backbone.kind != "encoder" and (known is None or known.head is None):
-            raise InputError("predict_proba: this backbone writes its answers and weighs no labels; predict has .score")
-        changes["top_k"] = None
-        answers = self.predict(rows, options, text=text, task=task, progress=progress, **changes)
-        return probabilities(answers, self.classes_ if known is None else known.labels or ())
+        with self.model.pinned():
+            known = self.learned.get(task) if isinstance(task, str) else None
+            if self.model.backbone.kind != "encoder" and (known is None or known.head is None):
+                raise InputError(
+                    "predict_proba: this backbone writes its answers and weighs no labels; predict has .score"
+                )
+            changes["top_k"] = None
+            answers = self.predict(rows, options, text=text, task=task, progress=progress, **changes)
+            return probabilities(answers, self.classes_ if known is None else known.labels or ())
 
     @shows(PredictOptions)
     def predict_stream(

@@ -56,6 +56,27 @@ def test_a_given_task_has_its_own_labels_for_columns(slm, task):
     assert [labels[i] for i in found.argmax(1)] == [answer.label for answer in slm.predict(texts, task=task)]
 
 
+def test_tasks_given_for_each_row_leave_all_labels_for_columns(slm):
+    names = ["farm", "sea"] * 4
+    found = slm.predict_proba(mixed()[:8], task=names)
+    for row, name, answer in zip(found, names, slm.predict(mixed()[:8], task=names, top_k=None), strict=True):
+        assert {label for label, p in zip(slm.classes_, row, strict=True) if p} <= set(slm.learned[name].labels)
+        assert row == pytest.approx([answer.probabilities.get(label, 0) for label in slm.classes_], abs=1e-7)
+
+
+def test_a_task_forgotten_meanwhile_is_still_a_column():
+    slm = make_slm("bert", features=32)
+    knows(slm, *two_tasks(slm))
+    expected = slm.predict_proba(["sea1 sea2"])
+
+    def rows():
+        slm.forget("sea")
+        yield "sea1 sea2"
+
+    assert np.array_equal(slm.predict_proba(rows()), expected)
+    assert slm.predict_proba(["sea1 sea2"]).shape == (1, 2)
+
+
 def test_no_rows_abstention_and_options(slm):
     assert slm.predict_proba([]).shape == (0, 3)
     answers = slm.predict(["word7 " * 12, *mixed()], abstain=0.5)
