@@ -95,9 +95,10 @@ def predict(
             raise InputError(f"task: expected a name, or one for each row, got {task!r}") from None
         if len(task) != len(rows):
             raise InputError(f"task: {len(task)} names for {len(rows)} rows")
-    elif task is not None and task not in model.pool.place:
-        raise InputError(f"task {task!r}: not learned; tasks: {some_of(model.pool.names)}")
     with bar("predicting", len(rows), progress) as advance, model.pinned():
+        for name in [task] if isinstance(task, str) else task or ():
+            if not isinstance(name, str) or name not in model.pool.place:
+                raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
         return list(_good(answer(model, windows_of(rows, task), options, advance)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 
 import pytest
@@ -257,12 +258,15 @@ def test_a_stream_may_be_given_its_task():
     assert {answer.task for answer in slm.predict_stream(mixed(), task="farm")} == {"farm"}
 
 
-@pytest.mark.parametrize("task", ["city", ["sea", "city"]])
-def test_an_unknown_task_id_is_named_with_those_learned(task):
+@pytest.mark.parametrize("task", ["city", ["sea", "city"], ["sea", ["city"]], ["sea", None]])
+def test_an_unknown_task_id_is_named_with_those_learned_before_a_row_is_answered(task, monkeypatch):
     slm = make_slm("bert")
     knows(slm, *two_tasks(slm))
-    with pytest.raises(InputError, match="task 'city': not learned; tasks: farm, sea"):
-        slm.predict(["sea1", "sea2"], task=task)
+    monkeypatch.setattr("slm_fast.predict.answer", lambda *_: pytest.fail("rows are answered"))
+    said = f"task {(task if isinstance(task, str) else task[1])!r}: not learned; tasks: farm, sea"
+    for call in (slm.predict, slm.predict_proba):
+        with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+            call(["sea1", "sea2"], task=task)
 
 
 def test_a_list_of_task_ids_must_be_as_long_as_the_rows():
