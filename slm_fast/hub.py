@@ -31,9 +31,12 @@ class HubStore(Store):
 
 def chosen(tasks: Sequence[LearnedTask], names: str | Collection[str] | None) -> list[LearnedTask]:
     """The tasks with these names (None: all), by name. Raises InputError if one does not exist or there are none."""
-    wanted = {names} if isinstance(names, str) else None if names is None else set(names)
+    try:
+        wanted = {names} if isinstance(names, str) else None if names is None else set(names)
+    except TypeError:
+        raise InputError(f"tasks: expected a name, or several, got {names!r}") from None
     known = {task.name: task for task in tasks}
-    for name in sorted(wanted or ()):
+    for name in sorted(wanted or (), key=str):
         if name not in known:
             raise InputError(f"task {name!r}: not learned; tasks: {some_of(known)}")
     found = [known[name] for name in sorted(known if wanted is None else wanted)]

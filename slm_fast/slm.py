@@ -21,6 +21,7 @@ from slm_fast.learn import check_task, learn_task
 from slm_fast.options import LearnKeywords, LearnOptions, ModelConfig, ModelKeywords, combine, shows
 from slm_fast.origin import is_same
 from slm_fast.schema import check_backbone, check_same
+from slm_fast.tasks import LearnedTask
 from slm_fast.warm_start import check_start
 
 if TYPE_CHECKING:
@@ -172,6 +173,18 @@ class ScalableLM(TaskAnswerer):
             return warn(f"task {task.name!r}: already learned from the same rows and options; kept as it is")
         self._know([learn_task(self.model, task, chosen, **how, on_step=on_step, progress=progress)])
 
+    def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
+        tasks: list[Any] = list(learned) if isinstance(learned, Iterable) else [learned]
+        for task in tasks:
+            if not isinstance(task, LearnedTask):
+                raise InputError(f"learned: expected values of another model's `learned`, got a {type(task).__name__}")
+        super().add(tasks)
+
+    def forget(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise InputError(f"name: expected a task's name, got {name!r}")
+        super().forget(name)
+
     def import_adapter(
         self,
         adapter: str | Path,
@@ -236,7 +249,8 @@ class ScalableLM(TaskAnswerer):
         Raises:
             InputError: the name belongs to another task, or the `warm_start` task is not learned.
         """
-        known, options = self.learned.get(task.name), options or LearnOptions()
+        options = combine(LearnOptions, options, {})
+        known = self.learned.get(checked(task, "task").name)
         if known is not None and is_same(known, self.model, task, options, valid, patience):
             return True
         if known is not None or task.name in self._committed:
