@@ -48,7 +48,7 @@ class TaskAnswerer(TaskKeeper):
                 learned yet.
             WorkError: a row cannot be read or answered. The message gives its number, counted from 1.
         """
-        chosen = combine(PredictOptions, options, changes)
+        chosen = combine(PredictOptions, options, changes, self.predict)
         return predict(self.model, list(rows_to_answer(rows, text=text)), chosen, task=task, progress=progress)
 
     @shows(PredictOptions)
@@ -94,7 +94,7 @@ class TaskAnswerer(TaskKeeper):
         **changes: Unpack[PredictKeywords],
     ) -> Iterator[Prediction]:
         """Like `predict`, for any iterable of rows: yields answers in order, with bounded memory."""
-        chosen = combine(PredictOptions, options, changes)
+        chosen = combine(PredictOptions, options, changes, self.predict_stream)
         return predict_stream(self.model, rows_to_answer(rows, text=text), chosen, task=task)
 
     @shows(PredictOptions)
@@ -134,7 +134,7 @@ class TaskAnswerer(TaskKeeper):
             InputError: a path or an option is invalid, or the output belongs to another run.
             WorkError: the run failed. What was written is kept, and the same call resumes.
         """
-        chosen = combine(PredictOptions, options, changes)
+        chosen = combine(PredictOptions, options, changes, self.predict_file)
         with self.model.pinned():
             return predict_file(
                 Answering.of(self.model, chosen, self._files),
@@ -164,5 +164,5 @@ class TaskAnswerer(TaskKeeper):
         if not isinstance(tasks, Mapping):
             raise InputError(f"tasks: expected {{name: a file or rows}}, got a {type(tasks).__name__}")
         given = {name: as_task(self.learned.get(name), name, source) for name, source in tasks.items()}
-        chosen = combine(PredictOptions, options, changes)
+        chosen = combine(PredictOptions, options, changes, self.evaluate)
         return evaluate(self.model, given, chosen, with_task_id=with_task_id, progress=progress)

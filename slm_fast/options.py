@@ -13,6 +13,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from numbers import Real
 from operator import index
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
@@ -359,19 +360,25 @@ class PredictKeywords(TypedDict, total=False):
     seed: int
 
 
-def combine(kind: type[Options], options: Options | None, keywords: Mapping[str, Any]) -> Options:
-    """Return `options` (the defaults if None) with the fields given as keywords replaced.
-
-    Raises:
-        InputError: a keyword is not a field, or a value is invalid.
-    """
-    names = [field.name for field in fields(kind)]
-    unknown = sorted(keywords.keys() - set(names))
-    if unknown:
-        raise InputError(f"{unknown[0]}: unknown option; options: {', '.join(names)}")
+def combine(
+    kind: type[Options], options: Options | None, keywords: Mapping[str, Any], by: Callable[..., Any] | None = None
+) -> Options:
+    """Return `options` (the defaults if None) with the fields given as keywords to the function `by` replaced.
+    Raises InputError if a keyword is not a field, or a value is invalid."""
+    names = {field.name: None for field in fields(kind)}
+    for name in sorted(keywords.keys() - names):
+        own = inspect.signature(by).parameters.values() if by else ()
+        names |= {parameter.name: None for parameter in own if parameter.kind is parameter.KEYWORD_ONLY}
+        raise InputError(f"{name}: unknown option; options: {', '.join(names)}{nearest(name, names)}")
     if options is not None and not isinstance(options, kind):
         raise InputError(f"options: expected {kind.__name__}, got a {type(options).__name__}")
     return replace(kind() if options is None else options, **keywords)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A clause for an error message that suggests the name most like this one, if any is."""
+    found = get_close_matches(name, list(names), 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def shows(kind: type[DataclassInstance]) -> Callable[[Function], Function]:

@@ -69,7 +69,7 @@ class ScalableLM(TaskAnswerer):
             InputError: the backbone is not found or not of a known family, or an option is invalid.
             WorkError: its files are damaged.
         """
-        complete = combine(ModelConfig, config, changes)
+        complete = combine(ModelConfig, config, changes, cls.from_backbone)
         return cls(load_backbone(backbone, tokenizer, dtype, device), complete)
 
     @classmethod
@@ -158,7 +158,7 @@ class ScalableLM(TaskAnswerer):
             InputError: the name is taken, or an option is invalid.
             WorkError: training or the commit failed. Tasks learned before are unaffected.
         """
-        chosen = combine(LearnOptions, options, changes)
+        chosen = combine(LearnOptions, options, changes, self.learn)
         known = checked(task, "task").labels or ()
         if isinstance(valid, (str, Path)):
             valid = Task.from_file(task.name, valid, known=known, training=False)

@@ -58,6 +58,30 @@ def test_an_unknown_keyword_is_named_with_those_there_are() -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "given", "own", "meant"),
+    [
+        ("from_backbone", "tokeniser", ("tokenizer", "dtype", "device"), "tokenizer"),
+        ("learn", "patiense", ("valid", "patience", "on_step", "progress"), "patience"),
+        ("predict", "tasks", ("text", "task", "progress"), "task"),
+        ("predict_stream", "tops", ("text", "task"), "top_p"),
+        ("predict_file", "overwriting", ("task", "shard", "strict", "overwrite"), "overwrite"),
+        ("evaluate", "with_task_ids", ("with_task_id", "progress"), "with_task_id"),
+        ("evaluate", "zzzz", ("with_task_id",), None),
+    ],
+)
+def test_an_unknown_keyword_is_named_with_all_that_the_method_takes_and_the_nearest(method, given, own, meant) -> None:
+    slm = object.__new__(ScalableLM)
+    arguments = [{}, None][: {"predict_file": 2}.get(method, 1)]
+    with pytest.raises(InputError) as caught:
+        getattr(slm, method)(*arguments, **{given: 1})
+    names, _, meant_here = str(caught.value).partition("options: ")[2].partition("; did you mean ")
+    assert str(caught.value).startswith(f"{given}: unknown option; options: ")
+    assert {*own} < {*names.split(", ")}
+    assert not {"rows", "options", "changes", "task"} & {*names.split(", ")} - {*own}
+    assert meant_here == (f"{meant}?" if meant else "")
+
+
+@pytest.mark.parametrize(
     ("kind", "name", "value", "said"),
     [
         *(
