@@ -375,10 +375,10 @@ def combine(
     return replace(kind() if options is None else options, **keywords)
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A clause for an error message that suggests the name most like this one, if any is."""
+def nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """A clause for an error message that suggests the name most like this one, if any is, after `prefix`."""
     found = get_close_matches(name, list(names), 1)
-    return f"; did you mean {found[0]}?" if found else ""
+    return f"; did you mean {prefix}{found[0]}?" if found else ""
 
 
 def shows(kind: type[DataclassInstance]) -> Callable[[Function], Function]:

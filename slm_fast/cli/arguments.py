@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib.util import find_spec
+from itertools import takewhile
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from slm_fast.collection import without_collection
 from slm_fast.errors import InputError, warn
-from slm_fast.options import PredictOptions
+from slm_fast.options import PredictOptions, nearest
 
 if TYPE_CHECKING:
     from slm_fast.backbone import Backbone
@@ -26,11 +28,49 @@ Run = Callable[[argparse.Namespace], int]  # runs a verb and returns the exit st
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line."""
+    """Reports a usage error in one line. Unknown options come first, since they often cause the other errors."""
+
+    verbs: Mapping[str, Parser] = MappingProxyType({})
+    _words: Sequence[str] = ()
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, others = self.parse_known_args(args, namespace)
+        if others:
+            verb = self.verbs[found.verb]
+            verb._end(verb._about(others))
+        return found
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = list(args or ())
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        self._end(self._about(self._unknown()) or message)
+
+    def _end(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+    def _about(self, words: Sequence[str]) -> str:
+        """An error's message about words that this parser does not know; none without words."""
+        options = [option.lstrip("-") for option in self._option_string_actions]
+        first = next((word.partition("=")[0].lstrip("-") for word in words if word.startswith("-")), "")
+        hint = nearest(first, options, "--") if first else ""
+        return f"unrecognized arguments: {' '.join(words)}{hint}" if words else ""
+
+    def _unknown(self) -> list[str]:
+        """Options among the words that this parser does not have, unless it passes words on to others."""
+        if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
+            return []
+        given = [word for word in takewhile("--".__ne__, self._words) if word.startswith("--")]
+        known = self._option_string_actions  # which may be abbreviated
+        return [word for word in given if not any(name.startswith(word.partition("=")[0]) for name in known)]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            said = f"invalid choice: {value!r} (choose from {', '.join(choices)}){nearest(str(value), choices)}"
+            raise argparse.ArgumentError(action, said)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -46,6 +86,7 @@ class Verbs:
 
     def __init__(self, parser: Parser) -> None:
         self._verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+        parser.verbs = self._verbs.choices
 
     def add(self, name: str, run: Run, about: str, *, store: bool = True) -> argparse.ArgumentParser:
         """Add a verb and return its parser. With `store`, its first argument is the store's directory."""
