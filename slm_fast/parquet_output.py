@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from slm_fast.errors import InputError, WorkError
 from slm_fast.streams import named
@@ -61,15 +61,44 @@ class ParquetOutput:
 
         check_parquet(path, overwrite=overwrite)
         self.path, self.part, self.schema = path, path.with_name(path.name + ".part"), pyarrow.schema(answer_columns())
-        with named(path):
-            self._file = self.part.open("ab")
+        self._file = self._begun()
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            check_parquet(path, overwrite=overwrite)  # another process may have finished it since
+            with named(path):
+                self._file.truncate(0)
+                self._writer = pyarrow.parquet.ParquetWriter(self._file, self.schema)
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _begun(self) -> BinaryIO:
+        """The part file, locked."""
+        while True:
+            with named(self.path):
+                file = self.part.open("ab")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise WorkError(f"{self.path}: another process is writing it") from None
+            if self._is_part(file):
+                return file
+            file.close()  # another process has finished or removed what was opened here
+
+    def _is_part(self, file: BinaryIO) -> bool:
+        """Whether an open file is still the part file."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.part.stat())
+        except OSError:
+            return False
+
+    def _give_up(self) -> None:
+        """Remove the part file, while it is locked: afterwards it may be another process's."""
+        with suppress(OSError):
+            if self._is_part(self._file):
+                self.part.unlink()
+        with suppress(OSError):
             self._file.close()
-            raise WorkError(f"{path}: another process is writing it") from None
-        self._file.truncate(0)
-        self._writer = pyarrow.parquet.ParquetWriter(self._file, self.schema)
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Write records. Raises WorkError, naming the file, if that fails."""
@@ -87,16 +116,18 @@ class ParquetOutput:
         if kind is not None:
             with suppress(Exception):  # such as a full disk; the first error is the one to report
                 self._writer.close()
-            with suppress(OSError):
-                self._file.close()
-            self.part.unlink(missing_ok=True)
+            self._give_up()
             return
-        with named(self.path):
-            self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            os.replace(self.part, self.path)
-            self._file.close()
+        try:
+            with named(self.path):
+                self._writer.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                os.replace(self.part, self.path)
+        except BaseException:
+            self._give_up()
+            raise
+        self._file.close()
 
 
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
