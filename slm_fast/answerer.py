@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from slm_fast.data import rows_to_answer
 from slm_fast.errors import InputError
 from slm_fast.evaluate import Evaluation, as_task, evaluate
+from slm_fast.idle import warn_of_idle_options
 from slm_fast.keeper import TaskKeeper
 from slm_fast.options import PredictKeywords, PredictOptions, combine, shows
 from slm_fast.predict import Prediction, predict, predict_stream, probabilities
@@ -48,7 +49,7 @@ class TaskAnswerer(TaskKeeper):
                 learned yet.
             WorkError: a row cannot be read or answered. The message gives its number, counted from 1.
         """
-        chosen = combine(PredictOptions, options, changes, self.predict)
+        chosen = self._chosen(options, changes, self.predict, task=task is not None)
         return predict(self.model, list(rows_to_answer(rows, text=text)), chosen, task=task, progress=progress)
 
     @shows(PredictOptions)
@@ -94,7 +95,7 @@ class TaskAnswerer(TaskKeeper):
         **changes: Unpack[PredictKeywords],
     ) -> Iterator[Prediction]:
         """Like `predict`, for any iterable of rows: yields answers in order, with bounded memory."""
-        chosen = combine(PredictOptions, options, changes, self.predict_stream)
+        chosen = self._chosen(options, changes, self.predict_stream, task=task is not None)
         return predict_stream(self.model, rows_to_answer(rows, text=text), chosen, task=task)
 
     @shows(PredictOptions)
@@ -134,7 +135,7 @@ class TaskAnswerer(TaskKeeper):
             InputError: a path or an option is invalid, or the output belongs to another run.
             WorkError: the run failed. What was written is kept, and the same call resumes.
         """
-        chosen = combine(PredictOptions, options, changes, self.predict_file)
+        chosen = self._chosen(options, changes, self.predict_file, task=task is not None)
         with self.model.pinned():
             return predict_file(
                 Answering.of(self.model, chosen, self._files),
@@ -164,5 +165,14 @@ class TaskAnswerer(TaskKeeper):
         if not isinstance(tasks, Mapping):
             raise InputError(f"tasks: expected {{name: a file or rows}}, got a {type(tasks).__name__}")
         given = {name: as_task(self.learned.get(name), name, source) for name, source in tasks.items()}
-        chosen = combine(PredictOptions, options, changes, self.evaluate)
+        chosen = self._chosen(options, changes, self.evaluate, with_task_id=with_task_id)
         return evaluate(self.model, given, chosen, with_task_id=with_task_id, progress=progress)
+
+    def _chosen(
+        self, options: PredictOptions | None, changes: Mapping[str, Any], by: Callable[..., Any], **told: bool
+    ) -> PredictOptions:
+        """The options of a call of the method `by`. told: arguments that tell rows their task, and whether given."""
+        chosen = combine(PredictOptions, options, changes, by)
+        given = [name for name, is_given in told.items() if is_given]
+        warn_of_idle_options(chosen, self.model.backbone.kind, has_heads=bool(self.classes_), told=given)
+        return chosen

@@ -71,7 +71,7 @@ LAYERS = (
     ("ops", "memory"),
 )
 DOOR = ("slm_fast.slm", "integrations")  # methods of ScalableLM import integrations in their bodies
-LEAVES = ("errors", "progress", "options", "collection")  # may be imported anywhere; import only each other
+LEAVES = ("errors", "progress", "options", "idle", "collection")  # may be imported anywhere; import only each other
 RANK = {part: -i for i, parts in enumerate(LAYERS) for part in parts}
 
 

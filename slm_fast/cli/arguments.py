@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from slm_fast.collection import without_collection
 from slm_fast.errors import InputError, warn
+from slm_fast.idle import idle_options
 from slm_fast.options import PredictOptions, nearest
 
 if TYPE_CHECKING:
@@ -303,29 +304,20 @@ def open_store(
             **more,
         )
     if "sample" in vars(arguments):
-        warn_of_idle_options(fields_of(arguments, PredictOptions), slm.model.backbone.kind, bool(slm.classes_))
+        tell_idle_options(arguments, slm.model.backbone.kind, bool(slm.classes_))
     return slm
 
 
-def warn_of_idle_options(given: Mapping[str, Any], kind: str, has_heads: bool) -> None:
-    """Warn about given prediction options that have no effect on a backbone of this kind and its tasks."""
-    drawing = ("temperature", "top_p", "seed")
-    if given["bare"] and kind == "encoder":
-        warn("--bare: an encoder-only backbone has no answer of its own; every row's is empty")
-    if kind == "encoder":
-        idle = dict.fromkeys(("max_new_tokens", "beams", "sample", *drawing), "an encoder-only backbone writes no text")
-    else:
-        labels = () if has_heads else ("head", "top_k")
-        idle = dict.fromkeys(labels, "a backbone that writes its answers weighs no labels")
-        if not given["sample"]:
-            idle |= dict.fromkeys(drawing, "it goes with --sample")
-    if given["bare"]:
-        idle |= dict.fromkeys(("abstain", "distance", "head"), "with --bare no task answers")
-    for name, why in idle.items():
-        default = getattr(PredictOptions, name)
-        if given.get(name, default) != default:
-            flag = "sample-temperature" if name == "temperature" else name.replace("_", "-")
-            warn(f"--{flag} has no effect: {why}")
+def tell_idle_options(arguments: argparse.Namespace, kind: str, has_heads: bool) -> None:
+    """Warn of given prediction options that have no effect on a backbone of this kind and its tasks."""
+    told = [name for name in ("task", "with_task_id") if vars(arguments).get(name)]
+    options = PredictOptions(**fields_of(arguments, PredictOptions))
+    for line in idle_options(options, kind, has_heads=has_heads, told=told, flag=_flag):
+        warn(line)
+
+
+def _flag(name: str) -> str:
+    return "--sample-temperature" if name == "temperature" else f"--{name.replace('_', '-')}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from slm_fast.cli.arguments import (
     fields_of,
     open_store,
     quiet_ray,
-    warn_of_idle_options,
+    tell_idle_options,
 )
 from slm_fast.errors import InputError
 from slm_fast.options import PredictOptions
@@ -112,5 +112,5 @@ def _on_ray(
         for name in ("actors", "threads", "dtype", "device", "skip_damaged", "device_memory")
     }
     with StorePool(arguments.store, address=arguments.ray, backbone=backbone_of(arguments), **opening) as pool:
-        warn_of_idle_options(fields_of(arguments, PredictOptions), pool.kind, pool.has_heads)
+        tell_idle_options(arguments, pool.kind, pool.has_heads)
         return pool.predict_file(source, sink, options, **how)

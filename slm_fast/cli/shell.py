@@ -16,6 +16,7 @@ from slm_fast.cli import adapters, bench, demo, doctor, evaluate, learn, lm_eval
 from slm_fast.cli.arguments import Parser, Verbs, complain, with_share
 from slm_fast.cli.interrupt import interrupted
 from slm_fast.errors import SlmError, SlmWarning, lacks_memory, one_line, warn
+from slm_fast.idle import IdleOption
 
 # In the order of --help.
 VERBS = (demo, learn, predict, evaluate, serve, store, adapters, lm_eval, report, bench, doctor)
@@ -157,6 +158,7 @@ def one_line_warnings() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", SlmWarning)
+        warnings.simplefilter("ignore", IdleOption)  # `tell_idle_options` says it
         warnings.showwarning = show
         yield
 

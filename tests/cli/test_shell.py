@@ -263,17 +263,19 @@ def test_options_that_change_nothing_are_said(store: Path):
 
 
 def test_options_that_a_bare_model_or_an_evaluation_ignores_are_said(store: Path, tmp_path: Path):
-    done = slm_fast("predict", store, "--bare", "--abstain", "--head", "winner", stdin=LINE)
+    done = slm_fast("predict", store, "--bare", "--abstain", "--head", "winner", "--task", "sea", stdin=LINE)
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
         "slm-fast: warning: --bare: an encoder-only backbone has no answer of its own; every row's is empty",
         "slm-fast: warning: --abstain has no effect: with --bare no task answers",
         "slm-fast: warning: --head has no effect: with --bare no task answers",
+        "slm-fast: warning: --task has no effect: with --bare no task answers",
     ]
     rows = tmp_path / "rows.csv"
     rows.write_text("text,label\nsea1,sea\n")
-    done = slm_fast("evaluate", store, "--task", f"sea={rows}", "--distance")
+    done = slm_fast("evaluate", store, "--task", f"sea={rows}", "--distance", "--bare", "--with-task-id")
     assert "slm-fast: warning: --distance has no effect: it goes with predict" in done.stderr
+    assert "slm-fast: warning: --with-task-id has no effect: with --bare no task answers" in done.stderr
 
 
 def test_an_invalid_option_is_named_as_it_was_typed(store: Path):
