@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from dataclasses import replace
+from os.path import isfile
+from typing import Any
 
 import torch
 
@@ -14,6 +18,7 @@ from slm_fast.options import LARGEST, ModelConfig
 from slm_fast.query import DEFAULT_ENCODER, SentenceQuery, TrunkQuery, check_taps, default_taps
 from slm_fast.random_features import RandomFeatureRouter, feature_matrix
 from slm_fast.router import GaussianRouter, Router
+from slm_fast.tokenization import Tokenization
 
 MAX_FEATURES = 2048  # maximum default number of random features
 
@@ -64,6 +69,31 @@ def _chat_template(wanted: bool | str | None, backbone: Backbone) -> bool | str:
     except WorkError as error:
         raise InputError(str(error)) from None
     return template
+
+
+def check_given(given: Mapping[str, Any], router: str) -> None:
+    """Raise InputError if one of the options given for a new model goes with the other router. Stores are not checked:
+    a complete configuration has values for both."""
+    for name, own in (("temperature", "gaussian"), ("groups", "dtkr"), ("aggregate", "dtkr")):
+        value = given.get(name, getattr(ModelConfig, name))
+        if own != router and value != getattr(ModelConfig, name):
+            raise InputError(f"{name}: goes with router={own!r}, got router={router!r} and {name} {value!r}")
+
+
+def check_template(config: ModelConfig, backbone: Backbone) -> None:
+    """Raise InputError if the chat template of a new model leaves the user's words out."""
+    template = config.chat_template
+    if isinstance(template, str) and leaves_out_words(template, backbone.tokenization):
+        wanted = "is a file; give its content" if isfile(template) else "expected Jinja that writes the turns"
+        raise InputError(f"chat_template: {reprlib.repr(template)} writes no word of the user's: {wanted}")
+
+
+def leaves_out_words(template: str, tokenization: Tokenization) -> bool:
+    """Whether a chat template writes the same whatever the user says. Raises WorkError if it cannot write a turn."""
+    short, long = (
+        tokenization.tokenize_chat("", [("user", text)], template, LARGEST["max_length"]) for text in ("a", "a a a")
+    )
+    return short == long
 
 
 def complete_for(config: ModelConfig, width: int) -> ModelConfig:

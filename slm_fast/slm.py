@@ -10,6 +10,7 @@ import torch
 
 from slm_fast.answerer import TaskAnswerer
 from slm_fast.backbone import load_backbone
+from slm_fast.configure import check_given, check_template
 from slm_fast.covariance import NOTHING
 from slm_fast.data import Task, checked, rows_of_file, rows_to_answer
 from slm_fast.epochs import OnStep, checked_callback, checked_patience
@@ -70,7 +71,10 @@ class ScalableLM(TaskAnswerer):
             WorkError: its files are damaged.
         """
         complete = combine(ModelConfig, config, changes, cls.from_backbone)
-        return cls(load_backbone(backbone, tokenizer, dtype, device), complete)
+        check_given(changes, complete.router)
+        made = cls(load_backbone(backbone, tokenizer, dtype, device), complete)
+        check_template(made.model.config, made.model.backbone)
+        return made
 
     @classmethod
     def from_pretrained(

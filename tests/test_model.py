@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,12 +18,13 @@ from models import (
     make_tokenizer,
     one_thread,  # noqa: F401
     random_task,
+    reopened,
     sentence,
     texts_of,
     toy_task,
 )
 
-from slm_fast import ScalableLM, WorkError
+from slm_fast import InputError, ScalableLM, WorkError
 from slm_fast.data import Row
 from slm_fast.options import ModelConfig
 from slm_fast.query import MAX_WIDTH, TrunkQuery, default_taps
@@ -184,6 +186,7 @@ def test_a_query_that_is_not_finite_is_named_by_its_row():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_query_and_router_learns_routes_and_answers(name, query, router):
     encoder, groups = ("minilm", 6) if query == "sentence" else (None, 8)
+    groups = groups if router == "dtkr" else None
     slm = make_slm(name, query=query, router=router, encoder=encoder, groups=groups)
     tasks = {topic: toy_task(topic, rows=40) for topic in ("sea", "farm")}
     for task in tasks.values():
@@ -237,6 +240,28 @@ def test_the_number_of_groups_follows_from_the_width_of_the_query():
     encoder = {"query": "sentence", "encoder": "minilm", "router": "dtkr"}
     assert make_slm("bert", **encoder).model.config.groups == 6  # query width 384
     assert make_slm("bert", router="dtkr").model.config.groups == 4  # query width 64, which 6 and 5 do not divide
+
+
+@pytest.mark.parametrize(
+    ("router", "option", "said"),
+    [
+        ("gaussian", {"groups": 4}, "groups: goes with router='dtkr', got router='gaussian' and groups 4"),
+        ("gaussian", {"aggregate": "vote"}, "aggregate: goes with router='dtkr', got router='gaussian' and aggregate"),
+        ("dtkr", {"temperature": 3.0}, "temperature: goes with router='gaussian', got router='dtkr' and temperature 3"),
+        ("dtkr", {"features": 8}, "features: go with router='gaussian', got router='dtkr' and features 8"),
+    ],
+)
+def test_an_option_of_the_other_router_is_refused_unless_it_is_the_default_or_from_a_store(
+    router, option, said, tmp_path
+):
+    with pytest.raises(InputError, match=f"^{said}"):
+        make_slm("bert", router=router, **option)
+    made = make_slm("bert", router=router, **{name: getattr(ModelConfig, name) for name in option})
+    assert make_slm("bert", config=made.model.config).model.config == made.model.config
+    if "features" not in option:  # as earlier versions made them
+        kept = replace(made.model.config, **option)
+        make_slm("bert", config=kept).save_pretrained(tmp_path / "store")
+        assert reopened(tmp_path / "store").model.config == kept
 
 
 def test_the_configuration_records_every_choice_made():
