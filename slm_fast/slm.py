@@ -195,6 +195,7 @@ class ScalableLM(TaskAnswerer):
         name: str,
         examples: Iterable[Any] | str | Path,
         *,
+        text: str | None = None,
         labels: Sequence[str] | str | Path | None = None,
         check: bool = False,
     ) -> float | None:
@@ -204,6 +205,7 @@ class ScalableLM(TaskAnswerer):
             adapter: folder or hub name of the adapter.
             name: name of the task.
             examples: about 50 texts of the task, or a file of them, for routing. Answers are ignored.
+            text: name of the examples' input column, if not one of the usual names.
             labels: labels of the adapter's head, in its order, or a JSON file with a list of them.
             check: also load the adapter in PEFT and compare the outputs on the examples, even of a task that is there.
 
@@ -216,7 +218,10 @@ class ScalableLM(TaskAnswerer):
         """
         from slm_fast.integrations import peft_check, peft_files, peft_import
 
-        rows = rows_of_file(examples) if isinstance(examples, (str, Path)) else list(rows_to_answer(examples))
+        if isinstance(examples, (str, Path)):
+            rows = rows_of_file(examples, text=text)
+        else:
+            rows = list(rows_to_answer(examples, text=text))
         found = peft_files.read_adapter(adapter)
         words = None if labels is None else read_words(labels)
         if self.store is not None:

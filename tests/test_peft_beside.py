@@ -65,6 +65,8 @@ TEMPLATE, SETTINGS, OWN, CONFIG = "chat_template.jinja", "generation_config.json
         (TEMPLATE, content("{{ raise_exception('no system turns') }}"), "no system turns; mend the template"),
         (TEMPLATE, content("{% if %}"), "chat_template: cannot write the turns: "),
         (TEMPLATE, content("{# nothing #}"), "chat_template: writes nothing for these turns; mend the template"),
+        (TEMPLATE, content("chatml"), "chat_template: writes the same for every text, without its words; mend the"),
+        (SETTINGS, content({"eos_token_id": [2, 10**6]}), "eos_token_id: 1000000, the backbone has "),
         (SETTINGS, content({"eos_token_id": -1}), "eos_token_id: expected ids of tokens, got -1"),
         (SETTINGS, content({"eos_token_id": True}), "eos_token_id: expected ids of tokens, got True"),
         (SETTINGS, content({"eos_token_id": [1, "a"]}), "eos_token_id: expected ids of tokens, got [1, 'a']"),

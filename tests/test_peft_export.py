@@ -254,8 +254,12 @@ def test_the_base_is_named_as_transformers_loads_it(
 
 @pytest.mark.parametrize("name", ["bert", "t5", "llama"])
 def test_the_readme_says_what_a_prompt_of_a_task_looks_like(tmp_path: Path, name: str) -> None:
-    with_a_task(name).export_adapter("farm", tmp_path)
-    readme = (tmp_path / "README.md").read_text()
+    slm = with_a_task(name)
+    slm.export_adapter("farm", tmp_path / "out")
+    readme = (tmp_path / "out" / "README.md").read_text()
+    slm.import_adapter(tmp_path / "out", "again", texts("farm"))
+    slm.export_adapter("again", tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text() == readme.replace("# farm", "# again")
     assert ("An instruction and its input are one text, joined by a line break." in readme) == (name != "bert")
     assert ("learned on prompts that end in a line break" in readme) == (name == "llama")
     assert "\n\n\n" not in readme

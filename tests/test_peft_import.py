@@ -367,6 +367,20 @@ def test_a_check_compares_with_peft_and_an_adapter_that_differs_is_not_imported(
     assert slm.tasks == []
 
 
+def test_examples_may_name_their_column_and_an_empty_path_is_no_adapter(tmp_path: Path, monkeypatch) -> None:
+    write_adapter(tmp_path, "llama")
+    slm, rows = make_slm("llama"), [{"said": text} for text in texts("sky")]
+    with pytest.raises(InputError, match="no column 'text'"):
+        slm.import_adapter(tmp_path, "sky", rows, text="text")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    slm.import_adapter(tmp_path, "sky", rows, text="said")
+    with pytest.warns(SlmWarning, match="already imported"):
+        slm.import_adapter(tmp_path, "sky", tmp_path / "rows.jsonl", text="said")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="adapter: empty path; name its folder"):
+        slm.import_adapter("", "rain", texts("sky"))
+
+
 def test_ranks_lie_in_pages_so_that_a_large_one_does_not_widen_the_others(tmp_path: Path) -> None:
     write_adapter(tmp_path / "small", "llama", r=3)
     write_adapter(tmp_path / "large", "llama", r=20)

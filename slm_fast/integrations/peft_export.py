@@ -56,6 +56,7 @@ CHATTED = """
 The task was learned on prompts in the chat template of `chat_template.jinja`: the text as a user's turn, an instruction
 as the system's, and the beginning of the assistant's.
 """
+PROMPTS = {"plain": JOINED, "separator": SEPARATED, "chat": CHATTED}
 
 QUANTISED = """
 The task was learned on quantised weights: the file `{file}` of the Python package `{package}`.
@@ -104,7 +105,7 @@ def export_task(model: AdaptedModel, name: str, folder: str | Path, *, weights: 
         CONFIG: _json(_config(ranks, head, backbone)),
         WEIGHTS: _safetensors(tensors),
         OWN: _json(own),
-        "README.md": _readme(task, head, backbone, CHATTED if template else SEPARATED).encode(),
+        "README.md": _readme(task, head, backbone, PROMPTS["chat" if template else own["prompt"]]).encode(),
     }
     if head.beside:
         files[OWN_HEAD] = _safetensors(head.beside)
@@ -210,7 +211,7 @@ def _readme(task: LearnedTask, head: Written, backbone: Backbone, prompt: str) -
     base, gguf = _base(backbone)
     hub_name = base_model_of({"backbone": base})
     notes = BESIDE.format(head=OWN_HEAD, own=OWN) if head.beside else ""
-    if task.adapter is None and backbone.kind != "encoder":
+    if backbone.kind != "encoder":
         notes += prompt if backbone.kind == "causal" else JOINED
     packaged, auto_class = PACKAGED.get(backbone.name), backbone.family.auto_class
     if packaged is not None and packaged.weights.endswith(GGUF):

@@ -119,6 +119,8 @@ def read_adapter(source: str | Path) -> PeftAdapter:
         WorkError: its files are damaged, or hold numbers that are not finite.
     """
     source = str(source)
+    if not source:
+        raise InputError("adapter: empty path; name its folder, or its name on the hub")
     folder, names = _folder(source)
     file = folder / CONFIG
     models = sorted(name for name in names if MODELS.fullmatch(name))

@@ -63,6 +63,11 @@ def import_task(
     head = head_of(adapter, backbone)
     prompt = adapter.own.get("prompt", "plain")
     settings, ends = generation_settings(adapter.folder) if backbone.kind != "encoder" else ({}, ())
+    if (size := vocabulary_size(backbone)) and ends and ends[-1] >= size:
+        raise InputError(
+            f"{adapter.folder / 'generation_config.json'}: eos_token_id: {ends[-1]}, the backbone has {size:,} tokens; "
+            "name a token that ends its answers, or delete the file"
+        )
     template = chat_template(adapter.folder) if backbone.kind == "causal" and head is None else None
     about = Adapter(prompt=prompt, chat_template=template, ends=ends)
     if template is not None:
@@ -102,11 +107,19 @@ def import_task(
     return task
 
 
+def vocabulary_size(backbone: Backbone) -> int:
+    """The number of tokens that a backbone can write, or 0 if its configuration does not say."""
+    config = backbone.model.config
+    return int(getattr(config, "vocab_size", 0) or 0)
+
+
 def _check_template(about: Adapter, adapter: PeftAdapter, rows: Sequence[Row], model: AdaptedModel) -> None:
-    """Raise WorkError if the adapter's chat template cannot write the examples."""
+    """Raise WorkError if the adapter's chat template cannot write the examples, or leaves their words out."""
+    limit = model.config.max_length or 0
     try:
-        for row in rows:
-            prompt_of(row, about, model.backbone.tokenization, model.config.max_length or 0)
+        prompts = {tuple(prompt_of(row, about, model.backbone.tokenization, limit)[0]) for row in rows}
+        if len(prompts) == 1 < len({row.prompt for row in rows}):
+            raise WorkError("chat_template: writes the same for every text, without its words")
     except WorkError as error:
         raise WorkError(f"adapter {adapter.source!r}: {error}; mend the template, or delete it") from None
 
