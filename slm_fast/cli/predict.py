@@ -96,6 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
     if done.failed:
         rows = f"{done.failed} row{'s' * (done.failed > 1)}"
         return complain(f"{rows} failed; each is marked with its error in the output; first: {done.first_error}", 1)
+    if isinstance(sink, Path):  # in a pipe, answers alone
+        print(f"answered {done.answered:,} rows; rows in {sink}: {done.before + done.answered:,}", file=sys.stderr)
     return 0
 
 
