@@ -28,16 +28,32 @@ ABSTAIN, SHARE = "--abstain", 0.99
 Run = Callable[[argparse.Namespace], int]  # runs a verb and returns the exit status
 
 
+class Once(argparse._StoreAction):
+    """An option with a value. It refuses to be given twice, since one value would be dropped."""
+
+    _given_in: argparse.Namespace | None = None
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        if self.option_strings and self._given_in is namespace:
+            raise argparse.ArgumentError(self, "given twice")
+        self._given_in = namespace
+        super().__call__(parser, namespace, values, option_string)
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a usage error in one line. Unknown options come first, since they often cause the other errors."""
 
     verbs: Mapping[str, Parser] = MappingProxyType({})
     _words: Sequence[str] = ()
 
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.register("action", None, Once)
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, others = self.parse_known_args(args, namespace)
         if others:
-            verb = self.verbs[found.verb]
+            verb = self.verbs.get(vars(found).get("verb", ""), self)
             verb._end(verb._about(others))
         return found
 

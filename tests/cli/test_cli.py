@@ -217,6 +217,13 @@ def test_verify_names_a_damaged_file_and_nothing_opens_it(store: Path, tmp_path:
         ),
         (("learn", "NEW", "--tsk=a"), 2, ("unrecognized arguments: --tsk=a; did you mean --task?",)),
         (("learn", "NEW", "--epoch", "1"), 2, ("arguments are required: --task",)),
+        (
+            ("predict", "STORE", "--input", "a", "--input=b"),
+            2,
+            ("argument --input: given twice (see slm-fast",),
+        ),
+        (("learn", "NEW", "--task", "a=FILE", "--epochs", "0", "--epochs", "0"), 2, ("--epochs: given twice",)),
+        (("predict", "STORE", "--task", "a", "--abstain", "--abstain", "1"), 2, ("--abstain: given twice",)),
         (("bench", "opz", "--fast"), 2, ("invalid choice: 'opz'", "; did you mean ops?")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
