@@ -268,7 +268,10 @@ class Store(StoreView):
                     yield
                 except BaseException:
                     with suppress(SlmError):  # an interrupt may come after the new manifest is in place
-                        self.files = Store.open(self.path).files if self._exists() else {}
+                        if self._exists():
+                            self._look_anew()
+                        else:
+                            self._seen = {}, b""
                         self._clear()
                     raise
                 with suppress(OSError):
@@ -335,7 +338,7 @@ class Store(StoreView):
                 raise
             write(self.path / MANIFEST, data)
         changed = {name for name, _ in self.files.items() ^ files.items()}
-        self.files, self._seen = dict(files), hashlib.sha256(data).digest()
+        self._seen = dict(files), hashlib.sha256(data).digest()
         try:
             flush(self.path)
         except OSError as error:

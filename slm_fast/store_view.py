@@ -47,18 +47,23 @@ class StoreView:
 
     Attributes:
         about: what its tasks share: the backbone's id and fingerprint and the model's configuration.
-        files: task name -> SHA-256 of its file, as last seen by this object.
     """
 
     patience = 30.0  # seconds that a writer waits for another one; a commit takes far less
     poll = 0.5  # default interval, in seconds, for watching it for changes
 
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
-        self.path, self.about, self.files = path_of(path), dict(about), dict(files)
+        self.path, self.about = path_of(path), dict(about)
+        # `files`, and SHA-256 of the manifest that they come from. An interrupt must not part them.
+        self._seen: tuple[dict[str, str], bytes] = dict(files), b""
         self.kept = NOTHING  # results for the tasks together, found by `load`
-        self._seen = b""  # SHA-256 of the manifest that `files` comes from
         self._digests: dict[str, str] = {}  # SHA-256 of a task's file -> its `Opening.digest`
         self._openings: dict[str, Opening] = {}  # likewise, of tasks found by `load`, until they are kept
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Task name -> SHA-256 of its file, as last seen by this object."""
+        return self._seen[0]
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -293,11 +298,11 @@ class StoreView:
             raise InputError(f"{self.path}: not a store (no {MANIFEST}); {hint}") from None
         except OSError as error:
             raise WorkError(f"{manifest}: cannot be read: {error.strerror}") from None
-        if (digest := hashlib.sha256(data).digest()) == self._seen:
+        if (digest := hashlib.sha256(data).digest()) == self._seen[1]:
             return self.about
         with memory_for(str(manifest)):
-            about, self.files = check_manifest(data, manifest)
-        self._seen = digest
+            about, files = check_manifest(data, manifest)
+        self._seen = files, digest
         return about
 
     def _version(self) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupt import broken_off
 from stores import (
     ABOUT,
     CONFIG,
@@ -31,6 +32,8 @@ from stores import (
     version,
 )
 
+from slm_fast import store as store_module
+from slm_fast import store_view
 from slm_fast.errors import InputError, SlmError, WorkError
 from slm_fast.files import write, write_beside
 from slm_fast.store import Store, task_to_bytes
@@ -330,6 +333,19 @@ def test_an_interrupt_right_behind_a_file_leaves_the_old_store_or_the_new_one(tm
     assert sorted(found.files) == (["b"] if file == "manifest.json" else ["a"])
     assert found.verify() == []
     assert found.leftovers() == []
+
+
+def test_after_an_interrupt_anywhere_a_store_that_others_took_back_is_seen_as_it_is(tmp_path: Path) -> None:
+    store = store_of(tmp_path, A)
+    undone = 0
+    for _ in broken_off(lambda: store.commit(add=[B]), store_module, store_view):
+        if "b" in Store.open(tmp_path).files:
+            undone += 1
+            Store.open(tmp_path).commit(remove=["b"])  # the manifest has the bytes that it had before the interrupt
+        store.commit(add=[C])
+        assert version(tmp_path) == contents([A, C])
+        store.commit(remove=["c"])
+    assert undone > 5
 
 
 def test_a_commit_looks_everywhere_for_leftovers_where_the_writer_before_it_may_have_left_some(tmp_path: Path) -> None:
