@@ -40,6 +40,7 @@ class Store(StoreView):
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
         super().__init__(path, about, files)
         self._placed: list[tuple[Path, Path]] = []  # files written beside their place, and that place
+        self._written: set[str] = set()  # tasks of which a file was written since the lock was taken
 
     # Writing
 
@@ -263,7 +264,7 @@ class Store(StoreView):
                     raise WorkError(f"{self.path}: another process is writing to this store; try again later")
                 if self._exists():
                     self.about = self._joined(self._look_anew())
-                self._clean, self._placed = self._mark(clean=False), []
+                self._clean, self._placed, self._written = self._mark(clean=False), [], set()
                 try:
                     yield
                 except BaseException:
@@ -302,6 +303,7 @@ class Store(StoreView):
         if not any(self._version()):
             self._announce(digest)
         file.parent.mkdir(parents=True, exist_ok=True)
+        self._written.add(name)
         self._placed.append((write_beside(file, data), file))
 
     def _announce(self, digest: str) -> None:
@@ -337,7 +339,7 @@ class Store(StoreView):
             if len(files) >= len(self.files) or not reserve.spend(error):  # only removals may use it
                 raise
             write(self.path / MANIFEST, data)
-        changed = {name for name, _ in self.files.items() ^ files.items()}
+        changed = self._written.union(name for name, _ in self.files.items() ^ files.items())
         self._seen = dict(files), hashlib.sha256(data).digest()
         try:
             flush(self.path)

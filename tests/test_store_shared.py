@@ -204,6 +204,22 @@ def test_a_reader_beside_a_writer_finds_one_whole_version(
     assert len(gone) >= (rest or 3)
 
 
+def test_a_merge_leaves_no_file_of_a_task_that_its_source_forgets_meanwhile(tmp_path: Path, monkeypatch) -> None:
+    into, source = store_of(tmp_path / "into", A), store_of(tmp_path / "source", B, C, D)
+    reading = source.read
+
+    def read(name: str, **how: bool) -> Any:
+        found = reading(name, **how)
+        if name == "b":
+            Store.open(source.path).commit(remove=["b", "d"])  # "d" is not found, so the merge looks again
+        return found
+
+    monkeypatch.setattr(source, "read", read)
+    into.merge([source])
+    assert sorted(into.files) == ["a", "c"] == sorted(path.name for path in (into.path / "tasks").iterdir())
+    assert into.leftovers() == []
+
+
 def test_what_is_damaged_is_found_beside_a_writer_too(tmp_path: Path, monkeypatch) -> None:
     store_of(tmp_path / "store", C)
     file = Store.open(tmp_path / "store").file("c")
