@@ -295,6 +295,8 @@ class Store(StoreView):
             file.seek(0)
             file.truncate()
             file.write(version if clean else b"")
+        if said and not clean:
+            flush(self.path / LOCK)  # a power cut must not bring the mark back
         return said
 
     def _place(self, name: str, digest: str, data: bytes) -> None:

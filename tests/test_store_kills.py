@@ -218,6 +218,28 @@ def test_what_a_killed_commit_leaves_is_no_damage_and_the_next_commit_clears_it(
     assert {path.name for path in (tmp_path / "tasks").iterdir()} == {"a", "c"}
 
 
+def test_what_a_power_cut_leaves_is_cleared_by_the_next_commit(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", A)
+    lock, flushed = store.path / ".lock", tmp_path / "flushed"
+    shutil.copy(lock, flushed)
+
+    def work() -> None:
+        def hook(event: str, args: tuple) -> None:
+            if event == "os.fsync" and os.readlink(f"/proc/self/fd/{args[0]}") == str(lock):
+                flushed.write_bytes(lock.read_bytes())
+            elif event == "os.rename" and str(args[0]).endswith("manifest.json.part"):
+                die()
+
+        announce(hook)
+        store.commit(add=[B])
+
+    assert finish(start(work))[0] == -signal.SIGKILL
+    assert [path.name for path in (store.path / "tasks").iterdir() if path.name != "a"] == ["b"]
+    shutil.copy(flushed, lock)  # what was written and not flushed is lost
+    store.commit(add=[C])
+    assert store.leftovers() == []
+
+
 def test_a_file_that_cannot_grow_is_one_line_and_changes_nothing(memory: Path) -> None:
     stage = Stage(memory, "add")
     for size in (0, 1, 1000, writer(stage.path).file("c").stat().st_size - 1):
