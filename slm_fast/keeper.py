@@ -81,24 +81,21 @@ class TaskKeeper:
     def _know(self, tasks: Sequence[LearnedTask]) -> None:
         """Add tasks and commit them. If the commit fails they stay in memory, since they took long to learn."""
         failed: WorkError | None = None
-        with self.model.changing(add=tasks) as router:
-            try:
-                self._commit(router, add=tasks)
-            except WorkError as error:
-                failed = error
+        with self.model.lock:
+            files: dict[str, str] = {}
+            with self.model.changing(add=tasks) as router:
+                if self.store is not None:
+                    files = {task.name: digest_of(task) for task in tasks}
+                    try:
+                        self.store.commit(add=tasks, summed=self._summed(router, files))
+                        files = {name: digest for name, digest in files.items() if self.store.files[name] == digest}
+                    except WorkError as error:
+                        failed, files = error, {}
+            # After the model: what an interrupt leaves undone here is made up for by the next `refresh`.
+            self._committed = self._committed | files
         if failed is not None:
             names = ", ".join(task.name for task in tasks)
             raise WorkError(f"{failed}; {names}: kept in memory, and `save_pretrained` commits it") from None
-
-    def _commit(self, router: Router, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = ()) -> None:
-        if self.store is None:
-            self._left |= {name: self._committed.pop(name) for name in remove}
-            return
-        files = {task.name: digest_of(task) for task in add}
-        self.store.commit(add=add, remove=remove, summed=self._summed(router, files))
-        for name in remove:
-            self._committed.pop(name, None)
-        self._committed |= {name: digest for name, digest in files.items() if self.store.files[name] == digest}
 
     def _summed(self, router: Router, new: Mapping[str, str] = MappingProxyType({})) -> Summed | None:
         """The sum of a router's scatters in a store's form; None unless it is computed and all its tasks are committed
@@ -142,9 +139,16 @@ class TaskKeeper:
         known = name in self.learned
         if not known and name not in self._committed:
             raise InputError(f"task {name!r}: not learned; tasks: {some_of(self.tasks)}")
-        with self.model.changing(remove=[name] if known else []) as router:
-            if name in self._committed:
-                self._commit(router, remove=[name])
+        with self.model.lock:
+            committed, left = dict(self._committed), dict(self._left)
+            with self.model.changing(remove=[name] if known else []) as router:
+                if name in committed:
+                    digest = committed.pop(name)
+                    if self.store is None:
+                        left[name] = digest
+                    else:
+                        self.store.commit(remove=[name], summed=self._summed(router))
+            self._committed, self._left = committed, left  # after the model, as in `_know`
 
     def refresh(self) -> None:
         """Take over what others changed in this model's store: load tasks learned there, drop tasks forgotten there.
@@ -168,11 +172,12 @@ class TaskKeeper:
             for name in self.learned:
                 if name in new or (name in was and files.get(name) != was[name]):
                     gone.append(name)
-                if name in new and name not in was:
+                if name in new and name not in was and digest_of(self.learned[name]) != files[name]:
                     warn(f"task {name!r}: {store.where} has another since; what was not committed here is dropped")
             with self.model.changing(add=list(new.values()), remove=gone):
-                self._committed = {name: digest for name, digest in files.items() if name not in left}
-                self._left = left
+                pass
+            # After the model, as in `_know`.
+            self._committed, self._left = {name: files[name] for name in files if name not in left}, left
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write all tasks to a store, to which `learn` and `forget` commit from then on.
@@ -186,12 +191,12 @@ class TaskKeeper:
             if self.store is not None and Store.exists(path) and os.path.samefile(self.store.path, path):
                 self.refresh()
                 uncommitted = [task for task in self.learned.values() if task.name not in self._committed]
-                self._committed |= self.store.save(uncommitted)
+                self._committed = self._committed | self.store.save(uncommitted)
             else:
                 store = Store.open(path) if Store.exists(path) else Store(path, self.model.about, {})
                 check_same(store.about, self.model.about, str(path), "this model")
-                self._committed = store.save(list(self.learned.values()))
-                self.store, self.source, self._left = store, None, {}
+                files = store.save(list(self.learned.values()))
+                self.store, self.source, self._committed, self._left = store, None, files, {}
             self.refresh()
             self._keep_for_later()
 
