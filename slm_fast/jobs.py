@@ -23,7 +23,7 @@ import torch
 
 from slm_fast import __version__
 from slm_fast.data import Task
-from slm_fast.errors import InputError, SlmError, WorkError, warn
+from slm_fast.errors import InputError, SlmError, WorkError, one_line, warn
 from slm_fast.loading import dtype_word
 from slm_fast.options import LearnOptions
 from slm_fast.origin import origin
@@ -205,6 +205,10 @@ class Workers:
             pass
         except SlmError as error:
             self._said.put((None, error))
+        except BaseException as error:  # a bug, but `learn` must not wait for a thread that has ended
+            failed = WorkError(f"worker: {type(error).__name__}: {one_line(error)}; please report this")
+            failed.__cause__ = error
+            self._said.put((None, failed))
 
     def _open(self, place: int) -> Worker:
         """Worker number `place`, with its model open. Raises SlmError if that fails, Ended if all are being ended."""
@@ -214,7 +218,11 @@ class Workers:
                 with self._lock:
                     if self._closed:
                         raise Ended
-                    self._workers[place] = worker = self._make(self._opening, self._start)
+                    try:
+                        self._workers[place] = worker = self._make(self._opening, self._start)
+                    except OSError as error:
+                        says = f"cannot be started: {error.strerror or one_line(error)}; try fewer --jobs"
+                        raise WorkError(f"worker: {says}") from None
             try:
                 worker.open(self._tell)
                 return worker

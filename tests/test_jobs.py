@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,8 +10,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import one_line, slm_fast
@@ -20,12 +23,12 @@ from test_data import write_csv
 
 from slm_fast import LearnOptions, ScalableLM, Task, __version__, jobs
 from slm_fast.errors import InputError, WorkError
-from slm_fast.jobs import Job, Workers
+from slm_fast.jobs import Job, Worker, Workers
 from slm_fast.origin import is_same
 from slm_fast.store import Store
 from slm_fast.task_file import task_to_bytes
 from slm_fast.tasks import LearnedTask
-from slm_fast.worker import receive, send, task_message, task_of
+from slm_fast.worker import Message, receive, send, task_message, task_of
 
 NAMES = ("farm", "sea", "sky", "city")
 
@@ -79,7 +82,7 @@ def quick_worker(folder: Path, monkeypatch: pytest.MonkeyPatch, *, dies: str = "
     ready = json.dumps({"ready": slm.model.about, "version": __version__})
     code = f"""
 import os, json, pathlib, sys, time
-from slm_fast.worker import receive, send
+from slm_fast.worker import Message, receive, send
 source, sink = os.fdopen(0, "rb"), os.fdopen(1, "wb")
 receive(source)
 send(sink, json.loads({ready!r}))
@@ -187,6 +190,40 @@ def test_a_worker_that_never_has_its_model_ends_the_call(folder: Path, monkeypat
     monkeypatch.setattr(jobs, "WORKER", (sys.executable, "-c", "raise SystemExit(3)"))
     with Workers(1, str(folder / "bert"), {}) as workers, pytest.raises(WorkError, match="ended with status 3 before"):
         list(workers.learn(slm, [Job(easy("new"), LearnOptions())]))
+
+
+class Raises(Worker):
+    """A worker with a bug."""
+
+    def ask(self, message: Mapping[str, Any], data: bytes, told: Callable[[str], None]) -> tuple[Message, bytes]:
+        raise RuntimeError("a bug\nmore lines")
+
+    def kill(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def no_memory(opening: Message, start: bytes) -> Worker:
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (Raises, "worker: RuntimeError: a bug; please report this"),
+        (no_memory, "worker: cannot be started: Resource temporarily unavailable; try fewer --jobs"),
+    ],
+)
+def test_an_error_of_any_kind_in_a_workers_thread_ends_the_call(make: Any, said: str, folder: Path) -> None:
+    slm = ScalableLM.from_pretrained(folder / "one")
+
+    def work() -> None:
+        with Workers(2, str(folder / "bert"), {}, make=make) as workers:
+            list(workers.learn(slm, [Job(easy("new"), LearnOptions())]))
+
+    assert finish(start(work)) == (0, f"WorkError: {said}")
 
 
 @pytest.mark.parametrize(

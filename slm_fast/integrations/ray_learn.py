@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
-from slm_fast.errors import SlmWarning
+from slm_fast.errors import SlmWarning, one_line
 from slm_fast.integrations.ray_cluster import ActorEnded, Shares, answer_of
 from slm_fast.jobs import Ended, Worker
 from slm_fast.loading import located
@@ -41,6 +42,9 @@ class RayWorker(Worker):
             answer, found, warned = answer_of(self.actor.ask.remote(message, data))
         except ActorEnded as error:
             raise Ended(f"died ({error})") from None
+        except RayTaskError as error:  # a bug, or a device that failed: a new process may do better
+            self.kill()  # which frees what the next one needs
+            raise Ended(f"failed ({type(error.cause).__name__}: {one_line(error.cause)})") from None
         for one in warned:
             told(one)
         return answer, found

@@ -52,7 +52,10 @@ def test_actors_learn_what_one_process_does_though_one_is_killed(cluster: str, f
     until(lambda: not actors("LearnActor"))
 
 
-def test_a_task_whose_actor_always_dies_is_named_and_the_others_land(cluster: str, folder: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("how", ["died", "failed"])
+def test_a_task_whose_actor_always_ends_is_named_and_the_others_land(
+    how: str, cluster: str, folder: Path, monkeypatch
+) -> None:
     one = Store.open(folder / "one")
     ready = {"ready": one.about, "version": __version__}
     found = {name: one.file(name).read_bytes() for name in NAMES}
@@ -62,18 +65,22 @@ def test_a_task_whose_actor_always_dies_is_named_and_the_others_land(cluster: st
             if "task" not in message:
                 return ready, b"", []
             name = message["task"]["name"]
+            if name == "sky" and how == "failed":
+                raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
             return {"learned": name}, found[name] if name != "sky" else os._exit(1), []
 
     monkeypatch.setattr(ray_learn, "LearnActor", Quick)
-    done = slm_fast(*call(folder, "dies", "--jobs", 2, "--ray", "local"))
+    done = slm_fast(*call(folder, how, "--jobs", 2, "--ray", "local"))
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if "sky" in line]
     assert [line.partition(" (")[0] for line in said] == [
-        "slm-fast: warning: task 'sky': its worker died",
-        "slm-fast: warning: task 'sky': its worker died",
-        "slm-fast: error: task 'sky': not learned: its worker died",
+        f"slm-fast: warning: task 'sky': its worker {how}",
+        f"slm-fast: warning: task 'sky': its worker {how}",
+        f"slm-fast: error: task 'sky': not learned: its worker {how}",
     ]
-    assert Store.open(folder / "dies").files == {name: digest for name, digest in one.files.items() if name != "sky"}
+    if how == "failed":
+        assert "its worker failed (RuntimeError: CUDA error: an illegal memory access); it is" in said[0]
+    assert Store.open(folder / how).files == {name: digest for name, digest in one.files.items() if name != "sky"}
 
 
 @pytest.mark.parametrize(
