@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pyarrow
@@ -20,7 +24,8 @@ from models import (
     two_tasks,
 )
 
-from slm_fast import InputError, ScalableLM, WorkError
+from slm_fast import InputError, ScalableLM, WorkError, parquet_output
+from slm_fast.parquet_output import ParquetOutput
 
 pytestmark = pytest.mark.usefixtures("few_features")
 
@@ -112,3 +117,82 @@ def test_shards_are_read_as_one(slm, tmp_path):
     whole = pyarrow.parquet.read_table(tmp_path / "out.parquet")
     parts = [pyarrow.parquet.read_table(tmp_path / f"out-{i}.parquet") for i in (1, 2)]
     assert pyarrow.concat_tables(parts).to_pylist() == whole.to_pylist()
+
+
+# Two processes, one of which acts just before a call of the other
+
+
+def before(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, act: Callable[[], object]) -> None:
+    """Call `act` before the next call of a function."""
+    call = getattr(owner, name)
+
+    def called(*arguments: object) -> object:
+        monkeypatch.setattr(owner, name, call)
+        act()
+        return call(*arguments)
+
+    monkeypatch.setattr(owner, name, called)
+
+
+def rows_of(path: Path) -> list[str]:
+    return pyarrow.parquet.read_table(path)["id"].to_pylist()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_another_process_finishes_between_opening_and_locking_stays_whole(
+    overwrite: bool, tmp_path: Path, monkeypatch
+) -> None:
+    path = tmp_path / "out.parquet"
+    one = ParquetOutput(path, overwrite=overwrite)
+    one.write([{"id": "one"}])
+    before(monkeypatch, parquet_output.fcntl, "flock", lambda: one.__exit__(None, None, None))
+    if overwrite:
+        with ParquetOutput(path, overwrite=True) as two:
+            assert rows_of(path) == ["one"]
+            two.write([{"id": "two"}])
+        assert rows_of(path) == ["two"]
+    else:
+        with pytest.raises(InputError, match="already exists"):
+            ParquetOutput(path, overwrite=False)
+        assert rows_of(path) == ["one"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"]
+
+
+def test_a_file_that_another_process_begins_and_finishes_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
+    path = tmp_path / "out.parquet"
+
+    def finish() -> None:
+        with ParquetOutput(path, overwrite=False) as one:
+            one.write([{"id": "one"}])
+
+    before(monkeypatch, Path, "open", finish)
+    with pytest.raises(InputError, match="already exists"):
+        ParquetOutput(path, overwrite=False)
+    assert rows_of(path) == ["one"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out.parquet"]
+
+
+def test_what_a_failed_run_leaves_is_removed_before_another_can_begin(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "out.parquet"
+    one = ParquetOutput(path, overwrite=False)
+    closing, others = one._file.close, []
+
+    def close() -> None:
+        closing()
+        others.append(ParquetOutput(path, overwrite=False))
+
+    monkeypatch.setattr(one, "_file", SimpleNamespace(close=close, fileno=one._file.fileno))
+    one.__exit__(ValueError, ValueError(), None)
+    others[0].write([{"id": "two"}])
+    others[0].__exit__(None, None, None)
+    assert rows_of(path) == ["two"]
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WorkError, match=r"out.parquet: cannot be written: No space left"):
+        ParquetOutput(tmp_path / "out.parquet", overwrite=False).__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
