@@ -31,6 +31,7 @@ ENDPOINTS = {
     "gs": ("STORAGE_EMULATOR_HOST",),
     "gcs": ("STORAGE_EMULATOR_HOST",),
 }
+PATIENCE = 1.0  # seconds that a reader waits for the cache's lock to replace a damaged file
 TOGETHER = 8  # files requested at once, and then in memory together
 
 
@@ -102,19 +103,26 @@ class RemoteStore(Store):
 
     def _bytes(self, name: str) -> bytes:
         """As in any store, but a file that the cache has lost, or that is damaged, is downloaded again."""
+        digest = self.files[name]
+        self._elsewhere.discard(digest)
         try:
             return super()._bytes(name)
         except WorkError as error:
-            path = task_path(name, self.files[name])
+            path = task_path(name, digest)
             try:
                 data = self._read([path])[0]
-                check_digest(data, self.files[name], f"{self.where}/{path}")
+                check_digest(data, digest, f"{self.where}/{path}")
             except (Gone, SlmError):
                 raise error from None
             warn(f"{error}; downloading it again")
-            with self._named_errors():
-                self._place(name, self.files[name], data)
-                self._flush_placed()
+            self._elsewhere.add(digest)
+            with suppress(SlmError):  # the cache cannot be written, or the lock is held, perhaps by this reader
+                cache = Store.open(self.path)
+                with cache._writing(PATIENCE):
+                    if cache.files.get(name) == digest:
+                        cache._place(name, digest, data)
+                        cache._flush_placed()
+                        self._elsewhere.discard(digest)
             return data
 
     @staticmethod

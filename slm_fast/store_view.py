@@ -57,6 +57,7 @@ class StoreView:
         # `files`, and SHA-256 of the manifest that they come from. An interrupt must not part them.
         self._seen: tuple[dict[str, str], bytes] = dict(files), b""
         self.kept = NOTHING  # results for the tasks together, found by `load`
+        self._elsewhere: set[str] = set()  # SHA-256 of files that are damaged here; their bytes came from elsewhere
         self._digests: dict[str, str] = {}  # SHA-256 of a task's file -> its `Opening.digest`
         self._openings: dict[str, Opening] = {}  # likewise, of tasks found by `load`, until they are kept
 
@@ -211,7 +212,7 @@ class StoreView:
 
         def mapped(name: str, opening: Opening | None, *, checked: bool = False) -> LearnedTask | None:
             file, digest = self.file(name), self.files[name]
-            if opening is None:
+            if opening is None or digest in self._elsewhere:
                 return None
             task = map_task(file, digest, opening, checked=checked, on_damage=self.on_damage)
             if task is None or task.name != name:

@@ -13,7 +13,9 @@ from stores import A, B, contents, store_of, tree
 
 from slm_fast import WorkError
 from slm_fast.errors import SlmWarning
+from slm_fast.files import locked
 from slm_fast.remote_store import RemoteStore, cache_of
+from slm_fast.store import Store
 
 
 def test_a_file_that_the_cache_has_lost_is_brought_again(shelf, cache):
@@ -53,6 +55,54 @@ def test_a_file_that_is_damaged_in_the_cache_is_brought_again(shelf, cache):
     spoiled(cache / path_of("b", shelf))
     with pytest.warns(SlmWarning, match="downloading it again"):
         assert RemoteStore.open(URL).verify() == []
+
+
+def test_two_processes_that_find_the_same_file_damaged_both_read_it(shelf, cache, monkeypatch):
+    store_of(shelf, A, B)
+    brought()
+    one, two = RemoteStore.open(URL), RemoteStore.open(URL)
+    spoiled(cache / path_of("a", shelf))
+    flushing, found = Store._flush_placed, []
+
+    def flush_placed(store: Store) -> None:
+        monkeypatch.setattr(Store, "_flush_placed", flushing)
+        found.append(contents(two.load()))  # while the first is about to put the file in its place
+        flushing(store)
+
+    monkeypatch.setattr(Store, "_flush_placed", flush_placed)
+    with pytest.warns(SlmWarning, match="downloading it again"):
+        assert contents(one.load()) == contents([A, B])
+    assert found == [contents([A, B])]
+    assert RemoteStore.open(URL).leftovers() == []
+    assert tree(cache) == tree(shelf)
+
+
+def test_a_damaged_file_that_cannot_be_replaced_yet_is_used_as_downloaded(shelf, cache, monkeypatch):
+    monkeypatch.setattr("slm_fast.remote_store.PATIENCE", 0.0)
+    store_of(shelf, A, B)
+    brought()
+    store, lost = RemoteStore.open(URL), cache / path_of("a", shelf)
+    spoiled(lost)
+    damaged = lost.read_bytes()
+    with locked(cache / ".lock", 0), pytest.warns(SlmWarning, match="downloading it again"):
+        found = store.load()
+    assert lost.read_bytes() == damaged
+    assert contents(found) == contents([A, B])
+    with pytest.warns(SlmWarning, match="downloading it again"):
+        assert contents(store.load()) == contents([A, B])
+    assert tree(cache) == tree(shelf)
+
+
+def test_a_damaged_file_of_a_task_that_the_cache_has_since_forgotten_is_not_put_back(shelf, cache):
+    store_of(shelf, A, B)
+    brought()
+    store = RemoteStore.open(URL)
+    spoiled(cache / path_of("a", shelf))
+    Store.open(cache).commit(remove=["a"])  # as another process does that brings the URL's next generation
+    with pytest.warns(SlmWarning, match="downloading it again"):
+        assert store.read("a")[0].name == "a"
+    assert Store.open(cache).leftovers() == []
+    assert not (cache / "tasks" / "a").exists()
 
 
 def test_a_damaged_file_is_said_to_be_so_where_the_url_has_none_either(shelf, cache):
