@@ -65,7 +65,7 @@ class AdaptedModel:
             weakref.finalize(self, self.lock.models.remove, self.query.encoder)  # a model may be used many times
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_pinned": None}  # a copy is not pinned
+        return {**vars(self), "_pinned": None, "_label_words": {}}  # a copy is not pinned and has other tasks
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _pinned=threading.local())
@@ -85,7 +85,7 @@ class AdaptedModel:
         self.widths = backbone.widths(self.modules)
         trunk = self.query if isinstance(self.query, TrunkQuery) else None
         self._injection = Injection(backbone, self.modules, first_layer, trunk)
-        self._label_words: dict[str, tuple[LearnedTask, dict[str, str]]] = {}
+        self._label_words: dict[int, dict[str, str]] = {}  # by id of the task, as long as that exists
         self.set_tasks([])
 
     @property
@@ -195,14 +195,12 @@ class AdaptedModel:
         """The task's label that a generated text stands for; None if there is none."""
         if task.labels is None:
             return None
-        known = self._label_words.get(task.name)
-        if known is None or known[0] is not task:
+        words = self._label_words.get(id(task))
+        if words is None:
             longest = task.options.get("max_length") or self.config.max_length or 0
-            known = task, self.backbone.tokenization.label_words(task.labels, longest)
-            if len(self._label_words) > len(self.pool.names):
-                self._label_words.clear()  # it has forgotten tasks
-            self._label_words[task.name] = known
-        return known[1].get(text)
+            words = self._label_words[id(task)] = self.backbone.tokenization.label_words(task.labels, longest)
+            weakref.finalize(task, self._label_words.pop, id(task), None)
+        return words.get(text)
 
     # From text to tokens
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import pytest
 import transformers
 from models import make_model, one_thread  # noqa: F401
@@ -77,6 +81,22 @@ def test_labels_of_different_tasks_have_nothing_to_do_with_each_other(slm):
     slm.learn(Task("two", rows("late", "bad")), epochs=1)
     assert slm.model.label_of(slm.learned["one"], "late") == "{late}"
     assert slm.model.label_of(slm.learned["two"], "late") == "late"
+
+
+def test_a_task_that_is_forgotten_leaves_the_memory(slm):
+    slm.learn(Task("one", rows("{late}", "bad")), epochs=1)
+    slm.learn(Task("two", rows("late", "bad")), epochs=1)
+    task = slm.learned["two"]
+    assert slm.model.label_of(task, "late") == "late"
+    assert slm.model.label_of(slm.learned["one"], "late") == "{late}"
+    copied = copy.deepcopy(slm)
+    slm.forget("two")
+    held = [weakref.ref(task), *map(weakref.ref, (*task.router.values(), *next(iter(task.values.values()))))]
+    del task
+    gc.collect()
+    assert [one() for one in held] == [None] * len(held)
+    assert len(slm.model._label_words) == 1
+    assert [copied.model.label_of(copied.learned[name], "late") for name in ("one", "two")] == ["{late}", "late"]
 
 
 def test_what_is_cut_or_cannot_be_written_is_said_once(slm):
