@@ -85,25 +85,25 @@ class TaskKeeper:
             files: dict[str, str] = {}
             with self.model.changing(add=tasks) as router:
                 if self.store is not None:
-                    files = {task.name: digest_of(task) for task in tasks}
                     try:
-                        self.store.commit(add=tasks, summed=self._summed(router, files))
-                        files = {name: digest for name, digest in files.items() if self.store.files[name] == digest}
+                        files = self.store.commit(add=tasks, summed=self._summed(router, {task.name for task in tasks}))
                     except WorkError as error:
-                        failed, files = error, {}
+                        failed = error
             # After the model: what an interrupt leaves undone here is made up for by the next `refresh`.
             self._committed = self._committed | files
         if failed is not None:
             names = ", ".join(task.name for task in tasks)
             raise WorkError(f"{failed}; {names}: kept in memory, and `save_pretrained` commits it") from None
 
-    def _summed(self, router: Router, new: Mapping[str, str] = MappingProxyType({})) -> Summed | None:
-        """The sum of a router's scatters in a store's form; None unless it is computed and all its tasks are committed
-        or `new`."""
+    def _summed(self, router: Router, new: Collection[str] = ()) -> Summed | None:
+        """The sum of a router's scatters, for `Store.commit`; None unless it is computed and all its tasks are
+        committed or `new`."""
         if not isinstance(router, GaussianRouter) or not router.sketch.is_summed:
             return None
-        files = {name: new.get(name) or self._committed.get(name, "") for name in router.sketch.parts}
-        return (files, router.scatter) if all(files.values()) else None
+        names = router.sketch.parts
+        if not all(name in new or name in self._committed for name in names):
+            return None
+        return {name: "" if name in new else self._committed[name] for name in names}, router.scatter
 
     def _keep_for_later(self) -> None:
         """Keep in this model's store what routing computes from its tasks, to speed up later openings."""

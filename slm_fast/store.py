@@ -46,14 +46,17 @@ class Store(StoreView):
 
     def commit(
         self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = (), summed: Summed | None = None
-    ) -> None:
+    ) -> dict[str, str]:
         """Make a new version of the store, which is on disk completely or not at all.
 
         An existing task made from the same rows and options on another processor is kept.
 
         Args:
-            summed: the tasks sampled after the commit, with SHA-256 of their files, and the sum of their scatters, if
-                known elsewhere. It is kept if the sum in the store differs in many tasks.
+            summed: the tasks sampled after the commit, with SHA-256 of their files ("" for those to add), and the sum
+                of their scatters, if known elsewhere. It is kept if the sum in the store differs in many tasks.
+
+        Returns:
+            SHA-256 of the files of the tasks added.
 
         Raises:
             InputError: a task to add exists, or one to remove does not.
@@ -67,15 +70,19 @@ class Store(StoreView):
             for name in remove:
                 if name not in self.files:
                     raise InputError(f"task {name!r}: not in {self.path}; tasks: {some_of(self.files)}")
-            files = {name: digest for name, digest in self.files.items() if name not in remove}
+            added: dict[str, str] = {}
             for task in add:
                 data = task_to_bytes(task)
-                files[task.name] = hashlib.sha256(data).hexdigest()
-                self._digests[files[task.name]] = opening_of(data).digest
-                self._place(task.name, files[task.name], data)
+                added[task.name] = digest = hashlib.sha256(data).hexdigest()
+                self._digests[digest] = opening_of(data).digest
+                self._place(task.name, digest, data)
+            files = {name: digest for name, digest in self.files.items() if name not in remove} | added
+            if summed is not None:
+                summed = {name: digest or added.get(name, "") for name, digest in summed[0].items()}, summed[1]
             self._take_out(files, summed)
             self._finish(files)
             self._keep(summed)
+        return added
 
     def _has(self, task: LearnedTask) -> bool:
         """Whether the store has a task of this name made from the same rows and options."""

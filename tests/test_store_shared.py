@@ -21,12 +21,13 @@ from models import (
     reopened,
     two_tasks,
 )
-from stores import ABOUT, A, B, C, D, become_nobody, finish, make_task, start, store_of, tree
+from stores import ABOUT, A, B, C, D, become_nobody, finish, make_task, start, store_of, summed, tree
 
 from slm_fast import InputError, ScalableLM, Task, WorkError, files
 from slm_fast.errors import SlmWarning
 from slm_fast.store import Store
-from slm_fast.task_file import digest_of
+from slm_fast.task_file import digest_of, task_to_bytes
+from slm_fast.tasks import LearnedTask
 
 # Models that share a store
 
@@ -264,6 +265,34 @@ def test_a_task_made_from_the_same_elsewhere_is_saved_once(tmp_path: Path) -> No
     store.commit(add=[near])
     assert store.save([near]) == {}
     assert tree(tmp_path) == before
+
+
+def test_of_a_commit_that_finds_a_task_made_from_the_same_the_sum_is_not_kept(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Store, "unsummed", 1)
+    here = replace(A, origin="ab" * 32)
+    near = replace(here, head=(here.head[0] + 1e-7, here.head[1]))
+    for name, there in (("new", []), ("has it", [here])):
+        store = store_of(tmp_path / name, *there)
+        added = store.commit(add=[near, B], summed=({"a": "", "b": ""}, summed(near, B)[1]))
+        named = Store.open(store.path).files
+        assert added == {task.name: digest_of(task) for task in (near, B) if not (there and task is near)}
+        found = store._sum.read()
+        assert found is None if there else found.opening.keys() == set(named.values())
+    assert named == {"a": digest_of(here), "b": digest_of(B)}
+
+
+def test_a_task_becomes_bytes_once_for_its_commit(slm: ScalableLM, monkeypatch) -> None:
+    made = []
+
+    def counted(task: LearnedTask) -> bytes:
+        made.append(task.name)
+        return task_to_bytes(task)
+
+    for module in ("store", "task_file"):
+        monkeypatch.setattr(f"slm_fast.{module}.task_to_bytes", counted)
+    slm.add(random_task(slm, "sky"))
+    slm.refresh()
+    assert (made, slm.tasks) == (["sky"], ["farm", "sea", "sky"])
 
 
 # Disks
