@@ -93,11 +93,11 @@ def test_a_file_that_is_there_is_not_gone_on_with(slm, source, tmp_path):
 
 
 def test_what_stops_the_work_leaves_nothing_or_what_was_there(slm, source, tmp_path):
-    with pytest.raises(WorkError, match="row 7: no 'text'"):
+    with pytest.raises(WorkError, match="id 7: no 'text'"):
         slm.predict_file(source, tmp_path / "out.parquet", strict=True)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     (tmp_path / "out.parquet").write_text("kept")
-    with pytest.raises(WorkError, match="row 7: no 'text'"):
+    with pytest.raises(WorkError, match="id 7: no 'text'"):
         slm.predict_file(source, tmp_path / "out.parquet", strict=True, overwrite=True)
     assert (tmp_path / "out.parquet").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]

@@ -79,7 +79,7 @@ def test_bad_rows_are_marked_the_rest_is_answered_and_the_status_is_1(store: Pat
 
 def test_strict_stops_at_the_first_bad_row(store: Path):
     done = slm_fast("predict", store, "--strict", stdin='{"text": "Chop."}\n{}\n{"text": "Fry."}\n')
-    one_line(done, 1, "row 2")
+    one_line(done, 1, "id 2")
     assert len(done.stdout.splitlines()) == 2
 
 
