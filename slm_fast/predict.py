@@ -96,17 +96,23 @@ def predict(
         if len(task) != len(rows):
             raise InputError(f"task: {len(task)} names for {len(rows)} rows")
     with bar("predicting", len(rows), progress) as advance, model.pinned():
-        for name in [task] if isinstance(task, str) else task or ():
-            if not isinstance(name, str) or name not in model.pool.place:
-                raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
+        _check_learned(model, [task] if isinstance(task, str) else task or ())
         return list(_good(answer(model, windows_of(rows, task), options, advance)))
 
 
 def predict_stream(
     model: AdaptedModel, rows: Iterable[Row], options: PredictOptions, *, task: str | None = None
 ) -> Iterator[Prediction]:
-    """Yield answers in the order of the rows, holding at most two windows of rows in memory."""
-    yield from _good(answer(model, windows_of(rows, task), options))
+    """Yield answers in the order of the rows, holding at most two windows of rows in memory. Each window is answered
+    with the tasks that are known then. Raises InputError if the task is unknown."""
+    _check_learned(model, () if task is None else [task])
+    return _good(answer(model, windows_of(rows, task), options))
+
+
+def _check_learned(model: AdaptedModel, names: Iterable[object]) -> None:
+    for name in names:
+        if not isinstance(name, str) or name not in model.pool.place:
+            raise InputError(f"task {name!r}: not learned; tasks: {some_of(model.pool.names)}")
 
 
 def _good(windows: Iterable[list[Answer]]) -> Iterator[Prediction]:

@@ -256,6 +256,18 @@ def test_a_stream_may_be_given_its_task():
     slm = make_slm("bert")
     knows(slm, *two_tasks(slm))
     assert {answer.task for answer in slm.predict_stream(mixed(), task="farm")} == {"farm"}
+    for task in ("city", 5, ["sea"]):
+        with pytest.raises(InputError, match="not learned; tasks: farm, sea"):
+            slm.predict_stream(mixed(), task=task)
+
+
+def test_a_stream_goes_on_with_the_tasks_of_the_moment():
+    slm = make_slm("bert")
+    knows(slm, *two_tasks(slm))
+    stream = slm.predict_stream(["farm1"] * 3000)
+    first = next(stream).task
+    slm.forget(first)
+    assert [answer.task for answer in stream][-1] in slm.tasks
 
 
 @pytest.mark.parametrize("task", ["city", ["sea", "city"], ["sea", ["city"]], ["sea", None]])
