@@ -173,6 +173,6 @@ class TaskAnswerer(TaskKeeper):
     ) -> PredictOptions:
         """The options of a call of the method `by`. told: arguments that tell rows their task, and whether given."""
         chosen = combine(PredictOptions, options, changes, by)
-        given = [name for name, is_given in told.items() if is_given]
-        warn_of_idle_options(chosen, self.model.backbone.kind, has_heads=bool(self.classes_), told=given)
+        given, kind = [name for name, is_given in told.items() if is_given], self.model.backbone.kind
+        warn_of_idle_options(chosen, kind, has_heads=kind == "encoder" or bool(self.classes_), told=given)
         return chosen

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-from slm_fast.cli.arguments import Verbs, add_device_options, add_reading_options, open_store
+from slm_fast.cli.arguments import Once, Verbs, add_device_options, add_reading_options, open_store
 from slm_fast.cli.learn import add_model_options, open_or_new
 
 
 def add(verbs: Verbs) -> None:
     about = "import a PEFT LoRA adapter for this backbone as a task, routed by about 50 example texts"
     given = verbs.add("import", run_import, about)
-    given.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder, or its name on the hub")
+    given.add_argument(
+        "--adapter", action=Once, required=True, metavar="DIR", help="adapter folder, or its name on the hub"
+    )
     given.add_argument("--name", required=True, help="name of the new task")
     about = "about 50 texts of the task (csv, tsv, jsonl, json, parquet); labels are ignored"
-    given.add_argument("--examples", required=True, metavar="FILE", help=about)
+    given.add_argument("--examples", action=Once, required=True, metavar="FILE", help=about)
     given.add_argument("--labels", metavar="FILE", help="JSON list of the label names of the adapter's head, in order")
     about = "also load the adapter in PEFT and compare outputs on the examples; a difference above 1e-4 is an error"
     given.add_argument("--check", action="store_true", help=about)

@@ -28,16 +28,17 @@ ABSTAIN, SHARE = "--abstain", 0.99
 Run = Callable[[argparse.Namespace], int]  # runs a verb and returns the exit status
 
 
-class Once(argparse._StoreAction):
-    """An option with a value. It refuses to be given twice, since one value would be dropped."""
+class Once(argparse.Action):
+    """An option that names data. It refuses to be given twice, since one of them would be dropped. (Of other options
+    the last one counts, as scripts that add to a command expect.)"""
 
     _given_in: argparse.Namespace | None = None
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        if self.option_strings and self._given_in is namespace:
+        if self._given_in is namespace:
             raise argparse.ArgumentError(self, "given twice")
         self._given_in = namespace
-        super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,10 +46,6 @@ class Parser(argparse.ArgumentParser):
 
     verbs: Mapping[str, Parser] = MappingProxyType({})
     _words: Sequence[str] = ()
-
-    def __init__(self, *given: Any, **options: Any) -> None:
-        super().__init__(*given, **options)
-        self.register("action", None, Once)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, others = self.parse_known_args(args, namespace)

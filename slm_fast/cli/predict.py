@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_fast.cli.arguments import (
     STDIN,
+    Once,
     Verbs,
     add_predict_options,
     add_reading_options,
@@ -30,12 +31,14 @@ def add(verbs: Verbs) -> None:
     predict = verbs.add("predict", run, "answer rows of any tasks, mixed in any order")
     predict.add_argument(
         "--input",
+        action=Once,
         default="-",
         help='JSON Lines with {"text": ...} or {"instruction": ..., "input": ...}, or any file that `learn` reads; - '
         "reads standard input",
     )
     predict.add_argument(
         "--output",
+        action=Once,
         default="-",
         help="JSON Lines (.gz is supported) in the order of the input; run the same command again to resume. A "
         ".parquet file is written at the end and cannot be resumed; - writes standard output",

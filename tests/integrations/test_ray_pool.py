@@ -105,7 +105,7 @@ def test_a_bad_row_ends_a_strict_run_where_it_ends_that_of_one_process(
 ) -> None:
     said = []
     for name, by in (("one", ScalableLM.from_pretrained(store)), ("two", pool)):
-        with pytest.raises(WorkError, match="row 8: ") as caught:
+        with pytest.raises(WorkError, match="id 8: ") as caught:
             by.predict_file(source, tmp_path / f"{name}.jsonl", strict=True)
         said.append(str(caught.value))
     assert said[0] == said[1]

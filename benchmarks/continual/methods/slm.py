@@ -23,6 +23,7 @@ from benchmarks.continual.methods.method import Answer, Setup, State
 from slm_fast import InputError, ScalableLM, Task
 from slm_fast.data import Row
 from slm_fast.dtkr import DtkrRouter
+from slm_fast.options import PredictOptions
 from slm_fast.router import Router
 from slm_fast.task_file import task_from_bytes, task_to_bytes
 
@@ -72,13 +73,10 @@ class Slm:
     def answers(self, rows: Sequence[Row], tasks: Sequence[str] | None = None) -> list[Answer]:
         if not self.slm.tasks:  # `repro --unseen` also asks the untrained model
             return [Answer("")] * len(rows)
-        found = self.slm.predict(
-            rows,
-            task=list(tasks) if self.told and tasks is not None else None,
-            max_new_tokens=self.setup.max_new_tokens,
-            top_k=None,
-            progress=False,
-        )
+        writes = self.slm.model.backbone.kind != "encoder"
+        options = PredictOptions(max_new_tokens=self.setup.max_new_tokens) if writes else PredictOptions(top_k=None)
+        told = list(tasks) if self.told and tasks is not None else None
+        found = self.slm.predict(rows, options, task=told, progress=False)
         # One task can own more than half of the retrieved slots only if tasks have that many.
         most = max((task.slots for task in self.slm.learned.values()), default=0)
         countable = 2 * most > (self.slm.model.config.k or 0)
