@@ -81,7 +81,9 @@ class TaskAnswerer(TaskKeeper):
                     "predict_proba: this backbone writes its answers and weighs no labels; predict has .score"
                 )
             changes["top_k"] = None
-            answers = self.predict(rows, options, text=text, task=task, progress=progress, **changes)
+            chosen = self._chosen(options, changes, self.predict_proba, task=task is not None)
+            given = list(rows_to_answer(rows, text=text))
+            answers = predict(self.model, given, chosen, task=task, progress=progress)
             return probabilities(answers, self.classes_ if known is None else known.labels or ())
 
     @shows(PredictOptions)

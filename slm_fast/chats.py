@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from slm_fast.errors import WorkError
-from slm_fast.labels import whole
+from slm_fast.labels import is_unseen, whole
 
 SPEAKERS = {
     "system": "system",
@@ -96,7 +96,7 @@ def _turn(column: str, number: int, turn: Any, *, last: bool) -> tuple[str, str]
 def _said(value: Any, where: str, field: str, *, may_be_empty: bool) -> str:
     if isinstance(value, list):
         value = "\n".join(_part(part, where) for part in value)
-    if not isinstance(value, str) or not (value.strip() or may_be_empty):
+    if not isinstance(value, str) or not (may_be_empty or not is_unseen(value)):
         raise WorkError(f"{where}: {field!r}: expected a text, got {reprlib.repr(value)}")
     try:
         return whole(value, field).strip()

@@ -8,7 +8,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, Any
 
 from slm_fast.columns import LABELLED, Unclear, check_columns, id_column
@@ -27,7 +26,7 @@ from slm_fast.labels import (
     warn_of_alike,
     words_beside,
 )
-from slm_fast.options import _switches
+from slm_fast.options import check_switch
 from slm_fast.readers import Record, read_records
 
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
@@ -102,7 +101,7 @@ class Task:
 
     def __init__(self, name: str, rows: Iterable[Any], *, free_text: bool | None = None, training: bool = True) -> None:
         check_name(name)
-        check_switches(training=training)
+        check_switch("training", training)
         self.name = name
         placed = ((f"row {i}", value) for i, value in enumerate(table_of(rows), 1))
         self.rows, free_text = _answered(name, placed, free_text=free_text)
@@ -150,7 +149,7 @@ class Task:
             WorkError: as for `Task`.
         """
         check_name(name)
-        check_switches(training=training)
+        check_switch("training", training)
         check_columns(text, label)
         placed = ((f"row {i}", value) for i, value in enumerate(table_of(rows), 1))
         found, free_text = _answered(name, placed, text, label, free_text)
@@ -186,7 +185,7 @@ class Task:
             WorkError: the content is invalid. The message names file and line.
         """
         check_name(name)
-        check_switches(training=training)
+        check_switch("training", training)
         given = check_columns(text, label)
         records = list(read_records(path, delimiter=delimiter, encoding=encoding, columns=given, filled=True))
         file = Path(path) if isinstance(path, (str, Path)) else None
@@ -221,11 +220,6 @@ def check_name(name: str) -> None:
         raise InputError(
             f"task name {given}: expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
         )
-
-
-def check_switches(**given: Any) -> None:
-    """Raise InputError for an argument that is neither True nor False."""
-    _switches(SimpleNamespace(**given), *given)
 
 
 def rows_to_answer(rows: Iterable[Any], *, text: str | None = None) -> Iterator[Row]:
@@ -307,7 +301,7 @@ def _answered(
 ) -> tuple[list[Row], bool]:
     """Parse rows that must all have answers, and say whether these are free text. Labels get a uniform spelling."""
     if free_text is not None:
-        check_switches(free_text=free_text)
+        check_switch("free_text", free_text)
     rows: list[Row] = []
     kind = None
     for where, value in placed:
@@ -374,4 +368,7 @@ def _check_known(source: str, rows: list[Row], records: Sequence[Record], known:
     foreign -= spellings(foreign, known).keys()
     for record, row in zip(records, rows, strict=True):
         if row.target in foreign:
-            raise WorkError(f"{source}: {record.where}: {foreign_label(row.target or '', known)}")
+            label = row.target or ""
+            numbered = label.isdecimal() and not any(word.isdecimal() for word in known)
+            how = "; labels= (--labels) names the labels that numbers stand for" if numbered else ""
+            raise WorkError(f"{source}: {record.where}: {foreign_label(label, known)}{how}")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_fast.data import Row, Task, check_name, check_switches
+from slm_fast.data import Row, Task, check_name
 from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.labels import foreign_label
 from slm_fast.model import AdaptedModel
-from slm_fast.options import PredictOptions
+from slm_fast.options import PredictOptions, check_switch
 from slm_fast.predict import Prediction, predict
 from slm_fast.tasks import LearnedTask
 
@@ -78,7 +78,7 @@ def mark(
         InputError: there are no tasks, one is not learned, or `with_task_id` is neither True nor False.
         WorkError: a row's label is not one of the task's.
     """
-    check_switches(with_task_id=with_task_id)
+    check_switch("with_task_id", with_task_id)
     if not tasks:
         raise InputError("evaluate: no tasks given")
     rows: list[Row] = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from slm_fast.backbone import Backbone
 from slm_fast.covariance import NOTHING, Kept
@@ -64,11 +65,14 @@ class TaskKeeper:
         they are committed.
 
         Raises:
-            InputError: a name is taken.
+            InputError: a name is taken, or `learned` is something else.
             WorkError: a task does not fit this model, or the commit failed.
         """
-        tasks = [learned] if isinstance(learned, LearnedTask) else list(learned)
+        tasks: list[Any] = list(learned) if isinstance(learned, Iterable) else [learned]
         for task in tasks:
+            if not isinstance(task, LearnedTask):
+                kind = type(learned if isinstance(learned, (str, Mapping)) else task).__name__
+                raise InputError(f"learned: expected values of another model's `learned`, got a {kind}")
             self.model.check_fits(task)
             check_learned(task)
         before = set(self.tasks)
@@ -134,6 +138,8 @@ class TaskKeeper:
         Raises:
             InputError: the task is not known.
         """
+        if not isinstance(name, str):
+            raise InputError(f"name: expected a task's name, got {name!r}")
         if self.store is not None:
             self.refresh()
         known = name in self.learned

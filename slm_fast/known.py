@@ -31,10 +31,12 @@ class Known(NamedTuple):
         Raises:
             InputError: a name to add is taken, or one to remove is not there.
         """
+        if not (add or remove):
+            return self
         pool, router, budget = self
         for name in remove:
             pool = pool.without(name)
         for task in add:
             pool = pool.with_task(task)
         router = router.changed({task.name: task.router for task in add}, remove)
-        return Known(within(pool, budget, router.k), router, budget)
+        return Known(within(pool, budget, router.k, self.pool), router, budget)

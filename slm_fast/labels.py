@@ -138,9 +138,7 @@ def _value(label: str) -> str:
 def foreign_label(label: str, labels: Collection[str]) -> str:
     """What to say of a label that is not one of the task's."""
     listed = some_of((word if len(word) <= SHORT else f"{word[:SHORT]}..." for word in sorted(labels)), 5)
-    numbered = label.isdecimal() and not any(word.isdecimal() for word in labels)
-    how = "; labels= (--labels) names the labels that numbers stand for" if numbered else ""
-    return f"label {label[:60]!r} is not one of {listed}{how}"
+    return f"label {label[:60]!r} is not one of {listed}"
 
 
 def warn_of_alike(name: str, labels: Collection[str]) -> None:

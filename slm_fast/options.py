@@ -299,13 +299,16 @@ def _numbers(options: Any, name: str, least: float, most: float, *, above: bool 
     object.__setattr__(options, name, number)
 
 
+def check_switch(name: str, value: Any, otherwise: str = "") -> bool:
+    """The value of an option that is True or False. Raises InputError if it is neither."""
+    if type(value).__name__ in ("bool", "bool_"):  # bool_ is numpy's
+        return bool(value)
+    raise InputError(f"{name}: expected True{',' if otherwise else ' or'} False{otherwise}, got {reprlib.repr(value)}")
+
+
 def _switches(options: Any, *names: str, otherwise: str = "") -> None:
     for name in names:
-        value = getattr(options, name)
-        if type(value).__name__ not in ("bool", "bool_"):  # bool_ is numpy's
-            said = f"True, False{otherwise}" if otherwise else "True or False"
-            raise InputError(f"{name}: expected {said}, got {reprlib.repr(value)}")
-        object.__setattr__(options, name, bool(value))
+        object.__setattr__(options, name, check_switch(name, getattr(options, name), otherwise))
 
 
 # The same fields as keyword arguments.
@@ -363,12 +366,11 @@ class PredictKeywords(TypedDict, total=False):
 def combine(
     kind: type[Options], options: Options | None, keywords: Mapping[str, Any], by: Callable[..., Any] | None = None
 ) -> Options:
-    """Return `options` (the defaults if None) with the fields given as keywords to the function `by` replaced.
-    Raises InputError if a keyword is not a field, or a value is invalid."""
+    """`options` (the defaults if None) with the fields given as keywords to `by` replaced. Raises InputError."""
     names = {field.name: None for field in fields(kind)}
     for name in sorted(keywords.keys() - names):
-        own = inspect.signature(by).parameters.values() if by else ()
-        names |= {parameter.name: None for parameter in own if parameter.kind is parameter.KEYWORD_ONLY}
+        own = inspect.signature(by).parameters if by else {}
+        names |= {each: None for each, parameter in own.items() if parameter.kind is parameter.KEYWORD_ONLY}
         raise InputError(f"{name}: unknown option; options: {', '.join(names)}{nearest(name, names)}")
     if options is not None and not isinstance(options, kind):
         raise InputError(f"options: expected {kind.__name__}, got a {type(options).__name__}")

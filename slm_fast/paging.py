@@ -200,8 +200,8 @@ def pool_of(
     Raises:
         InputError: the budget is too small for the route of one row.
     """
-    page, one = page_rank(tasks), _row_bytes(tasks, device, dtype)
-    if budget is None or sum(rows_of(task, page) for task in tasks) * one <= budget:
+    one = _row_bytes(tasks, device, dtype)
+    if budget is None or _rows(tasks) * one <= budget:
         return Pool(tasks, device, dtype)
     least = _least_rows(tasks, k) * one
     if budget < least:
@@ -209,28 +209,31 @@ def pool_of(
     return PagedPool(tasks, device, dtype, capacity=budget // one)
 
 
-def within(pool: Pool, budget: int | None, k: int) -> Pool:
+def within(pool: Pool, budget: int | None, k: int, before: Pool) -> Pool:
     """The pool or, if it exceeds the budget, a paged one, with space for at least one row's slots. A paged pool becomes
     a plain one again once its tasks take half of the budget, since buffers may double as they grow."""
-    if budget is None:
+    if budget is None or (not isinstance(pool, PagedPool) and pool.room <= budget):
         return pool
     tasks, device, dtype = pool.tasks, pool.device, pool.dtype
-    if isinstance(pool, PagedPool):
-        page, one = page_rank(tasks), _row_bytes(tasks, device, dtype)
-        if 2 * one * sum(rows_of(task, page) for task in tasks) <= budget:
-            return Pool(tasks, device, dtype)
+    one = _row_bytes(tasks, device, dtype)
+    if isinstance(pool, PagedPool) and 2 * one * _rows(tasks) <= budget:
+        return Pool(tasks, device, dtype)
     if pool.room <= budget and (pool.most_slots is None or pool.most_slots >= k):
         return pool
-    one = _row_bytes(tasks, device, dtype)
     least = _least_rows(tasks, k)
-    if budget < least * one:
-        warn(
-            f"device_memory: the slots of one row take {least * one} bytes, more than the {budget} given; they get them"
-        )
     capacity = max(budget // one, least)
+    if budget < least * one and before.room <= budget:  # else it was said before
+        taken = least * one
+        warn(f"device_memory: the slots of one row take {taken} bytes, more than the {budget} given; they get them")
     if isinstance(pool, PagedPool) and pool.capacity == capacity:
         return pool
     return PagedPool(tasks, device, dtype, capacity=capacity)
+
+
+def _rows(tasks: Sequence[LearnedTask]) -> int:
+    """Rows of the values of all these tasks."""
+    page = page_rank(tasks)
+    return sum(rows_of(task, page) for task in tasks)
 
 
 def _row_bytes(tasks: Sequence[LearnedTask], device: torch.device, dtype: torch.dtype) -> int:

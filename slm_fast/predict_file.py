@@ -18,11 +18,11 @@ from typing import IO, Any
 
 from slm_fast import __version__
 from slm_fast.columns import Unclear
-from slm_fast.data import Row, check_switches, identified
+from slm_fast.data import Row, identified
 from slm_fast.errors import InputError, SlmWarning, WorkError, some_of
 from slm_fast.labels import shown
 from slm_fast.model import AdaptedModel, Report
-from slm_fast.options import PredictOptions
+from slm_fast.options import PredictOptions, check_switch
 from slm_fast.parquet_output import ParquetOutput, check_parquet, is_parquet
 from slm_fast.passes import tokens_of_a_batch
 from slm_fast.predict import Answer, Prediction, answer
@@ -192,7 +192,8 @@ def predict_file(
         InputError: a path, a flag or the task is invalid, or the output belongs to another run.
         WorkError: a bad row with `strict`, or the disk is full.
     """
-    check_switches(strict=strict, overwrite=overwrite)
+    check_switch("strict", strict)
+    check_switch("overwrite", overwrite)
     reading = reading or Reading()
     check_paths(source, sink, overwrite=overwrite, reading=reading, shard=shard)
     if task is not None and task not in by.tasks:

@@ -6,10 +6,10 @@ What it keeps of a task is small (`slm_fast.scatter`), and also tells how far a 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -277,9 +277,15 @@ def _spread(assignment: Tensor, count: Tensor) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().long()]
 
 
-@functools.lru_cache(1)
+_copies: WeakKeyDictionary[nn.Linear, nn.Linear] = WeakKeyDictionary()
+
+
 def _copy_on(matrix: nn.Linear, device: torch.device) -> nn.Linear:
-    return copy.deepcopy(matrix).to(device)
+    """A copy of a matrix on another device, which lives as long as the matrix."""
+    known = _copies.get(matrix)
+    if known is None or known.weight.device != device:
+        known = _copies[matrix] = copy.deepcopy(matrix).to(device)
+    return known
 
 
 def feature_matrix(leading: int, features: int, device: torch.device) -> nn.Linear:

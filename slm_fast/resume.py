@@ -87,7 +87,9 @@ class Output:
     def __enter__(self) -> Output:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None and not os.fstat(self._file.fileno()).st_size:
+            self.run.unlink(missing_ok=True)  # nothing is to be resumed, so the next call may differ
         self._file.close()
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:

@@ -117,7 +117,8 @@ class Router(ABC):
         if taken := sorted(there.keys() & add.keys()):
             raise InputError(f"task {taken[0]!r}: the router has it already")
         router, there = replace(self), there | dict(add)
-        router._hold(sorted(there), [there[name] for name in sorted(there)], self.device)
+        names = sorted(there)
+        router._hold(names, [there[name] for name in names], self.device)
         return router
 
     def _hold(self, names: list[str], parts: list[Part], device: torch.device) -> None:

@@ -22,7 +22,6 @@ from slm_fast.learn import check_task, learn_task
 from slm_fast.options import LearnKeywords, LearnOptions, ModelConfig, ModelKeywords, combine, shows
 from slm_fast.origin import is_same
 from slm_fast.schema import check_backbone, check_same
-from slm_fast.tasks import LearnedTask
 from slm_fast.warm_start import check_start
 
 if TYPE_CHECKING:
@@ -176,18 +175,6 @@ class ScalableLM(TaskAnswerer):
         if self.knows(task, chosen, **how):
             return warn(f"task {task.name!r}: already learned from the same rows and options; kept as it is")
         self._know([learn_task(self.model, task, chosen, **how, on_step=on_step, progress=progress)])
-
-    def add(self, learned: LearnedTask | Sequence[LearnedTask]) -> None:
-        tasks: list[Any] = list(learned) if isinstance(learned, Iterable) else [learned]
-        for task in tasks:
-            if not isinstance(task, LearnedTask):
-                raise InputError(f"learned: expected values of another model's `learned`, got a {type(task).__name__}")
-        super().add(tasks)
-
-    def forget(self, name: str) -> None:
-        if not isinstance(name, str):
-            raise InputError(f"name: expected a task's name, got {name!r}")
-        super().forget(name)
 
     def import_adapter(
         self,

@@ -25,7 +25,7 @@ from slm_fast.scatter import scatter_of
 from slm_fast.schema import check_same, manifest_of, task_path
 from slm_fast.sketch import sampled
 from slm_fast.store_view import LOCK, MANIFEST, RESERVE, StoreView
-from slm_fast.task_file import task_from_file, task_to_bytes
+from slm_fast.task_file import digest_of, task_from_file, task_to_bytes
 from slm_fast.tasks import LearnedTask
 
 Summed = tuple[Mapping[str, str], ExactSum]
@@ -56,13 +56,15 @@ class Store(StoreView):
                 of their scatters, if known elsewhere. It is kept if the sum in the store differs in many tasks.
 
         Returns:
-            SHA-256 of the files of the tasks added.
+            SHA-256 of the files of the tasks to add, as far as the store has these.
 
         Raises:
             InputError: a task to add exists, or one to remove does not.
             WorkError: the disk is full or cannot be written, or another process holds the lock; the store is unchanged.
         """
         with self._writing():
+            there = [task for task in add if self._has(task)]
+            same = {task.name: self.files[task.name] for task in there if digest_of(task) == self.files[task.name]}
             add = [task for task in add if not self._has(task)]
             for task in add:
                 if task.name in self.files:
@@ -82,7 +84,7 @@ class Store(StoreView):
             self._take_out(files, summed)
             self._finish(files)
             self._keep(summed)
-        return added
+        return added | same
 
     def _has(self, task: LearnedTask) -> bool:
         """Whether the store has a task of this name made from the same rows and options."""

@@ -82,7 +82,7 @@ def quick_worker(folder: Path, monkeypatch: pytest.MonkeyPatch, *, dies: str = "
     ready = json.dumps({"ready": slm.model.about, "version": __version__})
     code = f"""
 import os, json, pathlib, sys, time
-from slm_fast.worker import Message, receive, send
+from slm_fast.worker import receive, send
 source, sink = os.fdopen(0, "rb"), os.fdopen(1, "wb")
 receive(source)
 send(sink, json.loads({ready!r}))

@@ -65,3 +65,15 @@ def test_a_batch_of_tokens_is_answered_as_its_rows_are() -> None:
     assert [(one.task, one.label) for one in found] == [(one.task, one.label) for one in slm.predict(texts)]
     named = answer_batch(slm.model, rows, readings, PredictOptions(), ["sea"] * 7)
     assert {one.task for one in named} == {"sea"}
+
+
+def test_no_change_is_no_new_router(tmp_path):
+    slm = make_slm("bert")
+    farm_and_sea(slm)
+    slm.save_pretrained(tmp_path / "store")
+    slm.predict(mixed_texts(2))
+    router = slm.model.router
+    slm.refresh()
+    slm.save_pretrained(tmp_path / "store")
+    assert slm.model.router is router
+    assert "discriminant" in vars(router)  # what was computed for answers is still there

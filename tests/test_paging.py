@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,10 @@ def test_an_imported_task_wider_than_the_room_gets_it_with_a_warning() -> None:
     wide = replace(random_task(whole, "wide", topic="sky", rank=64), adapter=Adapter(pooling="mean"))
     with pytest.warns(SlmWarning, match="device_memory: the slots of one row take .* more than the .* given"):
         paged.add(wide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlmWarning)  # told once
+        paged.forget("sea0")
+        paged.add(tasks[[task.name for task in tasks].index("sea0")])
     whole._set([*tasks, wide])
     rows = [sentence("sky", random.Random(i)) for i in range(4)] + texts(4)
     answers = paged.predict(rows, batch_size=1)

@@ -362,7 +362,7 @@ def test_a_check_compares_with_peft_and_an_adapter_that_differs_is_not_imported(
         assert slm.import_adapter(tmp_path, "sky", texts("sky"), check=True) == found
     slm.forget("sky")
     monkeypatch.setattr("slm_fast.integrations.peft_files.PeftAdapter.scaling", lambda *_: 0.5)
-    with pytest.raises(SlmError, match=r"differs from PEFT by .*nothing was imported"):
+    with pytest.raises(SlmError, match=r"differs from PEFT by .*no task was added"):
         slm.import_adapter(tmp_path, "sky", texts("sky"), check=True)
     assert slm.tasks == []
 

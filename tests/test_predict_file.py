@@ -170,6 +170,12 @@ def test_a_run_that_wrote_nothing_is_taken_up_by_the_same_call_only(slm: Scalabl
         slm.predict_file(io.BytesIO(b'"sea1"\n'), sink)
     assert sink.read_bytes() == b""
     assert slm.predict_file(source, sink, shard=(2, 2), overwrite=True).answered == 1
+    sink.write_bytes(b"")
+    source.write_bytes(b"PK\x03\x04")
+    with pytest.raises(WorkError, match="is a zip archive"):
+        slm.predict_file(source, sink, overwrite=True)
+    source.write_text('"sea1"\n')
+    assert slm.predict_file(source, sink).answered == 1  # a call that failed before its first row is in nobody's way
     sink.unlink()  # what is left of a run whose output was removed is in nobody's way
     assert slm.predict_file(source, sink).answered == 1
 

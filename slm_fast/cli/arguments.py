@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        self._words = list(args or ())
+        self._words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
         """Options among the words that this parser does not have, unless it passes words on to others."""
         if any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
             return []
-        given = [word for word in takewhile("--".__ne__, self._words) if word.startswith("--")]
+        given = [word for word in takewhile("--".__ne__, self._words) if word.startswith("--") and " " not in word]
         known = self._option_string_actions  # which may be abbreviated
         return [word for word in given if not any(name.startswith(word.partition("=")[0]) for name in known)]
 

@@ -22,6 +22,7 @@ from slm_fast.cli.arguments import (
 )
 from slm_fast.errors import InputError
 from slm_fast.options import PredictOptions
+from slm_fast.streams import Kind, kind_of
 
 if TYPE_CHECKING:
     from slm_fast.predict_file import FileAnswered, Sink, Source
@@ -99,8 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     if done.failed:
         rows = f"{done.failed} row{'s' * (done.failed > 1)}"
         return complain(f"{rows} failed; each is marked with its error in the output; first: {done.first_error}", 1)
-    if isinstance(sink, Path):  # in a pipe, answers alone
-        print(f"answered {done.answered:,} rows; rows in {sink}: {done.before + done.answered:,}", file=sys.stderr)
+    if isinstance(sink, Path) and kind_of(sink) is Kind.FILE:
+        print(f"rows answered: {done.answered:,}; rows in {sink}: {done.before + done.answered:,}", file=sys.stderr)
     return 0
 
 

@@ -50,7 +50,7 @@ def difference(model: AdaptedModel, task: LearnedTask, adapter: PeftAdapter, row
     if not largest <= TOLERANCE:
         raise WorkError(
             f"adapter {adapter.source!r}: differs from PEFT by {largest:.1e}, expected at most {TOLERANCE:g} (in "
-            "float32); nothing was imported"
+            "float32); no task was added"
         )
     return largest
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slm_fast.backbone import Backbone
 from slm_fast.card import HUB_NAMES
+from slm_fast.configure import leaves_out_words
 from slm_fast.data import Row, check_name
 from slm_fast.errors import InputError, NotFinite, WorkError, some_of, warn
 from slm_fast.fields import Unfit, repeated
@@ -115,10 +116,11 @@ def vocabulary_size(backbone: Backbone) -> int:
 
 def _check_template(about: Adapter, adapter: PeftAdapter, rows: Sequence[Row], model: AdaptedModel) -> None:
     """Raise WorkError if the adapter's chat template cannot write the examples, or leaves their words out."""
-    limit = model.config.max_length or 0
+    tokenization, template = model.backbone.tokenization, about.chat_template
     try:
-        prompts = {tuple(prompt_of(row, about, model.backbone.tokenization, limit)[0]) for row in rows}
-        if len(prompts) == 1 < len({row.prompt for row in rows}):
+        for row in rows:
+            prompt_of(row, about, tokenization, model.config.max_length or 0)
+        if template and leaves_out_words(template, tokenization):
             raise WorkError("chat_template: writes the same for every text, without its words")
     except WorkError as error:
         raise WorkError(f"adapter {adapter.source!r}: {error}; mend the template, or delete it") from None

@@ -44,7 +44,7 @@ def multi_lora(
     Raises:
         InputError: a shape, dtype, device or slot id does not fit, or an argument has a tangent (forward mode). Nothing
             is written.
-        WorkError: there is no memory for the result.
+        WorkError: there is no memory for the result (native backend; from others, torch's own error).
         RuntimeError: in a backward pass through its gradients.
     """
     refuse_tangents("multi_lora", x, lora_a, lora_b, weights, base)

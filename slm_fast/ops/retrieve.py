@@ -119,7 +119,7 @@ def retrieve(
 
     Raises:
         InputError: an argument is invalid, or (on a CPU) the query is not finite.
-        WorkError: there is no memory for [B, K].
+        WorkError: there is no memory for [B, K] (native backend; from others, torch's own error).
     """
     prepared, most = None, None
     if isinstance(keys, PreparedKeys):

@@ -24,7 +24,7 @@ from slm_fast.predict import answer_batch
 from slm_fast.server.generation import Generation, prepare
 from slm_fast.server.jobs import Ask, Job, Piece, Refused, Result, Writing, stopping
 from slm_fast.server.options import ServeOptions
-from slm_fast.server.passes import answer_routes, read
+from slm_fast.server.passes import answer_routes, read, stopped
 from slm_fast.server.queue import Group, Room, Waiting, group_of
 from slm_fast.server.writing import Writers
 
@@ -331,7 +331,7 @@ class Engine:
                     most = 1 if self.writes or all(piece.job.ask.labels == 1 for piece in batch) else None
                     rows = [piece.row for piece in batch]
                     answers = answer_batch(self.model, rows, readings, replace(group.options, top_k=most), names)
-                    results = [piece.cut(answer) for piece, answer in zip(batch, answers, strict=True)]
+                    results = [stopped(self.model, one, piece.stops) for piece, one in zip(batch, answers, strict=True)]
         except Exception as error:
             log.exception("a batch failed")
             results = [Refused(500, f"the batch failed: {one_line(error)}")] * len(batch)

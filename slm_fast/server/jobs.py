@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from slm_fast.data import Row
-from slm_fast.predict import Answer, Prediction, RouteTaken
+from slm_fast.predict import Answer, RouteTaken
 from slm_fast.reading import Reading
 from slm_fast.scheduler import Sampling
 from slm_fast.server.generation import Generation
-from slm_fast.server.text import cut_at
 
 
 class Refused(Exception):
@@ -117,14 +116,10 @@ class Piece:
     def length(self) -> int:
         return 0 if self.reading is None else len(self.reading.ids)
 
-    def cut(self, answer: Answer) -> Answer:
-        """A whole answer, with its text cut before the first of the request's stop strings."""
-        writing = self.job.ask.writing
-        if writing is not None and isinstance(answer, Prediction) and answer.text is not None:
-            text = cut_at(answer.text, writing.stop)
-            if text is not None:
-                return replace(answer, text=text, finish_reason="stop")
-        return answer
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings before which its text ends."""
+        return () if self.job.ask.writing is None else self.job.ask.writing.stop
 
 
 @dataclass(eq=False)

@@ -1,8 +1,10 @@
-"""What the engine does with a model besides answering: tokenise requests, and find routes without an answer."""
+"""What the engine does with a model besides answering: tokenise requests, find routes without an answer, cut
+answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,9 +14,10 @@ from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
 from slm_fast.options import PredictOptions
 from slm_fast.passes import measured
-from slm_fast.predict import taken
+from slm_fast.predict import Answer, Prediction, taken
 from slm_fast.reading import Reading
 from slm_fast.server.jobs import Ask, Result, Routed
+from slm_fast.server.text import cut_at
 
 
 def read(model: AdaptedModel, asks: Sequence[Ask]) -> list[Reading]:
@@ -62,3 +65,13 @@ def answer_routes(model: AdaptedModel, readings: Sequence[Reading], options: Pre
         for place, ids, weights, one in rows:
             results[place] = Routed(taken(model, ids, weights), one, readings[place].truncated)
     return results
+
+
+def stopped(model: AdaptedModel, answer: Answer, stops: Sequence[str]) -> Answer:
+    """A whole answer, with its text cut before the first of these strings."""
+    text = cut_at(answer.text, stops) if isinstance(answer, Prediction) and answer.text is not None else None
+    if text is None:
+        return answer
+    assert isinstance(answer, Prediction)
+    label = None if answer.task is None else model.label_of(model.pool.tasks[model.pool.place[answer.task]], text)
+    return replace(answer, text=text, label=label, finish_reason="stop")

@@ -134,7 +134,7 @@ class Writers:
         ask, reading = piece.job.ask, piece.reading
         assert ask.writing is not None
         assert reading is not None
-        stop = ask.writing.stop
+        stop = piece.stops
         tail = max(map(len, stop), default=0) * LETTER + SLACK  # reading all tokens after each would be quadratic
         if ask.bare:
             empty = self.model.empty_route(1)
@@ -205,7 +205,7 @@ class Writers:
             if piece not in ended:
                 scheduler.cancel(self._running[piece].number)
                 ended.append(piece)
-        return [(piece, piece.cut(self._answer(piece, self._text(piece)))) for piece in ended]
+        return [(piece, self._whole(piece)) for piece in ended]
 
     def _of(self, generation: Generation) -> dict[int, Piece]:
         return {running.number: piece for piece, running in self._running.items() if running.generation is generation}
@@ -215,6 +215,12 @@ class Writers:
         tokens = piece.tokens[-last:]
         text: str = self.model.backbone.tokenizer.batch_decode([tokens], skip_special_tokens=True)[0]
         return text.strip()
+
+    def _whole(self, piece: Piece) -> Answer:
+        """The answer of a text that has ended."""
+        text = self._text(piece)
+        piece.stopped = cut_at(text, piece.stops)
+        return self._answer(piece, text if piece.stopped is None else piece.stopped)
 
     def _answer(self, piece: Piece, text: str) -> Answer:
         """The answer with the text so far."""

@@ -70,6 +70,23 @@ def test_stop_texts_hold_beside_an_imported_adapter(streams: bool, tmp_path: Pat
             assert parts[-1]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_text_that_a_stop_text_cuts_to_a_label_is_that_label(imported: bool, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "lora", "llama", r=9)
+    slm = store_with(tmp_path / "store", "llama")
+    texts = mixed_texts(12)
+    words = [(answer.text or "").split() for answer in slm.predict(texts, task="farm", max_new_tokens=12)]
+    text, (label, stop, *_) = next(each for each in zip(texts, words, strict=True) if len(set(each[1][:2])) == 2)
+    slm.forget("farm")
+    slm.add(random_task(slm, "farm", labels=(label, f"{label}{label}")))
+    if imported:
+        slm.import_adapter(tmp_path / "lora", "sky", sentences("sky"))
+    with serving(slm) as (client, _):
+        body = {"prompt": text, "model": "farm", "max_tokens": 12, "stop": [stop]}
+        (found,) = client.post("/v1/completions", body)["choices"]
+    assert (found["text"], found["label"], found["finish_reason"]) == (label, label, "stop")
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
