@@ -186,7 +186,7 @@ class GaussianRouter(Router):
     temperature: float = 4.0
     is_kept = False  # whether the discriminant was known when the tasks were loaded
     _routed = 0  # number of rows routed among all slots
-    _follows = False  # whether it was derived from another router, by one task
+    _follows = False  # whether it was derived from another router
     _known: KnownKeys | None = field(default=None, init=False, repr=False, compare=False)  # keys computed before
 
     def fit(self, query: Tensor, slots: int, seed: int, labels: Tensor | None = None) -> dict[str, Tensor]:
