@@ -90,7 +90,8 @@ class TaskKeeper:
             with self.model.changing(add=tasks) as router:
                 if self.store is not None:
                     try:
-                        files = self.store.commit(add=tasks, summed=self._summed(router, {task.name for task in tasks}))
+                        self.store.commit(add=tasks, summed=self._summed(router, {task.name for task in tasks}))
+                        files = self.store.added
                     except WorkError as error:
                         failed = error
             # After the model: what an interrupt leaves undone here is made up for by the next `refresh`.

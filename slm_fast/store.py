@@ -40,13 +40,14 @@ class Store(StoreView):
     def __init__(self, path: str | Path, about: Mapping[str, Any], files: Mapping[str, str]) -> None:
         super().__init__(path, about, files)
         self._placed: list[tuple[Path, Path]] = []  # files written beside their place, and that place
+        self.added: dict[str, str] = {}  # tasks that the last commit was to add, as far as they are there: SHA-256
         self._written: set[str] = set()  # tasks of which a file was written since the lock was taken
 
     # Writing
 
     def commit(
         self, *, add: Sequence[LearnedTask] = (), remove: Sequence[str] = (), summed: Summed | None = None
-    ) -> dict[str, str]:
+    ) -> None:
         """Make a new version of the store, which is on disk completely or not at all.
 
         An existing task made from the same rows and options on another processor is kept.
@@ -54,9 +55,6 @@ class Store(StoreView):
         Args:
             summed: the tasks sampled after the commit, with SHA-256 of their files ("" for those to add), and the sum
                 of their scatters, if known elsewhere. It is kept if the sum in the store differs in many tasks.
-
-        Returns:
-            SHA-256 of the files of the tasks to add, as far as the store has these.
 
         Raises:
             InputError: a task to add exists, or one to remove does not.
@@ -84,7 +82,7 @@ class Store(StoreView):
             self._take_out(files, summed)
             self._finish(files)
             self._keep(summed)
-        return added | same
+            self.added = added | same
 
     def _has(self, task: LearnedTask) -> bool:
         """Whether the store has a task of this name made from the same rows and options."""
