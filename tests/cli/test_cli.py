@@ -107,7 +107,7 @@ def test_predict_does_not_overwrite_unless_told_to(store: Path, tmp_path: Path):
     one_line(slm_fast("predict", store, "--output", output, stdin='{"text": "Fry."}\n'), 2, "out.jsonl", "--overwrite")
     assert output.read_text() == "precious\n"
     done = slm_fast("predict", store, "--output", output, "--overwrite", stdin='{"text": "Fry."}\n')
-    assert (done.returncode, done.stderr) == (0, f"answered 1 rows; rows in {output}: 1\n")
+    assert (done.returncode, done.stderr) == (0, f"rows answered: 1; rows in {output}: 1\n")
     assert slm_fast("predict", store, stdin='{"text": "Fry."}\n').stderr == ""
     assert json.loads(output.read_text())["task"] == "recipe_steps"
 
