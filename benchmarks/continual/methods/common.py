@@ -168,8 +168,9 @@ class Writer(Model):
 
     def losses(self, rows: Sequence[Row]) -> Tensor:
         logits, labels = self.predictions(rows)
-        each = cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
-        return each.sum(1) / (labels != IGNORE).sum(1)
+        said = labels != IGNORE
+        each = cross_entropy(logits[said].float(), labels[said], reduction="none")
+        return each.new_zeros(len(rows)).index_add(0, said.nonzero()[:, 0], each) / said.sum(1)
 
     def predictions(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         """Logits [B, T, vocabulary] and labels [B, T]; of a causal model from the first answer's first token on."""
@@ -186,7 +187,7 @@ class Writer(Model):
             logits, labels = self.logits(ids, mask, None, first - 1)[:, :-1], labels[:, first:]
         else:
             logits = self.logits(ids, mask, labels)
-        return logits.float(), labels
+        return logits, labels
 
     def logits(self, ids: Tensor, mask: Tensor, labels: Tensor | None, first: int = 0) -> Tensor:
         """[B, T, vocabulary] for a batch of tokens [B, first + T] or, with `labels`, for the answers to it. Those of a

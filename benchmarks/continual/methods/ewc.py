@@ -75,7 +75,7 @@ class Ewc(Finetune):
         fisher = [torch.zeros_like(weight) for weight in weights]
         for row in rows:
             logits, targets = self.model.predictions([row])
-            said = logits[targets != IGNORE]  # [tokens, V]
+            said = logits[targets != IGNORE].float()  # [tokens, V]
             drawn = torch.multinomial(said.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
             loss = cross_entropy(said, drawn.to(said.device), reduction="sum")
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
