@@ -31,6 +31,7 @@ from slm_fast import InputError, SlmError, Task
 from slm_fast.backbone import Backbone
 from slm_fast.cli.shell import one_line_warnings
 from slm_fast.options import LearnOptions
+from slm_fast.progress import in_lines
 from slm_fast.tables import console
 
 
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     options.methods, options.seeds = list(dict.fromkeys(options.methods)), list(dict.fromkeys(options.seeds))
     try:
-        with one_line_warnings():
+        with one_line_warnings(), in_lines():
             stream = stream_of(options.stream)
             if options.cell:
                 return work(options, stream)

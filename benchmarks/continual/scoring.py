@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.continual.methods.method import Answer
 from slm_fast import InputError, Task
 from slm_fast.data import Row
-from slm_fast.loading import located, resolve
+from slm_fast.loading import loading, located, resolve
 
 MOST_WORDS = 3  # compared per answer; longer answers are texts
 
@@ -81,7 +81,8 @@ def _scorer(encoder: str) -> Any:
         raise InputError("--bertscore: needs the package bert-score: pip install bert-score") from None
     try:
         path = resolve(located(encoder))
-        return BERTScorer(model_type=path, num_layers=AutoConfig.from_pretrained(path).num_hidden_layers)
+        with loading():
+            return BERTScorer(model_type=path, num_layers=AutoConfig.from_pretrained(path).num_hidden_layers)
     except (OSError, ValueError) as error:
         raise InputError(f"--bertscore: {encoder}: no model can be loaded ({str(error).splitlines()[0]})") from None
 

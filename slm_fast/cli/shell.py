@@ -37,8 +37,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    from slm_fast.progress import in_lines  # rich takes a while
+
     try:
-        return arguments.run(arguments)
+        with in_lines():
+            return arguments.run(arguments)
     except SlmError as error:
         return complain(_as_typed(str(error), argv), error.status)
     except BrokenPipeError:
