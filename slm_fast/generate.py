@@ -39,6 +39,12 @@ class Written:
     failed: dict[int, str]
 
 
+def tail_of(stops: Sequence[str]) -> int:
+    """How many of the last tokens can hold a stop string: a letter may take four (its bytes), and a string may begin
+    within a token. Reading all tokens after each would be quadratic."""
+    return 4 * max(map(len, stops), default=0) + 8
+
+
 @torch.inference_mode()
 def generate(
     model: AdaptedModel,

@@ -49,6 +49,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, others = self.parse_known_args(args, namespace)
+        self._check_order()
         if others:
             verb = self.verbs.get(vars(found).get("verb", ""), self)
             verb._end(verb._about(others))
@@ -59,7 +60,19 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        self._check_order()
         self._end(self._about(self._unknown()) or message)
+
+    def _check_order(self) -> None:
+        """Refuse an option before the verb that this parser does not have."""
+        first = next(iter(self._words), "")
+        name = first.partition("=")[0]
+        if (
+            self.verbs
+            and first.startswith("--")
+            and not any(known.startswith(name) for known in self._option_string_actions)
+        ):
+            self._end(f"unrecognized argument before the verb: {first}; options come after it")
 
     def _end(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)

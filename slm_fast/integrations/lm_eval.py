@@ -23,10 +23,11 @@ from torch import Tensor
 from slm_fast.batching import length_buckets, token_budget
 from slm_fast.data import Row
 from slm_fast.errors import InputError, WorkError, some_of
-from slm_fast.generate import generate
+from slm_fast.generate import generate, tail_of
 from slm_fast.ops import Route
 from slm_fast.options import LARGEST, PredictOptions
 from slm_fast.progress import bar
+from slm_fast.scheduler import row_seed
 from slm_fast.slm import ScalableLM
 
 BARE = "(bare)"  # in place of a task's name, for requests answered without slots
@@ -185,7 +186,8 @@ class StoreLM(TemplateLM):
             for rows in groups.values():
                 asked = requests[rows[0]].args[1]
                 chosen = _rows(routes, [numbers[i] for i in rows])
-                texts = self._write([contexts[i] for i in rows], chosen, asked, rows, advance)
+                seeds = [row_seed(self.options.seed, i) for i in rows]
+                texts = self._write([contexts[i] for i in rows], chosen, asked, seeds, advance)
                 for i, text in zip(rows, texts, strict=True):
                     found[i] = text
                     self.cache_hook.add_partial("generate_until", (contexts[i], asked), text)
@@ -323,10 +325,10 @@ class StoreLM(TemplateLM):
         batch = tokenization.collate(tokens, padding_side=tokenization.padding_side).to(self._device)
         each = batch.input_ids.shape[1] + options.max_new_tokens
         rows = self.batch_size or max(1, token_budget(self._device.type, "causal", self.model.backbone.width) // each)
-        longest = 4 * max(len(word) for word in until) + 8  # tokens: a letter may take four, and a word begin in one
+        tail = tail_of(until)
 
         def enough(written: Sequence[int]) -> bool:
-            said = self.tokenizer.decode(written[-longest:])
+            said = self.tokenizer.decode(written[-tail:])
             return any(word in said for word in until)
 
         written = generate(

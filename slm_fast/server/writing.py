@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slm_fast.errors import NOT_FINITE, InputError, WorkError, one_line
-from slm_fast.generate import Written
+from slm_fast.generate import Written, tail_of
 from slm_fast.memory import AMPLE, ample
 from slm_fast.model import AdaptedModel
 from slm_fast.ops import Route
@@ -26,7 +26,6 @@ from slm_fast.server.text import cut_at
 log = logging.getLogger("slm_fast.server")
 ROWS = 64  # more rows hardly raise the throughput of a CPU
 CACHE = 0.125  # share of the free memory
-LETTER, SLACK = 4, 8  # most tokens of a letter (its bytes), and tokens more to be sure
 
 Ended = list[tuple[Piece, Result]]
 
@@ -135,7 +134,7 @@ class Writers:
         assert ask.writing is not None
         assert reading is not None
         stop = piece.stops
-        tail = max(map(len, stop), default=0) * LETTER + SLACK  # reading all tokens after each would be quadratic
+        tail = tail_of(stop)
         if ask.bare:
             empty = self.model.empty_route(1)
             route = Route(empty.slot_ids[0], empty.weights[0])

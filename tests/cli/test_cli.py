@@ -215,6 +215,7 @@ def test_verify_names_a_damaged_file_and_nothing_opens_it(store: Path, tmp_path:
             2,
             ("unrecognized arguments: --tsk; did you mean --task? (see",),
         ),
+        (("--threads", "3", "predict", "STORE"), 2, ("before the verb: --threads; options come after it",)),
         (("learn", "NEW", "--tsk=a"), 2, ("unrecognized arguments: --tsk=a; did you mean --task?",)),
         (("learn", "NEW", "--epoch", "1"), 2, ("arguments are required: --task",)),
         (("predict", "STORE", "--input", "a", "--input=b"), 2, ("argument --input: given twice (see slm-fast",)),
