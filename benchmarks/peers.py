@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from slm_fast.backbone import Backbone
 from slm_fast.configure import complete
 from slm_fast.epochs import optimizer_and_schedule
+from slm_fast.memory import return_freed_memory
 from slm_fast.options import LearnOptions, ModelConfig
 
 
@@ -57,5 +58,7 @@ def train(
             nn.utils.clip_grad_norm_(every, 1.0)
             optimizer.step()
             schedule.step()
+            if options.accumulate > 1:  # memory is scarce
+                return_freed_memory()
             if report is not None:
                 report(len(batch), torch.stack(losses).sum())
