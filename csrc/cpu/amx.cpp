@@ -105,6 +105,71 @@ void score(const Scores& of) {
 
 namespace {
 
+constexpr int64_t kTileBytes = 1024, kTileNumbers = kRows * kRows;
+
+// K tiles of keys against N of queries, at most 2 each or 1 against 3. Tiles 0 to 3: sums; 4, 5: keys; 6, 7, 5: queries.
+// ahead: bytes to keys to prefetch; 0: none.
+template <int K, int N>
+void screen_tiles(const Screened& of, const char* keys, const char* queries, float* sums, int64_t ahead) {
+  static_assert(K * N < 5);
+  const int64_t next_key = of.steps * kTileBytes;
+  auto prefetch = [&](const char* key) {
+    for (int64_t row = ahead ? 0 : kRows; row < kRows; ++row)
+      __builtin_prefetch(key + ahead + row * (kTileBytes / kRows), 0, 2);
+  };
+  if (of.more) {
+    _tile_loadd(0, sums, 64);
+    if constexpr (N > 1) _tile_loadd(1, sums + of.sum_numbers, 64);
+    if constexpr (K > 1) _tile_loadd(2, sums + kTileNumbers, 64);
+    if constexpr (K > 1 && N > 1) _tile_loadd(3, sums + of.sum_numbers + kTileNumbers, 64);
+    if constexpr (N > 2) _tile_loadd(2, sums + 2 * of.sum_numbers, 64);
+  } else {
+    _tile_zero(0);
+    if constexpr (N > 1) _tile_zero(1);
+    if constexpr (K > 1 || N > 2) _tile_zero(2);
+    if constexpr (K > 1 && N > 1) _tile_zero(3);
+  }
+  for (int64_t step = 0; step < of.steps; ++step, keys += kTileBytes, queries += kTileBytes) {
+    _tile_loadd(4, keys, 64);
+    prefetch(keys);
+    _tile_loadd(6, queries, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N > 1) _tile_loadd(7, queries + of.query_bytes, 64);
+    if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (K > 1) _tile_loadd(5, keys + next_key, 64);
+    if constexpr (K > 1) prefetch(keys + next_key);
+    if constexpr (K > 1) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (K > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (N > 2) _tile_loadd(5, queries + 2 * of.query_bytes, 64);
+    if constexpr (N > 2) _tile_dpbf16ps(2, 4, 5);
+  }
+  _tile_stored(0, sums, 64);
+  if constexpr (N > 1) _tile_stored(1, sums + of.sum_numbers, 64);
+  if constexpr (K > 1) _tile_stored(2, sums + kTileNumbers, 64);
+  if constexpr (K > 1 && N > 1) _tile_stored(3, sums + of.sum_numbers + kTileNumbers, 64);
+  if constexpr (N > 2) _tile_stored(2, sums + 2 * of.sum_numbers, 64);
+}
+
+}  // namespace
+
+// The queries' tiles stay in L1 while all keys pass over them. One tile of queries alone would wait for its sums.
+void screen(const Screened& of) {
+  for (int64_t query = 0, queries; query < of.query_tiles; query += queries) {
+    queries = of.query_tiles - query;
+    if (queries > 3) queries = 2;
+    for (int64_t key = 0, tiles; key < of.key_tiles; key += tiles) {
+      tiles = queries > 2 ? 1 : std::min<int64_t>(2, of.key_tiles - key);
+      const auto run = queries > 2   ? screen_tiles<1, 3>
+                       : queries > 1 ? (tiles > 1 ? screen_tiles<2, 2> : screen_tiles<1, 2>)
+                                     : (tiles > 1 ? screen_tiles<2, 1> : screen_tiles<1, 1>);
+      run(of, of.keys + key * of.steps * kTileBytes, of.queries + query * of.query_bytes,
+          of.sums + query * of.sum_numbers + key * kTileNumbers, query == 0 ? of.ahead_bytes : 0);
+    }
+  }
+}
+
+namespace {
+
 // M tiles of tokens against one tile of rows. Tiles 0 to 3: sums, with two token tiles of even and of odd steps, so that
 // no sum waits for itself; 4, 6: tokens; 5, 7: rows.
 template <int M>
@@ -258,6 +323,7 @@ bool usable() { return false; }
 Tiles::Tiles(bool, int64_t) : wanted(false) {}
 Tiles::~Tiles() {}
 void score(const Scores&) {}
+void screen(const Screened&) {}
 void shrink(const Shrunk&) {}
 void expand(const Expanded&) {}
 void multiply(const Product&, const Rounded&) {}

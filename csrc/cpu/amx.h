@@ -37,6 +37,21 @@ struct Scores {
 };
 void score(const Scores& of);
 
+// sums[query][key] of a piece of the features. A tile of keys is kRows keys of kStep bfloat16 numbers, a tile of queries
+// kRows pairs of features of kRows queries.
+struct Screened {
+  const char* keys;     // [key_tiles][steps] tiles
+  int64_t key_tiles, steps;
+  const char* queries;  // [query_tiles][...] tiles, of which the first `steps`
+  int64_t query_bytes;  // to the next tile of queries
+  int64_t query_tiles;
+  float* sums;          // [query_tiles][kRows * key_tiles][kRows]
+  int64_t sum_numbers;  // to the next tile of queries
+  bool more;            // adds to sums
+  int64_t ahead_bytes;  // to keys that are prefetched meanwhile, as many as these; 0: none
+};
+void screen(const Screened& of);
+
 // Rows of bfloat16 numbers, in place or as tiles.
 struct Tiled {
   const char* rows;

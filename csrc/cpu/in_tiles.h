@@ -6,6 +6,7 @@
 #include "across.h"
 #include "amx.h"
 #include "buffer.h"
+#include "scores.h"
 
 namespace slm_fast::SLM_ISA {
 
@@ -58,6 +59,29 @@ inline void split_panel(const float* rows, int64_t stride, int64_t count, int64_
     turn_rows<Split>(
         panel + part * words * kPanelColumns<Split>, [&](int64_t q) { return parts.data() + (2 * q + part) * words; },
         count, words);
+}
+
+// At most 16 rows of queries as tiles, rounded: [steps][16 pairs][16 queries] pairs. lost: the length of what rounding
+// has taken from each row, at most.
+inline void round_queries(const float* rows, int64_t d, int64_t count, int64_t steps, uint16_t* to, float* lost) {
+  __m512 sums[amx::kRows] = {};
+  for (int64_t step = 0; step < steps; ++step, to += amx::kRows * amx::kStep) {
+    __m512i pairs[amx::kRows];
+#pragma GCC unroll 16
+    for (int q = 0; q < amx::kRows; ++q) {
+      const int64_t left = q < count ? d - step * amx::kStep : 0;
+      const HighLow found = split_32(left > 0 ? rows + q * d + step * amx::kStep : rows, left);
+      pairs[q] = found.high;
+      const __m512 even = (__m512)_mm512_slli_epi32(found.low, 16);
+      const __m512 odd = (__m512)_mm512_and_si512(found.low, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+      sums[q] = _mm512_fmadd_ps(odd, odd, _mm512_fmadd_ps(even, even, sums[q]));
+    }
+    transpose_16(pairs);
+#pragma GCC unroll 16
+    for (int pair = 0; pair < amx::kRows; ++pair) _mm512_storeu_si512(to + pair * amx::kStep, pairs[pair]);
+  }
+  for (int64_t q = 0; q < count; ++q)  // 1.01: the low parts are rounded, too
+    lost[q] = 1.01f * (std::sqrt(_mm512_reduce_add_ps(sums[q])) + underflow(d));
 }
 
 inline int64_t tiles_of(int64_t rows) { return (rows + amx::kRows - 1) / amx::kRows; }

@@ -1,9 +1,9 @@
 // The K best slots by inner product with float32 keys that were rounded to bfloat16 beforehand, in tiles (amx.h).
 //
-// A first pass multiplies the rounded keys, half as many bytes, by the queries, which are split in two and lose little.
-// It bounds each score from above, by the query's length times what the key has lost. The float64 scores of its best
-// slots bound the K-th best score from below. Keys that may reach that are scored in float64 and ranked by it. So a
-// route is the same, bit for bit, as by the other searches (searcher.h).
+// A first pass multiplies the rounded keys, half as many bytes, by rounded queries. It bounds each score from above, by
+// the query's length times what the key has lost and the key's length times what the query has lost. The float64 scores
+// of its best slots bound the K-th best score from below. Keys that may reach that are scored in float64 and ranked by
+// it. So a route is the same, bit for bit, as by the other searches (searcher.h).
 #pragma once
 
 #include <algorithm>
@@ -18,30 +18,45 @@
 #if defined(__AVX512BF16__)
 namespace slm_fast::SLM_ISA {
 
-// Views into one memory block that holds P rounded keys.
+// Views into one memory block that holds P rounded keys, in the order in which they are read: chunks of keys that stay
+// in L2, each cut into pieces of features.
 struct RoundedKeys {
   static constexpr int64_t kPart = amx::kRows * amx::kStep;  // numbers in a tile
+  static constexpr int64_t kChunk = 8;                       // tiles
+  static constexpr int64_t kPiece = 8;                       // steps
 
-  float* slack;     // [P] maximum error of a score, for queries of length 1
-  uint16_t* tiles;  // [P / 16][D / 32][16][32], zero-padded
+  float* slack;     // [P] how far rounding the key may move a score, for queries of length 1
+  float* length;    // [P]
+  uint16_t* tiles;  // [P / 16 / kChunk][D / 32 / kPiece][kChunk][kPiece][16][32], zero-padded
+  int64_t all;      // tiles of keys
 
   static int64_t steps(int64_t width) { return (width + amx::kStep - 1) / amx::kStep; }
   static int64_t bytes(int64_t keys, int64_t width) {
-    return slack_bytes(keys) + tiles_of(keys) * steps(width) * kPart * static_cast<int64_t>(sizeof(uint16_t));
+    return 2 * each(keys) + tiles_of(keys) * steps(width) * kPart * static_cast<int64_t>(sizeof(uint16_t));
   }
   static RoundedKeys at(void* memory, int64_t keys) {
     auto* bytes = static_cast<char*>(memory);
-    return {reinterpret_cast<float*>(bytes), reinterpret_cast<uint16_t*>(bytes + slack_bytes(keys))};
+    return {reinterpret_cast<float*>(bytes), reinterpret_cast<float*>(bytes + each(keys)),
+            reinterpret_cast<uint16_t*>(bytes + 2 * each(keys)), tiles_of(keys)};
+  }
+
+  int64_t tiles_in(int64_t chunk) const { return std::min(kChunk, all - chunk * kChunk); }
+  // A chunk's tiles from this step on, the first of a piece.
+  uint16_t* piece(int64_t chunk, int64_t step, int64_t width) const {
+    return tiles + (chunk * kChunk * steps(width) + tiles_in(chunk) * step) * kPart;
   }
 
   // Rounds a tile of keys: `count` rows of `width` numbers.
   void round(int64_t tile, const float* rows, int64_t count, int64_t width) const {
     constexpr int L = kLanes<float>;
+    const int64_t chunk = tile / kChunk, all_steps = steps(width);
     for (int64_t key = 0; key < amx::kRows; ++key) {
-      auto* to = reinterpret_cast<BFloat16*>(tiles + tile * steps(width) * kPart + key * amx::kStep);
       const float* row = rows + key * width;
       Vec<float> lost[4] = {};
-      for (int64_t step = 0; step < steps(width); ++step, to += kPart)
+      for (int64_t step = 0; step < all_steps; ++step) {
+        const int64_t first = step / kPiece * kPiece, wide = std::min(kPiece, all_steps - first);
+        auto* to = reinterpret_cast<BFloat16*>(
+            piece(chunk, first, width) + (tile % kChunk * wide + step - first) * kPart + key * amx::kStep);
         for (int64_t i = 0; i < amx::kStep; i += L) {
           const int64_t left = key < count ? width - step * amx::kStep - i : 0;
           const Vec<float> value = left > 0 ? load_first<float>(row + step * amx::kStep + i, left) : Vec<float>{};
@@ -49,30 +64,30 @@ struct RoundedKeys {
           const Vec<float> rest = value - load<float>(to + i);
           lost[i / L] = rest * rest + lost[i / L];
         }
+      }
       float parts[4];
       sum_each_of_4<float>(lost, parts);
-      if (key < count) slack[tile * amx::kRows + key] = slack_of(row, width, parts[0] + parts[1]);
+      if (key < count) measure(tile * amx::kRows + key, row, width, parts[0] + parts[1]);
     }
   }
 
  private:
-  static int64_t slack_bytes(int64_t keys) { return (keys * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64; }
+  static int64_t each(int64_t keys) { return (keys * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64; }
 
-  // What the key has lost, and what float32 rounds in summing up, first within pieces and then over them. Tiles flush
-  // denormal numbers to zero.
-  static float slack_of(const float* row, int64_t width, float lost) {
-    float length;
-    group_lengths(row, 1, width, &length);
-    const double roundings = static_cast<double>(amx::kPiece + width / amx::kPiece + 8);
-    const double of_length = roundings * 0x1p-23 + amx::kLost;
-    return static_cast<float>(1.001 * (std::sqrt(lost) + of_length * length + underflow(width)));
+  // What the key has lost, and what float32 rounds in summing up. Tiles flush denormal numbers to zero. 1.01: rounded
+  // vectors may be longer, by 2^-8.
+  void measure(int64_t key, const float* row, int64_t width, float lost) const {
+    float found;
+    group_lengths(row, 1, width, &found);
+    const double summing = static_cast<double>(width + 8) * 0x1p-23 * found;
+    length[key] = 1.01f * (found + underflow(width));
+    slack[key] = static_cast<float>(1.01 * (std::sqrt(lost) + summing + underflow(width)));
   }
 };
 
 class Screen {
-  static constexpr int L = kLanes<float>;
-  static constexpr int64_t kColumns = kPanelColumns<Split>;       // queries per panel
-  static constexpr int64_t kChunk = 8 * amx::kRows;               // keys that stay in L2 while all panels pass
+  static constexpr int L = kLanes<float>;  // queries per tile
+  static_assert(L == amx::kRows);
   static constexpr int64_t kMost = 1024;                          // keys per query to score in float64
   static constexpr int64_t kScores = (64 << 20) / sizeof(float);  // scores held at once
 
@@ -81,30 +96,31 @@ class Screen {
 
   Screen(const Search& s, const Threads& threads)
       : s(s), threads(threads), keys(RoundedKeys::at(const_cast<void*>(s.prepared), s.slots)),
-        steps(RoundedKeys::steps(s.width)), chunks((s.slots + kChunk - 1) / kChunk), k(std::min(s.k, s.slots)) {
-    const int64_t panels = (s.queries + kColumns - 1) / kColumns;
-    at_once = std::clamp<int64_t>(kScores / (chunks * kChunk * kColumns + 1), 1, std::max<int64_t>(1, panels));
+        steps(RoundedKeys::steps(s.width)), chunks((keys.all + RoundedKeys::kChunk - 1) / RoundedKeys::kChunk),
+        k(std::min(s.k, s.slots)) {
+    at_once = std::clamp<int64_t>(kScores / (keys.all * amx::kRows * L + 1), 1, std::max<int64_t>(1, tiles_of(s.queries)));
   }
 
   // As Searcher::run, where every slot is allowed: keys that no query may retrieve are skipped there, not here.
   template <class Undecided>
   void run(const Allowed&, const Use& use, const Undecided& undecided) {
     const bool parallel = 2.0 * static_cast<double>(s.queries) * s.slots * s.width > 3e5;
-    const int64_t step = at_once * kColumns;
-    panels.at_least(at_once * 2 * steps * amx::kRows * kColumns);
-    scores.at_least(at_once * chunks * kChunk * kColumns);
-    for (int64_t first = 0; first < s.queries; first += step) {
-      const int64_t queries = std::min(step, s.queries - first), blocks = (queries + kColumns - 1) / kColumns;
-      threads.for_each(blocks, parallel, [&] {
-        return [&](int64_t block) {
-          const int64_t from = block * kColumns, count = std::min(kColumns, queries - from);
-          split_panel(query_row(first + from), s.width, count, s.width, steps, panel(block));
+    queries.at_least(at_once * steps * RoundedKeys::kPart);
+    lost.at_least(at_once * L);
+    scores.at_least(at_once * keys.all * amx::kRows * L);
+    for (int64_t first = 0; first < s.queries; first += at_once * L) {
+      const int64_t left = s.queries - first, tiles = std::min(at_once, tiles_of(left));
+      auto in_tile = [&](int64_t tile) { return std::min<int64_t>(L, left - tile * L); };
+      threads.for_each(tiles, parallel, [&] {
+        return [&](int64_t tile) {
+          uint16_t* to = queries.data() + tile * steps * RoundedKeys::kPart;
+          round_queries(query_row(first + tile * L), s.width, in_tile(tile), steps, to, lost.data() + tile * L);
         };
       });
-      threads.for_each(chunks, parallel, [&] { return [&](int64_t chunk) { score(chunk, queries); }; });
-      threads.for_each((queries + L - 1) / L, parallel, [&] {
-        return [&, scratch = Scratch(s.width, k)](int64_t lanes) mutable {
-          rank(first, lanes * L, std::min<int64_t>(L, queries - lanes * L), scratch, use, undecided);
+      threads.for_each(chunks, parallel, [&] { return [&](int64_t chunk) { score(chunk, tiles); }; });
+      threads.for_each(tiles, parallel, [&] {
+        return [&, scratch = Scratch(s.width, k)](int64_t tile) mutable {
+          rank(first, tile, in_tile(tile), scratch, use, undecided);
         };
       });
     }
@@ -119,39 +135,43 @@ class Screen {
   };
 
   const float* query_row(int64_t query) const { return static_cast<const float*>(s.query) + query * s.width; }
-  float* panel(int64_t block) { return panels.data() + block * 2 * steps * amx::kRows * kColumns; }
-  float* scores_of(int64_t block) { return scores.data() + block * chunks * kChunk * kColumns; }
+  float* scores_of(int64_t tile) { return scores.data() + tile * keys.all * amx::kRows * L; }
 
-  // Products of a chunk of keys with all panels, without the biases.
-  void score(int64_t chunk, int64_t queries) {
-    constexpr int64_t kRow = 2 * amx::kStep, kTile = amx::kRows * kRow;
-    const int64_t first = chunk * kChunk, count = std::min(kChunk, s.slots - first);
-    const auto* rows = reinterpret_cast<const char*>(keys.tiles) + first / amx::kRows * steps * kTile;
+  // Products of a chunk of keys with tiles of queries, without the biases. A piece of the keys stays in L2 while all
+  // queries pass, and the next one is fetched.
+  void score(int64_t chunk, int64_t query_tiles) {
+    constexpr int64_t kTile = RoundedKeys::kPart * sizeof(uint16_t);
+    const int64_t count = keys.tiles_in(chunk);
     const amx::Tiles tiles(true);
-    for (int64_t block = 0; block * kColumns < queries; ++block) {
-      const int64_t columns = std::min(kColumns, queries - block * kColumns);
-      amx::score({rows, kRow, kTile, kTile * steps, 0, reinterpret_cast<const uint32_t*>(panel(block)),
-                  steps * amx::kRows * kColumns, tiles_of(count), tiles_of(columns), steps, kColumns,
-                  scores_of(block) + first * kColumns});
+    for (int64_t step = 0; step < steps; step += RoundedKeys::kPiece) {
+      const int64_t wide = std::min(RoundedKeys::kPiece, steps - step);
+      const bool last = chunk + 1 == chunks && step + wide == steps;
+      amx::screen({reinterpret_cast<const char*>(keys.piece(chunk, step, s.width)), count, wide,
+                   reinterpret_cast<const char*>(queries.data()) + step * kTile, steps * kTile, query_tiles,
+                   scores_of(0) + chunk * RoundedKeys::kChunk * amx::kRows * L, keys.all * amx::kRows * L, step > 0,
+                   last ? 0 : count * wide * kTile});
     }
   }
 
-  // Ranks `count` queries, from `first + at` on.
+  // Ranks the `count` queries of a tile, of the queries from `first` on.
   template <class Undecided>
-  void rank(int64_t first, int64_t at, int64_t count, Scratch& scratch, const Use& use, const Undecided& undecided) {
-    const float* column = scores_of(at / kColumns) + at % kColumns;
-    float lowest[L], length[L];
+  void rank(int64_t first, int64_t tile, int64_t count, Scratch& scratch, const Use& use, const Undecided& undecided) {
+    const float* column = scores_of(tile);
+    const int64_t at = tile * L;
+    float lowest[L], length[L], short_of[L];
     find_best(column, count, scratch);
     for (int64_t lane = 0; lane < count; ++lane) {
       const float* row = query_row(first + at + lane);
       widen_all(row, scratch.rows.data() + lane * s.width, s.width);
       group_lengths(row, 1, s.width, &length[lane]);
       length[lane] = (length[lane] + underflow(s.width)) * (1 + 0x1p-20f) + 0x1p-100f;
+      short_of[lane] = lost[at + lane];
       lowest[lane] = kth_of(lane, scratch);
     }
     std::fill(lowest + count, lowest + L, std::numeric_limits<float>::infinity());
     std::fill(length + count, length + L, 0.0f);
-    find_likely(column, load<float>(lowest), load<float>(length), count, scratch);
+    std::fill(short_of + count, short_of + L, 0.0f);
+    find_likely(column, load<float>(lowest), load<float>(length), load<float>(short_of), count, scratch);
     for (int64_t lane = 0; lane < count; ++lane) {
       if (scratch.counts[lane] > kMost) undecided(first + at + lane);
       else use(first + at + lane, 0, scratch.found.data(), pick(lane, scratch));
@@ -197,16 +217,18 @@ class Screen {
     return lowest;
   }
 
-  // The keys whose score may reach `lowest`.
+  // The keys whose score may reach `lowest`, for queries of this length that rounding moved by `short_of`.
   void find_likely(
-      const float* column, Vec<float> lowest, Vec<float> length, int64_t count, Scratch& scratch) const {
+      const float* column, Vec<float> lowest, Vec<float> length, Vec<float> short_of, int64_t count,
+      Scratch& scratch) const {
     const Vec<float> tiny = broadcast(static_cast<float>(8.0 * static_cast<double>(s.width) * kSmallest));
     Vec<float> below;
     for (int lane = 0; lane < L; ++lane) below[lane] = Shortlist::below(lowest[lane]);
     std::fill_n(scratch.counts, L, 0);
     for (int64_t key = 0; key < s.slots; ++key) {
       const Vec<float> score = score_of_key(column, key), size = score < 0 ? -score : score;
-      const Vec<float> most = score + (length * broadcast(keys.slack[key]) + size * broadcast(0x1p-21f)) + tiny;
+      const Vec<float> slack = length * broadcast(keys.slack[key]) + short_of * broadcast(keys.length[key]);
+      const Vec<float> most = score + (slack + size * broadcast(0x1p-21f)) + tiny;
       for (uint32_t bits = lanes_not_at_most(most, below); bits; bits &= bits - 1) {
         const int lane = __builtin_ctz(bits);
         if (lane >= count) break;
@@ -232,7 +254,7 @@ class Screen {
   }
 
   Vec<float> score_of_key(const float* column, int64_t key) const {
-    const Vec<float> product = load<float>(column + key * kColumns);
+    const Vec<float> product = load<float>(column + key * L);
     return s.bias ? product + broadcast(s.bias[key]) : product;
   }
   ExactScore<float> exact_of(int64_t lane, const Scratch& scratch) const {
@@ -243,9 +265,10 @@ class Screen {
   const Threads& threads;
   const RoundedKeys keys;
   const int64_t steps, chunks, k;
-  int64_t at_once;       // panels
-  Buffer<float> panels;  // [at_once] as split_panel makes them
-  Buffer<float> scores;  // [at_once][P, in whole chunks][kColumns]
+  int64_t at_once;           // tiles of queries
+  Buffer<uint16_t> queries;  // [at_once][steps] tiles, rounded
+  Buffer<float> lost;        // [at_once][L] by each query
+  Buffer<float> scores;      // [at_once][P, in whole tiles][L]
 };
 
 }  // namespace slm_fast::SLM_ISA

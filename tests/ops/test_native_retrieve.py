@@ -171,6 +171,17 @@ def test_keys_too_alike_for_rounded_ones_give_the_route_of_the_specification():
     assert_routes_equal_the_specification(query, keys, 4, metric="dot")
 
 
+@pytest.mark.parametrize("P", [500, 3000])
+@pytest.mark.parametrize("B", [1, 20, 40, 70, 100])
+def test_what_rounding_takes_from_queries_decides_among_keys_that_it_leaves_as_they_are(P, B):
+    """By rounded queries, the order of the keys is reversed."""
+    lost = 0.9 * 2**-9 * torch.randn(64).sign()
+    signs = torch.randn(P, 64).sign()
+    signs[:, 32:] = -signs[:, :32]  # so that all keys have the same product with ones
+    bias = -0.5 * signs @ lost
+    assert_routes_equal_the_specification((1 + lost).expand(B, -1).clone(), 4 + signs, 3, metric="dot", bias=bias)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("aggregate", ["mean", "vote"])
 def test_groups_of_odd_width_and_keys_of_all_lengths_give_the_route_of_the_specification(dtype, aggregate):
