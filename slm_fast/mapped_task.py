@@ -23,10 +23,11 @@ from torch import Tensor
 
 from slm_fast.errors import WorkError
 from slm_fast.fields import Unfit
+from slm_fast.memory import unmap
 from slm_fast.schema import about_task, task_of
 from slm_fast.task_file import damaged, task_from_bytes
 from slm_fast.task_tensors import modules_of
-from slm_fast.tasks import LearnedTask, ValuesShape, shape_of
+from slm_fast.tasks import LearnedTask, MappedValues, ValuesShape, shape_of
 
 # Not needed for answering: a scatter is part of the sum of all, and the sample only serves for distances.
 LATER = ("factor", "exponent", "diagonal", "scatter", "sample")
@@ -291,6 +292,9 @@ class _File:
             task_from_bytes(bytes(self._data), self.path)
             self.is_opened = self.is_whole = True
 
+    def unmap(self) -> None:
+        unmap(self._whole)
+
     @property
     def _data(self) -> memoryview:
         return memoryview(self._whole.numpy().data)
@@ -304,7 +308,7 @@ class _File:
         return WorkError(self._said)
 
 
-class _Values(Mapping[str, tuple[Tensor, Tensor]]):
+class _Values(MappedValues):
     """Values by module. Views are created on demand."""
 
     def __init__(self, file: _File, data: Tensor, places: dict[str, tuple[Place, Place]]) -> None:
@@ -320,6 +324,9 @@ class _Values(Mapping[str, tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def unmap(self) -> None:
+        self._file.unmap()
 
 
 class _Part(Mapping[str, Tensor]):

@@ -49,6 +49,13 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def unmap(data: Tensor) -> None:
+    """Let the system take the memory of a mapped file [bytes] whose contents nobody has changed. It is mapped again on
+    use, without reading the disk as long as the system caches the file."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(len(data)), mmap.MADV_DONTNEED)
+
+
 def zeros(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Like torch.zeros, but on a CPU the system allocates each page on first access."""
     size = math.prod(shape) * dtype.itemsize

@@ -16,7 +16,7 @@ from slm_fast.heads import Heads
 from slm_fast.layers import Values
 from slm_fast.memory import zeros
 from slm_fast.ops import Route
-from slm_fast.tasks import LearnedTask, in_name_order
+from slm_fast.tasks import LearnedTask, MappedValues, in_name_order
 
 
 class Pool:
@@ -266,6 +266,8 @@ class Buffers:
                     for task, own, rows in zip(tasks, given, ids, strict=True)
                 ]
                 buffer[index] = torch.cat(parts).to(device=self.device, dtype=self.dtype)
+        for task in tasks:
+            _unmap(task)
         return held
 
     @torch.no_grad()
@@ -277,6 +279,7 @@ class Buffers:
                 half = given and given[which][slot : slot + 1]
                 for row, part in zip(rows, self._in_rows(buffer, half, 1, len(rows)), strict=True):
                     buffer[row].copy_(part)
+        _unmap(task)
 
     def _in_rows(self, buffer: Tensor, half: Tensor | None, slots: int, rows: int) -> Tensor:
         """One half of a task's values for a module, [slots, r, F], as rows of its buffer, [rows, page, F]; zeros if it
@@ -287,6 +290,12 @@ class Buffers:
         if whole != half.shape[1]:
             half = nn.functional.pad(half, (0, 0, 0, whole - half.shape[1]))
         return half.reshape(rows, self.page, half.shape[2])
+
+
+def _unmap(task: LearnedTask) -> None:
+    """After a task's values were copied."""
+    if isinstance(task.values, MappedValues):
+        task.values.unmap()
 
 
 def emptied(route: Route, rows: Tensor) -> Route:

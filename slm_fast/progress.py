@@ -29,7 +29,7 @@ class _Speed(ProgressColumn):
         return Text("" if speed is None else _speed(speed))
 
 
-FIRST_LINE = 30.0  # seconds until work that is not on a terminal says how far it is
+FIRST_LINE, MOST = 30.0, 300.0  # seconds until work that is not on a terminal says how far it is, and at most between
 
 _in_lines = False
 
@@ -97,7 +97,7 @@ def _lines(title: str, total: int | None, before: int) -> Advance:
         of = "" if total is None else f" of {total:,}"
         left = f", {_duration((total - done) / speed)} left" if total and speed else ""
         print(f"{title}: {done:,}{of} rows, {_speed(speed)}{left}{said and f', {said}'}", file=sys.stderr, flush=True)
-        due = now + max(FIRST_LINE, (now - began) / 4)
+        due = now + min(max(FIRST_LINE, (now - began) / 4), MOST)
 
     return advance
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -58,6 +59,14 @@ def shape_of(shapes: Mapping[str, Sequence[Sequence[int]]]) -> ValuesShape:
     widths = {module: (lora_a[2], lora_b[2]) for module, (lora_a, lora_b) in shapes.items()}
     first = next(iter(shapes.values()))[0]
     return ValuesShape(first[0], max(lora_a[1] for lora_a, _ in shapes.values()), widths)
+
+
+class MappedValues(Mapping[str, tuple[Tensor, Tensor]], ABC):
+    """A task's values, by module, in a mapped file."""
+
+    @abstractmethod
+    def unmap(self) -> None:
+        """Let the system take the memory. The file is mapped again on use."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from slm_fast.store import Store
 from slm_fast.tasks import Adapter, LearnedTask
 
 NAMES = [f"{topic}{i}" for topic in TOPICS for i in range(3)]
+SMAPS = Path("/proc/self/smaps")
 
 
 def some_tasks(slm: ScalableLM, **shape: int) -> list[LearnedTask]:
@@ -293,6 +294,29 @@ def test_opening_reads_no_values_that_it_has_no_room_for(stored: ScalableLM, tmp
     for file, data in files.items():
         file.write_bytes(data)
     assert_same(paged.predict(rows, batch_size=2), stored.predict(rows, batch_size=2))
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
+@pytest.mark.parametrize("slots", [None, 4])
+def test_files_whose_values_were_copied_take_no_memory(stored: ScalableLM, tmp_path: Path, slots: int | None) -> None:
+    here = reopened(tmp_path / "store", device_memory=slots and slots * slot_bytes(stored))
+    rows = texts(30)
+    assert_same(here.predict(rows, batch_size=2), stored.predict(rows, batch_size=2))
+    assert mapped(tmp_path / "store" / "tasks") == 0
+    for one, other in zip(here.model.pool.tasks, stored.model.pool.tasks, strict=True):  # mapped again
+        assert all(all(map(torch.equal, pair, other.values[module])) for module, pair in one.values.items())
+    assert mapped(tmp_path / "store" / "tasks") > 0
+
+
+def mapped(folder: Path) -> int:
+    """KiB of the files of a folder that this process has mapped and in memory."""
+    found, counts = 0, False
+    for line in SMAPS.read_text().splitlines():
+        if line[0] in "0123456789abcdef":
+            counts = str(folder) in line
+        elif counts and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
 
 
 SIZES = [("2GB", 2 << 30), ("1.5 MiB", 3 << 19), ("700", 700), (12, 12), ("3k", 3072)]

@@ -41,14 +41,14 @@ from typing import Any
 import torch
 
 from benchmarks.arguments import Parser, counts, output_file
-from benchmarks.speed.scale.stores import TRAFFIC, Maker, make, seconds, traffic
+from benchmarks.speed.scale.stores import LEAST_PAGED, TRAFFIC, Maker, make, seconds, traffic
 from benchmarks.tables import RESULTS, not_in, table, write_csv
 from slm_fast import ScalableLM
 from slm_fast.data import Row
 from slm_fast.sketch import ALL, sampled
 from slm_fast.store import Store
 
-LEAST_PAGED, MOST_RESIDENT = 100, 2000  # tasks
+MOST_RESIDENT = 2000  # tasks
 
 
 def memory() -> dict[str, str]:

@@ -20,6 +20,7 @@ from slm_fast.tasks import LearnedTask, name_seed
 ROWS = 240  # of the demonstration, from which the router's part is made
 AT_ONCE = 16  # tasks per commit
 TRAFFIC = 2048  # rows
+LEAST_PAGED = 100  # tasks of a store that may have room for a tenth of their values
 
 
 class Maker:
