@@ -89,7 +89,8 @@ class Screen {
   static constexpr int L = kLanes<float>;  // queries per tile
   static_assert(L == amx::kRows);
   static constexpr int64_t kMost = 1024;                          // keys per query to score in float64
-  static constexpr int64_t kScores = (64 << 20) / sizeof(float);  // scores held at once
+  static constexpr int64_t kScores = (64 << 20) / sizeof(float);  // scores held at once,
+  static constexpr int64_t kLeast = 4;                            // but those of so many tiles of queries
 
  public:
   static constexpr int64_t kMostSlots = 64;  // K
@@ -98,7 +99,7 @@ class Screen {
       : s(s), threads(threads), keys(RoundedKeys::at(const_cast<void*>(s.prepared), s.slots)),
         steps(RoundedKeys::steps(s.width)), chunks((keys.all + RoundedKeys::kChunk - 1) / RoundedKeys::kChunk),
         k(std::min(s.k, s.slots)) {
-    at_once = std::clamp<int64_t>(kScores / (keys.all * amx::kRows * L + 1), 1, std::max<int64_t>(1, tiles_of(s.queries)));
+    at_once = std::min(tiles_of(s.queries), std::max(kLeast, kScores / (keys.all * amx::kRows * L + 1)));
   }
 
   // As Searcher::run, where every slot is allowed: keys that no query may retrieve are skipped there, not here.

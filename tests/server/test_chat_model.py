@@ -32,9 +32,11 @@ def test_sixteen_clients_stream_what_predict_writes_for_their_rows_over_three_ta
     ]
     asked = [(name, chat) for name in ("auto", "post", "sky", "kitchen") for chat in chats]
     assert len(asked) == CLIENTS
+    rows = [{"messages": chat} for chat in chats]
     expected = [
-        slm.predict([{"messages": chat}], task=None if name == "auto" else name, max_new_tokens=TOKENS)[0]
-        for name, chat in asked
+        answer
+        for name in (None, "post", "sky", "kitchen")
+        for answer in slm.predict(rows, task=name, max_new_tokens=TOKENS)
     ]
     with serving(slm, max_new_tokens=TOKENS) as (client, _), ThreadPoolExecutor(CLIENTS) as pool:
         api = openai.OpenAI(base_url=f"{client.url}/v1", api_key="none", max_retries=0)
