@@ -52,7 +52,8 @@ sanitize: $(VENV)/.ready
 	$(VENV)/bin/cmake --build build/sanitize-objects
 	cd slm_fast && find . -name '*.py' -exec cp --parents {} $(SANITIZED)/slm_fast/ \;
 	cd $(SANITIZED) && LD_PRELOAD=$(call preload,libasan.so):$(call preload,libubsan.so):$(call preload,libstdc++.so) \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=$(SANITIZED) PYTHONMALLOC=malloc \
 	  $(CURDIR)/$(VENV)/bin/python -m pytest -p no:cacheprovider -k "native and not compile and not instruction_set" \
 	  $(CURDIR)/tests/ops
 
