@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 Advance = Callable[..., None]  # advance(n, note="loss 0.3")
+FIRST_LINE, LONGEST_PAUSE = 30.0, 300.0  # seconds until the first line where no bar is shown, and at most between lines
 
 
 class _Speed(ProgressColumn):
@@ -28,8 +29,6 @@ class _Speed(ProgressColumn):
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else _speed(speed))
 
-
-FIRST_LINE, MOST = 30.0, 300.0  # seconds until work that is not on a terminal says how far it is, and at most between
 
 _in_lines = False
 
@@ -83,7 +82,7 @@ def bar(title: str, total: int | None, show: bool | None = None, *, done: int = 
 
 
 def _lines(title: str, total: int | None, before: int) -> Advance:
-    """Prints a line after `FIRST_LINE` seconds and then at growing intervals."""
+    """Prints a line after `FIRST_LINE` seconds and then at intervals that grow up to `LONGEST_PAUSE`."""
     began = time.monotonic()
     due, done, said = began + FIRST_LINE, before, ""
 
@@ -97,7 +96,7 @@ def _lines(title: str, total: int | None, before: int) -> Advance:
         of = "" if total is None else f" of {total:,}"
         left = f", {_duration((total - done) / speed)} left" if total and speed else ""
         print(f"{title}: {done:,}{of} rows, {_speed(speed)}{left}{said and f', {said}'}", file=sys.stderr, flush=True)
-        due = now + min(max(FIRST_LINE, (now - began) / 4), MOST)
+        due = now + min(max(FIRST_LINE, (now - began) / 4), LONGEST_PAUSE)
 
     return advance
 

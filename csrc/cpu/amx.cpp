@@ -152,7 +152,8 @@ void screen_tiles(const Screened& of, const char* keys, const char* queries, flo
 
 }  // namespace
 
-// The queries' tiles stay in L1 while all keys pass over them. One tile of queries alone would wait for its sums.
+// The queries' tiles stay in L1 while all keys pass over them. Three tiles go together: the last one
+// alone would wait for its own sums.
 void screen(const Screened& of) {
   for (int64_t query = 0, queries; query < of.query_tiles; query += queries) {
     queries = of.query_tiles - query;

@@ -58,6 +58,7 @@ class StoreLM(TemplateLM):
         max_gen_toks: maximum new tokens if a request does not say.
         bare: use the bare backbone.
         task: oracle task ID for all requests.
+        seed: of sampling; each request draws its own samples.
         abstain: use the bare backbone for requests farther from their task than this fraction of its training rows
             (True: 0.99).
 
@@ -84,6 +85,7 @@ class StoreLM(TemplateLM):
         bare: bool = False,
         task: str | None = None,
         abstain: bool | float = False,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if (store is None) == (slm is None):
@@ -97,7 +99,9 @@ class StoreLM(TemplateLM):
         if task is not None and task not in self.model.pool.place:
             raise InputError(f"task {task!r}: not learned; tasks: {some_of(self.model.pool.names)}")
         rows = None if batch_size in (None, "auto") else int(batch_size or 0)
-        self.options = PredictOptions(batch_size=rows, max_new_tokens=max_gen_toks, bare=bare, abstain=abstain)
+        self.options = PredictOptions(
+            batch_size=rows, max_new_tokens=max_gen_toks, bare=bare, abstain=abstain, seed=seed
+        )
         self.batch_size, self.task = rows, task
         self.max_length = max_length or self.model.backbone.max_positions() or LONGEST
         if self.max_length < 2:

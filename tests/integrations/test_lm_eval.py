@@ -126,9 +126,12 @@ def test_a_word_that_ends_a_text_is_cut_off_and_no_more_is_written():
 def test_sampling_does_not_depend_on_the_batch():
     way = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "max_gen_toks": 12}
     requests = asked("generate_until", *((f"sea{i} question", way) for i in range(6)))
-    found = ours(batch_size=1).generate_until(requests)
-    assert found == ours(batch_size=6).generate_until(requests)
+    found = ours(batch_size=1, seed=1).generate_until(requests)
+    assert found == ours(batch_size=6, seed=1).generate_until(requests)
     assert len(set(found)) > 1
+    other = ours(seed=2).generate_until(requests)
+    assert all(map(str.__ne__, found, other))
+    assert not set(found) & set(other)  # no request draws what another one draws with the next seed
 
 
 @pytest.mark.parametrize(
