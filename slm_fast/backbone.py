@@ -31,6 +31,7 @@ from slm_fast.loading import (
     load_tokenizer,
     loading,
     located,
+    parsed_once,
     resolve,
     sha256_of,
     source_of,
@@ -99,7 +100,7 @@ class Backbone:
         name = located(name)
         (path, gguf), known = source_of(name, resolve(name)), None
         try:
-            with loading(), memory_for(f"backbone {name!r}"):
+            with loading(), parsed_once(gguf), memory_for(f"backbone {name!r}"):
                 config = transformers.AutoConfig.from_pretrained(path, **gguf)
                 auto_class = getattr(transformers, kind_of(config)[1])
                 tokenizer = load_tokenizer(path, gguf, f"backbone {name!r}")

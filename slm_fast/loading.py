@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -215,6 +216,25 @@ def checkpoint(auto_class: Any, path: str, config: Any, dtype: torch.dtype, gguf
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return model
+
+
+@contextmanager
+def parsed_once(gguf: Mapping[str, str]) -> Iterator[None]:
+    """Context for loading a model from a GGUF file (of none if `gguf` is empty), within which the file's header is
+    parsed once. transformers parses it for the configuration, the tokenizer and the weights, which takes seconds each
+    time, and makes the table of tensor names again for each module."""
+    if not gguf:
+        yield
+        return
+    package = importlib.import_module("gguf")
+    before = {name: getattr(package, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, made in before.items():
+            setattr(package, name, functools.cache(made))
+        yield
+    finally:
+        for name, made in before.items():
+            setattr(package, name, made)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import shutil
+from contextlib import nullcontext
 
+import gguf
 import pytest
 import torch
 
@@ -83,6 +85,24 @@ def test_a_file_that_is_cut_off_or_none_is_damaged(written, tmp_path):
         with pytest.raises(WorkError, match=rf"backbone '.*{name}\.gguf': damaged") as caught:
             Backbone.load(str(path))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_its_header_is_parsed_once_and_nothing_stays_replaced(written, tmp_path, monkeypatch, damaged):
+    parsed, reader = [], gguf.GGUFReader
+
+    def counted(path: str) -> gguf.GGUFReader:
+        parsed.append(path)
+        return reader(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", counted)
+    before = (gguf.GGUFReader, gguf.get_tensor_name_map)
+    data = written[0].read_bytes()
+    (tmp_path / "own.gguf").write_bytes(data[: len(data) // 2] if damaged else data)
+    with pytest.raises(WorkError) if damaged else nullcontext():
+        Backbone.load(str(tmp_path / "own.gguf"))
+    assert len(parsed) == 1
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 def test_names_of_gguf_files(written, tmp_path, monkeypatch):
