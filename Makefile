@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all their own set-up, in .venv.
 PYTHON ?= python3
 VENV := .venv
-RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
+RUN := HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python
 # Where the interpreter already has torch 2.10 or newer (a GPU machine, say), that one is used. Elsewhere torch is
 # installed, at the version this project is tested with.
 HAS_TORCH := $(shell $(PYTHON) -c "from importlib.metadata import version as v; \
@@ -32,14 +32,16 @@ lint: style
 
 setup: $(VENV)/.ready
 
-# The C++ build begins while pip downloads. pip would compile the packages' Python files in one process.
+# The C++ build begins while pip downloads. pip would compile the packages' Python files in one process, and all of
+# them: the folders that NOT_COMPILED matches have a third, and hardly anything in them is imported.
+NOT_COMPILED := /(tests?|testing|models|_inductor|rllib|mypy)/
 INSTALL = $(VENV)/bin/python -m pip install --quiet --no-compile
 $(VENV)/.ready: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
 	$(INSTALL) --upgrade pip setuptools cmake ninja pybind11 $(if $(HAS_TORCH),,-c constraints.txt torch)
 	$(VENV)/bin/python setup.py --quiet build_ext >/dev/null 2>&1 & \
 	  $(INSTALL) --no-build-isolation $(if $(HAS_TORCH),,-c constraints.txt) -e ".[dev]"; status=$$?; wait; exit $$status
-	-$(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null
+	-$(VENV)/bin/python -m compileall -q -j 0 -x '$(NOT_COMPILED)' $(VENV)/lib >/dev/null
 	touch $@
 
 # The operator tests against a build with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitize. The
@@ -58,12 +60,15 @@ sanitize: $(VENV)/.ready
 	  $(CURDIR)/tests/ops
 
 # The CUDA operators, and Triton's, compiled only: needs nvcc and triton, but neither a GPU nor a torch that has CUDA.
-# Which registers and shared memory they use goes to build/gpu_kernels.csv.
+# Which registers and shared memory they use goes to build/gpu_kernels.csv. GPUS: compute capabilities; on 12.0 only
+# Triton's kernels run.
+GPUS ?= 80 86 89 90 120
+SPACE := $(subst ,, )
 cuda: $(VENV)/.ready
 	$(VENV)/bin/cmake -S . -B build/cuda -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python -DSLM_FAST_CUDA=compile \
-	  "-DSLM_FAST_CUDA_BINARIES=80;86;89;90a" -DSLM_FAST_WERROR=ON
+	  "-DSLM_FAST_CUDA_BINARIES=$(subst $(SPACE),;,$(subst 90,90a,$(filter-out 120,$(GPUS))))" -DSLM_FAST_WERROR=ON
 	$(VENV)/bin/cmake --build build/cuda --target kernels_cuda
-	PYTHONPATH=$(CURDIR) $(VENV)/bin/python tests/ops/compile_kernels.py build/cuda build/gpu_kernels.csv
+	PYTHONPATH=$(CURDIR) $(VENV)/bin/python tests/ops/compile_kernels.py build/cuda build/gpu_kernels.csv --gpus $(GPUS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ class Here:
 
     def poll(self) -> int:
         return self.returncode
+
+
+def run_here(arguments: Sequence[str]) -> None:
+    """Run `repro` with its cells in this process and exit with its status."""
+    run.started = Here
+    sys.exit(run.main(arguments))
 
 
 def make_setup(folder: Path, name: str = "bert", options: LearnOptions = OPTIONS) -> Setup:

@@ -175,6 +175,7 @@ def test_the_package_itself_brings_options_and_errors_only_and_no_torch() -> Non
 def test_what_takes_seconds_to_import_is_imported_when_it_is_used() -> None:
     slow = ["torch._dynamo", "torch.distributed.fsdp", "transformers.modeling_utils", "scipy", "pandas"]
     assert loaded(["slm_fast.slm"], slow) == []
+    assert loaded(["benchmarks.continual.run"], [*slow, "sklearn", "peft"]) == []
     of_stores = ["slm_fast.store", "slm_fast.hub", "slm_fast.tables", "slm_fast.card"]
     assert loaded(of_stores, [*slow, "transformers"]) == []
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from forks import forked
 from models import make_model, make_tokenizer
 from rich.console import Console
-from rivals import Here, Listing
+from rivals import Here, Listing, run_here
 
 from benchmarks.continual import cell, run, summary
 from benchmarks.continual.methods import METHODS
@@ -179,9 +180,10 @@ def test_a_stopped_call_stops_its_cells(interruptible, call, tmp_path, stop):
 
 
 def test_two_commands_may_create_a_run_at_once(call, tmp_path):
-    command = [sys.executable, "-m", "benchmarks.continual.run", *call[:-1], "finetune:epochs=1", "--seeds"]
-    commands = [subprocess.Popen([*command, seed]) for seed in "01"]
-    assert [each.wait(timeout=300) for each in commands] == [0, 0]
+    commands = [forked(run_here, [*call[:-1], "finetune:epochs=1", "--seeds", seed]) for seed in "01"]
+    for command in commands:
+        command.join(timeout=300)
+    assert [command.exitcode for command in commands] == [0, 0]
     for seed in (0, 1):
         assert len(cell.stages_of(run.cell_folder(tmp_path / "run", "finetune:epochs=1", seed))) == len(NAMES)
 

@@ -33,7 +33,7 @@ def test_the_table_has_each_task_all_rows_and_what_tasks_started_from():
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_features) -> Path:
     """Data folder with two demo tasks as two streams: "few" with a sample per seed (two), and "clinc" with just one."""
     names = ("news_desk", "recipe_steps")
-    monkeypatch.setitem(STREAMS, "few", Stream("tiny", names, 24, seeds=2))
+    monkeypatch.setitem(STREAMS, "few", Stream("tiny", names, 16, seeds=2))
     monkeypatch.setitem(STREAMS, "clinc", Stream("tiny/plain", names, 24))
     for split in ("train", "test"):
         for name, task in demo.load(split).items():
@@ -60,8 +60,8 @@ def test_a_run_learns_each_way_once_and_answers_both_with_the_same_rows(data, ca
     ]
     assert lines["news_desk"]["told_gain"] == "0.00"
     assert float(lines["all rows"]["told_anew"]) > 40  # percent; chance is 25
-    assert "test rows, 12 a task at most; at most 24 training rows" in read_head(data / "out.csv")["setup"]
-    anew, warm = (ScalableLM.from_pretrained(data / "work" / "few-24-32-0" / way).learned for way in ("anew", "warm"))
+    assert "test rows, 12 a task at most; at most 16 training rows" in read_head(data / "out.csv")["setup"]
+    anew, warm = (ScalableLM.from_pretrained(data / "work" / "few-16-32-0" / way).learned for way in ("anew", "warm"))
     assert warm["recipe_steps"].options["warm_start"]["task"] == "news_desk"
     assert "warm_start" not in anew["recipe_steps"].options
     assert warm["news_desk"].origin == anew["news_desk"].origin

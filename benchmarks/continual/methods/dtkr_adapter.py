@@ -27,8 +27,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.continual.methods.common import Classifier, Writer
 from benchmarks.continual.methods.dtkr import SLOTS, Dtkr, Query
@@ -57,17 +55,23 @@ def prefix_attention(query: Tensor, prefix: Prefix, scaling: float) -> Tensor:
     return torch.einsum("bntl,blnd->btnd", share_BNTL, values).to(query.dtype)
 
 
-def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """transformers' own attention, plus the contribution of the module's `prefix` if it has one."""
-    output, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
-    prefix = getattr(module, "prefix", None)
-    return (output if prefix is None else output + prefix_attention(query, prefix, options["scaling"])), None
+def attend_to_prefixes(model: Any) -> None:
+    """Make a model's attention transformers' own, plus the contribution of a module's `prefix` if it has one."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS  # slow imports
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
-ALL_ATTENTION_FUNCTIONS.register("gated_prefix", attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register("gated_prefix", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        output, _ = plain(module, query, key, value, attention_mask, **options)
+        prefix = getattr(module, "prefix", None)
+        return (output if prefix is None else output + prefix_attention(query, prefix, options["scaling"])), None
+
+    ALL_ATTENTION_FUNCTIONS.register("gated_prefix", attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("gated_prefix", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("gated_prefix")
 
 
 class DtkrAdapter(Dtkr):
@@ -77,7 +81,7 @@ class DtkrAdapter(Dtkr):
         backbone = Backbone.load(setup.backbone)
         super().__init__(setup, replace(setup.options, learning_rate=LEARNING_RATE), backbone, query)
         self.length = length
-        backbone.model.set_attn_implementation("gated_prefix")
+        attend_to_prefixes(backbone.model)
         encoder = backbone.kind == "encoder"
         self.attentions: list[Any] = [
             layer.get_submodule("attention.self" if encoder else "self_attn") for layer in backbone.layers

@@ -33,7 +33,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -140,6 +139,8 @@ def distance(spaces: Tensor, before: Tensor) -> Tensor:
 
 def central(points: Tensor, count: int, seed: int) -> list[int]:
     """The indices of the points [N, H] nearest to the centres of `count` clusters, one for each cluster."""
+    from sklearn.cluster import KMeans  # a slow import
+
     found = points.double().cpu().numpy()
     clusters = KMeans(count, n_init=10, random_state=seed % 2**32).fit(found)
     distances = np.linalg.norm(found - clusters.cluster_centers_[clusters.labels_], axis=1)  # to own centre, [N]

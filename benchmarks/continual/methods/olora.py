@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import peft
 import torch
 from torch import Tensor
 
@@ -46,6 +45,8 @@ class OLora:
 
     def add(self, seed: int) -> None:
         """Add a LoRA to the others; only the new one trains."""
+        import peft  # a slow import
+
         name, rank = f"lora{len(self.loras)}", self.setup.options.rank
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=self.modules)
         with torch.random.fork_rng():

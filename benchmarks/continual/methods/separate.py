@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import peft
 import torch
 
 from benchmarks.continual.methods.common import Model, answers_by_task, make_model
@@ -30,6 +29,8 @@ class Separate:
         self.models[task.name].fit(task.name, task.rows, self.setup.options, progress)
 
     def _new(self, name: str, labels: Sequence[str]) -> Model:
+        import peft  # a slow import
+
         loaded, options = Backbone.load(self.setup.backbone), self.setup.options
         modules = adapted_layers(loaded)
         seed = name_seed(name, options.seed)
