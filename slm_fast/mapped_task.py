@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from slm_fast.tasks import LearnedTask, MappedValues, ValuesShape, shape_of
 # Not needed for answering: a scatter is part of the sum of all, and the sample only serves for distances.
 LATER = ("factor", "exponent", "diagonal", "scatter", "sample")
 DTYPES = {"F32": torch.float32, "I8": torch.int8}
+NUMPY = {torch.float32: np.float32, torch.int8: np.int8}
 METADATA = re.compile(r'\s*{\s*"__metadata__"\s*:\s*')
 AT_ONCE = 96 << 10  # bytes read from the start of a file
 SMALL = 4 << 10  # maximum bytes of a router's tensor in an opening
@@ -70,6 +72,10 @@ class Place(NamedTuple):
     def of(self, data: Tensor) -> Tensor:
         """A view of the file's tensors."""
         return data[slice(*self.span)].view(self.dtype).view(self.shape)
+
+    def array(self, data: np.ndarray) -> np.ndarray:
+        """A view of the file's tensors."""
+        return data[slice(*self.span)].view(NUMPY[self.dtype]).reshape(self.shape)
 
     def read(self, data: memoryview) -> Tensor:
         """A view of an opening's tensors."""
@@ -318,6 +324,12 @@ class _Values(MappedValues):
         lora_a, lora_b = self._places[module]
         self._file.check_opening()
         return lora_a.of(self._data), lora_b.of(self._data)
+
+    def arrays(self, module: str) -> tuple[np.ndarray, np.ndarray]:
+        lora_a, lora_b = self._places[module]
+        self._file.check_opening()
+        data = self._data.numpy()
+        return lora_a.array(data), lora_b.array(data)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

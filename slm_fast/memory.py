@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import mmap
 import re
@@ -42,18 +43,23 @@ def ample(device: torch.device) -> int | None:
         return None
 
 
+@functools.cache  # making it takes as long as copying a task's values
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def return_freed_memory() -> None:
     """Return what this process has freed to the system, where the C library (glibc) would keep it: tensors of changing
     sizes leave it in fragments. Takes tens of milliseconds, in which other threads may wait for memory."""
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc().malloc_trim(0)
 
 
 def unmap(data: Tensor) -> None:
     """Let the system take the memory of a mapped file [bytes] whose contents nobody has changed. It is mapped again on
     use, without reading the disk as long as the system caches the file."""
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(len(data)), mmap.MADV_DONTNEED)
+        _libc().madvise(ctypes.c_void_p(data.data_ptr()), ctypes.c_size_t(len(data)), mmap.MADV_DONTNEED)
 
 
 def zeros(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:

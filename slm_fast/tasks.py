@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 TANH = "tanh"
@@ -63,6 +64,10 @@ def shape_of(shapes: Mapping[str, Sequence[Sequence[int]]]) -> ValuesShape:
 
 class MappedValues(Mapping[str, tuple[Tensor, Tensor]], ABC):
     """A task's values, by module, in a mapped file."""
+
+    @abstractmethod
+    def arrays(self, module: str) -> tuple[np.ndarray, np.ndarray]:
+        """One module's values as views that take less time to make than tensors."""
 
     @abstractmethod
     def unmap(self) -> None:

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,10 @@ from slm_fast.errors import InputError, SlmWarning, WorkError
 from slm_fast.memory import bytes_of
 from slm_fast.ops import Route
 from slm_fast.paging import PagedPool, TooManySlots
-from slm_fast.pool import Pool
+from slm_fast.pool import Buffers, Pool, rows_of
 from slm_fast.predict import Prediction
 from slm_fast.store import Store
-from slm_fast.tasks import Adapter, LearnedTask
+from slm_fast.tasks import Adapter, LearnedTask, MappedValues
 
 NAMES = [f"{topic}{i}" for topic in TOPICS for i in range(3)]
 SMAPS = Path("/proc/self/smaps")
@@ -294,6 +295,36 @@ def test_opening_reads_no_values_that_it_has_no_room_for(stored: ScalableLM, tmp
     for file, data in files.items():
         file.write_bytes(data)
     assert_same(paged.predict(rows, batch_size=2), stored.predict(rows, batch_size=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("from_files", [False, True])
+def test_a_slot_is_written_as_whole_tasks_are(
+    stored: ScalableLM, tmp_path: Path, dtype: torch.dtype, from_files: bool
+) -> None:
+    if from_files:
+        tasks = list(reopened(tmp_path / "store").model.pool.tasks)
+        assert all(isinstance(task.values, MappedValues) for task in tasks)
+    else:
+        wide, odd = random_task(stored, "wide", rank=11), random_task(stored, "odd", slots=2, rank=3)
+        (module, (lora_a, lora_b)), *rest = odd.values.items()
+        own = {module: (lora_a[:, :2], lora_b[:, :2])} | dict(rest[1:])  # another rank there, and none in the next
+        tasks = [wide, odd, replace(odd, name="own", values=own)]
+    whole, one_by_one = (Buffers(tasks, 64, torch.device("cpu"), dtype) for _ in range(2))
+    for half in (half for pair in one_by_one.values.values() for half in pair):
+        half.fill_(torch.nan)
+    counts = [rows_of(task, whole.page) for task in tasks]
+    ends = [*accumulate(counts)]
+    rows = [list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
+    held = whole.write(tasks, rows)
+    assert len(held) == len(tasks)
+    for task, own_rows in zip(tasks, rows, strict=True):
+        size = len(own_rows) // task.slots
+        for slot in range(task.slots):
+            one_by_one.write_slot(task, slot, own_rows[slot * size : (slot + 1) * size])
+    for module, pair in whole.values.items():
+        for expected, got in zip(pair, one_by_one.values[module], strict=True):
+            assert torch.equal(got[: ends[-1]], expected[: ends[-1]])
 
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
