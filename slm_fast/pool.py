@@ -264,6 +264,12 @@ class Buffers:
         """Take rows for each of the tasks and fill them, overwriting their contents."""
         held = [_Rows(own) for own in ids]
         self.taken.update(held)
+        if self._arrays:
+            for task, rows in zip(tasks, ids, strict=True):
+                size = len(rows) // task.slots
+                for slot in range(task.slots):
+                    self.write_slot(task, slot, rows[slot * size : (slot + 1) * size])
+            return held
         index = torch.tensor([row for own in ids for row in own], dtype=torch.int64, device=self.device)
         for module, pair in self.values.items():
             given = [task.values.get(module) for task in tasks]

@@ -310,21 +310,25 @@ def test_a_slot_is_written_as_whole_tasks_are(
         (module, (lora_a, lora_b)), *rest = odd.values.items()
         own = {module: (lora_a[:, :2], lora_b[:, :2])} | dict(rest[1:])  # another rank there, and none in the next
         tasks = [wide, odd, replace(odd, name="own", values=own)]
-    whole, one_by_one = (Buffers(tasks, 64, torch.device("cpu"), dtype) for _ in range(2))
-    for half in (half for pair in one_by_one.values.values() for half in pair):
+    at_once, one_by_one = (Buffers(tasks, 64, torch.device("cpu"), dtype) for _ in range(2))
+    page = at_once.page
+    for half in (half for buffers in (at_once, one_by_one) for pair in buffers.values.values() for half in pair):
         half.fill_(torch.nan)
-    counts = [rows_of(task, whole.page) for task in tasks]
-    ends = [*accumulate(counts)]
-    rows = [list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
-    held = whole.write(tasks, rows)
-    assert len(held) == len(tasks)
+    counts = [rows_of(task, page) for task in tasks]
+    rows = [list(range(end - count, end)) for end, count in zip(accumulate(counts), counts, strict=True)]
+    assert len(at_once.write(tasks, rows)) == len(tasks)
     for task, own_rows in zip(tasks, rows, strict=True):
         size = len(own_rows) // task.slots
         for slot in range(task.slots):
-            one_by_one.write_slot(task, slot, own_rows[slot * size : (slot + 1) * size])
-    for module, pair in whole.values.items():
-        for expected, got in zip(pair, one_by_one.values[module], strict=True):
-            assert torch.equal(got[: ends[-1]], expected[: ends[-1]])
+            slots_rows = own_rows[slot * size : (slot + 1) * size]
+            one_by_one.write_slot(task, slot, slots_rows)
+            for module, pair in at_once.values.items():
+                given = task.values.get(module, [torch.zeros(task.slots, 0, half.shape[2]) for half in pair])
+                for which, half in enumerate(pair):
+                    expected = torch.zeros(size * page, half.shape[2], dtype=dtype)
+                    expected[: given[which].shape[1]] = given[which][slot]
+                    for buffers in (at_once, one_by_one):
+                        assert torch.equal(buffers.values[module][which][slots_rows].flatten(0, 1), expected)
 
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
