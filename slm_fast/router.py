@@ -36,7 +36,7 @@ from slm_fast.errors import InputError, NotFinite, WorkError, some_of
 from slm_fast.exact_sum import ExactSum
 from slm_fast.ops import Route
 from slm_fast.ops.invariant_linear import invariant_linear
-from slm_fast.ops.retrieve import PreparedKeys
+from slm_fast.ops.retrieve import PreparedKeys, route_to_only_slots
 from slm_fast.sketch import Sketch, sampled
 
 Part = Mapping[str, Tensor]  # a task's part of the router
@@ -368,6 +368,8 @@ class GaussianRouter(Router):
     def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
         if check:
             check_finite(query)
+        if (only := route_to_only_slots(mask, self.k)) is not None:
+            return only
         self._routed += len(query) if mask is None else 0  # with a mask, what is prepared is not used
         return ops.retrieve(
             query - self.centre,

@@ -49,6 +49,22 @@ def test_gaussian_scores_stay_exact_far_from_the_origin() -> None:
     np.testing.assert_allclose(route.weights.numpy(), np.sort(expected)[:, ::-1], atol=1e-3)
 
 
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_rows_that_may_have_one_slot_each_get_what_retrieving_it_gives(k: int) -> None:
+    router = gaussian(*(draw(20, seed) for seed in range(3)), k=k)
+    asked, mask = draw(4, 9), torch.eye(3, dtype=torch.bool)[[2, 0, 0, 1]]
+    given = {"bias": router.bias, "metric": "dot", "weighting": "softmax"}
+    for rows in (4, 1, 0):
+        expected = ops.retrieve(asked[:rows] - router.centre, router.keys, k, mask=mask[:rows], **given)
+        for found, right in zip(router.route(asked[:rows], mask[:rows]), expected, strict=True):
+            assert (found.dtype, found.tolist()) == (right.dtype, right.tolist())
+    mask[0] = torch.tensor([True, False, True])  # another number of slots in one row
+    expected = ops.retrieve(asked - router.centre, router.keys, k, mask=mask, temperature=4.0, **given)
+    assert all(map(torch.equal, router.route(asked, mask), expected))
+    mask[1] = False
+    assert router.route(asked, mask).slot_ids[1].tolist() == [-1] * k
+
+
 def test_several_slots_a_task_are_its_clusters_under_one_covariance() -> None:
     clusters = [draw(40, seed, mean=8.0) for seed in range(6)]
     queries = [torch.cat(clusters[:3]), torch.cat(clusters[3:])]

@@ -32,6 +32,19 @@ class Route(NamedTuple):
     weights: Tensor  # [B, K] float32, 0 where there is none
 
 
+def route_to_only_slots(mask: Tensor | None, k: int) -> Route | None:
+    """What `retrieve` with softmax weights returns, whatever the keys, if each row of a mask [B, P] allows one slot.
+    None for other masks, and on a GPU, since this would wait for it."""
+    if mask is None or mask.ndim != 2 or mask.is_cuda:
+        return None
+    row, slot = mask.nonzero(as_tuple=True)
+    if not torch.equal(row, torch.arange(len(mask))):
+        return None
+    slot_ids, weights = slot.new_full((len(mask), k), -1), torch.zeros(len(mask), k)
+    slot_ids[:, 0], weights[:, 0] = slot, 1.0
+    return Route(slot_ids, weights)
+
+
 class PreparedKeys(NamedTuple):
     """Keys prepared for many queries, by `prepare_keys`. The keys must not change afterwards."""
 

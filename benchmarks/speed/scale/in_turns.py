@@ -3,9 +3,10 @@ change.
 
     python -m benchmarks.speed.scale.in_turns [--tasks 5,10000] [--folder DIR] [--rounds 15]
 
-The stores and texts are those of `benchmarks.speed.scale`. Every round answers 512 texts with each store, in three
-ways: routed among all tasks, and with given tasks, drawn by Zipf's law (exponent 1) or uniformly. A store of 100
-tasks or more has room for a tenth of its tasks' values. One thread; CPU seconds.
+The stores and texts are those of `benchmarks.speed.scale`. A store of 100 tasks or more has room for a tenth of its
+tasks' values. One thread; CPU seconds. Every round answers 512 texts with each store. First, each task is given once
+("first": that compares what is read of its file with a digest, once in a process). Then texts are routed among all
+tasks, and then given tasks drawn by Zipf's law (exponent 1) or uniformly.
 
 rows/s: median. ratio: median over rounds of rows/s relative to the first store's in the same round, and the 20th and
 80th percentile.
@@ -16,8 +17,9 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -31,7 +33,8 @@ from slm_fast import ScalableLM
 
 ROWS = 512
 WARM = 2  # rounds that do not count: keys are prepared, and tasks come to be on the device
-WAYS = {"routed": 0.0, "zipf": 1.0, "uniform": 0.0}  # exponents of the tasks' frequencies
+FIRST = "first"
+WAYS = {FIRST: 0.0, "routed": 0.0, "zipf": 1.0, "uniform": 0.0}  # exponents of the tasks' frequencies
 
 
 def opened(folder: Path, count: int) -> ScalableLM:
@@ -41,18 +44,25 @@ def opened(folder: Path, count: int) -> ScalableLM:
     return ScalableLM.from_pretrained(folder, device_memory=room)
 
 
+def asked(tasks: Sequence[str], way: str, rows: int) -> tuple[list[str], list[str]]:
+    """Texts, and the task of each."""
+    texts, drawn = traffic(tasks, WAYS[way], rows)
+    return texts, list(islice(cycle(tasks), rows)) if way == FIRST else drawn
+
+
 def rates(models: Mapping[int, ScalableLM], way: str, rounds: int) -> dict[int, list[float]]:
     """Rows per CPU second of each round, by the number of tasks."""
-    rows = {count: traffic(slm.tasks, WAYS[way], ROWS * (WARM + rounds)) for count, slm in models.items()}
+    warm, rounds = (0, max(max(models) // ROWS, 2)) if way == FIRST else (WARM, rounds)
+    rows = {count: asked(slm.tasks, way, ROWS * (warm + rounds)) for count, slm in models.items()}
     found: dict[int, list[float]] = {count: [] for count in models}
-    for turn in range(WARM + rounds):
+    for turn in range(warm + rounds):
         part = slice(ROWS * turn, ROWS * (turn + 1))
         for count, slm in models.items():
             texts, tasks = (each[part] for each in rows[count])
             took, _ = seconds(partial(slm.predict, texts, task=None if way == "routed" else tasks))
             found[count].append(ROWS / took)
         print(way, turn + 1, *(f"{each[-1]:.0f}" for each in found.values()), file=sys.stderr)
-    return {count: each[WARM:] for count, each in found.items()}
+    return {count: each[warm:] for count, each in found.items()}
 
 
 def main() -> None:
