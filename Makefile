@@ -1,6 +1,7 @@
 # `make demo` and `make test` do all their own set-up, in .venv.
 PYTHON ?= python3
 VENV := .venv
+# Bytecode is kept even where the environment says otherwise, since tests start many processes.
 RUN := HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python
 # Where the interpreter already has torch 2.10 or newer (a GPU machine, say), that one is used. Elsewhere torch is
 # installed, at the version this project is tested with.

@@ -10,12 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slm_fast.errors import InputError, WorkError
+from slm_fast.errors import InputError, NotFinite, WorkError
 from slm_fast.exact_sum import ExactSum
 
 PERCENTILES = 101
 ALIKE = 2.0**-18  # relative difference that rounding may cause between two float32 queries of one text
 ROWS_AT_ONCE = 4096
+
+
+def check_finite(query: Tensor) -> None:
+    """Raise NotFinite if a row of the queries [B, D] has numbers that are not finite."""
+    if bad := (~query.isfinite().all(1)).nonzero()[:, 0].tolist():
+        raise NotFinite(bad, len(query))
 
 
 Discriminant = tuple[Tensor, Tensor, Tensor]  # a gaussian router's centre [D], keys [M, D] and bias [M]

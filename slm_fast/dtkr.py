@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from slm_fast import ops
-from slm_fast.covariance import percentiles
+from slm_fast.covariance import check_finite, percentiles
 from slm_fast.errors import InputError
 from slm_fast.ops import Route
 from slm_fast.ops.retrieve import PreparedKeys
-from slm_fast.router import Part, Router, check_finite
+from slm_fast.router import Part, Router
 
 
 @dataclass

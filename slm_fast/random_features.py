@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slm_fast.covariance import PERCENTILES, covariance, factorised, moments, percentiles, unpack
+from slm_fast.covariance import PERCENTILES, check_finite, covariance, factorised, moments, percentiles, unpack
 from slm_fast.layers import use_onednn
 from slm_fast.ops import Route
-from slm_fast.router import GaussianRouter, Part, check_finite
+from slm_fast.router import GaussianRouter, Part
 from slm_fast.scatter import compress
 from slm_fast.sketch import Pooled
 
@@ -137,6 +137,8 @@ class RandomFeatureRouter(GaussianRouter):
     def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
         if check:
             check_finite(query)
+            if (only := self._without_search(mask)) is not None:
+                return only
         if mask is None and len(self.task_of_slot) == 1:  # a single slot is every row's route, without keys
             ids = torch.full((len(query), self.k), -1, device=query.device)
             ids[:, 0].zero_()

@@ -23,6 +23,7 @@ from slm_fast.covariance import (
     Discriminant,
     Kept,
     KnownKeys,
+    check_finite,
     held_out_distances,
     mahalanobis,
     moments,
@@ -32,7 +33,7 @@ from slm_fast.covariance import (
     unpack,
     whitener,
 )
-from slm_fast.errors import InputError, NotFinite, WorkError, some_of
+from slm_fast.errors import InputError, WorkError, some_of
 from slm_fast.exact_sum import ExactSum
 from slm_fast.ops import Route
 from slm_fast.ops.invariant_linear import invariant_linear
@@ -44,11 +45,6 @@ TASKS_AT_ONCE = 64  # tasks whose keys are computed at once, with the bits that 
 MEANS_AT_ONCE = 4096  # means whose keys are computed together
 FEW = 256  # number of rows that are routed before keys are prepared: for fewer, it does not pay
 WHITENER_BYTES = 256 << 20  # maximum bytes of covariances kept for distances
-
-
-def check_finite(query: Tensor) -> None:
-    if bad := (~query.isfinite().all(1)).nonzero()[:, 0].tolist():
-        raise NotFinite(bad, len(query))
 
 
 AnyRouter = TypeVar("AnyRouter", bound="Router")
@@ -368,8 +364,8 @@ class GaussianRouter(Router):
     def route(self, query: Tensor, mask: Tensor | None = None, *, check: bool = True) -> Route:
         if check:
             check_finite(query)
-        if (only := route_to_only_slots(mask, self.k)) is not None:
-            return only
+            if (only := self._without_search(mask)) is not None:
+                return only
         self._routed += len(query) if mask is None else 0  # with a mask, what is prepared is not used
         return ops.retrieve(
             query - self.centre,
@@ -381,6 +377,10 @@ class GaussianRouter(Router):
             weighting="softmax",
             temperature=self.temperature,
         )
+
+    def _without_search(self, mask: Tensor | None) -> Route | None:
+        """The route if no score can change it. Not before there are keys, since a captured pass cannot make them."""
+        return route_to_only_slots(mask, self.k) if "_slotted" in vars(self) else None
 
     def _distance(self, query: Tensor, task: int) -> Tensor:
         return mahalanobis(query.double(), self.parts[task]["mean"].double(), self._whitener(task))

@@ -33,14 +33,14 @@ class Route(NamedTuple):
 
 
 def route_to_only_slots(mask: Tensor | None, k: int) -> Route | None:
-    """What `retrieve` with softmax weights returns, whatever the keys, if each row of a mask [B, P] allows one slot.
-    None for other masks, and on a GPU, since this would wait for it."""
-    if mask is None or mask.ndim != 2 or mask.is_cuda:
+    """What `retrieve` with softmax weights returns, whatever the keys, if each row of a mask [B, P] allows one slot;
+    None for other masks. Waits for the device."""
+    if mask is None or mask.ndim != 2:
         return None
     row, slot = mask.nonzero(as_tuple=True)
-    if not torch.equal(row, torch.arange(len(mask))):
+    if not torch.equal(row, torch.arange(len(mask), device=mask.device)):
         return None
-    slot_ids, weights = slot.new_full((len(mask), k), -1), torch.zeros(len(mask), k)
+    slot_ids, weights = slot.new_full((len(mask), k), -1), torch.zeros(len(mask), k, device=mask.device)
     slot_ids[:, 0], weights[:, 0] = slot, 1.0
     return Route(slot_ids, weights)
 
