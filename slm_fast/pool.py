@@ -239,7 +239,7 @@ class Buffers:
             for module, (features_in, features_out) in widths.items()
         }
         self._arrays = device.type == "cpu" and dtype == torch.float32
-        # Through NumPy's views a slot is written in a third of the time.
+        # Through NumPy's views a slot is written in half to two thirds of the time.
         self._writable = {
             module: tuple(half.numpy() if self._arrays else half for half in pair)
             for module, pair in self.values.items()

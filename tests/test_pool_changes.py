@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ import slm_fast.pool
 from slm_fast import ops
 from slm_fast.errors import InputError
 from slm_fast.ops import Route
-from slm_fast.pool import Pool
+from slm_fast.pool import Buffers, Pool
 from slm_fast.tasks import LearnedTask
 
 # Adding and removing tasks
@@ -119,7 +121,7 @@ def names_of(count: int) -> list[str]:
     return [f"task{(7 * i) % count:03d}" for i in range(count)]  # not sorted
 
 
-def test_the_200th_task_is_written_beside_the_others_which_stay_where_they_are() -> None:
+def test_the_200th_task_is_written_beside_the_others_which_stay_where_they_are(monkeypatch) -> None:
     *first, last = (make_task(name) for name in names_of(200))
     pool = pool_of()
     moved = []
@@ -131,8 +133,15 @@ def test_the_200th_task_is_written_beside_the_others_which_stay_where_they_are()
     # Capacity doubles: 2, 6, 14, 30, ... rows; seven reallocations for 199 tasks.
     assert moved == [1, 3, 7, 15, 31, 63, 127]
     values = {name: [half.clone() for half in pair] for name, pair in pool.values.items()}
-    rows = pool.row_of_slot.tolist()
+    rows, written, write_slot = pool.row_of_slot.tolist(), [], Buffers.write_slot
+
+    def write_and_note(buffers: Buffers, task: LearnedTask, slot: int, where: Sequence[int]) -> None:
+        written.append((task.name, slot, list(where)))
+        write_slot(buffers, task, slot, where)
+
+    monkeypatch.setattr(Buffers, "write_slot", write_and_note)
     grown = pool.with_task(last)
+    assert written == [(last.name, 0, [199])]  # written exactly once, to the new row
     assert addresses(grown) == addresses(pool)
     assert sorted(set(grown.row_of_slot.tolist()) - set(rows)) == [199]
     for name, pair in grown.values.items():

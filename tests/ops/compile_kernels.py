@@ -1,6 +1,6 @@
 """Compile all GPU kernels, without a GPU, and tabulate the registers, stack and shared memory of each.
 
-    python tests/ops/compile_kernels.py BUILD TABLE.csv [--gpus 80 90 ...] [--dtypes float32 ...]
+    python tests/ops/compile_kernels.py BUILD TABLE.csv [float32 bfloat16 ...]
 
 BUILD: the folder where CMake compiled the CUDA kernels. The Triton kernels are compiled here, as the operators would
 launch them; the interpreter that the tests use does not show any of this. Fails if a kernel does not compile or needs
@@ -9,7 +9,6 @@ more shared memory than a block may use. Takes a few minutes.
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -112,20 +111,15 @@ def launch_all(dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("build", type=Path)
-    parser.add_argument("table", type=Path)
-    parser.add_argument("--gpus", type=int, nargs="+", choices=SHARED, default=list(SHARED), help="sm versions")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32"])
-    options = parser.parse_args()
-    objects = sorted(options.build.rglob("*.cu.o"))
+    build, out, *names = sys.argv[1:]
+    objects = sorted(Path(build).rglob("*.cu.o"))
     rows = [row for file in objects for row in usage(file)]
     rows = [row | {"kernel": name} for row, name in zip(rows, demangled(row["kernel"] for row in rows), strict=True)]
     compiler = Compiler()
     for module in (increments, multi_lora, search):
         module.processors = lambda device: 132
-    for name in options.dtypes:
-        for compiler.architecture in options.gpus:
+    for name in names or ("bfloat16", "float16", "float32"):
+        for compiler.architecture in SHARED:
             launch_all(getattr(torch, name))
     order = "language", "kernel", "dtype", "architecture"
     rows = sorted(rows + compiler.rows, key=lambda row: [row[column] for column in order])
@@ -133,8 +127,8 @@ if __name__ == "__main__":
         dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)
     ]  # variants with equal usage: one row
     write_csv(
-        options.table, rows, {"shared": "bytes; of CUDA kernels what is static, beside what the device's limit allows"}
+        Path(out), rows, {"shared": "bytes; of CUDA kernels what is static, beside what the device's limit allows"}
     )
-    print(f"{len(rows)} kernels, {len(objects)} object files; {options.table}")
+    print(f"{len(rows)} kernels, {len(objects)} object files; {out}")
     too_large = [row for row in rows if row["shared"] > SHARED[int(re.sub(r"\D", "", row["architecture"]))]]
     sys.exit(f"too much shared memory: {too_large}" if too_large or not objects else 0)

@@ -79,17 +79,10 @@ def test_gradients_of_more_columns_than_fit_at_once_equal_the_specification():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rank", "needed"),
-    [
-        (torch.float32, 5, [True] * 4),
-        (torch.float16, 40, [True] * 4),
-        (torch.bfloat16, 5, [True, False, False, False]),
-        (torch.float32, 5, [True, False, False, False]),
-        (torch.float16, 5, [False, True, True, True]),
-        (torch.bfloat16, 5, [False, True, True, True]),
-        (torch.float16, 40, [False, False, True, False]),
-        (torch.float32, 5, [False, False, True, False]),
-    ],
+    ("dtype", "rank"), [(torch.float32, 5), (torch.bfloat16, 5), (torch.float16, 5), (torch.float16, 40)]
+)
+@pytest.mark.parametrize(
+    "needed", [[True] * 4, [True, False, False, False], [False, True, True, True], [False, False, True, False]]
 )
 def test_gradients_of_many_tokens_in_several_spans_equal_the_specification(dtype, rank, needed, monkeypatch):
     """Two samples share a slot, one has it twice, -1 slots have NaN weights, and x is not contiguous."""

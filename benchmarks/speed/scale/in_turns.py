@@ -52,7 +52,7 @@ def asked(tasks: Sequence[str], way: str, rows: int) -> tuple[list[str], list[st
 
 def rates(models: Mapping[int, ScalableLM], way: str, rounds: int) -> dict[int, list[float]]:
     """Rows per CPU second of each round, by the number of tasks."""
-    warm, rounds = (0, max(max(models) // ROWS, 2)) if way == FIRST else (WARM, rounds)
+    warm, rounds = (0, max(-(-max(models) // ROWS), 2)) if way == FIRST else (WARM, rounds)
     rows = {count: asked(slm.tasks, way, ROWS * (warm + rounds)) for count, slm in models.items()}
     found: dict[int, list[float]] = {count: [] for count in models}
     for turn in range(warm + rounds):
