@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from slm_fast.memory import aligned
 from slm_fast.ops import Route
 from slm_fast.tasks import LearnedTask
 
@@ -68,7 +69,7 @@ class Heads:
                 own = hidden[rows, first if task.adapter.pooling == "first" else last].float()
             if task.dense is not None:
                 weight, bias = task.dense
-                own = _activated(own @ weight.T + bias, task.adapter.activation)
+                own = _activated(own @ aligned(weight).T + bias, task.adapter.activation)
             features[rows] = own
         return features
 

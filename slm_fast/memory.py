@@ -19,6 +19,7 @@ from slm_fast.errors import InputError
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 LARGE = 1 << 20  # bytes
 AMPLE = 0.5  # default share of a device's free memory for tasks' values
+ALIGNMENT = 64  # bytes; torch allocates at multiples of it
 
 
 def bytes_of(size: Any, name: str) -> int:
@@ -69,3 +70,11 @@ def zeros(*shape: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, device=device, dtype=dtype)
     room = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(room, dtype=dtype).view(shape)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU whose memory begins where torch would allocate it: this one, or a copy. A view of a file may
+    begin elsewhere, and on some processors the last bits of a product depend on that."""
+    if tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0:
+        return tensor
+    return tensor.clone()
