@@ -25,6 +25,7 @@ from slm_fast.tasks import LearnedTask
 from slm_fast.tokenization import Encoded
 
 TOLERANCE = 1e-4  # in float32
+ROUNDING = 4  # times PEFT's own rounding error
 
 
 @torch.no_grad()
@@ -32,11 +33,12 @@ def difference(model: AdaptedModel, task: LearnedTask, adapter: PeftAdapter, row
     """The largest difference of any logit between this task and the adapter in PEFT, with rows run one by one.
 
     A generating backbone is compared on all tokens of its prompt (T5: on the first of its answer), a head on its
-    labels.
+    labels. A row on which they differ by more than 1e-4 is compared again with PEFT in float64: float32 rounds some
+    rows far more than others, in PEFT as here.
 
     Raises:
         InputError: PEFT is not installed, or cannot load the adapter.
-        WorkError: the difference exceeds 1e-4.
+        WorkError: the difference exceeds 1e-4, and four times that of PEFT in float32 from itself in float64.
     """
     if model.backbone.dtype != torch.float32:
         word = str(model.backbone.dtype).removeprefix("torch.")
@@ -46,13 +48,22 @@ def difference(model: AdaptedModel, task: LearnedTask, adapter: PeftAdapter, row
     for row in rows:
         inputs = _inputs(model, task, row)
         ours, other = _our_logits(model, task, inputs), _their_logits(theirs, task, adapter, inputs)
-        largest = max(largest, float((ours.float() - other.float()).abs().max()))
-    if not largest <= TOLERANCE:
-        raise WorkError(
-            f"adapter {adapter.source!r}: differs from PEFT by {largest:.1e}, expected at most {TOLERANCE:g} (in "
-            "float32); no task was added"
-        )
+        apart, allowed = _apart(ours, other), TOLERANCE
+        if not apart <= allowed:
+            exact = _their_logits(theirs.double(), task, adapter, inputs)
+            theirs.float()
+            apart, allowed = _apart(ours, exact), max(TOLERANCE, ROUNDING * _apart(other, exact))
+        if not apart <= allowed:
+            raise WorkError(
+                f"adapter {adapter.source!r}: differs from PEFT by {apart:.1e}, expected at most {allowed:.1g} (in "
+                "float32); no task was added"
+            )
+        largest = max(largest, apart)
     return largest
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).abs().max())
 
 
 def _in_peft(model: AdaptedModel, task: LearnedTask, adapter: PeftAdapter) -> Any:
