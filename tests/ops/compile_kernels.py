@@ -4,7 +4,7 @@
 
 BUILD: the folder where CMake compiled the CUDA kernels. The Triton kernels are compiled here, as the operators would
 launch them; the interpreter that the tests use does not show any of this. Fails if a kernel does not compile or needs
-more shared memory than a block may use. Takes a few minutes.
+more shared memory than a block may use. Takes a few minutes, with a process on every processor.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, product
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,15 +29,15 @@ from benchmarks.tables import write_csv
 from slm_fast.ops.triton import adapted_linear, increments, key_loss, multi_lora, retrieve, search
 
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes per block, by sm version
+RUN = JITFunction.run
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class Compiler:
     """Replaces Triton's driver: a launch only compiles the kernel for `architecture` and adds its usage to `rows`."""
 
-    def __init__(self) -> None:
-        self.architecture, self.seen, self.rows = 0, set(), []
-        self.run = JITFunction.run
+    def __init__(self, architecture: int) -> None:
+        self.architecture, self.seen, self.rows = architecture, set(), []
         JITFunction.run = lambda kernel, *args, grid, warmup, **options: self.compile(kernel, args, grid, options)
         driver.set_active(
             SimpleNamespace(
@@ -45,7 +48,7 @@ class Compiler:
         )
 
     def compile(self, kernel, args, grid, options):
-        compiled = self.run(kernel, *args, grid=grid, warmup=True, **options)
+        compiled = RUN(kernel, *args, grid=grid, warmup=True, **options)
         if compiled.hash in self.seen:
             return
         self.seen.add(compiled.hash)
@@ -110,19 +113,25 @@ def launch_all(dtype: torch.dtype) -> None:
     key_loss.backward(torch.ones(()), query, keys, selected.zero_())
 
 
+def compiled(name: str, architecture: int) -> list[dict[str, object]]:
+    """Usage of every Triton kernel with numbers of this dtype."""
+    compiler = Compiler(architecture)
+    for module in (increments, multi_lora, search):
+        module.processors = lambda device: 132
+    launch_all(getattr(torch, name))
+    return compiler.rows
+
+
 if __name__ == "__main__":
     build, out, *names = sys.argv[1:]
     objects = sorted(Path(build).rglob("*.cu.o"))
     rows = [row for file in objects for row in usage(file)]
     rows = [row | {"kernel": name} for row, name in zip(rows, demangled(row["kernel"] for row in rows), strict=True)]
-    compiler = Compiler()
-    for module in (increments, multi_lora, search):
-        module.processors = lambda device: 132
-    for name in names or ("bfloat16", "float16", "float32"):
-        for compiler.architecture in SHARED:
-            launch_all(getattr(torch, name))
+    jobs = product(names or ("bfloat16", "float16", "float32"), SHARED)
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        rows += chain.from_iterable(pool.map(compiled, *zip(*jobs, strict=True)))
     order = "language", "kernel", "dtype", "architecture"
-    rows = sorted(rows + compiler.rows, key=lambda row: [row[column] for column in order])
+    rows.sort(key=lambda row: [row[column] for column in order])
     rows = [
         dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)
     ]  # variants with equal usage: one row
