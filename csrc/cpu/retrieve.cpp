@@ -124,7 +124,7 @@ int64_t retrieve(const Retrieve& op, const Threads& threads) {
 int64_t prepared_bytes(const PrepareKeys& op) {
   if (!op.cosine) {
 #if defined(__AVX512BF16__)
-    if (op.type == Type::float32 && amx::chosen()) return RoundedKeys::bytes(op.slots, op.width);
+    if (op.type == Type::float32) return RoundedKeys::bytes(op.slots, op.width);
 #endif
     return 0;
   }

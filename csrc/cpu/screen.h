@@ -1,4 +1,5 @@
-// The K best slots by inner product with float32 keys that were rounded to bfloat16 beforehand, in tiles (amx.h).
+// The K best slots by inner product with float32 keys that were rounded to bfloat16 beforehand, in AMX tiles (amx.h) or,
+// on processors without, in the same order by the instructions that multiply pairs of bfloat16 numbers.
 //
 // A first pass multiplies the rounded keys, half as many bytes, by rounded queries. It bounds each score from above, by
 // the query's length times what the key has lost and the key's length times what the query has lost. The float64 scores
@@ -85,6 +86,50 @@ struct RoundedKeys {
   }
 };
 
+// Eight keys of a tile against N tiles of queries, as amx::screen does a whole tile.
+template <int N>
+void screen_8(const amx::Screened& of, const char* keys, const char* queries, float* sums, int64_t ahead) {
+  constexpr int64_t kTile = RoundedKeys::kPart * sizeof(uint16_t), kRow = kTile / amx::kRows;
+  Vec<float> sum[8][N];
+#pragma GCC unroll 8
+  for (int key = 0; key < 8; ++key)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+      sum[key][n] = of.more ? load<float>(sums + n * of.sum_numbers + key * amx::kRows) : Vec<float>{};
+  for (int64_t step = 0; step < of.steps; ++step, keys += kTile, queries += kTile) {
+    for (int64_t key = ahead ? 0 : 8; key < 8; ++key) __builtin_prefetch(keys + ahead + key * kRow, 0, 2);
+    for (int64_t pair = 0; pair < amx::kRows; ++pair) {
+      Bf16Pairs::Operand column[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) column[n] = Bf16Pairs::load_operand(queries + n * of.query_bytes + pair * kRow);
+#pragma GCC unroll 8
+      for (int key = 0; key < 8; ++key) {
+        const auto* row = reinterpret_cast<const Bf16Pairs::Coefficient*>(keys + key * kRow);
+        const Bf16Pairs::Operand both = Bf16Pairs::spread(row[pair]);
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sum[key][n] = Bf16Pairs::multiply_add(both, column[n], sum[key][n]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int key = 0; key < 8; ++key)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(sums + n * of.sum_numbers + key * amx::kRows, sum[key][n]);
+}
+
+inline void screen(const amx::Screened& of) {
+  if (amx::chosen()) return amx::screen(of);
+  constexpr int64_t kTile = RoundedKeys::kPart * sizeof(uint16_t);
+  for (int64_t query = 0, queries; query < of.query_tiles; query += queries) {
+    queries = std::min<int64_t>(of.query_tiles - query, of.query_tiles - query == 4 ? 2 : 3);  // not three and one
+    const auto run = queries > 2 ? screen_8<3> : queries > 1 ? screen_8<2> : screen_8<1>;
+    for (int64_t key = 0; key < of.key_tiles * amx::kRows; key += 8)
+      run(of, of.keys + key / amx::kRows * of.steps * kTile + key % amx::kRows * (kTile / amx::kRows),
+          of.queries + query * of.query_bytes, of.sums + query * of.sum_numbers + key * amx::kRows,
+          query == 0 ? of.ahead_bytes : 0);
+  }
+}
+
 class Screen {
   static constexpr int L = kLanes<float>;  // queries per tile
   static_assert(L == amx::kRows);
@@ -143,11 +188,11 @@ class Screen {
   void score(int64_t chunk, int64_t query_tiles) {
     constexpr int64_t kTile = RoundedKeys::kPart * sizeof(uint16_t);
     const int64_t count = keys.tiles_in(chunk);
-    const amx::Tiles tiles(true);
+    const amx::Tiles tiles(amx::chosen());
     for (int64_t step = 0; step < steps; step += RoundedKeys::kPiece) {
       const int64_t wide = std::min(RoundedKeys::kPiece, steps - step);
       const bool last = chunk + 1 == chunks && step + wide == steps;
-      amx::screen({reinterpret_cast<const char*>(keys.piece(chunk, step, s.width)), count, wide,
+      screen({reinterpret_cast<const char*>(keys.piece(chunk, step, s.width)), count, wide,
                    reinterpret_cast<const char*>(queries.data()) + step * kTile, steps * kTile, query_tiles,
                    scores_of(0) + chunk * RoundedKeys::kChunk * amx::kRows * L, keys.all * amx::kRows * L, step > 0,
                    last ? 0 : count * wide * kTile});

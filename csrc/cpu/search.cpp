@@ -54,10 +54,10 @@ void search(const Search& s, const Threads& threads, const Allowed& allowed, con
   if (s.cosine && (s.prepared || (s.queries > kFew && s.slots >= 4 * (s.k + 24))))
     return search_in_two<T, Searcher<T, Bf16Pairs>>(s, threads, allowed, use);
   if constexpr (std::is_same_v<T, float>)
-    if (!s.cosine && amx::chosen()) {
+    if (!s.cosine) {
       if (s.prepared && !allowed.asks && s.k <= Screen::kMostSlots)
         return search_in_two<T, Screen>(s, threads, allowed, use);
-      if (s.queries >= kManyToSplit && s.slots >= 4 * (s.k + 24))
+      if (amx::chosen() && s.queries >= kManyToSplit && s.slots >= 4 * (s.k + 24))
         return search_in_two<T, Searcher<T, Split>>(without_rounded_keys(s), threads, allowed, use);
     }
 #endif

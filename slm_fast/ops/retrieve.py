@@ -62,9 +62,9 @@ def prepare_keys(
 ) -> PreparedKeys:
     """Precompute what `retrieve` would compute of its keys at each call. Routes stay the same.
 
-    For cosines these are the keys' lengths and, if the processor multiplies bfloat16, rounded rows; for inner products,
-    rounded float32 rows, if a CPU has AMX. Rounded rows take half the memory of float32 keys. With several keys per
-    slot it also inspects `key_slot`, which on a GPU takes a synchronisation.
+    For cosines these are the keys' lengths and, if the CPU multiplies bfloat16, rounded rows; for inner products,
+    rounded float32 rows, if it does. Rounded rows take half the memory of float32 keys. With several keys per slot it
+    also inspects `key_slot`, which on a GPU takes a synchronisation.
 
     Args:
         keys: [N, D].
