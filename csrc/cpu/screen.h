@@ -136,9 +136,13 @@ class Screen {
   static constexpr int64_t kMost = 1024;                          // keys per query to score in float64
   static constexpr int64_t kScores = (64 << 20) / sizeof(float);  // scores held at once,
   static constexpr int64_t kLeast = 4;                            // but those of so many tiles of queries
+  static constexpr int64_t kMostSlots = 64;                       // K
 
  public:
-  static constexpr int64_t kMostSlots = 64;  // K
+  // Whether this is how to search. Without AMX, few products take less time than what is done beside them.
+  static bool pays(const Search& s) {
+    return s.k <= kMostSlots && (amx::chosen() || (s.slots >= 128 && s.queries * s.slots >= 1024));
+  }
 
   Screen(const Search& s, const Threads& threads)
       : s(s), threads(threads), keys(RoundedKeys::at(const_cast<void*>(s.prepared), s.slots)),

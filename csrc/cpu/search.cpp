@@ -55,7 +55,7 @@ void search(const Search& s, const Threads& threads, const Allowed& allowed, con
     return search_in_two<T, Searcher<T, Bf16Pairs>>(s, threads, allowed, use);
   if constexpr (std::is_same_v<T, float>)
     if (!s.cosine) {
-      if (s.prepared && !allowed.asks && s.k <= Screen::kMostSlots)
+      if (s.prepared && !allowed.asks && Screen::pays(s))
         return search_in_two<T, Screen>(s, threads, allowed, use);
       if (amx::chosen() && s.queries >= kManyToSplit && s.slots >= 4 * (s.k + 24))
         return search_in_two<T, Searcher<T, Split>>(without_rounded_keys(s), threads, allowed, use);
