@@ -32,12 +32,13 @@ def test_a_check_compares_with_peft_and_an_adapter_that_differs_is_not_imported(
     assert slm.tasks == []
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
 @pytest.mark.parametrize(("in_float64", "is_imported"), [(0.0, True), (3e-4, False)])
 def test_a_check_of_a_row_that_peft_rounds_badly_is_against_float64(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_float64: float, is_imported: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, in_float64: float, is_imported: bool
 ) -> None:
-    write_adapter(tmp_path, "bert")
-    slm, their_logits = make_slm("bert"), peft_check._their_logits
+    write_adapter(tmp_path, name)
+    slm, their_logits = make_slm(name), peft_check._their_logits
 
     def rounded(theirs: Any, *rest: Any) -> torch.Tensor:
         return their_logits(theirs, *rest) + (3e-4 if theirs.dtype == torch.float32 else in_float64)

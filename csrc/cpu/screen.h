@@ -197,9 +197,9 @@ class Screen {
       const int64_t wide = std::min(RoundedKeys::kPiece, steps - step);
       const bool last = chunk + 1 == chunks && step + wide == steps;
       screen({reinterpret_cast<const char*>(keys.piece(chunk, step, s.width)), count, wide,
-                   reinterpret_cast<const char*>(queries.data()) + step * kTile, steps * kTile, query_tiles,
-                   scores_of(0) + chunk * RoundedKeys::kChunk * amx::kRows * L, keys.all * amx::kRows * L, step > 0,
-                   last ? 0 : count * wide * kTile});
+              reinterpret_cast<const char*>(queries.data()) + step * kTile, steps * kTile, query_tiles,
+              scores_of(0) + chunk * RoundedKeys::kChunk * amx::kRows * L, keys.all * amx::kRows * L, step > 0,
+              last ? 0 : count * wide * kTile});
     }
   }
 
